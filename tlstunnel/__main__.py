@@ -1,0 +1,5 @@
+"""``python -m tlstunnel``: the command line."""
+
+from tlstunnel.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Certificates: issuing test ones, describing any, serving a site's."""

@@ -1,0 +1,1 @@
+"""Origins: where they are, connecting to them, and the embedded echo origin."""
