@@ -1,0 +1,93 @@
+"""What the operating system says: of the machine, and of all processes that a subject consists of."""
+
+import os
+import platform
+import resource
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def session_processes(session: int) -> list[int]:
+    """The ids of the living processes of a session: a subject with all its children, however deep."""
+    pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if (fields := stat_fields(pid)) and int(fields[3]) == session]
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third (state) on; empty when the process is gone or a zombie."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return []
+    fields = text[text.rindex(")") + 2 :].split()
+    return [] if fields[0] == "Z" else fields
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """CPU time, user and system, of the processes and of their children that have ended; exact to a tick (10 ms)."""
+    return sum(int(ticks) for pid in pids for ticks in stat_fields(pid)[11:15]) / TICK
+
+
+def pss_kib(pids: list[int]) -> int:
+    """Proportional set size in KiB: a page that several processes share is counted once among them."""
+    total = 0
+    for pid in pids:
+        for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1])
+    return total
+
+
+def busy_seconds(core: int) -> float:
+    """Time that a core has not been idle since the machine started, stolen time included."""
+    for line in (PROC / "stat").read_text().splitlines():
+        name, *ticks = line.split()
+        if name == f"cpu{core}":
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
+            return (user + nice + system + irq + softirq + steal) / TICK
+    raise LookupError(f"no core {core} in /proc/stat")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the figures come from."""
+
+    processor: str
+    cores: int
+    memory_mib: int
+    kernel: str
+    system: str
+    python: str
+    openssl: str
+    descriptors: int
+    load_average: float
+
+    @classmethod
+    def this(cls) -> "Machine":
+        """This machine, now."""
+        models = [line for line in (PROC / "cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return cls(
+            processor=models[0].partition(":")[2].strip() if models else platform.machine(),
+            cores=os.cpu_count() or 0,
+            memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+            kernel=platform.release(),
+            system=platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
+            python=platform.python_version(),
+            openssl=first_line("openssl", "version"),
+            descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            load_average=os.getloadavg()[0],
+        )
+
+
+def first_line(*command: str) -> str:
+    """The first line that names a number of what a program says about its version, on either of its outputs."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return "unknown"
+    lines = (result.stdout + result.stderr).splitlines()
+    return next((line.strip() for line in lines if any(c.isdigit() for c in line)), "unknown")

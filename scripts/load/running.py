@@ -1,0 +1,226 @@
+"""Starting and stopping what a benchmark consists of: the origin, the load generator, the subjects."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from scripts.load import machine
+from scripts.load.subjects import Subject
+
+SUBJECT_CORE, LOAD_CORE = 0, 1
+START_TIMEOUT = 20.0
+STOP_TIMEOUT = 5.0
+
+
+class BenchError(Exception):
+    """Something that was to be measured could not be; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """The one certificate that all subjects serve: P-256, `localhost`, signed by itself."""
+
+    cert: Path
+    key: Path
+    pem: Path
+
+    @classmethod
+    def create(cls, folder: Path) -> "Certificate":
+        """Make it in `folder`."""
+        made = cls(folder / "cert.pem", folder / "key.pem", folder / "both.pem")
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+                *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-days", "7"),
+                *("-keyout", str(made.key), "-out", str(made.cert)),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        made.pem.write_text(made.cert.read_text() + made.key.read_text())
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements of one run share."""
+
+    programs: Path
+    folder: Path
+    certificate: Certificate
+    origin_port: int
+    origin_pid: int
+    descriptors: int
+
+    @property
+    def tunnels(self) -> int:
+        """How many tunnels the descriptor limit allows a process."""
+        return (self.descriptors - 100) // 2
+
+    def render(self, template: str, port: int) -> str:
+        """Fill in a template of `subjects.py`."""
+        return Template(template).substitute(
+            port=port,
+            origin=self.origin_port,
+            cert=self.certificate.cert,
+            key=self.certificate.key,
+            pem=self.certificate.pem,
+            dir=self.folder,
+            tunnels=self.tunnels,
+            descriptors=self.descriptors,
+            user="nobody" if os.geteuid() == 0 else "",
+        )
+
+
+@contextlib.contextmanager
+def origin(program: Path) -> Iterator[tuple[int, int]]:
+    """Run the origin on the load's core; gives its port and its process id."""
+    process = subprocess.Popen([str(program)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["port"], process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Running:
+    """A subject that is up, on its own core."""
+
+    def __init__(self, bench: Bench, subject: Subject) -> None:
+        self.bench, self.subject, self.port = bench, subject, free_port()
+        for name, template in subject.files.items():
+            (bench.folder / name).write_text(bench.render(template, self.port))
+        command = [bench.render(part, self.port) for part in subject.command]
+        self._log = bench.folder / f"{subject.name}.log"
+        self._started = time.monotonic()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["taskset", "--cpu-list", str(SUBJECT_CORE), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_listening()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_listening(self) -> None:
+        while time.monotonic() - self._started < START_TIMEOUT:
+            if self._process.poll() is not None:
+                raise BenchError(f"{self.subject.name} ended with {self._process.returncode}: {self._last_words()}")
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            time.sleep(0.002)
+        raise BenchError(f"{self.subject.name} was not listening after {START_TIMEOUT:.0f} s: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
+
+    def processes(self) -> list[int]:
+        """The ids of all its processes."""
+        return machine.session_processes(self._process.pid)
+
+    def cpu_seconds(self) -> float:
+        """CPU time that all its processes have used."""
+        return machine.cpu_seconds(self.processes())
+
+    def pss_kib(self) -> int:
+        """Memory of all its processes, in KiB, once they have been left alone for a moment."""
+        time.sleep(0.5)
+        return machine.pss_kib(self.processes())
+
+    def seconds_since_start(self) -> float:
+        """How long ago it was started."""
+        return time.monotonic() - self._started
+
+    def stop(self) -> None:
+        """End all its processes: SIGTERM, and SIGKILL for those that take too long."""
+        for signal_number, patience in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal_number)
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline:
+                self._process.poll()
+                if not self.processes():
+                    return
+                time.sleep(0.01)
+
+
+class Load:
+    """The load generator, connected to one subject. Each of its commands is answered by one JSON object."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self._process = subprocess.Popen(
+            [str(running.bench.programs / "client"), str(running.port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def do(self, command: str) -> dict[str, Any]:
+        """Have one command done, and give its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(command, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the load generator ended"}
+        if "error" in answer:
+            raise BenchError(f"{self.running.subject.name}: {command}: {answer['error']}")
+        return answer
+
+    def measure(self, command: str) -> "Work":
+        """Have one command done while the processor time of everybody concerned is watched."""
+        origin = [self.running.bench.origin_pid]
+        before = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(SUBJECT_CORE)
+        answer = self.do(command)
+        after = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(SUBJECT_CORE)
+        subject, served, core = (end - start for start, end in zip(before, after, strict=True))
+        seconds = answer["seconds"]
+        return Work(
+            answer=answer,
+            cpu=subject,
+            subject_busy=subject / seconds,
+            load_busy=(served + answer["cpu"]) / seconds,
+            others_busy=max(0.0, core - subject) / seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One command of the load, and what it cost."""
+
+    answer: dict[str, Any]
+    cpu: float  # seconds of the subject
+    subject_busy: float  # share of one core that the subject used
+    load_busy: float  # share of one core that the load and the origin used together
+    others_busy: float  # share of the subject's core that went to anybody else

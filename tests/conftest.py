@@ -1,0 +1,18 @@
+"""What every test may ask for."""
+
+import os
+
+import pytest
+
+from tests.harness import Certificate
+from tlstunnel.certificates import issue
+
+# Every client here speaks to this machine, whatever proxy the environment names for others.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """A test authority and a certificate for localhost, 127.0.0.1 and ::1, made once a session."""
+    issued = issue.create(["localhost", "127.0.0.1", "::1"], tmp_path_factory.mktemp("certs"))
+    return Certificate(issued.ca, issued.cert, issued.key)

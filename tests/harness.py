@@ -1,0 +1,645 @@
+"""The one place from which tests start things: the tunnel itself, origins behind it, clients in front of it.
+
+A test reads::
+
+    with RawOrigin(handler) as origin, Tunnel(origin.address, certificate) as tunnel:
+        with connect_tls(tunnel) as client:
+            answer = upgrade(client)
+        record = tunnel.wait_records(1)[0]
+
+Leaving the ``with`` stops the tunnel and fails the test if it did not exit with 0, left a process, wrote a line that
+is not JSON (a traceback, a warning) or logged an error. Time-outs are in seconds, sizes in bytes.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as WebsocketsRequest
+from websockets.typing import Subprotocol
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "tlstunnel")
+PATIENCE = 15.0
+"""How long anything may take before a test gives up: generous, since only a failing test waits for all of it."""
+
+T = TypeVar("T")
+Record = dict[str, Any]
+"""One log line of the tunnel, decoded."""
+Header = tuple[str, str]
+
+_ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Three PEM files: the authority that clients trust, the served chain and its key."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test, since something it needs is not there; fail it where CI=true."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what}, and CI=true allows no skip", pytrace=False)
+    pytest.skip(what)
+
+
+def require(program: str, package: str | None = None) -> str:
+    """Where ``program`` is, or `missing`. ``package`` is Debian's, when its name differs."""
+    return shutil.which(program) or missing(f"{program} not found: ./scripts/install gets {package or program}")
+
+
+def eventually(condition: Callable[[], T], timeout: float = PATIENCE, interval: float = 0.01) -> T:
+    """Ask ``condition`` until its answer is true, and return that answer. A failed test otherwise."""
+    deadline = time.monotonic() + timeout
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not so within {timeout} s: {condition} gave {answer!r}")
+        time.sleep(interval)
+    return answer
+
+
+def child_environment(*, measured: bool = False) -> dict[str, str]:
+    """The environment of a tunnel under test: warnings are errors, asyncio in debug mode, coverage as in the parent.
+
+    Where a test measures time, memory or descriptors (``measured``), none of these: each changes the figures.
+    """
+    environment = dict(os.environ)
+    if measured:
+        for name in [name for name in environment if name.startswith(("COVERAGE_", "COV_CORE_"))]:
+            del environment[name]
+    else:
+        environment |= {"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
+    return environment
+
+
+class Tunnel:
+    """``tlstunnel start``, as a person starts it, and everything it logged.
+
+    ``origin`` is what stands on its command line; None means its own echo origin. ``certificate`` None means the one
+    that it makes itself. ``settings`` is the text of a configuration file without sites and listeners (TOML, such as
+    ``[timeouts]``), used beside these; ``config`` is that of a whole one, used instead of these. It runs in a folder
+    of its own (`folder`), removed afterwards.
+
+    ``descriptors`` is its RLIMIT_NOFILE, soft and hard. ``measured``: see `child_environment`. ``errors_expected``
+    allows log lines of level error; a traceback or a line that is no JSON fails the test all the same.
+    """
+
+    def __init__(
+        self,
+        origin: str | None = None,
+        certificate: Certificate | None = None,
+        *,
+        listen: Sequence[str] = ("127.0.0.1:0",),
+        settings: str = "",
+        config: str | None = None,
+        arguments: Sequence[str] = (),
+        descriptors: int | None = None,
+        measured: bool = False,
+        errors_expected: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.certificate = certificate
+        self._folder = tempfile.TemporaryDirectory(prefix="tlstunnel-test-")
+        self.folder = Path(self._folder.name)
+        self._errors_expected = errors_expected
+        self._environment = child_environment(measured=measured) | dict(environment or {})
+        self._command = [*PROGRAM, "start", "--log-format", "json"]
+        if descriptors is not None:
+            # prlimit from util-linux and not preexec_fn, which is not safe in a process with threads.
+            self._command[:0] = [require("prlimit", "util-linux"), f"--nofile={descriptors}:{descriptors}"]
+        if text := config if config is not None else settings:
+            path = self.folder / "tlstunnel.toml"
+            path.write_text(text)
+            self._command += ["--config", str(path)]
+        if config is None:
+            self._command += [part for address in listen for part in ("--listen", address)]
+            if certificate is not None:
+                self._command += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
+            if origin is not None:
+                self._command.append(origin)
+        self._command += arguments
+        self._lines: list[str] = []
+        self._records: list[Record] = []
+        self._noise: list[str] = []
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Self:
+        """Start it and wait until it is ready."""
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=self.folder,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read_log, name="tunnel-log", daemon=True)
+        self._reader.start()
+        try:
+            self.wait_record(lambda record: record["event"] == "ready")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it; fail the test for what it should not have done, unless the test has failed already."""
+        try:
+            status: int | None = self.stop()
+        except AssertionError:
+            status = None
+        orphans = self._end()
+        if error is not None:
+            print(f"the tunnel's log ({' '.join(self._command)}):\n{self.log}", file=sys.stderr)
+            return
+        faults = list(self._noise)
+        if not self._errors_expected:
+            faults += [str(record) for record in self._records if record.get("level") in ("error", "critical")]
+        if orphans:
+            faults.append("it left a process")
+        if status is None:
+            faults.append("it did not end when asked to")
+        elif status != 0:
+            faults.append(f"it exited with {status}")
+        assert not faults, "\n".join([*faults, "its log:", self.log])
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def addresses(self) -> list[str]:
+        """What it listens on, with the ports really bound: ``127.0.0.1:40123``, ``[::1]:40124``, ``unix:/path``."""
+        return [record["address"] for record in self.records("listening")]
+
+    @property
+    def port(self) -> int:
+        """Of its first TCP listener."""
+        first = next(address for address in self.addresses if not address.startswith("unix:"))
+        return int(first.rpartition(":")[2])
+
+    @property
+    def uri(self) -> str:
+        """Of its first TCP listener, by the name in its certificate."""
+        return f"wss://localhost:{self.port}/"
+
+    @property
+    def ca(self) -> Path:
+        """The authority that a client has to trust."""
+        return self.certificate.ca if self.certificate else self.folder / "certs" / "ca.pem"
+
+    @property
+    def log(self) -> str:
+        """All it wrote so far."""
+        with self._changed:
+            return "".join(self._lines)
+
+    def records(self, event: str | None = None) -> list[Record]:
+        """The log records so far, all or those of one event, oldest first."""
+        with self._changed:
+            return [record for record in self._records if event is None or record.get("event") == event]
+
+    def wait_record(self, matches: Callable[[Record], bool], timeout: float = PATIENCE) -> Record:
+        """Return the first record that ``matches``, past or to come."""
+        return self._wait(lambda: [record for record in self._records if matches(record)], 1, timeout)[0]
+
+    def wait_records(self, count: int = 1, event: str = "connection", timeout: float = PATIENCE) -> list[Record]:
+        """Return the records of ``event`` when there are at least ``count``."""
+        return self._wait(lambda: [record for record in self._records if record["event"] == event], count, timeout)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal and do not wait."""
+        self._process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGINT, timeout: float = PATIENCE) -> int:
+        """Send it a signal and return its exit status; harmless when it has ended already."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end and return its exit status."""
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the tunnel had not ended after {timeout} s; its log:\n{self.log}") from None
+        self._reader.join(PATIENCE)
+        return status
+
+    def rss(self) -> int:
+        """Resident memory, bytes."""
+        return self._status_field("VmRSS") * 1024
+
+    def peak_rss(self) -> int:
+        """Most resident memory it ever had, bytes; `reset_peak_rss` starts it again."""
+        return self._status_field("VmHWM") * 1024
+
+    def reset_peak_rss(self) -> None:
+        """Make `peak_rss` start from now."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def descriptors(self) -> int:
+        """How many file descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - a path object an entry is waste
+
+    def cpu_seconds(self) -> float:
+        """Processor time it has used, user and system."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc_pid_stat(5)
+
+    def _status_field(self, name: str) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+        raise AssertionError(f"/proc/{self.pid}/status has no {name}")
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            try:
+                record = json.loads(line)
+                assert isinstance(record, dict)
+                assert "event" in record
+            except (ValueError, AssertionError):
+                record = None
+            with self._changed:
+                self._lines.append(line)
+                if record is None or "Traceback (most recent call last)" in line:
+                    self._noise.append(line.rstrip("\n"))
+                if record is not None:
+                    self._records.append(record)
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait(self, find: Callable[[], list[Record]], count: int, timeout: float) -> list[Record]:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while len(found := find()) < count:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._reader.is_alive():
+                    why = f"{timeout} s passed" if self._reader.is_alive() else "the tunnel ended"
+                    raise AssertionError(f"{why}; {len(found)} of {count} records; its log:\n{''.join(self._lines)}")
+                self._changed.wait(min(left, 0.5))
+        return found
+
+    def _end(self) -> bool:
+        """Make sure that nothing is left; true when there was something beside the process itself."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        orphans = True
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # its own session, so its own process group
+        except ProcessLookupError:
+            orphans = False
+        self._reader.join(PATIENCE)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        self._folder.cleanup()
+        return orphans
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What came back for a handshake; ``leftover`` is what followed the head in the same reads."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    leftover: bytes
+
+
+def connect_tcp(tunnel: Tunnel, timeout: float = PATIENCE) -> socket.socket:
+    """A TCP connection to the tunnel's first TCP listener, with nothing sent on it."""
+    return socket.create_connection(("127.0.0.1", tunnel.port), timeout)
+
+
+def client_context(tunnel: Tunnel, alpn: Iterable[str] = ()) -> ssl.SSLContext:
+    """A context that trusts the tunnel's authority and nothing else; narrow it further as the test needs."""
+    context = ssl.create_default_context(cafile=tunnel.ca)
+    if alpn := list(alpn):
+        context.set_alpn_protocols(alpn)
+    return context
+
+
+def connect_tls(
+    tunnel: Tunnel,
+    *,
+    server_name: str | None = "localhost",
+    context: ssl.SSLContext | None = None,
+    timeout: float = PATIENCE,
+) -> ssl.SSLSocket:
+    """A TLS connection to the tunnel, handshake done. An end without ``close_notify`` raises `ssl.SSLEOFError`."""
+    plain = connect_tcp(tunnel, timeout)
+    try:
+        return (context or client_context(tunnel)).wrap_socket(
+            plain, server_hostname=server_name, suppress_ragged_eofs=False
+        )
+    except BaseException:
+        plain.close()
+        raise
+
+
+def handshake_request(
+    path: str = "/", host: str = "localhost", headers: Iterable[Header] = (), key: str | None = None
+) -> bytes:
+    """The bytes of a correct upgrade request. ``key`` is random when None."""
+    lines = [
+        f"GET {path} HTTP/1.1",
+        f"Host: {host}",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Key: {key or base64.b64encode(secrets.token_bytes(16)).decode()}",
+        "Sec-WebSocket-Version: 13",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def read_answer(sock: socket.socket) -> Answer:
+    """Read one answer's head."""
+    head, leftover = _read_head(sock)
+    status_line, _, fields = head.partition(b"\r\n")
+    return Answer(int(status_line.split()[1]), http.client.parse_headers(io.BytesIO(fields)), leftover)
+
+
+def upgrade(sock: socket.socket, path: str = "/", headers: Iterable[Header] = (), *, host: str = "localhost") -> Answer:
+    """Send a correct upgrade request and read the answer's head; a 101 must carry the right accept token."""
+    key = base64.b64encode(secrets.token_bytes(16)).decode()
+    sock.sendall(handshake_request(path, host, headers, key))
+    answer = read_answer(sock)
+    if answer.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+        assert answer.headers["Sec-WebSocket-Accept"] == accept_token(key)
+    return answer
+
+
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """Read ``size`` bytes; an end before that fails the test."""
+    received = bytearray()
+    while len(received) < size:
+        some = sock.recv(min(size - len(received), 1 << 20))
+        assert some, f"the connection ended after {len(received)} of {size} bytes"
+        received += some
+    return bytes(received)
+
+
+def receive_all(sock: socket.socket) -> bytes:
+    """Read until the other side has ended."""
+    received = bytearray()
+    while some := sock.recv(1 << 16):
+        received += some
+    return bytes(received)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a RST (SO_LINGER 0), as a crashed peer does; of a TLS socket too, without ``close_notify``."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    sock.close()
+
+
+def _read_head(sock: socket.socket) -> tuple[bytes, bytes]:
+    received = b""
+    while b"\r\n\r\n" not in received:
+        some = sock.recv(65536)
+        assert some, f"the connection ended within a head: {received!r}"
+        received += some
+    head, _, leftover = received.partition(b"\r\n\r\n")
+    return head + b"\r\n\r\n", leftover
+
+
+# --- origins ---------------------------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """An upgrade request as an origin received it; ``leftover`` is what followed it in the same reads."""
+
+    line: str
+    headers: http.client.HTTPMessage
+    leftover: bytes
+    head: bytes
+
+
+def accept_token(key: str) -> str:
+    """The Sec-WebSocket-Accept for a key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode() + _ACCEPT_GUID, usedforsecurity=False).digest()).decode()
+
+
+def read_request(sock: socket.socket) -> Request:
+    """Read one request's head."""
+    head, leftover = _read_head(sock)
+    line, _, fields = head.partition(b"\r\n")
+    return Request(line.decode("latin-1"), http.client.parse_headers(io.BytesIO(fields)), leftover, head)
+
+
+def switching_protocols(request: Request, headers: Iterable[Header] = ()) -> bytes:
+    """The bytes of a correct 101 for ``request``."""
+    lines = [
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {accept_token(request.headers['Sec-WebSocket-Key'])}",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def accept_upgrade(sock: socket.socket, headers: Iterable[Header] = ()) -> Request:
+    """Read the request and answer it with a correct 101."""
+    request = read_request(sock)
+    sock.sendall(switching_protocols(request, headers))
+    return request
+
+
+class RawOrigin:
+    """A TCP (or, with ``path``, Unix) server that runs ``handler(sock)`` in a thread for each connection.
+
+    The socket is closed when the handler returns. What a handler raises fails the test at the end of the ``with``,
+    but for `ConnectionError`: a peer that goes away is usually the test's subject. ``port`` asks for a certain port,
+    to start again where an earlier one stood.
+    """
+
+    def __init__(
+        self, handler: Callable[[socket.socket], None], *, port: int = 0, path: Path | None = None, backlog: int = 1024
+    ) -> None:
+        self._handler = handler
+        self._failures: list[BaseException] = []
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self.connections = 0
+        """Accepted so far."""
+        if path is None:
+            self._listener = socket.create_server(("127.0.0.1", port), backlog=backlog)
+            self.port: int = self._listener.getsockname()[1]
+            self.address = f"127.0.0.1:{self.port}"
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(path))
+            self._listener.listen(backlog)
+            self.address = f"unix:{path}"
+
+    def __enter__(self) -> Self:
+        self._acceptor = threading.Thread(target=self._accept, name="origin-accept", daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(); closing alone does not
+        self._listener.close()
+        self._acceptor.join(PATIENCE)
+        with self._lock:
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if error is None and self._failures:
+            raise self._failures[0]
+        if error is None:
+            assert not any(thread.is_alive() for thread in self._threads), "an origin's handler does not end"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._run, args=(sock,), name="origin-connection", daemon=True)
+            with self._lock:
+                self.connections += 1
+                self._sockets.add(sock)
+                self._threads = [other for other in self._threads if other.is_alive()]
+                self._threads.append(thread)
+                thread.start()
+
+    def _run(self, sock: socket.socket) -> None:
+        try:
+            self._handler(sock)
+        except ConnectionError:
+            pass
+        except BaseException as error:  # raised again in the test's own thread
+            self._failures.append(error)
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
+            sock.close()
+
+
+def echo_bytes(sock: socket.socket) -> None:
+    """A `RawOrigin` handler: accept the upgrade, then send every byte back; an end is answered with an end."""
+    request = accept_upgrade(sock)
+    some = request.leftover
+    while some or (some := sock.recv(65536)):
+        sock.sendall(some)
+        some = b""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+
+
+class WebsocketsOrigin:
+    """A real WebSocket server of the `websockets` library in a thread; echoes messages unless given a ``handler``.
+
+    Chooses the first of its ``subprotocols`` that the client offers; negotiates permessage-deflate unless
+    ``compression`` is None. `requests` are the upgrade requests it received.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[ServerConnection], Any] | None = None,
+        *,
+        subprotocols: Sequence[str] | None = None,
+        compression: str | None = "deflate",
+    ) -> None:
+        self._handler = handler or _echo_messages
+        self._subprotocols = [Subprotocol(name) for name in subprotocols] if subprotocols else None
+        self._compression = compression
+        self.requests: list[WebsocketsRequest] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="websockets-origin", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has failed and is closed already
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE)
+        if error is None and self._failure is not None:
+            raise self._failure
+        assert error is not None or not self._thread.is_alive(), "the websockets origin does not end"
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:  # raised again in the test's own thread
+            self._failure = error
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        async def handle(connection: ServerConnection) -> None:
+            assert connection.request is not None
+            self.requests.append(connection.request)
+            with contextlib.suppress(ConnectionClosed):
+                await self._handler(connection)
+
+        async with serve(
+            handle,
+            sock=self._listener,
+            subprotocols=self._subprotocols,
+            compression=self._compression,
+            max_size=None,
+        ):
+            await self._stop.wait()
+
+
+async def _echo_messages(connection: ServerConnection) -> None:
+    async for message in connection:
+        await connection.send(message)

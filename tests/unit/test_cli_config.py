@@ -1,0 +1,106 @@
+"""``tlstunnel config check``: what it prints, and its exit status."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from tlstunnel.cli import cli, main
+
+SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
+
+
+def check(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["config", "check", *arguments], catch_exceptions=False)
+
+
+def pair(folder: Path, name: str, days: int = 90) -> None:
+    """Write a self-signed certificate and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=days, hours=1))
+    (folder / f"{name}.pem").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / f"{name}-key.pem").write_bytes(private)
+
+
+def test_an_empty_file_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tlstunnel.toml").touch()
+    result = check()
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "listen    what start is told, or its default",
+        "site      none here: any name, to the origin that start is told, or its echo",
+        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_answer 30s, idle off, close 30s",
+        "ok",
+    ]
+    assert result.stderr == ""
+
+
+def test_the_summary(tmp_path: Path) -> None:
+    pair(tmp_path, "chat")
+    file = tmp_path / "t.toml"
+    file.write_text(
+        'listen = ["127.0.0.1:8443", "[::1]:8443"]\ntimeouts.idle = "15m"\n'
+        f'{SITE}names = ["chat.example", "*.chat.example"]\ndefault = true\ncert = "chat.pem"\nkey = "chat-key.pem"\n'
+        f'{SITE}names = ["b.example"]\n'
+    )
+    result = check(str(file))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "listen    127.0.0.1:8443, [::1]:8443",
+        f"site      chat.example, *.chat.example (default) -> localhost:3000, certificate {tmp_path}/chat.pem",
+        "site      b.example -> localhost:3000",
+        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_answer 30s, idle 15m, close 30s",
+        "ok",
+    ]
+    assert result.stderr == ""
+
+
+def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
+    for name in ("good", "a", "b"):
+        pair(tmp_path, name)
+    file = tmp_path / "t.toml"
+    pairs = [("good.pem", "good-key.pem"), ("none.pem", "good-key.pem"), ("a.pem", "b-key.pem")]
+    sites = [f'{SITE}names = ["n{index}"]\ncert = "{cert}"\nkey = "{key}"\n' for index, (cert, key) in enumerate(pairs)]
+    file.write_text("".join(sites))
+    result = check(str(file))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    missing, unmatched = result.stderr.splitlines()
+    assert missing.startswith(f"tlstunnel: {file}: sites[1]: {tmp_path}/none.pem: ")
+    assert unmatched.startswith(f"tlstunnel: {file}: sites[2]: {tmp_path}/b-key.pem: ")
+
+
+def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
+    pair(tmp_path, "old", days=3)
+    file = tmp_path / "t.toml"
+    file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\n')
+    result = check(str(file))
+    assert result.exit_code == 0
+    assert result.stdout.endswith("\nok\n")
+    assert result.stderr.startswith(f"tlstunnel: {file}: sites[0]: warning: {tmp_path}/old.pem: ")
+    assert "3 days" in result.stderr
+
+
+def test_a_wrong_file_is_one_line_and_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tlstunnel.toml").write_text("[timeouts]\nrequest = 10\n")
+    monkeypatch.setattr(sys, "argv", ["tlstunnel", "config", "check"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    expected = 'tlstunnel: tlstunnel.toml:2: timeouts.request: expected a duration such as "10s", got 10\n'
+    assert capsys.readouterr() == ("", expected)

@@ -1,0 +1,409 @@
+"""The configuration file: what it gives, and what is said about a wrong one."""
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
+from tlstunnel.config import (
+    Config,
+    Duration,
+    IdleTimeout,
+    Limits,
+    Log,
+    Release,
+    SiteConfig,
+    Timeout,
+    Timeouts,
+    decode,
+    load,
+)
+from tlstunnel.errors import ConfigurationError
+
+FOLDER = Path("/etc/tlstunnel")
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "configuration.md"
+SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
+
+
+def decoded(text: str) -> Config:
+    return decode(text, FOLDER, "t.toml")
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        decoded(text)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_an_empty_file_gives_the_defaults() -> None:
+    config = decoded("")
+    assert config == Config()
+    assert config.listen == ()
+    assert config.trusted_proxies == Networks()
+    assert config.timeouts == Timeouts(
+        tls_handshake=Timeout(10),
+        request=Timeout(10),
+        origin_connect=Timeout(5),
+        origin_answer=Timeout(30),
+        idle=None,
+        close=Timeout(30),
+    )
+    assert config.limits.unfinished_handshakes == 4096
+    assert config.release == Release(drain_wait=Duration(0), drain_over=Duration(60))
+    assert config.log == Log(format="text", opened=False)
+    assert config.sites == ()
+
+
+def test_every_key_arrives() -> None:
+    config = decoded(
+        """
+        listen = ["127.0.0.1:8443", "unix:/run/t.sock"]
+        trusted_proxies = ["10.0.0.0/8", "::1"]
+        timeouts.tls_handshake = "1s"
+        timeouts.request = "2s"
+        timeouts.origin_connect = "3s"
+        timeouts.origin_answer = "4s"
+        timeouts.idle = "5m"
+        timeouts.close = "6s"
+        limits.unfinished_handshakes = 10
+        release = {drain_wait = "1h", drain_over = "0s"}
+        log = {format = "json", opened = true}
+        [[sites]]
+        names = ["Chat.example.", "*.bücher.example"]
+        default = true
+        cert = "certs/chat.pem"
+        key = "/etc/keys/chat.pem"
+        origins = ["unix:chat.sock"]
+        [[sites]]
+        origins = ["ws://localhost"]
+        """
+    )
+    assert config == Config(
+        listen=(ListenAddress("127.0.0.1", 8443), ListenAddress(None, 0, "/run/t.sock")),
+        trusted_proxies=Networks.parse(["10.0.0.0/8", "::1"]),
+        timeouts=Timeouts(
+            tls_handshake=Timeout(1),
+            request=Timeout(2),
+            origin_connect=Timeout(3),
+            origin_answer=Timeout(4),
+            idle=IdleTimeout(300),
+            close=Timeout(6),
+        ),
+        limits=Limits(unfinished_handshakes=10),
+        release=Release(drain_wait=Duration(3600), drain_over=Duration(0)),
+        log=Log(format="json", opened=True),
+        sites=(
+            SiteConfig(
+                names=("chat.example", "*.xn--bcher-kva.example"),
+                default=True,
+                cert=FOLDER / "certs/chat.pem",
+                key=Path("/etc/keys/chat.pem"),
+                origins=(OriginAddress(None, 0, "/etc/tlstunnel/chat.sock"),),
+            ),
+            SiteConfig(names=("*",), origins=(OriginAddress("localhost", 80),)),
+        ),
+    )
+
+
+def test_idle_can_be_off() -> None:
+    assert decoded('timeouts.idle = "off"').timeouts.idle is None
+
+
+def test_a_relative_folder_gives_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = decode(f'{SITE}cert = "a.pem"\nkey = "b.pem"', Path("etc"), "t.toml").sites[0]
+    assert (site.cert, site.key) == (tmp_path / "etc/a.pem", tmp_path / "etc/b.pem")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "again"),
+    [
+        ("250ms", 0.25, "0.25s"),
+        ("0s", 0, "0s"),
+        ("0d", 0, "0s"),
+        ("1.5s", 1.5, "1.5s"),
+        ("90s", 90, "90s"),
+        ("900s", 900, "15m"),
+        ("15m", 900, "15m"),
+        ("24h", 86400, "24h"),
+        ("60s", 60, "60s"),
+        ("7d", 604800, "7d"),
+        ("366d", 31622400, "366d"),
+    ],
+)
+def test_durations(text: str, seconds: float, again: str) -> None:
+    duration = Duration.parse(text)
+    assert duration == seconds
+    assert str(duration) == again
+    assert Duration.parse(again) == duration
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "s", "10 s", "-1s", "+1s", "1e3s", ".5s", "5.s", "10S", "10sec", "\uff11s", "1s\n"]
+)
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match='expected a duration such as "10s", got "'):
+        Duration.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # Unknown keys.
+        (
+            'log.opened = true\n\n[timeouts]\n# why\nreqeust = "10s"',
+            't.toml:5: timeouts: unknown key "reqeust"; did you mean "request"?',
+        ),
+        ("[site]", 't.toml:1: unknown key "site"; did you mean "sites"?'),
+        (f"{SITE}{SITE}cret = 'a'", 't.toml:5: sites[1]: unknown key "cret"; did you mean "cert"?'),
+        ("[release]\nx = 1", 't.toml:2: release: unknown key "x"; the keys here are drain_wait, drain_over'),
+        ('"a\\nb` - at `$.log" = 1', 't.toml:1: unknown key "a\\nb` - at `$.log"; the keys here are listen,'),
+        ("sites = [1, {x = 1}]", 't.toml:1: sites[1]: unknown key "x"; the keys here are names,'),
+        # Values of another type.
+        ("log = 3", "t.toml:1: log: expected a table, got 3"),
+        ("[log]\nopened = 1", "t.toml:2: log.opened: expected true or false, got 1"),
+        ("[log]\nopened = 'yes'", 't.toml:2: log.opened: expected true or false, got "yes"'),
+        ("[log]\nformat = 'xml'", 't.toml:2: log.format: expected "text" or "json", got "xml"'),
+        ("[log]\nformat = 1979-05-27", "t.toml:2: log.format: expected a string, got 1979-05-27"),
+        ("[timeouts]\nrequest = 10", 't.toml:2: timeouts.request: expected a duration such as "10s", got 10'),
+        ("[timeouts]\nrequest = nan", 't.toml:2: timeouts.request: expected a duration such as "10s", got nan'),
+        ("[timeouts]\nrequest = {}", 't.toml:2: timeouts.request: expected a duration such as "10s", got a table'),
+        ("[timeouts]\nrequest = '10'", 't.toml:2: timeouts.request: expected a duration such as "10s", got "10"'),
+        ("[timeouts]\nidle = false", 't.toml:2: timeouts.idle: expected a duration such as "15m", or "off", got false'),
+        ("[timeouts]\nidle = 'never'", 'expected a duration such as "15m", or "off", got "never"'),
+        ("limits.unfinished_handshakes = '9'", 'unfinished_handshakes: expected a whole number, got "9"'),
+        ("limits.unfinished_handshakes = 10.0", "unfinished_handshakes: expected a whole number, got 10.0"),
+        ("limits.unfinished_handshakes = 9", "unfinished_handshakes: expected a whole number >= 10, got 9"),
+        ("limits.unfinished_handshakes = 1000001", "expected a whole number <= 1000000, got 1000001"),
+        ("limits.unfinished_handshakes = 0x" + "f" * 5000, "<= 1000000, got a number of more than 64 bits"),
+        ("listen = '127.0.0.1:8443'", 't.toml:1: listen: expected an array such as ["127.0.0.1:8443"], got "127'),
+        ("listen = [8443]", 't.toml:1: listen[0]: expected a string such as "127.0.0.1:8443", got 8443'),
+        ("trusted_proxies = {}", 't.toml:1: trusted_proxies: expected an array such as ["10.0.0.0/8"], got a table'),
+        ("trusted_proxies = [[]]", 'trusted_proxies[0]: expected a string such as "10.0.0.0/8", got an array'),
+        ("[sites]\norigins = []", "t.toml:1: sites: expected an array of tables, got a table; write [[sites]]"),
+        ("sites = 1", "t.toml:1: sites: expected an array, got 1"),
+        ("sites = [1]", "t.toml:1: sites[0]: expected a table, got 1"),
+        (f"{SITE}cert = 1", "t.toml:3: sites[0].cert: expected the path of a PEM file, got 1"),
+        (f"{SITE}key = ''", 't.toml:3: sites[0].key: expected the path of a PEM file, got ""'),
+        (f'{SITE}key = "a\\u0000b"', 'sites[0].key: expected the path of a PEM file, got "a\\x00b"'),
+        # Values out of their range or grammar.
+        (
+            "[timeouts]\nclose = '0s'",
+            't.toml:2: timeouts.close: expected a duration such as "10s", longer than zero, got',
+        ),
+        ("[timeouts]\nidle = '0s'", 'expected a duration such as "15m", or "off", longer than zero, got "0s"'),
+        ("[timeouts]\nclose = '367d'", 'expected a duration such as "10s", of 366 days at most, got "367d"'),
+        ('listen = [\n"127.0.0.1:1", # one\n\n"8443"\n]', 't.toml:4: listen[1]: "8443" names no host'),
+        ('trusted_proxies = [ # 1\n"::1",\n"10.0.0.1/8"\n]', "t.toml:3: trusted_proxies[1]: "),
+        ('[[sites]]\nnames = ["a b"]', 't.toml:2: sites[0].names[0]: "a b" is not a host name'),
+        (
+            '[[sites]]\norigins = ["wss://a"]',
+            't.toml:2: sites[0].origins[0]: "wss://a": TLS to origins is not there yet',
+        ),
+        # Contradictions.
+        ('listen = ["[::1]:1", "[0::1]:1"]', "t.toml:1: listen[1]: [::1]:1 stands here twice"),
+        ("[[sites]]\nnames = []", "t.toml:2: sites[0].names: expected at least one name"),
+        ("\n[[sites]]\n", 't.toml:2: sites[0].origins: expected one origin, such as origins = ["localhost:3000"]'),
+        ("[[sites]]\norigins = []", "t.toml:2: sites[0].origins: expected one origin, such as"),
+        ('[[sites]]\norigins = ["a:1", "b:1"]', "t.toml:2: sites[0].origins: expected one origin; several origins of"),
+        (f"{SITE}cert = 'a'", "t.toml:3: sites[0].cert: a certificate needs its key"),
+        (f"{SITE}key = 'a'", "t.toml:3: sites[0].key: a key needs its certificate"),
+        (
+            f"{SITE}names = ['A.b']\n{SITE}names = [\n'c.d',\n'a.b.',\n]",
+            't.toml:8: sites[1].names[1]: "a.b" is a name of sites[0] already',
+        ),
+        (f"{SITE}names = ['a', 'a']", 't.toml:3: sites[0].names[1]: "a" is a name of sites[0] already'),
+        (
+            SITE + SITE,
+            't.toml:3: sites[1].names[0]: "*" is a name of sites[0] already, and of every site without names',
+        ),
+        (
+            f"{SITE}default = true\n{SITE}names=['a']\n{SITE}names=['b']\ndefault = true",
+            "t.toml:10: sites[2].default: sites[0] is the default already; there can be one",
+        ),
+        # Not TOML.
+        ("listen = [\n", "t.toml:1: not TOML: "),
+        ("a = 1\na = 2", "t.toml:2: not TOML: cannot overwrite a value"),
+        ("a = " + "[" * 100_000, "t.toml: arrays or tables are nested too deeply"),
+        ("a = " + "1" * 5000, "t.toml: a number has thousands of digits"),
+    ],
+)
+def test_what_is_said(text: str, message: str) -> None:
+    assert message in refusal(text)
+
+
+@pytest.mark.parametrize("before", ["", "\n# log.opened = 1\n", "log.format = 'text'\nlimits = {}\n"])
+@pytest.mark.parametrize("after", ["", "[release]\n\ndrain_over = '1s'", "[[sites]]\nnames = [\n]\n"])
+def test_a_value_of_several_lines_is_at_its_first(before: str, after: str) -> None:
+    text = f'{before}log.opened = """\n[log]\nopened = 1\n"""\n{after}'
+    line = before.count("\n") + 1
+    assert refusal(text).startswith(f"t.toml:{line}: log.opened: expected true or false, got ")
+
+
+def test_the_line_in_a_large_file() -> None:
+    sites = [f'[[sites]]\nnames = ["n{number}.example"]\norigins = ["localhost:1"]\n' for number in range(300)]
+    sites[123] = sites[123].replace("localhost:1", "localhost")
+    assert refusal("".join(sites)).startswith(f"t.toml:{123 * 3 + 3}: sites[123].origins[0]: ")
+
+
+def test_the_line_in_a_file_with_carriage_returns() -> None:
+    text = "[log]\nopened = true\n[timeouts]\nrequest = '1'\nclose = '1s'\n"
+    assert refusal(text.replace("\n", "\r\n")).startswith("t.toml:4: timeouts.request: ")
+
+
+def test_load(tmp_path: Path) -> None:
+    file = tmp_path / "tlstunnel.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + f"{SITE}cert = 'a.pem'\r\nkey = 'b.pem'\r\n".encode())
+    assert load(file).sites[0].cert == tmp_path / "a.pem"
+
+
+def test_load_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "tlstunnel.toml"
+    with pytest.raises(ConfigurationError, match=re.escape(f"{file}: cannot be read: No such file or directory")):
+        load(file)
+    file.write_bytes(b"[log]\n# \xff\n")
+    with pytest.raises(ConfigurationError, match=re.escape(f"{file}:2: the file is not UTF-8")):
+        load(file)
+    file.write_text("log = 1")
+    with pytest.raises(ConfigurationError, match=re.escape(f"{file}:1: log: expected a table")):
+        load(file)
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",\n".join(map(toml, value)) + "]"
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+KEYS = [name for table in (Config, Timeouts, Limits, Release, Log, SiteConfig) for name in table.__struct_fields__]
+VALUES = [
+    "10s",
+    "0s",
+    "off",
+    "json",
+    "*",
+    "a.example",
+    "localhost:3000",
+    "127.0.0.1:1",
+    "10.0.0.0/8",
+    "a.pem",
+    "unix:/a",
+]
+keys = st.one_of(st.sampled_from(KEYS), st.text(max_size=5))
+values = st.recursive(
+    st.one_of(st.sampled_from(VALUES), st.text(max_size=8), st.integers(), st.booleans(), st.floats()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=4)),
+    max_leaves=12,
+)
+fields: dict[str, st.SearchStrategy[Any]] = {
+    "listen": st.lists(st.one_of(st.sampled_from(VALUES), values), max_size=3),
+    "trusted_proxies": st.lists(st.one_of(st.sampled_from(VALUES), values), max_size=3),
+    "timeouts": st.dictionaries(
+        st.sampled_from(Timeouts.__struct_fields__), st.one_of(st.sampled_from(VALUES), values)
+    ),
+    "log": st.dictionaries(st.sampled_from(Log.__struct_fields__), values),
+    "sites": st.lists(
+        st.fixed_dictionaries(
+            {"origins": st.one_of(st.just(["localhost:3000"]), values)},
+            optional=dict.fromkeys(("names", "default", "cert", "key", "other"), values),
+        ),
+        max_size=3,
+    ),
+}
+documents = st.one_of(st.fixed_dictionaries({}, optional=fields), st.dictionaries(keys, values, max_size=5))
+
+
+@given(document=documents)
+def test_no_document_raises_anything_else(document: dict[str, Any]) -> None:
+    text = "\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in document.items())
+    messages = []
+    try:
+        config = decoded(text)
+    except ConfigurationError as error:
+        messages.append(str(error))
+    else:
+        assert isinstance(config, Config)
+        hash(config)
+    for message in messages:
+        assert re.match(r"t\.toml:[0-9]+: ", message)
+        assert len(message.splitlines()) == 1
+
+
+@given(text=st.one_of(st.text(), st.text(alphabet="[]{}=\"'.#\nlogsite 1", max_size=40)))
+def test_no_text_raises_anything_else(text: str) -> None:
+    try:
+        decoded(text)
+    except ConfigurationError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert len(message.splitlines()) <= 1
+
+
+def section(heading: str) -> str:
+    _, _, rest = DOCUMENTATION.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    return rest.partition("\n## ")[0]
+
+
+def documented(heading: str) -> dict[str, tuple[str, str]]:
+    """Give the default and the reason of each key in a section's table."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*)\| ([^|]+) \|$", section(heading), re.MULTILINE)
+    return {key: (default.strip(), reason) for key, default, reason in rows}
+
+
+def written(value: object) -> str:
+    """Write a default as the documentation does."""
+    match value:
+        case msgspec.Struct():
+            return ""
+        case None:
+            return "none"
+        case Duration():
+            return f'`"{value}"`'
+        case tuple() | Networks():
+            return f"`{json.dumps(list(value))}`"
+        case _:
+            return f"`{json.dumps(value)}`"
+
+
+@pytest.mark.parametrize(
+    ("heading", "table"),
+    [
+        ("The top of the file", Config),
+        ("`[timeouts]`", Timeouts),
+        ("`[limits]`", Limits),
+        ("`[release]`", Release),
+        ("`[log]`", Log),
+        ("`[[sites]]`", SiteConfig),
+    ],
+)
+def test_the_documentation_has_every_key_and_its_default(heading: str, table: type[msgspec.Struct]) -> None:
+    defaults = {name: written(getattr(table(), name)) for name in table.__struct_fields__}
+    exceptions = {"idle": '`"off"`', "origins": "required", "sites": "`[]`"}
+    expected = {name: exceptions.get(name, default) for name, default in defaults.items()}
+    assert {key: default for key, (default, _) in documented(heading).items()} == expected
+
+
+def test_every_table_is_documented() -> None:
+    tables = {name for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type(Config))}
+    headings = set(re.findall(r"^## `\[+(\w+)\]+`$", DOCUMENTATION.read_text(encoding="utf-8"), re.MULTILINE))
+    assert headings == tables | {"sites"}
+
+
+def test_the_example_of_the_documentation_works() -> None:
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", section("A complete example"), re.MULTILINE | re.DOTALL)
+    config = decoded(example)
+    assert len(config.sites) == 2
+    for key in KEYS:
+        assert re.search(rf"^(?:\[+{key}\]+$|{key} = )", example, re.MULTILINE), key

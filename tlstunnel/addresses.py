@@ -1,0 +1,271 @@
+"""Addresses as people write them: where to listen, where an origin is, whom to trust, what a site is called.
+
+Nothing here opens a socket or asks the DNS. Every parser raises ``ValueError`` with a sentence for the person who wrote
+the text; the caller adds where it stood.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import idna
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# sockaddr_un.sun_path has 108 bytes, the last of them NUL (unix(7)).
+_UNIX_PATH_BYTES = 107
+# RFC 1035 section 2.3.4. Underscores are in no host name of RFC 1123, but in container and service names.
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_NAME_BYTES = 253
+# What resolvers read as an IPv4 address in one of inet_aton's old forms: 127.1, 0x7f.1, 2130706433.
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_PORT = re.compile(r"[0-9]{1,5}")
+_WITHOUT_HOST = re.compile(r"(?:\*?:)?([0-9]{1,5})")
+_BRACKETED = re.compile(r"\[([^\[\]]*)\](?::(.*))?", re.DOTALL)
+_QUOTED_LENGTH = 100
+
+
+def quoted(text: str) -> str:
+    """Put a text into quotes for a one-line message: cut when long, whatever is not printable escaped."""
+    cut = text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "…"
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut) + '"'
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where to listen: ``host`` and ``port``, or the ``path`` of a Unix socket (then ``host`` is None, ``port`` 0).
+
+    ``host`` is an IP address in its shortest form, without brackets, or a host name in lower case. Port 0 lets the
+    system choose.
+    """
+
+    host: str | None
+    port: int
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:/absolute/path``. Raises ValueError."""
+        if text.startswith("unix:"):
+            return cls(None, 0, _unix_path(text, None))
+        if alone := _WITHOUT_HOST.fullmatch(text):
+            every = f"0.0.0.0:{alone[1]} for every IPv4 address, [::]:{alone[1]} for every IPv6 address"
+            raise ValueError(f"{quoted(text)} names no host; write 127.0.0.1:{alone[1]} for this machine only, {every}")
+        host, port = _host_and_port(text, "127.0.0.1:8443")
+        return cls(host, port)
+
+    def __str__(self) -> str:
+        return _written(self.host, self.port, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class OriginAddress:
+    """The server behind: ``host`` and ``port``, or the ``path`` of a Unix socket (then ``host`` is None, ``port`` 0).
+
+    ``host`` is an IP address in its shortest form, without brackets, or a host name in lower case with A-labels.
+    ``text`` is what was written, and plays no part in comparisons.
+    """
+
+    host: str | None
+    port: int
+    path: str | None = None
+    text: str = field(default="", compare=False)
+
+    @classmethod
+    def parse(cls, text: str, folder: Path | None = None) -> Self:
+        """Read ``HOST:PORT``, ``ws://HOST[:PORT][/]`` or ``unix:PATH``. Raises ValueError.
+
+        A relative path is taken from ``folder`` (the configuration file's); without one it is refused.
+        """
+        if text.startswith("unix:"):
+            return cls(None, 0, _unix_path(text, folder), text)
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            if alone := _WITHOUT_HOST.fullmatch(text):
+                raise ValueError(f"{quoted(text)} names no host; write localhost:{alone[1]}")
+            host, port = _host_and_port(text, "localhost:3000")
+        else:
+            authority = _authority(text, scheme.lower(), rest)
+            host, port = _host_and_port(authority, "ws://localhost:3000", default_port=80)
+        if not port:
+            raise ValueError(f"{quoted(text)}: the port of an origin is a number from 1 to 65535")
+        return cls(host, port, None, text)
+
+    def __str__(self) -> str:
+        return _written(self.host, self.port, self.path)
+
+
+class Networks:
+    """A set of IPv4 and IPv6 networks that answers ``address in networks``. It never changes.
+
+    An address is a string or an object of ``ipaddress``; an IPv4-mapped IPv6 address is taken for the IPv4 one, and
+    what is no address is in no network.
+    """
+
+    __slots__ = ("_networks",)
+
+    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
+        self._networks = tuple(dict.fromkeys(networks))
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Self:
+        """Read networks such as ``10.0.0.0/8``, or addresses, which stand for themselves alone. Raises ValueError."""
+        return cls(map(_network, texts))
+
+    def __contains__(self, address: object) -> bool:
+        if isinstance(address, str):
+            try:
+                address = ipaddress.ip_address(address)
+            except ValueError:
+                return False
+        if isinstance(address, ipaddress.IPv6Address):
+            address = address.ipv4_mapped or address
+        return isinstance(address, IPAddress) and any(address in network for network in self._networks)
+
+    def __iter__(self) -> Iterator[IPNetwork]:
+        return iter(self._networks)
+
+    def __len__(self) -> int:
+        return len(self._networks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Networks) and frozenset(self._networks) == frozenset(other._networks)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._networks))
+
+    def __repr__(self) -> str:
+        return f"Networks.parse({[str(network) for network in self._networks]})"
+
+
+def canonical_name(text: str) -> str:
+    """Give a site's name the one form in which names are compared: lower case, A-labels, no trailing dot.
+
+    Takes a host name, one below ``*.`` (any one label), ``*`` (any name), or an IP address (IPv6 with or without
+    brackets, given back without). Raises ValueError.
+    """
+    if text == "*":
+        return text
+    if text.startswith("*."):
+        return "*." + _host_name(text[2:])
+    if text.startswith("[") and text.endswith("]"):
+        return _ipv6(text[1:-1], zone=False)
+    if text.count(":") == 1:
+        raise ValueError(f"{quoted(text)} has a port; a name has none")
+    return _ipv6(text, zone=False) if ":" in text else _host(text)
+
+
+def _written(host: str | None, port: int, path: str | None) -> str:
+    if host is None:
+        return f"unix:{path}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _unix_path(text: str, folder: Path | None) -> str:
+    path = Path(text.removeprefix("unix:"))
+    if not path.name or "\0" in text:
+        raise ValueError(f"{quoted(text)} names no socket file; write unix:/run/chat.sock")
+    if not path.is_absolute():
+        if folder is None:
+            raise ValueError(f"{quoted(text)} is a relative path; write an absolute one, such as unix:/run/chat.sock")
+        path = folder.absolute() / path
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise ValueError(f"{quoted(text)} cannot be the name of a file here") from None
+    if length > _UNIX_PATH_BYTES:
+        raise ValueError(f"{quoted(text)}: the path is longer than the {_UNIX_PATH_BYTES} bytes that a socket may have")
+    return str(path)
+
+
+def _authority(text: str, scheme: str, rest: str) -> str:
+    """Give the ``HOST[:PORT]`` of an origin's URL, and refuse whatever else a URL can hold."""
+    if scheme in ("wss", "https"):
+        raise ValueError(f"{quoted(text)}: TLS to origins is not there yet; write ws://, for an origin without TLS")
+    if scheme != "ws":
+        raise ValueError(f"{quoted(text)}: an origin is host:port, ws://host:port or unix:/path")
+    if "@" in rest:  # the text is not shown: it may hold a password
+        raise ValueError("an origin has no user and no password; write ws://host:port")
+    if "?" in rest or "#" in rest:
+        raise ValueError(f"{quoted(text)}: an origin has no query and no fragment; the client's request brings its own")
+    authority, _, path = rest.partition("/")
+    if path:
+        raise ValueError(f"{quoted(text)}: an origin has no path; the client's request brings its own")
+    return authority
+
+
+def _host_and_port(text: str, example: str, default_port: int | None = None) -> tuple[str, int]:
+    if bracketed := _BRACKETED.fullmatch(text):
+        host, port = _ipv6(bracketed[1], zone=True), bracketed[2]
+    elif text.count(":") > 1:
+        raise ValueError(f"{quoted(text)} is not HOST:PORT; an IPv6 address stands in brackets, such as [::1]:8443")
+    else:
+        name, separator, after = text.partition(":")
+        host, port = _host(name), after if separator else None
+    if port is None:
+        if default_port is None:
+            raise ValueError(f"{quoted(text)} has no port; write it behind a colon, such as {example}")
+        return host, default_port
+    if not _PORT.fullmatch(port) or int(port) > 65535:
+        raise ValueError(f"{quoted(port)} in {quoted(text)} is not a port, which is a number up to 65535")
+    return host, int(port)
+
+
+def _host(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        return _host_name(text)
+
+
+def _ipv6(text: str, *, zone: bool) -> str:
+    _, separator, name = text.partition("%")
+    try:
+        if separator and not (zone and _ZONE.fullmatch(name)):
+            raise ValueError
+        return str(ipaddress.IPv6Address(text))
+    except ValueError:
+        raise ValueError(f"{quoted(text)} is not an IPv6 address") from None
+
+
+def _host_name(text: str) -> str:
+    """Give a host name in lower case and A-labels (IDNA 2008 after the mapping of UTS 46), without a trailing dot."""
+    try:
+        # Punycode is never shorter than what it stands for, and the bound comes before any work on a long text.
+        if len(text) > _NAME_BYTES + 1:
+            raise ValueError
+        name = text.lower() if text.isascii() else idna.encode(text, uts46=True).decode()
+        name = name.removesuffix(".")
+        labels = name.split(".")
+        if len(name) > _NAME_BYTES or not all(map(_LABEL.fullmatch, labels)) or _NUMBER.fullmatch(labels[-1]):
+            raise ValueError
+        for label in labels:
+            if label.startswith("xn--"):
+                idna.ulabel(label)
+    except ValueError:
+        raise ValueError(f"{quoted(text)} is not a host name or an IP address") from None
+    return name
+
+
+def _network(text: str) -> IPNetwork:
+    address, slash, length = text.partition("/")
+    try:
+        if "%" in text or (slash and not length.isdecimal()):
+            raise ValueError
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"{quoted(text)} is not a network, such as 10.0.0.0/8 or 2001:db8::/32") from None
+    if ipaddress.ip_address(address) != network.network_address:
+        raise ValueError(
+            f"{quoted(text)} has bits set behind the /{length}; write {network}, or {address} for that alone"
+        )
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        inner = f"{network.network_address.ipv4_mapped}/{network.prefixlen - 96}"
+        raise ValueError(f"{quoted(text)}: IPv4-mapped addresses are taken for IPv4 ones; write {inner}")
+    return network

@@ -1,0 +1,160 @@
+"""PEM files read, and what a certificate says as text that is safe to show."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from tlstunnel.errors import CertificateError
+
+# The names people know; OpenSSL's and cryptography's are SEC 2's.
+_CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFacts:
+    """What a certificate says, escaped for display: its text was chosen by whoever asked for it.
+
+    ``subject`` and ``issuer`` are RFC 4514 strings; ``names`` the DNS names, addresses, URIs and mailboxes of
+    subjectAltName; ``not_before`` and ``not_after`` are aware (UTC); ``serial`` and ``sha256`` (the fingerprint of the
+    DER form) are hexadecimal; ``key`` is like ``ECDSA P-256``, ``RSA 2048`` or ``Ed25519``.
+    """
+
+    subject: str
+    issuer: str
+    names: tuple[str, ...]
+    not_before: datetime
+    not_after: datetime
+    serial: str
+    sha256: str
+    key: str
+    is_ca: bool
+
+    def days_left(self, now: datetime) -> int:
+        """Whole days until ``not_after``, rounded down: negative as soon as it has passed."""
+        return (self.not_after - now).days
+
+
+def facts(cert: x509.Certificate) -> CertificateFacts:
+    """Say what ``cert`` holds.
+
+    Raises CertificateError for one whose names or extensions cannot be decoded.
+    """
+    try:
+        return CertificateFacts(
+            subject=_printable(cert.subject.rfc4514_string()),
+            issuer=_printable(cert.issuer.rfc4514_string()),
+            names=_names(cert),
+            not_before=cert.not_valid_before_utc,
+            not_after=cert.not_valid_after_utc,
+            serial=f"{cert.serial_number:x}",
+            sha256=cert.fingerprint(hashes.SHA256()).hex(),
+            key=_key(cert),
+            is_ca=is_ca(cert),
+        )
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise CertificateError(f"a certificate cannot be decoded: {_printable(str(error))}") from error
+
+
+def is_ca(cert: x509.Certificate) -> bool:
+    """Whether ``cert`` may sign others (RFC 5280 section 4.2.1.9)."""
+    try:
+        return cert.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def read(path: Path) -> list[x509.Certificate]:
+    """Read every certificate of a PEM file, in its order.
+
+    Raises CertificateError, naming the file, when it cannot be read, holds no certificate or one that is damaged.
+    """
+    data = _read_bytes(path)
+    if b"-----BEGIN CERTIFICATE-----" not in data:
+        what = "a private key, no certificate" if b"PRIVATE KEY-----" in data else "no certificate in PEM form"
+        raise CertificateError(f"{path}: holds {what}")
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except (ValueError, x509.InvalidVersion) as error:
+        raise CertificateError(f"{path}: holds a damaged certificate: {_printable(str(error))}") from error
+
+
+def read_key(path: Path) -> PrivateKeyTypes:
+    """Read the private key of a PEM file.
+
+    Raises CertificateError, naming the file, when it cannot be read, holds no key, or one that is damaged, of a kind
+    we do not know, or encrypted.
+    """
+    data = _read_bytes(path)
+    if b"PRIVATE KEY-----" not in data:
+        what = "a certificate, no private key" if b"-----BEGIN CERTIFICATE-----" in data else "no private key"
+        raise CertificateError(f"{path}: holds {what} in PEM form")
+    try:
+        return load_pem_private_key(data, password=None)
+    except TypeError as error:  # cryptography's way to ask for a passphrase
+        raise encrypted(path) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise CertificateError(f"{path}: holds a damaged or unknown private key") from error
+
+
+def belongs(key: PrivateKeyTypes, cert: x509.Certificate) -> bool:
+    """Whether ``key`` is the private key of ``cert``."""
+    try:
+        return key.public_key() == cert.public_key()
+    except (UnsupportedAlgorithm, ValueError):  # a kind of key we do not know
+        return False
+
+
+def encrypted(path: Path) -> CertificateError:
+    """Say that the key in ``path`` has a passphrase."""
+    return CertificateError(
+        f"{path}: the private key is encrypted, which is not supported yet; `openssl pkey -in {path}` decrypts it"
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CertificateError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data.strip():
+        raise CertificateError(f"{path}: is empty")
+    return data
+
+
+def _names(cert: x509.Certificate) -> tuple[str, ...]:
+    try:
+        alternative = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    shown = (x509.DNSName, x509.IPAddress, x509.UniformResourceIdentifier, x509.RFC822Name)
+    return tuple(_printable(str(name.value).replace("\\", "\\\\")) for name in alternative if isinstance(name, shown))
+
+
+def _key(cert: x509.Certificate) -> str:
+    try:
+        key = cert.public_key()
+    except (UnsupportedAlgorithm, ValueError):
+        return f"unknown ({cert.public_key_algorithm_oid.dotted_string})"
+    match key:
+        case rsa.RSAPublicKey():
+            return f"RSA {key.key_size}"
+        case ec.EllipticCurvePublicKey():
+            return f"ECDSA {_CURVES.get(key.curve.name, key.curve.name)}"
+        case ed25519.Ed25519PublicKey():
+            return "Ed25519"
+        case ed448.Ed448PublicKey():
+            return "Ed448"
+        case _:
+            return type(key).__name__.removesuffix("PublicKey")
+
+
+def _printable(text: str) -> str:
+    r"""Write what does not print (controls, line ends, direction marks) as RFC 4514 section 2.4's pairs: ``\1B``."""
+    return "".join(c if c.isprintable() else "".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)

@@ -1,0 +1,271 @@
+"""A test certificate authority in a folder, and certificates signed by it.
+
+For development and tests. Keys are P-256, as browsers and every TLS library take them; the lives are those that
+clients bear: Apple refuses leaves of more than 825 days, public authorities give 398 at most.
+"""
+
+import fcntl
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import idna
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from tlstunnel.certificates import describe
+from tlstunnel.errors import CertificateError
+
+CA_LIFE = timedelta(days=3650)
+LEAF_LIFE = timedelta(days=397)
+# A client whose clock is behind must be able to use a certificate made a moment ago.
+CLOCK_SKEW = timedelta(hours=1)
+# ``ensure`` renews when no more than this is left: a day's work with `tlstunnel start` never ends in an expired one.
+RENEW_BEFORE = timedelta(days=1)
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+# RFC 1123 section 2.1: letters, digits, hyphens within; 63 a label.
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+_San = x509.DNSName | x509.IPAddress
+_SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """Where the files are: the CA's certificate, the leaf with its chain, the leaf's key; whether the CA is new."""
+
+    ca: Path
+    cert: Path
+    key: Path
+    ca_created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Authority:
+    chain: tuple[x509.Certificate, ...]
+    key: _SigningKey
+    created: bool
+
+
+def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued:
+    """Issue a certificate for ``names`` (none: localhost) into ``folder``, by the CA there or by a new one.
+
+    ``force`` replaces an existing certificate and key of that name, never the CA.
+    Raises CertificateError for a name that is none, files that exist, a CA that cannot sign, or a folder that cannot
+    be written.
+    """
+    wanted = tuple(dict.fromkeys(_general_name(name) for name in names or LOCAL_NAMES))
+    stem = _stem(wanted[0])
+    with _locked(folder):
+        return _issue(wanted, stem, folder, force=force)
+
+
+def ensure(folder: Path) -> Issued:
+    """Give a usable ``localhost`` certificate in ``folder``: the one that is there, else a new one.
+
+    Raises CertificateError as ``create`` does.
+    """
+    with _locked(folder):
+        issued = Issued(folder / "ca.pem", folder / "localhost.pem", folder / "localhost-key.pem", ca_created=False)
+        if _usable(issued):
+            return issued
+        return _issue(tuple(map(_general_name, LOCAL_NAMES)), "localhost", folder, force=True)
+
+
+def _usable(issued: Issued) -> bool:
+    try:
+        ca, leaf = describe.read(issued.ca)[0], describe.read(issued.cert)[0]
+        leaf.verify_directly_issued_by(ca)
+        matches = describe.belongs(describe.read_key(issued.key), leaf)
+    except (CertificateError, InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
+        return False
+    now = datetime.now(UTC)
+    return matches and leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc - RENEW_BEFORE
+
+
+def _general_name(name: str) -> _San:
+    with suppress(ValueError):
+        # A zone ("fe80::1%eth0") has no place in a certificate; the DNS grammar refuses it below.
+        if "%" not in name:
+            return x509.IPAddress(ipaddress.ip_address(name))
+    wildcard, base = ("*.", name[2:]) if name.startswith("*.") else ("", name)
+    base = base.lower()
+    try:
+        if not base.isascii() or "xn--" in base:
+            base = idna.encode(base, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise CertificateError(f"{name!r} is not a valid DNS name: {error}") from error
+    labels = base.split(".")
+    # A last label of digits is a mistyped IPv4 address (RFC 1123 section 2.1).
+    if len(wildcard + base) > 253 or labels[-1].isdigit() or not all(map(_LABEL.fullmatch, labels)):
+        raise CertificateError(f"{name!r} is not a valid DNS name or IP address")
+    return x509.DNSName(wildcard + base)
+
+
+def _stem(name: _San) -> str:
+    """Name the files: no shell pattern, no colon (scp takes it for a host), nothing that another pair's files have."""
+    stem = str(name.value).replace("*", "_wildcard").replace(":", "_")
+    if stem == "ca" or stem.endswith("-key"):
+        raise CertificateError(f"{stem!r} cannot be the first name: {stem}.pem may be another file's; give it second")
+    return stem
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it: two tunnels started in one place must not each make a CA."""
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # some network file systems lock no folder
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CertificateError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+
+
+def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Issued:
+    cert, key = folder / f"{stem}.pem", folder / f"{stem}-key.pem"
+    for path in (cert, key):
+        if path.exists() and not force:
+            raise CertificateError(f"{path}: exists already; --force replaces it")
+    now = datetime.now(UTC).replace(microsecond=0)
+    authority = _authority(folder, now)
+    leaf_key = ec.generate_private_key(ec.SECP256R1())
+    leaf = _leaf(names, leaf_key.public_key(), authority, now)
+    _write_pair(cert, (leaf, *authority.chain), key, leaf_key)
+    return Issued(folder / "ca.pem", cert, key, ca_created=authority.created)
+
+
+def _authority(folder: Path, now: datetime) -> _Authority:
+    """Give the CA of ``folder``, made when there is none. One that cannot be used is never replaced: it is trusted."""
+    cert, key = folder / "ca.pem", folder / "ca-key.pem"
+    if not cert.exists() and not key.exists():
+        ca_key = ec.generate_private_key(ec.SECP256R1())
+        ca = _root(ca_key, now)
+        _write_pair(cert, (ca,), key, ca_key)
+        return _Authority((ca,), ca_key, created=True)
+    chain, ca_key_read = tuple(describe.read(cert)), describe.read_key(key)
+    anew = f"remove {cert} and {key} to have a new CA made"
+    if not isinstance(ca_key_read, _SigningKey):
+        raise CertificateError(f"{key}: a CA's key must be ECDSA or RSA; {anew}")
+    if not describe.belongs(ca_key_read, chain[0]):
+        raise CertificateError(f"{key}: is not the key of {cert}; {anew}")
+    if not describe.is_ca(chain[0]):
+        raise CertificateError(f"{cert}: is not a CA's certificate; {anew}")
+    if not chain[0].not_valid_before_utc <= now < chain[0].not_valid_after_utc:
+        validity = f"{chain[0].not_valid_before_utc:%Y-%m-%d} to {chain[0].not_valid_after_utc:%Y-%m-%d}"
+        raise CertificateError(f"{cert}: is valid from {validity} only; {anew}")
+    return _Authority(chain, ca_key_read, created=False)
+
+
+def _root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    # Trust stores look an issuer up by its name, so two folders' CAs must not share one.
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "tlstunnel"),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"tlstunnel test CA {identifier.digest[:4].hex()}"),
+        ]
+    )
+    return (
+        _builder(name, name, key.public_key())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now - CLOCK_SKEW + CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _leaf(
+    names: Sequence[_San], key: ec.EllipticCurvePublicKey, authority: _Authority, now: datetime
+) -> x509.Certificate:
+    ca = authority.chain[0]
+    # Clients read subjectAltName only (RFC 9525); the common name is for people, and holds 64 characters at most.
+    common = str(names[0].value)[:64]
+    not_before = max(now - CLOCK_SKEW, ca.not_valid_before_utc)
+    return (
+        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)]), ca.subject, key)
+        .not_valid_before(not_before)
+        .not_valid_after(min(not_before + LEAF_LIFE, ca.not_valid_after_utc))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(_authority_identifier(authority), critical=False)
+        .sign(authority.key, hashes.SHA256())
+    )
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+    )
+
+
+def _authority_identifier(authority: _Authority) -> x509.AuthorityKeyIdentifier:
+    """Name the CA by the identifier it gives itself (RFC 5280 section 4.2.1.1), which need not be our hash."""
+    try:
+        own = authority.chain[0].extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_pair(cert: Path, chain: Sequence[x509.Certificate], key: Path, private: ec.EllipticCurvePrivateKey) -> None:
+    """Write both files whole under other names, then rename them: no reader, and no crash, sees a part of one."""
+    pem = b"".join(each.public_bytes(Encoding.PEM) for each in chain)
+    secret = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    token = secrets.token_hex(8)
+    new_cert, new_key = cert.parent / f".{token}.pem", cert.parent / f".{token}-key.pem"
+    try:
+        _write_new(new_key, secret, 0o600)
+        _write_new(new_cert, pem, 0o644)
+        new_key.replace(key)
+        new_cert.replace(cert)
+    finally:
+        new_key.unlink(missing_ok=True)
+        new_cert.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)

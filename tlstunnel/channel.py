@@ -1,0 +1,121 @@
+"""A connection's sockets before the splice: operations that wait.
+
+Both are in the process's readiness, edge-triggered, and wake the one task of their connection. Edges,
+not levels: a peeked hello that is not complete stays readable, and would wake a level-triggered wait for ever (seen:
+375 000 times a second).
+"""
+
+import asyncio
+import socket
+import ssl
+
+from tlstunnel.readiness import EDGE, GONE, IN, OUT, RDHUP, AnyReadiness
+
+_WAIT = (BlockingIOError, ssl.SSLWantReadError)
+
+
+class ClientGone(Exception):
+    """The client has ended or reset its connection while something was still to be done for it."""
+
+
+class Wakeup:
+    """What the one task of a connection sleeps on."""
+
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+
+    def fire(self) -> None:
+        """Wake the task, if it sleeps."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self) -> None:
+        """Sleep until the next event.
+
+        Call it right after an operation said that it would block, with no await between: events are delivered only
+        while the task sleeps, so none is missed.
+        """
+        self._future = self._loop.create_future()
+        await self._future
+
+
+class Channel:
+    """A non-blocking socket whose operations wait. `gone` is set once the peer has ended or failed."""
+
+    __slots__ = ("_readiness", "_wakeup", "fd", "gone", "sock")
+
+    def __init__(self, sock: socket.socket, readiness: AnyReadiness, wakeup: Wakeup) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.gone = False
+        self._readiness = readiness
+        self._wakeup = wakeup
+        readiness.register(self.fd, EDGE | IN | RDHUP, self._on_event)
+
+    def _on_event(self, events: int) -> None:
+        if events & GONE:
+            self.gone = True
+        self._wakeup.fire()
+
+    def release(self) -> None:
+        """Stop watching; the socket is left open."""
+        self._readiness.unregister(self.fd)
+
+    async def writable(self) -> None:
+        """Wait for an event, writability among them."""
+        self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
+        await self._wakeup.wait()
+
+    async def peek(self, size: int, seen: int) -> bytes:
+        """The first bytes that wait in the socket, more than `seen` of them, at most `size`, without taking them.
+
+        Raises ClientGone when there will be no more.
+        """
+        while True:
+            try:
+                data = self.sock.recv(size, socket.MSG_PEEK)
+                if len(data) > seen:
+                    return data
+                if not data or self.gone:
+                    raise ClientGone
+            except BlockingIOError:
+                pass
+            await self._wakeup.wait()
+
+    async def recv(self, size: int, unless_gone: "Channel | None" = None) -> bytes:
+        """The next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is."""
+        while True:
+            try:
+                return self.sock.recv(size)
+            except _WAIT:
+                if unless_gone is not None and unless_gone.gone:
+                    raise ClientGone from None
+                await self._wakeup.wait()
+            except ssl.SSLWantWriteError:
+                await self.writable()
+
+    async def send(self, data: bytes) -> None:
+        """Send all of `data`."""
+        while data:
+            try:
+                data = data[self.sock.send(data) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                await self.writable()
+            except ssl.SSLWantReadError:
+                await self._wakeup.wait()
+
+    async def do_handshake(self) -> ssl.SSLSocket:
+        """The TLS handshake, on a socket that is an ``SSLSocket`` by now."""
+        sock = self.sock
+        assert isinstance(sock, ssl.SSLSocket)
+        while True:
+            try:
+                sock.do_handshake()
+                return sock
+            except ssl.SSLWantReadError:
+                await self._wakeup.wait()
+            except ssl.SSLWantWriteError:
+                await self.writable()

@@ -1,0 +1,83 @@
+"""``tlstunnel certs``: test certificates, and what is in a PEM file."""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from tlstunnel.certificates import describe, issue
+from tlstunnel.certificates.describe import CertificateFacts
+
+
+@click.group()
+def command() -> None:
+    """Make test certificates, or show what is in a PEM file."""
+
+
+@command.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("certs"),
+    show_default=True,
+    help="Where the files go. A CA that is there is used again.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing certificate and key. Never replaces the CA.")
+def create(names: tuple[str, ...], folder: Path, force: bool) -> None:
+    """Make a certificate for NAMEs (DNS names, *.wildcards, IP addresses), signed by a test CA.
+
+    The first NAME names the files. Without one: localhost, 127.0.0.1 and ::1.
+    """
+    issued = issue.create(names, folder, force=force)
+    made = "new" if issued.ca_created else "used again"
+    click.echo(f"""\
+{issued.ca}  the test CA ({made}): what clients must trust
+{issued.cert}  the certificate and its chain: --cert
+{issued.key}  its private key: --key
+
+To trust the CA:
+  curl --cacert {issued.ca} ...
+  SSL_CERT_FILE={issued.ca} websockets wss://...
+  NODE_EXTRA_CA_CERTS={issued.ca} node ...
+Whoever has {issued.ca.with_name("ca-key.pem")} can pose as any site to those clients: keep it here.""")
+
+
+@command.command()
+@click.argument("pem", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object a certificate.")
+def show(pem: Path, as_json: bool) -> None:
+    """Show every certificate in PEM: names, key, validity, fingerprint."""
+    now = datetime.now(UTC)
+    certificates = [describe.facts(cert) for cert in describe.read(pem)]
+    if as_json:
+        rows = [asdict(facts) | {"days_left": facts.days_left(now)} for facts in certificates]
+        click.echo(json.dumps(rows, indent=2, default=datetime.isoformat))
+        return
+    blocks = [f"certificate {n} of {len(certificates)}\n{_text(each, now)}" for n, each in enumerate(certificates, 1)]
+    click.echo("\n\n".join(blocks))
+
+
+def _text(facts: CertificateFacts, now: datetime) -> str:
+    days = facts.days_left(now)
+    if now < facts.not_before:
+        state = "not valid yet"
+    elif days < 0:
+        state = f"expired, {days} days left"
+    else:
+        state = f"{days} days left"
+    rows = [
+        ("subject", facts.subject),
+        ("issuer", facts.issuer),
+        # A line each: a name may hold a comma.
+        *(("name", name) for name in facts.names),
+        ("ca", "yes" if facts.is_ca else "no"),
+        ("key", facts.key),
+        ("valid", f"{facts.not_before:%Y-%m-%d %H:%M:%S} to {facts.not_after:%Y-%m-%d %H:%M:%S} UTC ({state})"),
+        ("serial", facts.serial),
+        ("sha256", facts.sha256),
+    ]
+    return "\n".join(f"  {label:<8} {value}" for label, value in rows)

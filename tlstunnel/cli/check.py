@@ -1,0 +1,175 @@
+"""``tlstunnel check``: what a client meets at a ``wss://`` URL, step by step."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from tlstunnel import probe
+from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.errors import TlstunnelError
+
+_LABEL: Final = 11
+_TEXT: Final = 62
+# A day: nobody waits longer, and sockets refuse to wait for ever.
+_LONGEST: Final = 86_400
+
+
+def _checked(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Make a callback of a function that parses, its ValueError being wrong usage."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return callback
+
+
+def _fields(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(map(probe.parse_field, texts))
+
+
+def _seconds(seconds: float) -> float:
+    if not 0 < seconds <= _LONGEST:
+        raise ValueError(f"must be more than 0 and at most {_LONGEST} seconds")
+    return seconds
+
+
+@click.command()
+@click.argument("target", metavar="URL", callback=_checked(probe.Target.parse))
+@click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust the certificates in PEM, only those.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "--header",
+    "fields",
+    multiple=True,
+    metavar="'N: V'",
+    callback=_checked(_fields),
+    help="Add a field to the request; may be repeated.",
+)
+@click.option(
+    "--subprotocol",
+    "subprotocols",
+    multiple=True,
+    metavar="NAME",
+    callback=_checked(probe.check_subprotocols),
+    help="Ask for a subprotocol; may be repeated, the preferred one first.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    callback=_checked(_seconds),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the whole check.",
+)
+def command(  # noqa: PLR0913 (an argument an option)
+    *,
+    target: probe.Target,
+    ca: Path | None,
+    as_json: bool,
+    fields: tuple[tuple[str, str], ...],
+    subprotocols: tuple[str, ...],
+    timeout: float,
+) -> None:
+    """Connect to wss://HOST[:PORT]/PATH as a client does, and say what each step found.
+
+    DNS, TCP, TLS, the handshake, a ping and its pong, a clean close. Where one fails: which, and why; exit status 1.
+    """
+    steps = probe.probe(target, probe.Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
+    if as_json:
+        done = list(steps)
+        click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_object(step) for step in done]}))
+        sys.exit(0 if done[-1].ok else 1)
+    show = _writer()
+    for step in steps:
+        for line in _lines(step):
+            show(line, "" if step.ok else "red")
+        if step.error is not None:
+            raise TlstunnelError(f"{step.name} failed: {step.error}")
+    show("ok", "green")
+
+
+def _writer() -> Callable[[str, str], None]:
+    if not sys.stdout.isatty():
+        # A name of a certificate may hold what the terminal's or the file's encoding does not.
+        encoding = sys.stdout.encoding
+        return lambda line, _style: click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
+    console = Console()
+    return lambda line, style: console.print(Text(line, style), soft_wrap=True)
+
+
+def _object(step: probe.Step) -> dict[str, Any]:
+    found = {} if step.facts is None else asdict(step.facts)
+    if isinstance(step.facts, probe.TlsFacts):
+        found["chain"] = [_certificate_object(certificate) for certificate in step.facts.chain]
+    error = {} if step.ok else {"error": step.error}
+    return {"step": step.name, "ok": step.ok, "seconds": round(step.seconds, 6)} | error | found
+
+
+def _certificate_object(certificate: CertificateFacts) -> dict[str, Any]:
+    times = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
+    return asdict(certificate) | times | {"days_left": certificate.days_left(datetime.now(UTC))}
+
+
+def _lines(step: probe.Step) -> Iterator[str]:
+    first, *more = _described(step.facts) or [""]
+    text = first if step.ok else f"failed; {first}" if first else "failed"
+    yield f"{step.name:<{_LABEL}}{text:<{_TEXT}} {step.seconds * 1000:>8.1f} ms"
+    for line in more:
+        yield " " * _LABEL + line
+
+
+def _described(found: probe.Facts | None) -> list[str]:
+    """Say what was found: the line of the step, then those below it. Everything from the server is escaped."""
+    lines: list[str] = []
+    match found:
+        case probe.DnsFacts(host, addresses):
+            lines = [f"{host} -> {', '.join(addresses) or 'nothing'}"]
+        case probe.TcpFacts(address, failed):
+            lines = [address or "no address took the connection", *(f"{other}: {why}" for other, why in failed)]
+        case probe.TlsFacts():
+            lines = _tls(found)
+        case probe.HandshakeFacts():
+            lines = _handshake(found)
+        case probe.PingFacts(round_trip):
+            lines = [f"pong after {round_trip * 1000:.1f} ms"]
+        case probe.CloseFacts(code, reason):
+            lines = [f"{code} {probe.printable(reason)}".rstrip()]
+    return lines
+
+
+def _tls(found: probe.TlsFacts) -> list[str]:
+    agreed = " ".join(each for each in (found.version, found.cipher, found.group) if each)
+    lines = [f"{agreed or 'nothing agreed'}, ALPN {probe.printable(found.alpn) if found.alpn else 'none'}"]
+    now = datetime.now(UTC)
+    for certificate in found.chain:
+        names = f"names {', '.join(certificate.names)}; " if certificate.names else ""
+        life = f"{certificate.days_left(now)} days left"
+        lines.append(
+            f"{certificate.subject or 'no subject'}; {names}{life}; {certificate.key}; by {certificate.issuer}"
+        )
+    if found.unreadable:
+        lines.append(f"certificates that cannot be decoded: {found.unreadable}")
+    return lines
+
+
+def _handshake(found: probe.HandshakeFacts) -> list[str]:
+    lines = [
+        f"{found.status} {probe.printable(found.reason)}".rstrip(),
+        *(f"{probe.printable(name)}: {probe.printable(value)}" for name, value in found.fields),
+    ]
+    if found.status == 101:
+        lines.append(f"subprotocol {probe.printable(found.subprotocol or 'none')}")
+        lines.append(f"extensions {probe.printable(found.extensions or 'none')}")
+    return lines

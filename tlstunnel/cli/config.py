@@ -1,0 +1,71 @@
+"""``tlstunnel config``: look at a configuration file without starting anything."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from tlstunnel.config import Config, Duration, SiteConfig, load
+from tlstunnel.errors import CertificateError
+
+
+@click.group()
+def command() -> None:
+    """Check a configuration file."""
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
+def check(file: Path) -> None:
+    """Check FILE and the certificates that it names.
+
+    FILE is tlstunnel.toml where it is left out. Nothing is started; no address is looked up or listened on.
+    """
+    config = load(file)
+    problems = 0
+    for index, site in enumerate(config.sites):
+        try:
+            warning = _load_certificate(site)
+        except CertificateError as error:
+            problems += 1
+            click.echo(f"tlstunnel: {file}: sites[{index}]: {error}", err=True)
+        else:
+            if warning:
+                click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {warning}", err=True)
+    if problems:
+        raise SystemExit(1)
+    for line in _summary(config):
+        click.echo(line)
+
+
+def _load_certificate(site: SiteConfig) -> str | None:
+    """Load the site's pair as the server would, and give what is to be said about its dates, if anything."""
+    if not (site.cert and site.key):
+        return None
+    # Only here: it brings OpenSSL and cryptography, which a file without certificates does not need.
+    from tlstunnel.certificates.serving import expiry_warning, server_context  # noqa: PLC0415
+
+    server_context(site.cert, site.key)
+    return expiry_warning(site.cert, datetime.now(UTC))
+
+
+def _summary(config: Config) -> Iterator[str]:
+    yield f"listen    {', '.join(map(str, config.listen)) or 'what start is told, or its default'}"
+    for site in config.sites:
+        yield f"site      {_described(site)}"
+    if not config.sites:
+        yield "site      none here: any name, to the origin that start is told, or its echo"
+    times = {name: getattr(config.timeouts, name) for name in config.timeouts.__struct_fields__}
+    yield f"timeouts  {', '.join(f'{name} {_time(time)}' for name, time in times.items())}"
+    yield "ok"
+
+
+def _described(site: SiteConfig) -> str:
+    default = " (default)" if site.default else ""
+    certificate = f", certificate {site.cert}" if site.cert else ""
+    return f"{', '.join(site.names)}{default} -> {site.origins[0]}{certificate}"
+
+
+def _time(time: Duration | None) -> str:
+    return "off" if time is None else str(time)

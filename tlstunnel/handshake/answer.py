@@ -1,0 +1,149 @@
+"""The origin's answer: a verified ``101``, another response to relay whole, or neither.
+
+RFC 6455 section 4.1 says what a client must check of a ``101``; a tunnel that does not check it gives whoever can make
+an origin answer something else a raw pipe to that origin (docs/architecture.md, smuggling).
+"""
+
+from dataclasses import dataclass
+
+import h11
+from wsproto.utilities import generate_accept_token
+
+from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, extension_names, has_token, hop_by_hop, tokens, values
+from tlstunnel.handshake.refusal import Fields, head
+from tlstunnel.handshake.request import UpgradeRequest
+
+MAX_ANSWER_HEAD = 65_536
+"""Bytes of the heads before the final one and of the final one, together. Envoy takes 60 KiB, node 16 KiB."""
+
+_DROPPED_FROM_101 = frozenset({b"content-length"})
+"""A 101 has no body (RFC 9110 section 8.6); some origins say ``Content-Length: 0`` all the same."""
+
+
+class BadAnswer(Exception):
+    """The origin sent what is no answer to this request. `reason` is for the record; nothing goes on to the client."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """A verified 101: the head for the client, and what the origin sent behind it."""
+
+    head: bytes
+    leftover: bytes
+    status: int = 101
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """Another final response: its status and the head for the client. The body follows from `AnswerReader.body`."""
+
+    status: int
+    head: bytes
+
+
+class AnswerReader:
+    """The origin's bytes in, its answer to `request` out.
+
+    First `feed` until it gives a `Switched` or a `Declined`. After a `Declined`, `body` gives the body's bytes, framed
+    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadAnswer`.
+    """
+
+    def __init__(self, request: UpgradeRequest) -> None:
+        self.complete = False
+        self._request = request
+        self._taken = 0
+        self._chunked = False
+        self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD)
+        # h11 reads an answer only to a request it knows of; of this one it needs to know no more than the upgrade.
+        known = [(b"Host", b"-"), (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
+        self._parser.send(h11.Request(method=b"GET", target=b"/", headers=known))
+        self._parser.send(h11.EndOfMessage())
+
+    def feed(self, data: bytes) -> Switched | Declined | None:
+        """Take the next bytes; give the answer once its head is complete. Raises `BadAnswer`."""
+        if not data:
+            raise BadAnswer("origin closed without an answer")
+        self._taken += len(data)
+        event = self._next_event(data)
+        while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
+            event = self._next_event(None)
+        if event is h11.NEED_DATA:
+            if self._taken > MAX_ANSWER_HEAD:
+                raise BadAnswer("answer head too large")
+            return None
+        if isinstance(event, h11.InformationalResponse):
+            return self._switched(event)
+        assert isinstance(event, h11.Response)
+        return self._declined(event)
+
+    def body(self, data: bytes | None) -> bytes:
+        """Take the next bytes of a declined answer (None: those already fed); give what goes to the client."""
+        out = bytearray()
+        event = self._next_event(data)
+        while event is not h11.NEED_DATA:
+            if isinstance(event, h11.Data):
+                out += b"%x\r\n%b\r\n" % (len(event.data), event.data) if self._chunked else event.data
+            else:  # EndOfMessage
+                out += b"0\r\n\r\n" if self._chunked else b""
+                self.complete = True
+                break
+            event = self._next_event(None)
+        return bytes(out)
+
+    def _next_event(self, data: bytes | None) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            if data is not None:
+                self._parser.receive_data(data)
+            return self._parser.next_event()
+        except h11.RemoteProtocolError as error:
+            raise BadAnswer(f"answer is not HTTP: {error}") from None
+
+    def _switched(self, event: h11.InformationalResponse) -> Switched:
+        fields = _checked_fields(event)
+        _verify(self._request, fields)
+        dropped = hop_by_hop(fields) | _DROPPED_FROM_101
+        kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
+        kept += [field for field in fields if field[0].lower() not in dropped]
+        leftover, _ = self._parser.trailing_data
+        return Switched(head(b"HTTP/1.1 101 %b" % (event.reason or b"Switching Protocols"), kept), leftover)
+
+    def _declined(self, event: h11.Response) -> Declined:
+        fields = _checked_fields(event)
+        self._chunked = has_token(fields, b"transfer-encoding", b"chunked")
+        if self._chunked and values(fields, b"content-length"):
+            raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
+        dropped = hop_by_hop(fields)
+        kept = [field for field in fields if field[0].lower() not in dropped]
+        if self._chunked:
+            kept.append((b"Transfer-Encoding", b"chunked"))
+        if event.status_code == 426:
+            # RFC 9110 section 15.5.22: it must say to what, and Upgrade is hop by hop.
+            kept += [(b"Upgrade", value) for value in values(fields, b"upgrade")]
+        kept.append((b"Connection", b"close"))
+        return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
+
+
+def _checked_fields(event: h11.Response | h11.InformationalResponse) -> Fields:
+    fields = tuple(event.headers.raw_items())
+    if any(FORBIDDEN_IN_HEAD.search(value) for _, value in fields) or FORBIDDEN_IN_HEAD.search(event.reason):
+        raise BadAnswer("answer head holds a control character")
+    return fields
+
+
+def _verify(request: UpgradeRequest, fields: Fields) -> None:
+    """RFC 6455 section 4.1, the client's six checks of a 101."""
+    if [value.lower() for value in tokens(fields, b"upgrade")] != [b"websocket"]:
+        raise BadAnswer("101 without Upgrade: websocket")
+    if not has_token(fields, b"connection", b"upgrade"):
+        raise BadAnswer("101 without Connection: Upgrade")
+    if values(fields, b"sec-websocket-accept") != [generate_accept_token(request.key)]:
+        raise BadAnswer("101 with a wrong Sec-WebSocket-Accept")
+    if not extension_names(fields) <= request.extensions:
+        raise BadAnswer("101 with an extension that was not asked for")
+    subprotocols = values(fields, b"sec-websocket-protocol")
+    if len(subprotocols) > 1 or not request.subprotocols.issuperset(subprotocols):
+        raise BadAnswer("101 with a subprotocol that was not asked for")

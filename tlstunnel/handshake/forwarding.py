@@ -1,0 +1,88 @@
+"""The request as it goes to the origin, and whose word about the client's address is taken."""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from tlstunnel.addresses import Networks
+from tlstunnel.handshake.fields import hop_by_hop, values
+from tlstunnel.handshake.refusal import UPGRADE, Fields, head
+from tlstunnel.handshake.request import UpgradeRequest
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarding:
+    """What the tunnel tells the origin of the client: the peer's address ("" for a Unix socket) and the request's id.
+
+    `trusted` says that the peer is a proxy of ours, whose own forwarding fields are kept and added to.
+    """
+
+    peer: str
+    request_id: str
+    trusted: bool
+
+
+def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
+    """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
+    dropped = hop_by_hop(request.fields)
+    fields = [field for field in request.fields if field[0].lower() not in dropped and not _is_forwarding(field[0])]
+    fields += ((b"Connection", b"Upgrade"), *UPGRADE, *_forwarding_fields(request, forwarding))
+    return head(b"GET %b HTTP/1.1" % request.target, fields)
+
+
+def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str:
+    """The client's address, given that `peer` is in `trusted`: the right-most entry of X-Forwarded-For outside them.
+
+    What is no address ends the search: the hop that wrote it is then the last one known.
+    """
+    entries = b",".join(values(request.fields, b"x-forwarded-for")).decode("latin-1").split(",")
+    known = peer
+    for entry in reversed(entries):
+        text = entry.strip(" \t")
+        with_port = _PORT_BEHIND.fullmatch(text)
+        try:
+            known = str(ipaddress.ip_address((with_port["ipv6"] or with_port["ipv4"]) if with_port else text))
+        except ValueError:
+            break
+        if known not in trusted:
+            break
+    return known
+
+
+def given_id(request: UpgradeRequest) -> str | None:
+    """The X-Request-Id that a trusted proxy gave, if it is one that can be passed on and logged."""
+    given = values(request.fields, b"x-request-id")
+    return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
+
+
+def _is_forwarding(name: bytes) -> bool:
+    """Whether origins read `name` as a proxy's word. CGI and WSGI take an underscore for a hyphen."""
+    name = name.lower().replace(b"_", b"-")
+    return name.startswith(b"x-forwarded-") or name in {b"forwarded", b"x-request-id", b"x-real-ip"}
+
+
+def _forwarding_fields(request: UpgradeRequest, forwarding: Forwarding) -> Fields:
+    client = forwarding.peer.encode()
+    node = b'"[%b]"' % client if b":" in client else client or b"unknown"  # RFC 7239 section 6
+    forwarded = b'for=%b;proto=https;host="%b"' % (node, request.authority)
+    told = [
+        (b"X-Forwarded-For", client or b"unknown"),
+        (b"X-Forwarded-Proto", b"https"),
+        (b"X-Forwarded-Host", request.authority),
+        (b"Forwarded", forwarded),
+        (b"X-Request-Id", forwarding.request_id.encode()),
+    ]
+    if not forwarding.trusted:
+        return tuple(told)
+    return tuple((name, _after(request.fields, name, value)) for name, value in told)
+
+
+def _after(fields: Fields, name: bytes, value: bytes) -> bytes:
+    """`value` as a trusted proxy's successor says it: lists of hops grow, the rest stays as the first hop saw it."""
+    theirs = values(fields, name.lower())
+    if not theirs or name == b"X-Request-Id":
+        return value
+    return b", ".join([*theirs, value]) if name in {b"X-Forwarded-For", b"Forwarded"} else theirs[0]

@@ -1,0 +1,198 @@
+"""The upgrade request: read from bytes and judged against RFC 6455 section 4.2.1.
+
+h11 parses. It takes more than the RFCs allow, so our own checks stand beside it: those that need the raw bytes before
+it (`RequestReader`), those that need fields after it (`_CHECKS`).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv6Address
+
+import h11
+
+from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, extension_names, has_token, tokens, values
+from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
+
+MAX_HEAD = 16_384
+"""Bytes of a request head. nginx takes 4 buffers of 8 KiB, HAProxy 16 KiB, node 16 KiB, Apache 8 KiB a line."""
+
+MAX_FIELDS = 100
+"""Fields of a request head. Apache takes 100, HAProxy 101, Envoy 100."""
+
+VERSION_13: Fields = ((b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13"))
+
+_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
+_HOST = re.compile(
+    rb"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+))(?::(?P<port>[0-9]{0,5}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeRequest:
+    """A valid WebSocket upgrade request.
+
+    `target` is the origin-form target as sent, all of it visible ASCII. `fields` are the client's, in order and case,
+    values without surrounding white space and without control characters (TAB may be inside). `host` is the Host
+    field's without port and brackets, lower case; `authority` is the field's whole value.
+    """
+
+    target: bytes
+    fields: Fields
+    authority: bytes
+    host: str
+    key: bytes
+    subprotocols: frozenset[bytes]
+    extensions: frozenset[bytes]
+
+
+class RequestReader:
+    """Bytes in, an `UpgradeRequest` out; `leftover` then holds what came behind the head.
+
+    `target` is known as soon as h11 has parsed the head, so also of most requests that are refused. What comes out depends on the bytes alone, not on how they were split. Raises `Refusal`, after which it is done.
+    """
+
+    def __init__(self) -> None:
+        self.leftover = self.target = b""
+        self._head = bytearray()
+        self._scanned = 0
+
+    def feed(self, data: bytes) -> UpgradeRequest | None:
+        """Take the next bytes; give the request once its head is complete. Raises `Refusal`."""
+        self._head += data
+        end = self._end_of_head()
+        if end is None:
+            return None
+        self.leftover = bytes(self._head[end:])
+        event = _parse(bytes(self._head[:end]))
+        self.target = event.target
+        return _judged(event)
+
+    def _end_of_head(self) -> int | None:
+        """Where the head ends. The first byte at which anything is decided decides, whatever follows it."""
+        buffer = self._head
+        # No method starts so; a TLS record inside the TLS does, and would never complete a line.
+        if buffer and not 0x21 <= buffer[0] < 0x7F:
+            raise _bad("malformed head", "the request does not start with a method")
+        while (at := buffer.find(b"\n", self._scanned, MAX_HEAD)) >= 0:
+            if at == 0 or buffer[at - 1] != 0x0D:
+                raise _bad("bare LF", "a line ends with LF instead of CRLF")
+            if buffer[self._scanned : at] == b"\r":
+                return at + 1
+            self._scanned = at + 1
+        if len(buffer) >= MAX_HEAD:
+            raise Refusal(431, "head too large", f"the request head has more than {MAX_HEAD} bytes")
+        return None
+
+
+def _bad(reason: str, text: str, detail: str = "") -> Refusal:
+    return Refusal(400, reason, text, detail=detail)
+
+
+def _parse(data: bytes) -> h11.Request:
+    if FORBIDDEN_IN_HEAD.search(data):
+        raise _bad("control character", "the request head holds a control character")
+    if b"\r\n " in data or b"\r\n\t" in data:
+        raise _bad("folded field", "a field is folded over several lines (RFC 9112 section 5.2)")
+    # The request line and the empty line are no fields.
+    if data.count(b"\r\n") - 2 > MAX_FIELDS:
+        raise Refusal(431, "too many fields", f"the request has more than {MAX_FIELDS} fields")
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    try:
+        parser.receive_data(data)
+        event = parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise _bad("malformed head", "the request is not valid HTTP/1.1", str(error)) from None
+    if not isinstance(event, h11.Request):
+        raise _bad("malformed head", "the request is not valid HTTP/1.1")
+    return event
+
+
+def _judged(event: h11.Request) -> UpgradeRequest:
+    fields = tuple(event.headers.raw_items())
+    for check in _CHECKS:
+        check(event, fields)
+    authority = values(fields, b"host")[0]
+    host = _HOST.fullmatch(authority)
+    assert host is not None  # _one_host
+    return UpgradeRequest(
+        target=event.target,
+        fields=fields,
+        authority=authority,
+        host=(host["ipv6"] or host["name"]).decode("ascii").lower().rstrip("."),
+        key=values(fields, b"sec-websocket-key")[0],
+        subprotocols=frozenset(tokens(fields, b"sec-websocket-protocol")),
+        extensions=extension_names(fields),
+    )
+
+
+def _http_1_1(request: h11.Request, _: Fields) -> None:
+    if request.http_version != b"1.1":
+        raise Refusal(505, "HTTP version", "only HTTP/1.1 can be upgraded here")
+
+
+def _get(request: h11.Request, _: Fields) -> None:
+    if request.method != b"GET":
+        raise Refusal(405, "method", "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
+
+
+def _origin_form(request: h11.Request, _: Fields) -> None:
+    """RFC 9112 section 3.2.1; h11 has seen to it that the target is visible ASCII."""
+    if not request.target.startswith(b"/"):
+        raise _bad("target form", "the request target must be a path")
+    if b"#" in request.target:
+        raise _bad("target form", "the request target holds a fragment")
+
+
+def _one_host(_: h11.Request, fields: Fields) -> None:
+    """RFC 9110 section 7.2, and uri-host [ ":" port ] of RFC 3986 section 3.2.2."""
+    hosts = values(fields, b"host")
+    match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    if match is None:
+        raise _bad("Host", "there must be one valid Host field")
+    if match["ipv6"]:
+        try:
+            IPv6Address(match["ipv6"].decode())
+        except AddressValueError:
+            raise _bad("Host", "the address in Host is not an IPv6 address") from None
+    if match["port"] and int(match["port"]) > 65_535:
+        raise _bad("Host", "the port in Host is too large")
+
+
+def _no_body(_: h11.Request, fields: Fields) -> None:
+    """A body would be read as WebSocket frames by whoever overlooks its length: request smuggling."""
+    if values(fields, b"transfer-encoding") or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
+        raise _bad("body", "a WebSocket handshake has no body")
+
+
+def _upgrade(_: h11.Request, fields: Fields) -> None:
+    """RFC 6455 section 4.2.1, items 3 and 4."""
+    if not has_token(fields, b"upgrade", b"websocket"):
+        raise Refusal(426, "no upgrade", "this is a WebSocket endpoint: connect with wss://", UPGRADE)
+    if not has_token(fields, b"connection", b"upgrade"):
+        raise _bad("Connection", "Upgrade without Connection: Upgrade")
+
+
+def _version_13(_: h11.Request, fields: Fields) -> None:
+    """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that lets another version by can be made a raw pipe."""
+    if values(fields, b"sec-websocket-version") != [b"13"]:
+        raise Refusal(426, "WebSocket version", "only WebSocket version 13 is spoken here", VERSION_13)
+
+
+def _one_key(_: h11.Request, fields: Fields) -> None:
+    """RFC 6455 section 4.2.1, item 5: base64 that decodes to 16 bytes."""
+    keys = values(fields, b"sec-websocket-key")
+    if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+        raise _bad("Sec-WebSocket-Key", "there must be one Sec-WebSocket-Key of 16 bytes in base64")
+
+
+_CHECKS: tuple[Callable[[h11.Request, Fields], None], ...] = (
+    _http_1_1,
+    _get,
+    _origin_form,
+    _one_host,
+    _no_body,
+    _upgrade,
+    _version_13,
+    _one_key,
+)

@@ -1,0 +1,95 @@
+"""Listening sockets: opened so that what goes wrong is said in one line."""
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+from tlstunnel.addresses import ListenAddress
+from tlstunnel.errors import ListenError
+from tlstunnel.origins.connect import tune
+
+BACKLOG = 4096
+"""Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn (4096 on Linux)."""
+
+
+class Listener:
+    """A listening socket and the address it is really bound to."""
+
+    def __init__(self, sock: socket.socket, address: ListenAddress) -> None:
+        self.sock = sock
+        self.address = address
+
+    def close(self) -> None:
+        """Stop listening; a Unix socket's file goes with it."""
+        self.sock.close()
+        if self.address.path is not None:
+            with contextlib.suppress(OSError):
+                Path(self.address.path).unlink()
+
+
+def listen(address: ListenAddress) -> Listener:
+    """Listen on `address`. Raises ListenError, naming the address and what to do.
+
+    TCP_DEFER_ACCEPT stays off: it would spare one wait a connection, but what it holds back is reset when the listener
+    closes, which a release must not do.
+    """
+    try:
+        if address.path is not None:
+            return Listener(_unix(Path(address.path)), address)
+        sock = _tcp(address)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {_advice(error)}") from None
+    host, port = sock.getsockname()[:2]
+    return Listener(sock, ListenAddress(host, port))
+
+
+def _tcp(address: ListenAddress) -> socket.socket:
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = found[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        tune(sock)
+        sock.setblocking(False)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _unix(path: Path) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        path.unlink()  # left by a process that is gone
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind(str(path))
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _advice(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "it is in use by another program; stop that one, or choose another with --listen"
+        case errno.EACCES:
+            return "not permitted; ports below 1024 need the capability CAP_NET_BIND_SERVICE"
+        case errno.EADDRNOTAVAIL:
+            return "this machine does not have that address"
+        case _:
+            return error.strerror or str(error)

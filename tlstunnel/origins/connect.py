@@ -1,0 +1,142 @@
+"""Connecting to an origin."""
+
+import asyncio
+import errno
+import os
+import socket
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.readiness import AnyReadiness
+
+RESOLVE_SECONDS = 30.0
+"""How long a name's addresses are used before it is asked for again."""
+
+RETRY_SECONDS = 0.02
+"""Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""
+
+# What SO_KEEPALIVE needs to notice a dead origin within 2 minutes, and how long sent data may stay unacknowledged.
+KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", None), 60),
+    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", None), 15),
+    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", None), 4),
+    (socket.IPPROTO_TCP, getattr(socket, "TCP_USER_TIMEOUT", None), 120_000),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
+
+
+class OriginUnreachable(Exception):
+    """No connection to the origin. `shortage` says that we are the reason: no descriptor, port or memory left."""
+
+    def __init__(self, reason: str, *, shortage: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.shortage = shortage
+
+
+def tune(sock: socket.socket) -> None:
+    """Set keep-alive 60/15/4, TCP_USER_TIMEOUT 120 s and TCP_NODELAY on a TCP socket, as far as the system has them.
+
+    On a listening socket: what it accepts inherits them.
+    """
+    for level, option, value in KEEP_ALIVE:
+        if option is not None:
+            sock.setsockopt(level, option, value)
+
+
+class Origin:
+    """Where a site leads, with the addresses that its name had last."""
+
+    def __init__(self, address: OriginAddress) -> None:
+        self.address = address
+        self.name = str(address)
+        self._addresses: list[tuple[socket.AddressFamily, SocketAddress]] = []
+        self._fresh_until = float("-inf")
+        self._resolving: asyncio.Task[None] | None = None
+
+    async def addresses(self) -> list[tuple[socket.AddressFamily, SocketAddress]]:
+        """What can be connected to, in the resolver's order. Raises OriginUnreachable when the name is not known."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._fresh_until:
+            if self._resolving is None:
+                self._resolving = loop.create_task(self._resolve())
+            # One question for all who wait; one who gives up does not end it.
+            await asyncio.shield(self._resolving)
+        return self._addresses
+
+    async def _resolve(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            if self.address.path is not None:
+                self._addresses = [(socket.AF_UNIX, self.address.path)]
+            else:
+                found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+                self._addresses = [(family, address) for family, _, _, _, address in found]
+        except OSError as error:
+            if not self._addresses:
+                reason = error.strerror or str(error)
+                raise OriginUnreachable(f"{self.name}: cannot be resolved: {reason}") from None
+        finally:
+            self._resolving = None
+        self._fresh_until = loop.time() + RESOLVE_SECONDS
+
+
+async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, client: Channel) -> Channel:
+    """Connect to the first of the origin's addresses that takes it. The caller sets the time for it.
+
+    Raises OriginUnreachable, or ClientGone when the client does not wait for it.
+    """
+    failure = OriginUnreachable(f"{origin.name}: has no address")
+    for family, address in await origin.addresses():
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            raise OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=True) from None
+        try:
+            sock.setblocking(False)
+            if family != socket.AF_UNIX:
+                tune(sock)
+            return await _connected(sock, address, readiness, wakeup, client)
+        except OSError as error:
+            sock.close()
+            failure = OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=error.errno == errno.EADDRNOTAVAIL)
+        except BaseException:
+            sock.close()
+            raise
+    raise failure
+
+
+async def _connected(
+    sock: socket.socket, address: SocketAddress, readiness: AnyReadiness, wakeup: Wakeup, client: Channel
+) -> Channel:
+    while (code := sock.connect_ex(address)) == errno.EAGAIN:  # noqa: ASYNC110 - nothing tells when there is room
+        await asyncio.sleep(RETRY_SECONDS)
+    if code not in {0, errno.EINPROGRESS}:
+        raise OSError(code, os.strerror(code))
+    channel = Channel(sock, readiness, wakeup)
+    try:
+        while code and not _is_connected(sock):
+            if client.gone:
+                raise ClientGone
+            await channel.writable()
+    except BaseException:
+        channel.release()
+        raise
+    # What has happened until now was connecting: ERR and HUP hold for a socket that is not connected yet.
+    channel.gone = False
+    return channel
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True

@@ -1,0 +1,227 @@
+"""One process's tunnels: the accept loop, the cap on unfinished handshakes, and the end."""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import random
+import resource
+import socket
+from collections.abc import Iterable, Iterator
+
+import structlog
+
+from tlstunnel.config import Config
+from tlstunnel.linger import LINGER_SECONDS
+from tlstunnel.listeners import Listener
+from tlstunnel.readiness import readiness
+from tlstunnel.record import Journal
+from tlstunnel.sites import Sites
+from tlstunnel.splice import Splices
+from tlstunnel.tunnel import Serving, Tunnel
+
+ACCEPTS_A_TURN = 64
+"""Connections accepted before those already here go on; what waits longer waits in the kernel's backlog."""
+
+SHARE = 10
+"""One address may hold this part of the cap on unfinished handshakes: a tenth."""
+
+# Pause after accept ran out of means, seconds; doubled up to the longest. The bounds of Go's net/http.
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
+
+RESERVED_DESCRIPTORS = 32
+"""Kept for everything that is no connection: listeners, epoll, the resolver's files, a close_notify."""
+
+_NO_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Unfinished:
+    """Connections whose handshake is not done, oldest first, none of them more than a tenth of one address.
+
+    When there are too many the oldest goes: whoever means it is done in a moment, whoever holds on is the oldest.
+    """
+
+    def __init__(self, cap: int) -> None:
+        self._cap = cap
+        self._share = max(cap // SHARE, 1)
+        self._all: dict[asyncio.Task[None], str] = {}
+        self._of: dict[str, dict[asyncio.Task[None], None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[asyncio.Task[None]]:
+        return iter(list(self._all))
+
+    def add(self, task: asyncio.Task[None], address: str) -> asyncio.Task[None] | None:
+        """Count `task` for `address` ("" belongs to nobody in particular); give the one that has to go for it."""
+        self._all[task] = address
+        if address:
+            own = self._of.setdefault(address, {})
+            own[task] = None
+            if len(own) > self._share:
+                return next(iter(own))
+        return next(iter(self._all)) if len(self._all) > self._cap else None
+
+    def discard(self, task: asyncio.Task[None]) -> None:
+        """Forget `task`: its handshake is done, or it is."""
+        address = self._all.pop(task, "")
+        if address:
+            own = self._of[address]
+            del own[task]
+            if not own:
+                del self._of[address]
+
+
+class Server:
+    """Serves `listeners` with `config` and `sites` until it is told to end. One a process."""
+
+    def __init__(self, config: Config, sites: Sites, listeners: Iterable[Listener], journal: Journal) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._config = config
+        self._listeners = list(listeners)
+        self._journal = journal
+        self._log = structlog.get_logger()
+        self._readiness = readiness(self._loop)
+        self._splices = Splices(self._readiness, self._loop, idle=config.timeouts.idle)
+        self._serving = Serving(
+            sites=sites,
+            timeouts=config.timeouts,
+            trusted_proxies=config.trusted_proxies,
+            journal=journal,
+            loop=self._loop,
+            readiness=self._readiness,
+            splices=self._splices,
+        )
+        self._unfinished = Unfinished(config.limits.unfinished_handshakes)
+        self._connections = 0
+        self._most = (_descriptors() - RESERVED_DESCRIPTORS) // 2
+        self._pause = 0.0
+        self._paused: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        """Begin to accept."""
+        # What was made until now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        self._accepting(on=True)
+
+    async def drain(self, wait: float, over: float) -> None:
+        """Accept for `wait` seconds more, then close the listeners and end the tunnels, spread over `over` seconds.
+
+        Oldest first, at even distances with jitter, so that clients do not all come back at one moment. Connections
+        whose handshake is not done yet may finish it, and are ended with the rest.
+        """
+        await asyncio.sleep(wait)
+        self._accepting(on=False)
+        for listener in self._listeners:
+            listener.close()
+        tunnels = list(self._splices.all)
+        self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=over)
+        distance = over / max(len(tunnels), 1)
+        for place, splice in enumerate(tunnels):
+            self._loop.call_later(distance * (place + random.random()), splice.end, "stopped")  # noqa: S311
+        try:
+            async with asyncio.timeout(over):
+                await self._idle.wait()
+        except TimeoutError:
+            for splice in list(self._splices.all):
+                splice.end("stopped")
+            for task in self._unfinished:
+                task.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.timeouts.close):
+                    await self._idle.wait()
+
+    def stop(self) -> None:
+        """End everything at once."""
+        self._accepting(on=False)
+        for listener in self._listeners:
+            listener.close()
+        for splice in list(self._splices.all):
+            splice.abort("stopped")
+        for task in self._unfinished:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Release everything, once `stop` or `drain` is through."""
+        self.stop()
+        await self._idle.wait()
+        deadline = self._loop.time() + LINGER_SECONDS
+        while len(self._readiness) and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
+            await asyncio.sleep(0.01)
+        self._splices.close()
+        self._readiness.close()
+
+    def _accepting(self, *, on: bool) -> None:
+        for listener in self._listeners:
+            if listener.sock.fileno() < 0:
+                continue
+            if on:
+                self._loop.add_reader(listener.sock, self._accept, listener.sock)
+            else:
+                self._loop.remove_reader(listener.sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_A_TURN):
+            if self._connections >= self._most:
+                return self._pause_accepting("no descriptors left for another connection")
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _NO_MEANS:
+                    return self._pause_accepting(error.strerror or str(error))
+                continue  # the connection failed before it was accepted (accept(2)); the next may be well
+            self._pause = 0.0
+            self._begin(sock, address[0] if isinstance(address, tuple) else "")
+
+    def _begin(self, sock: socket.socket, peer: str) -> None:
+        sock.setblocking(False)
+        tunnel = Tunnel(self._serving, sock, peer, self._loop.time())
+        self._connections += 1
+        self._idle.clear()
+        task = self._loop.create_task(tunnel.run(self._ended))
+        task.add_done_callback(self._unfinished.discard)
+        goes = self._unfinished.add(task, self._address_counted(peer))
+        if goes is not None:
+            self._journal.counters["unfinished handshakes: closed for another"] += 1
+            self._unfinished.discard(goes)
+            goes.cancel()
+
+    def _ended(self) -> None:
+        self._connections -= 1
+        if not self._connections:
+            self._idle.set()
+        self._resume_accepting()
+
+    def _address_counted(self, peer: str) -> str:
+        """What `peer` counts as for its share: its address, an IPv6 /64; nothing for a proxy, behind which many are."""
+        if not peer or (self._config.trusted_proxies and peer in self._config.trusted_proxies):
+            return ""
+        if ":" in peer:
+            return socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8].hex()
+        return peer
+
+    def _pause_accepting(self, why: str) -> None:
+        """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
+        self._pause = min(max(self._pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE)
+        self._accepting(on=False)
+        self._journal.sampled("accepting paused", why, connections=self._connections)
+        self._paused = self._loop.call_later(self._pause, self._resume_accepting)
+
+    def _resume_accepting(self) -> None:
+        if self._paused is not None:
+            self._paused.cancel()
+            self._paused = None
+            self._accepting(on=True)
+
+
+def _descriptors() -> int:
+    """The most descriptors that this process may have: the soft limit, raised to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

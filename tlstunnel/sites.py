@@ -1,0 +1,63 @@
+"""Sites as they are served: which one a client means, with which certificate, and where it leads."""
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlstunnel.certificates.serving import server_context
+from tlstunnel.config import SiteConfig
+from tlstunnel.origins.connect import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A set of names with one certificate and one origin. `name`, the first of them, is what the record says."""
+
+    names: frozenset[str]
+    name: str
+    context: ssl.SSLContext
+    origin: Origin
+
+    def serves(self, host: str) -> bool:
+        """Whether `host` (lower case, without a port) is one of this site's names."""
+        return any(name in self.names for name in _candidates(host))
+
+
+class Sites:
+    """All sites, asked by the name that the client's hello gives."""
+
+    def __init__(self, sites: Sequence[Site], default: Site | None) -> None:
+        self._by_name = {name: site for site in sites for name in site.names}
+        self._default = default
+
+    def choose(self, server_name: str | None) -> Site | None:
+        """The site of `server_name`: exact before wildcard before ``*``; without one (no SNI), the default site."""
+        if server_name is None:
+            return self._default or self._by_name.get("*")
+        for name in _candidates(server_name):
+            if site := self._by_name.get(name):
+                return site
+        return None
+
+
+def _candidates(host: str) -> tuple[str, str, str]:
+    """The names that can stand for `host`, the closest first. A wildcard covers one label (RFC 9525 section 6.3)."""
+    _, _, parent = host.partition(".")
+    return host, f"*.{parent}", "*"
+
+
+def load_sites(configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | None = None) -> Sites:
+    """Make the sites of a configuration, `test_pair` (certificate, key) serving those without a certificate.
+
+    Raises CertificateError.
+    """
+    sites = []
+    default = None
+    for site in configured:
+        cert, key = (site.cert, site.key) if site.cert and site.key else test_pair or (Path(), Path())
+        made = Site(frozenset(site.names), site.names[0], server_context(cert, key), Origin(site.origins[0]))
+        sites.append(made)
+        if site.default:
+            default = made
+    return Sites(sites, default)

@@ -1,0 +1,340 @@
+"""One connection, from accept to record. `Tunnel.run` is the order of the stages, and the only place that knows it."""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from tlstunnel import hello as tls_hello
+from tlstunnel.addresses import Networks
+from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.config import Timeouts
+from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
+from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
+from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.linger import Linger, abort
+from tlstunnel.origins.connect import OriginUnreachable, connect
+from tlstunnel.readiness import AnyReadiness
+from tlstunnel.record import Journal, Record, printable
+from tlstunnel.sites import Site, Sites
+from tlstunnel.splice import Splice, Splices
+
+READ = 65_536
+"""Bytes asked of a socket at once. At least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
+
+TLS_1_2 = 0x0303
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a connection is served with: the configuration as it was when the connection came, and the machinery."""
+
+    sites: Sites
+    timeouts: Timeouts
+    trusted_proxies: Networks
+    journal: Journal
+    loop: asyncio.AbstractEventLoop
+    readiness: AnyReadiness
+    splices: Splices
+
+
+class Dropped(Exception):
+    """The client is not answered by HTTP over TLS: `answer` (an alert record, or nothing) is sent, then the end."""
+
+    def __init__(self, reason: str, answer: bytes = b"", detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.answer = answer
+        self.detail = detail
+
+
+class Tunnel:
+    """A connection: `sock` of `peer` (an IP address; "" for a Unix socket), `accepted` at that time of the loop."""
+
+    def __init__(self, serving: Serving, sock: socket.socket, peer: str, accepted: float) -> None:
+        self._serving = serving
+        self._tls_deadline = accepted + serving.timeouts.tls_handshake
+        self._wakeup = Wakeup(serving.loop)
+        self._client = Channel(sock, serving.readiness, self._wakeup)
+        self._origin: Channel | None = None
+        self._record = Record(secrets.token_hex(8), peer)
+        self._trusted = bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
+
+    async def run(self, on_end: Callable[[], None]) -> None:
+        """Serve the connection up to the splice, which then lives without this task, or up to its refusal.
+
+        `on_end` is called once, when the connection has its record and its sockets are closed or closing.
+        """
+        spliced = False
+        try:
+            hello = await self._read_hello()
+            site = self._choose_site(hello)
+            await self._accept_tls(site)
+            request, early = await self._read_request(site)
+            await self._connect(site)
+            answer, reader = await self._ask(request)
+            if isinstance(answer, Switched):
+                self._splice(answer, early, on_end)
+                spliced = True
+            else:
+                await self._relay(answer, reader)
+        except Refusal as refusal:
+            await self._refuse(refusal)
+        except Dropped as dropped:
+            self._drop(dropped)
+        except ClientGone:
+            self._end("client", "gone before the handshake was done")
+        except asyncio.CancelledError:
+            self._abort("tunnel", "closed before the handshake was done")
+        except ssl.SSLError as error:
+            self._abort("client", f"TLS error: {error.reason or error.strerror}")
+        except OSError as error:
+            self._abort("client", (error.strerror or str(error)).lower())
+        except Exception:
+            structlog.get_logger().exception("tunnel failed", id=self._record.id)
+            self._abort("tunnel", "internal error")
+        finally:
+            if not spliced:
+                on_end()
+
+    # hello
+
+    async def _read_hello(self) -> tls_hello.ClientHello:
+        """Read the ClientHello without taking it from the socket: OpenSSL wants it whole."""
+        async with _until(self._tls_deadline, lambda: Dropped("hello: timed out")):
+            try:
+                data = await self._client.peek(tls_hello.MAX_HELLO, 0)
+                while (hello := tls_hello.read_client_hello(data)) is None:
+                    data = await self._client.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
+            except tls_hello.PlainHTTP:
+                raise Dropped("hello: plain HTTP", _plain_http_answer(self._record.id)) from None
+            except tls_hello.NotTLS:
+                raise Dropped("hello: not TLS") from None
+            except tls_hello.BadHello as error:
+                raise Dropped(f"hello: {error.reason}", tls_hello.alert(error.alert)) from None
+            except ClientGone:
+                raise Dropped("hello: client gone") from None
+        return hello
+
+    def _choose_site(self, hello: tls_hello.ClientHello) -> Site:
+        """Answer what cannot be served before any cryptography is paid for."""
+        record = self._record
+        record.sni, record.ja4 = printable(hello.server_name or ""), hello.ja4
+        if not any(version >= TLS_1_2 for version in hello.versions):
+            raise Dropped("hello: no TLS 1.2 or 1.3", tls_hello.alert(tls_hello.PROTOCOL_VERSION))
+        # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
+        if hello.alpn and b"http/1.1" not in hello.alpn:
+            raise Dropped("hello: no common ALPN protocol", tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))
+        site = self._serving.sites.choose(hello.server_name)
+        if site is None:
+            raise Dropped("hello: no site of this name", tls_hello.alert(tls_hello.UNRECOGNIZED_NAME))
+        record.site = site.name
+        return site
+
+    # tls
+
+    async def _accept_tls(self, site: Site) -> None:
+        self._client.sock = site.context.wrap_socket(
+            self._client.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        async with _until(self._tls_deadline, lambda: Dropped("tls: timed out")):
+            try:
+                client = await self._client.do_handshake()
+            except ssl.SSLEOFError:
+                raise Dropped("tls: client gone") from None
+            except ssl.SSLError as error:
+                raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
+            except OSError as error:
+                raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
+        cipher = client.cipher()
+        self._record.tls_version, self._record.cipher = client.version() or "", cipher[0] if cipher else ""
+
+    # request
+
+    async def _read_request(self, site: Site) -> tuple[UpgradeRequest, bytes]:
+        """Read the one upgrade request; what came behind it waits for the 101."""
+        timeout = self._serving.timeouts.request
+        reader = RequestReader()
+        request = None
+
+        def late() -> Refusal:
+            return Refusal(408, "request timed out", f"no complete request within {timeout:g} s")
+
+        record = self._record
+        try:
+            async with _until(self._serving.loop.time() + timeout, late):
+                while request is None:
+                    data = await self._client.recv(READ)
+                    if not data:
+                        raise ClientGone
+                    request = reader.feed(data)
+        finally:
+            # Without the query: that is where people put tokens.
+            record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
+        if self._trusted:
+            record.client = client_address(request, record.peer, self._serving.trusted_proxies)
+            record.id = given_id(request) or record.id
+        if not site.serves(request.host):
+            raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
+        return request, reader.leftover
+
+    # origin
+
+    async def _connect(self, site: Site) -> None:
+        record, timeout = self._record, self._serving.timeouts.origin_connect
+        record.origin = site.origin.name
+
+        def late() -> Refusal:
+            return Refusal(504, "origin connect timed out", "the origin could not be reached in time")
+
+        async with _until(self._serving.loop.time() + timeout, late):
+            try:
+                self._origin = await connect(site.origin, self._serving.readiness, self._wakeup, self._client)
+            except OriginUnreachable as error:
+                status, reason = (503, "out of means") if error.shortage else (502, "origin unreachable")
+                raise Refusal(status, reason, "the origin could not be reached", detail=error.reason) from None
+
+    # answer
+
+    async def _ask(self, request: UpgradeRequest) -> tuple[Switched | Declined, AnswerReader]:
+        """Send the request on, and nothing else of the client's before the origin's 101 has been verified."""
+        assert self._origin is not None
+        timeout = self._serving.timeouts.origin_answer
+        forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
+        reader = AnswerReader(request)
+        answer = None
+
+        def late() -> Refusal:
+            return Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s")
+
+        async with _until(self._serving.loop.time() + timeout, late):
+            try:
+                await self._origin.send(forwarded_head(request, forwarding))
+                while answer is None:
+                    answer = reader.feed(await self._origin.recv(READ, unless_gone=self._client))
+            except BadAnswer as error:
+                raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
+            except OSError as error:
+                detail = error.strerror or str(error)
+                raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
+        self._record.status = answer.status
+        return answer, reader
+
+    async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
+        """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
+        assert self._origin is not None
+        record, timeout = self._record, self._serving.timeouts.close
+        record.verdict = "pass"
+        out = declined.head + reader.body(None)
+        try:
+            while True:
+                async with asyncio.timeout(timeout):
+                    await self._client.send(out)
+                    if reader.complete:
+                        break
+                    out = reader.body(await self._origin.recv(READ))
+        except BadAnswer as error:
+            record.detail = error.reason
+            return self._abort("origin", "answer cut short")
+        except TimeoutError:
+            return self._abort("tunnel", "answer timed out")
+        self._end("origin", "declined")
+
+    # splice
+
+    def _splice(self, answer: Switched, early: bytes, on_end: Callable[[], None]) -> None:
+        assert self._origin is not None
+        assert isinstance(self._client.sock, ssl.SSLSocket)
+        serving, record = self._serving, self._record
+        record.verdict = "pass"
+        serving.journal.opened(record)
+
+        def ended(splice: Splice) -> None:
+            record.ended_by, record.reason = splice.ended_by, splice.reason
+            serving.journal.ended(record, splice.up, max(splice.down, 0))
+            on_end()
+
+        Splice(
+            serving.splices,
+            self._client.sock,
+            self._origin.sock,
+            to_client=answer.head + answer.leftover,
+            to_origin=early,
+            head=len(answer.head),
+            close_timeout=serving.timeouts.close,
+            on_end=ended,
+        ).start()
+
+    # What ends a connection before its splice.
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        record = self._record
+        record.status, record.verdict, record.detail = refusal.status, "refused", printable(refusal.detail)
+        try:
+            async with asyncio.timeout(self._serving.timeouts.close):
+                await self._client.send(render(refusal, record.id))
+        except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
+            record.detail = record.detail or printable(str(error))
+            return self._abort("tunnel", refusal.reason)
+        self._end("tunnel", refusal.reason)
+
+    def _drop(self, dropped: Dropped) -> None:
+        """End a connection that never got as far as a request: counted and sampled, not recorded."""
+        self._serving.journal.failed(self._record, dropped.reason, dropped.detail)
+        # An alert fits into the buffer of a socket to which nothing was sent yet, or the client is gone.
+        with contextlib.suppress(OSError):
+            socket.socket.send(self._client.sock, dropped.answer)
+        self._release()
+        Linger(self._client.sock, self._serving.readiness, self._serving.loop)
+
+    def _end(self, who: str, why: str) -> None:
+        """End with close_notify and FIN, so that what was sent arrives."""
+        self._recorded(who, why)
+        client = self._client.sock
+        if isinstance(client, ssl.SSLSocket):
+            # It sends close_notify and then wants the client's, which is not waited for.
+            with contextlib.suppress(OSError):
+                client.unwrap()
+        self._release()
+        Linger(client, self._serving.readiness, self._serving.loop)
+
+    def _abort(self, who: str, why: str) -> None:
+        """End with RST."""
+        self._recorded(who, why)
+        self._release()
+        abort(self._client.sock)
+
+    def _recorded(self, who: str, why: str) -> None:
+        record = self._record
+        record.ended_by, record.reason = who, why
+        if record.tls_version:
+            self._serving.journal.ended(record)
+        else:
+            self._serving.journal.failed(record, f"tls: {why}")
+
+    def _release(self) -> None:
+        self._client.release()
+        if self._origin is not None:
+            self._origin.release()
+            self._origin.sock.close()
+
+
+@asynccontextmanager
+async def _until(deadline: float, late: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Raise what `late` makes when this is not through by loop time `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise late() from None
+
+
+def _plain_http_answer(request_id: str) -> bytes:
+    return render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://, or https://"), request_id)
