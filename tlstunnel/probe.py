@@ -37,6 +37,7 @@ from wsproto.utilities import ProtocolError, generate_accept_token, generate_non
 from tlstunnel import __version__
 from tlstunnel.certificates.describe import CertificateFacts, facts, read
 from tlstunnel.errors import CertificateError
+from tlstunnel.escaping import printable
 
 # Bytes of an answer's head. Servers send less than 8 KiB as a rule (node's limit for a head is 16 KiB), so a larger one
 # is a fault worth naming; this leaves room to see the cookies of the worst.
@@ -112,13 +113,6 @@ _DNS_WORDS: Final = {
     socket.EAI_NODATA: "the name has no addresses",
     socket.EAI_AGAIN: "the name server did not answer",
 }
-
-
-def printable(text: str) -> str:
-    r"""Escape what is not printable, and the backslash, as Python does: no terminal takes orders from a server."""
-    return "".join(
-        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii") for char in text
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,10 @@ from typing import Any, Literal
 import msgspec
 import structlog
 
+from tlstunnel.escaping import printable
+
 SAMPLE_SECONDS = 10.0
 """Failures before the TLS handshake is done are counted, and at most one line of each kind is logged in this time."""
-
-
-def printable(text: str) -> str:
-    """`text` with everything escaped that could act on a terminal or break a line: what clients sent is logged so."""
-    if text.isascii() and text.isprintable():
-        return text
-    return text.encode("unicode_escape").decode("ascii")
 
 
 class Record:

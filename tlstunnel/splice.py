@@ -302,8 +302,9 @@ class Splice:
         return CLOSED if isinstance(error, ssl.SSLZeroReturnError) else _why(error)
 
     def _client_ended(self, why: str) -> None:
-        if self._client_failure is not None and not self._draining:
-            why = _why(self._client_failure)
+        if why == TRUNCATED and self._client_failure is not None:
+            # The write that failed took the socket's error with it: without one, a reset reads as an end.
+            why = RESET
         self._blame("client", why)
         if why != CLOSED:
             # Reset, or a FIN without close_notify, after which OpenSSL writes nothing more.
@@ -315,7 +316,7 @@ class Splice:
 
     def _origin_ended(self, why: str) -> None:
         if self._origin_failure is not None and not self._draining:
-            why = _why(self._origin_failure)
+            why = _why(self._origin_failure)  # as above
         self._blame("origin", why)
         if why != CLOSED:
             self._to_origin = b""
@@ -525,7 +526,8 @@ class Splices:
 def _why(error: OSError) -> str:
     """What `error` says of the end of a side, for the record."""
     if isinstance(error, ssl.SSLEOFError):
-        return TRUNCATED
+        # Python says the same of a system call that failed, but then OpenSSL gives no reason (seen, 3.0).
+        return TRUNCATED if error.reason else RESET
     if isinstance(error, ssl.SSLError):
         return f"TLS error: {error.reason or error.strerror or 'unknown'}"
     if isinstance(error, BrokenPipeError):

@@ -15,6 +15,7 @@ from tlstunnel import hello as tls_hello
 from tlstunnel.addresses import Networks
 from tlstunnel.channel import Channel, ClientGone, Wakeup
 from tlstunnel.config import Timeouts
+from tlstunnel.escaping import printable
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
@@ -22,7 +23,7 @@ from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.linger import Linger, abort
 from tlstunnel.origins.connect import OriginUnreachable, connect
 from tlstunnel.readiness import AnyReadiness
-from tlstunnel.record import Journal, Record, printable
+from tlstunnel.record import Journal, Record
 from tlstunnel.sites import Site, Sites
 from tlstunnel.splice import Splice, Splices
 

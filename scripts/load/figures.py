@@ -259,7 +259,7 @@ def chosen(only: set[str], full: bool) -> list[Figure]:
         echoes = [(tunnels, size) for tunnels in (1, 64, 1000) for size in (64, 4096, 65536)]
     figures = [
         *(echo(tunnels, size, seconds=3.0 if full else 1.5) for tunnels, size in echoes),
-        *(bulk(direction, units=12 if full else 4) for direction in ("down", "up", "both")),
+        *(bulk(direction, units=20 if full else 10) for direction in ("down", "up", "both")),
         *(handshakes(kind, seconds=3.0 if full else 1.5) for kind in ("full", "resumed")),
         *(idle(tunnels, minute_later=full) for tunnels in ((few, many) if full else (few,))),
         grow(many if full else few, seconds=3.0 if full else 1.0),

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +43,16 @@ def pss_kib(pids: list[int]) -> int:
     return total
 
 
-def busy_seconds(core: int) -> float:
-    """Time that a core has not been idle since the machine started, stolen time included."""
+def busy_seconds(cores: Iterable[int]) -> float:
+    """Time that these cores together have not been idle since the machine started, stolen time included."""
+    names = {f"cpu{core}" for core in cores}
+    total = 0
     for line in (PROC / "stat").read_text().splitlines():
         name, *ticks = line.split()
-        if name == f"cpu{core}":
+        if name in names:
             user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
-            return (user + nice + system + irq + softirq + steal) / TICK
-    raise LookupError(f"no core {core} in /proc/stat")
+            total += user + nice + system + irq + softirq + steal
+    return total / TICK
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ static bool read_head(struct tunnel *t, const char *bytes, size_t size) {
 }
 
 static bool on_input(struct tunnel *t) {
-    ssize_t n = recv(t->fd, buffer, sizeof buffer, 0);
+    /* Bytes that are only counted need not be copied out of the kernel. */
+    ssize_t n = recv(t->fd, buffer, sizeof buffer, t->mode > ECHO ? MSG_TRUNC : 0);
     if (n < 0) return errno == EAGAIN;
     if (n == 0) {
         t->ended = true;

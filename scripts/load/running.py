@@ -16,7 +16,7 @@ from typing import Any
 from scripts.load import machine
 from scripts.load.subjects import Subject
 
-SUBJECT_CORE, LOAD_CORE = 0, 1
+CORES = SUBJECT_CORE, LOAD_CORE = 0, 1
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 5.0
 
@@ -201,17 +201,17 @@ class Load:
     def measure(self, command: str) -> "Work":
         """Have one command done while the processor time of everybody concerned is watched."""
         origin = [self.running.bench.origin_pid]
-        before = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(SUBJECT_CORE)
+        before = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(CORES)
         answer = self.do(command)
-        after = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(SUBJECT_CORE)
-        subject, served, core = (end - start for start, end in zip(before, after, strict=True))
+        after = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(CORES)
+        subject, served, cores = (end - start for start, end in zip(before, after, strict=True))
         seconds = answer["seconds"]
         return Work(
             answer=answer,
             cpu=subject,
             subject_busy=subject / seconds,
             load_busy=(served + answer["cpu"]) / seconds,
-            others_busy=max(0.0, core - subject) / seconds,
+            others_busy=max(0.0, cores - subject - served - answer["cpu"]) / seconds,
         )
 
 
@@ -223,4 +223,4 @@ class Work:
     cpu: float  # seconds of the subject
     subject_busy: float  # share of one core that the subject used
     load_busy: float  # share of one core that the load and the origin used together
-    others_busy: float  # share of the subject's core that went to anybody else
+    others_busy: float  # how much of the two cores went to anybody else: 0 to 2

@@ -76,7 +76,7 @@ def test_what_is_no_upgrade_is_refused_with_the_reason(certificate: Certificate)
         assert _refused(tunnel, fields=UPGRADE | {"Sec-WebSocket-Key": "short"})[0] == "400"
         status, fields = _refused(tunnel, "--data", "x=1", fields={})
         assert (status, fields["allow"]) == ("405", "GET")
-        status, fields = _refused(tunnel, "--http1.0", fields=UPGRADE)
+        status, fields = _refused(tunnel, "--http1.0", "--no-alpn", fields=UPGRADE)
         assert status == "505"
         assert _refused(tunnel, fields=UPGRADE | {"Cookie": "c" * 20_000})[0] == "431"
         assert origin.connections == 0

@@ -32,6 +32,7 @@ from websockets.sync.server import ServerConnection, serve
 from tlstunnel import probe
 from tlstunnel.certificates import issue
 from tlstunnel.errors import CertificateError
+from tlstunnel.escaping import printable
 
 Handler = Callable[[Any], None]
 
@@ -859,9 +860,9 @@ def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_printable_text_tells_a_terminal_nothing(text: str) -> None:
-    shown = probe.printable(text)
+    shown = printable(text)
     assert shown.isprintable()
-    assert probe.printable(shown).count("\\") == 2 * shown.count("\\")
+    assert printable(shown).count("\\") == 2 * shown.count("\\")
 
 
 @given(st.binary(max_size=200))

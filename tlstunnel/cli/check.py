@@ -15,6 +15,7 @@ from rich.text import Text
 from tlstunnel import probe
 from tlstunnel.certificates.describe import CertificateFacts
 from tlstunnel.errors import TlstunnelError
+from tlstunnel.escaping import printable
 
 _LABEL: Final = 11
 _TEXT: Final = 62
@@ -145,13 +146,13 @@ def _described(found: probe.Facts | None) -> list[str]:
         case probe.PingFacts(round_trip):
             lines = [f"pong after {round_trip * 1000:.1f} ms"]
         case probe.CloseFacts(code, reason):
-            lines = [f"{code} {probe.printable(reason)}".rstrip()]
+            lines = [f"{code} {printable(reason)}".rstrip()]
     return lines
 
 
 def _tls(found: probe.TlsFacts) -> list[str]:
     agreed = " ".join(each for each in (found.version, found.cipher, found.group) if each)
-    lines = [f"{agreed or 'nothing agreed'}, ALPN {probe.printable(found.alpn) if found.alpn else 'none'}"]
+    lines = [f"{agreed or 'nothing agreed'}, ALPN {printable(found.alpn) if found.alpn else 'none'}"]
     now = datetime.now(UTC)
     for certificate in found.chain:
         names = f"names {', '.join(certificate.names)}; " if certificate.names else ""
@@ -166,10 +167,10 @@ def _tls(found: probe.TlsFacts) -> list[str]:
 
 def _handshake(found: probe.HandshakeFacts) -> list[str]:
     lines = [
-        f"{found.status} {probe.printable(found.reason)}".rstrip(),
-        *(f"{probe.printable(name)}: {probe.printable(value)}" for name, value in found.fields),
+        f"{found.status} {printable(found.reason)}".rstrip(),
+        *(f"{printable(name)}: {printable(value)}" for name, value in found.fields),
     ]
     if found.status == 101:
-        lines.append(f"subprotocol {probe.printable(found.subprotocol or 'none')}")
-        lines.append(f"extensions {probe.printable(found.extensions or 'none')}")
+        lines.append(f"subprotocol {printable(found.subprotocol or 'none')}")
+        lines.append(f"extensions {printable(found.extensions or 'none')}")
     return lines

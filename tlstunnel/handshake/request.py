@@ -49,7 +49,8 @@ class UpgradeRequest:
 class RequestReader:
     """Bytes in, an `UpgradeRequest` out; `leftover` then holds what came behind the head.
 
-    `target` is known as soon as h11 has parsed the head, so also of most requests that are refused. What comes out depends on the bytes alone, not on how they were split. Raises `Refusal`, after which it is done.
+    `target` is known as soon as h11 has parsed the head, so also of most requests that are refused. What comes out
+    depends on the bytes alone, not on how they were split. Raises `Refusal`, after which it is done.
     """
 
     def __init__(self) -> None:
