@@ -99,6 +99,38 @@ def child_environment(*, measured: bool = False) -> dict[str, str]:
     return environment
 
 
+_MARK = "TLSTUNNEL_TEST_MARK"
+
+
+def marked(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Give an environment a mark by which `left_behind` finds every process that inherits it, and both."""
+    mark = secrets.token_hex(8)
+    return mark, {**environment, _MARK: mark}
+
+
+def left_behind(mark: str, grace: float = 5.0) -> list[str]:
+    """Return the command lines of the processes with ``mark`` that have not ended by themselves, having killed them.
+
+    Unlike a process group or a session, an environment is not left by daemons.
+    """
+    deadline = time.monotonic() + grace
+    while (found := _processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return list(found.values())
+
+
+def _processes(mark: str) -> dict[int, str]:
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if f"{_MARK}={mark}\0".encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
 class Tunnel:
     """``tlstunnel start``, as a person starts it, and everything it logged.
 
@@ -129,7 +161,7 @@ class Tunnel:
         self._folder = tempfile.TemporaryDirectory(prefix="tlstunnel-test-")
         self.folder = Path(self._folder.name)
         self._errors_expected = errors_expected
-        self._environment = child_environment(measured=measured) | dict(environment or {})
+        self._mark, self._environment = marked(child_environment(measured=measured) | dict(environment or {}))
         self._command = [*PROGRAM, "start", "--log-format", "json"]
         if descriptors is not None:
             # prlimit from util-linux and not preexec_fn, which is not safe in a process with threads.
@@ -188,8 +220,7 @@ class Tunnel:
         faults = list(self._noise)
         if not self._errors_expected:
             faults += [str(record) for record in self._records if record.get("level") in ("error", "critical")]
-        if orphans:
-            faults.append("it left a process")
+        faults += [f"it left a process: {command}" for command in orphans]
         if status is None:
             faults.append("it did not end when asked to")
         elif status != 0:
@@ -317,16 +348,12 @@ class Tunnel:
                 self._changed.wait(min(left, 0.5))
         return found
 
-    def _end(self) -> bool:
-        """Make sure that nothing is left; true when there was something beside the process itself."""
+    def _end(self) -> list[str]:
+        """Make sure that nothing is left; return what was, beside the process itself."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        orphans = True
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session, so its own process group
-        except ProcessLookupError:
-            orphans = False
+        orphans = left_behind(self._mark)
         self._reader.join(PATIENCE)
         if self._process.stderr is not None:
             self._process.stderr.close()

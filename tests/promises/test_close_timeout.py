@@ -1,0 +1,124 @@
+"""A tunnel of which one side has ended may take as long as it likes while it gets on, and ``timeouts.close`` when not.
+
+Getting on is any byte that a side takes, also of what the tunnel has long handed to the kernel.
+"""
+
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness import Certificate, receive_exactly
+from tests.promises.ends import Ends, Hands, Pair, arrived, received_all, steps
+
+SETTINGS = '[timeouts]\nclose = "1s"\n'
+DATA = random.Random(9).randbytes(4 << 20)
+LATE = 6.0
+"""On a busy machine; a default close timeout would be 30 s."""
+
+
+def _client_ends(pair: Pair) -> None:
+    pair.client.end()
+    assert received_all(pair.origin) == b""
+
+
+def _origin_ends(pair: Pair) -> None:
+    pair.origin.shutdown(socket.SHUT_WR)
+    assert pair.client.receive_all() == b""
+
+
+@pytest.mark.parametrize("end", [_client_ends, _origin_ends], ids=["client", "origin"])
+def test_a_half_closed_tunnel_without_progress_ends(certificate: Certificate, end: Callable[[Pair], None]) -> None:
+    with Ends(certificate, settings=SETTINGS) as ends:
+        pair = ends.open()
+        begin = time.monotonic()
+        end(pair)
+        record = ends.tunnel.wait_records(1)[0]
+        assert 0.8 < time.monotonic() - begin < LATE
+        assert (record["ended_by"], record["reason"]) == ("tunnel", "close timeout")
+        # The side that may still send has had the other's end, so that only sending shows the reset.
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            (pair.origin if end is _client_ends else pair.client.sock).send(b".")
+
+
+def test_a_tunnel_whose_last_bytes_nobody_takes_ends(certificate: Certificate) -> None:
+    with Ends(certificate, settings=SETTINGS) as ends, Hands() as hands:
+        client, origin = ends.open(buffers=65_536)
+
+        def send() -> None:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                while True:
+                    client.send(DATA)
+
+        hands.do(send)
+        origin.shutdown(socket.SHUT_WR)
+        record = ends.tunnel.wait_records(1)[0]
+        assert (record["ended_by"], record["reason"]) == ("tunnel", "close timeout")
+
+
+def test_a_whole_tunnel_is_in_no_hurry(certificate: Certificate) -> None:
+    with Ends(certificate, settings=SETTINGS) as ends:
+        client, origin = ends.open()
+        time.sleep(2)
+        client.send(b"still here")
+        assert origin.recv(20) == b"still here"
+
+
+def _origin_drips(pair: Pair) -> None:
+    """The client has ended; the origin sends a byte now and then."""
+    _client_ends(pair)
+    for _ in steps(3, 0.2):
+        pair.origin.sendall(b".")
+        assert pair.client.receive() == b"."
+    pair.origin.close()
+    assert pair.client.receive_all() == b""
+
+
+def _client_drips(pair: Pair) -> None:
+    """The origin has ended; the client sends a byte now and then."""
+    _origin_ends(pair)
+    for _ in steps(3, 0.2):
+        pair.client.send(b".")
+        assert receive_exactly(pair.origin, 1) == b"."
+    pair.client.end()
+    assert received_all(pair.origin) == b""
+
+
+def _client_sips(pair: Pair) -> None:
+    """The origin has sent all it had, and closed; the client takes it in little by little."""
+    pair.origin.sendall(DATA[:400_000])
+    arrived(pair.origin)
+    pair.origin.shutdown(socket.SHUT_WR)
+    received = bytearray()
+    for _ in steps(3, 0.2):
+        received += pair.client.sock.recv(8192)
+    while some := pair.client.sock.recv(65_536):
+        received += some
+    assert len(received) > 400_000  # records, and so some more than was sealed in them
+    pair.client.sock.close()
+
+
+def _origin_sips(pair: Pair) -> None:
+    """The client has sent all it had, and ended; the origin takes it in little by little."""
+    pair.client.send(DATA[:400_000])
+    pair.client.end()
+    received = bytearray()
+    for _ in steps(3, 0.2):
+        received += pair.origin.recv(8192)
+    received += received_all(pair.origin)
+    assert received == DATA[:400_000]
+    pair.origin.close()
+
+
+def test_slow_but_steady_progress_goes_on(certificate: Certificate) -> None:
+    """All at once, since each takes three seconds: three times the timeout, which therefore is no limit in all."""
+    with Ends(certificate, settings=SETTINGS) as ends, Hands() as hands:
+        hands.do(_origin_drips, ends.open())
+        hands.do(_client_drips, ends.open())
+        # Small windows: a window is opened again only when half of it is free, and that shall be soon.
+        hands.do(_client_sips, ends.open(buffers=8192))
+        hands.do(_origin_sips, ends.open(buffers=8192))
+        assert {record["reason"] for record in ends.tunnel.wait_records(4)} == {"closed"}

@@ -1,0 +1,62 @@
+"""A tunnel that moves bulk data both ways at full speed does not slow the others down noticeably."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from tests.harness import Certificate
+from tests.promises.ends import Ends, Hands, Pair
+
+TUNNELS = 50
+ROUNDS = 20
+P99 = 0.25
+"""Seconds. The tunnel gives the busy one a quarter of a megabyte a turn, half a millisecond; what is measured beside
+that is the test's own five threads under one interpreter lock (5 ms a switch) and whoever else uses the machine. A
+tunnel that moved on only when the busy one pauses would show seconds."""
+BULK = bytes(1 << 20)
+
+
+def test_echoes_beside_bulk(certificate: Certificate) -> None:
+    with Ends(certificate, measured=True) as ends, Hands() as hands:
+        pairs = [ends.open() for _ in range(TUNNELS)]
+        busy = ends.open()
+        moved = {"up": 0, "down": 0}
+        over = False
+
+        def send(sender: Callable[[bytes], object]) -> None:
+            with contextlib.suppress(OSError):
+                while not over:
+                    sender(BULK)
+
+        def receive(receiver: Callable[[], bytes], direction: str) -> None:
+            with contextlib.suppress(OSError):
+                while some := receiver():
+                    moved[direction] += len(some)
+
+        hands.do(send, busy.client.send)
+        hands.do(send, busy.origin.sendall)
+        hands.do(receive, lambda: busy.origin.recv(1 << 18), "up")
+        hands.do(receive, busy.client.receive, "down")
+        begin, before = time.monotonic(), dict(moved)
+        latencies = sorted(_echo(pair) for _ in range(ROUNDS) for pair in pairs)
+        seconds = time.monotonic() - begin
+        after = dict(moved)
+        over = True
+        for sock in (busy.client.sock, busy.origin):
+            sock.shutdown(2)
+        p99 = latencies[len(latencies) * 99 // 100]
+        figures = f"p50 {latencies[len(latencies) // 2] * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, in {seconds:.1f} s"
+        print(figures, {way: f"{(after[way] - before[way]) / seconds / 1e6:.0f} MB/s" for way in moved})
+        assert p99 < P99, figures
+        # The measurement means nothing unless the busy tunnel was busy, and it must not be starved either.
+        for way in moved:
+            assert (after[way] - before[way]) / seconds > 5e6, (way, moved)
+
+
+def _echo(pair: Pair) -> float:
+    begin = time.perf_counter()
+    pair.client.send(b"x" * 64)
+    assert pair.origin.recv(100) == b"x" * 64
+    pair.origin.sendall(b"y" * 64)
+    assert pair.client.receive() == b"y" * 64
+    return time.perf_counter() - begin

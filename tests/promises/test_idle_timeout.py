@@ -1,0 +1,51 @@
+"""With ``timeouts.idle`` a tunnel on which nothing moves ends properly, and one in use goes on; by default all do."""
+
+import time
+
+import pytest
+
+from tests.harness import Certificate
+from tests.promises.ends import Ends, Pair, received_all, steps
+
+
+def _ping(pair: Pair) -> None:
+    pair.client.send(b"ping")
+    assert pair.origin.recv(10) == b"ping"
+    pair.origin.sendall(b"pong")
+    assert pair.client.receive() == b"pong"
+
+
+def test_idle_ends_and_busy_does_not(certificate: Certificate) -> None:
+    with Ends(certificate, settings='[timeouts]\nidle = "1s"\n') as ends:
+        idle, busy, upwards, downwards = (ends.open() for _ in range(4))
+        begin = time.monotonic()
+        for _ in steps(3, 0.2):
+            _ping(busy)
+            upwards.client.send(b".")
+            assert upwards.origin.recv(2) == b"."
+            downwards.origin.sendall(b".")
+            assert downwards.client.receive() == b"."
+        (record,) = ends.tunnel.records("connection")
+        assert (record["ended_by"], record["reason"]) == ("tunnel", "idle timeout")
+        assert (record["up"], record["down"]) == (0, 0)
+        assert 0.9 < record["seconds"] < 3, time.monotonic() - begin
+        # Both sides see a proper end.
+        assert received_all(idle.origin) == b""
+        assert idle.client.receive_all() == b""
+
+
+@pytest.mark.parametrize("settings", ["", '[timeouts]\nidle = "off"\n', '[timeouts]\nclose = "1s"\n'])
+def test_off_by_default(certificate: Certificate, settings: str) -> None:
+    with Ends(certificate, settings=settings) as ends:
+        pair = ends.open()
+        time.sleep(1.5)
+        _ping(pair)
+
+
+def test_a_tunnel_costs_nothing_while_it_is_idle(certificate: Certificate) -> None:
+    with Ends(certificate, measured=True) as ends:
+        for _ in range(50):
+            ends.open()
+        before = ends.tunnel.cpu_seconds()
+        time.sleep(1)
+        assert ends.tunnel.cpu_seconds() - before <= 0.03  # three ticks of the clock

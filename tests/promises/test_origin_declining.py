@@ -1,0 +1,178 @@
+"""An origin's own refusal reaches the client whole, body and all, and the connection ends; half of one shows."""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.harness import (
+    Certificate,
+    Record,
+    Tunnel,
+    connect_tls,
+    handshake_request,
+    read_answer,
+    receive_all,
+)
+from tests.promises.wire import ABRUPT_ENDS, Response, ask, read_until_end
+from tests.promises.witness import SMUGGLED, Then, Witness
+
+LARGE = random.Random(6455).randbytes(2 << 20)
+
+
+def _by_length(head: bytes, body: bytes) -> bytes:
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def _chunked(head: bytes, body: bytes) -> bytes:
+    sizes = random.Random(len(body))
+    chunks, at = [], 0
+    while at < len(body):
+        size = sizes.randrange(1, 50_000)
+        piece = body[at : at + size]
+        chunks.append(b"%X\r\n%b\r\n" % (len(piece), piece))
+        at += size
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(chunks) + b"0\r\nX-Trailer: dropped\r\n\r\n"
+
+
+def _to_the_end(head: bytes, body: bytes) -> bytes:
+    return head + b"\r\n" + body
+
+
+FRAMINGS: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "length": _by_length,
+    "chunked": _chunked,
+    "to-the-end": _to_the_end,
+}
+
+
+Stage = tuple[Witness, Tunnel]
+
+
+@pytest.fixture(scope="module")
+def stage(certificate: Certificate) -> Iterator[Stage]:
+    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+        yield origin, tunnel
+
+
+def _declined(stage: Stage, answer: bytes, *, then: Then) -> tuple[Response, Record]:
+    origin, tunnel = stage
+    testimony = origin.tell(answer, then=then)
+    response = ask(tunnel, handshake_request() + SMUGGLED)
+    assert testimony.surplus_at_end() == b""
+    return response, testimony.record(tunnel)
+
+
+@pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS.keys())
+@pytest.mark.parametrize("body", [b"", b"because\n", LARGE], ids=["empty", "short", "2MiB"])
+def test_any_framing_is_relayed_whole(stage: Stage, framing: Callable[[bytes, bytes], bytes], body: bytes) -> None:
+    head = b"HTTP/1.1 403 Out of the Question\r\nX-Why: Because\r\nContent-Type: text/odd\r\n"
+    then: Then = "end" if framing is _to_the_end else "keep"
+    response, record = _declined(stage, framing(head, body), then=then)
+    assert (response.status, response.body) == (403, body)
+    assert response.raw.startswith(b"HTTP/1.1 403 Out of the Question\r\n")
+    assert response.headers["X-Why"] == "Because"
+    assert response.headers["Content-Type"] == "text/odd"
+    assert response.headers.get_all("Connection") == ["close"]
+    assert (record["status"], record["verdict"]) == (403, "pass")
+    assert (record["ended_by"], record["reason"]) == ("origin", "declined")
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        (b"HTTP/1.1 200 OK", [b"Content-Type: text/html"]),
+        (b"HTTP/1.1 302 Found", [b"Location: https://localhost/login?next=%2Fchat"]),
+        (b"HTTP/1.1 401 Unauthorized", [b'WWW-Authenticate: Basic realm="a"', b"WWW-Authenticate: Bearer"]),
+        (b"HTTP/1.1 404 Not Found", [b"Set-Cookie: a=1", b"Set-Cookie: b=2"]),
+        (b"HTTP/1.1 426 Upgrade Required", [b"Sec-WebSocket-Version: 13, 8"]),
+        (b"HTTP/1.1 500 Internal Server Error", []),
+        (b"HTTP/1.1 503 Service Unavailable", [b"Retry-After: 120"]),
+    ],
+    ids=lambda value: value.split()[1].decode() if isinstance(value, bytes) else "",
+)
+def test_any_status_is_relayed_with_its_fields(stage: Stage, line: bytes, fields: list[bytes]) -> None:
+    answer = b"\r\n".join([line, *fields, b"Content-Length: 5", b"", b"body\n"])
+    response, record = _declined(stage, answer, then="keep")
+    assert response.raw.startswith(line + b"\r\n")
+    for field in fields:
+        assert field + b"\r\n" in response.raw
+    assert response.body == b"body\n"
+    assert record["status"] == response.status
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 204 No Content", b"HTTP/1.1 304 Not Modified"], ids=["204", "304"])
+def test_a_status_without_a_body_ends_at_its_head(stage: Stage, line: bytes) -> None:
+    response, record = _declined(stage, line + b"\r\nX-Why: Because\r\n\r\n", then="keep")
+    assert (response.body, response.headers["X-Why"]) == (b"", "Because")
+    assert record["reason"] == "declined"
+
+
+def test_hop_by_hop_fields_stay_on_their_hop(stage: Stage) -> None:
+    head = b"HTTP/1.1 403 Forbidden\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: a\r\n"
+    response, _ = _declined(stage, _by_length(head, b"no"), then="keep")
+    assert response.headers.get_all("Connection") == ["close"]
+    assert response.headers["Keep-Alive"] is None
+    assert response.headers["X-Private"] is None
+
+
+CUT_SHORT: dict[str, tuple[bytes, Then]] = {
+    "length, end": (b"Content-Length: 100\r\n\r\nnot a hundred", "end"),
+    "length, reset": (b"Content-Length: 100\r\n\r\nnot a hundred", "reset"),
+    "chunked, end": (b"Transfer-Encoding: chunked\r\n\r\n64\r\nnot a hundred", "end"),
+    "chunked, no last chunk": (b"Transfer-Encoding: chunked\r\n\r\n5\r\nwords\r\n", "end"),
+    "chunked, reset": (b"Transfer-Encoding: chunked\r\n\r\n5\r\nwords\r\n", "reset"),
+    "to the end, reset": (b"\r\nwords", "reset"),
+}
+
+
+@pytest.mark.parametrize(("rest", "then"), CUT_SHORT.values(), ids=CUT_SHORT.keys())
+def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then) -> None:
+    """No close_notify: it would say that this was all, and where only the end frames the body nothing else says it."""
+    origin, tunnel = stage
+    head_arrived = threading.Event()
+    # Only when the client has the head is there a body to be cut short.
+    testimony = origin.tell(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
+    with connect_tls(tunnel) as client:
+        client.sendall(handshake_request())
+        assert read_answer(client).status == 500
+        head_arrived.set()
+        with pytest.raises(ABRUPT_ENDS):
+            receive_all(client)
+    record = testimony.record(tunnel)
+    assert record["status"] == 500
+    assert (record["ended_by"], record["reason"]) == ("origin", "answer cut short"), record
+
+
+def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
+    """In the very segment of the head, so that it is met before anything has gone to the client."""
+    origin, tunnel = stage
+    testimony = origin.tell(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
+    with connect_tls(tunnel) as client:
+        client.sendall(handshake_request() + SMUGGLED)
+        received = read_until_end(client)
+    assert b"this is no chunk" not in received
+    assert testimony.surplus_at_end() == b""
+    assert testimony.record(tunnel)["reason"] in {"answer cut short", "bad answer"}
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> None:
+    """Longer than timeouts.close in all, but never so long without a byte."""
+    body = LARGE * 2
+    with (
+        Witness() as origin,
+        Tunnel(origin.address, certificate, settings='[timeouts]\nclose = "1s"\n') as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        testimony = origin.tell(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        client.sendall(handshake_request())
+        received = bytearray(read_answer(client).leftover)
+        while some := client.recv(65_536):
+            received += some
+            time.sleep(2.5 * len(some) / len(body))  # the slowness that this is about
+        assert bytes(received) == body
+        assert testimony.record(tunnel)["reason"] == "declined"

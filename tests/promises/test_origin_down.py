@@ -1,0 +1,155 @@
+"""An origin that is down costs its clients a clear answer, 502 or 504, and nobody else anything."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    PATIENCE,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    accept_upgrade,
+    connect_tls,
+    handshake_request,
+    read_answer,
+    reset,
+)
+from tests.promises.wire import Response, ask
+
+
+def _refused(tunnel: Tunnel, status: int, reasons: set[str]) -> Response:
+    """Ask for a tunnel; the answer must be this status, and the record must agree with it."""
+    response = ask(tunnel, handshake_request("/down"))
+    assert response.status == status, response.raw
+    assert response.headers["Connection"] == "close"
+    request_id = response.headers["X-Request-Id"]
+    assert request_id in response.body.decode()
+    record = tunnel.wait_record(lambda record: record.get("id") == request_id)
+    assert (record["event"], record["status"], record["verdict"]) == ("connection", status, "refused"), record
+    assert record["ended_by"] == "tunnel"
+    assert record["reason"] in reasons, record
+    assert record["path"] == "/down"
+    if status == 502:
+        assert record["detail"], "a person has to find out why"
+    return response
+
+
+def test_a_refused_connection_is_a_502(certificate: Certificate) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port, and it refuses
+        with Tunnel(f"127.0.0.1:{reserved.getsockname()[1]}", certificate) as tunnel:
+            _refused(tunnel, 502, {"origin unreachable"})
+
+
+def test_a_unix_socket_that_is_not_there_is_a_502(certificate: Certificate, tmp_path: Path) -> None:
+    with Tunnel(f"unix:{tmp_path / 'absent.sock'}", certificate) as tunnel:
+        _refused(tunnel, 502, {"origin unreachable"})
+
+
+def test_a_name_that_nobody_knows_is_a_502(certificate: Certificate) -> None:
+    # On a machine without a resolver the answer takes as long as the resolver is asked to be patient.
+    patience = {"RES_OPTIONS": "timeout:1 attempts:1"}
+    with Tunnel("no-such-host.invalid:80", certificate, environment=patience) as tunnel:
+        response = _refused(tunnel, 502, {"origin unreachable"})
+    assert b"no-such-host" not in response.body, "where the origin is, is nobody's business"
+
+
+def _fill(connect_to: object, family: int) -> list[socket.socket]:
+    """Connect until the accept queue is full: nobody accepts, so whoever comes later waits."""
+    held: list[socket.socket] = []
+    waiting = 0
+    while waiting < 2:
+        sock = socket.socket(family)
+        held.append(sock)
+        sock.settimeout(0.2)
+        try:
+            sock.connect(connect_to)  # type: ignore[arg-type]
+        except (TimeoutError, BlockingIOError):
+            waiting += 1
+        assert len(held) < 64, "the queue does not get full"
+    return held
+
+
+@contextlib.contextmanager
+def _full(family: int, address: object) -> Iterator[socket.socket]:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(family))
+        listener.bind(address)  # type: ignore[arg-type]
+        listener.listen(0)
+        for sock in _fill(listener.getsockname(), family):
+            stack.enter_context(sock)
+        yield listener
+
+
+def test_a_connection_that_does_not_come_about_is_a_504(certificate: Certificate) -> None:
+    with _full(socket.AF_INET, ("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with Tunnel(address, certificate, settings='[timeouts]\norigin_connect = "300ms"\n') as tunnel:
+            _refused(tunnel, 504, {"origin connect timed out"})
+
+
+def test_a_unix_socket_whose_queue_is_full_is_a_504(certificate: Certificate, tmp_path: Path) -> None:
+    path = str(tmp_path / "full.sock")
+    with (
+        _full(socket.AF_UNIX, path),
+        Tunnel(f"unix:{path}", certificate, settings='[timeouts]\norigin_connect = "300ms"\n') as tunnel,
+    ):
+        _refused(tunnel, 504, {"origin connect timed out"})
+
+
+def test_a_unix_socket_whose_queue_empties_in_time_is_waited_for(certificate: Certificate, tmp_path: Path) -> None:
+    """connect(2) on a Unix socket does not wait for room: the tunnel has to."""
+    path = str(tmp_path / "full.sock")
+    with (
+        _full(socket.AF_UNIX, path) as listener,
+        Tunnel(f"unix:{path}", certificate) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(handshake_request())
+        listener.settimeout(PATIENCE)
+        # Those that filled the queue have left nothing to read; the tunnel's connection comes behind them.
+        for _ in range(64):
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    accept_upgrade(sock)
+                    assert read_answer(client).status == 101
+                    return
+        pytest.fail("the tunnel did not come back to the queue")
+
+
+def _reads_and_ends(sock: socket.socket) -> None:
+    sock.recv(65536)
+
+
+def _reads_and_resets(sock: socket.socket) -> None:
+    sock.recv(65536)
+    reset(sock)
+
+
+def _half_an_answer_and_end(sock: socket.socket) -> None:
+    sock.recv(65536)
+    sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: webso")
+
+
+@pytest.mark.parametrize(
+    ("handler", "reasons"),
+    [
+        (_reads_and_ends, {"bad answer"}),
+        (_reads_and_resets, {"origin failed"}),
+        (reset, {"origin failed", "origin unreachable"}),  # the reset may come before connecting is seen to be done
+        (_half_an_answer_and_end, {"bad answer"}),
+    ],
+    ids=["closes", "resets", "resets-at-once", "closes-within-the-head"],
+)
+def test_no_answer_is_a_502(
+    certificate: Certificate, handler: Callable[[socket.socket], None], reasons: set[str]
+) -> None:
+    with RawOrigin(handler) as origin, Tunnel(origin.address, certificate) as tunnel:
+        response = _refused(tunnel, 502, reasons)
+        assert b"webso" not in response.raw

@@ -1,0 +1,121 @@
+"""An origin that says nothing, or never comes to an end, holds no client for longer than the timeouts say."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import (
+    PATIENCE,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    connect_tls,
+    eventually,
+    handshake_request,
+    read_answer,
+    read_request,
+    receive_all,
+    reset,
+)
+from tests.promises.wire import ABRUPT_ENDS, ask, read_until_end
+from tests.promises.witness import SMUGGLED, Witness, record_of
+
+SETTINGS = '[timeouts]\norigin_answer = "300ms"\nclose = "300ms"\n'
+Stage = tuple[Witness, Tunnel]
+
+
+@pytest.fixture(scope="module")
+def stage(certificate: Certificate) -> Iterator[Stage]:
+    with Witness() as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
+        yield origin, tunnel
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"HTTP/1.1 101 Switching Pro", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["nothing", "half", "100"]
+)
+def test_no_answer_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
+    origin, tunnel = stage
+    testimony = origin.tell(beginning)
+    began = time.monotonic()
+    response = ask(tunnel, handshake_request() + SMUGGLED)
+    assert time.monotonic() - began >= 0.3
+    assert response.status == 504
+    record = record_of(tunnel, response.headers)
+    assert record["id"] in response.body.decode()
+    assert (record["status"], record["ended_by"], record["reason"]) == (504, "tunnel", "origin answer timed out")
+    assert testimony.surplus_at_end() == b""
+
+
+def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -> None:
+    """Each byte is progress, and still the answer is not there."""
+    gone = threading.Event()
+
+    def trickle(sock: socket.socket) -> None:
+        read_request(sock)
+        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nX-Slow: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(int(PATIENCE * 50)):
+                sock.sendall(b"a")
+                if gone.wait(0.02):
+                    break
+                sock.settimeout(0.001)
+                with contextlib.suppress(TimeoutError):
+                    if not sock.recv(1):
+                        break
+                sock.settimeout(None)
+        gone.set()
+
+    with RawOrigin(trickle) as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
+        assert ask(tunnel, handshake_request()).status == 504
+        assert gone.wait(PATIENCE), "the origin's connection outlived the 504"
+
+
+def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> None:
+    origin, tunnel = stage
+    testimony = origin.tell(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 1000\r\n\r\nonly this")
+    with connect_tls(tunnel) as client:
+        client.sendall(handshake_request())
+        assert read_answer(client).status == 403
+        # Not a close_notify, which says that all has been sent.
+        with pytest.raises(ABRUPT_ENDS):
+            receive_all(client)
+    record = testimony.record(tunnel)
+    assert (record["status"], record["ended_by"], record["reason"]) == (403, "tunnel", "answer timed out")
+    assert testimony.surplus_at_end() == b""
+
+
+def test_a_client_that_leaves_a_silent_origin_takes_its_connection_along(certificate: Certificate) -> None:
+    """The 30 s of origin_answer are not waited out: the harness would not wait that long."""
+    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+        for leave in (socket.socket.close, reset):
+            testimony = origin.tell(b"")
+            client = connect_tls(tunnel)
+            client.sendall(handshake_request() + SMUGGLED)
+            eventually(lambda: testimony.heads)  # noqa: B023 - asked here and now
+            leave(client)
+            assert testimony.surplus_at_end() == b""
+            assert testimony.record(tunnel)["ended_by"] == "client"
+
+
+def test_a_good_client_is_served_while_others_wait_for_an_answer(certificate: Certificate) -> None:
+    """Twenty that hang cost the twenty-first nothing."""
+
+    def only_for_the_patient(sock: socket.socket) -> None:
+        request = read_request(sock)
+        if request.line.split()[1] == "/silent":
+            read_until_end(sock)
+        else:
+            sock.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with (
+        RawOrigin(only_for_the_patient) as origin,
+        Tunnel(origin.address, certificate) as tunnel,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(20):
+            stack.enter_context(connect_tls(tunnel)).sendall(handshake_request("/silent"))
+        assert ask(tunnel, handshake_request("/prompt")).status == 404

@@ -1,0 +1,113 @@
+"""A side that does not read holds back the other side of its own tunnel, and nothing else.
+
+The tunnel's memory stays bounded, other tunnels go on undisturbed, and every byte arrives once that side reads again.
+"""
+
+import hashlib
+import random
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness import Certificate
+from tests.promises.ends import Ends, Hands, Pair
+
+MIB = 1 << 20
+TUNNELS = 20
+GROWTH = 32 * MIB
+"""What a tunnel may hold is 256 KiB and as much again in OpenSSL; these are three times that for each."""
+TOO_MUCH = 256 * MIB
+"""The kernel's buffers hold far less of one connection: whoever takes this much is not held back."""
+NOISE = random.Random(7).randbytes(MIB)
+
+
+class Flood:
+    """Bytes sent into a socket as fast as it takes them."""
+
+    def __init__(self, sock: socket.socket, sealed: Callable[[bytes], bytes]) -> None:
+        self.sock = sock
+        self._sealed = sealed
+        self._left = b""
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def go_on(self) -> None:
+        """Send until the socket is full."""
+        self.sock.setblocking(False)
+        try:
+            while True:
+                if not self._left:
+                    self._digest.update(NOISE)
+                    self.size += len(NOISE)
+                    self._left = self._sealed(NOISE)
+                self._left = self._left[self.sock.send(self._left) :]
+                assert self.size < TOO_MUCH, "never held back"
+        except BlockingIOError:
+            pass
+
+    def end(self, sealed_end: bytes) -> str:
+        """Send what has to follow, and give the digest of it all."""
+        self.sock.settimeout(60)
+        self.sock.sendall(self._left + sealed_end)
+        self.sock.shutdown(socket.SHUT_WR)
+        return self._digest.hexdigest()
+
+
+def _until_held_back(floods: list[Flood]) -> None:
+    """Send on all of them until none has taken a byte for a while."""
+    with selectors.DefaultSelector() as selector:
+        for flood in floods:
+            selector.register(flood.sock, selectors.EVENT_WRITE, flood)
+        while ready := selector.select(0.5):
+            for key, _ in ready:
+                key.data.go_on()
+
+
+def _echo_latency(pair: Pair) -> float:
+    begin = time.perf_counter()
+    pair.client.send(b"?")
+    assert pair.origin.recv(2) == b"?"
+    pair.origin.sendall(b"!")
+    assert pair.client.receive() == b"!"
+    return time.perf_counter() - begin
+
+
+def _digest(receive: Callable[[], bytes]) -> str:
+    digest = hashlib.sha256()
+    while some := receive():
+        digest.update(some)
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_side_that_does_not_read(certificate: Certificate, direction: str) -> None:
+    with Ends(certificate, measured=True) as ends, Hands() as hands:
+        other = ends.open()
+        pairs = [ends.open(buffers=65_536) for _ in range(TUNNELS)]
+        for _ in range(20):
+            _echo_latency(other)
+        before = ends.tunnel.rss()
+        ends.tunnel.reset_peak_rss()
+        if direction == "down":
+            floods = [Flood(pair.origin, lambda data: data) for pair in pairs]
+        else:
+            floods = [Flood(pair.client.sock, pair.client.sealed) for pair in pairs]
+        flooding = hands.do(_until_held_back, floods)
+        latencies: list[float] = []
+        while not flooding.done() or len(latencies) < 100:
+            latencies.append(_echo_latency(other))
+        flooding.result()
+        # A turn is 256 KiB for each of the twenty; only a tunnel that waits for a slow side would take seconds.
+        assert sorted(latencies)[len(latencies) * 95 // 100] < 0.25
+        burnt = ends.tunnel.cpu_seconds()
+        time.sleep(0.5)
+        assert ends.tunnel.cpu_seconds() - burnt < 0.2, "it spins while it waits"
+        for pair, flood in zip(pairs, floods, strict=True):
+            client, origin = pair
+            sent = hands.do(flood.end, b"" if direction == "down" else client.close_notify())
+            received = _digest(client.receive if direction == "down" else lambda: origin.recv(1 << 18))  # noqa: B023
+            assert received == sent.result()
+        assert ends.tunnel.peak_rss() - before < GROWTH

@@ -1,0 +1,164 @@
+"""The client's side of the wire, below what a TLS library and an HTTP library would let a test do."""
+
+import contextlib
+import http.client
+import io
+import socket
+import ssl
+import time
+from typing import NamedTuple, cast
+
+from tests.harness import PATIENCE, Tunnel, connect_tls, eventually, receive_all
+
+# Descriptions of alerts, RFC 8446 section 6.
+ILLEGAL_PARAMETER, PROTOCOL_VERSION, UNRECOGNIZED_NAME, NO_APPLICATION_PROTOCOL = 47, 70, 112, 120
+
+ABRUPT_ENDS = (ConnectionError, ssl.SSLEOFError)
+"""An end without close_notify. Python's OpenSSL calls a RST, too, an EOF, when it comes while reading."""
+
+
+class Response(NamedTuple):
+    """One HTTP response, whole, and the bytes it stood in."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+    raw: bytes
+
+
+class _Received:
+    """What http.client takes for a socket: bytes that have been received already."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+
+def parse_response(raw: bytes) -> Response:
+    """Parse the response in ``raw``; a body that is cut short raises http.client.IncompleteRead."""
+    response = http.client.HTTPResponse(cast("socket.socket", _Received(raw)), method="GET")
+    response.begin()
+    return Response(response.status, response.headers, response.read(), raw)
+
+
+def ask(tunnel: Tunnel, request: bytes, *, server_name: str | None = "localhost") -> Response:
+    """Send these bytes in one TLS connection and read the answer up to its close_notify."""
+    with connect_tls(tunnel, server_name=server_name) as client:
+        client.sendall(request)
+        return parse_response(receive_all(client))
+
+
+def without_verification(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+    """A context that trusts anybody: for a TLS handshake whose end is not this test's subject."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    if newest is not None:
+        context.maximum_version = newest
+    return context
+
+
+class Handshaker:
+    """A TLS client that hands out the bytes it would send, and is given those it would receive."""
+
+    def __init__(self, context: ssl.SSLContext | None = None, server_name: str | None = "localhost") -> None:
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = (context or without_verification()).wrap_bio(self._in, self._out, server_hostname=server_name)
+
+    def step(self, received: bytes = b"") -> bytes:
+        """Go on with the handshake after these bytes; return what is to be sent."""
+        self._in.write(received)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.do_handshake()
+        return self._out.read()
+
+    def finish(self, sock: socket.socket) -> None:
+        """Do what is left of the handshake over ``sock``, the ClientHello having been sent."""
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(self._out.read())
+                some = sock.recv(65536)
+                assert some, "the connection ended within the TLS handshake"
+                self._in.write(some)
+        sock.sendall(self._out.read())
+
+    def encrypt(self, data: bytes) -> bytes:
+        """The records that carry ``data``, once the handshake is done."""
+        self._tls.write(data)
+        return self._out.read()
+
+    def read_all(self, sock: socket.socket) -> bytes:
+        """Everything that the tunnel sends up to its close_notify; an end without one fails the test."""
+        received = b""
+        while True:
+            try:
+                some = self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                data = sock.recv(65536)
+                assert data, f"the connection ended without close_notify after {received!r}"
+                self._in.write(data)
+            except ssl.SSLZeroReturnError:
+                return received
+            else:
+                if not some:
+                    return received
+                received += some
+
+
+def client_hello(server_name: str | None = "localhost", context: ssl.SSLContext | None = None) -> bytes:
+    """A ClientHello in one TLS record, as OpenSSL makes it."""
+    return Handshaker(context, server_name).step()
+
+
+def alert(description: int) -> bytes:
+    """The record of a fatal alert, in the clear."""
+    return bytes((21, 3, 3, 0, 2, 2, description))
+
+
+def in_records(hello: bytes, size: int) -> bytes:
+    """The same ClientHello in TLS records of ``size`` bytes each (RFC 8446 section 5.1 allows it)."""
+    message = hello[5:]
+    pieces = [message[at : at + size] for at in range(0, len(message), size)]
+    return b"".join([b"\x16\x03\x01" + len(piece).to_bytes(2) + piece for piece in pieces])
+
+
+def read_until_end(sock: socket.socket) -> bytes:
+    """All that comes until the end of the connection, whatever kind of end that is."""
+    received = b""
+    with contextlib.suppress(*ABRUPT_ENDS):
+        while some := sock.recv(65536):
+            received += some
+    return received
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the other side has ended this plain connection; what came before the end is thrown away."""
+    sock.setblocking(False)
+    try:
+        while sock.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def cpu_share(tunnel: Tunnel, seconds: float) -> float:
+    """The share of a core that the tunnel's process uses in the next ``seconds``."""
+    before, began = tunnel.cpu_seconds(), time.monotonic()
+    time.sleep(seconds)
+    return (tunnel.cpu_seconds() - before) / (time.monotonic() - began)
+
+
+def settled_descriptors(tunnel: Tunnel, most: int, timeout: float = PATIENCE) -> int:
+    """Wait until the tunnel holds at most that many descriptors; return how many."""
+    eventually(lambda: tunnel.descriptors() <= most, timeout, 0.05)
+    return tunnel.descriptors()

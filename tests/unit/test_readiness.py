@@ -1,0 +1,565 @@
+"""Readiness on real sockets: what a handler is told, when, and what a fault of one costs the others."""
+
+import asyncio
+import contextlib
+import select
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from tlstunnel import readiness as module
+from tlstunnel.readiness import EDGE, ERR, HUP, IN, OUT, RDHUP, AnyReadiness, PortableReadiness, Readiness, readiness
+
+Made = type[Readiness] | type[PortableReadiness]
+Pair = tuple[socket.socket, socket.socket]
+
+only_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll here")
+
+
+@pytest.fixture(params=[pytest.param(Readiness, marks=only_epoll), PortableReadiness])
+def made(request: pytest.FixtureRequest) -> Made:
+    """Both kinds: what holds for one holds for the other."""
+    kind: Made = request.param
+    return kind
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[[], Pair]]:
+    """Connected sockets, non-blocking."""
+    with contextlib.ExitStack() as stack:
+
+        def pair() -> Pair:
+            both = socket.socketpair()
+            for sock in both:
+                sock.setblocking(False)
+                stack.enter_context(sock)
+            return both
+
+        yield pair
+
+
+def run(made: Made, test: Callable[[AnyReadiness], Awaitable[None]]) -> None:
+    async def main() -> None:
+        watched = made(asyncio.get_running_loop())
+        try:
+            await test(watched)
+        finally:
+            watched.close()
+
+    asyncio.run(main(), debug=True)
+
+
+async def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def some_turns(watched: AnyReadiness) -> None:
+    """Let ten wake-ups pass."""
+    turns = 0
+
+    def count(_: int) -> None:
+        nonlocal turns
+        turns += 1
+
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.send(b"x")
+        watched.register(reader.fileno(), IN, count)
+        await until(lambda: turns >= 10)
+        watched.unregister(reader.fileno())
+
+
+# What both do.
+
+
+def test_handler_is_called_as_long_as_there_is_something_to_read(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), IN, events.append)
+        await some_turns(watched)
+        assert events == []
+        far.send(b"x")
+        await until(lambda: len(events) >= 3)
+        assert set(events) == {IN}
+        near.recv(1)
+        await some_turns(watched)  # one call may have been due
+        events.clear()
+        await some_turns(watched)
+        assert events == []
+
+    run(made, test)
+
+
+def test_handler_is_called_when_there_is_room_to_write(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    events: list[int] = []
+    sent = 0
+
+    async def test(watched: AnyReadiness) -> None:
+        nonlocal sent
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += near.send(bytes(65_536))
+        watched.register(near.fileno(), OUT, events.append)
+        await some_turns(watched)
+        assert events == []
+        while sent > 0:
+            sent -= len(far.recv(sent))
+        await until(lambda: events)
+        assert set(events) == {OUT}
+
+    run(made, test)
+
+
+def test_both_directions_can_be_watched(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    seen = 0
+
+    def note(events: int) -> None:
+        nonlocal seen
+        seen |= events
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), IN | OUT, note)
+        await until(lambda: seen == IN | OUT)
+
+    run(made, test)
+
+
+def test_end_of_the_peer_is_readable(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    seen = 0
+
+    def note(events: int) -> None:
+        nonlocal seen
+        seen |= events
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), IN, note)
+        far.close()
+        await until(lambda: seen & IN)
+        assert near.recv(1) == b""
+
+    run(made, test)
+
+
+def test_modify_changes_what_is_watched(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), IN, events.append)
+        await until(lambda: events)
+        watched.modify(near.fileno(), 0)
+        events.clear()
+        await some_turns(watched)
+        assert events == []
+        watched.modify(near.fileno(), OUT)
+        await until(lambda: events)
+        assert set(events) == {OUT}
+        watched.modify(near.fileno(), IN)
+        events.clear()
+        await until(lambda: events)
+        assert set(events) == {IN}
+
+    run(made, test)
+
+
+def test_modify_may_change_the_handler(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    first: list[int] = []
+    second: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), IN, first.append)
+        watched.modify(near.fileno(), IN, second.append)
+        await until(lambda: second)
+        assert first == []
+        assert len(watched) == 1
+
+    run(made, test)
+
+
+def test_unregistered_is_not_called(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), IN | OUT, events.append)
+        watched.unregister(near.fileno())
+        await some_turns(watched)
+        assert events == []
+
+    run(made, test)
+
+
+def test_what_is_not_watched_can_be_unregistered(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, _ = pairs()
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.unregister(near.fileno())
+        watched.register(near.fileno(), IN, print)
+        watched.unregister(near.fileno())
+        watched.unregister(near.fileno())
+        assert len(watched) == 0
+
+    run(made, test)
+
+
+def test_closed_socket_can_be_unregistered_and_its_descriptor_used_again(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, _ = pairs()
+    stale: list[int] = []
+    fresh: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        fd = near.fileno()
+        watched.register(fd, IN, stale.append)
+        near.close()
+        watched.unregister(fd)
+        again, far = pairs()
+        assert fd in (again.fileno(), far.fileno())
+        watched.register(again.fileno(), IN, fresh.append)
+        far.send(b"x")
+        await until(lambda: fresh)
+        assert stale == []
+
+    run(made, test)
+
+
+def test_handler_may_unregister_itself(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    calls = 0
+
+    async def test(watched: AnyReadiness) -> None:
+        def once(_: int) -> None:
+            nonlocal calls
+            calls += 1
+            watched.unregister(near.fileno())
+
+        far.send(b"x")
+        watched.register(near.fileno(), IN | OUT, once)
+        await some_turns(watched)
+        assert calls == 1
+
+    run(made, test)
+
+
+def test_handler_may_close_a_socket_that_is_ready_too(made: Made, pairs: Callable[[], Pair]) -> None:
+    ready = [pairs() for _ in range(2)]
+    called: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        def handler(own: int) -> Callable[[int], None]:
+            def close_the_other(_: int) -> None:
+                called.append(own)
+                near = ready[1 - own][0]
+                watched.unregister(near.fileno())
+                near.close()
+                watched.unregister(ready[own][0].fileno())
+
+            return close_the_other
+
+        for number, (near, far) in enumerate(ready):
+            far.send(b"x")
+            watched.register(near.fileno(), IN, handler(number))
+        await some_turns(watched)
+        assert len(called) == 1
+
+    run(made, test)
+
+
+def test_handler_may_register_another(made: Made, pairs: Callable[[], Pair]) -> None:
+    (near, far), (other, _) = pairs(), pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        def begin(_: int) -> None:
+            watched.unregister(near.fileno())
+            watched.register(other.fileno(), OUT, events.append)
+
+        far.send(b"x")
+        watched.register(near.fileno(), IN, begin)
+        await until(lambda: events)
+
+    run(made, test)
+
+
+def test_handler_that_raises_loses_only_itself(made: Made, pairs: Callable[[], Pair]) -> None:
+    (near, far), (other, other_far) = pairs(), pairs()
+    calls = 0
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        reported: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+        def fault(_: int) -> None:
+            nonlocal calls
+            calls += 1
+            raise LookupError("of ours")
+
+        far.send(b"x")
+        other_far.send(b"x")
+        watched.register(near.fileno(), IN, fault)
+        watched.register(other.fileno(), IN, events.append)
+        with capture_logs() as logs:
+            await until(lambda: calls)
+            events.clear()
+            await until(lambda: len(events) >= 3)
+        assert calls == 1
+        assert len(watched) == 1
+        assert [line["event"] for line in logs] == ["handler failed"]
+        assert reported == []
+
+    run(made, test)
+
+
+def test_length_is_how_many_are_watched(made: Made, pairs: Callable[[], Pair]) -> None:
+    async def test(watched: AnyReadiness) -> None:
+        socks = [pairs()[0] for _ in range(3)]
+        for number, sock in enumerate(socks, 1):
+            watched.register(sock.fileno(), IN, print)
+            assert len(watched) == number
+        watched.modify(socks[0].fileno(), OUT)
+        assert len(watched) == 3
+        watched.unregister(socks[0].fileno())
+        assert len(watched) == 2
+
+    run(made, test)
+
+
+def test_nothing_is_called_after_close(made: Made, pairs: Callable[[], Pair]) -> None:
+    ready = [pairs() for _ in range(3)]
+    events: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        watched, others = made(loop), PortableReadiness(loop)
+        for near, far in ready:
+            far.send(b"x")
+            watched.register(near.fileno(), IN | OUT, events.append)
+        watched.close()
+        assert len(watched) == 0
+        await some_turns(others)
+        assert events == []
+
+    asyncio.run(main(), debug=True)
+
+
+def test_edge_is_told_once(made: Made, pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 3600.0)
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        await some_turns(watched)
+        assert events == [IN]
+
+    run(made, test)
+
+
+def test_edge_is_told_again_with_new_bytes(made: Made, pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        for _ in range(3):
+            events.clear()
+            far.send(b"x")
+            await until(lambda: events)
+
+    run(made, test)
+
+
+def test_edge_is_told_after_modify(made: Made, pairs: Callable[[], Pair]) -> None:
+    """EPOLL_CTL_MOD looks anew: who waits for room to write learns of it at once."""
+    near, _ = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        await some_turns(watched)
+        assert events == []
+        watched.modify(near.fileno(), EDGE | IN | OUT | RDHUP)
+        await until(lambda: events)
+        assert set(events) == {OUT}
+
+    run(made, test)
+
+
+# What only epoll does.
+
+
+@only_epoll
+@pytest.mark.parametrize("mask", [0, OUT, IN])
+def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
+    """Paused (mask 0) as well: whoever ignores them there spins."""
+    seen = 0
+
+    def note(events: int) -> None:
+        nonlocal seen
+        seen |= events
+
+    async def test(watched: AnyReadiness) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+            far, _ = listener.accept()
+        with near:
+            watched.register(near.fileno(), mask, note)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            await until(lambda: seen & (ERR | HUP) == ERR | HUP)
+            watched.unregister(near.fileno())
+
+    run(Readiness, test)
+
+
+@only_epoll
+def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
+    near, far = pairs()
+    seen = 0
+
+    def note(events: int) -> None:
+        nonlocal seen
+        seen |= events
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), EDGE | IN | RDHUP, note)
+        far.shutdown(socket.SHUT_WR)
+        await until(lambda: seen & RDHUP)
+
+    run(Readiness, test)
+
+
+@only_epoll
+def test_bits_are_those_of_the_system() -> None:
+    assert [IN, OUT, ERR, HUP, RDHUP, EDGE] == [
+        select.EPOLLIN,
+        select.EPOLLOUT,
+        select.EPOLLERR,
+        select.EPOLLHUP,
+        select.EPOLLRDHUP,
+        select.EPOLLET,
+    ]
+
+
+@only_epoll
+def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
+    pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVENTS_A_TURN", 2)
+    ready = [pairs() for _ in range(6)]
+    log: list[int | str] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            log.append("loop")
+            loop.call_soon(tick)
+
+        def serve(fd: int) -> Callable[[int], None]:
+            return lambda _: log.append(fd)
+
+        for near, far in ready:
+            far.send(b"x")
+            watched.register(near.fileno(), IN, serve(near.fileno()))
+        loop.call_soon(tick)
+        await until(lambda: {near.fileno() for near, _ in ready} <= set(log))
+
+    run(Readiness, test)
+    served = "".join("." if entry == "loop" else "x" for entry in log).split(".")
+    assert max(len(turn) for turn in served) == 2
+
+
+@only_epoll
+def test_idle_costs_no_wake_up(pairs: Callable[[], Pair]) -> None:
+    near, _ = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        watched.register(near.fileno(), IN | RDHUP, events.append)
+        await asyncio.sleep(0.05)
+        assert events == []
+
+    run(Readiness, test)
+
+
+# What only the portable one does.
+
+
+def test_edge_without_epoll_is_a_look_from_time_to_time(
+    pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 0.001)
+    near, far = pairs()
+    times: list[float] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        loop = asyncio.get_running_loop()
+        watched.register(near.fileno(), EDGE | IN, lambda _: times.append(loop.time()))
+        await until(lambda: len(times) >= 4)
+
+    run(PortableReadiness, test)
+    assert times[3] - times[0] >= 3 * 0.001 * 0.9
+
+
+@pytest.mark.parametrize("change", ["unregister", "modify"])
+def test_look_that_was_due_is_dropped_with_its_watch(
+    change: str, pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 0.001)
+    near, far = pairs()
+    events: list[int] = []
+
+    async def test(watched: AnyReadiness) -> None:
+        far.send(b"x")
+        watched.register(near.fileno(), EDGE | IN, events.append)
+        await until(lambda: events)
+        if change == "unregister":
+            watched.unregister(near.fileno())
+        else:
+            watched.modify(near.fileno(), 0)
+        events.clear()
+        due = asyncio.get_running_loop().time() + 0.02
+        await until(lambda: asyncio.get_running_loop().time() > due)
+        await some_turns(watched)
+        assert events == []
+
+    run(PortableReadiness, test)
+
+
+# Which one there is.
+
+
+@only_epoll
+def test_epoll_where_there_is_one() -> None:
+    async def main() -> None:
+        found = readiness(asyncio.get_running_loop())
+        assert isinstance(found, Readiness)
+        found.close()
+
+    asyncio.run(main())
+
+
+def test_portable_where_there_is_no_epoll(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.delattr(select, "epoll", raising=False)
+        assert isinstance(readiness(asyncio.get_running_loop()), PortableReadiness)
+
+    asyncio.run(main())

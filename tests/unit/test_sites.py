@@ -1,0 +1,166 @@
+"""Which site a client means: the rules of names, and what a configuration is made into."""
+
+import ssl
+from pathlib import Path
+
+import pytest
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.certificates import issue
+from tlstunnel.config import SiteConfig
+from tlstunnel.errors import CertificateError
+from tlstunnel.origins.connect import Origin
+from tlstunnel.sites import Site, Sites, load_sites
+
+ADDRESS = OriginAddress.parse("localhost:3000")
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+
+def site(*names: str) -> Site:
+    return Site(frozenset(names), names[0], CONTEXT, Origin(ADDRESS))
+
+
+@pytest.fixture(scope="module")
+def issued(tmp_path_factory: pytest.TempPathFactory) -> issue.Issued:
+    return issue.create([], tmp_path_factory.mktemp("certs"))
+
+
+@pytest.mark.parametrize(
+    ("server_name", "chosen"),
+    [
+        ("chat.example.com", "chat.example.com"),
+        ("deep.chat.example.com", "deep.chat.example.com"),
+        ("a.chat.example.com", "*.chat.example.com"),
+        ("other.example.com", "*.example.com"),
+        ("a.b.example.com", "*"),
+        ("example.com", "*"),
+        ("com", "*"),
+        ("", "*"),
+        ("192.0.2.1", "*"),
+        ("*.example.com", "*.example.com"),
+    ],
+)
+def test_exact_name_before_wildcard_before_any(server_name: str, chosen: str) -> None:
+    made = [
+        site(name) for name in ("*", "*.example.com", "*.chat.example.com", "chat.example.com", "deep.chat.example.com")
+    ]
+    for order in (made, made[::-1]):
+        found = Sites(order, None).choose(server_name)
+        assert found is not None
+        assert found.name == chosen
+
+
+@pytest.mark.parametrize(
+    "server_name", ["other.example.com", "example.com", "a.b.example.org", "example.org", "chat.example.com.evil", ""]
+)
+def test_name_of_no_site_has_none(server_name: str) -> None:
+    assert Sites([site("chat.example.com", "*.example.org")], None).choose(server_name) is None
+
+
+def test_name_of_no_site_has_none_even_with_a_default() -> None:
+    only = site("chat.example.com")
+    assert Sites([only], only).choose("other.example.com") is None
+
+
+def test_any_of_a_sites_names_leads_to_it() -> None:
+    first, second = site("a.example", "*.b.example"), site("c.example")
+    sites = Sites([first, second], None)
+    assert sites.choose("a.example") is sites.choose("x.b.example") is first
+    assert sites.choose("c.example") is second
+
+
+def test_without_sni_the_default_site_serves() -> None:
+    first, default = site("a.example"), site("b.example")
+    assert Sites([first, default], default).choose(None) is default
+
+
+def test_without_sni_and_default_nobody_serves() -> None:
+    assert Sites([site("a.example"), site("*.b.example")], None).choose(None) is None
+
+
+def test_without_sni_the_site_of_any_name_serves() -> None:
+    anyone = site("*")
+    assert Sites([site("a.example"), anyone], None).choose(None) is anyone
+
+
+def test_default_site_comes_before_the_one_of_any_name() -> None:
+    default = site("a.example")
+    assert Sites([site("*"), default], default).choose(None) is default
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "served"),
+    [
+        (("chat.example.com",), "chat.example.com", True),
+        (("chat.example.com",), "other.example.com", False),
+        (("chat.example.com",), "a.chat.example.com", False),
+        (("chat.example.com",), "example.com", False),
+        (("chat.example.com",), "", False),
+        (("*.example.com",), "chat.example.com", True),
+        (("*.example.com",), "a.b.example.com", False),
+        (("*.example.com",), "example.com", False),
+        (("*.example.com",), ".example.com", True),
+        (("a.example", "b.example"), "b.example", True),
+        (("*",), "anything.example", True),
+        (("*",), "192.0.2.1", True),
+        (("*",), "::1", True),
+        (("192.0.2.1",), "192.0.2.1", True),
+        (("::1",), "::1", True),
+        (("::1",), "::2", False),
+    ],
+)
+def test_host_must_be_one_of_the_sites_names(names: tuple[str, ...], host: str, served: bool) -> None:
+    """What is not served gets 421 (RFC 9110 section 15.5.20)."""
+    assert site(*names).serves(host) is served
+
+
+# From the configuration.
+
+
+def test_sites_of_a_configuration(issued: issue.Issued) -> None:
+    other = OriginAddress.parse("unix:/run/chat.sock")
+    sites = load_sites(
+        [
+            SiteConfig(("chat.example.com", "*.chat.example.com"), False, issued.cert, issued.key, (ADDRESS,)),
+            SiteConfig(("other.example.com",), True, issued.cert, issued.key, (other,)),
+        ]
+    )
+    chat, default = sites.choose("a.chat.example.com"), sites.choose(None)
+    assert chat is not None
+    assert default is not None
+    assert chat is sites.choose("chat.example.com")
+    assert default is sites.choose("other.example.com")
+    assert (chat.name, chat.origin.name) == ("chat.example.com", "localhost:3000")
+    assert (default.name, default.origin.name) == ("other.example.com", "unix:/run/chat.sock")
+    assert chat.context is not default.context
+    assert chat.context.cert_store_stats()["x509"] == 0
+    assert sites.choose("third.example.com") is None
+
+
+def test_site_without_names_serves_any(issued: issue.Issued) -> None:
+    sites = load_sites([SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))])
+    found = sites.choose(None)
+    assert found is not None
+    assert found is sites.choose("anything.example")
+    assert found.name == "*"
+    assert found.serves("whatever")
+
+
+def test_site_without_certificate_is_served_with_the_test_pair(issued: issue.Issued) -> None:
+    assert load_sites([SiteConfig(origins=(ADDRESS,))], (issued.cert, issued.key)).choose(None) is not None
+
+
+def test_own_certificate_comes_before_the_test_pair(issued: issue.Issued) -> None:
+    config = [SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))]
+    assert load_sites(config, (Path("/nowhere"), Path("/nowhere"))).choose(None) is not None
+
+
+def test_certificate_that_cannot_be_read_is_named(issued: issue.Issued, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.pem"
+    with pytest.raises(CertificateError, match=r"missing\.pem"):
+        load_sites([SiteConfig(cert=missing, key=issued.key, origins=(ADDRESS,))])
+
+
+def test_site_without_any_certificate_cannot_be_served() -> None:
+    with pytest.raises(CertificateError):
+        load_sites([SiteConfig(origins=(ADDRESS,))])
