@@ -1,7 +1,6 @@
 """One process's tunnels: the accept loop, the cap on unfinished handshakes, and the end."""
 
 import asyncio
-import contextlib
 import errno
 import gc
 import random
@@ -119,7 +118,7 @@ class Server:
         for listener in self._listeners:
             listener.close()
         tunnels = list(self._splices.all)
-        self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=over)
+        self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
         distance = over / max(len(tunnels), 1)
         for place, splice in enumerate(tunnels):
             self._loop.call_later(distance * (place + random.random()), splice.end, "stopped")  # noqa: S311
@@ -130,10 +129,9 @@ class Server:
             for splice in list(self._splices.all):
                 splice.end("stopped")
             for task in self._unfinished:
-                task.cancel()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._config.timeouts.close):
-                    await self._idle.wait()
+                self._cancel(task)
+            # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
+            await self._idle.wait()
 
     def stop(self) -> None:
         """End everything at once."""
@@ -143,7 +141,7 @@ class Server:
         for splice in list(self._splices.all):
             splice.abort("stopped")
         for task in self._unfinished:
-            task.cancel()
+            self._cancel(task)
 
     async def close(self) -> None:
         """Release everything, once `stop` or `drain` is through."""
@@ -190,7 +188,11 @@ class Server:
         if goes is not None:
             self._journal.counters["unfinished handshakes: closed for another"] += 1
             self._unfinished.discard(goes)
-            goes.cancel()
+            self._cancel(goes)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel `task` once it has begun: before, it would run nothing, not even what closes its socket."""
+        self._loop.call_soon(task.cancel)
 
     def _ended(self) -> None:
         self._connections -= 1

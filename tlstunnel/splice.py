@@ -65,7 +65,6 @@ class Splice:
         "_client_failure",
         "_client_watch",
         "_down",
-        "_draining",
         "_notify",
         "_ofd",
         "_on_end",
@@ -80,6 +79,7 @@ class Splice:
         "_up",
         "close_timeout",
         "down",
+        "draining",
         "ended_by",
         "reason",
         "seen",
@@ -115,7 +115,8 @@ class Splice:
         self._client_failure: OSError | None = None
         self._origin_failure: OSError | None = None
         self._notify = b""
-        self._read_wants_write = self._draining = self._aborting = False
+        self._read_wants_write = self._aborting = False
+        self.draining = 0.0  # since when, in the loop's time
         self._client_watch = self._origin_watch = -1
 
     def start(self) -> None:
@@ -136,14 +137,21 @@ class Splice:
 
     def end(self, reason: str) -> None:
         """End the tunnel from our side, once what both sides have sent until now is delivered."""
-        if not self._over:
+        if not self._over and not self.draining:
             self._blame("tunnel", reason)
-            self._draining = True
+            self.draining = self._splices.loop.time()
             self._splices.closing(self)
             if self._up == FLOWS:
                 self.on_client(IN)
             if self._down == FLOWS:
                 self.on_origin(IN)
+
+    def cut(self) -> None:
+        """Read no more of either side: one of them did not stop sending after `end`."""
+        if self._up < ENDS:
+            self._client_ended(CLOSED)
+        if self._down < ENDS:
+            self._origin_ended(CLOSED)
 
     def abort(self, reason: str) -> None:
         """End the tunnel at once, with RST to both sides."""
@@ -165,7 +173,7 @@ class Splice:
                 if not k:
                     end = CLOSED
             except ssl.SSLWantReadError:
-                if self._draining:
+                if self.draining:
                     end = CLOSED
             except OSError as error:
                 end = self._why_client_ended(error)
@@ -193,7 +201,7 @@ class Splice:
             try:
                 n = self._origin.recv_into(_BUFFER)
             except BlockingIOError:
-                if self._draining:
+                if self.draining:
                     self._origin_ended(CLOSED)
                 return
             except OSError as error:
@@ -273,7 +281,7 @@ class Splice:
         self._to_client = data
         if not data and self._down == WAITS:
             self._down = FLOWS
-            if self._draining:
+            if self.draining:
                 self.on_origin(IN)
 
     def _flush_to_origin(self) -> None:
@@ -289,7 +297,7 @@ class Splice:
             self._to_origin = data = data[sent:]
         if not data and self._up == WAITS:
             self._up = FLOWS
-            if self._draining:
+            if self.draining:
                 self.on_client(IN)
 
     def _why_client_ended(self, error: OSError) -> str:
@@ -315,7 +323,7 @@ class Splice:
         self._settle()
 
     def _origin_ended(self, why: str) -> None:
-        if self._origin_failure is not None and not self._draining:
+        if self._origin_failure is not None and not self.draining:
             why = _why(self._origin_failure)  # as above
         self._blame("origin", why)
         if why != CLOSED:
@@ -421,7 +429,7 @@ class Splice:
             abort(self._client)
             abort(self._origin)
         else:
-            linger = self._draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED
+            linger = self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED
             for sock in (self._client, self._origin):
                 if linger:
                     Linger(sock, self._readiness, self._splices.loop)
@@ -510,6 +518,8 @@ class Splices:
         now = self.loop.time()
         for splice in list(self._closing if self.idle is None else self.all):
             closing = splice in self._closing
+            if splice.draining and now - splice.draining >= splice.close_timeout:
+                splice.cut()
             moved = splice.moved()
             if moved != splice.seen:
                 splice.seen, splice.since = moved, now

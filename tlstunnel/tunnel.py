@@ -46,6 +46,10 @@ class Serving:
     splices: Splices
 
 
+_PLAIN_HTTP = render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://"), None)
+"""Without an id: it is counted, and not in the log one by one."""
+
+
 class Dropped(Exception):
     """The client is not answered by HTTP over TLS: `answer` (an alert record, or nothing) is sent, then the end."""
 
@@ -97,7 +101,7 @@ class Tunnel:
         except ssl.SSLError as error:
             self._abort("client", f"TLS error: {error.reason or error.strerror}")
         except OSError as error:
-            self._abort("client", (error.strerror or str(error)).lower())
+            self._abort("client", error.strerror or str(error))
         except Exception:
             structlog.get_logger().exception("tunnel failed", id=self._record.id)
             self._abort("tunnel", "internal error")
@@ -115,7 +119,7 @@ class Tunnel:
                 while (hello := tls_hello.read_client_hello(data)) is None:
                     data = await self._client.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
             except tls_hello.PlainHTTP:
-                raise Dropped("hello: plain HTTP", _plain_http_answer(self._record.id)) from None
+                raise Dropped("hello: plain HTTP", _PLAIN_HTTP) from None
             except tls_hello.NotTLS:
                 raise Dropped("hello: not TLS") from None
             except tls_hello.BadHello as error:
@@ -230,7 +234,6 @@ class Tunnel:
 
     async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
-        assert self._origin is not None
         record, timeout = self._record, self._serving.timeouts.close
         record.verdict = "pass"
         out = declined.head + reader.body(None)
@@ -240,13 +243,21 @@ class Tunnel:
                     await self._client.send(out)
                     if reader.complete:
                         break
-                    out = reader.body(await self._origin.recv(READ))
+                    out = await self._more_of(reader)
         except BadAnswer as error:
             record.detail = error.reason
             return self._abort("origin", "answer cut short")
         except TimeoutError:
             return self._abort("tunnel", "answer timed out")
         self._end("origin", "declined")
+
+    async def _more_of(self, reader: AnswerReader) -> bytes:
+        assert self._origin is not None
+        try:
+            data = await self._origin.recv(READ)
+        except OSError as error:
+            raise BadAnswer(error.strerror or str(error)) from None
+        return reader.body(data)
 
     # splice
 
@@ -335,7 +346,3 @@ async def _until(deadline: float, late: Callable[[], Exception]) -> AsyncIterato
             yield
     except TimeoutError:
         raise late() from None
-
-
-def _plain_http_answer(request_id: str) -> bytes:
-    return render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://, or https://"), request_id)

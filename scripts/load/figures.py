@@ -102,6 +102,7 @@ def handshakes(kind: str, seconds: float) -> Figure:
             load.do("open 1 /echo")  # brings the first session ticket
             load.do(f"handshakes 32 0.3 {kind}")
             work = load.measure(f"handshakes 32 {seconds} {kind}")
+            load.do("close")
         done = work.answer["handshakes"]
         return {
             "cpu": work.cpu / done * 1e6,

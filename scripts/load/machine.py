@@ -66,6 +66,7 @@ class Machine:
     system: str
     python: str
     openssl: str
+    congestion_control: str
     descriptors: int
     load_average: float
 
@@ -81,6 +82,7 @@ class Machine:
             system=platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
             python=platform.python_version(),
             openssl=first_line("openssl", "version"),
+            congestion_control=(PROC / "sys/net/ipv4/tcp_congestion_control").read_text().strip(),
             descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             load_average=os.getloadavg()[0],
         )

@@ -104,6 +104,8 @@ class AnswerReader:
 
     def _switched(self, event: h11.InformationalResponse) -> Switched:
         fields = _checked_fields(event)
+        if event.http_version != b"1.1":
+            raise BadAnswer("101 in another version than HTTP/1.1")
         _verify(self._request, fields)
         dropped = hop_by_hop(fields) | _DROPPED_FROM_101
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
@@ -120,10 +122,10 @@ class AnswerReader:
         kept = [field for field in fields if field[0].lower() not in dropped]
         if self._chunked:
             kept.append((b"Transfer-Encoding", b"chunked"))
-        if event.status_code == 426:
-            # RFC 9110 section 15.5.22: it must say to what, and Upgrade is hop by hop.
-            kept += [(b"Upgrade", value) for value in values(fields, b"upgrade")]
-        kept.append((b"Connection", b"close"))
+        upgrade = values(fields, b"upgrade") if event.status_code == 426 else []
+        # RFC 9110 section 15.5.22: a 426 says to what, in a field that is hop by hop and so named in Connection.
+        kept += [(b"Upgrade", value) for value in upgrade]
+        kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
         return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
 

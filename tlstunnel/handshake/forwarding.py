@@ -28,8 +28,13 @@ class Forwarding:
 def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
     dropped = hop_by_hop(request.fields)
-    fields = [field for field in request.fields if field[0].lower() not in dropped and not _is_forwarding(field[0])]
-    fields += ((b"Connection", b"Upgrade"), *UPGRADE, *_forwarding_fields(request, forwarding))
+    told = _forwarding_fields(request, forwarding)
+    if forwarding.trusted:
+        dropped |= {name.lower() for name, _ in told}
+    fields = [field for field in request.fields if field[0].lower() not in dropped]
+    if not forwarding.trusted:
+        fields = [field for field in fields if not _is_forwarding(field[0])]
+    fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
     return head(b"GET %b HTTP/1.1" % request.target, fields)
 
 

@@ -24,17 +24,19 @@ class Refusal(Exception):
         self.detail = detail
 
 
-def render(refusal: Refusal, request_id: str) -> bytes:
-    """The response to send: a short text body, the id, and ``Connection: close`` (RFC 9112 section 9.6)."""
+def render(refusal: Refusal, request_id: str | None) -> bytes:
+    """The response to send: a short text body, the id if any, and ``Connection: close`` (RFC 9112 section 9.6)."""
     phrase = HTTPStatus(refusal.status).phrase
-    body = f"{refusal.status} {phrase}: {refusal.text}\nid: {request_id}\n".encode()
+    told = "" if request_id is None else f"id: {request_id}\n"
+    body = f"{refusal.status} {phrase}: {refusal.text}\n{told}".encode()
     fields: list[tuple[bytes, bytes]] = [
         (b"Content-Type", b"text/plain; charset=utf-8"),
         (b"Content-Length", b"%d" % len(body)),
         (b"Connection", b"close, Upgrade" if refusal.fields[:1] == UPGRADE else b"close"),
-        (b"X-Request-Id", request_id.encode()),
         *refusal.fields,
     ]
+    if request_id is not None:
+        fields.append((b"X-Request-Id", request_id.encode()))
     return head(b"HTTP/1.1 %d %s" % (refusal.status, phrase.encode()), fields) + body
 
 
