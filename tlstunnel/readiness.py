@@ -128,14 +128,16 @@ class PortableReadiness:
         self._loop.remove_writer(fd)
 
     def _fire(self, fd: int, event: int) -> None:
-        watched = self._watched.get(fd)
-        if watched is None:
-            return
-        events, handler = watched
+        # A handle of what is no longer watched has been cancelled.
+        watched = events, handler = self._watched[fd]
         if events & EDGE:
             self._ignore(fd)
             self._loop.call_later(self.EDGE_PAUSE, self._watch_again, fd, watched)
-        handler(event)
+        try:
+            handler(event)
+        except Exception:
+            structlog.get_logger().exception("handler failed", fd=fd)
+            self.unregister(fd)
 
     def _watch_again(self, fd: int, watched: tuple[int, Handler]) -> None:
         if self._watched.get(fd) is watched:

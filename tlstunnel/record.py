@@ -129,7 +129,11 @@ def configure_logging(style: Literal["text", "json"]) -> None:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_encode)]
     else:
         # repr of strings: whatever is not printable is escaped also here.
-        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), repr_native_str=True))
+        processors.append(
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=structlog.dev.plain_traceback
+            )
+        )
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

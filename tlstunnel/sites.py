@@ -19,10 +19,6 @@ class Site:
     context: ssl.SSLContext
     origin: Origin
 
-    def serves(self, host: str) -> bool:
-        """Whether `host` (lower case, without a port) is one of this site's names."""
-        return any(name in self.names for name in _candidates(host))
-
 
 class Sites:
     """All sites, asked by the name that the client's hello gives."""

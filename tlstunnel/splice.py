@@ -24,7 +24,7 @@ from typing import Final
 
 import structlog
 
-from tlstunnel.linger import Linger, abort
+from tlstunnel.linger import Linger, Reset, reset
 from tlstunnel.readiness import ERR, HUP, IN, OUT, AnyReadiness
 
 RECORD: Final = 16_384
@@ -154,10 +154,11 @@ class Splice:
             self._origin_ended(CLOSED)
 
     def abort(self, reason: str) -> None:
-        """End the tunnel at once, with RST to both sides."""
+        """End the tunnel at once, with RST to both sides, whatever was still to be delivered."""
         if not self._over:
-            self._blame("tunnel", reason)
-            self._finish(aborting=True)
+            if self.ended_by != "tunnel":
+                self.ended_by, self.reason = "tunnel", reason
+            self._finish(reset)
 
     def on_client(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
         """Move what the client has sent to the origin."""
@@ -231,8 +232,10 @@ class Splice:
             self._settle()
         if self._up == FLOWS:
             return True
-        if events & (ERR | HUP):
+        if events & (ERR | HUP) and not self._over:
             self._client_watch = self._park(self._cfd)
+            if error := _error_of(self._client):
+                self._client_takes_no_more(error)
         return False
 
     def _origin_may_be_read(self, events: int) -> bool:
@@ -241,15 +244,16 @@ class Splice:
             self._settle()
         if self._down == FLOWS:
             return True
-        if events & (ERR | HUP):
+        if events & (ERR | HUP) and not self._over:
             self._origin_watch = self._park(self._ofd)
+            if error := _error_of(self._origin):
+                self._origin_takes_no_more(error)
         return False
 
     def _park(self, fd: int) -> int:
         """Stop watching a side that has hung up and is not to be read yet: epoll tells of ERR and HUP unasked."""
-        if not self._over:
-            self._readiness.unregister(fd)
-            self._splices.closing(self)
+        self._readiness.unregister(fd)
+        self._splices.closing(self)
         return -1
 
     def _origin_is_behind(self, rest: bytes, failure: OSError | None) -> None:
@@ -336,14 +340,16 @@ class Splice:
     def _client_takes_no_more(self, error: OSError) -> None:
         """A write to the client failed: what it sent before is still delivered, and then shows why."""
         self._client_failure = error
-        self._to_client = b""
+        self._to_client = self._notify = b""
         self._down = ENDED
+        self._aborting |= self._up == ENDED
         self._settle()
 
     def _origin_takes_no_more(self, error: OSError) -> None:
         self._origin_failure = error
         self._to_origin = b""
         self._up = ENDED
+        self._aborting |= self._down == ENDED
         self._settle()
 
     def _settle(self) -> None:
@@ -355,7 +361,7 @@ class Splice:
         if self._down == ENDS and not self._to_client:
             self._pass_end_to_client()
         if self._up == self._down == ENDED:
-            return self._finish(aborting=self._aborting)
+            return self._finish(self._reset if self._aborting else self._linger)
         if self._up >= ENDS or self._down >= ENDS:
             self._splices.closing(self)
         writes = self._to_client or self._notify or self._read_wants_write
@@ -412,30 +418,37 @@ class Splice:
     def _fault(self) -> None:
         structlog.get_logger().exception("splice failed")
         self._blame("tunnel", FAULT)
-        self._finish(aborting=True)
+        self._finish(reset)
 
     @property
     def _over(self) -> bool:
         return self._client.fileno() < 0
 
-    def _finish(self, *, aborting: bool) -> None:
+    def _finish(self, close: Callable[[socket.socket], None]) -> None:
         if self._over:
             return
         self._up = self._down = ENDED
         for fd in (self._cfd, self._ofd):
             self._readiness.unregister(fd)
         self._splices.discard(self)
-        if aborting:
-            abort(self._client)
-            abort(self._origin)
-        else:
-            linger = self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED
-            for sock in (self._client, self._origin):
-                if linger:
-                    Linger(sock, self._readiness, self._splices.loop)
-                else:
-                    sock.close()
+        if self._client_failure is not None:
+            self._blame("client", RESET)
+        if self._origin_failure is not None:
+            self._blame("origin", RESET)
+        close(self._client)
+        close(self._origin)
         self._on_end(self)
+
+    def _linger(self, sock: socket.socket) -> None:
+        """Close one of the sockets after both directions have ended well."""
+        if self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED:
+            # It may have input that nobody has read.
+            Linger(sock, self._readiness, self._splices.loop, self.close_timeout)
+        else:
+            sock.close()
+
+    def _reset(self, sock: socket.socket) -> None:
+        Reset(sock, self._splices.loop, self.close_timeout)
 
     def moved(self) -> tuple[int, int, int]:
         """What changes whenever a byte gets on: what the sockets took, and what the peers acknowledged."""
@@ -510,8 +523,12 @@ class Splices:
         return self._trapped.recv(RECORD)
 
     def _sweep_in(self, limit: float) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(min(max(limit / 4, 0.05), 5.0), self._sweep)
+        when = self.loop.time() + min(max(limit / 4, 0.05), 5.0)
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(when, self._sweep)
 
     def _sweep(self) -> None:
         self._timer = None
@@ -531,6 +548,12 @@ class Splices:
             self._sweep_in(min(splice.close_timeout for splice in self._closing))
         if self.idle is not None and self.all:
             self._sweep_in(self.idle)
+
+
+def _error_of(sock: socket.socket) -> OSError | None:
+    """The error that a hung up socket has, which this takes from it; None for one that has just ended."""
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(code, os.strerror(code)) if code else None
 
 
 def _why(error: OSError) -> str:

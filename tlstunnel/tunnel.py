@@ -20,7 +20,7 @@ from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switch
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
-from tlstunnel.linger import Linger, abort
+from tlstunnel.linger import LINGER_SECONDS, Linger, reset
 from tlstunnel.origins.connect import OriginUnreachable, connect
 from tlstunnel.readiness import AnyReadiness
 from tlstunnel.record import Journal, Record
@@ -186,7 +186,8 @@ class Tunnel:
         if self._trusted:
             record.client = client_address(request, record.peer, self._serving.trusted_proxies)
             record.id = given_id(request) or record.id
-        if not site.serves(request.host):
+        # Nor may a site's certificate reach what another site has the closer name for, and its own rules.
+        if self._serving.sites.choose(request.host) is not site:
             raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
         return request, reader.leftover
 
@@ -236,8 +237,8 @@ class Tunnel:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
         record, timeout = self._record, self._serving.timeouts.close
         record.verdict = "pass"
-        out = declined.head + reader.body(None)
         try:
+            out = declined.head + reader.body(None)
             while True:
                 async with asyncio.timeout(timeout):
                     await self._client.send(out)
@@ -249,7 +250,7 @@ class Tunnel:
             return self._abort("origin", "answer cut short")
         except TimeoutError:
             return self._abort("tunnel", "answer timed out")
-        self._end("origin", "declined")
+        self._end("origin", "declined", timeout)
 
     async def _more_of(self, reader: AnswerReader) -> bytes:
         assert self._origin is not None
@@ -304,9 +305,9 @@ class Tunnel:
         with contextlib.suppress(OSError):
             socket.socket.send(self._client.sock, dropped.answer)
         self._release()
-        Linger(self._client.sock, self._serving.readiness, self._serving.loop)
+        Linger(self._client.sock, self._serving.readiness, self._serving.loop, LINGER_SECONDS)
 
-    def _end(self, who: str, why: str) -> None:
+    def _end(self, who: str, why: str, patience: float = LINGER_SECONDS) -> None:
         """End with close_notify and FIN, so that what was sent arrives."""
         self._recorded(who, why)
         client = self._client.sock
@@ -315,13 +316,13 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 client.unwrap()
         self._release()
-        Linger(client, self._serving.readiness, self._serving.loop)
+        Linger(client, self._serving.readiness, self._serving.loop, patience)
 
     def _abort(self, who: str, why: str) -> None:
         """End with RST."""
         self._recorded(who, why)
         self._release()
-        abort(self._client.sock)
+        reset(self._client.sock)
 
     def _recorded(self, who: str, why: str) -> None:
         record = self._record

@@ -4,11 +4,13 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from tests.harness import Certificate
+from tests.harness import Certificate, eventually
 from tests.promises.ends import Ends, Hands, Pair
 
 TUNNELS = 50
-ROUNDS = 20
+ECHOES = 1000
+BUSY = 32 << 20
+"""Bytes that the busy tunnel has to move each way meanwhile: beside one that does nothing, all are quick."""
 P99 = 0.25
 """Seconds. The tunnel gives the busy one a quarter of a megabyte a turn, half a millisecond; what is measured beside
 that is the test's own five threads under one interpreter lock (5 ms a switch) and whoever else uses the machine. A
@@ -37,8 +39,13 @@ def test_echoes_beside_bulk(certificate: Certificate) -> None:
         hands.do(send, busy.origin.sendall)
         hands.do(receive, lambda: busy.origin.recv(1 << 18), "up")
         hands.do(receive, busy.client.receive, "down")
+        eventually(lambda: min(moved.values()) > BUSY)
         begin, before = time.monotonic(), dict(moved)
-        latencies = sorted(_echo(pair) for _ in range(ROUNDS) for pair in pairs)
+        latencies: list[float] = []
+        while len(latencies) < ECHOES or min(moved[way] - before[way] for way in moved) < BUSY:
+            latencies += [_echo(pair) for pair in pairs]
+            assert time.monotonic() - begin < 30, ("the busy tunnel is starved", moved, len(latencies))
+        latencies.sort()
         seconds = time.monotonic() - begin
         after = dict(moved)
         over = True
@@ -48,9 +55,6 @@ def test_echoes_beside_bulk(certificate: Certificate) -> None:
         figures = f"p50 {latencies[len(latencies) // 2] * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, in {seconds:.1f} s"
         print(figures, {way: f"{(after[way] - before[way]) / seconds / 1e6:.0f} MB/s" for way in moved})
         assert p99 < P99, figures
-        # The measurement means nothing unless the busy tunnel was busy, and it must not be starved either.
-        for way in moved:
-            assert (after[way] - before[way]) / seconds > 5e6, (way, moved)
 
 
 def _echo(pair: Pair) -> float:

@@ -30,6 +30,10 @@ from tests.promises.wire import (
 
 Connect = Callable[[], socket.socket]
 
+WRITES_ON_UNIX = 60
+"""A Unix socket counts some 768 bytes a write against its sender's buffer until they are taken, and a peek takes none:
+behind 70 of them, with Linux's 208 KiB, it is writable no more."""
+
 
 @pytest.fixture(scope="module")
 def tunnel(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tunnel]:
@@ -71,8 +75,11 @@ def _pieces(data: bytes, size: int) -> list[bytes]:
 def test_any_pieces_make_a_hello(connect: Connect, records: int | None, segments: int) -> None:
     handshaker = Handshaker()
     hello = handshaker.step()
+    sent = in_records(hello, records) if records else hello
     with connect() as client:
-        for piece in _pieces(in_records(hello, records) if records else hello, segments):
+        if client.family == socket.AF_UNIX:
+            segments = max(segments, len(sent) // WRITES_ON_UNIX + 1)
+        for piece in _pieces(sent, segments):
             client.sendall(piece)
         handshaker.finish(client)
 

@@ -227,6 +227,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "control character in a value": (answer((*ANSWER_FIELDS, (b"X", b"a\x1b[31m"))), "control character"),
     "DEL in a value": (answer((*ANSWER_FIELDS, (b"X", b"a\x7f"))), "control character"),
     "control character in the reason": (answer(ANSWER_FIELDS, b"HTTP/1.1 101 \x1b[2J"), "control character"),
+    **{
+        f"version {version.decode()}": (answer(ANSWER_FIELDS, b"HTTP/%b 101 x" % version), "version")
+        for version in (b"1.0", b"1.2", b"2.0")
+    },
     "two lengths": (answer((*ANSWER_FIELDS, (b"Content-Length", b"0, 1"))), "not HTTP"),
 }
 

@@ -120,7 +120,7 @@ def test_list_fields_may_stand_on_several_lines() -> None:
         (b"192.0.2.1:8443", "192.0.2.1"),
         (b"[2001:DB8::1]", "2001:db8::1"),
         (b"[::1]:8443", "::1"),
-        (b"[::ffff:192.0.2.1]", "::ffff:192.0.2.1"),
+        (b"[0:0:0:0:0:0:0:1]", "::1"),
         (b"a_b-c~d", "a_b-c~d"),
         (b"xn--bcher-kva.example", "xn--bcher-kva.example"),
         (b"b%C3%BCcher.example", "b%c3%bccher.example"),
@@ -476,6 +476,14 @@ def test_every_status_of_the_design_has_a_response(status: int) -> None:
     assert head.status_code == status
     assert head.reason
     assert b"a sentence\n" in body
+
+
+def test_refusal_without_a_record_has_no_id() -> None:
+    answer = render(Refusal(400, "plain HTTP", "use wss://"), None)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b"400 Bad Request: use wss://\n"
+    assert b"Content-Length: %d\r\n" % len(body) in head
+    assert b"x-request-id" not in head.lower()
 
 
 def test_response_holds_nothing_that_the_client_sent() -> None:

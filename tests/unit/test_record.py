@@ -251,6 +251,16 @@ def test_hostile_text_stays_inside_its_line(style: Literal["text", "json"], caps
         assert library["event"] == "from a library: " + printable(HOSTILE)
 
 
+@pytest.mark.parametrize("value", [HOSTILE, "\x1b[2J", "\x9b31m"])
+def test_text_escapes_whatever_it_is_given(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what somebody forgot to make printable."""
+    with logging_as("text"):
+        structlog.get_logger().info("odd", value=value)
+    err = capsys.readouterr().err
+    assert err.endswith("\n")
+    assert err[:-1].isprintable()
+
+
 def test_values_of_any_type_can_be_logged_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     address = OSError(24, "Too many open files")
     with logging_as("json"):

@@ -11,7 +11,7 @@ from wsproto.utilities import generate_accept_token
 
 from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, extension_names, has_token, hop_by_hop, tokens, values
 from tlstunnel.handshake.refusal import Fields, head
-from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 
 MAX_ANSWER_HEAD = 65_536
 """Bytes of the heads before the final one and of the final one, together. Envoy takes 60 KiB, node 16 KiB."""
@@ -71,9 +71,10 @@ class AnswerReader:
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
             event = self._next_event(None)
+        behind, _ = self._parser.trailing_data
+        if self._taken - (0 if event is h11.NEED_DATA else len(behind)) > MAX_ANSWER_HEAD:
+            raise BadAnswer("answer head too large")
         if event is h11.NEED_DATA:
-            if self._taken > MAX_ANSWER_HEAD:
-                raise BadAnswer("answer head too large")
             return None
         if isinstance(event, h11.InformationalResponse):
             return self._switched(event)
@@ -100,7 +101,7 @@ class AnswerReader:
                 self._parser.receive_data(data)
             return self._parser.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadAnswer(f"answer is not HTTP: {error}") from None
+            raise BadAnswer(f"answer is not HTTP: {error}"[:MAX_DETAIL]) from None
 
     def _switched(self, event: h11.InformationalResponse) -> Switched:
         fields = _checked_fields(event)
@@ -115,9 +116,11 @@ class AnswerReader:
 
     def _declined(self, event: h11.Response) -> Declined:
         fields = _checked_fields(event)
-        self._chunked = has_token(fields, b"transfer-encoding", b"chunked")
-        if self._chunked and values(fields, b"content-length"):
+        coded = bool(values(fields, b"transfer-encoding"))
+        if coded and values(fields, b"content-length"):
             raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
+        # RFC 9112 section 6.3, item 1: these have no body, whatever their fields say.
+        self._chunked = coded and event.status_code not in {204, 304}
         dropped = hop_by_hop(fields)
         kept = [field for field in fields if field[0].lower() not in dropped]
         if self._chunked:

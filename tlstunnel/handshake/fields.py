@@ -13,7 +13,7 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110 section 7.6.1: for the next hop alone, and so never forwarded."""
 
-_NEVER_NOMINATED = (b"host", b"sec-websocket-", b"content-length")
+_NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 
 
 def values(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
@@ -44,4 +44,4 @@ def hop_by_hop(fields: Fields) -> frozenset[bytes]:
     the next hop relies on.
     """
     nominated = (name.lower() for name in tokens(fields, b"connection"))
-    return HOP_BY_HOP | {name for name in nominated if not name.startswith(_NEVER_NOMINATED)}
+    return HOP_BY_HOP | {name for name in nominated if not _NEVER_NOMINATED.fullmatch(name)}

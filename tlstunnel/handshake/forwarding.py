@@ -29,11 +29,13 @@ def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
     dropped = hop_by_hop(request.fields)
     told = _forwarding_fields(request, forwarding)
-    if forwarding.trusted:
-        dropped |= {name.lower() for name, _ in told}
-    fields = [field for field in request.fields if field[0].lower() not in dropped]
-    if not forwarding.trusted:
-        fields = [field for field in fields if not _is_forwarding(field[0])]
+    ours = {name.lower() for name, _ in told}
+    fields = [
+        (name, value)
+        for name, value in request.fields
+        if name.lower() not in dropped
+        and (not _is_forwarding(name) or (forwarding.trusted and name.lower() not in ours and b"_" not in name))
+    ]
     fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
     return head(b"GET %b HTTP/1.1" % request.target, fields)
 
@@ -49,9 +51,12 @@ def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str
         text = entry.strip(" \t")
         with_port = _PORT_BEHIND.fullmatch(text)
         try:
-            known = str(ipaddress.ip_address((with_port["ipv6"] or with_port["ipv4"]) if with_port else text))
+            address = ipaddress.ip_address((with_port["ipv6"] or with_port["ipv4"]) if with_port else text)
         except ValueError:
             break
+        if "%" in text:  # a zone means nothing on another host (RFC 4007 section 6), and anything can stand in it
+            break
+        known = str(address)
         if known not in trusted:
             break
     return known

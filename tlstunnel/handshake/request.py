@@ -20,6 +20,9 @@ MAX_HEAD = 16_384
 MAX_FIELDS = 100
 """Fields of a request head. Apache takes 100, HAProxy 101, Envoy 100."""
 
+MAX_DETAIL = 200
+"""Characters of what h11 says of a malformed head: it quotes lines whole."""
+
 VERSION_13: Fields = ((b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13"))
 
 _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
@@ -103,9 +106,8 @@ def _parse(data: bytes) -> h11.Request:
         parser.receive_data(data)
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
-        raise _bad("malformed head", "the request is not valid HTTP/1.1", str(error)) from None
-    if not isinstance(event, h11.Request):
-        raise _bad("malformed head", "the request is not valid HTTP/1.1")
+        raise _bad("malformed head", "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]) from None
+    assert isinstance(event, h11.Request)  # the head is complete
     return event
 
 
@@ -120,7 +122,7 @@ def _judged(event: h11.Request) -> UpgradeRequest:
         target=event.target,
         fields=fields,
         authority=authority,
-        host=(host["ipv6"] or host["name"]).decode("ascii").lower().rstrip("."),
+        host=str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip("."),
         key=values(fields, b"sec-websocket-key")[0],
         subprotocols=frozenset(tokens(fields, b"sec-websocket-protocol")),
         extensions=extension_names(fields),

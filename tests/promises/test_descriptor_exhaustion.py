@@ -1,0 +1,95 @@
+"""Out of descriptors, the tunnel says so once, waits without spinning, serves those it has, and goes on by itself."""
+
+import contextlib
+import ssl
+
+from tests.harness import (
+    PATIENCE,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    client_context,
+    connect_tcp,
+    echo_bytes,
+    eventually,
+    receive_exactly,
+    upgrade,
+)
+from tests.promises.wire import cpu_share, settled_descriptors
+
+DESCRIPTORS = 100
+
+
+def _open(tunnel: Tunnel, context: ssl.SSLContext, patience: float) -> ssl.SSLSocket:
+    """A tunnel, open; TimeoutError when nobody accepts."""
+    plain = connect_tcp(tunnel, patience)
+    try:
+        client = context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False)
+        assert upgrade(client).status == 101
+    except BaseException:
+        plain.close()
+        raise
+    client.settimeout(PATIENCE)
+    return client
+
+
+def _echoes(client: ssl.SSLSocket) -> bool:
+    client.sendall(b"still there?")
+    return receive_exactly(client, 12) == b"still there?"
+
+
+def test_it_pauses_and_resumes(certificate: Certificate) -> None:
+    with (
+        RawOrigin(echo_bytes) as origin,
+        Tunnel(origin.address, certificate, descriptors=DESCRIPTORS, measured=True) as tunnel,
+        contextlib.ExitStack() as stack,
+    ):
+        context = client_context(tunnel)
+        idle = tunnel.descriptors()
+        clients: list[ssl.SSLSocket] = []
+        with contextlib.suppress(TimeoutError):
+            while len(clients) < DESCRIPTORS:
+                clients.append(stack.enter_context(_open(tunnel, context, 1.5)))
+        full = len(clients)
+        assert 20 <= full <= (DESCRIPTORS - idle) // 2, full
+        assert tunnel.descriptors() < DESCRIPTORS
+
+        for _ in range(2):
+            # One that waits in the backlog while nothing is accepted.
+            waiting = stack.enter_context(connect_tcp(tunnel))
+            assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
+            assert all(_echoes(client) for client in clients)
+            for client in clients[:5]:
+                client.close()
+            del clients[:5]
+            wrapped = context.wrap_socket(waiting, server_hostname="localhost", suppress_ragged_eofs=False)
+            clients.append(stack.enter_context(wrapped))
+            assert upgrade(clients[-1]).status == 101, "it did not resume by itself"
+            while len(clients) < full:
+                clients.append(stack.enter_context(_open(tunnel, context, PATIENCE)))
+            assert all(_echoes(client) for client in clients)
+
+        paused = tunnel.records("accepting paused")
+        assert 1 <= len(paused) <= 4, "a line in 10 s, not one a try"
+        for client in clients:
+            client.close()
+        settled_descriptors(tunnel, idle)
+        eventually(lambda: len(tunnel.records("connection")) >= full + 5)
+        assert not [record for record in tunnel.records("connection") if record["ended_by"] != "client"]
+
+
+def test_a_crowd_that_only_connects_does_not_use_them_up(certificate: Certificate) -> None:
+    """Far more than there are descriptors, at once, silent: when they go, the next one is served."""
+    with (
+        RawOrigin(echo_bytes) as origin,
+        Tunnel(origin.address, certificate, descriptors=DESCRIPTORS, measured=True) as tunnel,
+    ):
+        idle = tunnel.descriptors()
+        with contextlib.ExitStack() as crowd:
+            for _ in range(DESCRIPTORS * 2):
+                crowd.enter_context(connect_tcp(tunnel))
+            tunnel.wait_records(1, "accepting paused")
+            assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
+        with _open(tunnel, client_context(tunnel), PATIENCE) as client:
+            assert _echoes(client)
+        settled_descriptors(tunnel, idle)
