@@ -11,6 +11,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Callable
 
 from tlstunnel.readiness import ERR, HUP, IN, AnyReadiness
 
@@ -49,44 +50,80 @@ def _untaken(sock: socket.socket) -> int:
         return 0
 
 
-class Linger:
-    """Shuts down the writing of `sock`, throws away what the peer sends, and closes.
+class Partings:
+    """The sockets of this process that are being closed."""
 
-    That is once the peer ends too; or once it has taken everything and 64 KiB were thrown away or 1 s is over; or once
-    it has taken nothing for `patience` seconds. The descriptor must not be registered.
-    """
+    def __init__(self, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop) -> None:
+        self.readiness = readiness
+        self.loop = loop
+        self.open: set[_Linger | _Reset] = set()
 
-    __slots__ = (
-        "_deadline",
-        "_look",
-        "_loop",
-        "_patience",
-        "_readiness",
-        "_sock",
-        "_thrown",
-        "_timer",
-        "_until",
-        "_was",
-    )
+    def linger(self, sock: socket.socket, patience: float = LINGER_SECONDS) -> None:
+        """Shut down the writing of `sock`, throw away what the peer sends, and close.
 
-    def __init__(
-        self, sock: socket.socket, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop, patience: float
-    ) -> None:
-        if sock.fileno() < 0:
-            return
-        self._sock = _plain(sock)
-        self._readiness = readiness
-        self._loop = loop
+        That is once the peer ends too; or once it has taken everything and 64 KiB were thrown away or 1 s is over; or
+        once it has taken nothing for `patience` seconds. The descriptor must not be registered.
+        """
+        if sock.fileno() >= 0:
+            _Linger(self, _plain(sock), patience)
+
+    def reset(self, sock: socket.socket, patience: float) -> None:
+        """Close `sock` with RST once its peer has taken what was sent, or has taken nothing for `patience` seconds."""
+        if sock.fileno() >= 0:
+            _Reset(self, _plain(sock), patience)
+
+    def abort(self) -> None:
+        """Close what is left at once, with RST."""
+        for parting in list(self.open):
+            parting.close(reset)
+
+
+class _Parting:
+    """A socket that is looked at again and again, until `close`."""
+
+    __slots__ = ("_deadline", "_look", "_partings", "_patience", "_sock", "_timer", "_was")
+
+    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
+        self._partings = partings
+        self._sock = sock
         self._patience = patience
-        self._thrown = 0
         self._look = FIRST_LOOK
-        self._until = loop.time() + LINGER_SECONDS
-        self._was = _untaken(self._sock)
-        self._deadline = loop.time() + patience
+        self._was = -1
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def close(self, close: Callable[[socket.socket], None] = socket.socket.close) -> None:
+        """Close it, in one way or the other."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._partings.readiness.unregister(self._sock.fileno())
+        self._partings.open.discard(self)
+        close(self._sock)
+
+    def _taken(self, now: float) -> bool | None:
+        """Whether the peer has taken everything; None once it has not taken a byte for too long."""
+        untaken = _untaken(self._sock)
+        if untaken != self._was:
+            self._was, self._deadline = untaken, now + self._patience
+        return None if now >= self._deadline else not untaken
+
+    def _look_again(self, look: Callable[[], None]) -> None:
+        self._timer = self._partings.loop.call_later(self._look, look)
+        self._look = min(self._look * 2, LAST_LOOK)
+
+
+class _Linger(_Parting):
+    __slots__ = ("_thrown", "_until")
+
+    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
+        super().__init__(partings, sock, patience)
+        self._thrown = 0
+        self._until = partings.loop.time() + LINGER_SECONDS
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-        self._timer = loop.call_later(LINGER_SECONDS, self._check)
-        readiness.register(self._sock.fileno(), IN, self._on_event)
+            sock.shutdown(socket.SHUT_WR)
+        partings.open.add(self)
+        partings.readiness.register(sock.fileno(), IN, self._on_event)
+        self._timer = partings.loop.call_later(LINGER_SECONDS, self._check)
         self._on_event(IN)
 
     def _on_event(self, events: int) -> None:
@@ -95,54 +132,35 @@ class Linger:
             for _ in range(LINGER_BYTES // 16_384):
                 dropped = self._sock.recv(16_384)
                 if not dropped:
-                    return self._close()
+                    return self.close()
                 self._thrown += len(dropped)
         except BlockingIOError:
             # Both directions shut down is HUP without an error and without an end to read.
             if events & (ERR | HUP):
-                self._close()
+                self.close()
         except OSError:
-            self._close()
+            self.close()
         else:
             if self._thrown >= LINGER_BYTES and not _untaken(self._sock):
-                self._close()
+                self.close()
 
     def _check(self) -> None:
-        untaken, now = _untaken(self._sock), self._loop.time()
-        if untaken != self._was:
-            self._was, self._deadline = untaken, now + self._patience
-        if now >= self._deadline or (not untaken and now >= self._until):
-            return self._close()
-        self._timer = self._loop.call_later(self._look, self._check)
-        self._look = min(self._look * 2, LAST_LOOK)
-
-    def _close(self) -> None:
-        self._timer.cancel()
-        self._readiness.unregister(self._sock.fileno())
-        self._sock.close()
+        now = self._partings.loop.time()
+        taken = self._taken(now)
+        if taken is None or (taken and now >= self._until):
+            return self.close()
+        self._look_again(self._check)
 
 
-class Reset:
-    """Closes `sock` with RST once its peer has taken what was sent, or has taken nothing for `patience` seconds."""
+class _Reset(_Parting):
+    __slots__ = ()
 
-    __slots__ = ("_deadline", "_look", "_loop", "_patience", "_sock", "_was")
-
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, patience: float) -> None:
-        if sock.fileno() < 0:
-            return
-        self._sock = _plain(sock)
-        self._loop = loop
-        self._patience = patience
-        self._look = FIRST_LOOK
-        self._was = -1
-        self._deadline = 0.0
+    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
+        super().__init__(partings, sock, patience)
+        partings.open.add(self)
         self._check()
 
     def _check(self) -> None:
-        untaken, now = _untaken(self._sock), self._loop.time()
-        if untaken != self._was:
-            self._was, self._deadline = untaken, now + self._patience
-        if not untaken or now >= self._deadline:
-            return reset(self._sock)
-        self._loop.call_later(self._look, self._check)
-        self._look = min(self._look * 2, LAST_LOOK)
+        if self._taken(self._partings.loop.time()) is False:
+            return self._look_again(self._check)
+        self.close(reset)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 
 import structlog
 
-from tlstunnel.config import Config
-from tlstunnel.linger import LINGER_SECONDS
+from tlstunnel.channel import Deadlines
+from tlstunnel.config import Config, Timeouts
+from tlstunnel.linger import Partings
 from tlstunnel.listeners import Listener
 from tlstunnel.readiness import readiness
 from tlstunnel.record import Journal
@@ -82,7 +83,8 @@ class Server:
         self._journal = journal
         self._log = structlog.get_logger()
         self._readiness = readiness(self._loop)
-        self._splices = Splices(self._readiness, self._loop, idle=config.timeouts.idle)
+        self._partings = Partings(self._readiness, self._loop)
+        self._splices = Splices(self._partings, idle=config.timeouts.idle)
         self._serving = Serving(
             sites=sites,
             timeouts=config.timeouts,
@@ -90,6 +92,8 @@ class Server:
             journal=journal,
             loop=self._loop,
             readiness=self._readiness,
+            deadlines=Deadlines(self._loop, _precision(config.timeouts)),
+            partings=self._partings,
             splices=self._splices,
         )
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
@@ -132,6 +136,8 @@ class Server:
                 self._cancel(task)
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
             await self._idle.wait()
+        while self._partings.open:  # noqa: ASYNC110 - once, at the end
+            await asyncio.sleep(0.01)
 
     def stop(self) -> None:
         """End everything at once."""
@@ -147,9 +153,7 @@ class Server:
         """Release everything, once `stop` or `drain` is through."""
         self.stop()
         await self._idle.wait()
-        deadline = self._loop.time() + LINGER_SECONDS
-        while len(self._readiness) and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
-            await asyncio.sleep(0.01)
+        self._partings.abort()
         self._splices.close()
         self._readiness.close()
 
@@ -220,6 +224,12 @@ class Server:
             self._paused.cancel()
             self._paused = None
             self._accepting(on=True)
+
+
+def _precision(timeouts: Timeouts) -> float:
+    """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
+    shortest = min(timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_answer)
+    return max(min(shortest / 10, 0.25), 0.01)
 
 
 def _descriptors() -> int:

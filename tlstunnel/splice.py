@@ -24,8 +24,8 @@ from typing import Final
 
 import structlog
 
-from tlstunnel.linger import Linger, Reset, reset
-from tlstunnel.readiness import ERR, HUP, IN, OUT, AnyReadiness
+from tlstunnel.linger import Partings, reset
+from tlstunnel.readiness import EDGE, ERR, HUP, IN, OUT
 
 RECORD: Final = 16_384
 """The most that one TLS record carries (RFC 8446 section 5.1), and so that one ``SSLSocket.recv_into`` gives."""
@@ -63,6 +63,7 @@ class Splice:
         "_cfd",
         "_client",
         "_client_failure",
+        "_client_has_ended",
         "_client_watch",
         "_down",
         "_notify",
@@ -109,28 +110,26 @@ class Splice:
         self._on_end = on_end
         self.close_timeout = close_timeout
         self.up, self.down = 0, -head
-        self.seen, self.since = (-1, -1, -1), 0.0
+        self.seen: tuple[int, int, int] | None = None  # what had moved at the last sweep
+        self.since = 0.0
         self.ended_by = self.reason = ""
         # Why a side takes no more; its own last words may still be on their way to us.
         self._client_failure: OSError | None = None
         self._origin_failure: OSError | None = None
         self._notify = b""
-        self._read_wants_write = self._aborting = False
+        self._read_wants_write = self._aborting = self._client_has_ended = False
         self.draining = 0.0  # since when, in the loop's time
-        self._client_watch = self._origin_watch = -1
+        self._client_watch = self._origin_watch = EDGE  # what they are registered for before
 
     def start(self) -> None:
         """Take both descriptors over from the handlers they have, and begin."""
         self._splices.add(self)
-        self._client_watch = self._origin_watch = 0
         try:
-            self._readiness.modify(self._cfd, 0, self.on_client)
-            self._readiness.modify(self._ofd, 0, self.on_origin)
             self._flush_to_client()
             self._flush_to_origin()
             self._settle()
-            # Records that OpenSSL holds already give no readiness.
-            if self._up == FLOWS:
+            # What OpenSSL has decrypted already gives no readiness.
+            if self._up == FLOWS and self._client.pending():
                 self.on_client(IN)
         except Exception:
             self._fault()
@@ -318,6 +317,7 @@ class Splice:
             # The write that failed took the socket's error with it: without one, a reset reads as an end.
             why = RESET
         self._blame("client", why)
+        self._client_has_ended = why == CLOSED and not self.draining
         if why != CLOSED:
             # Reset, or a FIN without close_notify, after which OpenSSL writes nothing more.
             self._to_client = b""
@@ -364,7 +364,7 @@ class Splice:
             return self._finish(self._reset if self._aborting else self._linger)
         if self._up >= ENDS or self._down >= ENDS:
             self._splices.closing(self)
-        writes = self._to_client or self._notify or self._read_wants_write
+        writes = self._to_client or self._read_wants_write or self._down == ENDS
         self._client_watch = self._watch(
             self._cfd, self._client_watch, (IN if self._up == FLOWS else 0) | (OUT if writes else 0), self.on_client
         )
@@ -381,7 +381,7 @@ class Splice:
                 return now
             self._readiness.register(fd, events, handler)
         elif now != events:
-            self._readiness.modify(fd, events)
+            self._readiness.modify(fd, events, handler)
         return events
 
     def _pass_end_to_origin(self) -> None:
@@ -397,19 +397,26 @@ class Splice:
             self._down = ENDED
             return
         try:
-            if not self._notify:
-                self._notify = self._splices.close_notify(self._client)
-            # The record is made: it goes to the socket below the TLS.
-            sent = socket.socket.send(self._client, self._notify)
-            self._notify = self._notify[sent:]
-            if not self._notify:
-                self._down = ENDED
-                socket.socket.shutdown(self._client, socket.SHUT_WR)
-        except BlockingIOError:
+            if self._client_has_ended:
+                self._client.unwrap()  # the client's close_notify has been read: this only sends
+            elif not self._send_close_notify():
+                return
+            self._down = ENDED
+            socket.socket.shutdown(self._client, socket.SHUT_WR)
+        except _WANT:
             pass
         except OSError as error:
             self._client_failure = error
             self._down = ENDED
+
+    def _send_close_notify(self) -> bool:
+        """Send it without reading, for the client may be sending; whether all of it is sent."""
+        if not self._notify:
+            self._notify = self._splices.close_notify(self._client)
+        with contextlib.suppress(BlockingIOError):
+            # The record is made: it goes to the socket below the TLS.
+            self._notify = self._notify[socket.socket.send(self._client, self._notify) :]
+        return not self._notify
 
     def _blame(self, who: str, why: str) -> None:
         if not self.reason:
@@ -443,12 +450,12 @@ class Splice:
         """Close one of the sockets after both directions have ended well."""
         if self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED:
             # It may have input that nobody has read.
-            Linger(sock, self._readiness, self._splices.loop, self.close_timeout)
+            self._splices.partings.linger(sock, self.close_timeout)
         else:
             sock.close()
 
     def _reset(self, sock: socket.socket) -> None:
-        Reset(sock, self._splices.loop, self.close_timeout)
+        self._splices.partings.reset(sock, self.close_timeout)
 
     def moved(self) -> tuple[int, int, int]:
         """What changes whenever a byte gets on: what the sockets took, and what the peers acknowledged."""
@@ -462,9 +469,10 @@ class Splices:
     costs no CPU unless `idle` is set, and a message never touches a timer.
     """
 
-    def __init__(self, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop, *, idle: float | None) -> None:
-        self.readiness = readiness
-        self.loop = loop
+    def __init__(self, partings: Partings, *, idle: float | None) -> None:
+        self.readiness = partings.readiness
+        self.partings = partings
+        self.loop = partings.loop
         self.idle = idle
         self.all: dict[Splice, None] = {}  # oldest first
         self._closing: set[Splice] = set()
@@ -489,7 +497,7 @@ class Splices:
         """Give `splice` its `close_timeout` without progress from now on."""
         if splice not in self._closing:
             self._closing.add(splice)
-            splice.seen, splice.since = splice.moved(), self.loop.time()
+            splice.seen, splice.since = None, self.loop.time()
             self._sweep_in(splice.close_timeout)
 
     def close(self) -> None:

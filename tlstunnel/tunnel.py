@@ -5,22 +5,21 @@ import contextlib
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 
 from tlstunnel import hello as tls_hello
 from tlstunnel.addresses import Networks
-from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup
 from tlstunnel.config import Timeouts
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
-from tlstunnel.linger import LINGER_SECONDS, Linger, reset
+from tlstunnel.linger import LINGER_SECONDS, Partings, reset
 from tlstunnel.origins.connect import OriginUnreachable, connect
 from tlstunnel.readiness import AnyReadiness
 from tlstunnel.record import Journal, Record
@@ -43,6 +42,8 @@ class Serving:
     journal: Journal
     loop: asyncio.AbstractEventLoop
     readiness: AnyReadiness
+    deadlines: Deadlines
+    partings: Partings
     splices: Splices
 
 
@@ -65,8 +66,8 @@ class Tunnel:
 
     def __init__(self, serving: Serving, sock: socket.socket, peer: str, accepted: float) -> None:
         self._serving = serving
-        self._tls_deadline = accepted + serving.timeouts.tls_handshake
-        self._wakeup = Wakeup(serving.loop)
+        self._wakeup = Wakeup(serving.loop, accepted + serving.timeouts.tls_handshake)
+        serving.deadlines.add(self._wakeup)
         self._client = Channel(sock, serving.readiness, self._wakeup)
         self._origin: Channel | None = None
         self._record = Record(secrets.token_hex(8), peer)
@@ -113,19 +114,20 @@ class Tunnel:
 
     async def _read_hello(self) -> tls_hello.ClientHello:
         """Read the ClientHello without taking it from the socket: OpenSSL wants it whole."""
-        async with _until(self._tls_deadline, lambda: Dropped("hello: timed out")):
-            try:
-                data = await self._client.peek(tls_hello.MAX_HELLO, 0)
-                while (hello := tls_hello.read_client_hello(data)) is None:
-                    data = await self._client.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
-            except tls_hello.PlainHTTP:
-                raise Dropped("hello: plain HTTP", _PLAIN_HTTP) from None
-            except tls_hello.NotTLS:
-                raise Dropped("hello: not TLS") from None
-            except tls_hello.BadHello as error:
-                raise Dropped(f"hello: {error.reason}", tls_hello.alert(error.alert)) from None
-            except ClientGone:
-                raise Dropped("hello: client gone") from None
+        try:
+            data = await self._client.peek(tls_hello.MAX_HELLO, 0)
+            while (hello := tls_hello.read_client_hello(data)) is None:
+                data = await self._client.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
+        except tls_hello.PlainHTTP:
+            raise Dropped("hello: plain HTTP", _PLAIN_HTTP) from None
+        except tls_hello.NotTLS:
+            raise Dropped("hello: not TLS") from None
+        except tls_hello.BadHello as error:
+            raise Dropped(f"hello: {error.reason}", tls_hello.alert(error.alert)) from None
+        except ClientGone:
+            raise Dropped("hello: client gone") from None
+        except TimeoutError:
+            raise Dropped("hello: timed out") from None
         return hello
 
     def _choose_site(self, hello: tls_hello.ClientHello) -> Site:
@@ -146,18 +148,20 @@ class Tunnel:
     # tls
 
     async def _accept_tls(self, site: Site) -> None:
+        """Within the same time as the hello: the deadline stands since the connection was accepted."""
         self._client.sock = site.context.wrap_socket(
             self._client.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
         )
-        async with _until(self._tls_deadline, lambda: Dropped("tls: timed out")):
-            try:
-                client = await self._client.do_handshake()
-            except ssl.SSLEOFError:
-                raise Dropped("tls: client gone") from None
-            except ssl.SSLError as error:
-                raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
-            except OSError as error:
-                raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
+        try:
+            client = await self._client.do_handshake()
+        except TimeoutError:
+            raise Dropped("tls: timed out") from None
+        except ssl.SSLEOFError:
+            raise Dropped("tls: client gone") from None
+        except ssl.SSLError as error:
+            raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
+        except OSError as error:
+            raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
         cipher = client.cipher()
         self._record.tls_version, self._record.cipher = client.version() or "", cipher[0] if cipher else ""
 
@@ -166,20 +170,18 @@ class Tunnel:
     async def _read_request(self, site: Site) -> tuple[UpgradeRequest, bytes]:
         """Read the one upgrade request; what came behind it waits for the 101."""
         timeout = self._serving.timeouts.request
+        self._wait_at_most(timeout)
         reader = RequestReader()
         request = None
-
-        def late() -> Refusal:
-            return Refusal(408, "request timed out", f"no complete request within {timeout:g} s")
-
         record = self._record
         try:
-            async with _until(self._serving.loop.time() + timeout, late):
-                while request is None:
-                    data = await self._client.recv(READ)
-                    if not data:
-                        raise ClientGone
-                    request = reader.feed(data)
+            while request is None:
+                data = await self._client.recv(READ)
+                if not data:
+                    raise ClientGone
+                request = reader.feed(data)
+        except TimeoutError:
+            raise Refusal(408, "request timed out", f"no complete request within {timeout:g} s") from None
         finally:
             # Without the query: that is where people put tokens.
             record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
@@ -194,18 +196,15 @@ class Tunnel:
     # origin
 
     async def _connect(self, site: Site) -> None:
-        record, timeout = self._record, self._serving.timeouts.origin_connect
-        record.origin = site.origin.name
-
-        def late() -> Refusal:
-            return Refusal(504, "origin connect timed out", "the origin could not be reached in time")
-
-        async with _until(self._serving.loop.time() + timeout, late):
-            try:
-                self._origin = await connect(site.origin, self._serving.readiness, self._wakeup, self._client)
-            except OriginUnreachable as error:
-                status, reason = (503, "out of means") if error.shortage else (502, "origin unreachable")
-                raise Refusal(status, reason, "the origin could not be reached", detail=error.reason) from None
+        self._wait_at_most(self._serving.timeouts.origin_connect)
+        self._record.origin = site.origin.name
+        try:
+            self._origin = await connect(site.origin, self._serving.readiness, self._wakeup, self._client)
+        except OriginUnreachable as error:
+            status, reason = (503, "out of means") if error.shortage else (502, "origin unreachable")
+            raise Refusal(status, reason, "the origin could not be reached", detail=error.reason) from None
+        except TimeoutError:
+            raise Refusal(504, "origin connect timed out", "the origin could not be reached in time") from None
 
     # answer
 
@@ -213,23 +212,21 @@ class Tunnel:
         """Send the request on, and nothing else of the client's before the origin's 101 has been verified."""
         assert self._origin is not None
         timeout = self._serving.timeouts.origin_answer
+        self._wait_at_most(timeout)
         forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
         reader = AnswerReader(request)
         answer = None
-
-        def late() -> Refusal:
-            return Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s")
-
-        async with _until(self._serving.loop.time() + timeout, late):
-            try:
-                await self._origin.send(forwarded_head(request, forwarding))
-                while answer is None:
-                    answer = reader.feed(await self._origin.recv(READ, unless_gone=self._client))
-            except BadAnswer as error:
-                raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
-            except OSError as error:
-                detail = error.strerror or str(error)
-                raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
+        try:
+            await self._origin.send(forwarded_head(request, forwarding))
+            while answer is None:
+                answer = reader.feed(await self._origin.recv(READ, unless_gone=self._client))
+        except BadAnswer as error:
+            raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
+        except TimeoutError:
+            raise Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s") from None
+        except OSError as error:
+            detail = error.strerror or str(error)
+            raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
         self._record.status = answer.status
         return answer, reader
 
@@ -237,14 +234,13 @@ class Tunnel:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
         record, timeout = self._record, self._serving.timeouts.close
         record.verdict = "pass"
+        self._wait_at_most(timeout)
         try:
             out = declined.head + reader.body(None)
-            while True:
-                async with asyncio.timeout(timeout):
-                    await self._client.send(out)
-                    if reader.complete:
-                        break
-                    out = await self._more_of(reader)
+            await self._client.send(out)
+            while not reader.complete:
+                self._wait_at_most(timeout)
+                await self._client.send(await self._more_of(reader))
         except BadAnswer as error:
             record.detail = error.reason
             return self._abort("origin", "answer cut short")
@@ -256,6 +252,8 @@ class Tunnel:
         assert self._origin is not None
         try:
             data = await self._origin.recv(READ)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise BadAnswer(error.strerror or str(error)) from None
         return reader.body(data)
@@ -266,6 +264,7 @@ class Tunnel:
         assert self._origin is not None
         assert isinstance(self._client.sock, ssl.SSLSocket)
         serving, record = self._serving, self._record
+        serving.deadlines.discard(self._wakeup)
         record.verdict = "pass"
         serving.journal.opened(record)
 
@@ -285,14 +284,17 @@ class Tunnel:
             on_end=ended,
         ).start()
 
+    def _wait_at_most(self, seconds: float) -> None:
+        self._wakeup.deadline = self._serving.loop.time() + seconds
+
     # What ends a connection before its splice.
 
     async def _refuse(self, refusal: Refusal) -> None:
         record = self._record
         record.status, record.verdict, record.detail = refusal.status, "refused", printable(refusal.detail)
+        self._wait_at_most(self._serving.timeouts.close)
         try:
-            async with asyncio.timeout(self._serving.timeouts.close):
-                await self._client.send(render(refusal, record.id))
+            await self._client.send(render(refusal, record.id))
         except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
             record.detail = record.detail or printable(str(error))
             return self._abort("tunnel", refusal.reason)
@@ -305,7 +307,7 @@ class Tunnel:
         with contextlib.suppress(OSError):
             socket.socket.send(self._client.sock, dropped.answer)
         self._release()
-        Linger(self._client.sock, self._serving.readiness, self._serving.loop, LINGER_SECONDS)
+        self._serving.partings.linger(self._client.sock)
 
     def _end(self, who: str, why: str, patience: float = LINGER_SECONDS) -> None:
         """End with close_notify and FIN, so that what was sent arrives."""
@@ -316,7 +318,7 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 client.unwrap()
         self._release()
-        Linger(client, self._serving.readiness, self._serving.loop, patience)
+        self._serving.partings.linger(client, patience)
 
     def _abort(self, who: str, why: str) -> None:
         """End with RST."""
@@ -333,17 +335,8 @@ class Tunnel:
             self._serving.journal.failed(record, f"tls: {why}")
 
     def _release(self) -> None:
+        self._serving.deadlines.discard(self._wakeup)
         self._client.release()
         if self._origin is not None:
             self._origin.release()
             self._origin.sock.close()
-
-
-@asynccontextmanager
-async def _until(deadline: float, late: Callable[[], Exception]) -> AsyncIterator[None]:
-    """Raise what `late` makes when this is not through by loop time `deadline`."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError:
-        raise late() from None

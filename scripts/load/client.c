@@ -4,9 +4,11 @@
  *                         JSON, and ends at the end of the input or at the first error that leaves nothing to measure
  *
  *   open COUNT PATH [AT_ONCE]        opens COUNT more tunnels; one that is refused or cut off is tried again
- *   echo BUSY BYTES SECONDS          one message of BYTES in flight on each of BUSY tunnels, spread over all of them
+ *   echo BUSY BYTES SECONDS [COUNT]  one message of BYTES in flight on each of BUSY tunnels, spread over all of them;
+ *                                    COUNT messages are enough
  *   move UNITS                       UNITS times the path's bytes on every tunnel, all at once, counted to the byte
- *   handshakes AT_ONCE SECONDS full|resumed   TLS, upgrade, 101, close_notify and FIN, until the proxy has closed too
+ *   handshakes AT_ONCE SECONDS full|resumed [COUNT]
+ *                                    TLS, upgrade, 101, close_notify and FIN, until the proxy has closed too
  *   close | abort                    ends all tunnels: close_notify and FIN, or RST
  *
  * The clients come from 127.0.0.2 to 127.0.0.51 in turn: enough ports for any number of handshakes, and no limit for
@@ -64,6 +66,7 @@ static unsigned unfinished, errors, resumed;
 static uint64_t done;
 static uint64_t message;          /* bytes of an echo; 0 when none is running */
 static double deadline;           /* after it no new message and no new connection begins */
+static uint64_t left;             /* how many messages or connections may still begin */
 static bool resume;               /* TLS handshakes use the last ticket */
 static const char *last_error = "";
 
@@ -300,11 +303,12 @@ static void fail(struct tunnel *t) {
 
 /* Sends the next message, or none after the deadline. */
 static void next_message(struct tunnel *t, double at) {
-    t->busy = at < deadline;
+    t->busy = at < deadline && left;
     if (!t->busy) {
         unfinished--;
         return;
     }
+    left--;
     t->to_send = t->to_receive = message;
     t->since = at;
     if (pump_out(t) >= ENDED) give_up("echo");
@@ -398,10 +402,11 @@ static void command_open(unsigned count, const char *path, unsigned at_once) {
 
 /* ---- echo and move ---- */
 
-static void command_echo(unsigned busy, uint64_t bytes, double seconds) {
+static void command_echo(unsigned busy, uint64_t bytes, double seconds, uint64_t limit) {
     if (!tunnel_count || busy > tunnel_count) give_up("echo: not that many tunnels");
     message = bytes;
     unfinished = busy;
+    left = limit;
     deadline = now() + seconds;
     for (unsigned i = 0; i < busy; i++) next_message(tunnels[(uint64_t)i * tunnel_count / busy], now());
     run(on_open_event);
@@ -437,7 +442,8 @@ static void on_handshake_event(struct tunnel *t, uint32_t events) {
         }
         fail(t);
     }
-    if (now() < deadline) {
+    if (now() < deadline && left) {
+        left--;
         start(t);
     } else {
         unfinished--;
@@ -445,9 +451,10 @@ static void on_handshake_event(struct tunnel *t, uint32_t events) {
     }
 }
 
-static void command_handshakes(unsigned at_once, double seconds) {
+static void command_handshakes(unsigned at_once, double seconds, uint64_t limit) {
     unit.path = "/echo";
     unfinished = at_once;
+    left = limit - at_once;
     deadline = now() + seconds;
     for (unsigned i = 0; i < at_once; i++) start(calloc(1, sizeof(struct tunnel)));
     run(on_handshake_event);
@@ -509,7 +516,7 @@ int main(int argc, char **argv) {
     char line[512], path[256], kind[16];
     while (fgets(line, sizeof line, stdin)) {
         unsigned count, at_once = 64;
-        uint64_t bytes;
+        uint64_t bytes, limit = UINT64_MAX;
         double seconds, began = now(), cpu_began = cpu();
         done = errors = resumed = 0;
         resume = false;
@@ -518,12 +525,12 @@ int main(int argc, char **argv) {
         if (sscanf(line, "open %u %255s %u", &count, path, &at_once) >= 2) {
             command_open(count, path, at_once);
             counted = "opened";
-        } else if (sscanf(line, "echo %u %lu %lf", &count, &bytes, &seconds) == 3) {
-            command_echo(count, bytes, seconds);
+        } else if (sscanf(line, "echo %u %lu %lf %lu", &count, &bytes, &seconds, &limit) >= 3) {
+            command_echo(count, bytes, seconds, limit);
             counted = "messages";
-        } else if (sscanf(line, "handshakes %u %lf %15s", &count, &seconds, kind) == 3) {
+        } else if (sscanf(line, "handshakes %u %lf %15s %lu", &count, &seconds, kind, &limit) >= 3) {
             resume = !strcmp(kind, "resumed");
-            command_handshakes(count, seconds);
+            command_handshakes(count, seconds, limit);
             counted = "handshakes";
         } else if (sscanf(line, "move %u", &count) == 1) {
             command_move(count);

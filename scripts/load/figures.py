@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scripts.load import counting
 from scripts.load.running import Load, Running, Work
 
 GB = 1e9
@@ -127,7 +128,7 @@ def handshakes(kind: str, seconds: float) -> Figure:
     )
 
 
-def idle(tunnels: int, minute_later: bool) -> Figure:
+def idle(tunnels: int, seconds: float, minute_later: bool) -> Figure:
     """Memory and CPU of tunnels that do nothing, before and after each has moved 1 MiB both ways, all at once."""
 
     def measure(running: Running) -> dict[str, float]:
@@ -138,9 +139,7 @@ def idle(tunnels: int, minute_later: bool) -> Figure:
             empty = running.pss_kib()
             load.do(f"open {tunnels} /both?bytes={MIB}")
             found["kib"] = (running.pss_kib() - empty) / tunnels
-            before, seconds = running.cpu_seconds(), 3.0
-            time.sleep(seconds)
-            found["idle_cpu"] = (running.cpu_seconds() - before) / seconds * 1e3
+            found["idle_cpu"] = idle_cpu(running, seconds)
             load.do("move 1")
             found["moved_kib"] = (running.pss_kib() - empty) / tunnels
             if minute_later:
@@ -166,28 +165,62 @@ def idle(tunnels: int, minute_later: bool) -> Figure:
     )
 
 
-def grow(many: int, seconds: float) -> Figure:
-    """The cost of a message on 100 busy tunnels, alone and among `many`."""
+def idle_cpu(running: Running, seconds: float) -> float:
+    """CPU milliseconds a second of a subject that nobody asks for anything."""
+    before = running.cpu_seconds()
+    time.sleep(seconds)
+    return (running.cpu_seconds() - before) / seconds * 1e3
+
+
+def hold(tunnels: int, seconds: float) -> Figure:
+    """As many tunnels as 20 000 descriptors allow, held by one process."""
 
     def measure(running: Running) -> dict[str, float]:
-        costs = []
         with Load(running) as load:
-            for more in (100, many - 100):
-                load.do(f"open {more} /echo")
-                load.do("echo 100 64 0.3")
-                work = load.measure(f"echo 100 64 {seconds}")
-                costs.append(work.cpu / work.answer["messages"] * 1e6)
+            opened = load.do(f"open {tunnels} /echo")
+            used = idle_cpu(running, seconds)
+            load.do(f"echo {tunnels} 64 0.1")  # each of them still carries a message
             load.do("close")
-        return {"growth": costs[1] / costs[0], "few": costs[0], "many": costs[1]} | rest(work)
+        return {"tunnels": opened["opened"], "idle_cpu": used, "seconds": opened["seconds"]}
 
     return Figure(
-        name=f"grow-{many}",
+        name=f"hold-{tunnels}",
+        group="idle",
+        title=f"{tunnels} tunnels opened and held",
+        columns=(
+            Column("tunnels", "tunnels", 0, False),
+            Column("idle_cpu", "idle CPU ms/s", 1),
+            Column("seconds", "s to open", 1),
+        ),
+        measure=measure,
+        once=True,
+    )
+
+
+def grow(totals: tuple[int, ...], seconds: float) -> Figure:
+    """The cost of a message on 100 busy tunnels, among ever more idle ones."""
+
+    def measure(running: Running) -> dict[str, float]:
+        costs: dict[int, float] = {}
+        opened = 0
+        with Load(running) as load:
+            for total in totals:
+                load.do(f"open {total - opened} /echo")
+                opened = total
+                load.do("echo 100 64 0.3")
+                work = load.measure(f"echo 100 64 {seconds}")
+                costs[total] = work.cpu / work.answer["messages"] * 1e6
+            load.do("close")
+        growth = costs[totals[-1]] / costs[totals[0]]
+        return {"growth": growth} | {f"of_{total}": cost for total, cost in costs.items()} | rest(work)
+
+    return Figure(
+        name=f"grow-{totals[-1]}",
         group="grow",
-        title=f"echo, 64 B, 100 busy tunnels of 100 and of {many}",
+        title=f"echo, 64 B, 100 busy tunnels of {totals[0]} to {totals[-1]}",
         columns=(
             Column("growth", "cost grows x", 2),
-            Column("few", "us/message of 100", 2),
-            Column("many", f"of {many}", 2),
+            *(Column(f"of_{total}", f"us/message of {total}", 2) for total in totals),
             *LATENCY,
             *BUSY,
         ),
@@ -247,28 +280,72 @@ def storm(tunnels: int) -> Figure:
     )
 
 
+def counts(kind: str) -> Figure:
+    """What one unit of work takes, whatever else the machine does; `kind` is instructions or calls."""
+    scale = 1e-3 if kind == "instructions" else 1.0
+
+    def measure(running: Running) -> dict[str, float]:
+        counted = (counting.instructions if kind == "instructions" else counting.system_calls)(running)
+        return {unit: number * scale for unit, number in counted.items()}
+
+    named = "thousand instructions (user)" if kind == "instructions" else "system calls"
+    return Figure(
+        name=kind,
+        group=kind,
+        title=f"{named} for one unit, done alone",
+        columns=(
+            Column("full", "TLS + upgrade, full", 1),
+            Column("resumed", "resumed", 1),
+            Column("small", "message of 64 B", 2),
+            Column("page", "of 4 KiB", 2),
+        ),
+        measure=measure,
+        once=True,
+    )
+
+
 def spell(size: int) -> str:
     """64 as `64 B`, 4096 as `4 KiB`."""
     return f"{size} B" if size < 1024 else f"{size // 1024} KiB"
 
 
-def chosen(only: set[str], full: bool) -> list[Figure]:
-    """The figures of a run: the short list, which takes a minute a subject, or the full one."""
+def chosen(only: set[str], *, full: bool, seconds: float | None) -> list[Figure]:
+    """The figures of a run: the short list, which takes a minute a subject, or the full one.
+
+    `seconds` is how long each timed load runs, but for the bulk.
+    """
     few, many = 1000, 9000
+    seconds = seconds or (3.0 if full else 1.5)
     echoes = [(1, 64), (64, 64), (64, 4096)]
     if full:
         echoes = [(tunnels, size) for tunnels in (1, 64, 1000) for size in (64, 4096, 65536)]
     figures = [
-        *(echo(tunnels, size, seconds=3.0 if full else 1.5) for tunnels, size in echoes),
+        *(echo(tunnels, size, seconds) for tunnels, size in echoes),
         *(bulk(direction, units=20 if full else 10) for direction in ("down", "up", "both")),
-        *(handshakes(kind, seconds=3.0 if full else 1.5) for kind in ("full", "resumed")),
-        *(idle(tunnels, minute_later=full) for tunnels in ((few, many) if full else (few,))),
-        grow(many if full else few, seconds=3.0 if full else 1.0),
+        *(handshakes(kind, seconds) for kind in ("full", "resumed")),
+        idle(few, 10.0 if full else 3.0, minute_later=full),
+        *([idle(many, 10.0, minute_later=True), hold(9500, 10.0)] if full else []),
+        grow((few // 10, few, 3 * few, many) if full else (few // 10, few), seconds),
         start(),
         storm(5000 if full else few),
+        counts("instructions"),
+        counts("calls"),
     ]
     by_default = GROUPS if full else ("echo", "bulk", "handshakes", "idle")
     return [figure for figure in figures if figure.group in (only or by_default)]
 
 
-GROUPS = ("echo", "bulk", "handshakes", "idle", "grow", "start", "storm")
+def gate() -> list[Figure]:
+    """The figures that `--gate` compares: short loads, since many rounds of them say more than a few long ones."""
+    return [
+        *(echo(tunnels, size, 0.6) for tunnels, size in ((1, 64), (64, 64), (64, 4096))),
+        *(bulk(direction, units=5) for direction in ("down", "up", "both")),
+        *(handshakes(kind, 0.6) for kind in ("full", "resumed")),
+        start(),
+        idle(1000, 2.0, minute_later=False),
+        counts("instructions"),
+        counts("calls"),
+    ]
+
+
+GROUPS = ("echo", "bulk", "handshakes", "idle", "grow", "start", "storm", "instructions", "calls")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,47 @@ from scripts.load.running import BenchError
 
 POLICY = Path("/usr/sbin/policy-rc.d")
 NO_SERVICE = "#!/bin/sh\nexit 101\n"
+
+
+def tunnel(root: Path) -> Path:
+    """The tlstunnel of the virtual environment, made by scripts/install where there is none, else of PATH."""
+    environment = virtual_environment(root)
+    if not (environment / "bin" / "tlstunnel").exists() and "TLSTUNNEL_VENV" not in os.environ:
+        beside = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        if found := shutil.which("tlstunnel", path=os.pathsep.join(beside)):
+            return Path(found)
+        result = subprocess.run([str(root / "scripts" / "install"), "run"], check=False, stdout=sys.stderr)
+        if result.returncode:
+            raise BenchError("./scripts/install run failed; the reason stands above")
+    if not (environment / "bin" / "tlstunnel").exists():
+        raise BenchError(f"there is no tlstunnel in {environment}/bin")
+    return environment / "bin" / "tlstunnel"
+
+
+def virtual_environment(root: Path) -> Path:
+    """The one that all scripts use."""
+    return Path(os.environ.get("TLSTUNNEL_VENV", root / ".venv"))
+
+
+def python_with_matplotlib(root: Path) -> str | None:
+    """A Python that can draw, with matplotlib installed into .venv where it may; None where there is none."""
+    own = virtual_environment(root) / "bin" / "python"
+    candidates = [sys.executable, str(own)]
+    if found := next(filter(has_matplotlib, candidates), None):
+        return found
+    if "TLSTUNNEL_VENV" in os.environ or not own.exists():
+        return None
+    command = [str(own), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f"{root}[bench]"]
+    subprocess.run(command, check=False)
+    return str(own) if has_matplotlib(str(own)) else None
+
+
+def has_matplotlib(python: str) -> bool:
+    """Whether a Python can import it."""
+    try:
+        return not subprocess.run([python, "-c", "import matplotlib"], capture_output=True, check=False).returncode
+    except OSError:
+        return False
 
 
 def build_load(root: Path) -> Path:

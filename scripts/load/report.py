@@ -1,41 +1,33 @@
-"""What a run found, as tables for a person, as JSON for a program, and as plots."""
+"""What a run found, as JSON for programs, as tables for a terminal, and as Markdown for docs/performance.md.
 
-import importlib
+Tables and plots are made from the JSON alone, so that a committed file can be shown again.
+"""
+
 import json
+import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.load.figures import Column, Figure
+from scripts.load import budgets
+from scripts.load.figures import BUSY, LATENCY, Column, Figure
+from scripts.load.running import BenchError
 
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """The rounds of one number."""
-
-    rounds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The number to compare."""
-        return statistics.median(self.rounds)
-
-    def text(self, decimals: int, *, whole: bool) -> str:
-        """`12.3`, or `12.3 (11.9-13.0)` when `whole`."""
-        text = f"{self.median:.{decimals}f}"
-        if whole and len(self.rounds) > 1:
-            text += f" ({min(self.rounds):.{decimals}f}-{max(self.rounds):.{decimals}f})"
-        return text
-
+Content = dict[str, Any]
+"""A run, as its JSON file has it."""
 
 # figure -> subject -> column -> its rounds
-Results = dict[str, dict[str, dict[str, Spread]]]
+Rounds = dict[str, dict[str, dict[str, list[float]]]]
+
+OURS = "tlstunnel"
+BEGIN, END = "<!-- figures: scripts/bench --report writes what is between these lines -->", "<!-- end of figures -->"
 
 
-def best_peer(column: Column, subjects: dict[str, dict[str, Spread]], peers: set[str]) -> float | None:
+def best_peer(column: Column, subjects: dict[str, dict[str, list[float]]], peers: set[str]) -> float | None:
     """The best median among the peers."""
-    medians = [spreads[column.name].median for name, spreads in subjects.items() if name in peers]
+    medians = [statistics.median(rounds[column.name]) for name, rounds in subjects.items() if name in peers]
     if not medians:
         return None
     return min(medians) if column.lower_is_better else max(medians)
@@ -48,89 +40,209 @@ def ratio(column: Column, ours: float, best: float | None) -> float | None:
     return best / ours if column.lower_is_better else ours / best
 
 
-def table(figure: Figure, subjects: dict[str, dict[str, Spread]], peers: set[str]) -> str:
-    """One figure: a line a subject, the main column first, with its spread and its ratio to the best peer."""
-    main = figure.columns[0]
-    best = best_peer(main, subjects, peers)
-    rows = [["", main.label, *(["x best peer"] if best else []), *(column.label for column in figure.columns[1:])]]
-    for name, spreads in subjects.items():
-        found = ratio(main, spreads[main.name].median, best)
-        rows.append(
-            [
-                name,
-                spreads[main.name].text(main.decimals, whole=True),
-                *([f"{found:.2f}" if found else "-"] if best else []),
-                *(spreads[column.name].text(column.decimals, whole=False) for column in figure.columns[1:]),
-            ]
-        )
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join([figure.title, *("  " + line.rstrip() for line in lines)])
-
-
-def as_json(figures: list[Figure], results: Results, peers: set[str]) -> dict[str, Any]:
+def as_json(figures: Sequence[Figure], found: Rounds, peers: set[str]) -> Content:
     """All figures, with medians, extremes, ratios to the best peer, and each round."""
-    found = {}
-    for figure in figures:
-        subjects = results.get(figure.name, {})
-        found[figure.name] = {
+    return {
+        figure.name: {
             "title": figure.title,
+            "group": figure.group,
             "columns": {
                 column.name: {
-                    "label": column.label,
-                    "lower_is_better": column.lower_is_better,
+                    **{name: value for name, value in asdict(column).items() if name != "name"},
                     "subjects": {
                         name: {
-                            "median": spreads[column.name].median,
-                            "low": min(spreads[column.name].rounds),
-                            "high": max(spreads[column.name].rounds),
+                            "median": (median := statistics.median(rounds[column.name])),
+                            "low": min(rounds[column.name]),
+                            "high": max(rounds[column.name]),
                             "ratio_to_best_peer": ratio(
-                                column, spreads[column.name].median, best_peer(column, subjects, peers)
+                                column, median, best_peer(column, found.get(figure.name, {}), peers)
                             ),
-                            "rounds": spreads[column.name].rounds,
+                            "rounds": rounds[column.name],
                         }
-                        for name, spreads in subjects.items()
+                        for name, rounds in found.get(figure.name, {}).items()
                     },
                 }
                 for column in figure.columns
             },
         }
-    return found
+        for figure in figures
+    }
 
 
-def save(folder: Path, content: dict[str, Any]) -> Path:
-    """Write the JSON file; gives its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "bench.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    return path
+def save(path: Path, content: Content) -> None:
+    """Write a JSON file, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def plot(folder: Path, figures: list[Figure], results: Results) -> None:
-    """Draw the main column of every figure, a bar a subject with its spread, as PNG and SVG; needs matplotlib."""
-    plt = importlib.import_module("matplotlib.pyplot")
-    for figure in figures:
-        subjects = results.get(figure.name, {})
-        if not subjects:
+def load(path: Path) -> Content:
+    """Read what `save` wrote. Raises BenchError."""
+    try:
+        content: Content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: {error}") from None
+    return content
+
+
+# ---- for a terminal ----
+
+
+def terminal(content: Content) -> Iterator[str]:
+    """A table a figure: a line a subject, the main column first, with its spread and its ratio to the best peer."""
+    for figure in content["figures"].values():
+        columns = list(figure["columns"].values())
+        main, others = columns[0], columns[1:]
+        compared = any(found["ratio_to_best_peer"] for found in main["subjects"].values())
+        rows = [["", main["label"], *(["x best peer"] if compared else []), *(column["label"] for column in others)]]
+        for name, found in main["subjects"].items():
+            beside = [_ratio_text(found)] if compared else []
+            rest = [_text(column["subjects"][name]["median"], column["decimals"]) for column in others]
+            rows.append([name, _with_spread(found, main["decimals"]), *beside, *rest])
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        yield "\n".join([figure["title"], *("  " + line.rstrip() for line in lines)])
+
+
+def _text(value: float, decimals: int) -> str:
+    """Digits in groups of three, apart by a narrow space that does not break."""
+    return f"{value:,.{decimals}f}".replace(",", "\u202f")
+
+
+def _with_spread(found: Content, decimals: int) -> str:
+    text = _text(found["median"], decimals)
+    if len(found["rounds"]) > 1:
+        text += f" ({_text(found['low'], decimals)}-{_text(found['high'], decimals)})"
+    return text
+
+
+def _ratio_text(found: Content) -> str:
+    return f"{found['ratio_to_best_peer']:.2f}" if found["ratio_to_best_peer"] else "-"
+
+
+# ---- Markdown ----
+
+
+def markdown(content: Content) -> str:
+    """The facts of the run, the budgets, a table for each kind of number, and the headroom of the load."""
+    subjects = list(content["subjects"])
+    parts = [_facts(content), _budgets(content)]
+    groups = dict.fromkeys(figure["group"] for figure in content["figures"].values())
+    for group in groups:
+        figures = [figure for figure in content["figures"].values() if figure["group"] == group]
+        parts.append(f"### {GROUP_TITLES[group]}")
+        parts += _group_tables(figures, subjects)
+    parts.append(_headroom(content))
+    return "\n\n".join(part for part in parts if part)
+
+
+GROUP_TITLES = {
+    "echo": "Echo: one message there and back",
+    "bulk": "Bulk",
+    "handshakes": "TLS handshake and upgrade",
+    "idle": "Memory and CPU of idle tunnels",
+    "grow": "Cost of a message as tunnels grow",
+    "start": "Start",
+    "storm": "Reconnect storm",
+    "instructions": "Instructions",
+    "calls": "System calls",
+}
+
+
+def write_into(document: Path, content: Content) -> None:
+    """Replace what stands between the marks of a document. Raises BenchError where it has none."""
+    text = document.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise BenchError(f"{document} lacks the lines {BEGIN!r} and {END!r}")
+    document.write_text(f"{before}{BEGIN}\n\n{markdown(content)}\n\n{END}{after}")
+
+
+def _facts(content: Content) -> str:
+    machine = content["machine"]
+    rows = [
+        ["taken", f"{content['taken']}, commit {content['commit']}, {content['rounds']} rounds"],
+        ["machine", f"{machine['processor']}, {machine['cores']} cores, {_text(machine['memory_mib'], 0)} MiB"],
+        ["system", f"{machine['system']}, Linux {machine['kernel']}, {machine['openssl']}"],
+        ["job", content["job"]],
+        *([name, subject["version"]] for name, subject in content["subjects"].items()),
+        ["not measured", "; ".join(content["failures"]) or "nothing"],
+    ]
+    return _table(["", "this run"], rows)
+
+
+def _budgets(content: Content) -> str:
+    rows = []
+    for budget in budgets.BUDGETS:
+        if (value := budget.measured(content, OURS)) is None:
             continue
-        main = figure.columns[0]
-        spreads = [columns[main.name] for columns in subjects.values()]
-        medians = [spread.median for spread in spreads]
-        low = [spread.median - min(spread.rounds) for spread in spreads]
-        high = [max(spread.rounds) - spread.median for spread in spreads]
-        drawing, axes = plt.subplots(figsize=(7, 0.5 * len(subjects) + 1.2), layout="constrained")
-        bars = axes.barh(list(subjects), medians, xerr=[low, high], color="#4c78a8", ecolor="#555555", capsize=3)
-        axes.bar_label(bars, [f" {median:.{main.decimals}f}" for median in medians], padding=8)
-        axes.invert_yaxis()
-        axes.set_xlabel(main.label)
-        axes.set_title(figure.title)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        for kind in ("png", "svg"):
-            drawing.savefig(folder / f"{figure.name}.{kind}", dpi=150)
-        plt.close(drawing)
+        rows.append([budget.title, budget.spell(budget.must), budget.spell(budget.aim), budget.text(value)])
+    if not rows:
+        return ""
+    return "### Against the budgets\n\n" + _table(["figure", "must", "aim", "measured"], rows)
+
+
+def _group_tables(figures: list[Content], subjects: list[str]) -> Iterator[str]:
+    """A table a column: a line a figure, a column a subject; latencies go together."""
+    special = {column.name for column in (*LATENCY, *BUSY)}
+    titles: dict[str, str] = {}
+    for figure in figures:
+        titles |= {name: column["label"] for name, column in figure["columns"].items() if name not in special}
+    for name, label in titles.items():
+        rows = []
+        for figure in figures:
+            if (column := figure["columns"].get(name)) is None:
+                continue
+            found = column["subjects"]
+            cells = [_with_spread(found[who], column["decimals"]) if who in found else "-" for who in subjects]
+            rows.append([figure["title"], *cells, _ratio_text(found[OURS]) if OURS in found else "-"])
+        yield f"**{_capital(label)}**\n\n" + _table(["", *subjects, "x best peer"], rows)
+    rows = []
+    for figure in figures:
+        shown = [figure["columns"][column.name] for column in LATENCY if column.name in figure["columns"]]
+        if shown:
+            cells = [
+                " / ".join(_text(column["subjects"][who]["median"], 0) for column in shown if who in column["subjects"])
+                for who in subjects
+            ]
+            rows.append([figure["title"], *cells])
+    if rows:
+        yield "**Latency, us: p50 / p99 / p99.9**\n\n" + _table(["", *subjects], rows)
+
+
+def _headroom(content: Content) -> str:
+    """How near the load and the origin came to be the bottleneck: their CPU beside that of the subject they drove."""
+    rows = []
+    for figure in content["figures"].values():
+        columns = figure["columns"]
+        if BUSY[0].name not in columns:
+            continue
+        subject, load, others = (columns[column.name]["subjects"] for column in BUSY)
+        share = {who: load[who]["median"] / subject[who]["median"] for who in load if subject[who]["median"]}
+        if not share:
+            continue
+        most = max(share, key=lambda who: share[who])
+        rows.append(
+            [
+                figure["title"],
+                *(f"{share[OURS]:.2f}" if OURS in share else "-", f"{share[most]:.2f} ({most})"),
+                f"{max(found['median'] for found in load.values()):.2f}",
+                f"{statistics.median(found['median'] for found in others.values()):.2f}",
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["", "load CPU per CPU of tlstunnel", "of the lightest subject", "load busy at most", "others busy"]
+    return "### Headroom of the load generator and the origin\n\n" + _table(head, rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _capital(text: str) -> str:
+    return re.sub(r"^[a-z]", lambda found: found[0].upper(), text)

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -17,7 +17,7 @@ from scripts.load import machine
 from scripts.load.subjects import Subject
 
 CORES = SUBJECT_CORE, LOAD_CORE = 0, 1
-START_TIMEOUT = 20.0
+START_TIMEOUT = 60.0  # under callgrind it is some seconds
 STOP_TIMEOUT = 5.0
 
 
@@ -101,9 +101,11 @@ def free_port() -> int:
 
 
 class Running:
-    """A subject that is up, on its own core."""
+    """A subject that is up, on its own core; `under` another program and with more in its environment where given."""
 
-    def __init__(self, bench: Bench, subject: Subject) -> None:
+    def __init__(
+        self, bench: Bench, subject: Subject, under: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self.bench, self.subject, self.port = bench, subject, free_port()
         for name, template in subject.files.items():
             (bench.folder / name).write_text(bench.render(template, self.port))
@@ -112,7 +114,8 @@ class Running:
         self._started = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["taskset", "--cpu-list", str(SUBJECT_CORE), *command],
+                ["taskset", "--cpu-list", str(SUBJECT_CORE), *under, *command],
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -6,9 +6,10 @@ import io
 import socket
 import ssl
 import time
+from pathlib import Path
 from typing import NamedTuple, cast
 
-from tests.harness import PATIENCE, Tunnel, connect_tls, eventually, receive_all
+from tests.harness import PATIENCE, Tunnel, connect_tls, receive_all
 
 # Descriptions of alerts, RFC 8446 section 6.
 ILLEGAL_PARAMETER, PROTOCOL_VERSION, UNRECOGNIZED_NAME, NO_APPLICATION_PROTOCOL = 47, 70, 112, 120
@@ -160,5 +161,10 @@ def cpu_share(tunnel: Tunnel, seconds: float) -> float:
 
 def settled_descriptors(tunnel: Tunnel, most: int, timeout: float = PATIENCE) -> int:
     """Wait until the tunnel holds at most that many descriptors; return how many."""
-    eventually(lambda: tunnel.descriptors() <= most, timeout, 0.05)
-    return tunnel.descriptors()
+    deadline = time.monotonic() + timeout
+    while (held := tunnel.descriptors()) > most:
+        if time.monotonic() > deadline:
+            folder = Path(f"/proc/{tunnel.pid}/fd")
+            raise AssertionError(f"{held} descriptors, not {most}: {[str(fd.readlink()) for fd in folder.iterdir()]}")
+        time.sleep(0.05)
+    return held

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 import h11
 from wsproto.utilities import generate_accept_token
 
-from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, extension_names, has_token, hop_by_hop, tokens, values
-from tlstunnel.handshake.refusal import Fields, head
+from tlstunnel.handshake.fields import (
+    FORBIDDEN_IN_HEAD,
+    ByName,
+    by_name,
+    extension_names,
+    has_token,
+    hop_by_hop,
+    tokens,
+)
+from tlstunnel.handshake.refusal import head
 from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 
 MAX_ANSWER_HEAD = 65_536
@@ -18,6 +26,13 @@ MAX_ANSWER_HEAD = 65_536
 
 _DROPPED_FROM_101 = frozenset({b"content-length"})
 """A 101 has no body (RFC 9110 section 8.6); some origins say ``Content-Length: 0`` all the same."""
+
+
+# h11 reads an answer only to a request it knows of; of ours it needs to know no more than that it asks for an upgrade.
+_UPGRADE = h11.Request(
+    method=b"GET", target=b"/", headers=[(b"Host", b"-"), (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
+)
+_END = h11.EndOfMessage()
 
 
 class BadAnswer(Exception):
@@ -58,10 +73,8 @@ class AnswerReader:
         self._taken = 0
         self._chunked = False
         self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD)
-        # h11 reads an answer only to a request it knows of; of this one it needs to know no more than the upgrade.
-        known = [(b"Host", b"-"), (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
-        self._parser.send(h11.Request(method=b"GET", target=b"/", headers=known))
-        self._parser.send(h11.EndOfMessage())
+        self._parser.send(_UPGRADE)
+        self._parser.send(_END)
 
     def feed(self, data: bytes) -> Switched | Declined | None:
         """Take the next bytes; give the answer once its head is complete. Raises `BadAnswer`."""
@@ -110,45 +123,44 @@ class AnswerReader:
         _verify(self._request, fields)
         dropped = hop_by_hop(fields) | _DROPPED_FROM_101
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
-        kept += [field for field in fields if field[0].lower() not in dropped]
+        kept += [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
         leftover, _ = self._parser.trailing_data
         return Switched(head(b"HTTP/1.1 101 %b" % (event.reason or b"Switching Protocols"), kept), leftover)
 
     def _declined(self, event: h11.Response) -> Declined:
         fields = _checked_fields(event)
-        coded = bool(values(fields, b"transfer-encoding"))
-        if coded and values(fields, b"content-length"):
+        coded = b"transfer-encoding" in fields
+        if coded and b"content-length" in fields:
             raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
         # RFC 9112 section 6.3, item 1: these have no body, whatever their fields say.
         self._chunked = coded and event.status_code not in {204, 304}
         dropped = hop_by_hop(fields)
-        kept = [field for field in fields if field[0].lower() not in dropped]
+        kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
         if self._chunked:
             kept.append((b"Transfer-Encoding", b"chunked"))
-        upgrade = values(fields, b"upgrade") if event.status_code == 426 else []
+        upgrade = fields.get(b"upgrade", []) if event.status_code == 426 else []
         # RFC 9110 section 15.5.22: a 426 says to what, in a field that is hop by hop and so named in Connection.
         kept += [(b"Upgrade", value) for value in upgrade]
         kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
         return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
 
-def _checked_fields(event: h11.Response | h11.InformationalResponse) -> Fields:
-    fields = tuple(event.headers.raw_items())
-    if any(FORBIDDEN_IN_HEAD.search(value) for _, value in fields) or FORBIDDEN_IN_HEAD.search(event.reason):
+def _checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
+    if any(FORBIDDEN_IN_HEAD.search(text) for text in (event.reason, *(value for _, value in event.headers))):
         raise BadAnswer("answer head holds a control character")
-    return fields
+    return by_name(event.headers)
 
 
-def _verify(request: UpgradeRequest, fields: Fields) -> None:
+def _verify(request: UpgradeRequest, fields: ByName) -> None:
     """RFC 6455 section 4.1, the client's six checks of a 101."""
     if [value.lower() for value in tokens(fields, b"upgrade")] != [b"websocket"]:
         raise BadAnswer("101 without Upgrade: websocket")
     if not has_token(fields, b"connection", b"upgrade"):
         raise BadAnswer("101 without Connection: Upgrade")
-    if values(fields, b"sec-websocket-accept") != [generate_accept_token(request.key)]:
+    if fields.get(b"sec-websocket-accept") != [generate_accept_token(request.key)]:
         raise BadAnswer("101 with a wrong Sec-WebSocket-Accept")
     if not extension_names(fields) <= request.extensions:
         raise BadAnswer("101 with an extension that was not asked for")
-    subprotocols = values(fields, b"sec-websocket-protocol")
+    subprotocols = fields.get(b"sec-websocket-protocol", ())
     if len(subprotocols) > 1 or not request.subprotocols.issuperset(subprotocols):
         raise BadAnswer("101 with a subprotocol that was not asked for")

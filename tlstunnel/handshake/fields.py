@@ -1,9 +1,7 @@
 """Header fields as both heads have them: lists, tokens, and which fields go no further than one hop."""
 
 import re
-from collections.abc import Iterable
-
-from tlstunnel.handshake.refusal import Fields
+from collections.abc import Iterable, Mapping, Sequence
 
 FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 """Control characters, which no field value may hold (RFC 9110 section 5.5), and a lone CR (RFC 9112 section 2.2)."""
@@ -15,29 +13,35 @@ HOP_BY_HOP = frozenset(
 
 _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 
-
-def values(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """The values of every field called `name` (lower case), in order."""
-    return [value for field, value in fields if field.lower() == name]
+ByName = Mapping[bytes, Sequence[bytes]]
+"""The values of a head's fields by name in lower case, those of repeated fields in order."""
 
 
-def tokens(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
+def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+    """Group fields whose names are in lower case, as h11 gives them: asked a dozen times a handshake."""
+    grouped: dict[bytes, list[bytes]] = {}
+    for name, value in fields:
+        grouped.setdefault(name, []).append(value)
+    return grouped
+
+
+def tokens(fields: ByName, name: bytes) -> list[bytes]:
     """The elements of the list-based field `name`, over all its lines (RFC 9110 section 5.6.1), empty ones left out."""
-    elements = (element.strip(b" \t") for value in values(fields, name) for element in value.split(b","))
+    elements = (element.strip(b" \t") for value in fields.get(name, ()) for element in value.split(b","))
     return [element for element in elements if element]
 
 
-def has_token(fields: Iterable[tuple[bytes, bytes]], name: bytes, token: bytes) -> bool:
+def has_token(fields: ByName, name: bytes, token: bytes) -> bool:
     """Whether the list-based field `name` has the element `token` (lower case), compared without regard to case."""
     return any(element.lower() == token for element in tokens(fields, name))
 
 
-def extension_names(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+def extension_names(fields: ByName) -> frozenset[bytes]:
     """The extensions that ``Sec-WebSocket-Extensions`` names, without their parameters (RFC 6455 section 9.1)."""
     return frozenset(e.split(b";", 1)[0].strip(b" \t") for e in tokens(fields, b"sec-websocket-extensions"))
 
 
-def hop_by_hop(fields: Fields) -> frozenset[bytes]:
+def hop_by_hop(fields: ByName) -> frozenset[bytes]:
     """Names (lower case) of the fields of this message that end here: the fixed ones and those Connection names.
 
     What the handshake itself rests on stays whatever Connection says: naming it is a known way to strip a field that

@@ -5,9 +5,13 @@ import re
 from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks
-from tlstunnel.handshake.fields import hop_by_hop, values
+from tlstunnel.handshake.fields import hop_by_hop
 from tlstunnel.handshake.refusal import UPGRADE, Fields, head
 from tlstunnel.handshake.request import UpgradeRequest
+
+_OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
+_FORWARDING = re.compile(rb"(?i)x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip")
+"""What origins read as a proxy's word. CGI and WSGI take an underscore for a hyphen."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
@@ -27,14 +31,12 @@ class Forwarding:
 
 def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
-    dropped = hop_by_hop(request.fields)
+    dropped = hop_by_hop(request.by_name)
     told = _forwarding_fields(request, forwarding)
-    ours = {name.lower() for name, _ in told}
     fields = [
         (name, value)
         for name, value in request.fields
-        if name.lower() not in dropped
-        and (not _is_forwarding(name) or (forwarding.trusted and name.lower() not in ours and b"_" not in name))
+        if name.lower() not in dropped and (not _FORWARDING.fullmatch(name) or (forwarding.trusted and _kept(name)))
     ]
     fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
     return head(b"GET %b HTTP/1.1" % request.target, fields)
@@ -45,7 +47,7 @@ def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str
 
     What is no address ends the search: the hop that wrote it is then the last one known.
     """
-    entries = b",".join(values(request.fields, b"x-forwarded-for")).decode("latin-1").split(",")
+    entries = b",".join(request.by_name.get(b"x-forwarded-for", ())).decode("latin-1").split(",")
     known = peer
     for entry in reversed(entries):
         text = entry.strip(" \t")
@@ -64,14 +66,13 @@ def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str
 
 def given_id(request: UpgradeRequest) -> str | None:
     """The X-Request-Id that a trusted proxy gave, if it is one that can be passed on and logged."""
-    given = values(request.fields, b"x-request-id")
+    given = request.by_name.get(b"x-request-id", ())
     return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
 
-def _is_forwarding(name: bytes) -> bool:
-    """Whether origins read `name` as a proxy's word. CGI and WSGI take an underscore for a hyphen."""
-    name = name.lower().replace(b"_", b"-")
-    return name.startswith(b"x-forwarded-") or name in {b"forwarded", b"x-request-id", b"x-real-ip"}
+def _kept(name: bytes) -> bool:
+    """Whether a trusted proxy's forwarding field goes on as it is: not in place of ours, nor in a spelling for it."""
+    return name.lower() not in _OURS and b"_" not in name
 
 
 def _forwarding_fields(request: UpgradeRequest, forwarding: Forwarding) -> Fields:
@@ -87,12 +88,12 @@ def _forwarding_fields(request: UpgradeRequest, forwarding: Forwarding) -> Field
     ]
     if not forwarding.trusted:
         return tuple(told)
-    return tuple((name, _after(request.fields, name, value)) for name, value in told)
+    return tuple((name, _after(request, name, value)) for name, value in told)
 
 
-def _after(fields: Fields, name: bytes, value: bytes) -> bytes:
+def _after(request: UpgradeRequest, name: bytes, value: bytes) -> bytes:
     """`value` as a trusted proxy's successor says it: lists of hops grow, the rest stays as the first hop saw it."""
-    theirs = values(fields, name.lower())
+    theirs = request.by_name.get(name.lower(), ())
     if not theirs or name == b"X-Request-Id":
         return value
     return b", ".join([*theirs, value]) if name in {b"X-Forwarded-For", b"Forwarded"} else theirs[0]

@@ -6,12 +6,12 @@ it (`RequestReader`), those that need fields after it (`_CHECKS`).
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 
 import h11
 
-from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, extension_names, has_token, tokens, values
+from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, ByName, by_name, extension_names, has_token, tokens
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 
 MAX_HEAD = 16_384
@@ -36,8 +36,9 @@ class UpgradeRequest:
     """A valid WebSocket upgrade request.
 
     `target` is the origin-form target as sent, all of it visible ASCII. `fields` are the client's, in order and case,
-    values without surrounding white space and without control characters (TAB may be inside). `host` is the Host
-    field's without port and brackets, lower case; `authority` is the field's whole value.
+    values without surrounding white space and without control characters (TAB may be inside); `by_name` has these
+    values by name in lower case. `authority` is the Host field's value, `host` its host alone: lower case, no
+    brackets, no final dot.
     """
 
     target: bytes
@@ -47,6 +48,7 @@ class UpgradeRequest:
     key: bytes
     subprotocols: frozenset[bytes]
     extensions: frozenset[bytes]
+    by_name: ByName = field(default_factory=dict, repr=False, compare=False)
 
 
 class RequestReader:
@@ -112,34 +114,35 @@ def _parse(data: bytes) -> h11.Request:
 
 
 def _judged(event: h11.Request) -> UpgradeRequest:
-    fields = tuple(event.headers.raw_items())
+    fields = by_name(event.headers)
     for check in _CHECKS:
         check(event, fields)
-    authority = values(fields, b"host")[0]
+    authority = fields[b"host"][0]
     host = _HOST.fullmatch(authority)
     assert host is not None  # _one_host
     return UpgradeRequest(
         target=event.target,
-        fields=fields,
+        fields=tuple(event.headers.raw_items()),
         authority=authority,
         host=str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip("."),
-        key=values(fields, b"sec-websocket-key")[0],
+        key=fields[b"sec-websocket-key"][0],
         subprotocols=frozenset(tokens(fields, b"sec-websocket-protocol")),
         extensions=extension_names(fields),
+        by_name=fields,
     )
 
 
-def _http_1_1(request: h11.Request, _: Fields) -> None:
+def _http_1_1(request: h11.Request, _: ByName) -> None:
     if request.http_version != b"1.1":
         raise Refusal(505, "HTTP version", "only HTTP/1.1 can be upgraded here")
 
 
-def _get(request: h11.Request, _: Fields) -> None:
+def _get(request: h11.Request, _: ByName) -> None:
     if request.method != b"GET":
         raise Refusal(405, "method", "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
 
 
-def _origin_form(request: h11.Request, _: Fields) -> None:
+def _origin_form(request: h11.Request, _: ByName) -> None:
     """RFC 9112 section 3.2.1; h11 has seen to it that the target is visible ASCII."""
     if not request.target.startswith(b"/"):
         raise _bad("target form", "the request target must be a path")
@@ -147,9 +150,9 @@ def _origin_form(request: h11.Request, _: Fields) -> None:
         raise _bad("target form", "the request target holds a fragment")
 
 
-def _one_host(_: h11.Request, fields: Fields) -> None:
+def _one_host(_: h11.Request, fields: ByName) -> None:
     """RFC 9110 section 7.2, and uri-host [ ":" port ] of RFC 3986 section 3.2.2."""
-    hosts = values(fields, b"host")
+    hosts = fields.get(b"host", ())
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
         raise _bad("Host", "there must be one valid Host field")
@@ -162,13 +165,13 @@ def _one_host(_: h11.Request, fields: Fields) -> None:
         raise _bad("Host", "the port in Host is too large")
 
 
-def _no_body(_: h11.Request, fields: Fields) -> None:
+def _no_body(_: h11.Request, fields: ByName) -> None:
     """A body would be read as WebSocket frames by whoever overlooks its length: request smuggling."""
-    if values(fields, b"transfer-encoding") or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
+    if b"transfer-encoding" in fields or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
         raise _bad("body", "a WebSocket handshake has no body")
 
 
-def _upgrade(_: h11.Request, fields: Fields) -> None:
+def _upgrade(_: h11.Request, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, items 3 and 4."""
     if not has_token(fields, b"upgrade", b"websocket"):
         raise Refusal(426, "no upgrade", "this is a WebSocket endpoint: connect with wss://", UPGRADE)
@@ -176,20 +179,20 @@ def _upgrade(_: h11.Request, fields: Fields) -> None:
         raise _bad("Connection", "Upgrade without Connection: Upgrade")
 
 
-def _version_13(_: h11.Request, fields: Fields) -> None:
+def _version_13(_: h11.Request, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that lets another version by can be made a raw pipe."""
-    if values(fields, b"sec-websocket-version") != [b"13"]:
+    if fields.get(b"sec-websocket-version") != [b"13"]:
         raise Refusal(426, "WebSocket version", "only WebSocket version 13 is spoken here", VERSION_13)
 
 
-def _one_key(_: h11.Request, fields: Fields) -> None:
+def _one_key(_: h11.Request, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 5: base64 that decodes to 16 bytes."""
-    keys = values(fields, b"sec-websocket-key")
+    keys = fields.get(b"sec-websocket-key", ())
     if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
         raise _bad("Sec-WebSocket-Key", "there must be one Sec-WebSocket-Key of 16 bytes in base64")
 
 
-_CHECKS: tuple[Callable[[h11.Request, Fields], None], ...] = (
+_CHECKS: tuple[Callable[[h11.Request, ByName], None], ...] = (
     _http_1_1,
     _get,
     _origin_form,

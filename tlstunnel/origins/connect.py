@@ -57,14 +57,18 @@ class Origin:
         self._fresh_until = float("-inf")
         self._resolving: asyncio.Task[None] | None = None
 
-    async def addresses(self) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-        """What can be connected to, in the resolver's order. Raises OriginUnreachable when the name is not known."""
+    async def addresses(self, deadline: float) -> list[tuple[socket.AddressFamily, SocketAddress]]:
+        """What can be connected to, in the resolver's order. `deadline` is a loop time.
+
+        Raises OriginUnreachable when the name is not known, or TimeoutError.
+        """
         loop = asyncio.get_running_loop()
         if loop.time() >= self._fresh_until:
             if self._resolving is None:
                 self._resolving = loop.create_task(self._resolve())
             # One question for all who wait; one who gives up does not end it.
-            await asyncio.shield(self._resolving)
+            async with asyncio.timeout_at(deadline):
+                await asyncio.shield(self._resolving)
         return self._addresses
 
     async def _resolve(self) -> None:
@@ -85,12 +89,12 @@ class Origin:
 
 
 async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, client: Channel) -> Channel:
-    """Connect to the first of the origin's addresses that takes it. The caller sets the time for it.
+    """Connect to the first of the origin's addresses that takes it, by the deadline of `wakeup`.
 
-    Raises OriginUnreachable, or ClientGone when the client does not wait for it.
+    Raises OriginUnreachable, TimeoutError, or ClientGone when the client does not wait for it.
     """
     failure = OriginUnreachable(f"{origin.name}: has no address")
-    for family, address in await origin.addresses():
+    for family, address in await origin.addresses(wakeup.deadline):
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
@@ -100,6 +104,9 @@ async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, clien
             if family != socket.AF_UNIX:
                 tune(sock)
             return await _connected(sock, address, readiness, wakeup, client)
+        except TimeoutError:
+            sock.close()
+            raise
         except OSError as error:
             sock.close()
             failure = OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=error.errno == errno.EADDRNOTAVAIL)
@@ -112,31 +119,23 @@ async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, clien
 async def _connected(
     sock: socket.socket, address: SocketAddress, readiness: AnyReadiness, wakeup: Wakeup, client: Channel
 ) -> Channel:
-    while (code := sock.connect_ex(address)) == errno.EAGAIN:  # noqa: ASYNC110 - nothing tells when there is room
-        await asyncio.sleep(RETRY_SECONDS)
-    if code not in {0, errno.EINPROGRESS}:
-        raise OSError(code, os.strerror(code))
+    while (code := sock.connect_ex(address)) == errno.EAGAIN:
+        await wakeup.sleep(RETRY_SECONDS)
+    if code == errno.EINPROGRESS:
+        # Asked again, connect(2) says how it went: an origin on this machine is connected by now.
+        code = sock.connect_ex(address)
     channel = Channel(sock, readiness, wakeup)
     try:
-        while code and not _is_connected(sock):
+        while code == errno.EALREADY:
             if client.gone:
                 raise ClientGone
             await channel.writable()
+            code = sock.connect_ex(address)
+        if code not in {0, errno.EISCONN}:
+            raise OSError(code, os.strerror(code))
     except BaseException:
         channel.release()
         raise
-    # What has happened until now was connecting: ERR and HUP hold for a socket that is not connected yet.
+    # What has happened until now was connecting: HUP holds for a socket that is not connected yet.
     channel.gone = False
     return channel
-
-
-def _is_connected(sock: socket.socket) -> bool:
-    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        raise OSError(code, os.strerror(code))
-    try:
-        sock.getpeername()
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            return False
-        raise
-    return True

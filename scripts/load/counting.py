@@ -1,0 +1,119 @@
+"""What hardly depends on how busy the machine is: instructions and system calls for one unit of work.
+
+Each unit is done alone, one after the other, so that no two are served in one turn of an event loop: a busy proxy
+needs less for each. Instructions are those of the subject's own code and its libraries, not the kernel's.
+"""
+
+import os
+import re
+import signal
+import statistics
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scripts.load.running import BenchError, Load, Running
+
+BATCHES = 5
+
+# unit -> what the load generator is told, and how many of it make a batch
+UNITS = {
+    "full": ("handshakes 1 300 full {count}", 60),
+    "resumed": ("handshakes 1 300 resumed {count}", 60),
+    "small": ("echo 1 64 300 {count}", 400),
+    "page": ("echo 1 4096 300 {count}", 400),
+}
+
+
+def instructions(running: Running) -> dict[str, float]:
+    """Instructions a unit, counted by callgrind on a fresh start of the subject; the median of `BATCHES` batches.
+
+    PYTHONHASHSEED=0 takes away one reason to differ; what is left is in ECDSA, in where a garbage collection falls,
+    and in how bytes meet the wake-ups.
+    """
+    output = running.bench.folder / f"callgrind.{running.subject.name}"
+    callgrind = ("valgrind", "--quiet", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={output}.%p")
+    fresh = Running(running.bench, running.subject, under=callgrind, environment={"PYTHONHASHSEED": "0"})
+    try:
+        return _counted(fresh, output)
+    finally:
+        fresh.stop()
+
+
+def _counted(fresh: Running, output: Path) -> dict[str, float]:
+    found = {}
+    processes = fresh.processes()
+    with Load(fresh) as load:
+        load.do("open 1 /echo")  # the first session ticket, and the tunnel of the echoes
+        for process in processes:
+            _monitor(process, "instrumentation", "on")
+        for unit, (command, count) in UNITS.items():
+            load.do(command.format(count=count))  # what is done the first time only
+            _dumped(processes, output)
+            batches = []
+            for _ in range(BATCHES):
+                load.do(command.format(count=count))
+                batches.append(_dumped(processes, output) / count)
+            found[unit] = statistics.median(batches)
+        for process in processes:
+            _monitor(process, "instrumentation", "off")
+    return found
+
+
+def _monitor(process: int, *command: str) -> None:
+    result = subprocess.run(["vgdb", f"--pid={process}", *command], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BenchError(f"vgdb {' '.join(command)}: {result.stderr.strip()}")
+
+
+def _dumped(processes: list[int], output: Path) -> int:
+    """Instructions of all processes since the last dump."""
+    total = 0
+    for process in processes:
+        _monitor(process, "dump")
+        dumps = sorted(output.parent.glob(f"{output.name}.{process}.*"), key=lambda path: int(path.suffix[1:]))
+        if not dumps or not (found := re.search(r"^(?:totals|summary): (\d+)", dumps[-1].read_text(), re.MULTILINE)):
+            raise BenchError(f"callgrind left no count of process {process}")
+        total += int(found[1])
+        dumps[-1].unlink()
+    return total
+
+
+def system_calls(running: Running) -> dict[str, float]:
+    """System calls a unit, counted by strace."""
+    found = {}
+    with Load(running) as load:
+        load.do("open 1 /echo")
+        for unit, (command, count) in UNITS.items():
+            load.do(command.format(count=10))
+            with _strace(running) as calls:
+                load.do(command.format(count=count))
+            found[unit] = sum(calls.values()) / count
+    return found
+
+
+@contextmanager
+def _strace(running: Running) -> Iterator[dict[str, int]]:
+    """Count the calls of all the subject's processes; the counts, by name, are there after the end."""
+    calls: dict[str, int] = {}
+    output = running.bench.folder / "strace"
+    pids = running.processes()
+    strace = subprocess.Popen(
+        ["strace", "-f", "-c", "-o", str(output), *(part for pid in pids for part in ("-p", str(pid)))],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert strace.stderr is not None
+        for _ in pids:
+            if "attached" not in (line := strace.stderr.readline()):
+                raise BenchError(f"strace: {line.strip() or 'it said nothing'}")
+        yield calls
+    finally:
+        os.kill(strace.pid, signal.SIGINT)
+        strace.communicate()
+    for line in output.read_text().splitlines():
+        fields = line.split()
+        if len(fields) >= 5 and fields[3].isdigit() and fields[-1] != "total":
+            calls[fields[-1]] = int(fields[3])
