@@ -244,6 +244,9 @@ class Tunnel:
         except BadAnswer as error:
             record.detail = error.reason
             return self._abort("origin", "answer cut short")
+        except ClientGone:
+            # With RST: close_notify would make the part look whole to a client that has only ended its own side.
+            return self._abort("client", "gone before the answer was whole")
         except TimeoutError:
             return self._abort("tunnel", "answer timed out")
         self._end("origin", "declined", timeout)
@@ -251,7 +254,7 @@ class Tunnel:
     async def _more_of(self, reader: AnswerReader) -> bytes:
         assert self._origin is not None
         try:
-            data = await self._origin.recv(READ)
+            data = await self._origin.recv(READ, unless_gone=self._client)
         except TimeoutError:
             raise
         except OSError as error:

@@ -27,25 +27,35 @@ UNITS = {
 
 
 def instructions(running: Running) -> dict[str, float]:
-    """Instructions a unit, counted by callgrind on a fresh start of the subject; the median of `BATCHES` batches.
+    """Instructions a unit, counted by callgrind on fresh starts of the subject; the median of `BATCHES` batches.
 
     PYTHONHASHSEED=0 takes away one reason to differ; what is left is in ECDSA, in where a garbage collection falls,
-    and in how bytes meet the wake-ups.
+    and in how bytes meet the wake-ups. *start* is everything up to the first answered handshake.
     """
+    with _under_callgrind(running, "no") as (fresh, output):
+        found = _counted(fresh, output)
+    with _under_callgrind(running, "yes") as (fresh, output), Load(fresh) as load:
+        load.do("open 1 /echo")
+        return found | {"start": _dumped(fresh.processes(), output)}
+
+
+@contextmanager
+def _under_callgrind(running: Running, at_start: str) -> Iterator[tuple[Running, Path]]:
     output = running.bench.folder / f"callgrind.{running.subject.name}"
-    callgrind = ("valgrind", "--quiet", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={output}.%p")
-    fresh = Running(running.bench, running.subject, under=callgrind, environment={"PYTHONHASHSEED": "0"})
+    callgrind = ("--tool=callgrind", f"--instr-atstart={at_start}", f"--callgrind-out-file={output}.%p")
+    environment = {"PYTHONHASHSEED": "0"}
+    fresh = Running(running.bench, running.subject, under=("valgrind", "--quiet", *callgrind), environment=environment)
     try:
-        return _counted(fresh, output)
+        yield fresh, output
     finally:
         fresh.stop()
 
 
 def _counted(fresh: Running, output: Path) -> dict[str, float]:
     found = {}
-    processes = fresh.processes()
     with Load(fresh) as load:
         load.do("open 1 /echo")  # the first session ticket, and the tunnel of the echoes
+        processes = fresh.processes()  # by now a worker has answered: all are there
         for process in processes:
             _monitor(process, "instrumentation", "on")
         for unit, (command, count) in UNITS.items():

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from scripts.load.running import BenchError
@@ -42,7 +42,16 @@ def python_with_matplotlib(root: Path) -> str | None:
         return found
     if "TLSTUNNEL_VENV" in os.environ or not own.exists():
         return None
-    command = [str(own), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f"{root}[bench]"]
+    command = [
+        str(own),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--editable",
+        f"{root}[bench]",
+    ]
     subprocess.run(command, check=False)
     return str(own) if has_matplotlib(str(own)) else None
 
@@ -65,6 +74,12 @@ def build_load(root: Path) -> Path:
     if result.returncode:
         raise BenchError(f"building scripts/load failed: {result.stderr.strip()}")
     return root / "build" / "load"
+
+
+def tools(groups: Iterable[str]) -> None:
+    """What the counts need."""
+    needed = {"instructions": ("valgrind", "valgrind"), "calls": ("strace", "strace")}
+    packages(dict(needed[group] for group in groups if group in needed))
 
 
 def make(root: Path) -> subprocess.CompletedProcess[str]:

@@ -88,6 +88,16 @@ class Machine:
         )
 
 
+def runtime(program: Path) -> tuple[str, str]:
+    """The versions of Python and of its OpenSSL that run a program of a virtual environment."""
+    code = "import platform, ssl; print(platform.python_version(), ssl.OPENSSL_VERSION, sep='\\n')"
+    with program.open() as script:
+        interpreter = script.readline().removeprefix("#!").split()
+    result = subprocess.run([*interpreter, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    python, _, openssl = result.stdout.strip().partition("\n")
+    return python, openssl
+
+
 def first_line(*command: str) -> str:
     """The first line that names a number of what a program says about its version, on either of its outputs."""
     try:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,17 @@ class Plots:
 
     def all(self) -> None:
         """Draw what the run has figures for."""
-        self._echo("echo", "cpu", "CPU of the proxy, us per message")
-        self._echo("latency", "p50_us", "round trip, p50, us")
-        self._bars("bulk", "cpu", [(f"bulk-{way}", way) for way in ("down", "up", "both")], "CPU of the proxy, s per GB")
-        self._bars(
-            "handshakes", "cpu", [(f"handshakes-{kind}", kind) for kind in ("full", "resumed")], "CPU of the proxy, us each"
-        )
+        self._echo()
+        self._latency()
+        ways = [(f"bulk-{way}", "cpu", way) for way in ("down", "up", "both")]
+        self._bars("bulk", [("CPU of the proxy, s per GB", ways)])
+        kinds = [(f"handshakes-{kind}", "cpu", kind) for kind in ("full", "resumed")]
+        self._bars("handshakes", [("CPU of the proxy, us each", kinds)])
         self._memory()
         self._growth()
-        self._bars("start", "ms", [("start", "start to first answered handshake")], "ms")
-        self._bars("storm", "seconds", [("storm-5000", "5 000 tunnels reset, all back")], "s")
+        start = [("start", "ms", "start to first answered handshake")]
+        storm = [("storm-5000", "seconds", "5 000 tunnels reset, all back")]
+        self._bars("start-and-storm", [("ms", start), ("s", storm)])
 
     def _has(self, *names: str) -> bool:
         return any(self._figures.get(name, {}).get("columns") for name in names)
@@ -63,56 +65,102 @@ class Plots:
         columns = self._figures.get(figure, {"columns": {}})["columns"]
         return columns[column]["subjects"] if column in columns else {}
 
+    def _places(self, found: list[Found]) -> Iterator[tuple[str, float, list[tuple[float, dict[str, Any]]]]]:
+        """For each subject its name, the width of its bars, and where in each group its bar is."""
+        names = [name for name in self._colours if any(name in subjects for subjects in found)]
+        width = 0.84 / max(1, len(names))
+        for index, name in enumerate(names):
+            shift = (index - (len(names) - 1) / 2) * width
+            yield name, width, [(i + shift, subjects[name]) for i, subjects in enumerate(found) if name in subjects]
+
     def _grouped(self, axes: Any, sources: list[tuple[str, str, str]]) -> None:
         """Groups of bars, one bar a subject: for each group its figure, its column and its label."""
-        found = [(label, self._subjects(figure, column)) for figure, column, label in sources]
-        names = [name for name in self._colours if any(name in subjects for _, subjects in found)]
-        width = 0.8 / max(1, len(names))
-        for index, name in enumerate(names):
-            places, medians, low, high = [], [], [], []
-            for place, (_, subjects) in enumerate(found):
-                if name in subjects:
-                    one = subjects[name]
-                    places.append(place + (index - (len(names) - 1) / 2) * width)
-                    medians.append(one["median"])
-                    low.append(one["median"] - one["low"])
-                    high.append(one["high"] - one["median"])
-            bars = axes.bar(places, medians, width * 0.92, color=self._colours[name], label=name)
-            axes.errorbar(places, medians, yerr=[low, high], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=1.5)
-            texts = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}".replace(",", " ") for value in medians]
-            axes.bar_label(bars, texts, padding=6, fontsize=6, rotation=90)
-        axes.set_xticks(range(len(found)), [label for label, _ in found])
+        tops = [0.0]
+        for name, width, bars in self._places([self._subjects(figure, column) for figure, column, _ in sources]):
+            places, medians = [place for place, _ in bars], [one["median"] for _, one in bars]
+            axes.bar(places, medians, width * 0.9, color=self._colours[name], label=name)
+            for place, one in bars:
+                if len(one["rounds"]) > 1:
+                    axes.vlines(place, one["low"], one["high"], color="#333333", linewidth=0.8)
+                axes.annotate(
+                    f"{one['median']:.3g}" if one["median"] < 1000 else f"{one['median']:.0f}",
+                    (place, one["high"]),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=6.5,
+                    rotation=90,
+                )
+                tops.append(one["high"])
+        axes.set_xticks(range(len(sources)), [label for _, _, label in sources])
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.margins(y=0.2)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(tops) * 1.17 or 1)
 
-    def _bars(self, file: str, column: str, sources: list[tuple[str, str]], unit: str) -> None:
-        sources = [(figure, label) for figure, label in sources if self._has(figure)]
-        if not sources:
+    def _bars(self, file: str, panels: list[tuple[str, list[tuple[str, str, str]]]]) -> None:
+        """One panel for each unit, with its groups."""
+        panels = [(unit, [group for group in groups if self._has(group[0])]) for unit, groups in panels]
+        panels = [(unit, groups) for unit, groups in panels if groups]
+        if not panels:
             return
-        drawing, axes = self._plt.subplots(figsize=(max(4.2, 2.4 * len(sources)), 3.2), layout="constrained")
-        self._grouped(axes, [(figure, column, label) for figure, label in sources])
-        axes.set_ylabel(unit)
-        self._save(drawing, axes, file)
+        widths = [max(3.4, 2.4 * len(groups)) for _, groups in panels]
+        drawing, drawn = self._plt.subplots(
+            1, len(panels), figsize=(sum(widths), 3.2), width_ratios=widths, layout="constrained", squeeze=False
+        )
+        for axes, (unit, groups) in zip(drawn[0], panels, strict=True):
+            self._grouped(axes, groups)
+            axes.set_ylabel(unit)
+        self._save(drawing, drawn[0][0], file)
 
-    def _echo(self, file: str, column: str, unit: str) -> None:
-        sizes = [(64, "64 B"), (4096, "4 KiB"), (65536, "64 KiB")]
-        counts = (1, 64, 1000)
-        sizes = [(size, text) for size, text in sizes if self._has(*(f"echo-{count}-{size}" for count in counts))]
+    def _echo_panels(self) -> Iterator[tuple[Any, list[str]]]:
+        """A panel a size of message; for each its axes and its figures. Yields the drawing's parts one by one."""
+        sizes = [
+            (text, [f"echo-{count}-{size}" for count in (1, 64, 1000) if self._has(f"echo-{count}-{size}")])
+            for size, text in ((64, "64 B"), (4096, "4 KiB"), (65536, "64 KiB"))
+        ]
+        sizes = [(text, names) for text, names in sizes if names]
         if not sizes:
             return
-        drawing, panels = self._plt.subplots(
+        _, drawn = self._plt.subplots(
             1, len(sizes), figsize=(3.6 * len(sizes) + 0.6, 3.2), layout="constrained", squeeze=False
         )
-        for axes, (size, text) in zip(panels[0], sizes, strict=True):
-            shown = [count for count in counts if self._has(f"echo-{count}-{size}")]
-            self._grouped(axes, [(f"echo-{count}-{size}", column, f"{count} tunnels") for count in shown])
+        for axes, (text, names) in zip(drawn[0], sizes, strict=True):
             axes.set_title(f"{text} messages")
-            if column == "p50_us":
-                axes.set_yscale("log")
-        panels[0][0].set_ylabel(unit)
-        self._save(drawing, panels[0][0], file)
+            yield axes, names
+
+    def _echo(self) -> None:
+        panels = list(self._echo_panels())
+        for axes, names in panels:
+            self._grouped(axes, [(name, "cpu", tunnels(name)) for name in names])
+        if panels:
+            panels[0][0].set_ylabel("CPU of the proxy, us per message")
+            self._save(panels[0][0].figure, panels[0][0], "echo")
+
+    def _latency(self) -> None:
+        """From the median (a dot) over p99 (a dash) to p99.9 (the end of the line)."""
+        panels = list(self._echo_panels())
+        for axes, names in panels:
+            percentiles = [
+                [self._subjects(name, column) for name in names] for column in ("p50_us", "p99_us", "p999_us")
+            ]
+            for subject, _width, middle in self._places(percentiles[0]):
+                style = {"color": self._colours[subject]}
+                _, _, high = next(one for one in self._places(percentiles[1]) if one[0] == subject)
+                _, _, highest = next(one for one in self._places(percentiles[2]) if one[0] == subject)
+                places = [place for place, _ in middle]
+                ends = [[one["median"] for _, one in line] for line in (middle, high, highest)]
+                axes.vlines(places, ends[0], ends[2], linewidth=1.6, **style)
+                axes.plot(places, ends[0], "o", ms=4.5, label=subject, **style)
+                axes.plot(places, ends[1], "_", ms=8, mew=1.6, **style)
+            axes.set_yscale("log")
+            axes.set_xticks(range(len(names)), [tunnels(name) for name in names])
+            axes.tick_params(axis="x", length=0)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if panels:
+            panels[0][0].set_ylabel("round trip, us: p50, p99, p99.9")
+            self._save(panels[0][0].figure, panels[0][0], "latency")
 
     def _memory(self) -> None:
         columns = [("kib", "idle"), ("moved_kib", "after 1 MiB\neach way"), ("minute_kib", "a minute\nlater")]
@@ -120,7 +168,7 @@ class Plots:
         if not figures:
             return
         drawing, panels = self._plt.subplots(
-            1, len(figures), figsize=(4.4 * len(figures), 3.2), layout="constrained", squeeze=False, sharey=True
+            1, len(figures), figsize=(4.4 * len(figures), 3.2), layout="constrained", squeeze=False
         )
         for axes, (figure, text) in zip(panels[0], figures, strict=True):
             self._grouped(axes, [(figure, name, label) for name, label in columns if self._subjects(figure, name)])
@@ -142,7 +190,7 @@ class Plots:
         axes.set_xscale("log")
         axes.set_xticks(points := [int(total.removeprefix("of_")) for total in totals], [str(p) for p in points])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_xlabel("tunnels, 100 of them busy")
         axes.set_ylabel("CPU of the proxy, us per message")
@@ -155,6 +203,12 @@ class Plots:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             drawing.savefig(self._folder / f"{file}.{kind}", dpi=150, metadata=metadata)
         self._plt.close(drawing)
+
+
+def tunnels(name: str) -> str:
+    """`64 tunnels` of `echo-64-4096`."""
+    count = name.split("-")[1]
+    return f"{count} tunnel{'s' if count != '1' else ''}"
 
 
 if __name__ == "__main__":

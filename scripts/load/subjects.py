@@ -114,6 +114,7 @@ class Subject:
     version: tuple[str, ...] = ()
     package: str = ""
     is_peer: bool = True
+    forks: bool = False  # its workers are processes of their own, and callgrind follows none
 
 
 PEERS = {
@@ -133,6 +134,7 @@ PEERS = {
             files={"nginx.conf": NGINX},
             logging="one line a connection, at its end, to a file",
             version=("nginx", "-v"),
+            forks=True,
             package="nginx-light",
         ),
         Subject(
@@ -141,6 +143,7 @@ PEERS = {
             files={"hitch.conf": HITCH},
             logging="none: it has no line for a connection; it reads no HTTP either",
             version=("hitch", "--version"),
+            forks=True,
             package="hitch",
         ),
         Subject(

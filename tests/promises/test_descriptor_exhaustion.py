@@ -48,8 +48,9 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         idle = tunnel.descriptors()
         clients: list[ssl.SSLSocket] = []
         with contextlib.suppress(TimeoutError):
-            while len(clients) < DESCRIPTORS:
-                clients.append(stack.enter_context(_open(tunnel, context, 1.5)))
+            while not tunnel.records("accepting paused"):
+                clients.append(stack.enter_context(_open(tunnel, context, 5)))
+        tunnel.wait_records(1, "accepting paused")
         full = len(clients)
         assert 20 <= full <= (DESCRIPTORS - idle) // 2, full
         assert tunnel.descriptors() < DESCRIPTORS

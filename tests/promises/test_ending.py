@@ -1,4 +1,4 @@
-"""Told to end, the tunnel takes no more, delivers what is under way, ends its tunnels one after another, and exits 0."""
+"""Told to end, the tunnel takes no more, delivers what is under way, ends its tunnels in turn, and exits 0."""
 
 import contextlib
 import os
@@ -126,7 +126,8 @@ def test_endings_are_spread_out(certificate: Certificate) -> None:
 
 def _ends_of(clients: list[ssl.SSLSocket]) -> tuple[list[int], list[float]]:
     """Which ended in which order, and when. Each has to end with close_notify."""
-    order, times = [], []
+    order: list[int] = []
+    times: list[float] = []
     with selectors.DefaultSelector() as selector:
         for number, client in enumerate(clients):
             selector.register(client, selectors.EVENT_READ, number)

@@ -40,7 +40,7 @@ NASTY = {
     "utf-8": "Jürgen 中文".encode(),
     "bidi": "\u202eforged\u2028".encode(),
     "broken-utf8": b"\xff\xfe\xc3\x28",
-    "quotes": b"\"'\\\",\"event\":\"forged",
+    "quotes": b'"\'\\","event":"forged',
     "format": b"%s%n{0}{event}",
     "long": b"A" * 15_000,
     "long-nasty": b"\x9b" * 15_000,
@@ -55,8 +55,10 @@ class _Logged:
         self.style = style
         self.raw = b""
         self._process = subprocess.Popen(
-            [*PROGRAM, "start", origin, "--listen", "127.0.0.1:0", "--config", "t.toml", "--log-format", style]
-            + ["--cert", str(certificate.cert), "--key", str(certificate.key)],
+            [
+                *(*PROGRAM, "start", origin, "--listen", "127.0.0.1:0", "--config", "t.toml", "--log-format", style),
+                *("--cert", str(certificate.cert), "--key", str(certificate.key)),
+            ],
             cwd=folder,
             env=child_environment(),
             stderr=subprocess.PIPE,
@@ -76,8 +78,9 @@ class _Logged:
         return int(listening[1] or listening[2]) if listening and b"ready" in self.raw else 0
 
     def stop(self) -> bytes:
-        """Stop it; return all it logged."""
-        self._process.send_signal(signal.SIGINT)
+        """Stop it, if it runs; return all it logged."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
         try:
             assert self._process.wait(PATIENCE) == 0
         finally:
@@ -127,8 +130,7 @@ def logged(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certific
         try:
             yield started
         finally:
-            if started._process.poll() is None:
-                started.stop()
+            started.stop()
 
 
 def _lines(logged: _Logged) -> list[str]:

@@ -13,9 +13,11 @@ from tests.harness import (
     Record,
     Tunnel,
     connect_tls,
+    eventually,
     handshake_request,
     read_answer,
     receive_all,
+    reset,
 )
 from tests.promises.wire import ABRUPT_ENDS, Response, ask, read_until_end
 from tests.promises.witness import SMUGGLED, Then, Witness
@@ -60,10 +62,10 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 
 def _declined(stage: Stage, answer: bytes, *, then: Then) -> tuple[Response, Record]:
     origin, tunnel = stage
-    testimony = origin.tell(answer, then=then)
+    statement = origin.tell(answer, then=then)
     response = ask(tunnel, handshake_request() + SMUGGLED)
-    assert testimony.surplus_at_end() == b""
-    return response, testimony.record(tunnel)
+    assert statement.surplus_at_end() == b""
+    return response, statement.record(tunnel)
 
 
 @pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS.keys())
@@ -135,14 +137,14 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
     origin, tunnel = stage
     head_arrived = threading.Event()
     # Only when the client has the head is there a body to be cut short.
-    testimony = origin.tell(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
+    statement = origin.tell(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
         assert read_answer(client).status == 500
         head_arrived.set()
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
-    record = testimony.record(tunnel)
+    record = statement.record(tunnel)
     assert record["status"] == 500
     assert (record["ended_by"], record["reason"]) == ("origin", "answer cut short"), record
 
@@ -150,13 +152,13 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
 def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
     """In the very segment of the head, so that it is met before anything has gone to the client."""
     origin, tunnel = stage
-    testimony = origin.tell(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
+    statement = origin.tell(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + SMUGGLED)
         received = read_until_end(client)
     assert b"this is no chunk" not in received
-    assert testimony.surplus_at_end() == b""
-    assert testimony.record(tunnel)["reason"] in {"answer cut short", "bad answer"}
+    assert statement.surplus_at_end() == b""
+    assert statement.record(tunnel)["reason"] in {"answer cut short", "bad answer"}
 
 
 def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> None:
@@ -164,15 +166,31 @@ def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> 
     body = LARGE * 2
     with (
         Witness() as origin,
-        Tunnel(origin.address, certificate, settings='[timeouts]\nclose = "1s"\n') as tunnel,
+        Tunnel(origin.address, certificate, settings='[timeouts]\nclose = "1500ms"\n') as tunnel,
         connect_tls(tunnel) as client,
     ):
-        testimony = origin.tell(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
+        statement = origin.tell(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         client.sendall(handshake_request())
         received = bytearray(read_answer(client).leftover)
         while some := client.recv(65_536):
             received += some
-            time.sleep(2.5 * len(some) / len(body))  # the slowness that this is about
+            time.sleep(3 * len(some) / len(body))  # the slowness that this is about
         assert bytes(received) == body
-        assert testimony.record(tunnel)["reason"] == "declined"
+        assert statement.record(tunnel)["reason"] == "declined"
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
+def test_a_client_that_leaves_in_the_middle_is_noticed_at_once(
+    stage: Stage, leave: Callable[[socket.socket], None]
+) -> None:
+    """The origin streams on, or waits: its connection is not held for ``timeouts.close`` (30 s here)."""
+    origin, tunnel = stage
+    statement = origin.tell(b"HTTP/1.1 200 OK\r\n\r\nstream")
+    client = connect_tls(tunnel)
+    client.sendall(handshake_request())
+    assert read_answer(client).status == 200
+    leave(client)
+    eventually(lambda: statement.ended, 10)
+    record = statement.record(tunnel)
+    assert (record["ended_by"], record["reason"]) == ("client", "gone before the answer was whole")

@@ -104,7 +104,7 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -> None:
     origin, tunnel = stage
-    testimony = origin.tell(lie)
+    statement = origin.tell(lie)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + SMUGGLED)
         answer = read_answer(client)
@@ -115,7 +115,7 @@ def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -
     assert LIE not in rest
     assert LIE.decode() not in str(answer.headers)
     assert answer.headers["X-Request-Id"].encode() in rest
-    assert testimony.surplus_at_end() == b""
+    assert statement.surplus_at_end() == b""
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["reason"]) == (502, "refused", "bad answer")
     assert record["ended_by"] == "tunnel"

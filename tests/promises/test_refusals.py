@@ -151,14 +151,14 @@ def test_each_refusal_over_the_wire(
     stage: Stage, request_: bytes, status: int, fields: dict[str, str], reason: str
 ) -> None:
     origin, tunnel = stage
-    testimony = origin.tell(switching_protocols)
+    statement = origin.tell(switching_protocols)
     response = ask(tunnel, request_)
     _as_all_refusals_are(tunnel, response, status, reason)
     for name, value in fields.items():
         assert response.headers.get_all(name) == [value]
     if "Upgrade" in fields:
         assert response.headers["Connection"] == "close, Upgrade"  # RFC 9110 section 7.8
-    assert testimony.connections == 0
+    assert statement.connections == 0
 
 
 ACCEPTED = {
@@ -206,13 +206,13 @@ def test_a_slow_head_is_a_408(certificate: Certificate) -> None:
         Witness() as origin,
         Tunnel(origin.address, certificate, settings='[timeouts]\nrequest = "300ms"\n') as tunnel,
     ):
-        testimony = origin.tell(switching_protocols)
+        statement = origin.tell(switching_protocols)
         for sent in (b"", b"G", _request()[:-2]):
             with connect_tls(tunnel) as client:
                 client.sendall(sent)
                 response = parse_response(receive_all(client))
             _as_all_refusals_are(tunnel, response, 408, "request timed out")
-        assert testimony.connections == 0
+        assert statement.connections == 0
 
 
 # --- an answer, and not a reset --------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
     two_sites: tuple[Stage, bool], sni: str, host: str, status: int
 ) -> None:
     (origin, tunnel), _ = two_sites
-    testimony = origin.tell(switching_protocols)
+    statement = origin.tell(switching_protocols)
     with connect_tls(tunnel, server_name=sni) as client:
         client.sendall(handshake_request(host=host))
         answer = read_answer(client)
@@ -386,7 +386,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
         if status == 421:
             record = record_of(tunnel, answer.headers)
             assert (record["status"], record["reason"], record["sni"]) == (421, "misdirected", sni)
-            assert testimony.connections == 0
+            assert statement.connections == 0
 
 
 def test_an_unknown_name_shows_as_what_it_is_to_a_real_client(two_sites: tuple[Stage, bool]) -> None:

@@ -52,7 +52,7 @@ def _alive(held: tuple[socket.socket, Handshaker]) -> bool:
 
 def test_trickling_clients_are_ended_while_good_ones_are_served(certificate: Certificate) -> None:
     """In each stage thirty send a byte now and then, and never get anywhere."""
-    settings = '[timeouts]\ntls_handshake = "2s"\nrequest = "2s"\n'
+    settings = '[timeouts]\ntls_handshake = "3s"\nrequest = "3s"\n'
     with (
         RawOrigin(echo_bytes) as origin,
         Tunnel(origin.address, certificate, settings=settings) as tunnel,

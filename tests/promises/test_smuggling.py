@@ -102,7 +102,7 @@ NEVER_FORWARDED: dict[str, tuple[bytes, int]] = {
 @pytest.mark.parametrize(("request_", "status"), NEVER_FORWARDED.values(), ids=NEVER_FORWARDED.keys())
 def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, request_: bytes, status: int) -> None:
     origin, tunnel = stage
-    testimony = origin.tell(switching_protocols)
+    statement = origin.tell(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request_ + SMUGGLED)
         answer = read_answer(client)
@@ -113,7 +113,7 @@ def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, r
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["origin"]) == (status, "refused", "")
     # The record is the connection's last word: an origin would have been asked before it.
-    assert testimony.connections == 0
+    assert statement.connections == 0
 
 
 # --- scenario 1 and 2: an answer that is no upgrade, while the client already sends its next request -----------------
@@ -154,13 +154,13 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
         assert sent.wait(PATIENCE)
         return b"HTTP/1.1 " + answer
 
-    testimony = origin.tell(when_all_is_sent)
+    statement = origin.tell(when_all_is_sent)
     with connect_tls(tunnel) as client:
         client.sendall(
             _request(line="GET /api/health?u=http://evil.example/ HTTP/1.1") + SMUGGLED * (when == "with it")
         )
         if when == "behind it":
-            eventually(lambda: testimony.heads)
+            eventually(lambda: statement.heads)
             client.sendall(SMUGGLED)
         sent.set()
         read = read_answer(client)
@@ -168,11 +168,11 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
             with contextlib.suppress(OSError):
                 client.sendall(SMUGGLED)
         read_until_end(client)
-    assert testimony.surplus_at_end() == b""
-    assert testimony.connections == 1
-    assert len(testimony.heads) == 1
+    assert statement.surplus_at_end() == b""
+    assert statement.connections == 1
+    assert len(statement.heads) == 1
     assert read.status == status
-    record = testimony.record(tunnel)
+    record = statement.record(tunnel)
     assert (record["up"], record["down"]) == (0, 0)
 
 
@@ -182,16 +182,16 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
     before: list[bytes] = []
 
     def late_but_right(request: Request) -> bytes:
-        before.append(request.leftover + testimony.surplus)
+        before.append(request.leftover + statement.surplus)
         return switching_protocols(request)
 
-    testimony = origin.tell(late_but_right)
+    statement = origin.tell(late_but_right)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + b"early ")
-        eventually(lambda: testimony.heads)
+        eventually(lambda: statement.heads)
         client.sendall(b"bird")
         assert read_answer(client).status == 101
-        eventually(lambda: testimony.surplus == b"early bird")
+        eventually(lambda: statement.surplus == b"early bird")
     assert before == [b""]
 
 
@@ -201,11 +201,11 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
 def _forwarded(stage: Stage, *fields: str, request: bytes | None = None) -> dict[str, list[str]]:
     """The fields that the origin gets of a handshake that is accepted, by their names in lower case."""
     origin, tunnel = stage
-    testimony = origin.tell(switching_protocols)
+    statement = origin.tell(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request or _request(*fields))
         assert read_answer(client).status == 101
-    lines = testimony.heads[0].decode("latin-1").split("\r\n")
+    lines = statement.heads[0].decode("latin-1").split("\r\n")
     assert lines[0] == "GET /socket HTTP/1.1"
     assert lines[-2:] == ["", ""]
     found: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ SMUGGLED = b"GET /internal/secrets HTTP/1.1\r\nHost: localhost\r\n\r\n"
 """What a client sends behind its handshake, which no origin may see before a verified 101."""
 
 
-class Testimony:
+class Statement:
     """What reached the origin while it followed one script: request heads, and in `surplus` what came behind them."""
 
     def __init__(self, script: Script, then: Then, after: threading.Event | None) -> None:
@@ -67,27 +67,27 @@ class Witness:
     ) -> None:
         self._origin.__exit__(kind, error, trace)
 
-    def tell(self, script: Script | bytes, *, then: Then = "keep", after: threading.Event | None = None) -> Testimony:
+    def tell(self, script: Script | bytes, *, then: Then = "keep", after: threading.Event | None = None) -> Statement:
         """Answer with ``script`` from now on, and then do ``then``, if given ``after`` that; note it down apart."""
-        self._now = Testimony(script if callable(script) else lambda _: script, then, after)
+        self._now = Statement(script if callable(script) else lambda _: script, then, after)
         return self._now
 
     def _handle(self, sock: socket.socket) -> None:
-        testimony = self._now
-        testimony.connections += 1
+        statement = self._now
+        statement.connections += 1
         try:
             request = read_request(sock)
-            testimony.heads.append(request.head)
-            testimony.surplus += request.leftover
+            statement.heads.append(request.head)
+            statement.surplus += request.leftover
             with contextlib.suppress(ConnectionError):  # what is said here is often not listened to
-                sock.sendall(testimony.script(request))
-            if testimony.after is not None:
-                assert testimony.after.wait(PATIENCE)
-            if testimony.then == "reset":
+                sock.sendall(statement.script(request))
+            if statement.after is not None:
+                assert statement.after.wait(PATIENCE)
+            if statement.then == "reset":
                 return reset(sock)
-            if testimony.then == "end":
+            if statement.then == "end":
                 sock.shutdown(socket.SHUT_WR)
             while some := sock.recv(65536):
-                testimony.surplus += some
+                statement.surplus += some
         finally:
-            testimony.ended += 1
+            statement.ended += 1

@@ -1,0 +1,142 @@
+"""Whether the tunnel has become more expensive since the committed baseline.
+
+Times are compared as ratios to HAProxy's in the same round, which takes most of the machine out of them; instructions
+and system calls as they are. What is over its tolerance is measured again, and judged by all rounds together.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PEER = "haproxy"
+OURS = "tlstunnel"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One number of the gate: how much worse, as a share of the baseline, it may be."""
+
+    title: str
+    figure: str
+    column: str
+    tolerance: float
+    beside_peer: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its name in the baseline."""
+        return f"{self.figure}.{self.column}"
+
+
+# How the tolerances were found: docs/performance.md, "The gate".
+CHECKS = (
+    Check("echo 64 B, 1 tunnel, CPU", "echo-1-64", "cpu", 0.15),
+    Check("echo 64 B, 64 tunnels, CPU", "echo-64-64", "cpu", 0.15),
+    Check("echo 4 KiB, 64 tunnels, CPU", "echo-64-4096", "cpu", 0.15),
+    Check("bulk down, CPU", "bulk-down", "cpu", 0.15),
+    Check("bulk up, CPU", "bulk-up", "cpu", 0.15),
+    Check("bulk both, CPU", "bulk-both", "cpu", 0.15),
+    Check("TLS + upgrade, full, CPU", "handshakes-full", "cpu", 0.15),
+    Check("TLS + upgrade, resumed, CPU", "handshakes-resumed", "cpu", 0.15),
+    Check("PSS per idle tunnel", "idle-1000", "kib", 0.06),
+    Check("PSS per tunnel after 1 MiB each way", "idle-1000", "moved_kib", 0.1),
+    Check("instructions, TLS + upgrade, full", "instructions", "full", 0.03, beside_peer=False),
+    Check("instructions, TLS + upgrade, resumed", "instructions", "resumed", 0.03, beside_peer=False),
+    Check("instructions, message of 64 B", "instructions", "small", 0.03, beside_peer=False),
+    Check("instructions, message of 4 KiB", "instructions", "page", 0.03, beside_peer=False),
+    Check("instructions, start to first handshake", "instructions", "start", 0.03, beside_peer=False),
+    Check("system calls, TLS + upgrade, full", "calls", "full", 0.03, beside_peer=False),
+    Check("system calls, TLS + upgrade, resumed", "calls", "resumed", 0.03, beside_peer=False),
+    Check("system calls, message of 64 B", "calls", "small", 0.03, beside_peer=False),
+    Check("system calls, message of 4 KiB", "calls", "page", 0.03, beside_peer=False),
+)
+
+Rounds = dict[str, dict[str, dict[str, list[float]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What the numbers depend on beside our code."""
+
+    python: str
+    openssl: str
+    valgrind: str
+    haproxy: str
+    kernel: str
+    processor: str
+
+    def as_json(self) -> dict[str, str]:
+        """As the baseline has it."""
+        return asdict(self)
+
+    def differences(self, other: dict[str, str], names: tuple[str, ...]) -> list[str]:
+        """What differs from a baseline's, of these names, as `python 3.11.2, not 3.11.1`."""
+        return [
+            f"{name} {mine}, not {theirs}"
+            for name in names
+            if (mine := getattr(self, name)) != (theirs := other.get(name, "unknown"))
+        ]
+
+
+def values(found: Rounds) -> dict[str, float]:
+    """The number of each check that was measured: medians over the rounds."""
+    numbers = {}
+    for check in CHECKS:
+        subjects = found.get(check.figure, {})
+        if not (ours := subjects.get(OURS, {}).get(check.column)):
+            continue
+        if not check.beside_peer:
+            numbers[check.name] = statistics.median(ours)
+        elif peers := subjects.get(PEER, {}).get(check.column):
+            # Of the same round each: a slow minute is slow for both.
+            numbers[check.name] = statistics.median(
+                mine / theirs for mine, theirs in zip(ours, peers, strict=False) if theirs
+            )
+    return numbers
+
+
+def worse(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> list[Check]:
+    """The checks that are over their tolerance; those of other versions, and those not measured, are left out."""
+    return [
+        check
+        for check in comparable(baseline, versions)
+        if check.name in now and now[check.name] > baseline["values"][check.name] * (1 + check.tolerance)
+    ]
+
+
+def comparable(baseline: dict[str, Any], versions: Versions) -> list[Check]:
+    """The checks that the baseline has a number for; instructions only where what they depend on is the same."""
+    same = not versions.differences(baseline["versions"], ("python", "openssl", "valgrind"))
+    return [check for check in CHECKS if check.name in baseline["values"] and (same or check.figure != "instructions")]
+
+
+def lines(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
+    """What a person reads: each check with both numbers and the change."""
+    judged = comparable(baseline, versions)
+    over = worse(now, baseline, versions)
+    yield f"{'':38}{'baseline':>10}{'now':>10}{'change':>9}{'allowed':>9}"
+    for check in CHECKS:
+        before, after = baseline["values"].get(check.name), now.get(check.name)
+        title = f"{check.title}{' / haproxy' if check.beside_peer else ''}"
+        if before is None or after is None:
+            yield f"{title:38.38}{_number(before)}{_number(after)}   not compared"
+            continue
+        verdict = "" if check in judged else "  not compared"
+        verdict = "  WORSE" if check in over else verdict
+        change = after / before - 1
+        yield f"{title:38.38}{_number(before)}{_number(after)}{change:>+9.1%}{check.tolerance:>+9.0%}{verdict}"
+    if differences := versions.differences(baseline["versions"], tuple(versions.as_json())):
+        yield f"not the baseline's: {'; '.join(differences)}"
+
+
+def sentences(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
+    """What got worse, and by how much."""
+    for check in worse(now, baseline, versions):
+        change = now[check.name] / baseline["values"][check.name] - 1
+        beside = f", beside {PEER}," if check.beside_peer else ""
+        yield f"{check.title}{beside} is {change:.0%} worse than the baseline (allowed {check.tolerance:.0%})"
+
+
+def _number(value: float | None) -> str:
+    return f"{'-':>10}" if value is None else f"{value:>10.3f}" if value < 100 else f"{value:>10.1f}"
