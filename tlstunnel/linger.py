@@ -56,7 +56,7 @@ class Partings:
     def __init__(self, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop) -> None:
         self.readiness = readiness
         self.loop = loop
-        self.open: set[_Linger | _Reset] = set()
+        self.open: dict[_Parting, None] = {}  # oldest first
 
     def linger(self, sock: socket.socket, patience: float = LINGER_SECONDS) -> None:
         """Shut down the writing of `sock`, throw away what the peer sends, and close.
@@ -71,6 +71,10 @@ class Partings:
         """Close `sock` with RST once its peer has taken what was sent, or has taken nothing for `patience` seconds."""
         if sock.fileno() >= 0:
             _Reset(self, _plain(sock), patience)
+
+    def give_way(self) -> None:
+        """Close the oldest with RST: its descriptor is needed, and a peer that takes a byte now and then never ends."""
+        next(iter(self.open)).close(reset)
 
     def abort(self) -> None:
         """Close what is left at once, with RST."""
@@ -97,7 +101,7 @@ class _Parting:
         if self._timer is not None:
             self._timer.cancel()
         self._partings.readiness.unregister(self._sock.fileno())
-        self._partings.open.discard(self)
+        self._partings.open.pop(self, None)
         close(self._sock)
 
     def _taken(self, now: float) -> bool | None:
@@ -121,7 +125,7 @@ class _Linger(_Parting):
         self._until = partings.loop.time() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-        partings.open.add(self)
+        partings.open[self] = None
         partings.readiness.register(sock.fileno(), IN, self._on_event)
         self._timer = partings.loop.call_later(LINGER_SECONDS, self._check)
         self._on_event(IN)
@@ -157,7 +161,7 @@ class _Reset(_Parting):
 
     def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
         super().__init__(partings, sock, patience)
-        partings.open.add(self)
+        partings.open[self] = None
         self._check()
 
     def _check(self) -> None:

@@ -24,6 +24,8 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening; a Unix socket's file goes with it."""
+        if self.sock.fileno() < 0:
+            return  # and by now the file may be the next process's
         self.sock.close()
         if self.address.path is not None:
             with contextlib.suppress(OSError):
@@ -69,6 +71,7 @@ def _unix(path: Path) -> socket.socket:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # one that does not accept has a full backlog: EAGAIN
             if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         path.unlink()  # left by a process that is gone

@@ -1,15 +1,23 @@
 """What happened: one log record a connection, and counters for what is too common for a record each."""
 
+import asyncio
+import atexit
+import contextlib
 import logging
+import os
+import select
 import sys
 import time
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import msgspec
 import structlog
 
 from tlstunnel.escaping import printable
+
+MOST_KEPT = 4 << 20
+"""Bytes of log lines kept for a reader that is behind: some ten thousand records."""
 
 SAMPLE_SECONDS = 10.0
 """Failures before the TLS handshake is done are counted, and at most one line of each kind is logged in this time."""
@@ -119,8 +127,72 @@ class Journal:
         self._log.warning(event, reason=why, unsaid=unsaid, **facts)
 
 
+class Lines:
+    """Writes log lines to `stream` without ever waiting or failing: the loop that logs serves every tunnel.
+
+    A pipe that nobody reads would hold all tunnels, and one without a reader, or a full disk, would raise in the midst
+    of closing a connection (both seen). So what does not go at once is kept, up to 4 MiB, and written as the reader
+    reads; lines beyond that are lost, counted, and the count is said in a line of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._fd = stream.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLOUT)
+        self._kept = bytearray()
+        self._lost = 0
+        self._watched_by: asyncio.AbstractEventLoop | None = None
+
+    def msg(self, message: str) -> None:
+        """Write `message` as a line, as soon as that is possible without waiting."""
+        line = message.encode("utf-8", "backslashreplace") + b"\n"
+        if len(self._kept) + len(line) > MOST_KEPT:
+            self._lost += 1
+            return
+        self._kept += line
+        self._write()
+        if self._kept and self._watched_by is None:
+            with contextlib.suppress(RuntimeError, OSError):  # no loop yet; a file, for which nothing can be awaited
+                loop = asyncio.get_running_loop()
+                loop.add_writer(self._fd, self._write)
+                self._watched_by = loop
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
+
+    def flush(self, seconds: float = 1.0) -> None:
+        """At the end, when nobody is kept waiting: give the reader so long to take what is kept."""
+        deadline = time.monotonic() + seconds
+        while self._kept and (left := deadline - time.monotonic()) > 0:
+            self._poll.poll(left * 1000)
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)).
+            while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
+                del self._kept[: os.write(self._fd, self._kept[: select.PIPE_BUF])]
+                if self._lost and not self._kept:
+                    self._kept += self._lost_line()
+            gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
+        except OSError:
+            gone = True
+        if gone:
+            self._lost += self._kept.count(b"\n")
+            self._kept.clear()
+        if not self._kept and self._watched_by is not None:
+            self._watched_by.remove_writer(self._fd)
+            self._watched_by = None
+
+    def _lost_line(self) -> bytes:
+        lost, self._lost = self._lost, 0
+        return msgspec.json.encode({"event": "log lines lost", "level": "warning", "lost": lost}) + b"\n"
+
+
 def configure_logging(style: Literal["text", "json"]) -> None:
-    """Log to standard error, one line an event: for people, or one JSON object."""
+    """Log to standard error, one line an event: for people, or one JSON object. See `Lines` for what may be lost."""
+    lines = Lines(sys.stderr)
+    atexit.register(lines.flush)
     processors: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -137,7 +209,7 @@ def configure_logging(style: Literal["text", "json"]) -> None:
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: lines,
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)

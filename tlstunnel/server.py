@@ -1,6 +1,7 @@
 """One process's tunnels: the accept loop, the cap on unfinished handshakes, and the end."""
 
 import asyncio
+import contextlib
 import errno
 import gc
 import random
@@ -31,6 +32,9 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
 
 RESERVED_DESCRIPTORS = 32
 """Kept for everything that is no connection: listeners, epoll, the resolver's files, a close_notify."""
+
+MOST_DESCRIPTORS = 1 << 20
+"""What counts where there is no limit: fs.nr_open of Linux."""
 
 _NO_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -136,7 +140,9 @@ class Server:
                 self._cancel(task)
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
             await self._idle.wait()
-        while self._partings.open:  # noqa: ASYNC110 - once, at the end
+        # Bounded as a whole: one that takes a byte now and then would hold the release for as long as it likes.
+        deadline = self._loop.time() + self._config.timeouts.close
+        while self._partings.open and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.01)
 
     def stop(self) -> None:
@@ -179,6 +185,9 @@ class Server:
                     return self._pause_accepting(error.strerror or str(error))
                 continue  # the connection failed before it was accepted (accept(2)); the next may be well
             self._pause = 0.0
+            # A connection takes two descriptors, what is being closed has one.
+            while self._partings.open and 2 * self._connections + len(self._partings.open) >= 2 * self._most - 1:
+                self._partings.give_way()
             self._begin(sock, address[0] if isinstance(address, tuple) else "")
 
     def _begin(self, sock: socket.socket, peer: str) -> None:
@@ -234,6 +243,9 @@ def _precision(timeouts: Timeouts) -> float:
 
 def _descriptors() -> int:
     """The most descriptors that this process may have: the soft limit, raised to the hard one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A hard limit above fs.nr_open cannot be asked for, nor can an infinite one everywhere.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MOST_DESCRIPTORS)

@@ -480,6 +480,8 @@ class Splices:
         self._trap, self._trapped = socket.socketpair()
         self._trap.setblocking(False)
         self._trapped.setblocking(False)
+        # Taken beforehand: when descriptors run out, tunnels must still be able to end well.
+        self._spare = os.dup(self._trap.fileno())
 
     def add(self, splice: Splice) -> None:
         """Count `splice` among the running ones."""
@@ -506,6 +508,7 @@ class Splices:
             self._timer.cancel()
         self._trap.close()
         self._trapped.close()
+        os.close(self._spare)
 
     def close_notify(self, client: ssl.SSLSocket) -> bytes:
         """The close_notify record of `client`, taken from OpenSSL without a byte being sent or read.
@@ -514,20 +517,18 @@ class Splices:
         connection with it (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). So OpenSSL's descriptor is
         for that moment one end of a socket pair, in which the record is caught and nothing is to be read.
 
-        Raises OSError when no descriptor is free, or TLS has failed.
+        Raises OSError when TLS has failed.
         """
         fd = client.fileno()
-        saved = os.dup(fd)
+        os.dup2(fd, self._spare, inheritable=False)
+        os.dup2(self._trap.fileno(), fd, inheritable=False)
         try:
-            os.dup2(self._trap.fileno(), fd, inheritable=False)
-            try:
-                client.unwrap()
-            except ssl.SSLWantReadError:
-                pass
-            finally:
-                os.dup2(saved, fd, inheritable=False)
+            client.unwrap()
+        except ssl.SSLWantReadError:
+            pass
         finally:
-            os.close(saved)
+            os.dup2(self._spare, fd, inheritable=False)
+            os.dup2(self._trap.fileno(), self._spare, inheritable=False)
         return self._trapped.recv(RECORD)
 
     def _sweep_in(self, limit: float) -> None:

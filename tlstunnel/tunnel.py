@@ -240,6 +240,8 @@ class Tunnel:
             await self._client.send(out)
             while not reader.complete:
                 self._wait_at_most(timeout)
+                # Neither has to wait while both are ready, and others would not get their turn.
+                await asyncio.sleep(0)
                 await self._client.send(await self._more_of(reader))
         except BadAnswer as error:
             record.detail = error.reason

@@ -17,12 +17,13 @@ from scripts.load.running import BenchError, Load, Running
 
 BATCHES = 5
 
-# unit -> what the load generator is told, and how many of it make a batch
+# unit -> what the load generator is told, and how many of it make a batch. Messages first: what ended connections leave
+# behind for some seconds (a timer) makes each wake-up of an event loop a little longer.
 UNITS = {
-    "full": ("handshakes 1 300 full {count}", 60),
-    "resumed": ("handshakes 1 300 resumed {count}", 60),
     "small": ("echo 1 64 300 {count}", 400),
     "page": ("echo 1 4096 300 {count}", 400),
+    "full": ("handshakes 1 300 full {count}", 60),
+    "resumed": ("handshakes 1 300 resumed {count}", 60),
 }
 
 

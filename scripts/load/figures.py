@@ -340,7 +340,7 @@ def gate() -> list[Figure]:
     """The figures that `--gate` compares: short loads, since many rounds of them say more than a few long ones."""
     return [
         *(echo(tunnels, size, 0.6) for tunnels, size in ((1, 64), (64, 64), (64, 4096))),
-        *(bulk(direction, units=5) for direction in ("down", "up", "both")),
+        *(bulk(direction, units=10) for direction in ("down", "up", "both")),
         *(handshakes(kind, 0.6) for kind in ("full", "resumed")),
         idle(1000, 2.0, minute_later=False),
         counts("instructions"),

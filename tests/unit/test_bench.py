@@ -1,4 +1,4 @@
-"""scripts/bench works: it builds its load, measures the tunnel, shows and compares what it found. No figure is judged."""
+"""scripts/bench works: it builds its load, measures, shows and compares what it found. No figure is judged here."""
 
 import json
 import os
@@ -48,8 +48,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def number(content: dict[str, Any], figure: str, column: str) -> float:
     """What the tunnel's median was."""
     value = content["figures"][figure]["columns"][column]["subjects"]["tlstunnel"]["median"]
-    assert isinstance(value, float)
-    return value
+    return float(value)
 
 
 def test_it_measures_the_tunnel(measured: tuple[Path, str]) -> None:
@@ -128,7 +127,9 @@ def test_the_gate_says_what_became_worse_and_by_how_much() -> None:
     assert sentences[0].startswith("echo 64 B, 64 tunnels, CPU, beside haproxy, is 50% worse than the baseline")
     assert sentences[1].startswith("instructions, message of 64 B is 10% worse")
     lines = list(gate.lines({"echo-64-64.cpu": 1.5, "instructions.small": 71.0}, baseline, VERSIONS))
-    assert [line for line in lines if line.endswith("WORSE")] == [next(line for line in lines if "echo 64 B, 64" in line)]
+    assert [line for line in lines if line.endswith("WORSE")] == [
+        next(line for line in lines if "echo 64 B, 64" in line)
+    ]
 
 
 def test_the_gate_compares_no_instructions_of_another_python() -> None:
@@ -148,6 +149,7 @@ def test_a_budget_names_the_limit_that_is_met(kind: Any, ratio: float, verdict: 
     subjects = {"tlstunnel": {"median": 5.0, "ratio_to_best_peer": ratio}}
     content = {"figures": {"echo-64-64": {"columns": {"cpu": {"subjects": subjects}}}}}
     value = budget.measured(content, "tlstunnel")
+    assert value is not None
     assert value == pytest.approx(ratio if kind == "beside" else 1 / ratio)
     assert verdict in budget.text(value)
     assert budget.measured({"figures": {}}, "tlstunnel") is None

@@ -198,11 +198,11 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_object_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("json"):
         Journal().ended(filled(), up=1, down=2)
         Journal().sampled("accepting paused", "no descriptors left", connections=3)
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     first, second = (json.loads(line) for line in err.splitlines())
     assert out == ""
     assert first.items() >= {"event": "connection", "level": "info", **FACTS, "up": 1, "down": 2}.items()
@@ -210,11 +210,11 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert first["timestamp"].endswith("Z")
 
 
-def test_text_is_one_line_an_event(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_one_line_an_event(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("text"):
         Journal().ended(filled())
         Journal().sampled("accepting paused", "no descriptors left")
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "connection" in lines[0]
     assert "/chat" in lines[0]
@@ -224,23 +224,23 @@ def test_text_is_one_line_an_event(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_what_is_less_than_information_is_not_logged(
-    style: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
+    style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with logging_as(style):
         structlog.get_logger().debug("noise")
         logging.getLogger("asyncio").info("noise")
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_hostile_text_stays_inside_its_line(style: Literal["text", "json"], capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_text_stays_inside_its_line(style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]) -> None:
     record = filled()
     record.path = record.sni = printable(HOSTILE)
     with logging_as(style):
         Journal().ended(record)
         Journal().failed(record, "tls: handshake failed", HOSTILE)
         logging.getLogger("asyncio").warning("from a library: %s", HOSTILE)
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert err.endswith("\n")
     lines = err.splitlines()
     assert len(lines) == 3
@@ -252,35 +252,35 @@ def test_hostile_text_stays_inside_its_line(style: Literal["text", "json"], caps
 
 
 @pytest.mark.parametrize("value", [HOSTILE, "\x1b[2J", "\x9b31m"])
-def test_text_escapes_whatever_it_is_given(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_escapes_whatever_it_is_given(value: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Also what somebody forgot to make printable."""
     with logging_as("text"):
         structlog.get_logger().info("odd", value=value)
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert err.endswith("\n")
     assert err[:-1].isprintable()
 
 
-def test_values_of_any_type_can_be_logged_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_of_any_type_can_be_logged_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     address = OSError(24, "Too many open files")
     with logging_as("json"):
         structlog.get_logger().info("odd", value=address)
-    assert json.loads(capsys.readouterr().err)["value"] == str(address)
+    assert json.loads(capfd.readouterr().err)["value"] == str(address)
 
 
 # What libraries say.
 
 
-def test_warning_of_a_library_is_a_line_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_a_library_is_a_line_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("json"):
         logging.getLogger("some.library").error("failed %d times", 3)
-    line = json.loads(capsys.readouterr().err)
+    line = json.loads(capfd.readouterr().err)
     assert line.items() >= {"event": "failed 3 times", "level": "error", "logger": "some.library"}.items()
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_fault_that_asyncio_reports_has_its_traceback(
-    style: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
+    style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def main() -> None:
         asyncio.get_running_loop().call_soon(fault)
@@ -291,7 +291,7 @@ def test_fault_that_asyncio_reports_has_its_traceback(
 
     with logging_as(style):
         asyncio.run(main())
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert "LookupError: of ours" in err
     assert "in fault" in err
     if style == "json":
@@ -299,7 +299,7 @@ def test_fault_that_asyncio_reports_has_its_traceback(
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_traceback_shows_no_values(style: Literal["text", "json"], capsys: pytest.CaptureFixture[str]) -> None:
+def test_traceback_shows_no_values(style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]) -> None:
     """A fault while a request is at hand must not put its cookies and tokens into the log."""
 
     def handle(cookie: str) -> int:
@@ -310,6 +310,6 @@ def test_traceback_shows_no_values(style: Literal["text", "json"], capsys: pytes
             handle("".join(("s3", "cret")))
         except ZeroDivisionError:
             structlog.get_logger().exception("tunnel failed", id="a")
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert "ZeroDivisionError" in err
     assert "s3cret" not in err

@@ -12,7 +12,7 @@ from tlstunnel.readiness import AnyReadiness
 RESOLVE_SECONDS = 30.0
 """How long a name's addresses are used before it is asked for again."""
 
-RETRY_SECONDS = 0.02
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
 """Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""
 
 # What SO_KEEPALIVE needs to notice a dead origin within 2 minutes, and how long sent data may stay unacknowledged.
@@ -119,8 +119,12 @@ async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, clien
 async def _connected(
     sock: socket.socket, address: SocketAddress, readiness: AnyReadiness, wakeup: Wakeup, client: Channel
 ) -> Channel:
+    pause = RETRY_SECONDS
     while (code := sock.connect_ex(address)) == errno.EAGAIN:
-        await wakeup.sleep(RETRY_SECONDS)
+        if client.gone:
+            raise ClientGone
+        await wakeup.sleep(pause)
+        pause = min(pause * 2, LONGEST_RETRY_SECONDS)
     if code == errno.EINPROGRESS:
         # Asked again, connect(2) says how it went: an origin on this machine is connected by now.
         code = sock.connect_ex(address)

@@ -1,0 +1,104 @@
+"""Whoever reads the log can neither hold the tunnels, by not reading, nor end them, by going away."""
+
+import json
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tests.harness import (
+    PATIENCE,
+    PROGRAM,
+    Certificate,
+    RawOrigin,
+    child_environment,
+    echo_bytes,
+    eventually,
+    receive_exactly,
+    upgrade,
+)
+
+REQUESTS = 40
+"""Each leaves a line of more than 12 000 bytes: many times what the pipe holds."""
+LONG = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 12_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A tunnel whose standard error is `log`, which nothing reads behind the line that says it is ready."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    port: int
+    ca: Path
+
+    def connect(self) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self.ca)
+        plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        return context.wrap_socket(plain, server_hostname="localhost")
+
+
+@contextmanager
+def _started(origin: RawOrigin, certificate: Certificate) -> Iterator[Started]:
+    command = [*PROGRAM, "start", origin.address, "--listen", "127.0.0.1:0", "--log-format", "json"]
+    command += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=child_environment())
+    try:
+        assert process.stderr is not None
+        port = 0
+        while (line := json.loads(process.stderr.readline()))["event"] != "ready":
+            if line["event"] == "listening":
+                port = int(line["address"].rpartition(":")[2])
+        yield Started(process, process.stderr, port, certificate.ca)
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def _echoed(client: ssl.SSLSocket) -> None:
+    client.sendall(b"ping")
+    assert receive_exactly(client, 4) == b"ping"
+
+
+def _refused(started: Started, times: int) -> None:
+    for _ in range(times):
+        with started.connect() as client:
+            client.sendall(LONG)
+            assert client.recv(100).startswith(b"HTTP/1.1 426 ")
+
+
+def test_reader_that_does_not_read(certificate: Certificate) -> None:
+    with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
+        with started.connect() as client:
+            assert upgrade(client).status == 101
+            _refused(started, REQUESTS)
+            _echoed(client)
+        # Read again, every line is there, in order and whole.
+        count = 0
+        while count < REQUESTS + 1:
+            count += json.loads(started.log.readline())["event"] == "connection"
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(PATIENCE) == 0
+
+
+def test_reader_that_is_gone(certificate: Certificate) -> None:
+    with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
+        descriptors = Path(f"/proc/{started.process.pid}/fd")
+        with started.connect() as client:
+            assert upgrade(client).status == 101
+            before = len(list(descriptors.iterdir()))
+            started.log.close()
+            _refused(started, REQUESTS)
+            with started.connect() as other:  # a tunnel's end is logged too
+                assert upgrade(other).status == 101
+            _echoed(client)
+            eventually(lambda: len(list(descriptors.iterdir())) <= before)
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(PATIENCE) == 0
