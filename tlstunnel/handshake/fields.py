@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
-"""Control characters, which no field value may hold (RFC 9110 section 5.5), and a lone CR (RFC 9112 section 2.2)."""
+_CONTROLS = bytes({*range(0x20), 0x7F} - set(b"\t\r\n"))
 
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
@@ -15,6 +14,14 @@ _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 
 ByName = Mapping[bytes, Sequence[bytes]]
 """The values of a head's fields by name in lower case, those of repeated fields in order."""
+
+
+def has_control(text: bytes) -> bool:
+    """Whether `text` has a control character, which no field may hold (RFC 9110 section 5.5), or a CR without LF.
+
+    CRLF passes, as between the lines of a head. Not a regular expression: that took 40 us for a browser's request.
+    """
+    return len(text.translate(None, _CONTROLS)) != len(text) or text.count(b"\r") != text.count(b"\r\n")
 
 
 def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:

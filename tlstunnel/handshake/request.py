@@ -11,7 +11,7 @@ from ipaddress import AddressValueError, IPv6Address
 
 import h11
 
-from tlstunnel.handshake.fields import FORBIDDEN_IN_HEAD, ByName, by_name, extension_names, has_token, tokens
+from tlstunnel.handshake.fields import ByName, by_name, extension_names, has_control, has_token, tokens
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 
 MAX_HEAD = 16_384
@@ -80,12 +80,15 @@ class RequestReader:
         # No method starts so; a TLS record inside the TLS does, and would never complete a line.
         if buffer and not 0x21 <= buffer[0] < 0x7F:
             raise _bad("malformed head", "the request does not start with a method")
-        while (at := buffer.find(b"\n", self._scanned, MAX_HEAD)) >= 0:
-            if at == 0 or buffer[at - 1] != 0x0D:
-                raise _bad("bare LF", "a line ends with LF instead of CRLF")
-            if buffer[self._scanned : at] == b"\r":
-                return at + 1
-            self._scanned = at + 1
+        start = self._scanned
+        end = buffer.find(b"\r\n\r\n", max(start - 3, 0), MAX_HEAD)
+        self._scanned = min(len(buffer), MAX_HEAD) if end < 0 else end + 4
+        # An LF that begins the new bytes belongs to the CR that ended the last.
+        lines = buffer[start - 1 if buffer[start - 1 : start] == b"\r" else start : self._scanned]
+        if lines.count(b"\n") != lines.count(b"\r\n"):
+            raise _bad("bare LF", "a line ends with LF instead of CRLF")
+        if end >= 0:
+            return end + 4
         if len(buffer) >= MAX_HEAD:
             raise Refusal(431, "head too large", f"the request head has more than {MAX_HEAD} bytes")
         return None
@@ -96,7 +99,7 @@ def _bad(reason: str, text: str, detail: str = "") -> Refusal:
 
 
 def _parse(data: bytes) -> h11.Request:
-    if FORBIDDEN_IN_HEAD.search(data):
+    if has_control(data):
         raise _bad("control character", "the request head holds a control character")
     if b"\r\n " in data or b"\r\n\t" in data:
         raise _bad("folded field", "a field is folded over several lines (RFC 9112 section 5.2)")
