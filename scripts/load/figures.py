@@ -84,13 +84,19 @@ def bulk(direction: str, units: int) -> Figure:
             work = load.measure(f"move {units}")
             load.do("close")
         moved = BULK_TUNNELS * BULK_UNIT * units * (2 if direction == "both" else 1) / GB
-        return {"cpu": work.cpu / moved, "rate": moved / work.answer["seconds"]} | rest(work)
+        path = work.cpu + work.load_busy * work.answer["seconds"]
+        return {"cpu": work.cpu / moved, "path": path / moved, "rate": moved / work.answer["seconds"]} | rest(work)
 
     return Figure(
         name=f"bulk-{direction}",
         group="bulk",
         title=f"bulk {direction}, {BULK_TUNNELS} tunnels",
-        columns=(Column("cpu", "CPU s/GB", 3), Column("rate", "GB/s", 3, False), *BUSY),
+        columns=(
+            Column("cpu", "CPU s/GB", 3),
+            Column("path", "with load and origin", 3),
+            Column("rate", "GB/s", 3, False),
+            *BUSY,
+        ),
         measure=measure,
     )
 

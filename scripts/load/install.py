@@ -68,8 +68,8 @@ def build_load(root: Path) -> Path:
     """Build the load generator and the origin; gives the folder they are in, which git ignores."""
     packages({"gcc": "gcc", "make": "make", "openssl": "openssl"})
     result = make(root)
-    if result.returncode and "openssl" in result.stderr:
-        apt_install(["libssl-dev"])
+    if result.returncode and "No such file or directory" in result.stderr:  # headers, which no package above brings
+        apt_install(["libc6-dev", "libssl-dev"])
         result = make(root)
     if result.returncode:
         raise BenchError(f"building scripts/load failed: {result.stderr.strip()}")

@@ -17,6 +17,9 @@ COLOURS = {
 }
 SPARE = ("#56b4e9", "#d55e00", "#f0e442")
 
+# Room for the names of five subjects above the narrowest plot.
+LEGEND = {"fontsize": 8, "handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 1.1}
+
 Found = dict[str, dict[str, Any]]
 
 
@@ -39,6 +42,7 @@ class Plots:
             }
         )
         self._plt = importlib.import_module("matplotlib.pyplot")
+        self._ticker = importlib.import_module("matplotlib.ticker")
         self._figures, self._folder = content["figures"], folder
         spare = iter(SPARE * 10)
         self._colours = {name: COLOURS.get(name) or next(spare) for name in content["subjects"]}
@@ -154,6 +158,9 @@ class Plots:
                 axes.plot(places, ends[0], "o", ms=4.5, label=subject, **style)
                 axes.plot(places, ends[1], "_", ms=8, mew=1.6, **style)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(self._ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:.0f}")
+            axes.minorticks_off()
             axes.set_xticks(range(len(names)), [tunnels(name) for name in names])
             axes.tick_params(axis="x", length=0)
             axes.set_xlim(-0.5, len(names) - 0.5)
@@ -199,7 +206,7 @@ class Plots:
     def _save(self, drawing: Any, legend_of: Any, file: str) -> None:
         handles, labels = legend_of.get_legend_handles_labels()
         if handles:
-            drawing.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+            drawing.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, **LEGEND)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             drawing.savefig(self._folder / f"{file}.{kind}", dpi=150, metadata=metadata)
         self._plt.close(drawing)

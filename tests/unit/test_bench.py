@@ -121,12 +121,12 @@ def test_the_gate_compares_rounds_with_the_peer_and_instructions_as_they_are() -
 
 def test_the_gate_says_what_became_worse_and_by_how_much() -> None:
     baseline = {"versions": VERSIONS.as_json(), "values": {"echo-64-64.cpu": 1.0, "instructions.small": 70.0}}
-    assert list(gate.sentences({"echo-64-64.cpu": 1.05, "instructions.small": 71.0}, baseline, VERSIONS)) == []
+    assert list(gate.sentences({"echo-64-64.cpu": 1.05, "instructions.small": 70.5}, baseline, VERSIONS)) == []
     sentences = list(gate.sentences({"echo-64-64.cpu": 1.5, "instructions.small": 77.0}, baseline, VERSIONS))
     assert len(sentences) == 2
     assert sentences[0].startswith("echo 64 B, 64 tunnels, CPU, beside haproxy, is 50% worse than the baseline")
     assert sentences[1].startswith("instructions, message of 64 B is 10% worse")
-    lines = list(gate.lines({"echo-64-64.cpu": 1.5, "instructions.small": 71.0}, baseline, VERSIONS))
+    lines = list(gate.lines({"echo-64-64.cpu": 1.5, "instructions.small": 70.5}, baseline, VERSIONS))
     assert [line for line in lines if line.endswith("WORSE")] == [
         next(line for line in lines if "echo 64 B, 64" in line)
     ]
