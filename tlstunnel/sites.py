@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tlstunnel.certificates.serving import server_context
 from tlstunnel.config import SiteConfig
+from tlstunnel.errors import CertificateError
 from tlstunnel.origins.connect import Origin
 
 
@@ -46,13 +47,15 @@ def _candidates(host: str) -> tuple[str, str, str]:
 def load_sites(configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | None = None) -> Sites:
     """Make the sites of a configuration, `test_pair` (certificate, key) serving those without a certificate.
 
-    Raises CertificateError.
+    Raises CertificateError, also where a site has neither.
     """
     sites = []
     default = None
     for site in configured:
-        cert, key = (site.cert, site.key) if site.cert and site.key else test_pair or (Path(), Path())
-        made = Site(frozenset(site.names), site.names[0], server_context(cert, key), Origin(site.origins[0]))
+        pair = (site.cert, site.key) if site.cert and site.key else test_pair
+        if pair is None:
+            raise CertificateError(f"the site {site.names[0]} has no certificate; give it one with cert = and key =")
+        made = Site(frozenset(site.names), site.names[0], server_context(*pair), Origin(site.origins[0]))
         sites.append(made)
         if site.default:
             default = made

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import click
-import msgspec
 import structlog
 
 from tlstunnel import __version__
@@ -93,18 +92,17 @@ def _site(origin: str | None, cert: Path | None, key: Path | None, stack: contex
 def _load(configured: tuple[SiteConfig, ...]) -> tuple[Sites, bool]:
     """The sites, and whether one of them has the test certificate. Raises CertificateError."""
     log = structlog.get_logger()
-    tested = any(site.cert is None for site in configured)
-    if tested:
+    test_pair = None
+    if any(site.cert is None for site in configured):
         test = issue.ensure(CERTIFICATES)
         log.info("test certificate", cert=str(test.cert), ca=str(test.ca), hint="clients trust it with this CA")
-        configured = tuple(
-            site if site.cert else msgspec.structs.replace(site, cert=test.cert, key=test.key) for site in configured
-        )
-    sites = load_sites(configured)
+        test_pair = test.cert, test.key
+    sites = load_sites(configured, test_pair)
     for site in configured:
-        if site.cert and (warning := expiry_warning(site.cert, datetime.now(UTC))):
+        cert = site.cert or (test_pair and test_pair[0])
+        if cert and (warning := expiry_warning(cert, datetime.now(UTC))):
             log.warning("certificate", reason=warning)
-    return sites, tested
+    return sites, test_pair is not None
 
 
 def _listeners(addresses: tuple[ListenAddress, ...], *, tested: bool) -> list[Listener]:
