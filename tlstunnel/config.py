@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
+from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -27,6 +28,17 @@ _LONGEST = 366 * _UNITS["d"]
 
 # msgspec's names of types, in the words of TOML.
 _WORDS = {"array": "an array", "bool": "true or false", "int": "a whole number", "object": "a table", "str": "a string"}
+
+# The names of rules, limits and lists stand in logs, counters and expressions.
+_NAME_LENGTH = 100
+# A response's text: more is a page, which no client of a WebSocket shows.
+_BODY_LENGTH = 4096
+_STATUSES = frozenset(status.value for status in HTTPStatus)
+_LIST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_WEB_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*?)(?::([0-9]{1,5}))?", re.DOTALL)
+_OPAQUE_HOST = re.compile(r"[A-Za-z0-9._~-]*")
+WEB_PORTS = {"http": 80, "https": 443}
+"""The port that an origin of this scheme has when none is written (RFC 6454 section 4)."""
 
 # From a table's key or an array's index to the next: ("sites", 0, "names").
 _Path = tuple[str | int, ...]
@@ -106,11 +118,82 @@ class Log(_Table, frozen=True):
     opened: bool = False
 
 
+Mode = Literal["block", "log"]
+"""Whether a part of the firewall acts, or only counts and logs what it would have done."""
+
+Skippable = Literal["rate_limits", "managed_rules"]
+"""The stages behind the rules that a rule can switch off for a request."""
+
+Profile = Literal["kubernetes", "signalr", "grafana", "keycloak", "proxmox", "guacamole", "nextjs"]
+"""Exclusions for a kind of origin whose ordinary handshakes the managed rules take for attacks."""
+
+
+class Lists(dict[str, str | tuple[str, ...]]):
+    """Named lists: a name's absolute path of a text file, or its entries. Nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+class RuleConfig(_Table, frozen=True):
+    """A rule of the firewall. ``status`` and ``body`` are of the refusal, ``skip`` of the action ``skip``."""
+
+    name: str
+    when: str
+    action: Literal["block", "allow", "log", "skip"]
+    status: Annotated[int, msgspec.Meta(ge=400, le=599)] = 403
+    body: str | None = None
+    skip: tuple[Skippable, ...] = ()
+    on_error: Literal["ignore", "block"] = "ignore"
+    mode: Mode = "block"
+
+
+class RateLimitConfig(_Table, frozen=True):
+    """How often a key may ask (``limit``), or how many tunnels it may hold (``max_tunnels``); at least one of them.
+
+    ``limit`` is in the notation of the ``limits`` library, ``when`` a CEL expression.
+    """
+
+    name: str
+    key: tuple[str, ...] = ("ip",)
+    limit: str | None = None
+    strategy: Literal["fixed", "moving", "sliding"] = "fixed"
+    max_tunnels: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    when: str | None = None
+    block_for: Timeout | None = None
+    mode: Mode = "block"
+    ipv6_prefix: Annotated[int, msgspec.Meta(ge=1, le=128)] = 64
+
+
+class SiteManagedRules(_Table, frozen=True):
+    """The managed rules of a site. ``rules`` is an absolute path or glob, ``crs`` the folder of a CRS release."""
+
+    owasp_crs: bool = False
+    paranoia: Annotated[int, msgspec.Meta(ge=1, le=4)] = 1
+    mode: Mode = "block"
+    threshold: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
+    exclude: tuple[Annotated[int, msgspec.Meta(ge=1, le=999_999_999)], ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    rules: str | None = None
+    crs: Path | None = None
+    timeout: Timeout = Timeout(0.05)
+    on_failure: Literal["block", "allow"] = "block"
+
+
+class ManagedRules(_Table, frozen=True):
+    """The processes that evaluate managed rules, and how many requests may wait for them."""
+
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    queue: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
+
+
 class SiteConfig(_Table, frozen=True):
-    """A set of names with one certificate and one origin.
+    """A set of names with one certificate, one origin and one policy.
 
     ``names`` are as ``addresses.canonical_name`` gives them, ``cert`` and ``key`` absolute and either both None or both
-    set, ``origins`` exactly one.
+    set, ``origins`` exactly one. Address lists hold networks in their shortest form and ``@NAME`` of lists that exist;
+    ``allowed_origins`` is None where origins are not looked at, else ``same``, ``null``, or scheme, host and any port
+    that is not the scheme's, such as ``https://*.example.com:8443``.
     """
 
     names: tuple[str, ...] = ("*",)
@@ -118,6 +201,16 @@ class SiteConfig(_Table, frozen=True):
     cert: Path | None = None
     key: Path | None = None
     origins: tuple[OriginAddress, ...] = ()
+    allow_addresses: tuple[str, ...] = ()
+    block_addresses: tuple[str, ...] = ()
+    addresses_mode: Mode = "block"
+    allowed_origins: tuple[str, ...] | None = None
+    require_origin: bool = False
+    origins_mode: Mode = "block"
+    strict_path: bool = True
+    rules: tuple[RuleConfig, ...] = ()
+    rate_limits: tuple[RateLimitConfig, ...] = ()
+    managed_rules: SiteManagedRules | None = None
 
 
 class Config(_Table, frozen=True):
@@ -129,6 +222,13 @@ class Config(_Table, frozen=True):
     limits: Limits = Limits()
     release: Release = Release()
     log: Log = Log()
+    lists: Lists = Lists()
+    allow_addresses: tuple[str, ...] = ()
+    block_addresses: tuple[str, ...] = ()
+    addresses_mode: Mode = "block"
+    rules: tuple[RuleConfig, ...] = ()
+    rate_limits: tuple[RateLimitConfig, ...] = ()
+    managed_rules: ManagedRules = ManagedRules()
     sites: tuple[SiteConfig, ...] = ()
 
 
@@ -228,11 +328,102 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
     _read_each(document, (), "trusted_proxies", lambda text: Networks.parse([text]), "10.0.0.0/8")
     if "trusted_proxies" in document:
         document["trusted_proxies"] = Networks(chain.from_iterable(document["trusted_proxies"]))
-    if isinstance(document.get("sites"), dict):
-        raise _MisfitError(("sites",), "expected an array of tables, got a table; write [[sites]], in double brackets")
+    _refuse_single_brackets(document, (), "sites")
+    lists = _read_lists(document, folder)
+    _read_policy(document, (), lists)
     for site, path in _tables(document.get("sites"), ("sites",)):
         _read_each(site, path, "names", canonical_name, "chat.example.com")
         _read_each(site, path, "origins", partial(OriginAddress.parse, folder=folder), "localhost:3000")
+        _read_each(site, path, "allowed_origins", _web_origin, "https://chat.example.com")
+        _read_policy(site, path, lists)
+        for managed, managed_path in _tables(site.get("managed_rules"), (*path, "managed_rules")):
+            _read_path(managed, managed_path, "rules", folder, "a file of rules, or a glob")
+            _read_path(managed, managed_path, "crs", folder, "the folder of a Core Rule Set release")
+            if "crs" in managed:
+                managed["crs"] = Path(managed["crs"])
+
+
+def _read_policy(table: dict[str, Any], path: _Path, lists: Lists) -> None:
+    """Read what the top of the file and a site have in common."""
+    for key in ("allow_addresses", "block_addresses"):
+        _read_each(table, path, key, partial(_network_or_list, lists), "10.0.0.0/8")
+    for key in ("rules", "rate_limits"):
+        _refuse_single_brackets(table, path, key)
+
+
+def _refuse_single_brackets(table: dict[str, Any], path: _Path, key: str) -> None:
+    if isinstance(table.get(key), dict):
+        name = ".".join(step for step in (*path, key) if isinstance(step, str))
+        reason = f"expected an array of tables, got a table; write [[{name}]], in double brackets"
+        raise _MisfitError((*path, key), reason)
+
+
+def _read_lists(document: dict[str, Any], folder: Path) -> Lists:
+    """Read ``lists``, a file's path or the entries of each. What an entry may be, the firewall says."""
+    tables = document.get("lists", {})
+    if not isinstance(tables, dict):
+        raise _MisfitError(
+            ("lists",), f'expected a table such as {{ partners = "partners.txt" }}, got {_shown(tables)}'
+        )
+    for name, value in tables.items():
+        path = ("lists", name)
+        if not _LIST_NAME.fullmatch(name):
+            raise _MisfitError(
+                ("lists",), f"{quoted(name)} is no name of a list; letters, digits, _ . and - make one", name
+            )
+        if isinstance(value, list):
+            _read_each(tables, ("lists",), name, str, "10.0.0.0/8")
+            tables[name] = tuple(value)
+        elif isinstance(value, str):
+            _read_path(tables, ("lists",), name, folder, "a text file")
+        else:
+            raise _MisfitError(path, f"expected the path of a text file, or an array of entries, got {_shown(value)}")
+    lists = document["lists"] = Lists(tables)
+    return lists
+
+
+def _read_path(table: dict[str, Any], path: _Path, key: str, folder: Path, what: str) -> None:
+    value = table.get(key)
+    if key in table and (not isinstance(value, str) or not value or "\0" in value):
+        raise _MisfitError((*path, key), f"expected the path of {what}, got {_shown(value)}")
+    if isinstance(value, str):
+        table[key] = str(folder / value)
+
+
+def _network_or_list(lists: Lists, text: str) -> str:
+    if not text.startswith("@"):
+        return str(next(iter(Networks.parse([text]))))
+    if text[1:] not in lists:
+        near = difflib.get_close_matches(text[1:101], lists, n=1)
+        hint = f'did you mean "@{near[0]}"?' if near else "lists = { NAME = ... } at the top of the file makes one"
+        raise ValueError(f"there is no list {quoted(text[1:])}; {hint}")
+    return text
+
+
+def _web_origin(text: str) -> str:
+    """Give an entry of ``allowed_origins`` the form in which browsers send origins (RFC 6454 section 6.2).
+
+    Raises ValueError.
+    """
+    if text in ("same", "null"):
+        return text
+    match = _WEB_ORIGIN.fullmatch(text)
+    if not match:
+        raise ValueError(f'{quoted(text)} is not an origin, such as "https://chat.example.com", nor "same" or "null"')
+    scheme, host, port = match[1].lower(), match[2], match[3]
+    if port and int(port) > 65535:
+        raise ValueError(f"{quoted(port)} in {quoted(text)} is not a port, which is a number up to 65535")
+    if scheme not in WEB_PORTS:  # of an extension or an app, whose hosts are no names of the DNS
+        if not _OPAQUE_HOST.fullmatch(host):
+            raise ValueError(f"{quoted(text)} is not an origin: scheme, host and port, and nothing behind them")
+        return f"{scheme}://{host.lower()}{f':{int(port)}' if port else ''}"
+    if "/" in host:
+        raise ValueError(f"{quoted(text)} has a path; an origin is scheme, host and port, and nothing behind them")
+    if host == "*":
+        raise ValueError(f"{quoted(text)} would let every site in; leave allowed_origins out to look at no origin")
+    name = canonical_name(host)
+    name = f"[{name}]" if ":" in name else name
+    return f"{scheme}://{name}" + (f":{int(port)}" if port and int(port) != WEB_PORTS[scheme] else "")
 
 
 def _read_each(table: dict[str, Any], path: _Path, key: str, parse: Callable[[str], object], example: str) -> None:
@@ -257,7 +448,7 @@ def _convert(document: dict[str, Any], folder: Path) -> Config:
     except msgspec.ValidationError as error:
         message, _, place = str(error).rpartition(" - at `$")
         path = tuple(int(index) if index else key for key, index in re.findall(r"(\w+)|\[([0-9]+)\]", place))
-        raise _MisfitError(path, _explained(message, _at(document, path))) from None
+        raise _MisfitError(path, _explained(message, _at(document, path), path)) from None
 
 
 def _read_custom(folder: Path, kind: type, value: object) -> object:
@@ -273,12 +464,24 @@ def _read_custom(folder: Path, kind: type, value: object) -> object:
     return folder / value
 
 
-def _explained(message: str, value: object) -> str:
+def _explained(message: str, value: object, path: _Path) -> str:
     """Turn msgspec's message into this program's words; one that a hook raised stays as it is."""
     if message.startswith("Invalid enum value"):
-        return f'expected "text" or "json", got {_shown(value)}'
-    match = re.fullmatch(r"Expected `(\w+)`(?:, got .*)?( [<>]= [0-9]+)?", message)
+        *others, last = (f'"{choice}"' for choice in _choices(path))
+        return f"expected {', '.join(others)} or {last}, got {_shown(value)}"
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", message):
+        return f"the key {missing[1]} is missing"
+    match = re.fullmatch(r"Expected `(\w+)(?: \| null)?`(?:, got .*)?( [<>]= [0-9]+)?", message)
     return f"expected {_WORDS[match[1]]}{match[2] or ''}, got {_shown(value)}" if match else message
+
+
+def _choices(path: _Path) -> tuple[str, ...]:
+    """Give the strings that the key at the path may be."""
+    kind: Any = Config
+    for step in path:
+        kind = typing.get_args(kind)[0] if isinstance(step, int) else _types(kind)[step]
+        kind = typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
+    return typing.get_args(kind)
 
 
 def _shown(value: object) -> str:
@@ -301,9 +504,60 @@ def _refuse_contradictions(config: Config) -> None:
     for index, address in enumerate(config.listen):
         if address in config.listen[:index]:
             raise _MisfitError(("listen", index), f"{address} stands here twice")
+    _refuse_unsound_policy(config.rules, config.rate_limits, ())
     for index, site in enumerate(config.sites):
         _refuse_incomplete(site, ("sites", index))
+        _refuse_unsound_policy(site.rules, site.rate_limits, ("sites", index))
+        _refuse_idle(site, ("sites", index))
     _refuse_shared(config.sites)
+
+
+def _refuse_unsound_policy(
+    rules: tuple[RuleConfig, ...], rate_limits: tuple[RateLimitConfig, ...], path: _Path
+) -> None:
+    _refuse_unsound_names([rule.name for rule in rules], (*path, "rules"))
+    _refuse_unsound_names([limit.name for limit in rate_limits], (*path, "rate_limits"))
+    for index, rule in enumerate(rules):
+        _refuse_unsound_rule(rule, (*path, "rules", index))
+    for index, limit in enumerate(rate_limits):
+        if limit.limit is None and limit.max_tunnels is None:
+            example = 'such as limit = "30/minute", or max_tunnels = 50'
+            raise _MisfitError((*path, "rate_limits", index), f"a rate limit needs limit or max_tunnels, {example}")
+        if limit.block_for is not None and limit.limit is None:
+            raise _MisfitError((*path, "rate_limits", index, "block_for"), "block_for goes with limit only")
+
+
+def _refuse_unsound_names(names: list[str], path: _Path) -> None:
+    for index, name in enumerate(names):
+        if not name.isprintable() or not 0 < len(name) <= _NAME_LENGTH:
+            reason = f"a name has 1 to {_NAME_LENGTH} printable characters, not {quoted(name)}"
+            raise _MisfitError((*path, index, "name"), reason)
+        if (first := names.index(name)) != index:
+            reason = f"{quoted(name)} is the name of {_written(path)}[{first}] already"
+            raise _MisfitError((*path, index, "name"), reason)
+
+
+def _refuse_unsound_rule(rule: RuleConfig, path: _Path) -> None:
+    if rule.action == "skip" and not rule.skip:
+        raise _MisfitError((*path, "action"), 'say what is skipped: skip = ["rate_limits", "managed_rules"], or one')
+    if rule.action != "skip" and rule.skip:
+        raise _MisfitError((*path, "skip"), 'skip goes with action = "skip" only')
+    if rule.status not in _STATUSES:
+        raise _MisfitError((*path, "status"), f"{rule.status} is no status of HTTP; 403 is the usual one")
+    if (rule.status != 403 or rule.body is not None) and "block" not in (rule.action, rule.on_error):
+        key = "status" if rule.status != 403 else "body"
+        raise _MisfitError((*path, key), f'{key} goes with action = "block" or on_error = "block" only')
+    if rule.body is not None and len(rule.body) > _BODY_LENGTH:
+        raise _MisfitError((*path, "body"), f"expected a text of at most {_BODY_LENGTH} characters")
+
+
+def _refuse_idle(site: SiteConfig, path: _Path) -> None:
+    """Refuse what a person believes to be a protection, and is none."""
+    if site.allowed_origins is None and site.require_origin:
+        raise _MisfitError((*path, "require_origin"), 'require_origin needs allowed_origins, such as ["same"]')
+    managed = site.managed_rules
+    if managed and not managed.owasp_crs and managed.rules is None:
+        raise _MisfitError((*path, "managed_rules"), "no rules; write owasp_crs = true, or rules = with a file of them")
 
 
 def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:

@@ -17,9 +17,14 @@ from tlstunnel.config import (
     Duration,
     IdleTimeout,
     Limits,
+    Lists,
     Log,
+    ManagedRules,
+    RateLimitConfig,
     Release,
+    RuleConfig,
     SiteConfig,
+    SiteManagedRules,
     Timeout,
     Timeouts,
     decode,
@@ -44,6 +49,10 @@ def refusal(text: str) -> str:
     return message
 
 
+def rule(rest: str) -> str:
+    return f"[[rules]]\nname = 'a'\nwhen = 'true'\n{rest}\n"
+
+
 def test_an_empty_file_gives_the_defaults() -> None:
     config = decoded("")
     assert config == Config()
@@ -60,6 +69,10 @@ def test_an_empty_file_gives_the_defaults() -> None:
     assert config.limits.unfinished_handshakes == 4096
     assert config.release == Release(drain_wait=Duration(0), drain_over=Duration(60))
     assert config.log == Log(format="text", opened=False)
+    assert config.lists == {}
+    assert (config.rules, config.rate_limits) == ((), ())
+    assert (config.allow_addresses, config.block_addresses, config.addresses_mode) == ((), (), "block")
+    assert config.managed_rules == ManagedRules(processes=1, queue=256)
     assert config.sites == ()
 
 
@@ -112,6 +125,133 @@ def test_every_key_arrives() -> None:
             SiteConfig(names=("*",), origins=(OriginAddress("localhost", 80),)),
         ),
     )
+
+
+def test_every_key_of_the_firewall_arrives() -> None:
+    config = decoded(
+        """
+        allow_addresses = ["@office", "2001:DB8::/32"]
+        block_addresses = ["192.0.2.1"]
+        addresses_mode = "log"
+        lists = {office = ["198.51.100.0/24", "a word"], "bot-nets" = "lists/bots.txt"}
+        managed_rules = {processes = 2, queue = 10}
+        [[rules]]
+        name = "first"
+        when = "true"
+        action = "block"
+        status = 404
+        body = "no"
+        on_error = "block"
+        mode = "log"
+        [[rate_limits]]
+        name = "many"
+        key = ["ip", "path"]
+        limit = "30/minute"
+        strategy = "moving"
+        max_tunnels = 5
+        when = "true"
+        block_for = "1m"
+        mode = "log"
+        ipv6_prefix = 56
+        [[sites]]
+        origins = ["localhost:3000"]
+        allow_addresses = ["10.0.0.0/8"]
+        block_addresses = ["@bot-nets"]
+        addresses_mode = "log"
+        allowed_origins = ["same"]
+        require_origin = true
+        origins_mode = "log"
+        strict_path = false
+        [[sites.rules]]
+        name = "first"
+        when = "true"
+        action = "skip"
+        skip = ["managed_rules", "rate_limits"]
+        [[sites.rate_limits]]
+        name = "many"
+        limit = "1/second"
+        [sites.managed_rules]
+        owasp_crs = true
+        paranoia = 2
+        mode = "log"
+        threshold = 7
+        exclude = [942100]
+        profiles = ["kubernetes", "nextjs"]
+        rules = "rules/*.conf"
+        crs = "/srv/crs"
+        timeout = "1s"
+        on_failure = "allow"
+        """
+    )
+    hash(config)
+    assert config.lists == Lists({"office": ("198.51.100.0/24", "a word"), "bot-nets": "/etc/tlstunnel/lists/bots.txt"})
+    assert config.managed_rules == ManagedRules(processes=2, queue=10)
+    assert config.allow_addresses == ("@office", "2001:db8::/32")
+    assert (config.block_addresses, config.addresses_mode) == (("192.0.2.1/32",), "log")
+    assert config.rules == (
+        RuleConfig(
+            name="first", when="true", action="block", status=404, body="no", skip=(), on_error="block", mode="log"
+        ),
+    )
+    assert config.rate_limits == (
+        RateLimitConfig(
+            name="many",
+            key=("ip", "path"),
+            limit="30/minute",
+            strategy="moving",
+            max_tunnels=5,
+            when="true",
+            block_for=Timeout(60),
+            mode="log",
+            ipv6_prefix=56,
+        ),
+    )
+    assert config.sites == (
+        SiteConfig(
+            origins=(OriginAddress("localhost", 3000),),
+            allow_addresses=("10.0.0.0/8",),
+            block_addresses=("@bot-nets",),
+            addresses_mode="log",
+            allowed_origins=("same",),
+            require_origin=True,
+            origins_mode="log",
+            strict_path=False,
+            rules=(RuleConfig(name="first", when="true", action="skip", skip=("managed_rules", "rate_limits")),),
+            rate_limits=(RateLimitConfig(name="many", limit="1/second"),),
+            managed_rules=SiteManagedRules(
+                owasp_crs=True,
+                paranoia=2,
+                mode="log",
+                threshold=7,
+                exclude=(942100,),
+                profiles=("kubernetes", "nextjs"),
+                rules="/etc/tlstunnel/rules/*.conf",
+                crs=Path("/srv/crs"),
+                timeout=Timeout(1),
+                on_failure="allow",
+            ),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("same", "same"),
+        ("null", "null"),
+        ("https://chat.example.com", "https://chat.example.com"),
+        ("HTTPS://Chat.Example.COM.", "https://chat.example.com"),
+        ("https://chat.example.com:443", "https://chat.example.com"),
+        ("http://chat.example.com:443", "http://chat.example.com:443"),
+        ("http://localhost:08080", "http://localhost:8080"),
+        ("https://*.Bücher.example:8443", "https://*.xn--bcher-kva.example:8443"),
+        ("https://[0::1]:8443", "https://[::1]:8443"),
+        ("chrome-extension://ABCdef", "chrome-extension://abcdef"),
+        ("capacitor://localhost", "capacitor://localhost"),
+    ],
+)
+def test_allowed_origins_have_the_form_that_browsers_send(text: str, origin: str) -> None:
+    assert decoded(f'{SITE}allowed_origins = ["{text}"]').sites[0].allowed_origins == (origin,)
 
 
 def test_idle_can_be_off() -> None:
@@ -230,6 +370,62 @@ def test_what_is_no_duration(text: str) -> None:
             f"{SITE}default = true\n{SITE}names=['a']\n{SITE}names=['b']\ndefault = true",
             "t.toml:10: sites[2].default: sites[0] is the default already; there can be one",
         ),
+        # The firewall.
+        ("[rules]", "t.toml:1: rules: expected an array of tables, got a table; write [[rules]], in double brackets"),
+        (
+            f"{SITE}[sites.rate_limits]",
+            "sites[0].rate_limits: expected an array of tables, got a table; write [[sites.",
+        ),
+        ("[[rules]]\nname = 'a'\n", "t.toml:1: rules[0]: the key when is missing"),
+        (
+            rule("action = 'deny'"),
+            't.toml:4: rules[0].action: expected "block", "allow", "log" or "skip", got "deny"',
+        ),
+        (rule("action = 'skip'"), "t.toml:4: rules[0].action: say what is skipped: skip = ["),
+        (rule("action = 'log'\nskip = ['rate_limits']"), 't.toml:5: rules[0].skip: skip goes with action = "skip"'),
+        (rule("action = 'skip'\nskip = ['rules']"), 'rules[0].skip[0]: expected "rate_limits" or "managed_rules", got'),
+        (rule("action = 'block'\nstatus = 399"), "rules[0].status: expected a whole number >= 400, got 399"),
+        (rule("action = 'block'\nstatus = 499"), "rules[0].status: 499 is no status of HTTP; 403 is the usual one"),
+        (rule("action = 'allow'\nstatus = 404"), 'rules[0].status: status goes with action = "block" or on_error ='),
+        (rule("action = 'log'\nbody = ''"), 'rules[0].body: body goes with action = "block" or on_error = "block"'),
+        (rule(f"action = 'block'\nbody = '{'a' * 4097}'"), "rules[0].body: expected a text of at most 4096 characters"),
+        (rule("action = 'log'") * 2, 't.toml:6: rules[1].name: "a" is the name of rules[0] already'),
+        ("rules = [{name = '', when = '', action = 'log'}]", "rules[0].name: a name has 1 to 100 printable characters"),
+        ("rules = [{name = \"a\\n\", when = '', action = 'log'}]", 'printable characters, not "a\\n"'),
+        (
+            "[[rate_limits]]\nname = 'a'",
+            "t.toml:1: rate_limits[0]: a rate limit needs limit or max_tunnels, such as limit",
+        ),
+        ("[[rate_limits]]\nname = 'a'\nmax_tunnels = 1\nblock_for = '1m'", "t.toml:4: rate_limits[0].block_for: block"),
+        ("[[rate_limits]]\nname = 'a'\nmax_tunnels = '1'", 'max_tunnels: expected a whole number, got "1"'),
+        ("lists = 1", "t.toml:1: lists: expected a table such as { partners = "),
+        ("lists = {'a b' = 'x'}", 't.toml:1: lists: "a b" is no name of a list'),
+        ("lists = {a = 1}", "t.toml:1: lists.a: expected the path of a text file, or an array of entries, got 1"),
+        ("lists = {a = ''}", 't.toml:1: lists.a: expected the path of a text file, got ""'),
+        ("lists = {a = [1]}", 't.toml:1: lists.a[0]: expected a string such as "10.0.0.0/8", got 1'),
+        ("block_addresses = ['@a']", 't.toml:1: block_addresses[0]: there is no list "a"; lists = '),
+        (
+            f"lists = {{bots = 'a'}}\n{SITE}allow_addresses = ['@bot']",
+            't.toml:4: sites[0].allow_addresses[0]: there is no list "bot"; did you mean "@bots"?',
+        ),
+        (f"{SITE}block_addresses = ['10.0.0.1/8']", 'block_addresses[0]: "10.0.0.1/8" has bits set behind the /8'),
+        (f"{SITE}allowed_origins = ['a.example']", 'allowed_origins[0]: "a.example" is not an origin, such as'),
+        (f"{SITE}allowed_origins = ['https://a/']", '"https://a/" has a path; an origin is scheme, host and port'),
+        (f"{SITE}allowed_origins = ['app://a/b']", '"app://a/b" is not an origin: scheme, host and port'),
+        (f"{SITE}allowed_origins = ['https://*']", '"https://*" would let every site in; leave allowed_origins out'),
+        (f"{SITE}allowed_origins = ['https://a:65536']", '"65536" in "https://a:65536" is not a port'),
+        (f"{SITE}allowed_origins = ['https://a b']", '"a b" is not a host name'),
+        (f"{SITE}require_origin = true", "sites[0].require_origin: require_origin needs allowed_origins, such as"),
+        (f"{SITE}managed_rules = {{}}", "t.toml:3: sites[0].managed_rules: no rules; write owasp_crs = true, or"),
+        (
+            f"{SITE}managed_rules = {{rules = ''}}",
+            "managed_rules.rules: expected the path of a file of rules, or a glob",
+        ),
+        (f"{SITE}managed_rules = {{crs = 1}}", "expected the path of the folder of a Core Rule Set release, got 1"),
+        (
+            f"{SITE}managed_rules = {{owasp_crs = true, profiles = ['x']}}",
+            'profiles[0]: expected "kubernetes", "signalr", "grafana", "keycloak", "proxmox", "guacamole" or "nextjs"',
+        ),
         # Not TOML.
         ("listen = [\n", "t.toml:1: not TOML: "),
         ("a = 1\na = 2", "t.toml:2: not TOML: cannot overwrite a value"),
@@ -286,7 +482,11 @@ def toml(value: object) -> str:
     return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-KEYS = [name for table in (Config, Timeouts, Limits, Release, Log, SiteConfig) for name in table.__struct_fields__]
+TABLES: tuple[type[msgspec.Struct], ...] = (
+    *(Config, Timeouts, Limits, Release, Log, SiteConfig),
+    *(RuleConfig, RateLimitConfig, ManagedRules, SiteManagedRules),
+)
+KEYS = [name for table in TABLES for name in table.__struct_fields__]
 VALUES = [
     "10s",
     "0s",
@@ -299,6 +499,12 @@ VALUES = [
     "10.0.0.0/8",
     "a.pem",
     "unix:/a",
+    "block",
+    "log",
+    "same",
+    "@a",
+    "ip",
+    "30/minute",
 ]
 keys = st.one_of(st.sampled_from(KEYS), st.text(max_size=5))
 values = st.recursive(
@@ -313,10 +519,18 @@ fields: dict[str, st.SearchStrategy[Any]] = {
         st.sampled_from(Timeouts.__struct_fields__), st.one_of(st.sampled_from(VALUES), values)
     ),
     "log": st.dictionaries(st.sampled_from(Log.__struct_fields__), values),
+    "lists": st.dictionaries(keys, values, max_size=3),
+    "rules": st.lists(st.dictionaries(st.sampled_from(RuleConfig.__struct_fields__), values), max_size=2),
+    "rate_limits": st.lists(st.dictionaries(st.sampled_from(RateLimitConfig.__struct_fields__), values), max_size=2),
     "sites": st.lists(
         st.fixed_dictionaries(
             {"origins": st.one_of(st.just(["localhost:3000"]), values)},
-            optional=dict.fromkeys(("names", "default", "cert", "key", "other"), values),
+            optional={
+                **dict.fromkeys(("names", "default", "cert", "key", "other"), values),
+                **dict.fromkeys(("allowed_origins", "block_addresses"), st.lists(values, max_size=2)),
+                "managed_rules": st.dictionaries(st.sampled_from(SiteManagedRules.__struct_fields__), values),
+                "rules": values,
+            },
         ),
         max_size=3,
     ),
@@ -386,10 +600,17 @@ def written(value: object) -> str:
         ("`[release]`", Release),
         ("`[log]`", Log),
         ("`[[sites]]`", SiteConfig),
+        ("`[[rules]]`", RuleConfig),
+        ("`[[rate_limits]]`", RateLimitConfig),
+        ("`[managed_rules]`", ManagedRules),
+        ("`[sites.managed_rules]`", SiteManagedRules),
     ],
 )
 def test_the_documentation_has_every_key_and_its_default(heading: str, table: type[msgspec.Struct]) -> None:
-    defaults = {name: written(getattr(table(), name)) for name in table.__struct_fields__}
+    found = {field.name: field.default for field in msgspec.structs.fields(table)}
+    defaults = {
+        name: "required" if default is msgspec.NODEFAULT else written(default) for name, default in found.items()
+    }
     exceptions = {"idle": '`"off"`', "origins": "required", "sites": "`[]`"}
     expected = {name: exceptions.get(name, default) for name, default in defaults.items()}
     assert {key: default for key, (default, _) in documented(heading).items()} == expected
@@ -398,7 +619,7 @@ def test_the_documentation_has_every_key_and_its_default(heading: str, table: ty
 def test_every_table_is_documented() -> None:
     tables = {name for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type(Config))}
     headings = set(re.findall(r"^## `\[+(\w+)\]+`$", DOCUMENTATION.read_text(encoding="utf-8"), re.MULTILINE))
-    assert headings == tables | {"sites"}
+    assert headings == tables | {"sites", "rules", "rate_limits"}
 
 
 def test_the_example_of_the_documentation_works() -> None:

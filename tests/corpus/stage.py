@@ -1,0 +1,92 @@
+"""Requests judged as the tunnel judges them: the stage, the pool, a helper process, libmodsecurity, OWASP CRS."""
+
+import asyncio
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.corpus.corpus import Sample, upgrade_request
+from tests.harness import missing
+from tlstunnel.config import SiteManagedRules, Timeout
+from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.firewall.managed.messages import Subject
+from tlstunnel.firewall.managed.modsecurity import LIBRARY
+from tlstunnel.firewall.managed.pool import Pool
+from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS, build
+from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+from tlstunnel.handshake.request import UpgradeRequest
+
+UNHURRIED = Timeout(10)
+"""A deadline for tests that are about verdicts: no busy machine is to make one late."""
+
+T = TypeVar("T")
+
+
+def require_libmodsecurity() -> None:
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        missing(f"{LIBRARY} not found: ./scripts/install gets libmodsecurity3")
+
+
+def require_crs() -> None:
+    require_libmodsecurity()
+    if not DEBIAN_CRS.is_dir():
+        missing(f"{DEBIAN_CRS} not found: ./scripts/install gets modsecurity-crs")
+
+
+def facts(request: UpgradeRequest, ip: str = "203.0.113.7") -> Facts:
+    connection = Connection(
+        ip=ip, tls_version="TLSv1.3", tls_cipher="", tls_sni="", tls_ja4="", client_subject="", site="*"
+    )
+    return gather(request, connection, strict_path=False, now=0.0)
+
+
+def subject(target: str, *headers: str, ip: str = "203.0.113.7") -> Subject:
+    """A request of a library that names itself, as a helper is asked about it."""
+    request = plain_request(target, *headers)
+    return Subject(ip, request.target, request.fields)
+
+
+def plain_request(target: str, *headers: str) -> UpgradeRequest:
+    handshake = [
+        "Host: chat.example.com",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    ]
+    return upgrade_request(target, [*handshake, *headers])
+
+
+def with_pool(pool: Pool, ask: Callable[[Pool], Coroutine[Any, Any, T]]) -> T:
+    """Run `ask` with a started pool, closed afterwards."""
+
+    async def run() -> T:
+        await pool.start()
+        try:
+            return await ask(pool)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def judged(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedOutcome]:
+    """The outcome of each sample, by its name."""
+    rules_set = build(settings)
+
+    async def ask(pool: Pool) -> dict[str, ManagedOutcome]:
+        stage = ManagedRulesStage(pool, rules_set.name, settings, Counter())
+        return {sample.name: await stage.judge(facts(sample.request)) for sample in samples}
+
+    return with_pool(Pool([rules_set]), ask)
+
+
+def own_rules(folder: Path, text: str) -> SiteManagedRules:
+    """Settings with rules of one's own alone, which load fast."""
+    path = folder / "own.conf"
+    path.write_text(text)
+    return SiteManagedRules(rules=str(path), timeout=UNHURRIED)

@@ -1,0 +1,72 @@
+"""Attacks are refused with 403, and the record can name what they are."""
+
+import pytest
+
+from tests.corpus import corpus
+from tests.corpus.stage import UNHURRIED, judged, require_crs
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.firewall.managed.verdict import ManagedOutcome
+
+ATTACKS = corpus.attacks()
+SETTINGS = SiteManagedRules(owasp_crs=True, timeout=UNHURRIED)
+FAMILIES = {
+    "SQL injection",
+    "cross-site scripting",
+    "path traversal",
+    "remote file inclusion",
+    "command injection",
+    "PHP injection",
+    "code injection",
+    "Java attack",
+    "scanner",
+    "session fixation",
+    "protocol attack",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, ManagedOutcome]:
+    require_crs()
+    return judged(ATTACKS, SETTINGS)
+
+
+def test_the_corpus_is_large_and_wide() -> None:
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 60
+    assert {attack.family for attack in ATTACKS} == FAMILIES
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_attack_is_blocked_with_its_family(attack: corpus.Sample, outcomes: dict[str, ManagedOutcome]) -> None:
+    outcome = outcomes[attack.name]
+    assert outcome.refusal is not None, (outcome.score, outcome.rule_ids)
+    assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
+    assert outcome.score >= SETTINGS.threshold
+    assert attack.family in outcome.families
+    assert all(match.message for match in outcome.matches)
+    assert str(outcome.rule_ids[0]) in outcome.refusal.detail
+    assert not outcome.logged
+
+
+def test_in_mode_log_none_is_blocked() -> None:
+    require_crs()
+    some = ATTACKS[::10]
+    found = judged(some, SiteManagedRules(owasp_crs=True, mode="log", timeout=UNHURRIED))
+    for attack in some:
+        outcome = found[attack.name]
+        assert outcome.refusal is None
+        assert outcome.logged == ("managed rules",)
+        assert outcome.score >= 5
+        assert outcome.matches
+
+
+def test_excluded_rules_and_a_higher_threshold_let_an_attack_through() -> None:
+    require_crs()
+    sample = next(attack for attack in ATTACKS if attack.name == "SQL injection: tautology in an argument")
+    before = judged([sample], SETTINGS)[sample.name]
+    excluded = SiteManagedRules(owasp_crs=True, exclude=before.rule_ids, timeout=UNHURRIED)
+    assert judged([sample], excluded)[sample.name] == ManagedOutcome()
+    patient = SiteManagedRules(owasp_crs=True, threshold=before.score + 1, timeout=UNHURRIED)
+    outcome = judged([sample], patient)[sample.name]
+    assert outcome.refusal is None
+    assert outcome.score == before.score
+    assert outcome.rule_ids == before.rule_ids

@@ -1,0 +1,78 @@
+"""Evaluations leave nothing in a helper's memory."""
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import corpus
+from tests.corpus.stage import plain_request, require_crs, with_pool
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.firewall.managed.messages import Evaluation, Subject
+from tlstunnel.firewall.managed.pool import Pool
+from tlstunnel.firewall.managed.rules_sets import build
+
+KIB = 1024
+WARM = 2_000
+MOST = KIB * KIB
+"""A leaked transaction has 61 kB, a leaked text of an intervention 1 kB: 20 000 of these would be 20 MB and more."""
+
+
+def private(pid: int) -> int:
+    """Bytes that belong to this process alone."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * KIB for line in lines if line.startswith("Private_"))
+
+
+def growth(evaluations: int) -> float:
+    """Evaluate that many requests, all different, a fifth of them attacks; gives a helper's growth since it is warm."""
+    rules_set = build(SiteManagedRules(owasp_crs=True))
+    chance = random.Random(1)
+    attacks = [attack.request for attack in corpus.attacks() if len(attack.request.target) < 60][::3]
+
+    def subject() -> Subject:
+        ip = f"203.0.{chance.randrange(256)}.{chance.randrange(256)}"
+        if chance.random() < 0.2:
+            request = chance.choice(attacks)
+        else:
+            request = plain_request(
+                f"/chat?n={chance.randrange(10**9)}", f"User-Agent: client/{chance.randrange(10**9)}"
+            )
+        return Subject(ip, request.target, request.fields)
+
+    async def ask(pool: Pool) -> float:
+        scores = 0
+
+        async def some(count: int) -> None:
+            nonlocal scores
+            for _ in range(count):
+                evaluation = await pool.judge(rules_set.name, subject(), 30)
+                assert isinstance(evaluation, Evaluation)
+                scores += bool(evaluation.score)
+
+        await asyncio.gather(*(some(WARM // 4) for _ in range(4)))
+        pids = pool.pids()
+        before = [private(pid) for pid in pids]
+        await asyncio.gather(*(some(evaluations // 4) for _ in range(4)))
+        assert pool.pids() == pids
+        assert scores > evaluations // 10
+        return max(private(pid) - size for pid, size in zip(pids, before, strict=True))
+
+    grown = with_pool(Pool([rules_set], processes=min(2, os.cpu_count() or 1), evaluations=10**9), ask)
+    print(f"{evaluations} evaluations: a helper has grown by {grown / KIB:.0f} KiB")
+    return grown
+
+
+@pytest.mark.timeout(300)
+def test_memory_is_flat_over_20_000_evaluations() -> None:
+    require_crs()
+    assert growth(20_000) < MOST
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_memory_is_flat_over_a_million_evaluations() -> None:
+    require_crs()
+    assert growth(1_000_000) < MOST

@@ -1,0 +1,55 @@
+"""Ordinary handshakes of browsers, libraries and applications pass OWASP CRS."""
+
+import pytest
+
+from tests.corpus import corpus
+from tests.corpus.stage import UNHURRIED, judged, require_crs
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.firewall.managed.verdict import ManagedOutcome
+
+HANDSHAKES = corpus.handshakes()
+PROFILES = corpus.profile_handshakes()
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, ManagedOutcome]:
+    require_crs()
+    return judged(HANDSHAKES, SiteManagedRules(owasp_crs=True, timeout=UNHURRIED))
+
+
+def test_the_corpus_is_large() -> None:
+    assert len({handshake.name for handshake in HANDSHAKES}) == len(HANDSHAKES) >= 60
+
+
+@pytest.mark.parametrize("handshake", HANDSHAKES, ids=lambda handshake: handshake.name)
+def test_ordinary_handshake_passes(handshake: corpus.Sample, outcomes: dict[str, ManagedOutcome]) -> None:
+    assert outcomes[handshake.name] == ManagedOutcome()
+
+
+@pytest.mark.parametrize("handshake", PROFILES, ids=lambda handshake: handshake.name)
+def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> None:
+    require_crs()
+
+    def judge(profiles: tuple[str, ...]) -> ManagedOutcome:
+        settings = SiteManagedRules(
+            owasp_crs=True,
+            paranoia=handshake.paranoia,
+            profiles=profiles,  # type: ignore[arg-type]
+            timeout=UNHURRIED,
+        )
+        return judged([handshake], settings)[handshake.name]
+
+    stock = judge(())
+    assert stock.refusal is not None
+    assert stock.score >= 5
+    assert judge((handshake.profile,)).refusal is None
+
+
+def test_profile_opens_nothing_else() -> None:
+    """An attack beside the excluded argument is blocked all the same."""
+    require_crs()
+    attacks = [attack for attack in corpus.attacks() if "?host=" in attack.request.target.decode()]
+    every = ("kubernetes", "signalr", "grafana", "keycloak", "proxmox", "guacamole", "nextjs")
+    found = judged(attacks, SiteManagedRules(owasp_crs=True, profiles=every, timeout=UNHURRIED))  # type: ignore[arg-type]
+    assert len(attacks) >= 4
+    assert all(outcome.refusal is not None for outcome in found.values())

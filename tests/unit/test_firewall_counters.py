@@ -1,0 +1,480 @@
+"""What rate limits count in: each strategy beside a plain model, what leaves when it is full, and all or nothing."""
+
+import asyncio
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from fractions import Fraction
+from math import ceil
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from limits import RateLimitItem, parse
+from limits.strategies import (
+    FixedWindowRateLimiter,
+    MovingWindowRateLimiter,
+    RateLimiter,
+    SlidingWindowCounterRateLimiter,
+)
+
+from tlstunnel.firewall.counters import (
+    MOST_KEYS,
+    TIMES_A_SLOT,
+    TUNNEL_WAIT,
+    Answer,
+    BoundedStorage,
+    MemoryCounters,
+    Question,
+    Strategy,
+)
+
+
+class Clock:
+    """Time that the test moves, seconds."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def item(text: str, strategy: Strategy = "fixed") -> RateLimitItem:
+    parsed = parse(text)
+    return type(parsed)(parsed.amount, parsed.multiples, namespace=strategy)
+
+
+def asked(counters: MemoryCounters, *questions: Question) -> list[Answer]:
+    """What comes of asking: at once, without a loop, since nothing may suspend."""
+    try:
+        counters.ask(questions).send(None)
+    except StopIteration as done:
+        answers: list[Answer] = done.value
+        return answers
+    raise AssertionError("it suspended")
+
+
+# The strategies beside plain models. Quarters of seconds are exact as floats.
+
+steps = st.lists(st.tuples(st.integers(0, 100).map(lambda quarters: quarters / 4), st.sampled_from("ab")), max_size=80)
+
+
+class FixedModel:
+    """A window begins with the first that is counted after the last one ended."""
+
+    def __init__(self, most: int, window: int) -> None:
+        self.most, self.window = most, window
+        self.began, self.count = -1e9, 0
+
+    def ask(self, now: float) -> bool:
+        if now - self.began >= self.window:
+            self.began, self.count = now, 0
+        if self.count >= self.most:
+            return False
+        self.count += 1
+        return True
+
+
+class MovingModel:
+    """So many in any stretch of time as long as the window."""
+
+    def __init__(self, most: int, window: int) -> None:
+        self.most, self.window = most, window
+        self.times: list[float] = []
+
+    def ask(self, now: float) -> bool:
+        if sum(now - time < self.window for time in self.times) >= self.most:
+            return False
+        self.times.append(now)
+        return True
+
+
+class SlidingModel:
+    """The window before counts by the share of it that lies in the last `window` seconds."""
+
+    def __init__(self, most: int, window: int) -> None:
+        self.most, self.window = most, window
+        self.counts: dict[int, int] = {}
+
+    def ask(self, now: float) -> bool:
+        index = int(now // self.window)
+        share = 1 - (Fraction(now) - index * self.window) / self.window
+        if self.counts.get(index - 1, 0) * share + self.counts.get(index, 0) >= self.most:
+            return False
+        self.counts[index] = self.counts.get(index, 0) + 1
+        return True
+
+
+Model = FixedModel | MovingModel | SlidingModel
+MODELS: dict[Strategy, Callable[[int, int], Model]] = {
+    "fixed": FixedModel,
+    "moving": MovingModel,
+    "sliding": SlidingModel,
+}
+LIBRARY: dict[Strategy, Callable[[BoundedStorage], RateLimiter]] = {
+    "fixed": FixedWindowRateLimiter,
+    "moving": MovingWindowRateLimiter,
+    "sliding": SlidingWindowCounterRateLimiter,
+}
+
+
+@pytest.mark.parametrize("strategy", MODELS)
+@settings(deadline=None)
+@given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
+@example(steps=[(0, "a"), (0, "a"), (20, "a"), (0, "a"), (0.25, "a")], most=1, window=20)
+def test_each_strategy_admits_what_its_model_admits(
+    strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int
+) -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    models = {key: MODELS[strategy](most, window) for key in "ab"}
+    limit = item(f"{most} per {window} second", strategy)
+    for step, key in steps:
+        clock.now += step
+        (answer,) = asked(counters, Question(key, limit, strategy))
+        assert (not answer.over) == models[key].ask(clock.now)
+
+
+@pytest.mark.parametrize("strategy", LIBRARY)
+@settings(deadline=None)
+@given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
+def test_the_library_alone_on_the_storage_admits_the_same(
+    strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int
+) -> None:
+    clock = Clock()
+    limiter = LIBRARY[strategy](BoundedStorage(clock=clock))
+    models = {key: MODELS[strategy](most, window) for key in "ab"}
+    limit = item(f"{most} per {window} second", strategy)
+    for step, key in steps:
+        clock.now += step
+        admits = limiter.test(limit, key)
+        assert limiter.hit(limit, key) == admits == models[key].ask(clock.now)
+        assert (limiter.get_window_stats(limit, key).remaining == 0) >= (not admits)
+
+
+@pytest.mark.parametrize("strategy", MODELS)
+@settings(deadline=None)
+@given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20), start=st.floats(100, 1e7))
+@example(steps=[(0, "a"), (0, "a")], most=1, window=1, start=100.000001)
+def test_the_wait_is_long_enough_and_no_longer(
+    strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int, start: float
+) -> None:
+    clock = Clock(start)
+    counters = MemoryCounters(clock=clock)
+    question = Question("a", item(f"{most} per {window} second", strategy), strategy)
+    for step, _ in steps:
+        clock.now += step
+        (answer,) = asked(counters, question)
+        if answer.over:
+            assert 0 < answer.wait <= 2 * window
+            refused_at = clock.now
+            clock.now = refused_at + answer.wait - 0.001
+            assert answer.wait < 0.001 or asked(counters, question)[0].over
+            clock.now = refused_at + ceil(answer.wait)
+            (answer,) = asked(counters, question)
+            assert not answer.over
+
+
+# What is kept when it is full.
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["incr", "get", "clear"]), st.integers(0, 9).map(str)), max_size=200),
+    st.integers(1, 6),
+)
+def test_least_recently_used_leave_first(calls: list[tuple[str, str]], capacity: int) -> None:
+    storage = BoundedStorage(capacity, Clock(), shelves=1)
+    model: OrderedDict[str, int] = OrderedDict()
+    for call, key in calls:
+        if call == "clear":
+            storage.clear(key)
+            model.pop(key, None)
+        elif call == "get":
+            assert storage.get(key) == model.get(key, 0)
+        else:
+            model[key] = model.get(key, 0) + 1
+            assert storage.incr(key, 60) == model[key]
+        if key in model:
+            model.move_to_end(key)
+        if len(model) > capacity:
+            model.popitem(last=False)
+        assert {key for key in map(str, range(10)) if key in storage} == set(model)
+        assert len(storage) == len(model)
+
+
+def test_a_key_that_was_refused_outlives_a_flood() -> None:
+    clock = Clock()
+    counters = MemoryCounters(1000, clock)
+    mine = Question("mine", item("2/hour"))
+    for _ in range(3):
+        (answer,) = asked(counters, mine)
+    assert answer.over
+    for number in range(20_000):
+        asked(counters, Question(f"flood {number}", item("2/hour")))
+    assert asked(counters, mine)[0].over
+    assert len(counters.storage) <= 1000
+
+
+def test_a_block_outlives_a_flood() -> None:
+    clock = Clock()
+    counters = MemoryCounters(1000, clock)
+    mine = Question("mine", item("1/second"), block_for=600)
+    for _ in range(2):
+        (answer,) = asked(counters, mine)
+    assert answer.over == "limit"
+    clock.now += 1
+    for number in range(20_000):
+        asked(counters, Question(f"flood {number}", item("2/hour")))
+    assert asked(counters, mine)[0].over == "blocked"
+
+
+def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
+    storage = BoundedStorage(10, Clock(), shelves=1)
+    for number in range(8):
+        storage.incr(f"refused {number}", 60)
+        storage.keep(f"refused {number}")
+    for number in range(20):
+        storage.incr(f"flood {number}", 60)
+    assert [number for number in range(8) if f"refused {number}" in storage] == [3, 4, 5, 6, 7]
+    assert [number for number in range(20) if f"flood {number}" in storage] == [15, 16, 17, 18, 19]
+
+
+def test_what_was_refused_is_not_kept_in_preference_when_its_time_is_over() -> None:
+    clock = Clock()
+    storage = BoundedStorage(10, clock, shelves=1)
+    storage.incr("refused", 60)
+    storage.keep("refused")
+    clock.now += 60
+    for number in range(10):
+        storage.incr(f"flood {number}", 60)
+    assert "refused" not in storage
+    assert all(f"flood {number}" in storage for number in range(10))
+
+
+def test_a_new_window_is_as_good_as_any() -> None:
+    clock = Clock()
+    storage = BoundedStorage(4, clock, shelves=1)
+    storage.incr("refused", 60)
+    storage.keep("refused")
+    clock.now += 60
+    storage.incr("refused", 60)
+    for number in range(4):
+        storage.incr(f"flood {number}", 60)
+    assert "refused" not in storage
+
+
+def test_only_refused_keys_leave_when_there_are_no_others() -> None:
+    storage = BoundedStorage(1, Clock(), shelves=1)
+    storage.incr("a", 60)
+    storage.keep("a")  # half of one is none
+    storage.incr("b", 60)
+    assert "b" in storage
+    assert len(storage) == 1
+    storage.keep("nobody")
+    assert len(storage) == 1
+
+
+def test_moving_windows_take_room_by_what_they_remember() -> None:
+    clock = Clock()
+    storage = BoundedStorage(100, clock, shelves=1)
+    for key in range(20):
+        for _ in range(30 * TIMES_A_SLOT):
+            assert storage.acquire_entry(str(key), 10**6, 3600)
+    remembered = sum(storage.get_moving_window(str(key), 10**6, 3600)[1] for key in range(20))
+    assert 2 * 30 * TIMES_A_SLOT <= remembered < 100 * TIMES_A_SLOT
+    clock.now += 3600
+    assert storage.acquire_entry("19", 10**6, 3600)
+    for number in range(99):
+        storage.incr(f"other {number}", 60)
+    assert storage.get_moving_window("19", 10**6, 3600) == (clock.now, 1)
+
+
+def test_a_moving_window_larger_than_everything_does_not_stay() -> None:
+    storage = BoundedStorage(4, Clock(), shelves=1)
+    for _ in range(10 * TIMES_A_SLOT):
+        storage.acquire_entry("a", 10**6, 60)
+    assert len(storage) <= 1
+    storage.incr("b", 60)
+    assert "b" in storage
+
+
+def test_a_flood_of_keys_is_bounded_and_nothing_for_the_garbage_collector() -> None:
+    storage = BoundedStorage()
+    gc.collect()
+    before = len(gc.get_objects())
+    for number in range(MOST_KEYS + 20_000):
+        storage.incr(f"fixed/{number}", 60)
+    assert len(gc.get_objects()) < before + 1000
+    assert 0.98 * MOST_KEYS < len(storage) <= MOST_KEYS
+
+
+def test_what_limits_asks_of_a_storage() -> None:
+    clock = Clock()
+    storage = BoundedStorage(clock=clock)
+    assert storage.check()
+    assert storage.base_exceptions == ()
+    assert storage.incr("a", 60, amount=3) == 3
+    assert (storage.get("a"), storage.get_expiry("a")) == (3, 1060)
+    assert (storage.get("b"), storage.get_expiry("b")) == (0, 1000)
+    clock.now += 60
+    assert (storage.get("a"), storage.get_expiry("a")) == (0, 1060)
+    assert storage.get_moving_window("m", 5, 60) == (1060, 0)
+    assert storage.acquire_entry("m", 5, 60, amount=5)
+    assert not storage.acquire_entry("m", 5, 60)
+    assert storage.get_moving_window("m", 5, 60) == (1060, 5)
+    assert storage.acquire_sliding_window_entry("s", 5, 60, amount=4)
+    assert storage.get_sliding_window("s", 60) == (0, 20, 4, 80)
+    clock.now += 30
+    assert storage.get_sliding_window("s", 60) == (4, 50, 0, 110)
+    clock.now += 60
+    assert storage.get_sliding_window("s", 60) == (0, 50, 0, 110)
+    storage.clear_sliding_window("s", 60)
+    assert "s" not in storage
+    assert storage.reset() == 2
+    assert len(storage) == 0
+
+
+# Several at once.
+
+
+def test_counted_by_all_or_by_none() -> None:
+    counters = MemoryCounters(clock=Clock())
+    mine, shared = Question("mine", item("1/minute")), Question("shared", item("3/minute"), max_tunnels=9)
+    assert [answer.over for answer in asked(counters, mine, shared)] == ["", ""]
+    for _ in range(5):
+        assert [answer.over for answer in asked(counters, mine, shared)] == ["limit", ""]
+    assert counters.held("shared") == 1
+    other = Question("other", item("9/minute"))
+    assert [[answer.over for answer in asked(counters, other, shared)] for _ in range(3)] == [
+        ["", ""],
+        ["", ""],
+        ["", "limit"],
+    ]
+    assert counters.held("shared") == 3
+
+
+def test_what_is_not_enforced_keeps_nothing_from_being_counted() -> None:
+    counters = MemoryCounters(clock=Clock())
+    loose = Question("loose", item("1/minute"), enforced=False)
+    strict = Question("strict", item("2/minute"))
+    overs = [[answer.over for answer in asked(counters, loose, strict)] for _ in range(3)]
+    assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
+
+
+def test_what_is_over_and_not_enforced_takes_no_tunnel() -> None:
+    counters = MemoryCounters(clock=Clock())
+    overs = [asked(counters, Question("a", max_tunnels=2, enforced=False))[0].over for _ in range(4)]
+    assert overs == ["", "", "tunnels", "tunnels"]
+    assert counters.held("a") == 2
+
+
+def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
+    counters = MemoryCounters(clock=Clock())
+    loose = Question("loose", item("2/minute"), enforced=False)
+    strict = Question("strict", item("1/minute"))
+    for _ in range(9):
+        asked(counters, loose, strict)
+    assert asked(counters, loose)[0].over == ""
+    assert asked(counters, loose)[0].over == "limit"
+
+
+def test_a_block_holds_whatever_the_window_says_and_ends() -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    question = Question("a", item("1/second"), block_for=60.5)
+    asked(counters, question)
+    assert asked(counters, question) == [Answer("limit", 60.5)]
+    clock.now += 60
+    assert asked(counters, question) == [Answer("blocked", 0.5)]
+    assert asked(counters, Question("a", block_for=60.5)) == [Answer("blocked", 0.5)]
+    clock.now += 0.5
+    assert asked(counters, question) == [Answer()]
+
+
+def test_attempts_do_not_lengthen_a_block() -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    question = Question("a", item("1/second"), block_for=60)
+    answers = []
+    for _ in range(122):
+        answers += asked(counters, question)
+        clock.now += 0.5
+    assert [answer.over for answer in answers] == ["", "limit", *["blocked"] * 119, ""]
+
+
+def test_a_block_waits_for_the_window_too() -> None:
+    counters = MemoryCounters(clock=Clock())
+    question = Question("a", item("1/hour"), block_for=60)
+    asked(counters, question)
+    assert asked(counters, question) == [Answer("limit", 3600)]
+
+
+@pytest.mark.parametrize("strategy", MODELS)
+def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
+    clock = Clock(1200.0)
+    counters = MemoryCounters(clock=clock)
+    question = Question("a", item("30/minute", strategy), strategy)
+
+    async def asker() -> bool:
+        await asyncio.sleep(0)
+        (answer,) = await counters.ask([question])
+        return not answer.over
+
+    async def all_at_once() -> int:
+        return sum(await asyncio.gather(*(asker() for _ in range(200))))
+
+    assert asyncio.run(all_at_once()) == 30
+    clock.now += 59.75
+    assert asyncio.run(all_at_once()) == 0
+    clock.now += 0.25
+    # A sliding window still sees all of the last one, and admits one for each thirtieth of it that has gone.
+    assert asyncio.run(all_at_once()) == (0 if strategy == "sliding" else 30)
+    clock.now += 6
+    assert asyncio.run(all_at_once()) == (3 if strategy == "sliding" else 0)
+
+
+def test_tunnels_are_exact_under_200_askers() -> None:
+    counters = MemoryCounters(clock=Clock())
+    question = Question("a", max_tunnels=50)
+
+    async def asker() -> Answer:
+        await asyncio.sleep(0)
+        return (await counters.ask([question]))[0]
+
+    async def all_at_once() -> list[Answer]:
+        return await asyncio.gather(*(asker() for _ in range(200)))
+
+    answers = asyncio.run(all_at_once())
+    assert answers.count(Answer()) == 50
+    assert answers.count(Answer("tunnels", TUNNEL_WAIT)) == 150
+    counters.release(["a"] * 20)
+    assert counters.held("a") == 30
+    assert asyncio.run(all_at_once()).count(Answer()) == 20
+    counters.release(["a"] * 50)
+    assert counters.held("a") == 0
+
+
+def test_tunnels_are_never_forgotten() -> None:
+    counters = MemoryCounters(64, Clock())
+    question = Question("a", max_tunnels=1)
+    asked(counters, question)
+    for number in range(1000):
+        asked(counters, Question(str(number), item("1/minute"), max_tunnels=1))
+    assert asked(counters, question)[0].over == "tunnels"
+    counters.release(["a"])
+    assert asked(counters, question)[0].over == ""
+
+
+def test_too_many_tunnels_are_no_reason_for_a_block() -> None:
+    counters = MemoryCounters(clock=Clock())
+    question = Question("a", item("9/minute"), max_tunnels=1, block_for=600)
+    assert [asked(counters, question)[0].over for _ in range(3)] == ["", "tunnels", "tunnels"]
+    counters.release(["a"])
+    assert asked(counters, question)[0].over == ""
+
+
+def test_giving_back_what_was_not_taken_is_a_fault() -> None:
+    with pytest.raises(KeyError):
+        MemoryCounters().release(["a"])

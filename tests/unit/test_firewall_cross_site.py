@@ -1,0 +1,165 @@
+"""The origin check: whose pages may connect."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.handshakes import Field, request, without
+from tlstunnel.firewall.cross_site import OriginCheck, canonical_origin
+from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.handshake.request import RequestReader
+
+NAMES = ("chat.example.com", "*.tenants.example.com")
+
+
+def facts(*origins: bytes, host: bytes = b"chat.example.com") -> Facts:
+    fields: tuple[Field, ...] = ((b"Host", host), *without(b"Host"), *((b"Origin", origin) for origin in origins))
+    found = RequestReader().feed(request(fields))
+    assert found is not None
+    return gather(found, Connection("192.0.2.1", "", "", "", "", "", ""), strict_path=True, now=0)
+
+
+def allowed(check: OriginCheck, *origins: bytes, host: bytes = b"chat.example.com") -> bool:
+    refusal = check.refusal(facts(*origins, host=host))
+    assert refusal is None or refusal.status == 403
+    return refusal is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin"),
+    [
+        ("https://app.example.com", b"https://app.example.com"),
+        ("https://app.example.com", b"HTTPS://App.Example.COM"),
+        ("https://app.example.com", b"https://app.example.com:443"),
+        ("https://app.example.com", b"https://app.example.com."),
+        ("https://app.example.com:8443", b"https://app.example.com:8443"),
+        ("http://localhost:3000", b"http://localhost:3000"),
+        ("http://localhost", b"http://localhost:80"),
+        ("https://[::1]", b"https://[0:0::1]"),
+        ("https://xn--bcher-kva.example", b"https://xn--bcher-kva.example"),
+        ("https://xn--bcher-kva.example", "https://B\u00fccher.example".encode()),
+        ("https://*.example.com", b"https://a.example.com"),
+        ("https://*.example.com", b"https://a.b.example.com"),
+        ("https://*.example.com:8443", b"https://a.example.com:8443"),
+        ("null", b"null"),
+        ("chrome-extension://abcdefgh", b"chrome-extension://abcdefgh"),
+        ("file://", b"file://"),
+    ],
+)
+def test_allowed(entry: str, origin: bytes) -> None:
+    assert allowed(OriginCheck([entry], NAMES), origin)
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin"),
+    [
+        ("https://app.example.com", b"http://app.example.com"),
+        ("https://app.example.com", b"https://app.example.com:8443"),
+        ("https://app.example.com", b"https://app.example.com:80"),
+        ("https://app.example.com", b"https://app.example.com.evil.example"),
+        ("https://app.example.com", b"https://evil-app.example.com"),
+        ("https://app.example.com", b"https://a.app.example.com"),
+        ("https://app.example.com", b"https://example.com"),
+        ("https://app.example.com", b"https://app.example.com@evil.example"),
+        ("https://app.example.com", b"https://evil.example#https://app.example.com"),
+        ("https://app.example.com", b"https://app.example.com/"),
+        ("https://app.example.com", b"https://app.example.com https://evil.example"),
+        ("https://app.example.com", b"https://app.example.com, https://evil.example"),
+        ("https://app.example.com", b"https://app_example.com"),
+        ("https://app.example.com", b"app.example.com"),
+        ("https://app.example.com", b""),
+        ("https://app.example.com", b"null"),
+        ("https://app.example.com", b"https://"),
+        ("https://app.example.com", b"https://app.example.com:"),
+        ("https://app.example.com", b"https://app.example.com:443443"),
+        ("https://app.example.com", b"wss://app.example.com"),
+        ("https://app.example.com", b"https://\xffapp.example.com"),
+        ("https://*.example.com", b"https://example.com"),
+        ("https://*.example.com", b"https://.example.com"),
+        ("https://*.example.com", b"https://*.example.com"),
+        ("https://*.example.com", b"https://evilexample.com"),
+        ("https://*.example.com", b"https://a.example.com:8443"),
+        ("https://*.example.com", b"http://a.example.com"),
+        ("https://*.example.com", b"https://evil.example/.example.com"),
+        ("https://*.example.com", b"https://evil.example:1.example.com"),
+        ("same", b"null"),
+        ("null", b"https://chat.example.com"),
+    ],
+)
+def test_refused(entry: str, origin: bytes) -> None:
+    assert not allowed(OriginCheck([entry], NAMES), origin)
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "own"),
+    [
+        (b"https://chat.example.com", b"chat.example.com", True),
+        (b"https://chat.example.com:443", b"chat.example.com:8443", True),
+        (b"https://chat.example.com:8443", b"chat.example.com:8443", True),
+        (b"https://chat.example.com:8443", b"chat.example.com:08443", True),
+        (b"https://a.tenants.example.com", b"chat.example.com", True),
+        (b"https://chat.example.com:8443", b"chat.example.com", False),
+        (b"https://chat.example.com:8443", b"chat.example.com:", False),
+        (b"https://chat.example.com:8444", b"chat.example.com:8443", False),
+        (b"http://chat.example.com", b"chat.example.com", False),
+        (b"http://chat.example.com:443", b"chat.example.com", False),
+        (b"https://a.b.tenants.example.com", b"chat.example.com", False),
+        (b"https://tenants.example.com", b"chat.example.com", False),
+        (b"https://a.chat.example.com", b"chat.example.com", False),
+        (b"https://evil.example", b"evil.example", False),
+    ],
+)
+def test_same_is_the_names_of_the_site(origin: bytes, host: bytes, own: bool) -> None:
+    assert allowed(OriginCheck(["same"], NAMES), origin, host=host) is own
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "own"),
+    [
+        (b"https://a.example", b"a.example", True),
+        (b"https://[::1]:8443", b"[::1]:8443", True),
+        (b"https://[::1]", b"[::1]", True),
+        (b"https://b.example", b"a.example", False),
+        (b"https://[::2]:8443", b"[::1]:8443", False),
+    ],
+)
+def test_same_of_a_site_of_any_name_is_the_host_that_is_asked_for(origin: bytes, host: bytes, own: bool) -> None:
+    assert allowed(OriginCheck(["same"], ["*"]), origin, host=host) is own
+
+
+def test_a_request_without_origin_is_no_browsers() -> None:
+    assert allowed(OriginCheck(["same"], NAMES))
+    refusal = OriginCheck(["same"], NAMES, required=True).refusal(facts())
+    assert refusal is not None
+    assert (refusal.status, refusal.reason) == (403, "no origin")
+    assert allowed(OriginCheck(["same"], NAMES, required=True), b"https://chat.example.com")
+
+
+def test_an_empty_list_lets_no_page_in() -> None:
+    assert not allowed(OriginCheck([], NAMES), b"https://chat.example.com")
+    assert allowed(OriginCheck([], NAMES))
+
+
+def test_several_origins_are_refused() -> None:
+    same = b"https://chat.example.com"
+    assert not allowed(OriginCheck(["same"], NAMES), same, same)
+    assert not allowed(OriginCheck(["same"], NAMES), same, b"https://evil.example")
+
+
+def test_what_was_sent_is_in_the_detail_alone() -> None:
+    refusal = OriginCheck(["same"], NAMES).refusal(facts(b"https://evil.example"))
+    assert refusal is not None
+    assert refusal.detail == "https://evil.example"
+    assert "evil" not in refusal.text + refusal.reason
+
+
+@given(
+    value=st.one_of(
+        st.binary(max_size=40), st.text(alphabet="htps:/.a*@[]:0123%\u00fc\u0130 ", max_size=30).map(str.encode)
+    )
+)
+def test_no_value_raises_or_gets_in_as_another(value: bytes) -> None:
+    found = canonical_origin(value)
+    assert found == "" or canonical_origin(found.encode()) == found
+    assert "*" not in found
+    assert "@" not in found

@@ -1,0 +1,93 @@
+"""The guard before libmodsecurity: what it stops, what it must not, and that it is fast whatever it gets."""
+
+import time
+from urllib.parse import quote, unquote_to_bytes
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.corpus import corpus
+from tlstunnel.firewall.managed.guard import MAX_ARGUMENTS, MAX_RUN, objection
+
+LONG = "(" * (MAX_RUN + 1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        f"/?x={LONG}",
+        f"/?{LONG}=x",
+        f"/{LONG}",
+        "/?x=" + quote(LONG, safe=""),
+        "/?x=" + quote(quote(LONG, safe=""), safe=""),
+        "/?x=" + "%u0028" * (MAX_RUN + 1),
+        "/?x=" + "%0a" * (MAX_RUN + 1),
+        "/?x=" + "+" * (MAX_RUN + 1),
+        "/?x=" + "%24(" * ((MAX_RUN + 1) // 2),
+    ],
+)
+def test_run_in_the_target_is_objected_to(target: str) -> None:
+    assert objection(target.encode(), ()) == "more than 31 punctuation characters in a row in the target"
+
+
+@pytest.mark.parametrize("name", [b"Cookie", b"User-Agent", b"Referer", b"X-Own"])
+def test_run_in_a_field_is_objected_to(name: bytes) -> None:
+    reason = "more than 31 punctuation characters in a row in a field"
+    assert objection(b"/", ((name, b"a=" + LONG.encode()),)) == reason
+    assert objection(b"/", ((name, b"a=" + quote(LONG, safe="").encode()),)) == reason
+
+
+def test_the_bounds_are_exact() -> None:
+    assert objection(b"/x" + b"(" * MAX_RUN + b"x", ()) is None
+    assert objection(b"/x" + b"(" * (MAX_RUN + 1) + b"x", ()) is not None
+    arguments = "&".join(f"a{number}=1" for number in range(MAX_ARGUMENTS))
+    assert objection(f"/?{arguments}".encode(), ()) is None
+    assert objection(f"/?{arguments}&b=1".encode(), ()) == "more than 64 arguments"
+
+
+def test_letters_of_other_alphabets_are_letters() -> None:
+    assert objection(("/?name=" + quote("Александр Константинович" * 20)).encode(), ()) is None
+    assert objection(b"/", ((b"Cookie", ("name=" + "技术讨论组" * 100).encode()),)) is None
+
+
+@pytest.mark.parametrize("handshake", [*corpus.handshakes(), *corpus.profile_handshakes()], ids=lambda item: item.name)
+def test_ordinary_handshakes_are_untouched(handshake: corpus.Sample) -> None:
+    assert objection(handshake.request.target, handshake.request.fields) is None
+
+
+@given(st.binary(max_size=400), st.binary(max_size=400))
+def test_never_lets_a_plain_run_through(before: bytes, after: bytes) -> None:
+    run = b"{" * (MAX_RUN + 1)
+    assert objection(before + run + after, ()) is not None
+    assert objection(b"/", ((b"Cookie", before + run + after),)) is not None
+
+
+@given(st.binary(max_size=400))
+def test_objects_to_a_run_alone(target: bytes) -> None:
+    """Or to arguments: some text, decoded not at all, once or twice, holds what it says."""
+    reason = objection(target, ())
+    forms = [target, once := unquote_to_bytes(target), unquote_to_bytes(once)]
+    longest = max(_longest_run(form) for form in forms)
+    if b"%u" not in target:
+        assert (longest > MAX_RUN or target.count(b"&") >= MAX_ARGUMENTS) == (reason is not None)
+
+
+def _longest_run(text: bytes) -> int:
+    longest = run = 0
+    for byte in text:
+        run = 0 if byte >= 0x80 or chr(byte).isalnum() else run + 1
+        longest = max(longest, run)
+    return longest
+
+
+@pytest.mark.parametrize("text", [b"%" * 16_000, b"%2" * 8_000, b"%25" * 5_000, b"%u00" * 4_000, b"%u0041" * 2_600])
+def test_costs_little_whatever_it_gets(text: bytes) -> None:
+    """A generous bound: milliseconds would be a mistake in the algorithm."""
+    text = b"a".join(text[at : at + 20] for at in range(0, len(text), 20))
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        objection(b"/?x=" + text, ())
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.02

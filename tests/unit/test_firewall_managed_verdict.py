@@ -1,0 +1,135 @@
+"""What a score, a guard's objection and a failure mean for a site."""
+
+import asyncio
+from collections import Counter
+from typing import Literal
+
+import pytest
+
+from tests.corpus.stage import facts, plain_request
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.firewall.managed import verdict
+from tlstunnel.firewall.managed.families import LOG4SHELL, family
+from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
+from tlstunnel.firewall.managed.pool import Failure, Pool
+from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+from tlstunnel.handshake.refusal import render
+
+SQLI, XSS = Match(942100, "SQL", 2, "a"), Match(941100, "XSS", 2, "b")
+HOSTILE = "/?x=" + "$(" * 100
+
+
+class Answers(Pool):
+    """A pool that says what it is told to: real failures of each kind are in the promises."""
+
+    def __init__(self, result: Evaluation | Failure) -> None:
+        super().__init__([])
+        self.result = result
+        self.asked: list[tuple[str, Subject, float]] = []
+
+    async def judge(self, rules_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+        self.asked.append((rules_set, subject, deadline))
+        return self.result
+
+
+def judge(
+    result: Evaluation | Failure, settings: SiteManagedRules, target: str = "/?x=1"
+) -> tuple[ManagedOutcome, Counter[str]]:
+    counters: Counter[str] = Counter()
+    stage = ManagedRulesStage(Answers(result), "set", settings, counters)
+    return asyncio.run(stage.judge(facts(plain_request(target)))), counters
+
+
+def test_pool_is_asked_with_what_was_sent() -> None:
+    pool = Answers(Evaluation(0))
+    trace: list[object] = []
+    request = plain_request("/%61?x=%31", "User-Agent: T")
+    stage = ManagedRulesStage(pool, "set", SiteManagedRules(), Counter())
+    outcome = asyncio.run(stage.judge(facts(request, "::ffff:203.0.113.7"), trace))
+    assert pool.asked == [("set", Subject("203.0.113.7", b"/%61?x=%31", request.fields), 0.05)]
+    assert trace == [outcome] == [ManagedOutcome()]
+
+
+@pytest.mark.parametrize(("score", "blocked"), [(0, False), (4, False), (5, True), (100, True)])
+def test_threshold(score: int, blocked: bool) -> None:
+    outcome, counters = judge(Evaluation(score, (SQLI, XSS, SQLI)), SiteManagedRules())
+    assert (outcome.score, outcome.rule_ids) == (score, (942100, 941100))
+    assert outcome.families == ("SQL injection", "cross-site scripting")
+    assert counters["managed rule: 942100: matched"] == counters["managed rule: 941100: matched"] == 1
+    assert counters["managed rules: blocked"] == blocked
+    if blocked:
+        assert outcome.refusal is not None
+        assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
+        assert outcome.refusal.detail.startswith(f"score {score}: 942100 SQL; 941100 XSS")
+        assert b"SQL" not in render(outcome.refusal, "id")  # the client is not told what to change
+    else:
+        assert outcome.refusal is None
+
+
+@pytest.mark.parametrize(("status", "given"), [(403, 403), (429, 429), (503, 503), (200, 403), (302, 403), (499, 403)])
+def test_denying_rule_chooses_a_status_that_can_be_answered(status: int, given: int) -> None:
+    outcome, _ = judge(Evaluation(0, (Match(7, "own", 0, ""),), denied_by=7, status=status), SiteManagedRules())
+    assert outcome.refusal is not None
+    assert outcome.refusal.status == given
+    assert render(outcome.refusal, "id")
+
+
+def test_mode_log_refuses_nothing() -> None:
+    settings = SiteManagedRules(mode="log")
+    for evaluation in (Evaluation(50, (SQLI,)), Evaluation(0, (SQLI,), denied_by=942100, status=403)):
+        outcome, counters = judge(evaluation, settings)
+        assert outcome.refusal is None
+        assert outcome.logged == ("managed rules",)
+        assert outcome.matches == (SQLI,)
+        assert counters["managed rules: logged"] == 1
+    outcome, counters = judge(Evaluation(0), settings, HOSTILE)
+    assert (outcome.refusal, outcome.logged) == (None, ("managed rules: guard",))
+    assert counters["managed rules: guard"] == 1
+    for failure in Failure:
+        outcome, counters = judge(failure, settings)
+        assert (outcome.refusal, outcome.logged, outcome.failure) == (None, (), failure.value)
+        assert counters[f"managed rules: {failure.value}"] == 1
+
+
+@pytest.mark.parametrize("on_failure", ["block", "allow"])
+@pytest.mark.parametrize("failure", list(Failure))
+def test_failure_is_what_the_site_says(failure: Failure, on_failure: Literal["block", "allow"]) -> None:
+    outcome, counters = judge(failure, SiteManagedRules(on_failure=on_failure))
+    assert counters == {f"managed rules: {failure.value}": 1}
+    assert outcome.failure == failure.value
+    if on_failure == "allow":
+        assert outcome.refusal is None
+    else:
+        assert outcome.refusal is not None
+        assert (outcome.refusal.status, outcome.refusal.reason) == (503, "managed rules: failure")
+        assert outcome.refusal.detail == failure.value
+
+
+@pytest.mark.parametrize("on_failure", ["block", "allow"])
+def test_guard_refuses_whatever_failures_do(on_failure: Literal["block", "allow"]) -> None:
+    outcome, _ = judge(Evaluation(0), SiteManagedRules(on_failure=on_failure), HOSTILE)
+    assert outcome.refusal is not None
+    assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules: guard")
+    assert outcome.objection == outcome.refusal.detail != ""
+
+
+def test_penalties_are_by_address_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "MAX_PENALTIES", 3)
+    now = 0.0
+    penalties = verdict._Penalties(lambda: now)
+    assert not penalties.holds("")
+    penalties.add("203.0.113.1")
+    assert penalties.holds("203.0.113.1")
+    assert not penalties.holds("203.0.113.2")
+    assert not penalties.holds("2001:db8::1")
+    now = verdict.PENALTY
+    assert not penalties.holds("203.0.113.1")
+    for number in range(10):
+        penalties.add(f"2001:db8:0:{number:x}::1")
+    assert [penalties.holds(f"2001:db8:0:{number:x}::ffff") for number in range(10)] == [False] * 7 + [True] * 3
+
+
+def test_families() -> None:
+    assert family(942100) == family(942999) == "SQL injection"
+    assert family(LOG4SHELL) == "Java attack"
+    assert (family(980100), family(1001), family(99_900_000)) == ("other", "own rule", "own rule")

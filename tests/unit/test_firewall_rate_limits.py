@@ -1,0 +1,586 @@
+"""Rate limits: what they count by, what they say when one is over, what is refused when they are loaded."""
+
+import asyncio
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.handshakes import FIELDS, Field, request
+from tlstunnel.config import RateLimitConfig, Timeout
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.counters import Answer, MemoryCounters, Question
+from tlstunnel.firewall.expressions import Expressions
+from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.firewall.rate_limits import (
+    LimitsOutcome,
+    LimitTrace,
+    RateLimits,
+)
+from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import RequestReader
+
+
+class Clock:
+    """Time that the test moves, seconds."""
+
+    def __init__(self, now: float = 1200.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def facts(*more: Field, ip: str = "192.0.2.1", target: bytes = b"/chat", **connection: str) -> Facts:
+    known = {"tls_version": "", "tls_cipher": "", "tls_sni": "", "tls_ja4": "", "client_subject": "", "site": ""}
+    found = RequestReader().feed(request((*FIELDS, *more), line=b"GET %b HTTP/1.1" % target))
+    assert found is not None
+    return gather(found, Connection(ip=ip, **(known | connection)), strict_path=True, now=0.0)
+
+
+def config(name: str = "a", limit: str | None = "1/minute", **more: Any) -> RateLimitConfig:
+    return RateLimitConfig(name=name, limit=limit, **more)
+
+
+def limits(*configs: RateLimitConfig, **more: Any) -> RateLimits:
+    return RateLimits(
+        configs, more.pop("counters", None) or MemoryCounters(clock=Clock()), Expressions().condition, **more
+    )
+
+
+def judged(limits: RateLimits, facts: Facts, trace: list[Any] | None = None) -> LimitsOutcome:
+    return asyncio.run(limits.judge(facts, trace))
+
+
+def refused(limits: RateLimits, facts: Facts) -> Refusal:
+    outcome = judged(limits, facts)
+    assert outcome.refusal is not None
+    return outcome.refusal
+
+
+def passes(limits: RateLimits, facts: Facts) -> bool:
+    return judged(limits, facts).refusal is None
+
+
+# What they count by.
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "same", "other"),
+    [
+        ("ip", facts(), facts(target=b"/x"), facts(ip="192.0.2.2")),
+        ("ip", facts(ip="2001:db8::1"), facts(ip="2001:db8::ffff:1:2"), facts(ip="2001:db8:0:1::1")),
+        ("ip", facts(ip="::1"), facts(ip="::2"), facts(ip="0:0:0:1::1")),
+        ("ip", facts(ip="fe80::1%eth0"), facts(ip="fe80::2%eth1"), facts(ip="fe80:0:0:1::1")),
+        ("ip", facts(ip="::ffff:192.0.2.1"), facts(ip="192.0.2.1"), facts(ip="::ffff:192.0.2.2")),
+        ("ip", facts(ip="0:0:0:0:0:ffff:c000:201"), facts(ip="192.0.2.1"), facts(ip="::ffff:192.0.2.2")),
+        ("ip", facts(ip=""), facts(ip=""), facts()),
+        ("header:X-User", facts((b"x-user", b"a")), facts((b"X-USER", b"a"), ip="::1"), facts((b"X-User", b"A"))),
+        ("header:X-User", facts((b"X-User", b"")), facts((b"X-User", b"")), facts((b"X-User", b"a"))),
+        ("header:X-User", facts((b"X-User", b"\xff")), facts((b"X-User", b"\xff")), facts((b"X-User", b"\xfe"))),
+        ("cookie:s", facts((b"Cookie", b"s=1")), facts((b"Cookie", b"a=1; s=1")), facts((b"Cookie", b"s=2"))),
+        ("path", facts(), facts(target=b"/a/../%63hat?x"), facts(target=b"/Chat")),
+        ("host", facts(), facts(ip="::1"), facts((b"X", b"y"), ip="::1")),
+        ("ja4", facts(tls_ja4="a"), facts(tls_ja4="a", ip="::1"), facts(tls_ja4="b")),
+        ("client_subject", facts(client_subject="CN=a"), facts(client_subject="CN=a"), facts(client_subject="CN=b")),
+    ],
+)
+def test_a_key(key: str, one: Facts, same: Facts, other: Facts) -> None:
+    counting = limits(config(key=(key,)))
+    assert passes(counting, one)
+    assert not passes(counting, same)
+    assert passes(counting, other) == (key != "host")
+
+
+def test_the_host_of_a_wildcard_site() -> None:
+    counting = limits(config(key=("host",)))
+    other = RequestReader().feed(request().replace(b"chat.example.com", b"b.example.com"))
+    assert other is not None
+    assert passes(counting, facts())
+    assert passes(counting, gather(other, facts().connection, strict_path=True, now=0.0))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "ip", "passes_too"),
+    [
+        (128, "2001:db8::2", True),
+        (127, "2001:db8::1", False),
+        (48, "2001:db8:0:ffff::", False),
+        (1, "7fff::", False),
+        (1, "8000::", True),
+        (32, "192.0.2.1", True),
+    ],
+)
+def test_ipv6_prefix(prefix: int, ip: str, passes_too: bool) -> None:
+    counting = limits(config(ipv6_prefix=prefix))
+    assert passes(counting, facts(ip="2001:db8::"))
+    assert passes(counting, facts(ip=ip)) == passes_too
+
+
+@pytest.mark.parametrize("key", ["header:X-User", "cookie:s", "ja4", "client_subject"])
+def test_who_leaves_a_part_out_is_not_counted(key: str) -> None:
+    counting = limits(config(key=(key,)), config("both", key=("ip", key)))
+    for _ in range(3):
+        assert passes(counting, facts())
+
+
+def test_several_together() -> None:
+    counting = limits(config(key=("ip", "path")))
+    assert passes(counting, facts())
+    assert not passes(counting, facts())
+    assert passes(counting, facts(ip="192.0.2.2"))
+    assert passes(counting, facts(target=b"/other"))
+
+
+class Asked(MemoryCounters):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=Clock())
+        self.questions: list[Question] = []
+
+    async def ask(self, questions: Any) -> list[Answer]:
+        self.questions += questions
+        return await super().ask(questions)
+
+
+values = st.binary(max_size=40).map(lambda data: bytes(0x21 + byte % 0x5E for byte in data)) | st.sampled_from(
+    [b"", b"1:a", b"a1:b", b"1:a1:b", b"a" * 4000]
+)
+
+
+@settings(deadline=None)
+@given(st.tuples(values, values), st.tuples(values, values))
+def test_keys_are_short_and_no_two_are_taken_for_one(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> None:
+    counters = Asked()
+    counting = limits(config(key=("header:A", "header:B")), counters=counters)
+    for a, b in (one, other):
+        judged(counting, facts((b"A", a), (b"B", b)))
+    first, second = counters.questions
+    assert (first.key == second.key) == (one == other)
+    assert len(first.key) == len(second.key) == 32
+
+
+def test_limits_of_different_scopes_names_and_keys_share_nothing() -> None:
+    counters = Asked()
+    for scope, name, key in (("", "a", "ip"), ("b", "a", "ip"), ("", "b", "ip"), ("", "a", "header:Ip")):
+        judged(limits(config(name, key=(key,)), counters=counters, scope=scope), facts((b"Ip", b"192.0.2.1")))
+    assert len({question.key for question in counters.questions}) == 4
+
+
+def test_limits_made_anew_go_on_counting() -> None:
+    counters = MemoryCounters(clock=Clock())
+    assert passes(limits(config(), counters=counters), facts())
+    assert not passes(limits(config(), counters=counters), facts())
+
+
+# When they apply.
+
+
+def test_when() -> None:
+    counting = limits(config(when='path == "/login"'))
+    for _ in range(3):
+        assert passes(counting, facts())
+    assert passes(counting, facts(target=b"/login"))
+    assert not passes(counting, facts(target=b"/login"))
+    assert passes(counting, facts())
+
+
+def test_who_is_blocked_is_whatever_they_ask() -> None:
+    clock = Clock()
+    counting = limits(
+        config(when='path == "/login"', block_for=Timeout(600)), counters=MemoryCounters(clock=clock), counted=Counter()
+    )
+    assert passes(counting, facts())
+    assert passes(counting, facts(target=b"/login"))
+    assert not passes(counting, facts(target=b"/login"))
+    refusal = refused(counting, facts())
+    assert refusal.fields[0] == (b"Retry-After", b"600")
+    assert passes(counting, facts(ip="192.0.2.2"))
+    clock.now += 600
+    assert passes(counting, facts())
+
+
+def test_a_when_without_an_answer_holds_and_is_reported_once_a_minute() -> None:
+    clock = Clock()
+    told: list[tuple[str, str]] = []
+    counted: Counter[str] = Counter()
+    counting = limits(
+        config("tiers", when='headers["x-tier"] != "gold"'),
+        counted=counted,
+        report=lambda name, why: told.append((name, why)),
+        clock=clock,
+    )
+    for _ in range(2):
+        assert passes(counting, facts((b"X-Tier", b"gold")))
+    assert passes(counting, facts())
+    assert not passes(counting, facts())
+    assert told == [("tiers", 'there is no key "x-tier"')]
+    assert counted["rate limit: tiers: when failed"] == 2
+    assert not passes(counting, facts((b"X-Tier", b"silver")))
+    assert passes(counting, facts((b"X-Tier", b"gold")))
+    clock.now += 60
+    judged(counting, facts())
+    assert len(told) == 2
+
+
+def test_without_limits_everything_passes() -> None:
+    trace: list[LimitTrace] = []
+    outcome = judged(limits(), facts(), trace)
+    assert (outcome.refusal, outcome.limit, outcome.logged, trace) == (None, "", (), [])
+    outcome.lease.release()
+
+
+# What is said when one is over.
+
+
+def test_the_refusal() -> None:
+    clock = Clock()
+    counting = limits(config("per address", "30/minute"), counters=MemoryCounters(clock=clock))
+    assert all(passes(counting, facts()) for _ in range(30))
+    clock.now += 12.4
+    outcome = judged(counting, facts())
+    refusal = outcome.refusal
+    assert refusal is not None
+    assert outcome.limit == "per address"
+    assert (refusal.status, refusal.reason) == (429, "rate limit: per address")
+    assert refusal.text == "too many handshakes; try again in 48 s"
+    assert refusal.detail == "over"
+    assert refusal.fields == (
+        (b"Retry-After", b"48"),
+        (b"RateLimit", b'"per address";r=0;t=48'),
+        (b"RateLimit-Policy", b'"per address";q=30;w=60'),
+    )
+    clock.now += 48
+    assert passes(counting, facts())
+
+
+def test_retry_after_is_a_second_at_least() -> None:
+    clock = Clock()
+    counting = limits(config(limit="1/second"), counters=MemoryCounters(clock=clock))
+    assert passes(counting, facts())
+    clock.now += 0.999
+    assert refused(counting, facts()).fields[0] == (b"Retry-After", b"1")
+
+
+class Rounding(MemoryCounters):
+    """Has times that are over already, as a storage with another clock may."""
+
+    async def ask(self, questions: Any) -> list[Answer]:
+        return [Answer("limit", -0.5) for _ in questions]
+
+
+def test_retry_after_is_a_second_whatever_the_storage_says() -> None:
+    assert refused(limits(config(), counters=Rounding()), facts()).fields[0] == (b"Retry-After", b"1")
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "moving", "sliding"])
+def test_who_waits_as_told_passes(strategy: str) -> None:
+    clock = Clock()
+    counting = limits(config(limit="7 per 13 seconds", strategy=strategy), counters=MemoryCounters(clock=clock))
+    waits = 0
+    for step in range(300):
+        clock.now += step % 7 / 4
+        refusal = judged(counting, facts()).refusal
+        if refusal is not None:
+            waits += 1
+            clock.now += int(refusal.fields[0][1])
+            assert passes(counting, facts())
+    assert waits > 5
+
+
+def test_all_that_are_over_are_named_and_the_longest_wait_counts() -> None:
+    counting = limits(
+        config("minute", "1/minute"), config("free", "9/minute"), config("hour", "1/hour"), config("log", mode="log")
+    )
+    assert passes(counting, facts())
+    outcome = judged(counting, facts())
+    assert outcome.refusal is not None
+    assert outcome.limit == "minute"
+    assert outcome.logged == ("log",)
+    assert outcome.refusal.fields == (
+        (b"Retry-After", b"3600"),
+        (b"RateLimit", b'"minute";r=0;t=60, "hour";r=0;t=3600'),
+        (b"RateLimit-Policy", b'"minute";q=1;w=60, "hour";q=1;w=3600'),
+    )
+
+
+# RFC 9651 section 4.2.5.
+SF_STRING = re.compile(rb'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20) | st.sampled_from(['a"b\\c', "für alle", "a\r\nX: y", "\ud800"]))
+def test_any_name_stands_in_the_fields(name: str) -> None:
+    counting = limits(config(name))
+    assert passes(counting, facts())
+    refusal = refused(counting, facts())
+    fields = dict(refusal.fields)
+    shown, policy = fields[b"RateLimit"], fields[b"RateLimit-Policy"]
+    found = SF_STRING.match(shown)
+    assert found is not None
+    assert shown[found.end() :] == b";r=0;t=60"
+    assert policy == found[0] + b";q=1;w=60"
+    if name.isascii() and name.isprintable():
+        assert re.sub(rb"\\(.)", rb"\1", found[1]) == name.encode()
+
+
+# Tunnels.
+
+
+def test_tunnels() -> None:
+    counting = limits(config("open", None, max_tunnels=2))
+    outcomes = [judged(counting, facts()) for _ in range(2)]
+    refusal = refused(counting, facts())
+    assert (refusal.status, refusal.reason, refusal.detail) == (429, "rate limit: open", "too many tunnels")
+    assert refusal.text == "too many tunnels are open; try again in 10 s"
+    assert refusal.fields == (
+        (b"Retry-After", b"10"),
+        (b"RateLimit", b'"open";r=0'),
+        (b"RateLimit-Policy", b'"open";q=2;qu="concurrent-requests"'),
+    )
+    assert passes(counting, facts(ip="192.0.2.2"))
+    for _ in range(3):
+        outcomes[0].lease.release()
+    assert passes(counting, facts())
+    assert not passes(counting, facts())
+
+
+def test_what_is_refused_holds_nothing() -> None:
+    counters = Asked()
+    counting = limits(config("open", None, max_tunnels=9), config(), counters=counters)
+    taken = judged(counting, facts())
+    for _ in range(9):
+        outcome = judged(counting, facts())
+        assert outcome.refusal is not None
+        outcome.lease.release()
+    key = counters.questions[0].key
+    assert counters.held(key) == 1
+    taken.lease.release()
+    assert counters.held(key) == 0
+
+
+def test_a_limit_and_tunnels_in_one() -> None:
+    counting = limits(config(limit="3/minute", max_tunnels=1))
+    lease = judged(counting, facts()).lease
+    refusal = refused(counting, facts())
+    assert refusal.detail == "too many tunnels"
+    assert (b"RateLimit-Policy", b'"a";q=1;qu="concurrent-requests"') in refusal.fields
+    for _ in range(2):
+        lease.release()
+        lease = judged(counting, facts()).lease
+    lease.release()
+    assert refused(counting, facts()).detail == "over"
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "moving", "sliding"])
+def test_exact_under_200_clients_at_once(strategy: str) -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    counting = limits(
+        config("rate", "60/minute", strategy=strategy), config("open", None, max_tunnels=50), counters=counters
+    )
+    seen = facts()
+
+    async def client() -> LimitsOutcome:
+        await asyncio.sleep(0)
+        return await counting.judge(seen)
+
+    async def clients() -> list[LimitsOutcome]:
+        return await asyncio.gather(*(client() for _ in range(200)))
+
+    outcomes = asyncio.run(clients())
+    reasons = Counter(outcome.refusal.detail if outcome.refusal else "" for outcome in outcomes)
+    assert reasons == {"": 50, "too many tunnels": 150}
+    for outcome in outcomes:
+        outcome.lease.release()
+    outcomes = asyncio.run(clients())
+    assert sum(outcome.refusal is None for outcome in outcomes) == 10
+    for outcome in outcomes:
+        outcome.lease.release()
+    clock.now += 120
+    outcomes = asyncio.run(clients())
+    assert sum(outcome.refusal is None for outcome in outcomes) == 50
+
+
+# Trying a limit, joining limits, seeing what they do.
+
+
+def test_what_only_logs_counts_and_refuses_nothing() -> None:
+    counted: Counter[str] = Counter()
+    counting = limits(
+        config(mode="log", limit="2/minute"), config("open", None, mode="log", max_tunnels=3), counted=counted
+    )
+    outcomes = [judged(counting, facts()) for _ in range(5)]
+    assert all(outcome.refusal is None and outcome.limit == "" for outcome in outcomes)
+    assert [outcome.logged for outcome in outcomes] == [(), (), ("a",), ("a", "open"), ("a", "open")]
+    for outcome in outcomes:
+        outcome.lease.release()
+    assert judged(counting, facts()).logged == ("a",)
+    assert counted == {
+        "rate limit: a: asked": 6,
+        "rate limit: a: over, let through": 4,
+        "rate limit: open: asked": 6,
+        "rate limit: open: too many tunnels, let through": 2,
+    }
+
+
+def test_counters_say_what_was_over() -> None:
+    counted: Counter[str] = Counter()
+    counting = limits(config(block_for=Timeout(60)), config("never", when='path == "/other"'), counted=counted)
+    for _ in range(4):
+        judged(counting, facts())
+    assert counted == {"rate limit: a: asked": 4, "rate limit: a: over": 1, "rate limit: a: blocked": 2}
+
+
+def test_who_is_refused_uses_up_no_other_limit() -> None:
+    counting = limits(config("mine"), config("shared", "3/minute", key=("path",)))
+    for _ in range(9):
+        judged(counting, facts())
+    assert passes(counting, facts(ip="192.0.2.2"))
+    assert passes(counting, facts(ip="192.0.2.3"))
+    assert judged(counting, facts(ip="192.0.2.4")).limit == "shared"
+
+
+def test_joined_limits_are_asked_at_once() -> None:
+    counters = MemoryCounters(clock=Clock())
+    counted: Counter[str] = Counter()
+    everywhere = limits(config(limit="2/minute"), counters=counters, counted=counted)
+    site = limits(config(), counters=counters, scope="chat.example.com", counted=counted)
+    both = everywhere + site
+    assert (len(everywhere), len(site), len(both)) == (1, 1, 2)
+    assert passes(both, facts())
+    for _ in range(9):
+        assert judged(both, facts()).limit == "a"
+    assert passes(everywhere, facts())  # not used up by what the site's limit refused
+    assert not passes(everywhere, facts())
+
+
+def test_the_trace() -> None:
+    counting = limits(
+        config(),
+        config("cookie", key=("ip", "cookie:s")),
+        config("login", when='path == "/login"', block_for=Timeout(60)),
+        config("open", None, max_tunnels=1, mode="log"),
+    )
+    first: list[LimitTrace] = []
+    second: list[LimitTrace] = []
+    judged(counting, facts(), first)
+    judged(counting, facts(), second)
+    ip = (("ip", "192.0.2.1"),)
+    assert first == [
+        LimitTrace("a", "block", ip, "within"),
+        LimitTrace("cookie", "block", ip, "does not apply: the request has no cookie:s"),
+        LimitTrace("login", "block", ip, "does not apply: its when is false"),
+        LimitTrace("open", "log", ip, "within"),
+    ]
+    assert second[0] == LimitTrace("a", "block", ip, "over, for 60 s")
+    assert second[3] == LimitTrace("open", "log", ip, "too many tunnels, let through, for 10 s")
+    nothing: list[LimitTrace] = []
+    judged(limits(config(key=("ja4", "cookie:s"))), facts(), nothing)
+    assert nothing == [LimitTrace("a", "block", (), "does not apply: the request has no ja4 and no cookie:s")]
+
+
+# What is refused when they are loaded.
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts"),
+    [
+        ("10/10s", ['"10/10s" is not a limit; write "10 per 10 seconds"']),
+        ("30/m", ['write "30/minute"']),
+        ("30 per min", ['write "30/minute"']),
+        ("5/h", ['write "5/hour"']),
+        ("5 per 2d", ['write "5 per 2 days"']),
+        ("5/week", ["second, minute, hour, day"]),
+        ("5/w", ['write "5 per 7 days"']),
+        ("5/minuets", ['write "5/minute"']),
+        ("5/2 minuets", ['write "5 per 2 minutes"']),
+        ("30", ['"30/minute", "1000/hour" or "10 per 10 seconds"']),
+        ("", ['"" is not a limit; write "30/minute"']),
+        ("-1/minute", ["is not a limit"]),
+        ("1.5/minute", ["is not a limit"]),
+        ("x/minute", ["is not a limit"]),
+        ("1" * 5000 + "/minute", ["is not a limit"]),
+        ("1/second; 5/minute", ["more than one limit; write a rate limit for each"]),
+        ("0/minute", ["lets nothing through", 'action = "block"']),
+        ("5 per 0 minutes", ["lets nothing through"]),
+        ("1" + "0" * 15 + "/minute", ["out of reach"]),
+        ("1/367 days", ["out of reach"]),
+    ],
+)
+def test_a_limit_that_cannot_be_read(limit: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        limits(config("mine", limit))
+    message = str(caught.value)
+    assert message.startswith('rate limit "mine": ')
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields"),
+    [
+        ("30/minute", b"q=30;w=60"),
+        ("30 per minute", b"q=30;w=60"),
+        ("30 PER MINUTES", b"q=30;w=60"),
+        ("10 per 10 seconds", b"q=10;w=10"),
+        ("10/10 seconds", b"q=10;w=10"),
+        ("5/2 days", b"q=5;w=172800"),
+    ],
+)
+def test_a_limit_that_is_read(limit: str, fields: bytes) -> None:
+    counting = limits(config(limit=limit))
+    while (refusal := judged(counting, facts()).refusal) is None:
+        pass
+    assert refusal.fields[2][1] == b'"a";' + fields
+
+
+def test_a_moving_window_is_not_too_large() -> None:
+    limits(config(limit="1000/minute", strategy="moving"))
+    limits(config(limit="1000000/minute", strategy="sliding"))
+    with pytest.raises(ConfigurationError, match='1000 at most; write strategy = "sliding"'):
+        limits(config(limit="1001/minute", strategy="moving"))
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("IP", 'unknown key "IP"; did you mean "ip"?'),
+        ("client-subject", 'did you mean "client_subject"?'),
+        ("headers:X-User", 'did you mean "header:X-User"?'),
+        ("Cookie:s", 'did you mean "cookie:s"?'),
+        ("header", 'key "header" names no header; write "header:NAME", such as "header:X-User"'),
+        ("header:", "names no header"),
+        ("header:X User", "names no header"),
+        ("cookie:", "names no cookie"),
+        ("cookie:a;b", "names no cookie"),
+        ("zzz", "it may be ip, header:NAME, cookie:NAME, path, host, ja4, client_subject"),
+        ("", 'unknown key ""; it may be ip'),
+        ("ip:1", 'did you mean "ip"?'),
+    ],
+)
+def test_an_unknown_key(key: str, part: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        limits(config("mine", key=("ip", key)))
+    assert str(caught.value).startswith('rate limit "mine": ')
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([config(), config()], 'rate limit "a": there are two of this name; they would be one'),
+        ([config(limit=None)], 'rate limit "a": it limits nothing; write limit = "30/minute"'),
+        ([config(key=())], 'rate limit "a": key names nothing to count by'),
+        ([config("b\n", when="pth == 'x'")], 'rate limit "b\\n": when: line 1, column 1: '),
+        ([config(when="path")], 'rate limit "a": when: line 1, column 1: '),
+    ],
+)
+def test_what_cannot_be_meant(configs: list[RateLimitConfig], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        limits(*configs)
+    assert message in str(caught.value)

@@ -1,0 +1,512 @@
+"""Expressions of the Common Expression Language (CEL), checked when they are loaded, evaluated for each request.
+
+The library `cel` parses and evaluates. It checks no names and no types, so that is done here: a tokenizer of our own
+goes over each expression (which the library has parsed by then) for its names, calls and literals. Regular expressions
+are google-re2's, compiled once; the library's own ``matches`` compiles its pattern at each call.
+"""
+
+import difflib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import cel
+import re2  # type: ignore[import-untyped]
+
+from tlstunnel.addresses import quoted
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.escaping import printable
+from tlstunnel.firewall.facts import (
+    FIELDS,
+    MAX_COOKIES,
+    MAX_ELEMENTS,
+    MAX_QUERY_VALUES,
+    Connection,
+    Facts,
+    gather,
+)
+from tlstunnel.firewall.lists import AddressSet, NamedLists
+from tlstunnel.handshake.request import MAX_FIELDS, UpgradeRequest
+
+MAX_EXPRESSION = 8192
+"""Bytes of an expression. Google Cloud Armor takes 2048 characters, Cloudflare 4096."""
+
+MAX_STEPS = 2000
+"""Steps of comprehensions in each other: the product of what they run over. With a regular expression in each step that
+is 10 ms; three over 100 elements each would be 285 ms."""
+
+MAX_RANGE = max(MAX_QUERY_VALUES, MAX_COOKIES, MAX_ELEMENTS, MAX_FIELDS)
+"""What a comprehension may run over, unless it runs over a list that stands in the expression."""
+
+MAX_PROGRAM = 1000
+"""Instructions of a regular expression. Where an input defeats RE2's cached automaton, each byte costs 13 ns for every
+one of them (16 KB and 900 instructions: 0.2 s). What is long is a list of words, and belongs into a named list."""
+
+MAX_AUTOMATON = 1 << 20
+"""Bytes of memory for the cached automaton of each regular expression; inputs can make it grow that far. RE2's own
+default is 8 MiB. With 64 KiB, long alternations take ten times as long."""
+
+_MAPS = frozenset({"headers", "query", "cookies"})
+_MACROS = frozenset({"all", "exists", "exists_one", "existsOne", "map", "filter"})
+_OURS = frozenset({"regex", "lower", "ip_in", "in_list"})
+_METHODS = _MACROS | {
+    *("startsWith", "endsWith", "contains", "size", "regex", "lower"),
+    *("getFullYear", "getMonth", "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear"),
+    *("getHours", "getMinutes", "getSeconds", "getMilliseconds"),
+}
+_FUNCTIONS = frozenset({"ip_in", "in_list", "size", "int", "double", "string", "timestamp", "duration", "has"})
+_WORDS = frozenset({"true", "false", "null", "in"})
+_HINTS = {
+    "matches": 'write value.regex("pattern"), whose pattern is compiled once',
+    "lowerAscii": "write value.lower()",
+    "header": 'write headers["name"]',
+}
+_TOKEN = re.compile(
+    r"""(?P<space>(?:\s|//[^\n]*)+)
+    |(?P<string>[rR]?[bB]?[rR]?(?:\"\"\"|'''|"|'))
+    |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
+    |(?P<number>0[xX][0-9A-Fa-f]+[uU]?|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[uU]?)
+    |(?P<mark>&&|\|\||[<>=!]=|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_BODY = {
+    (quote, raw): re.compile((r".*?" if raw else r"(?:\\.|[^\\])*?") + quote, re.DOTALL)
+    for quote in ('"""', "'''", '"', "'")
+    for raw in (False, True)
+}
+_PARSE_ERROR = re.compile(r"<input>:([0-9]+):([0-9]+): ([^\n]*)")
+_FROM_PYTHON = "Python function call failed: TypeError: "
+_MAX_REASON = 200
+
+# It warns, with a client's value in the text, whenever a function of ours raises; `EvaluationError` says the same.
+logging.getLogger("cel").setLevel(logging.CRITICAL + 1)
+
+
+class ExpressionError(ConfigurationError):
+    """What is wrong with an expression, and at which `line` and `column` of it; both count from 1."""
+
+    def __init__(self, reason: str, line: int, column: int) -> None:
+        super().__init__(f"line {line}, column {column}: {reason}")
+        self.reason = reason
+        self.line = line
+        self.column = column
+
+
+class EvaluationError(Exception):
+    """An expression gave no answer for a request; the text is fit for the log.
+
+    `typing` says that values of a wrong type met, which no request is to blame for; otherwise there was no such key or
+    index, or a text was no number or time.
+    """
+
+    def __init__(self, reason: str, *, typing: bool = False) -> None:
+        super().__init__(reason)
+        self.typing = typing
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A checked expression, the `fields` of `Facts` that it reads and the functions of ours that it calls."""
+
+    text: str
+    fields: frozenset[str]
+    functions: frozenset[str]
+    _program: cel.Program
+
+    def evaluate(self, context: cel.Context) -> bool:
+        """Whether it holds. Raises `EvaluationError`, and nothing else for anything that a client sent."""
+        try:
+            found = self._program.execute(context)
+        except KeyError as error:
+            raise EvaluationError(f"there is no key {quoted(str(error.args[0]))}") from None
+        except BaseException as error:
+            # The library maps its errors to a dozen types. A panic of its Rust is none of Exception, and no reason for
+            # a process to end.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise _no_answer(error) from None
+        if isinstance(found, bool):
+            return found
+        raise EvaluationError(f"it gives {_type(found)}, not true or false", typing=True)
+
+
+class Scope:
+    """What a group of expressions reads, so that a request's values are handed to the library once for all of them.
+
+    Only what is read: handing over the scalars takes 8 us, the maps of a browser's request 55 us.
+    """
+
+    __slots__ = ("_fields", "_functions")
+
+    def __init__(self, expressions: Iterable[Expression], functions: dict[str, Callable[..., Any]]) -> None:
+        found = tuple(expressions)
+        used = frozenset[str]().union(*(one.fields for one in found))
+        called = frozenset[str]().union(*(one.functions for one in found))
+        self._fields = tuple(name for name in FIELDS if name in used)
+        self._functions = {name: function for name, function in functions.items() if name in called}
+
+    def context(self, facts: Facts) -> cel.Context:
+        """Make what `Expression.evaluate` takes."""
+        return cel.Context({name: getattr(facts, name) for name in self._fields}, self._functions)
+
+
+class Expressions:
+    """Compiles expressions. Their functions ask `lists` by name, and so see what a list holds at that moment."""
+
+    def __init__(self, lists: NamedLists | None = None) -> None:
+        self._lists = lists or NamedLists()
+        self._networks: dict[tuple[str, ...], AddressSet] = {}
+        self._patterns: dict[str, Callable[[bytes], object]] = {}
+        self._functions: dict[str, Callable[..., Any]] = {
+            "ip_in": self._ip_in,
+            "in_list": self._in_list,
+            "regex": self._regex,
+            "lower": _lower,
+        }
+
+    def compile(self, text: str) -> Expression:
+        """Check an expression and make it ready. Raises `ExpressionError`, which names the place and the nearest name.
+
+        It is tried on a request too: what mixes types there, or gives something else than true or false, is refused.
+        """
+        if len(text.encode()) > MAX_EXPRESSION:
+            raise ExpressionError(f"the expression has more than {MAX_EXPRESSION} bytes", 1, 1)
+        try:
+            program = cel.compile(text)
+        except ValueError as error:
+            raise _unparsable(str(error)) from None
+        reading = _Reading(text, self._literals)
+        # Were the tokenizer to overlook something, the library's own list would have it.
+        unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - reading.seen
+        if unseen:
+            raise ExpressionError(f"{quoted(min(unseen))} cannot be used here", 1, 1)
+        expression = Expression(text, frozenset(reading.fields), frozenset(reading.functions), program)
+        self._try(expression)
+        return expression
+
+    def scope(self, expressions: Iterable[Expression]) -> Scope:
+        """What these expressions read and call."""
+        return Scope(expressions, self._functions)
+
+    def condition(self, text: str, failed: Callable[[str], None] | None = None) -> Callable[[Facts], bool]:
+        """Compile `text` into a function that raises nothing: where it gives no answer, `failed` is told why.
+
+        Raises `ExpressionError`.
+        """
+        expression = self.compile(text)
+        scope = self.scope([expression])
+
+        def holds(facts: Facts) -> bool:
+            try:
+                return expression.evaluate(scope.context(facts))
+            except EvaluationError as error:
+                if failed:
+                    failed(str(error))
+                return False
+
+        return holds
+
+    def _try(self, expression: Expression) -> None:
+        try:
+            expression.evaluate(self.scope([expression]).context(_SAMPLE))
+        except EvaluationError as error:
+            if error.typing:
+                raise ExpressionError(str(error), 1, 1) from None
+
+    def _literals(self, function: str, values: list[str]) -> None:
+        """Take the literals of a call when it is loaded. Raises ValueError for what cannot be."""
+        if function == "regex":
+            self._patterns.setdefault(values[0], _pattern(values[0]))
+        elif function == "ip_in":
+            self._networks.setdefault(tuple(values), AddressSet(values))
+        elif values[0] not in self._lists:
+            near = difflib.get_close_matches(values[0][:100], self._lists.names, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else "lists = { NAME = ... } at the top of the file makes one"
+            raise ValueError(f"there is no list {quoted(values[0])}; {hint}")
+
+    def _ip_in(self, ip: object, *networks: str) -> bool:
+        return _string(ip, "ip_in") in self._networks[networks]
+
+    def _in_list(self, value: object, name: str) -> bool:
+        return _string(value, "in_list") in self._lists[name]
+
+    def _regex(self, value: object, pattern: str) -> bool:
+        # Bytes: for a string the library would also count characters up to the match.
+        return self._patterns[pattern](_string(value, "regex").encode()) is not None
+
+
+def _no_answer(error: BaseException) -> EvaluationError:
+    text = str(error)
+    # As the library reports what a function of ours raised.
+    _, ours, reason = text.partition(_FROM_PYTHON)
+    typing = bool(ours) or isinstance(error, TypeError)
+    return EvaluationError(printable((reason or text).partition(". C")[0][:_MAX_REASON]), typing=typing)
+
+
+def _lower(value: object) -> str:
+    return _string(value, "lower").lower()
+
+
+def _string(value: object, function: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{function} takes a string, not {_type(value)}")
+
+
+def _pattern(pattern: str) -> Callable[[bytes], object]:
+    """Compile a regular expression and give its search. Raises ValueError."""
+    options = re2.Options()
+    options.log_errors = False
+    options.never_capture = True
+    options.max_mem = MAX_AUTOMATON
+    try:
+        compiled = re2.compile(pattern, options)
+    except re2.error as error:
+        reason = error.args[0]
+        said = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
+        raise ValueError(f"the pattern {quoted(pattern)} is not one of RE2: {printable(said)}") from None
+    if max(compiled.programsize, compiled.reverseprogramsize) > MAX_PROGRAM:
+        reason = "a named list is the place for many words, and a smaller count in {} for repetitions"
+        raise ValueError(f"the pattern {quoted(pattern)} is too large; {reason}")
+    search: Callable[[bytes], object] = compiled.search
+    return search
+
+
+def _unparsable(message: str) -> ExpressionError:
+    match = _PARSE_ERROR.search(message)
+    if not match:
+        return ExpressionError(printable(message.partition("\n")[0][:_MAX_REASON]), 1, 1)
+    # ANTLR lists every token that could have stood there.
+    reason = match[3].removeprefix("Syntax error: ").partition(" expecting ")[0]
+    return ExpressionError(printable(f"not CEL: {reason}"[:_MAX_REASON]), int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    text: str
+    at: int
+
+
+def _tokens(text: str) -> list[_Token]:
+    """Cut an expression that the library has parsed into tokens, without white space and comments."""
+    tokens: list[_Token] = []
+    at = 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        assert match is not None  # its last alternative takes any character
+        assert match.lastgroup is not None
+        end = match.end()
+        if match.lastgroup == "string":
+            prefix = match[0].rstrip("\"'")
+            body = _BODY[match[0][len(prefix) :], "r" in prefix.lower()].match(text, end)
+            if body is None:
+                raise _wrong("a string has no end", text, at)
+            end = body.end()
+        if match.lastgroup != "space":
+            tokens.append(_Token(match.lastgroup, text[at:end], at))
+        at = end
+    return tokens
+
+
+def _wrong(reason: str, text: str, at: int) -> ExpressionError:
+    return ExpressionError(reason, text.count("\n", 0, at) + 1, at - (text.rfind("\n", 0, at) + 1) + 1)
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    if name in _HINTS:
+        return f"there is no {what} {quoted(name)}; {_HINTS[name]}"
+    names = sorted(known)
+    near = difflib.get_close_matches(name[:100], names, n=1)
+    return f"there is no {what} {quoted(name)}; " + (
+        f'did you mean "{near[0]}"?' if near else f"there are {', '.join(names)}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Comprehension:
+    variable: str
+    size: int
+    over_query: bool
+
+
+class _Reading:
+    """One walk over the tokens of an expression: what it uses, and whether it may.
+
+    `fields` and `functions` are those used, `seen` all names that were looked at. Raises `ExpressionError`.
+    """
+
+    def __init__(self, text: str, literals: Callable[[str, list[str]], None]) -> None:
+        self.fields: set[str] = set()
+        self.functions: set[str] = set()
+        self.seen: set[str] = set()
+        self._text = text
+        self._literals = literals
+        self._tokens = _tokens(text)
+        # For each open parenthesis, the comprehension whose it is, or None.
+        self._open: list[_Comprehension | None] = []
+        for index, token in enumerate(self._tokens):
+            if token.kind == "name":
+                self._name(index, token)
+            elif token.text == "(":
+                self._open.append(self._comprehension(index))
+            elif token.text == ")":
+                self._open.pop()
+            elif token.kind == "string" and "headers" in (self._indexed(index), self._searched(index)):
+                self._header_name(token, self._value(token))
+
+    def _of(self, index: int) -> str:
+        return self._tokens[index].text if 0 <= index < len(self._tokens) else ""
+
+    def _indexed(self, index: int) -> str:
+        """Give the name in whose brackets this token stands, as in ``headers["x"]``."""
+        return self._of(index - 2) if self._of(index - 1) == "[" else ""
+
+    def _searched(self, index: int) -> str:
+        """Give the name that is asked for this token, as in ``"x" in headers``."""
+        return self._of(index + 2) if self._of(index + 1) == "in" else ""
+
+    def _name(self, index: int, token: _Token) -> None:
+        name = token.text
+        self.seen.add(name)
+        member, call = self._of(index - 1) == ".", self._of(index + 1) == "("
+        if call:
+            self._call(index, token, member=member)
+        elif member:
+            if self._of(index - 2) not in _MAPS:
+                raise self._wrong(token, f"only headers, query and cookies have members, such as {quoted(name)}")
+            if self._of(index - 2) == "headers":
+                self._header_name(token, name)
+        elif name not in _WORDS and name not in (bound := {one.variable for one in self._around()}):
+            if name not in FIELDS:
+                raise self._wrong(token, _unknown("field", name, {*FIELDS, *bound}))
+            self.fields.add(name)
+
+    def _around(self) -> list["_Comprehension"]:
+        """Give the comprehensions that are open here, the innermost last."""
+        return [one for one in self._open if one]
+
+    def _call(self, index: int, token: _Token, *, member: bool) -> None:
+        name = token.text
+        if member and name not in _METHODS:
+            hint = f"write {name}(...), with the value inside" if name in _FUNCTIONS else ""
+            raise self._wrong(token, hint or _unknown("method", name, _METHODS))
+        if not member and name not in _FUNCTIONS:
+            hint = f"write value.{name}(...)" if name in _METHODS else ""
+            raise self._wrong(token, hint or _unknown("function", name, _FUNCTIONS))
+        if name in _OURS:
+            self.functions.add(name)
+        if name in ("regex", "ip_in", "in_list"):
+            self._take_literals(index, token)
+
+    def _comprehension(self, index: int) -> "_Comprehension | None":
+        """Give the comprehension whose parenthesis this is. Refuses one that could take long."""
+        if self._of(index - 1) not in _MACROS or self._of(index - 2) != ".":
+            return None
+        macro, variable = self._tokens[index - 1], self._tokens[index + 1]
+        if variable.text in FIELDS:
+            raise self._wrong(variable, f"{quoted(variable.text)} is a field; give the variable another name")
+        if self._of(index + 2) != ",":
+            raise self._wrong(variable, f'{macro.text} takes a variable and an expression, such as (x, x == "a")')
+        around = self._around()
+        # Each step copies what there is so far.
+        if around and macro.text in ("map", "filter"):
+            raise self._wrong(macro, f"{macro.text} cannot stand in another comprehension; exists and all can")
+        size = self._size(index - 3, around[-1] if around else None)
+        if size * math.prod(one.size for one in around) > MAX_STEPS:
+            reason = f"these comprehensions could take more than {MAX_STEPS} steps"
+            hint = "the inner one may run over query[x], where the outer one runs over query, or over a short list"
+            raise self._wrong(macro, f"{reason}; {hint}")
+        return _Comprehension(variable.text, size, self._of(index - 3) == "query" and self._of(index - 4) != ".")
+
+    def _size(self, last: int, outer: "_Comprehension | None") -> int:
+        """How many steps the comprehension takes for each step around it, whose range ends at the token `last`."""
+        if self._of(last) != "]":
+            return MAX_RANGE
+        start, depth, elements = last, 0, 1
+        while True:
+            text = self._of(start)
+            depth += (text in (")", "]", "}")) - (text in ("(", "[", "{"))
+            if not depth:
+                break
+            elements += depth == 1 and text == ","
+            start -= 1
+        before = self._tokens[start - 1] if start else None
+        if before is None or (before.kind == "mark" and before.text not in (")", "]", "}")) or before.text == "in":
+            return elements
+        # All values of all names together are no more than there may be in a query.
+        if outer and outer.over_query and before.text == "query" and self._of(start + 1) == outer.variable:
+            return 1 if last == start + 2 else MAX_RANGE
+        return MAX_RANGE
+
+    def _take_literals(self, index: int, token: _Token) -> None:
+        """Read the literals of a call: those behind the first argument, or all of a method's."""
+        arguments = self._arguments(index + 1)
+        if token.text == "regex":
+            wanted, right = arguments, len(arguments) == 1
+            usage = 'value.regex("pattern")'
+        else:
+            wanted, right = arguments[1:], len(arguments) == 2 or (token.text == "ip_in" and len(arguments) > 2)
+            usage = 'ip_in(ip, "10.0.0.0/8", ...)' if token.text == "ip_in" else 'in_list(value, "name")'
+        if not right or any(len(argument) != 1 or argument[0].kind != "string" for argument in wanted):
+            raise self._wrong(token, f"{token.text} is written {usage}, and what stands in quotes here is a literal")
+        try:
+            self._literals(token.text, [self._value(argument[0]) for argument in wanted])
+        except ValueError as error:
+            raise self._wrong(wanted[0][0], str(error)) from None
+
+    def _arguments(self, start: int) -> list[list[_Token]]:
+        """Give the tokens of each argument of the call whose parenthesis is at `start`."""
+        arguments: list[list[_Token]] = [[]]
+        depth = 0
+        for token in self._tokens[start:]:
+            depth += (token.text in ("(", "[", "{")) - (token.text in (")", "]", "}"))
+            if not depth:
+                break
+            if depth == 1 and token.text == ",":
+                arguments.append([])
+            elif depth > 1 or token.text != "(":
+                arguments[-1].append(token)
+        return arguments if arguments != [[]] else []
+
+    def _value(self, token: _Token) -> str:
+        """Give what a string literal stands for, as the library reads it."""
+        value = cel.compile(token.text).execute()
+        if not isinstance(value, str):
+            raise self._wrong(token, "bytes stand nowhere here; write a string, without the b")
+        return value
+
+    def _header_name(self, token: _Token, name: str) -> None:
+        if name != name.lower():
+            raise self._wrong(token, f"names of headers are in lower case here: {quoted(name.lower())}")
+
+    def _wrong(self, token: _Token, reason: str) -> ExpressionError:
+        return _wrong(reason, self._text, token.at)
+
+
+def _type(value: object) -> str:
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "a map"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _sample() -> Facts:
+    """Give a plain handshake, to try expressions on."""
+    fields = {b"host": [b"chat.example.com"], b"origin": [b"https://chat.example.com"], b"user-agent": [b"Mozilla/5.0"]}
+    request = UpgradeRequest(
+        target=b"/",
+        fields=tuple((name, values[0]) for name, values in fields.items()),
+        authority=b"chat.example.com",
+        host="chat.example.com",
+        key=b"",
+        subprotocols=frozenset(),
+        extensions=frozenset(),
+        by_name=fields,
+    )
+    connection = Connection("192.0.2.1", "TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example.com", "", "", "*")
+    return gather(request, connection, strict_path=True, now=1_767_225_600.0)
+
+
+_SAMPLE = _sample()

@@ -1,0 +1,32 @@
+"""The families of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 number alike."""
+
+_FAMILIES = {
+    910: "IP reputation",
+    911: "method",
+    912: "denial of service",
+    913: "scanner",
+    920: "protocol violation",
+    921: "protocol attack",
+    922: "multipart attack",
+    930: "path traversal",
+    931: "remote file inclusion",
+    932: "command injection",
+    933: "PHP injection",
+    934: "code injection",
+    941: "cross-site scripting",
+    942: "SQL injection",
+    943: "session fixation",
+    944: "Java attack",
+    949: "anomaly score",
+}
+
+
+LOG4SHELL = 99_900_044
+"""The id of our own rule, in ``log4shell.conf``."""
+
+
+def family(rule: int) -> str:
+    """Name what a rule of CRS looks for; "own rule" for an id that is not CRS's (its own are 900000 to 999999)."""
+    if rule == LOG4SHELL:
+        return _FAMILIES[944]
+    return _FAMILIES.get(rule // 1000, "other" if 900_000 <= rule <= 999_999 else "own rule")

@@ -1,0 +1,233 @@
+"""Faults in rules of one's own that libmodsecurity loads without a word, after which a rule never matches.
+
+Seen with 3.0.9: a regular expression that does not compile, an operator that does not exist, a quote that is not closed
+and a chain that leads nowhere. Also what it reports badly: a missing id (with a wrong file name), an id used twice. And
+what a rule for handshakes cannot do. Everything else libmodsecurity refuses itself, with line and column.
+"""
+
+import ctypes
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from tlstunnel.addresses import quoted
+from tlstunnel.errors import ConfigurationError
+
+MAX_FILE = 4_194_304
+"""Bytes of a file of rules; the whole of CRS has 0.5 MB."""
+
+_OPERATORS = """
+beginsWith contains containsWord detectSQLi detectXSS endsWith eq fuzzyHash ge geoLookup gt ipMatch ipMatchF
+ipMatchFromFile le lt noMatch pm pmf pmFromFile rsub rx rxGlobal streq strmatch unconditionalMatch validateByteRange
+validateDTD validateHash validateSchema validateUrlEncoding validateUtf8Encoding verifyCC verifyCPF verifySSN
+verifySVNR within
+"""
+_BY_LOWER_CASE = {name.lower(): name for name in _OPERATORS.split()}
+
+_OUT_OF_REACH = {
+    "secremoterules": "rules are not fetched from the network; keep them in a file",
+    "include": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
+    "includeoptional": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
+    "secrulescript": "rules cannot run programs",
+    "@rbl": "a rule cannot ask the network; keep the addresses in a list of the firewall",
+    "@gsblookup": "a rule cannot ask the network; keep the addresses in a list of the firewall",
+    "@inspectfile": "rules cannot run programs",
+    "exec": "rules cannot run programs",
+}
+
+_WORD = re.compile(r'(?:"((?:\\.|[^"\\])*)"|([^\s"]+))(?=\s|$)', re.DOTALL)
+_OPERATOR = re.compile(r"(!?)\s*@(\w+)\s*(.*)", re.DOTALL)
+_ACTION = re.compile(r"((?:\\.|[^,'\\]|'(?:\\.|[^'\\])*')*)(?:,|$)", re.DOTALL)
+
+RegexFault = Callable[[str], str | None]
+"""Says why a regular expression does not compile, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Directive:
+    """``name`` in lower case, its ``words`` without quotes, and the number of its first line."""
+
+    line: int
+    name: str
+    words: tuple[str, ...]
+
+
+class _Fault(Exception):
+    """What is wrong in line `line`."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+        self.reason = reason
+
+
+def check(files: Iterable[Path], known: Mapping[int, str]) -> None:
+    """Lint files of rules, in loading order; `known` are ids that are taken, and by what.
+
+    Raises ConfigurationError, its message ``FILE:LINE: ...``.
+    """
+    ids = dict(known)
+    for path in files:
+        try:
+            if path.stat().st_size > MAX_FILE:
+                raise ConfigurationError(f"{path}: has more than {MAX_FILE} bytes; it does not look like rules")
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"{path}: the file is not UTF-8") from None
+        try:
+            _check_text(text, str(path), ids, pcre2_fault)
+        except _Fault as fault:
+            raise ConfigurationError(f"{path}:{fault.line}: {fault.reason}") from None
+
+
+def _check_text(text: str, file: str, ids: dict[int, str], fault_of: RegexFault) -> None:
+    if text and not text.endswith("\n"):
+        # libmodsecurity's parser would go on in the next file, and name that one.
+        raise _Fault(text.count("\n") + 1, "the last line does not end; put a newline behind it")
+    chain: _Directive | None = None
+    for directive in _directives(text):
+        if directive.name in _OUT_OF_REACH:
+            raise _Fault(directive.line, f"{directive.name}: {_OUT_OF_REACH[directive.name]}")
+        if chain and directive.name != "secrule":
+            break
+        if directive.name == "secrule":
+            _check_operator(directive, fault_of)
+        if directive.name not in ("secrule", "secaction"):
+            continue
+        actions = _actions(directive)
+        if not chain:
+            _check_id(directive, actions, file, ids)
+        chain = directive if "chain" in actions else None
+    if chain:
+        raise _Fault(chain.line, "the chain leads nowhere: another SecRule must follow, or remove the action chain")
+
+
+def _directives(text: str) -> Iterator[_Directive]:
+    """Give each directive of a file; one goes on after a line that ends with a backslash."""
+    lines = iter(enumerate(text.split("\n"), 1))
+    for number, first in lines:
+        line = first.rstrip("\r")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        parts = [line]
+        while parts[-1].endswith("\\"):
+            parts[-1] = parts[-1][:-1]
+            parts.append(next(lines, (0, ""))[1].rstrip("\r"))
+        words = _words(number, "".join(parts))
+        yield _Directive(number, words[0].lower(), words[1:])
+
+
+def _words(number: int, text: str) -> tuple[str, ...]:
+    words: list[str] = []
+    while text := text.lstrip():
+        match = _WORD.match(text)
+        if match is None:
+            raise _Fault(number, 'a quote is not closed; end it, or write \\" for one inside a text')
+        inside, plain = match.groups()
+        words.append(plain if inside is None else inside.replace('\\"', '"'))
+        text = text[match.end() :]
+    return tuple(words)
+
+
+def _check_operator(directive: _Directive, fault_of: RegexFault) -> None:
+    if len(directive.words) not in (2, 3):
+        wanted = 'SecRule VARIABLES "OPERATOR" "ACTIONS"'
+        raise _Fault(directive.line, f"expected {wanted}, got {len(directive.words)} parts; is a quote missing?")
+    text = directive.words[1]
+    match = _OPERATOR.fullmatch(text.strip())
+    name, argument = (match[2], match[3]) if match else ("rx", text.removeprefix("!"))
+    if reason := _OUT_OF_REACH.get("@" + name.lower()):
+        raise _Fault(directive.line, f"@{name}: {reason}")
+    if name.lower() not in _BY_LOWER_CASE:
+        near = get_close_matches(name.lower(), _BY_LOWER_CASE, n=1)
+        hint = (
+            f"did you mean @{_BY_LOWER_CASE[near[0]]}?" if near else "see the ModSecurity reference manual, operators"
+        )
+        raise _Fault(directive.line, f"there is no operator {quoted('@' + name)}; {hint}")
+    if name.lower() in ("rx", "rxglobal") and "%{" not in argument and (reason := fault_of(argument)):
+        raise _Fault(
+            directive.line, f"the regular expression {quoted(argument)} does not compile: {reason}; correct it"
+        )
+
+
+def _actions(directive: _Directive) -> dict[str, str]:
+    """Give the actions of a rule by name, in lower case; of repeated ones the last."""
+    text = directive.words[-1] if len(directive.words) == (3 if directive.name == "secrule" else 1) else ""
+    actions: dict[str, str] = {}
+    position = 0
+    while position < len(text):
+        match = _ACTION.match(text, position)
+        if match is None:
+            shown = quoted(text[position:].strip())
+            raise _Fault(
+                directive.line, f"a quote is not closed at {shown}; end it, or write \\\\' for one inside a text"
+            )
+        name, _, value = match[1].strip().partition(":")
+        name = name.strip().lower()
+        if name in _OUT_OF_REACH:
+            raise _Fault(directive.line, f"{name}: {_OUT_OF_REACH[name]}")
+        actions[name] = value.strip().strip("'")
+        position = match.end()
+    return actions
+
+
+def _check_id(directive: _Directive, actions: Mapping[str, str], file: str, ids: dict[int, str]) -> None:
+    number = actions.get("id", "")
+    if not number.isascii() or not number.isdigit() or len(number) > 9 or not int(number):
+        raise _Fault(directive.line, "the rule has no id; give it one of its own, such as id:1001")
+    if taken := ids.get(int(number)):
+        raise _Fault(
+            directive.line, f"the id {int(number)} is taken by {taken}; choose another, such as one below 100000"
+        )
+    ids[int(number)] = f"{file}:{directive.line}"
+
+
+@cache
+def pcre2_fault(pattern: str) -> str | None:
+    """Why PCRE2, which libmodsecurity uses, does not compile a regular expression; None where it does.
+
+    Raises ConfigurationError where the library is missing.
+    """
+    library = _pcre2()
+    raw = pattern.encode()
+    code, offset = ctypes.c_int(), ctypes.c_size_t()
+    compiled = library.pcre2_compile_8(raw, len(raw), _PCRE2_OPTIONS, ctypes.byref(code), ctypes.byref(offset), None)
+    if compiled:
+        library.pcre2_code_free_8(compiled)
+        return None
+    message = ctypes.create_string_buffer(256)
+    library.pcre2_get_error_message_8(code, message, len(message))
+    return f"{message.value.decode('ascii', 'replace')} at character {offset.value}"
+
+
+_PCRE2_OPTIONS = 0x20 | 0x400  # PCRE2_DOTALL | PCRE2_MULTILINE of pcre2.h, as libmodsecurity compiles
+
+
+@cache
+def _pcre2() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libpcre2-8.so.0")
+    except OSError:
+        raise ConfigurationError(
+            "managed rules need libpcre2-8.so.0, which is not installed; install Debian's package libmodsecurity3,"
+            " which brings it"
+        ) from None
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    library.pcre2_compile_8.restype = pointer
+    library.pcre2_compile_8.argtypes = [
+        ctypes.c_char_p,
+        size,
+        ctypes.c_uint32,
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.POINTER(size),
+        pointer,
+    ]
+    library.pcre2_code_free_8.restype = None
+    library.pcre2_code_free_8.argtypes = [pointer]
+    library.pcre2_get_error_message_8.argtypes = [ctypes.c_int, ctypes.c_char_p, size]
+    return library

@@ -1,0 +1,343 @@
+"""The helpers as the loop sees them: questions wait in a bounded queue, one at a time is with each helper.
+
+Nothing here waits for libmodsecurity longer than an evaluation's deadline, which counts from when the helper is asked.
+"""
+
+import asyncio
+import enum
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.managed.helper import EVALUATIONS
+from tlstunnel.firewall.managed.messages import (
+    END_OF_RULES,
+    MAX_PACKET,
+    Answer,
+    Evaluation,
+    FromHelper,
+    Loaded,
+    Question,
+    Ready,
+    RulesSet,
+    Subject,
+)
+
+LONGEST_WAIT = 1.0
+"""Seconds that a question waits for a helper. A full queue of 256 takes 0.4 s, a helper that starts anew 0.4 too."""
+
+LOADING = 30.0
+"""Seconds for starting a helper and loading its rules; 0.2 each is usual."""
+
+NEXT_CHILD = 2.0
+"""Seconds for a helper to go on with a new child; 0.002 is usual. Beyond that the helper itself is killed."""
+
+SHORTEST_PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+"""Seconds between attempts to start a helper that cannot load, doubled from the one to the other."""
+
+
+class Failure(enum.Enum):
+    """Why there is no evaluation."""
+
+    FULL = "queue full"
+    WAITED = "waited too long"
+    LATE = "late"
+    DIED = "helper died"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    rules_set: int
+    subject: Subject
+    deadline: float
+    future: "asyncio.Future[Evaluation | Failure]"
+    timer: asyncio.TimerHandle | None = None
+
+    def end(self, result: Evaluation | Failure) -> None:
+        if self.timer:
+            self.timer.cancel()
+        if not self.future.done():
+            self.future.set_result(result)
+
+
+class Pool:
+    """Helpers that judge by `rules_sets`, `processes` of them, with `queue` questions waiting at most.
+
+    `log` is told in a sentence of what ends a helper. A child is replaced after `evaluations`.
+    """
+
+    def __init__(
+        self,
+        rules_sets: Sequence[RulesSet],
+        processes: int = 1,
+        queue: int = 256,
+        *,
+        log: Callable[[str], None] = lambda _: None,
+        evaluations: int = EVALUATIONS,
+    ) -> None:
+        self.log = log
+        self.evaluations = evaluations
+        self.rules_sets = tuple({rules_set.name: rules_set for rules_set in rules_sets}.values())
+        self._numbers = {rules_set.name: number for number, rules_set in enumerate(self.rules_sets)}
+        self._queue: deque[_Job] = deque()
+        self._most = queue
+        self._helpers = [_Helper(self) for _ in range(processes)]
+        self._closed = True
+
+    async def start(self) -> None:
+        """Start the helpers and wait until all have loaded the rules. Raises ConfigurationError if one cannot."""
+        self._closed = False
+        try:
+            await asyncio.gather(*(helper.start() for helper in self._helpers))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """End the helpers, with what they are doing, and wait for their processes."""
+        self._closed = True
+        while self._queue:
+            self._queue.popleft().end(Failure.CLOSED)
+        await asyncio.gather(*(helper.close() for helper in self._helpers))
+
+    def pids(self) -> tuple[int, ...]:
+        """The processes that evaluate, for a test or a person to look at; those that are being replaced left out."""
+        return tuple(helper.child for helper in self._helpers if helper.child)
+
+    async def judge(self, rules_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+        """Evaluate a subject by the rules set of that name, within `deadline` seconds of its beginning.
+
+        Comes back within `LONGEST_WAIT` and `deadline` together, whatever the subject is and whatever the helpers do.
+        """
+        if self._closed:
+            return Failure.CLOSED
+        if len(self._queue) >= self._most:
+            return Failure.FULL
+        loop = asyncio.get_running_loop()
+        job = _Job(self._numbers[rules_set], subject, deadline, loop.create_future())
+        self._queue.append(job)
+        self.next()
+        if job.timer is None and not job.future.done():
+            job.timer = loop.call_later(LONGEST_WAIT, self._give_up, job)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self._forget(job)
+            raise
+
+    def next(self) -> None:
+        """Give waiting questions to helpers that have nothing to do."""
+        for helper in self._helpers:
+            while self._queue and helper.idle:
+                helper.ask(self._queue.popleft())
+
+    def _give_up(self, job: _Job) -> None:
+        self._forget(job)
+        job.end(Failure.WAITED)
+
+    def _forget(self, job: _Job) -> None:
+        with suppress(ValueError):  # it is with a helper
+            self._queue.remove(job)
+            if job.timer:
+                job.timer.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class _Helper:
+    """One helper process and the socket to it. `child` is the process that evaluates, 0 while there is none."""
+
+    pool: Pool
+    child: int = 0
+    _process: asyncio.subprocess.Process | None = None
+    _socket: socket.socket | None = None
+    _pidfd: int = -1
+    _job: _Job | None = None
+    _number: int = 0
+    _timer: asyncio.TimerHandle | None = None
+    _loaded: "asyncio.Future[None] | None" = None
+    _restart: "asyncio.Task[None] | None" = None
+    _decoder: "msgspec.msgpack.Decoder[FromHelper]" = field(default_factory=lambda: msgspec.msgpack.Decoder(FromHelper))
+
+    @property
+    def idle(self) -> bool:
+        return self.child != 0 and self._job is None
+
+    async def start(self) -> None:
+        """Start the process and wait until it takes questions. Raises ConfigurationError, or leaves none behind."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        self._loaded = loop.create_future()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "tlstunnel.firewall.managed.helper"),
+                *(str(theirs.fileno()), str(os.getpid()), str(self.pool.evaluations)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                # What C++ says when it ends a process is no line of our log; the status is reported.
+                stderr=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(LOADING):
+                for rules_set in self.pool.rules_sets:
+                    await loop.sock_sendall(ours, msgspec.msgpack.encode(rules_set))
+                await loop.sock_sendall(ours, END_OF_RULES)
+                loop.add_reader(ours, self._readable)
+                await self._loaded
+        except TimeoutError:
+            await self._reaped()
+            raise ConfigurationError(f"a helper for managed rules did not load them within {LOADING:.0f} s") from None
+        except OSError:
+            raise ConfigurationError(
+                f"a helper for managed rules ended while it started: {await self._reaped()}"
+            ) from None
+        except BaseException:
+            await self._reaped()
+            raise
+
+    async def close(self) -> None:
+        if self._restart:
+            self._restart.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._restart
+        await self._reaped()
+        self._fail(Failure.CLOSED)
+
+    def ask(self, job: _Job) -> None:
+        """Send a question; the deadline counts from here."""
+        assert self._socket is not None
+        if job.timer:
+            job.timer.cancel()
+        self._job = job
+        self._number += 1
+        question = Question(self._number, job.rules_set, job.subject)
+        job.timer = asyncio.get_running_loop().call_later(job.deadline, self._late)
+        try:
+            self._socket.send(msgspec.msgpack.encode(question))
+        except OSError:  # its end is noticed by reading
+            self._fail(Failure.DIED)
+            self._gone("its socket takes nothing")
+
+    def _readable(self) -> None:
+        assert self._socket is not None
+        try:
+            packet = self._socket.recv(MAX_PACKET)
+            message = self._decoder.decode(packet) if packet else None
+        except BlockingIOError:
+            return
+        except (OSError, msgspec.MsgspecError) as error:
+            self._gone(f"it sent what cannot be read: {error}")
+            return
+        match message:
+            case Answer(number, evaluation, last):
+                self._answered(number, evaluation, last=last)
+            case Ready(pid):
+                self._ready(pid)
+            case Loaded(problem):
+                if problem and self._loaded and not self._loaded.done():
+                    self._loaded.set_exception(ConfigurationError(problem))
+            case None:
+                self._gone("it ended")
+
+    def _answered(self, number: int, evaluation: Evaluation, *, last: bool) -> None:
+        if self._job is None or number != self._number:
+            return  # it came as the deadline did
+        job, self._job = self._job, None
+        if last:
+            self._without_child()
+        job.end(evaluation)
+        self.pool.next()
+
+    def _ready(self, pid: int) -> None:
+        self._fail(Failure.DIED)  # of the child before, without being told to
+        self._without_child()
+        with suppress(ProcessLookupError):  # it died already, and the next says so
+            self._pidfd = os.pidfd_open(pid)
+            self.child = pid
+            if self._timer:
+                self._timer.cancel()
+        if self._loaded and not self._loaded.done():
+            self._loaded.set_result(None)
+        self.pool.next()
+
+    def _late(self) -> None:
+        """Kill the child; the helper forks the next."""
+        self._fail(Failure.LATE)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._without_child()
+
+    def _without_child(self) -> None:
+        """Wait for the helper's next child."""
+        self.child = 0
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._timer:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(NEXT_CHILD, self._gone, "it does not go on")
+
+    def _fail(self, failure: Failure) -> None:
+        job, self._job = self._job, None
+        if job:
+            job.end(failure)
+
+    def _gone(self, reason: str) -> None:
+        """Start the helper anew; as it starts, what it was doing fails."""
+        if self._loaded and not self._loaded.done():
+            self._loaded.set_exception(OSError(reason))
+            return
+        if self._restart is None or self._restart.done():
+            self._release()
+            self._fail(Failure.DIED)
+            self._restart = asyncio.get_running_loop().create_task(self._start_anew(reason))
+
+    async def _start_anew(self, reason: str) -> None:
+        self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._reaped()}")
+        pause = SHORTEST_PAUSE
+        while True:
+            try:
+                return await self.start()
+            except (ConfigurationError, OSError) as error:
+                self.pool.log(f"a helper for managed rules cannot be started, next attempt in {pause:.1f} s: {error}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _reaped(self) -> str:
+        """Kill the process and its child, and wait for it; says how it ended."""
+        self._release()
+        process, self._process = self._process, None
+        if process is None:
+            return "not started"
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its session's group, so its child too
+        status = await process.wait()
+        return f"status {status}" if status >= 0 else signal.Signals(-status).name
+
+    def _release(self) -> None:
+        """Let go of the socket, the child and the timer."""
+        self.child = 0
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._timer:
+            self._timer.cancel()
+        if self._socket:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None

@@ -1,0 +1,191 @@
+"""A site's managed rules as what a helper loads: which files, in which order, with which settings of ours between.
+
+Both layouts are known: Debian's, with the settings in ``/etc``, and a release's folder (CRS 3 and 4 alike):
+``crs-setup.conf`` or its ``.example``, ``rules/``, and ``plugins/`` from version 4 on.
+"""
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from tlstunnel.addresses import quoted
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.managed import lint
+from tlstunnel.firewall.managed.messages import RulesSet, Step
+from tlstunnel.firewall.managed.profiles import DEFAULTS, PROFILES
+
+DEBIAN_CRS = Path("/usr/share/modsecurity-crs")
+DEBIAN_SETUP = Path("/etc/modsecurity/crs")
+
+OUR_IDS = range(99_900_000, 99_900_100)
+"""Ids of our own rules, which a user's cannot have."""
+
+_LOG4SHELL = Path(__file__).with_name("log4shell.conf")
+_LOG4SHELL_OF_CRS = 944150
+
+_ENGINE = """\
+SecRuleEngine On
+SecResponseBodyAccess Off
+SecAuditEngine Off
+SecArgumentsLimit 64
+"""
+# Not DetectionOnly: a user's rule that denies, or allows, does so only when the engine is on. Of what stands several
+# times, the first counts, so no later file can switch it off.
+
+_ALONE = """\
+SecDefaultAction "phase:1,log,noauditlog,deny,status:403"
+SecDefaultAction "phase:2,log,noauditlog,deny,status:403"
+"""
+
+_EXTENSIONS = re.compile(r"setvar:'?tx\.restricted_extensions=([^'\"]*)'?", re.IGNORECASE)
+_ID = re.compile(r"^[^#\n]*?\bid:'?([0-9]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Crs:
+    """The files of a CRS release that judge a request, in loading order but for `after`, which is last."""
+
+    setup: tuple[Path, ...]
+    before: tuple[Path, ...]
+    initialization: Path
+    rules: tuple[Path, ...]
+    after: tuple[Path, ...]
+
+    def files(self) -> tuple[Path, ...]:
+        return (*self.setup, *self.before, self.initialization, *self.rules, *self.after)
+
+
+def build(settings: SiteManagedRules, place: str = "managed_rules") -> RulesSet:
+    """Make the rules set of a site's settings; `place`, such as ``sites[0].managed_rules``, begins errors' messages.
+
+    Reads CRS's folder and lints the user's rules. Raises ConfigurationError.
+    """
+    crs = _found(settings.crs, place) if settings.owasp_crs else None
+    own = _own_files(settings.rules, place) if settings.rules is not None else ()
+    if crs is None and not own:
+        raise ConfigurationError(f"{place}: nothing to do: write owasp_crs = true, or name files with rules =")
+    known = _ids(crs) if crs else {}
+    lint.check(own, known | dict.fromkeys(OUR_IDS, "tlstunnel's own settings"))
+    ours = () if _LOG4SHELL_OF_CRS in known else (_LOG4SHELL,)
+    steps = tuple(_steps(settings, crs, ours, own))
+    digest = blake2b("\0".join(f"{step.text}\0{step.file}" for step in steps).encode(), digest_size=16)
+    return RulesSet(digest.hexdigest(), steps)
+
+
+def _steps(
+    settings: SiteManagedRules, crs: _Crs | None, ours: tuple[Path, ...], own: tuple[Path, ...]
+) -> Iterator[Step]:
+    yield Step(text=_ENGINE)
+    exclusions = [f"SecRuleRemoveById {number}" for number in sorted(set(settings.exclude))]
+    if crs is None:
+        yield Step(text=_ALONE + _lines(exclusions))
+        yield from _files(own)
+        return
+    yield from _files(crs.setup)
+    for name in dict.fromkeys(settings.profiles):
+        exclusions += PROFILES[name]
+    yield Step(text=_lines([_variables(settings.paranoia), *_extensions(crs), *DEFAULTS, *exclusions]))
+    yield from _files(crs.before)
+    # The user's come when CRS's variables are set, and before any rule of CRS: there they can exclude, deny and score.
+    yield from _files((crs.initialization, *ours, *own, *crs.rules, *crs.after))
+
+
+def _lines(directives: Iterable[str]) -> str:
+    """Each ends with a newline: without the last one, libmodsecurity's parser stumbles over the next file."""
+    return "".join(f"{directive}\n" for directive in directives)
+
+
+def _files(paths: tuple[Path, ...]) -> Iterator[Step]:
+    return (Step(file=str(path)) for path in paths)
+
+
+def _variables(paranoia: int) -> str:
+    """CRS's variables, by their names in version 3 and 4; those of the other version do nothing.
+
+    With a threshold of 1 the rule that compares reports every score; the real threshold is applied by us. Blocking
+    early would end the evaluation with the first phase's score.
+    """
+    variables = {
+        "paranoia_level": paranoia,
+        "executing_paranoia_level": paranoia,
+        "blocking_paranoia_level": paranoia,
+        "detection_paranoia_level": paranoia,
+        "inbound_anomaly_score_threshold": 1,
+        "early_blocking": 0,
+        "blocking_early": 0,
+        "sampling_percentage": 100,
+        "real_ip": "%{REMOTE_ADDR}",  # of CRS 3, set by a rule that is removed
+    }
+    actions = ",".join(f"setvar:tx.{name}={value}" for name, value in variables.items())
+    return f'SecAction "id:{OUR_IDS[0]},phase:1,pass,nolog,t:none,{actions}"'
+
+
+def _extensions(crs: _Crs) -> list[str]:
+    """Take ``.ws`` out of the extensions that CRS 4 forbids, unless the setup file names some: Firebase uses it."""
+    default = _EXTENSIONS.search(_text(crs.initialization))
+    if default is None or ".ws/" not in default[1]:
+        return []
+    extensions = " ".join(extension for extension in default[1].split() if extension != ".ws/")
+    actions = f"id:{OUR_IDS[1]},phase:1,pass,nolog,t:none,setvar:'tx.restricted_extensions={extensions}'"
+    return [f'SecRule &TX:restricted_extensions "@eq 0" "{actions}"']
+
+
+def _found(folder: Path | None, place: str) -> _Crs:
+    hint = "install Debian's package modsecurity-crs, or name the folder of a CRS release with crs ="
+    if folder is None:
+        folder = DEBIAN_CRS
+        if not folder.is_dir():
+            raise ConfigurationError(f"{place}: OWASP CRS is not at {folder}; {hint}")
+    if not folder.is_dir():
+        raise ConfigurationError(f"{place}.crs: {quoted(str(folder))} is no folder; {hint}")
+    initialization = folder / "rules" / "REQUEST-901-INITIALIZATION.conf"
+    if not initialization.is_file():
+        raise ConfigurationError(
+            f"{place}.crs: {quoted(str(folder))} holds no rules/REQUEST-901-INITIALIZATION.conf, so it is no folder of"
+            f" a CRS release; {hint}"
+        )
+    debian = folder == DEBIAN_CRS
+    candidates = [folder / "crs-setup.conf", folder / "crs-setup.conf.example"]
+    if debian:
+        candidates.insert(0, DEBIAN_SETUP / "crs-setup.conf")
+    setup = next((path for path in candidates if path.is_file()), None)
+    if setup is None:
+        raise ConfigurationError(f"{place}.crs: {quoted(str(folder))} holds neither crs-setup.conf nor its .example")
+    rules = sorted((folder / "rules").glob("REQUEST-*.conf"))
+    # Rules of responses judge what a tunnel never sees; but their last file is where exclusions are kept.
+    after = sorted((folder / "rules").glob("RESPONSE-999-*.conf"))
+    if debian:
+        rules = [*sorted(DEBIAN_SETUP.glob("REQUEST-9*.conf")), *rules]
+        after += sorted(DEBIAN_SETUP.glob("RESPONSE-999-*.conf"))
+    before = [path for path in rules if path.name < initialization.name]
+    plugins = folder / "plugins"
+    return _Crs(
+        setup=(setup, *sorted(plugins.glob("*-config.conf"))),
+        before=(*sorted(plugins.glob("*-before.conf")), *before),
+        initialization=initialization,
+        rules=tuple(path for path in rules if path.name > initialization.name),
+        after=(*after, *sorted(plugins.glob("*-after.conf"))),
+    )
+
+
+def _own_files(pattern: str, place: str) -> tuple[Path, ...]:
+    found = tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207 (the pattern is absolute)
+    files = tuple(path for path in found if path.is_file())
+    if not files:
+        raise ConfigurationError(f"{place}.rules: {quoted(pattern)} matches no file")
+    return files
+
+
+def _ids(crs: _Crs) -> dict[int, str]:
+    return {int(number): path.name for path in crs.files() for number in _ID.findall(_text(path))}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None

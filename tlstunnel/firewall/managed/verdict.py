@@ -1,0 +1,153 @@
+"""The managed rules' part of a verdict: the guard, the evaluation, and what a score or a failure means for a site."""
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from ipaddress import IPv6Address
+
+from tlstunnel.config import SiteManagedRules
+from tlstunnel.firewall.facts import Facts
+from tlstunnel.firewall.managed import guard
+from tlstunnel.firewall.managed.families import family
+from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
+from tlstunnel.firewall.managed.pool import Failure, Pool
+from tlstunnel.handshake.refusal import Refusal
+
+PENALTY = 10.0
+"""Seconds for which an address (a /64 of IPv6) whose request was late is not evaluated again: a request that makes
+libmodsecurity hang takes a helper for the whole of the deadline, and 20 a second would take one for good."""
+
+MAX_PENALTIES = 4096
+"""Addresses that are remembered for it, the oldest forgotten first."""
+
+_BLOCKED = "the firewall refused this request"
+_UNAVAILABLE = "the firewall cannot judge this request now; try again"
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedOutcome:
+    """What the managed rules make of a request.
+
+    `logged` has what would have refused it (``managed rules``, ``managed rules: guard``) had the mode been "block".
+    `failure` says why there was no evaluation. `matches` and `objection` are there whatever the verdict.
+    """
+
+    refusal: Refusal | None = None
+    score: int = 0
+    matches: tuple[Match, ...] = ()
+    denied_by: int = 0
+    objection: str = ""
+    failure: str = ""
+    logged: tuple[str, ...] = ()
+
+    @property
+    def rule_ids(self) -> tuple[int, ...]:
+        """The ids of the rules that matched, each once, in order."""
+        return tuple(dict.fromkeys(match.id for match in self.matches))
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """What the rules that matched look for: ``SQL injection``, ``cross-site scripting``, ..."""
+        return tuple(dict.fromkeys(family(match.id) for match in self.matches))
+
+
+class ManagedRulesStage:
+    """A site's managed rules: its settings, and the name of its rules set in a pool that others use too.
+
+    `counters` is counted under ``managed rules: blocked`` (``logged``, ``guard``, ``late``, ...) and ``managed rule:
+    ID: matched``.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        rules_set: str,
+        settings: SiteManagedRules,
+        counters: Counter[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._rules_set = rules_set
+        self._settings = settings
+        self._counters = counters
+        self._penalties = _Penalties(clock)
+
+    async def judge(self, facts: Facts, trace: list[object] | None = None) -> ManagedOutcome:
+        """Judge a request; ``trace``, for a person who asks why, receives the outcome. Never raises."""
+        outcome = await self._judged(facts)
+        if trace is not None:
+            trace.append(outcome)
+        return outcome
+
+    async def _judged(self, facts: Facts) -> ManagedOutcome:
+        request = facts.request
+        if objection := guard.objection(request.target, request.fields):
+            return self._objected(objection)
+        if self._penalties.holds(facts.ip):
+            return self._failed("late before")
+        subject = Subject(facts.ip, request.target, request.fields)
+        result = await self._pool.judge(self._rules_set, subject, self._settings.timeout)
+        if isinstance(result, Failure):
+            if result is Failure.LATE:
+                self._penalties.add(facts.ip)
+            return self._failed(result.value)
+        return self._evaluated(result)
+
+    def _objected(self, objection: str) -> ManagedOutcome:
+        """What the guard stops is refused as an attack, not as a fault of ours, whatever ``on_failure`` says."""
+        self._counters["managed rules: guard"] += 1
+        if self._settings.mode == "log":
+            return ManagedOutcome(objection=objection, logged=("managed rules: guard",))
+        refusal = Refusal(403, "managed rules: guard", _BLOCKED, detail=objection)
+        return ManagedOutcome(refusal, objection=objection)
+
+    def _failed(self, failure: str) -> ManagedOutcome:
+        self._counters[f"managed rules: {failure}"] += 1
+        if self._settings.mode == "log" or self._settings.on_failure == "allow":
+            return ManagedOutcome(failure=failure)
+        return ManagedOutcome(Refusal(503, "managed rules: failure", _UNAVAILABLE, detail=failure), failure=failure)
+
+    def _evaluated(self, evaluation: Evaluation) -> ManagedOutcome:
+        for number in {match.id for match in evaluation.matches}:
+            self._counters[f"managed rule: {number}: matched"] += 1
+        found = ManagedOutcome(None, evaluation.score, evaluation.matches, evaluation.denied_by)
+        if evaluation.score < self._settings.threshold and not evaluation.denied_by:
+            return found
+        if self._settings.mode == "log":
+            self._counters["managed rules: logged"] += 1
+            return ManagedOutcome(None, found.score, found.matches, found.denied_by, logged=("managed rules",))
+        self._counters["managed rules: blocked"] += 1
+        status = _status(evaluation.status) if evaluation.denied_by else 403
+        refusal = Refusal(status, "managed rules", _BLOCKED, detail=_told(evaluation))
+        return ManagedOutcome(refusal, found.score, found.matches, found.denied_by)
+
+
+def _told(evaluation: Evaluation) -> str:
+    rules = [f"{match.id} {match.message}" for match in evaluation.matches[:8]]
+    return f"score {evaluation.score}: " + "; ".join(rules)
+
+
+def _status(status: int) -> int:
+    """Take the status that a user's rule names, if a refusal can have it."""
+    return status if 400 <= status <= 599 and status in HTTPStatus.__members__.values() else 403
+
+
+class _Penalties:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, ip: str) -> None:
+        self._until[_network(ip)] = self._clock() + PENALTY
+        if len(self._until) > MAX_PENALTIES:
+            self._until.popitem(last=False)
+
+    def holds(self, ip: str) -> bool:
+        # Asked for every request, and almost always empty.
+        return bool(self._until) and self._until.get(_network(ip), 0.0) > self._clock()
+
+
+def _network(ip: str) -> str:
+    return IPv6Address(ip).packed[:8].hex() if ":" in ip else ip

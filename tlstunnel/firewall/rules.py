@@ -1,0 +1,172 @@
+"""Rules: what the owner of a site says of a request, in expressions, one after the other."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import cel
+
+from tlstunnel.addresses import quoted
+from tlstunnel.config import RuleConfig
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.expressions import EvaluationError, Expression, ExpressionError, Expressions, Scope
+from tlstunnel.firewall.facts import Facts
+from tlstunnel.handshake.refusal import Refusal
+
+REPORT_SECONDS = 60.0
+"""How often the same rule's failures are reported: a client that makes a rule fail must not fill the log."""
+
+_NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RulesOutcome:
+    """What the rules say of a request.
+
+    `refusal` is None where it may go on; `rule` is the name of the rule that ended them, by ``block`` or ``allow``, or
+    "". `skip` holds the stages that are left out, ``rate_limits`` and ``managed_rules``; `logged` the names of the
+    rules that matched and only log.
+    """
+
+    refusal: Refusal | None
+    rule: str
+    skip: frozenset[str]
+    logged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTrace:
+    """What one rule saw, for `tlstunnel firewall explain`: `values` are those of the fields it reads, by name."""
+
+    rule: str
+    action: str
+    mode: str
+    when: str
+    saw: Literal["matched", "not matched", "failed", "not asked"]
+    error: str
+    values: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rule:
+    config: RuleConfig
+    expression: Expression
+    matched: str
+    failed: str
+
+
+class Rules:
+    """Rules in order. ``+`` joins those of all sites and those of one.
+
+    `counted` gets a count for each rule that matched or failed; `report` is told the name and the error of a rule that
+    failed, once a minute for each. Raises ConfigurationError, which names the rule and the place in its expression.
+    """
+
+    def __init__(
+        self,
+        configs: Iterable[RuleConfig],
+        expressions: Expressions,
+        *,
+        counted: Counter[str] | None = None,
+        report: Callable[[str, str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._expressions = expressions
+        self._counted = Counter() if counted is None else counted
+        self._report = report
+        self._clock = clock
+        self._reported: dict[_Rule, float] = {}
+        self._rules = tuple(_compiled(config, expressions) for config in configs)
+        self._scope = self._common_scope()
+
+    def __add__(self, other: Self) -> Self:
+        """These rules and then those, compiled by the same `Expressions`."""
+        joined = copy(self)
+        joined._rules = self._rules + other._rules
+        joined._scope = joined._common_scope()
+        return joined
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def judge(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
+        """Ask one rule after the other, until one blocks or allows. `trace` gets a `RuleTrace` for each of them."""
+        logged: list[str] = []
+        skip = _NOBODY
+        refusal, name = None, ""
+        asked = 0
+        context = self._scope.context(facts)
+        for rule in self._rules:
+            asked += 1
+            matched, error = self._asked(rule, context)
+            if trace is not None:
+                trace.append(
+                    _traced(rule, facts, "failed" if error else "matched" if matched else "not matched", error)
+                )
+            effect = _effect(rule.config, matched=matched, failed=bool(error))
+            if effect == "log":
+                logged.append(rule.config.name)
+            elif effect == "skip":
+                skip |= frozenset(rule.config.skip)
+            elif effect:
+                name = rule.config.name
+                refusal = _refusal(rule.config, error) if effect == "block" else None
+                break
+        if trace is not None:
+            trace += (_traced(rule, facts, "not asked", "") for rule in self._rules[asked:])
+        return RulesOutcome(refusal, name, skip, tuple(logged))
+
+    def _asked(self, rule: _Rule, context: cel.Context) -> tuple[bool, str]:
+        """Whether the rule matches, and why it gave no answer."""
+        try:
+            matched = rule.expression.evaluate(context)
+        except EvaluationError as error:
+            self._failed(rule, str(error))
+            return False, str(error)
+        if matched:
+            self._counted[rule.matched] += 1
+        return matched, ""
+
+    def _failed(self, rule: _Rule, error: str) -> None:
+        self._counted[rule.failed] += 1
+        now = self._clock()
+        if self._report and now - self._reported.get(rule, -REPORT_SECONDS) >= REPORT_SECONDS:
+            self._reported[rule] = now
+            self._report(rule.config.name, error)
+
+    def _common_scope(self) -> Scope:
+        return self._expressions.scope(rule.expression for rule in self._rules)
+
+
+def _compiled(config: RuleConfig, expressions: Expressions) -> _Rule:
+    try:
+        expression = expressions.compile(config.when)
+    except ExpressionError as error:
+        raise ConfigurationError(f"rule {quoted(config.name)}: when: {error}") from None
+    name = f"rule: {config.name}"
+    return _Rule(config, expression, f"{name}: matched", f"{name}: failed")
+
+
+def _effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
+    """Give what comes of a rule: an action, or "" for none."""
+    if not matched and not (failed and config.on_error == "block"):
+        return ""
+    if config.mode == "log":
+        return "log"
+    return config.action if matched else "block"
+
+
+def _refusal(config: RuleConfig, error: str) -> Refusal:
+    text = "a rule of this site refuses the request" if config.body is None else config.body
+    return Refusal(config.status, f"rule: {config.name}", text, detail=error)
+
+
+def _traced(
+    rule: _Rule, facts: Facts, saw: Literal["matched", "not matched", "failed", "not asked"], error: str
+) -> RuleTrace:
+    config = rule.config
+    values = {name: getattr(facts, name) for name in sorted(rule.expression.fields)}
+    return RuleTrace(config.name, config.action, config.mode, config.when, saw, error, values)
