@@ -13,6 +13,13 @@ from tlstunnel.readiness import EDGE, GONE, IN, OUT, RDHUP, AnyReadiness
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 
+# One for all connections: a buffer a read would be a large block that malloc takes and gives back at each of them.
+_BUFFER = bytearray(65_536)
+_VIEW = memoryview(_BUFFER)
+
+MOST = len(_BUFFER)
+"""Bytes read at once. At least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
+
 
 class ClientGone(Exception):
     """The client has ended or reset its connection while something was still to be done for it."""
@@ -121,20 +128,20 @@ class Channel:
         """
         while True:
             try:
-                data = self.sock.recv(size, socket.MSG_PEEK)
-                if len(data) > seen:
-                    return data
-                if not data or self.gone:
+                n = self.sock.recv_into(_BUFFER, size, socket.MSG_PEEK)
+                if n > seen:
+                    return bytes(_VIEW[:n])
+                if not n or self.gone:
                     raise ClientGone
             except BlockingIOError:
                 pass
             await self._wakeup.wait()
 
-    async def recv(self, size: int, unless_gone: "Channel | None" = None) -> bytes:
+    async def recv(self, unless_gone: "Channel | None" = None) -> bytes:
         """The next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is."""
         while True:
             try:
-                return self.sock.recv(size)
+                return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
             except _WAIT:
                 if unless_gone is not None and unless_gone.gone:
                     raise ClientGone from None

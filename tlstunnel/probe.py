@@ -38,6 +38,7 @@ from tlstunnel import __version__
 from tlstunnel.certificates.describe import CertificateFacts, facts, read
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
+from tlstunnel.truncation import is_truncation
 
 # Bytes of an answer's head. Servers send less than 8 KiB as a rule (node's limit for a head is 16 KiB), so a larger one
 # is a fault worth naming; this leaves room to see the cookies of the worst.
@@ -220,6 +221,7 @@ class Trust:
         # form of extensions, and a certificate given with --ca is trusted though it be no root.
         context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
         context.set_alpn_protocols(["http/1.1"])
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # on by default in Python 3.11.2
         return cls(context, ca)
 
 
@@ -393,8 +395,10 @@ class _Wire:
             except ssl.SSLWantReadError:
                 self._flush()
                 self._fill()
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                return b""
+            except ssl.SSLError as error:
+                if isinstance(error, ssl.SSLZeroReturnError | ssl.SSLEOFError) or is_truncation(error):
+                    return b""
+                raise
 
     def write(self, data: bytes) -> None:
         self.tls.write(data)
@@ -501,9 +505,9 @@ class _Run:
                 found, why_not = self._untrusted()
                 words = _distrust(error, found.chain, self.target.host, self.trust.ca)
                 raise _StepError(words + why_not, found) from None
-            except ssl.SSLEOFError:
-                raise _StepError(f"the server closed the connection {during}") from None
             except ssl.SSLError as error:
+                if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
+                    raise _StepError(f"the server closed the connection {during}") from None
                 raise _StepError(_tls_words(error, bytes(wire.captured))) from None
         return _tls_facts(wire)
 

@@ -1,14 +1,17 @@
-"""Which sockets can be read or written: one epoll for every socket of every tunnel, inside the asyncio loop.
+"""Which sockets can be read or written: one epoll for every socket of every tunnel and for asyncio itself.
 
-asyncio itself makes a ``Handle`` and a trip through its ready queue of each event, which costs as much as all the rest
-of the Python in a spliced message (docs/architecture.md). Here the loop watches one descriptor, the epoll's own, and a
-wake-up calls one function for each ready socket.
+asyncio makes a ``Handle`` and a trip through its ready queue of each event, which costs as much as all the rest of the
+Python in a spliced message (docs/architecture.md). Here a wake-up calls one function for each ready socket of a tunnel,
+from within the loop's own selector; in a loop that somebody else made, the epoll's descriptor is one reader of it.
 """
 
 import asyncio
 import contextlib
+import math
 import select
-from collections.abc import Callable
+import selectors
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
@@ -31,15 +34,20 @@ EVENTS_A_TURN = 256
 
 
 class Readiness:
-    """Sockets watched by one epoll. A handler that raises loses itself, never the loop."""
+    """The sockets of one process, each with its events and its handler.
+
+    A handler that fails loses its own socket, never the loop. `loop` is one that waits by itself, and then watches the
+    epoll; without it somebody else has to call `turn`.
+    """
 
     __slots__ = ("_epoll", "_handlers", "_loop")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
-        loop.add_reader(self._epoll.fileno(), self._turn)
+        if loop is not None:
+            loop.add_reader(self._epoll.fileno(), self.turn, 0)
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` whenever one of `events` (or ERR or HUP, always) holds for `fd`; with EDGE, once a change."""
@@ -59,26 +67,103 @@ class Readiness:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
+    def forget(self, fd: int) -> None:
+        """Stop watching `fd`, which is closed next: that takes it out of the epoll, and saves a system call."""
+        self._handlers.pop(fd, None)
+
     def __len__(self) -> int:
         return len(self._handlers)
 
     def close(self) -> None:
         """Stop watching everything."""
-        self._loop.remove_reader(self._epoll.fileno())
+        if self._loop is not None:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+        else:
+            for fd in list(self._handlers):
+                self.unregister(fd)
         self._handlers.clear()
-        self._epoll.close()
 
-    def _turn(self) -> None:
+    def turn(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait up to `timeout` seconds (-1: for ever) and call the handlers of what is ready; give what has none."""
         handlers = self._handlers
-        for fd, events in self._epoll.poll(0, EVENTS_A_TURN):
+        others = []
+        for fd, events in self._epoll.poll(timeout, EVENTS_A_TURN):
             # An earlier handler of this turn may have closed the socket.
             handler = handlers.get(fd)
-            if handler is not None:
-                try:
-                    handler(events)
-                except Exception:
-                    structlog.get_logger().exception("handler failed", fd=fd)
-                    self.unregister(fd)
+            if handler is None:
+                others.append((fd, events))
+                continue
+            try:
+                handler(events)
+            except Exception:
+                structlog.get_logger().exception("handler failed", fd=fd)
+                self.unregister(fd)
+        return others
+
+
+class _Selector(selectors.BaseSelector):
+    """What asyncio itself watches (listeners, signals, the resolver's pipe), in the epoll of the tunnels.
+
+    Nested, with asyncio waiting for that epoll's descriptor, a message that comes alone took four ``epoll_wait`` and a
+    ``Handle`` where one does (docs/performance.md).
+    """
+
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+        self._epoll = readiness._epoll
+        self._keys: dict[int, selectors.SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        self._epoll.register(fd, _epoll_events(events))
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        key = self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if events != self._keys[fd].events:
+            self._epoll.modify(fd, _epoll_events(events))
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        # Milliseconds, and rounded up: down, it would spin through the last one before a timer.
+        wait = -1 if timeout is None else math.ceil(timeout * 1e3) * 1e-3 if timeout > 0 else 0
+        ready = []
+        for fd, events in self._readiness.turn(wait):
+            if (key := self._keys.get(fd)) is not None:
+                found = (selectors.EVENT_READ if events & ~OUT else 0) | (selectors.EVENT_WRITE if events & ~IN else 0)
+                ready.append((key, found & key.events))
+        return ready
+
+    def close(self) -> None:
+        self._keys.clear()
+        self._epoll.close()
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._keys
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._keys[fileobj if isinstance(fileobj, int) else fileobj.fileno()]
+
+
+def _epoll_events(events: int) -> int:
+    return (IN if events & selectors.EVENT_READ else 0) | (OUT if events & selectors.EVENT_WRITE else 0)
+
+
+class TunnelLoop(asyncio.SelectorEventLoop):
+    """asyncio's loop, waiting in the one epoll in which the tunnels are: `readiness`."""
+
+    def __init__(self) -> None:
+        self.readiness = Readiness()
+        super().__init__(_Selector(self.readiness))
 
 
 class PortableReadiness:
@@ -107,6 +192,8 @@ class PortableReadiness:
         """As `Readiness.unregister`."""
         if self._watched.pop(fd, None) is not None:
             self._ignore(fd)
+
+    forget = unregister
 
     def __len__(self) -> int:
         return len(self._watched)
@@ -144,8 +231,15 @@ class PortableReadiness:
             self._watch(fd)
 
 
+def new_loop() -> asyncio.AbstractEventLoop:
+    """The loop to serve tunnels with."""
+    return TunnelLoop() if hasattr(select, "epoll") else asyncio.new_event_loop()
+
+
 def readiness(loop: asyncio.AbstractEventLoop) -> "Readiness | PortableReadiness":
-    """The readiness that this system has."""
+    """The readiness of `loop`, or the one that this system has in a loop that is not ours."""
+    if isinstance(loop, TunnelLoop):
+        return loop.readiness
     return Readiness(loop) if hasattr(select, "epoll") else PortableReadiness(loop)
 
 

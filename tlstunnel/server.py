@@ -13,6 +13,7 @@ import structlog
 
 from tlstunnel.channel import Deadlines
 from tlstunnel.config import Config, Timeouts
+from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.linger import Partings
 from tlstunnel.listeners import Listener
 from tlstunnel.readiness import readiness
@@ -80,7 +81,9 @@ class Unfinished:
 class Server:
     """Serves `listeners` with `config` and `sites` until it is told to end. One a process."""
 
-    def __init__(self, config: Config, sites: Sites, listeners: Iterable[Listener], journal: Journal) -> None:
+    def __init__(
+        self, config: Config, sites: Sites, firewall: Firewall, listeners: Iterable[Listener], journal: Journal
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._config = config
         self._listeners = list(listeners)
@@ -94,6 +97,7 @@ class Server:
             timeouts=config.timeouts,
             trusted_proxies=config.trusted_proxies,
             journal=journal,
+            firewall=firewall,
             loop=self._loop,
             readiness=self._readiness,
             deadlines=Deadlines(self._loop, _precision(config.timeouts)),
@@ -191,6 +195,10 @@ class Server:
             self._begin(sock, address[0] if isinstance(address, tuple) else "")
 
     def _begin(self, sock: socket.socket, peer: str) -> None:
+        if objection := self._serving.firewall.objection(peer):
+            # Before anything is paid for it: no TLS, no task, and a sample in the log at most.
+            self._journal.sampled("not accepted", objection, client=peer)
+            return sock.close()
         sock.setblocking(False)
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time())
         self._connections += 1

@@ -32,13 +32,13 @@ class Sites:
         """The site of `server_name`: exact before wildcard before ``*``; without one (no SNI), the default site."""
         if server_name is None:
             return self._default or self._by_name.get("*")
-        for name in _candidates(server_name):
+        for name in candidates(server_name):
             if site := self._by_name.get(name):
                 return site
         return None
 
 
-def _candidates(host: str) -> tuple[str, str, str]:
+def candidates(host: str) -> tuple[str, str, str]:
     """The names that can stand for `host`, the closest first. A wildcard covers one label (RFC 9525 section 6.3)."""
     _, _, parent = host.partition(".")
     return host, f"*.{parent}", "*"

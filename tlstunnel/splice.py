@@ -26,6 +26,7 @@ import structlog
 
 from tlstunnel.linger import Partings, reset
 from tlstunnel.readiness import EDGE, ERR, HUP, IN, OUT
+from tlstunnel.truncation import is_truncation
 
 RECORD: Final = 16_384
 """The most that one TLS record carries (RFC 8446 section 5.1), and so that one ``SSLSocket.recv_into`` gives."""
@@ -157,7 +158,7 @@ class Splice:
         if not self._over:
             if self.ended_by != "tunnel":
                 self.ended_by, self.reason = "tunnel", reason
-            self._finish(reset)
+            self._finish(self._reset_now)
 
     def on_client(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
         """Move what the client has sent to the origin."""
@@ -402,7 +403,8 @@ class Splice:
             elif not self._send_close_notify():
                 return
             self._down = ENDED
-            socket.socket.shutdown(self._client, socket.SHUT_WR)
+            if self._up != ENDED:  # else it is closed next
+                socket.socket.shutdown(self._client, socket.SHUT_WR)
         except _WANT:
             pass
         except OSError as error:
@@ -425,7 +427,7 @@ class Splice:
     def _fault(self) -> None:
         structlog.get_logger().exception("splice failed")
         self._blame("tunnel", FAULT)
-        self._finish(reset)
+        self._finish(self._reset_now)
 
     @property
     def _over(self) -> bool:
@@ -435,8 +437,6 @@ class Splice:
         if self._over:
             return
         self._up = self._down = ENDED
-        for fd in (self._cfd, self._ofd):
-            self._readiness.unregister(fd)
         self._splices.discard(self)
         if self._client_failure is not None:
             self._blame("client", RESET)
@@ -450,12 +450,19 @@ class Splice:
         """Close one of the sockets after both directions have ended well."""
         if self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED:
             # It may have input that nobody has read.
+            self._readiness.unregister(sock.fileno())
             self._splices.partings.linger(sock, self.close_timeout)
         else:
+            self._readiness.forget(sock.fileno())
             sock.close()
 
     def _reset(self, sock: socket.socket) -> None:
+        self._readiness.unregister(sock.fileno())
         self._splices.partings.reset(sock, self.close_timeout)
+
+    def _reset_now(self, sock: socket.socket) -> None:
+        self._readiness.unregister(sock.fileno())
+        reset(sock)
 
     def moved(self) -> tuple[int, int, int]:
         """What changes whenever a byte gets on: what the sockets took, and what the peers acknowledged."""
@@ -567,9 +574,10 @@ def _error_of(sock: socket.socket) -> OSError | None:
 
 def _why(error: OSError) -> str:
     """What `error` says of the end of a side, for the record."""
+    if is_truncation(error):
+        return TRUNCATED
     if isinstance(error, ssl.SSLEOFError):
-        # Python says the same of a system call that failed, but then OpenSSL gives no reason (seen, 3.0).
-        return TRUNCATED if error.reason else RESET
+        return RESET
     if isinstance(error, ssl.SSLError):
         return f"TLS error: {error.reason or error.strerror or 'unknown'}"
     if isinstance(error, BrokenPipeError):

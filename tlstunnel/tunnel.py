@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-import secrets
+import random
 import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,6 +16,8 @@ from tlstunnel.addresses import Networks
 from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup
 from tlstunnel.config import Timeouts
 from tlstunnel.escaping import printable
+from tlstunnel.firewall.facts import Connection
+from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
@@ -25,9 +28,10 @@ from tlstunnel.readiness import AnyReadiness
 from tlstunnel.record import Journal, Record
 from tlstunnel.sites import Site, Sites
 from tlstunnel.splice import Splice, Splices
+from tlstunnel.truncation import is_truncation
 
-READ = 65_536
-"""Bytes asked of a socket at once. At least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
+if TYPE_CHECKING:
+    from tlstunnel.firewall.rate_limits import Lease
 
 TLS_1_2 = 0x0303
 
@@ -40,12 +44,15 @@ class Serving:
     timeouts: Timeouts
     trusted_proxies: Networks
     journal: Journal
+    firewall: Firewall
     loop: asyncio.AbstractEventLoop
     readiness: AnyReadiness
     deadlines: Deadlines
     partings: Partings
     splices: Splices
 
+
+_ids = random.Random()  # noqa: S311 - an id has to be unlike all others, not to be a secret
 
 _PLAIN_HTTP = render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://"), None)
 """Without an id: it is counted, and not in the log one by one."""
@@ -70,7 +77,8 @@ class Tunnel:
         serving.deadlines.add(self._wakeup)
         self._client = Channel(sock, serving.readiness, self._wakeup)
         self._origin: Channel | None = None
-        self._record = Record(secrets.token_hex(8), peer)
+        self._lease: Lease | None = None
+        self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
         self._trusted = bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
 
     async def run(self, on_end: Callable[[], None]) -> None:
@@ -84,6 +92,7 @@ class Tunnel:
             site = self._choose_site(hello)
             await self._accept_tls(site)
             request, early = await self._read_request(site)
+            await self._judge(request, site)
             await self._connect(site)
             answer, reader = await self._ask(request)
             if isinstance(answer, Switched):
@@ -108,6 +117,8 @@ class Tunnel:
             self._abort("tunnel", "internal error")
         finally:
             if not spliced:
+                if self._lease is not None:
+                    self._lease.release()
                 on_end()
 
     # hello
@@ -156,9 +167,9 @@ class Tunnel:
             client = await self._client.do_handshake()
         except TimeoutError:
             raise Dropped("tls: timed out") from None
-        except ssl.SSLEOFError:
-            raise Dropped("tls: client gone") from None
         except ssl.SSLError as error:
+            if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
+                raise Dropped("tls: client gone") from None
             raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
         except OSError as error:
             raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
@@ -176,7 +187,7 @@ class Tunnel:
         record = self._record
         try:
             while request is None:
-                data = await self._client.recv(READ)
+                data = await self._client.recv()
                 if not data:
                     raise ClientGone
                 request = reader.feed(data)
@@ -192,6 +203,26 @@ class Tunnel:
         if self._serving.sites.choose(request.host) is not site:
             raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
         return request, reader.leftover
+
+    # firewall
+
+    async def _judge(self, request: UpgradeRequest, site: Site) -> None:
+        """The only look at what the client asks for; after the 101 there is none."""
+        record = self._record
+        connection = Connection(
+            ip=record.client,
+            tls_version=record.tls_version,
+            tls_cipher=record.cipher,
+            tls_sni=record.sni,
+            tls_ja4=record.ja4,
+            client_subject="",
+            site=site.name,
+        )
+        verdict = await self._serving.firewall.judge(request, connection, behind=self._trusted)
+        self._lease = verdict.lease
+        record.firewall = verdict.facts()
+        if verdict.refusal is not None:
+            raise verdict.refusal
 
     # origin
 
@@ -219,7 +250,7 @@ class Tunnel:
         try:
             await self._origin.send(forwarded_head(request, forwarding))
             while answer is None:
-                answer = reader.feed(await self._origin.recv(READ, unless_gone=self._client))
+                answer = reader.feed(await self._origin.recv(unless_gone=self._client))
         except BadAnswer as error:
             raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
         except TimeoutError:
@@ -256,7 +287,7 @@ class Tunnel:
     async def _more_of(self, reader: AnswerReader) -> bytes:
         assert self._origin is not None
         try:
-            data = await self._origin.recv(READ, unless_gone=self._client)
+            data = await self._origin.recv(unless_gone=self._client)
         except TimeoutError:
             raise
         except OSError as error:
@@ -268,7 +299,7 @@ class Tunnel:
     def _splice(self, answer: Switched, early: bytes, on_end: Callable[[], None]) -> None:
         assert self._origin is not None
         assert isinstance(self._client.sock, ssl.SSLSocket)
-        serving, record = self._serving, self._record
+        serving, record, lease = self._serving, self._record, self._lease
         serving.deadlines.discard(self._wakeup)
         record.verdict = "pass"
         serving.journal.opened(record)
@@ -276,6 +307,8 @@ class Tunnel:
         def ended(splice: Splice) -> None:
             record.ended_by, record.reason = splice.ended_by, splice.reason
             serving.journal.ended(record, splice.up, max(splice.down, 0))
+            if lease is not None:
+                lease.release()
             on_end()
 
         Splice(

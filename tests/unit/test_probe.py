@@ -232,7 +232,10 @@ def test_an_abandoned_probe_closes_its_connection(issued: issue.Issued, trust: p
 def test_the_group(issued: issue.Issued, trust: probe.Trust, version: ssl.TLSVersion, curve: str, name: str) -> None:
     context = server_context(issued.cert, issued.key)
     context.minimum_version = context.maximum_version = version
-    context.set_ecdh_curve(curve)
+    try:
+        context.set_ecdh_curve(curve)
+    except ssl.SSLError:
+        pytest.skip(f"this Python knows no curve {curve} to choose")  # 3.11.2
     with serving(answering(b""), context) as port:
         found = steps(port, trust)
     assert isinstance(found[2].facts, probe.TlsFacts)

@@ -7,7 +7,12 @@ from pathlib import Path
 import click
 
 from tlstunnel.config import Config, Duration, SiteConfig, load
-from tlstunnel.errors import CertificateError
+from tlstunnel.errors import CertificateError, ConfigurationError
+
+OPEN_TO_ALL = (
+    "without allowed_origins any web page may connect, with the cookies of whoever looks at it;"
+    ' write allowed_origins = ["same"], or the origins of your pages'
+)
 
 
 @click.group()
@@ -18,7 +23,7 @@ def command() -> None:
 @command.command()
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def check(file: Path) -> None:
-    """Check FILE and the certificates that it names.
+    """Check FILE, its policy, and the certificates and lists that it names.
 
     FILE is tlstunnel.toml where it is left out. Nothing is started; no address is looked up or listened on.
     """
@@ -33,8 +38,19 @@ def check(file: Path) -> None:
         else:
             if warning:
                 click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {warning}", err=True)
+    try:
+        # Only here, for the same reason as the certificates.
+        from tlstunnel.firewall.verdict import Firewall  # noqa: PLC0415
+
+        Firewall(config)
+    except ConfigurationError as error:
+        problems += 1
+        click.echo(f"tlstunnel: {file}: {error}", err=True)
     if problems:
         raise SystemExit(1)
+    for index, site in enumerate(config.sites):
+        if site.allowed_origins is None:
+            click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {OPEN_TO_ALL}", err=True)
     for line in _summary(config):
         click.echo(line)
 

@@ -17,8 +17,10 @@ from tlstunnel.certificates import issue
 from tlstunnel.certificates.serving import expiry_warning
 from tlstunnel.config import Config, SiteConfig, load
 from tlstunnel.errors import ListenError
+from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.listeners import Listener, listen
 from tlstunnel.origins.embedded import EchoOrigin
+from tlstunnel.readiness import new_loop
 from tlstunnel.record import Journal, configure_logging
 from tlstunnel.server import Server
 from tlstunnel.sites import Sites, load_sites
@@ -62,11 +64,14 @@ def command(  # noqa: PLR0913 - the command's options
     configure_logging(log_format or config.log.format)
     with contextlib.ExitStack() as stack:
         configured = config.sites or (_site(origin, cert, key, stack),)
+        journal = Journal(opened=config.log.opened)
+        firewall = Firewall(config, configured, counted=journal.counters)
         sites, tested = _load(configured)
         listeners = _listeners(listen_addresses, tested=tested)
         for listener in listeners:
             stack.callback(listener.close)
-        asyncio.run(_serve(config, sites, listeners))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(_serve(config, sites, firewall, listeners, journal))
 
 
 def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
@@ -130,9 +135,10 @@ def _no_such_family(error: ListenError) -> bool:
     return isinstance(cause, OSError) and cause.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
-async def _serve(config: Config, sites: Sites, listeners: list[Listener]) -> None:
+async def _serve(config: Config, sites: Sites, firewall: Firewall, listeners: list[Listener], journal: Journal) -> None:
     log = structlog.get_logger()
-    server = Server(config, sites, listeners, Journal(opened=config.log.opened))
+    await firewall.start()
+    server = Server(config, sites, firewall, listeners, journal)
     told: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,4 +156,5 @@ async def _serve(config: Config, sites: Sites, listeners: list[Listener]) -> Non
     for task in (drain, again):
         task.cancel()
     await server.close()
+    await firewall.close()
     log.info("stopped")

@@ -25,16 +25,21 @@ def has_control(text: bytes) -> bool:
 
 
 def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
-    """Group fields whose names are in lower case, as h11 gives them: asked a dozen times a handshake."""
+    """Group fields as they stood by their names in lower case: asked a dozen times a handshake."""
     grouped: dict[bytes, list[bytes]] = {}
     for name, value in fields:
-        grouped.setdefault(name, []).append(value)
+        grouped.setdefault(name.lower(), []).append(value)
     return grouped
 
 
 def tokens(fields: ByName, name: bytes) -> list[bytes]:
     """The elements of the list-based field `name`, over all its lines (RFC 9110 section 5.6.1), empty ones left out."""
-    elements = (element.strip(b" \t") for value in fields.get(name, ()) for element in value.split(b","))
+    values = fields.get(name)
+    if values is None:
+        return []
+    if len(values) == 1 and b"," not in values[0]:  # nearly always
+        return [element] if (element := values[0].strip(b" \t")) else []
+    elements = (element.strip(b" \t") for value in values for element in value.split(b","))
     return [element for element in elements if element]
 
 
@@ -54,5 +59,5 @@ def hop_by_hop(fields: ByName) -> frozenset[bytes]:
     What the handshake itself rests on stays whatever Connection says: naming it is a known way to strip a field that
     the next hop relies on.
     """
-    nominated = (name.lower() for name in tokens(fields, b"connection"))
-    return HOP_BY_HOP | {name for name in nominated if not _NEVER_NOMINATED.fullmatch(name)}
+    nominated = {name.lower() for name in tokens(fields, b"connection")} - HOP_BY_HOP
+    return HOP_BY_HOP.union(name for name in nominated if not _NEVER_NOMINATED.fullmatch(name))

@@ -10,7 +10,7 @@ from tlstunnel.handshake.refusal import UPGRADE, Fields, head
 from tlstunnel.handshake.request import UpgradeRequest
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
-_FORWARDING = re.compile(rb"(?i)x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip")
+_FORWARDING = re.compile(rb"x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip", re.DOTALL)
 """What origins read as a proxy's word. CGI and WSGI take an underscore for a hyphen."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -33,11 +33,10 @@ def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
     dropped = hop_by_hop(request.by_name)
     told = _forwarding_fields(request, forwarding)
-    fields = [
-        (name, value)
-        for name, value in request.fields
-        if name.lower() not in dropped and (not _FORWARDING.fullmatch(name) or (forwarding.trusted and _kept(name)))
-    ]
+    # Asked by name, and not field by field: few clients send any of them.
+    forged = {name for name in request.by_name if name[:1] in b"xf" and _FORWARDING.fullmatch(name)}
+    dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
+    fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
     return head(b"GET %b HTTP/1.1" % request.target, fields)
 

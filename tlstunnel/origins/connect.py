@@ -16,14 +16,14 @@ RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
 """Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""
 
 # What SO_KEEPALIVE needs to notice a dead origin within 2 minutes, and how long sent data may stay unacknowledged.
+_NAMED = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000))
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", None), 60),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", None), 15),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", None), 4),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_USER_TIMEOUT", None), 120_000),
+    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _NAMED if hasattr(socket, name)),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
+
+_NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)  # of Linux: from the first system call on
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
 
@@ -42,9 +42,9 @@ def tune(sock: socket.socket) -> None:
 
     On a listening socket: what it accepts inherits them.
     """
-    for level, option, value in KEEP_ALIVE:
-        if option is not None:
-            sock.setsockopt(level, option, value)
+    set_option = sock.setsockopt
+    for option in KEEP_ALIVE:
+        set_option(*option)
 
 
 class Origin:
@@ -57,18 +57,21 @@ class Origin:
         self._fresh_until = float("-inf")
         self._resolving: asyncio.Task[None] | None = None
 
+    @property
+    def known(self) -> list[tuple[socket.AddressFamily, SocketAddress]] | None:
+        """What can be connected to, in the resolver's order; None when it has to be asked for."""
+        return self._addresses if asyncio.get_running_loop().time() < self._fresh_until else None
+
     async def addresses(self, deadline: float) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-        """What can be connected to, in the resolver's order. `deadline` is a loop time.
+        """Ask for `known`. `deadline` is a loop time.
 
         Raises OriginUnreachable when the name is not known, or TimeoutError.
         """
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._fresh_until:
-            if self._resolving is None:
-                self._resolving = loop.create_task(self._resolve())
-            # One question for all who wait; one who gives up does not end it.
-            async with asyncio.timeout_at(deadline):
-                await asyncio.shield(self._resolving)
+        if self._resolving is None:
+            self._resolving = asyncio.get_running_loop().create_task(self._resolve())
+        # One question for all who wait; one who gives up does not end it.
+        async with asyncio.timeout_at(deadline):
+            await asyncio.shield(self._resolving)
         return self._addresses
 
     async def _resolve(self) -> None:
@@ -94,13 +97,14 @@ async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, clien
     Raises OriginUnreachable, TimeoutError, or ClientGone when the client does not wait for it.
     """
     failure = OriginUnreachable(f"{origin.name}: has no address")
-    for family, address in await origin.addresses(wakeup.deadline):
+    for family, address in origin.known or await origin.addresses(wakeup.deadline):
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock = socket.socket(family, socket.SOCK_STREAM | _NON_BLOCKING)
         except OSError as error:
             raise OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=True) from None
         try:
-            sock.setblocking(False)
+            if not _NON_BLOCKING:
+                sock.setblocking(False)
             if family != socket.AF_UNIX:
                 tune(sock)
             return await _connected(sock, address, readiness, wakeup, client)

@@ -1,0 +1,188 @@
+"""``tlstunnel firewall``: see what the firewall makes of a request, without sending one."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from http import HTTPStatus
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlstunnel.config import Config, SiteConfig, load
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.escaping import printable
+from tlstunnel.firewall.facts import Connection
+from tlstunnel.firewall.managed.families import family
+from tlstunnel.firewall.managed.messages import Match
+from tlstunnel.firewall.rate_limits import LimitTrace
+from tlstunnel.firewall.rules import RuleTrace
+from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
+from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.sites import candidates
+
+STAGES = (
+    "target",
+    "addresses of all sites",
+    "addresses of the site",
+    "origin",
+    "rules",
+    "rate limits",
+    "managed rules",
+)
+
+# What a client's library adds by itself, unless a header of the command line says otherwise.
+_OWN = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@click.group()
+def command() -> None:
+    """Try the firewall's policy."""
+
+
+@command.command()
+@click.argument("request", metavar="'GET /path?query'")
+@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="A field; may be repeated.")
+@click.option("--ip", default="127.0.0.1", show_default=True, help="The client's address.")
+@click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
+@click.option("--ja4", default="", help="The fingerprint of the client's TLS, as the log has it.")
+@click.option("--tls-version", default="TLSv1.3", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def explain(  # noqa: PLR0913 - the command's options
+    *, request: str, headers: tuple[str, ...], ip: str, file: Path, ja4: str, tls_version: str, as_json: bool
+) -> None:
+    """Show what each stage and rule of the firewall says of a request, and the verdict.
+
+    The Host field chooses the site; without one it is the first site's name. What every WebSocket handshake has
+    (Upgrade, Sec-WebSocket-Key, ...) is added. Counters begin at nothing; no origin is asked.
+    """
+    config = load(file)
+    if not config.sites:
+        raise ConfigurationError(f"{file}: there are no [[sites]], and so no policy to explain")
+    try:
+        ip_address(ip)
+    except ValueError:
+        raise click.BadParameter(f"{ip!r} is not an IP address", param_hint="--ip") from None
+    trace: list[Stage] = []
+    connection = Connection(ip, tls_version, "", "", ja4, "", "")
+    head = _head(request, headers, config.sites[0])
+    site, verdict = asyncio.run(_judged(config, file, head, connection, trace))
+    if as_json:
+        click.echo(json.dumps(_as_json(site, verdict, trace), default=_plain, ensure_ascii=True))
+    else:
+        for line in _told(site, verdict, trace):
+            click.echo(line)
+
+
+async def _judged(
+    config: Config, file: Path, head: bytes, connection: Connection, trace: list[Stage]
+) -> tuple[str, Verdict]:
+    try:
+        request = RequestReader().feed(head)
+    except Refusal as refusal:
+        return "", Verdict(refusal)
+    assert request is not None  # the head is whole
+    site = _site(config.sites, request)
+    if site is None:
+        return "", Verdict(Refusal(421, "misdirected", "the Host field is no name of any site"))
+    try:
+        firewall = Firewall(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{file}: {error}") from None
+    await firewall.start()
+    try:
+        connection = connection._replace(tls_sni=request.host, site=site.names[0])
+        return site.names[0], await firewall.judge(request, connection, trace, behind=True)
+    finally:
+        await firewall.close()
+
+
+def _head(request: str, headers: Sequence[str], site: SiteConfig) -> bytes:
+    method, _, target = request.strip().partition(" ")
+    if not method or not target:
+        raise click.BadParameter("expected a method and a target, such as 'GET /chat?room=1'", param_hint="request")
+    fields = []
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not name.strip():
+            raise click.BadParameter(
+                f"{header!r} is not a field, such as 'Origin: https://a.example'", param_hint="--header"
+            )
+        fields.append((name.strip(), value.strip()))
+    given = {name.lower() for name, _ in fields}
+    host = site.names[0].replace("*.", "www.").replace("*", "localhost")
+    own = {"Host": f"[{host}]" if ":" in host else host, **_OWN}
+    lines = [f"{method} {target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in own.items() if name.lower() not in given]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode("utf-8", "surrogateescape")
+
+
+def _site(sites: Sequence[SiteConfig], request: UpgradeRequest) -> SiteConfig | None:
+    by_name = {name: site for site in sites for name in site.names}
+    return next((by_name[name] for name in candidates(request.host) if name in by_name), None)
+
+
+def _told(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:
+    if site:
+        yield f"{'site':<24}{site}"
+    asked = {stage.name: stage for stage in trace}
+    for name in STAGES if site else ():
+        stage = asked.get(name)
+        after = any(STAGES.index(later) > STAGES.index(name) for later in asked)
+        yield f"{name:<24}{stage.saw if stage else 'nothing to ask' if after or not verdict.refusal else 'not asked'}"
+        for entry in stage.entries if stage else ():
+            yield f"  {_entry(entry)}"
+    for name in verdict.logged:
+        yield f"{'would refuse':<24}{name} (in mode log)"
+    refusal = verdict.refusal
+    if refusal is None:
+        yield f"{'verdict':<24}pass"
+        return
+    phrase = HTTPStatus(refusal.status).phrase
+    yield f"{'verdict':<24}{refusal.status} {phrase}: {printable(refusal.reason)}"
+    yield f"{'':<24}{printable(refusal.detail or refusal.text)}"
+
+
+def _entry(entry: object) -> str:
+    if isinstance(entry, RuleTrace):
+        values = ", ".join(f"{name}={printable(repr(value))[:200]}" for name, value in entry.values.items())
+        mode = ", only logged" if entry.mode == "log" else ""
+        error = f": {entry.error}" if entry.error else ""
+        return f"{entry.rule}: {entry.saw}{error} ({entry.action}{mode}){f'; {values}' if values else ''}"
+    if isinstance(entry, LimitTrace):
+        key = ", ".join(f"{name}={printable(value)[:200]}" for name, value in entry.key)
+        return f"{entry.limit}: {entry.saw}{' (only logged)' if entry.mode == 'log' else ''}; {key}"
+    if isinstance(entry, Match):
+        return f"{entry.id} {family(entry.id)}: {printable(entry.message)}"
+    return printable(str(entry))
+
+
+def _as_json(site: str, verdict: Verdict, trace: Sequence[Stage]) -> dict[str, Any]:
+    refusal = verdict.refusal
+    return {
+        "site": site,
+        "stages": [{"name": stage.name, "saw": stage.saw, "entries": list(stage.entries)} for stage in trace],
+        "verdict": "pass" if refusal is None else "refused",
+        **({} if refusal is None else {"status": refusal.status, "reason": refusal.reason, "detail": refusal.detail}),
+        **verdict.facts(),
+    }
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if hasattr(value, "__struct_fields__"):
+        return {name: getattr(value, name) for name in value.__struct_fields__}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return dict(value) if isinstance(value, Mapping) else str(value)

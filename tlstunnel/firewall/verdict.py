@@ -1,0 +1,295 @@
+"""The firewall as a whole: one verdict on one upgrade request, in the order of its stages.
+
+    address lists  ->  allowed origins  ->  rules  ->  rate limits  ->  managed rules
+
+The lists of all sites also act at accept (`Firewall.objection`). What comes after the ``101`` is never seen here.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from tlstunnel.config import Config, Mode, SiteConfig
+from tlstunnel.escaping import printable
+from tlstunnel.firewall.cross_site import OriginCheck
+from tlstunnel.firewall.facts import Connection, Facts, gather, refuse_ambiguous
+from tlstunnel.firewall.lists import AddressLists, NamedLists
+from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import UpgradeRequest
+
+if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
+    from tlstunnel.firewall.counters import Counters
+    from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+    from tlstunnel.firewall.rate_limits import Lease, RateLimits
+    from tlstunnel.firewall.rules import Rules
+    from tlstunnel.firewall.stages import Stages
+
+REFRESH_SECONDS = 1.0
+"""How often the files of lists are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the firewall says of a request.
+
+    `refusal` is None where it may go on; `lease` is then to be released when its tunnel has ended. `rule` is the rule
+    that ended the rules, `logged` names what would have refused it were it not in mode "log". `managed` is what the
+    managed rules found, None where they were not asked.
+    """
+
+    refusal: Refusal | None = None
+    lease: "Lease | None" = None
+    rule: str = ""
+    logged: tuple[str, ...] = ()
+    managed: "ManagedOutcome | None" = None
+
+    def facts(self) -> dict[str, Any]:
+        """What of it belongs into the record, where it is anything."""
+        facts: dict[str, Any] = {}
+        if self.rule:
+            facts["rule"] = self.rule
+        if self.logged:
+            facts["logged"] = list(self.logged)
+        managed = self.managed
+        if managed is not None and (managed.matches or managed.objection or managed.failure):
+            facts["managed_rules"] = {
+                "score": managed.score,
+                "matches": [{"id": match.id, "message": printable(match.message)} for match in managed.matches],
+                **({"guard": printable(managed.objection)} if managed.objection else {}),
+                **({"failure": managed.failure} if managed.failure else {}),
+            }
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage saw, for `tlstunnel firewall explain`; `entries` are those of its rules or limits."""
+
+    name: str
+    saw: str
+    entries: Sequence[object] = ()
+
+
+PASSED = Verdict()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One site's part of the firewall, that of all sites included; None where a stage has nothing to ask."""
+
+    strict_path: bool
+    addresses: AddressLists | None
+    addresses_mode: Mode
+    origins: OriginCheck | None
+    origins_mode: Mode
+    rules: "Rules | None" = None
+    limits: "RateLimits | None" = None
+    managed: "ManagedRulesStage | None" = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it asks nothing that needs the facts of a request."""
+        return not (self.addresses or self.origins or self.rules or self.limits or self.managed)
+
+
+class Firewall:
+    """The policies of all sites, and what they share: lists, counters, the helpers of the managed rules.
+
+    `counted` receives a count for whatever matched, was exceeded or failed. Raises ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sites: Sequence[SiteConfig] | None = None,
+        *,
+        counted: Counter[str] | None = None,
+        counters: "Counters | None" = None,
+    ) -> None:
+        self.counted: Counter[str] = Counter() if counted is None else counted
+        self._log = structlog.get_logger()
+        self._lists = NamedLists(config.lists)
+        self._watched = any(isinstance(source, str) for source in config.lists.values())
+        self._addresses = _addresses(config, self._lists)
+        self._addresses_mode: Mode = config.addresses_mode
+        self._refreshing: asyncio.Task[None] | None = None
+        self._stages: Stages | None = None
+        sites = config.sites if sites is None else sites
+        if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
+            from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
+
+            self._stages = Made(config, sites, self._lists, self.counted, counters)
+        self._policies = {site.names[0]: self._policy(index, site) for index, site in enumerate(sites)}
+
+    def _policy(self, index: int, site: SiteConfig) -> Policy:
+        checked = site.allowed_origins is not None or site.require_origin
+        rules, limits, managed = self._stages.of(index, site) if self._stages else (None, None, None)
+        return Policy(
+            strict_path=site.strict_path,
+            addresses=_addresses(site, self._lists),
+            addresses_mode=site.addresses_mode,
+            origins=OriginCheck(site.allowed_origins or (), site.names, required=site.require_origin)
+            if checked
+            else None,
+            origins_mode=site.origins_mode,
+            rules=rules,
+            limits=limits,
+            managed=managed,
+        )
+
+    async def start(self) -> None:
+        """Start what runs beside: the helpers, the look at lists' files. Raises ConfigurationError."""
+        if self._stages is not None and self._stages.pool is not None:
+            await self._stages.pool.start()
+        if self._watched:
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+
+    async def close(self) -> None:
+        """End it."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refreshing
+        if self._stages is not None and self._stages.pool is not None:
+            await self._stages.pool.close()
+
+    def objection(self, ip: str) -> str:
+        """Why a connection from `ip` is not taken, by the lists of all sites, or "". Costs some microseconds."""
+        if self._addresses is None or not (objection := self._addresses.objection(ip)):
+            return ""
+        if self._addresses_mode == "log":
+            self.counted[f"{objection}: logged"] += 1
+            return ""
+        return objection
+
+    async def judge(
+        self, request: UpgradeRequest, connection: Connection, trace: list[Stage] | None = None, *, behind: bool = False
+    ) -> Verdict:
+        """The verdict on a request to the site `connection.site`. `behind` says that a proxy of ours is between.
+
+        Then the client's address was not known at accept, and the lists of all sites are asked here. `trace` receives
+        each stage that was asked. Never raises.
+        """
+        policy = self._policies[connection.site]
+        try:
+            if policy.empty and trace is None and not (behind and self._addresses):
+                if policy.strict_path:
+                    refuse_ambiguous(request.target)
+                return PASSED
+            facts = gather(request, connection, strict_path=policy.strict_path, now=time.time())
+        except Refusal as refusal:
+            _traced(trace, "target", refusal.text)
+            return Verdict(refusal)
+        _traced(trace, "target", f"its path is {printable(facts.path)}")
+        return await self._judged(policy, facts, trace, behind=behind)
+
+    async def _judged(self, policy: Policy, facts: Facts, trace: list[Stage] | None, *, behind: bool) -> Verdict:
+        logged: list[str] = []
+        for refusal, name, mode in (
+            (self._global_objection(facts, trace) if behind else None, "addresses", self._addresses_mode),
+            (self._address_objection(policy, facts, trace), "addresses", policy.addresses_mode),
+            (self._origin_objection(policy, facts, trace), "origin", policy.origins_mode),
+        ):
+            if refusal is not None:
+                self.counted[f"{refusal.reason}{': logged' if mode == 'log' else ''}"] += 1
+                if mode == "block":
+                    return Verdict(refusal, logged=tuple(logged))
+                logged.append(name)
+        skip: frozenset[str] = frozenset()
+        verdict = Verdict(logged=tuple(logged))
+        if policy.rules is not None:
+            entries: list[Any] | None = None if trace is None else []
+            found = policy.rules.judge(facts, entries)
+            _traced(trace, "rules", found.rule or "none of them decides", entries or ())
+            skip = found.skip
+            verdict = Verdict(found.refusal, rule=found.rule, logged=(*logged, *found.logged))
+        if verdict.refusal is None and policy.limits is not None:
+            if "rate_limits" in skip:
+                _traced(trace, "rate limits", "skipped")
+            else:
+                verdict = await self._limited(policy.limits, facts, trace, verdict)
+        if verdict.refusal is None and policy.managed is not None:
+            if "managed_rules" in skip:
+                _traced(trace, "managed rules", "skipped")
+            else:
+                verdict = await self._managed(policy.managed, facts, trace, verdict)
+        return verdict
+
+    async def _limited(self, stage: "RateLimits", facts: Facts, trace: list[Stage] | None, verdict: Verdict) -> Verdict:
+        entries: list[Any] | None = None if trace is None else []
+        limits = await stage.judge(facts, entries)
+        _traced(trace, "rate limits", limits.limit or "within all of them", entries or ())
+        logged = (*verdict.logged, *limits.logged)
+        return replace(verdict, refusal=limits.refusal, lease=limits.lease, logged=logged)
+
+    async def _managed(
+        self, stage: "ManagedRulesStage", facts: Facts, trace: list[Stage] | None, verdict: Verdict
+    ) -> Verdict:
+        try:
+            managed = await stage.judge(facts)
+        except BaseException:
+            if verdict.lease is not None:
+                verdict.lease.release()
+            raise
+        _traced(trace, "managed rules", _managed_words(managed), managed.matches)
+        if managed.refusal is not None and verdict.lease is not None:
+            verdict.lease.release()
+        return replace(verdict, refusal=managed.refusal, managed=managed, logged=(*verdict.logged, *managed.logged))
+
+    def _global_objection(self, facts: Facts, trace: list[Stage] | None) -> Refusal | None:
+        if self._addresses is None:
+            return None
+        objection = self._addresses.objection(facts.ip)
+        _traced(trace, "addresses of all sites", objection or "may come")
+        return _address_refusal(objection)
+
+    def _address_objection(self, policy: Policy, facts: Facts, trace: list[Stage] | None) -> Refusal | None:
+        if policy.addresses is None:
+            return None
+        objection = policy.addresses.objection(facts.ip)
+        _traced(trace, "addresses of the site", objection or "may come")
+        return _address_refusal(objection)
+
+    def _origin_objection(self, policy: Policy, facts: Facts, trace: list[Stage] | None) -> Refusal | None:
+        if policy.origins is None:
+            return None
+        refusal = policy.origins.refusal(facts)
+        _traced(trace, "origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} may connect")
+        return refusal
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            # In a thread: 100 000 new networks take a tenth of a second.
+            refreshed = await asyncio.to_thread(self._lists.refresh)
+            for name in refreshed.lists:
+                self._log.info("list read again", list=name)
+            for error in refreshed.errors:
+                self._log.warning("list not read", reason=error)
+
+
+def _addresses(config: Config | SiteConfig, lists: NamedLists) -> AddressLists | None:
+    if not (config.allow_addresses or config.block_addresses):
+        return None
+    return AddressLists(config.allow_addresses, config.block_addresses, lists)
+
+
+def _address_refusal(objection: str) -> Refusal | None:
+    return Refusal(403, objection, "this address may not connect") if objection else None
+
+
+def _traced(trace: list[Stage] | None, name: str, saw: str, entries: Sequence[object] = ()) -> None:
+    if trace is not None:
+        trace.append(Stage(name, saw, entries))
+
+
+def _managed_words(managed: "ManagedOutcome") -> str:
+    if managed.objection:
+        return f"stopped by the guard: {printable(managed.objection)}"
+    return managed.failure or f"score {managed.score}"
