@@ -53,7 +53,7 @@ def test_the_summary(tmp_path: Path) -> None:
     file.write_text(
         'listen = ["127.0.0.1:8443", "[::1]:8443"]\ntimeouts.idle = "15m"\n'
         f'{SITE}names = ["chat.example", "*.chat.example"]\ndefault = true\ncert = "chat.pem"\nkey = "chat-key.pem"\n'
-        f'{SITE}names = ["b.example"]\n'
+        f'allowed_origins = ["same"]\n{SITE}names = ["b.example"]\nallowed_origins = []\n'
     )
     result = check(str(file))
     assert result.exit_code == 0
@@ -85,12 +85,113 @@ def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
     pair(tmp_path, "old", days=3)
     file = tmp_path / "t.toml"
-    file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\n')
+    file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\nallowed_origins = ["same"]\n')
     result = check(str(file))
     assert result.exit_code == 0
     assert result.stdout.endswith("\nok\n")
-    assert result.stderr.startswith(f"tlstunnel: {file}: sites[0]: warning: {tmp_path}/old.pem: ")
-    assert "3 days" in result.stderr
+    (warning,) = result.stderr.splitlines()
+    assert warning.startswith(f"tlstunnel: {file}: sites[0]: warning: {tmp_path}/old.pem: ")
+    assert "3 days" in warning
+
+
+def test_each_site_that_any_page_may_connect_to_is_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(
+        f'{SITE}names = ["a.example"]\n{SITE}names = ["b.example"]\nallowed_origins = ["same"]\n'
+        f'{SITE}names = ["c.example"]\norigins_mode = "log"\n'
+    )
+    result = check(str(file))
+    assert result.exit_code == 0
+    assert result.stdout.endswith("\nok\n")
+    first, third = result.stderr.splitlines()
+    assert first.startswith(f"tlstunnel: {file}: sites[0]: warning: without allowed_origins any web page may connect")
+    assert 'write allowed_origins = ["same"]' in first
+    assert third.startswith(f"tlstunnel: {file}: sites[2]: warning: without allowed_origins ")
+
+
+SAME = f'{SITE}names = ["chat.example"]\nallowed_origins = ["same"]\n'
+RULE = 'name = "no admins"\naction = "block"\n'
+
+# what is wrong: the file, and what the one line must say, in this order
+WRONG_POLICIES = {
+    "a field that is not there": (
+        f"{SAME}[[sites.rules]]\n{RULE}when = 'pth == \"/admin\"'\n",
+        ("sites[0]", "chat.example", "no admins", "pth", '"path"'),
+    ),
+    "a function that is not there": (
+        f"{SAME}[[sites.rules]]\n{RULE}when = 'in_lst(ip, \"a\")'\n",
+        ("sites[0]", "no admins", "in_lst", '"in_list"'),
+    ),
+    "a list that is not there": (
+        f"lists.office = []\n{SAME}[[sites.rules]]\n{RULE}when = 'in_list(ip, \"ofice\")'\n",
+        ("sites[0]", "no admins", "ofice", '"office"'),
+    ),
+    "a pattern that is none": (
+        f"{SAME}[[sites.rules]]\n{RULE}when = 'path.regex(\"(\")'\n",
+        ("sites[0]", "no admins", "missing )"),
+    ),
+    "an expression that does not parse": (
+        f"{SAME}[[sites.rules]]\n{RULE}when = 'path == '\n",
+        ("sites[0]", "no admins"),
+    ),
+    "a rule of all sites": (f"[[rules]]\n{RULE}when = 'hots == \"a\"'\n{SAME}", ("no admins", "hots", '"host"')),
+    "a limit of what is no time": (
+        f'{SAME}[[sites.rate_limits]]\nname = "handshakes"\nlimit = "10/10s"\n',
+        ("sites[0]", "handshakes", "10 per 10 seconds"),
+    ),
+    "a condition of a limit": (
+        f'{SAME}[[sites.rate_limits]]\nname = "handshakes"\nlimit = "1/hour"\nwhen = "pth"\n',
+        ("sites[0]", "handshakes", "pth", '"path"'),
+    ),
+    "a list of addresses that is not there": (
+        f'lists.botnets = []\n{SAME}block_addresses = ["@botnet"]\n',
+        ("block_addresses", "botnet", "botnets"),
+    ),
+    "a file of a list that is not there": (f'lists.botnets = "none.txt"\n{SAME}', ("none.txt", "No such file")),
+    "words where networks belong": (
+        f'lists.botnets = ["chat"]\n{SAME}block_addresses = ["@botnets"]\n',
+        ("botnets", "chat", "not a network"),
+    ),
+    "managed rules that are not there": (
+        f'{SAME}[sites.managed_rules]\nowasp_crs = true\ncrs = "nowhere"\n',
+        ("sites[0].managed_rules", "nowhere", "modsecurity-crs"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), WRONG_POLICIES.values(), ids=WRONG_POLICIES.keys())
+def test_a_policy_that_cannot_work_is_one_line_and_status_1(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    told: tuple[str, ...],
+) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["tlstunnel", "config", "check", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"tlstunnel: {file}:")
+    rest = line.removeprefix(f"tlstunnel: {file}:")
+    for part in told:
+        assert part in rest, line
+        rest = rest.partition(part)[2]
+
+
+def test_problems_of_the_policy_and_of_certificates_are_told_together(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(f'{SAME}cert = "none.pem"\nkey = "none.pem"\n[[sites.rules]]\n{RULE}when = \'pth\'\n')
+    result = check(str(file))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    certificate, policy = result.stderr.splitlines()
+    assert "none.pem" in certificate
+    assert "no admins" in policy
 
 
 def test_a_wrong_file_is_one_line_and_status_1(

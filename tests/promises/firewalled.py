@@ -1,0 +1,123 @@
+"""A tunnel with a policy in front of an origin that writes down what reached it, asked one handshake after another."""
+
+import http.client
+import socket
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.harness import (
+    PATIENCE,
+    Answer,
+    Certificate,
+    Header,
+    Record,
+    Tunnel,
+    client_context,
+    handshake_request,
+    read_answer,
+    receive_all,
+    switching_protocols,
+)
+from tests.promises.witness import Witness, record_of
+
+Stage = tuple[Witness, Tunnel]
+
+
+def policy(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> str:
+    """A whole configuration with one site, localhost; `top` stands before it, `site` in it, keys before tables."""
+    return (
+        f'listen = ["127.0.0.1:0"]\n{top}\n[[sites]]\nnames = ["localhost"]\norigins = ["{origin}"]\n'
+        f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n{site}\n'
+    )
+
+
+def policed(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> Tunnel:
+    """A tunnel with `policy`."""
+    return Tunnel(None, certificate, config=policy(origin, certificate, top=top, site=site))
+
+
+class Outcome(NamedTuple):
+    """What came of a handshake. `head` is the request as it reached the origin, b"" where none did."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: str
+    record: Record
+    head: bytes
+
+    @property
+    def reason(self) -> str:
+        """The record's, of a refusal."""
+        return str(self.record["reason"])
+
+    @property
+    def target(self) -> bytes:
+        """That the origin was asked for."""
+        return self.head.split(b" ", 2)[1]
+
+
+def connect_from(tunnel: Tunnel, ip: str, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
+    """A TLS connection from this address of 127.0.0.0/8, each of which is another client to the tunnel."""
+    plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0))
+    try:
+        return (context or client_context(tunnel)).wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        )
+    except BaseException:
+        plain.close()
+        raise
+
+
+def judged(
+    stage: Stage,
+    target: str = "/chat",
+    headers: Iterable[Header] = (),
+    *,
+    ip: str = "127.0.0.1",
+    request: bytes | None = None,
+) -> Outcome:
+    """Ask for a tunnel, and end it at once where there is one. What must be so of any refusal is checked here."""
+    origin, tunnel = stage
+    statement = origin.tell(switching_protocols)
+    with connect_from(tunnel, ip) as client:
+        client.sendall(handshake_request(target, headers=headers) if request is None else request)
+        answer = read_answer(client)
+        if answer.status != 101:
+            outcome = refused(tunnel, client, answer)
+            assert statement.connections == 0, "an origin was asked"
+            return outcome
+    record = statement.record(tunnel)
+    assert record["verdict"] == "pass"
+    return Outcome(101, answer.headers, "", record, statement.heads[0])
+
+
+def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Answer) -> Outcome:
+    """The refusal whose head has been read: its id is in its body and in the log, which has the same status."""
+    body = (answer.leftover + receive_all(client)).decode()
+    record = record_of(tunnel, answer.headers)
+    assert record["id"] in body
+    assert (record["status"], record["verdict"], record["ended_by"]) == (answer.status, "refused", "tunnel"), record
+    assert record["origin"] == ""
+    return Outcome(answer.status, answer.headers, body, record, b"")
+
+
+def write_rules(folder: Path) -> Path:
+    """Managed rules of one's own, which load faster than a core rule set: ``x=bad`` is refused."""
+    path = folder / "own.conf"
+    path.write_text('SecRule ARGS:x "@streq bad" "id:1001,phase:2,deny,status:403,msg:\'bad x\'"\n')
+    return path
+
+
+def helpers(tunnel: Tunnel) -> list[int]:
+    """The processes that evaluate managed rules: children of what the tunnel has started."""
+    return [child for loader in children(tunnel.pid) for child in children(loader)]
+
+
+def children(pid: int) -> list[int]:
+    """The children of the process, of whichever of its threads."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found

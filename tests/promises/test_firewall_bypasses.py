@@ -1,0 +1,344 @@
+"""Ways round a rule: one path written in many ways, fields written twice, and what servers read in different ways.
+
+Each of them is either seen as what it is, or refused as ambiguous; and an origin is asked for what the client sent.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import Certificate, handshake_request
+from tests.promises.firewalled import Outcome, Stage, judged, policed
+from tests.promises.witness import Witness
+
+SITE = """
+allowed_origins = ["same"]
+
+[[sites.rules]]
+name = "admin"
+when = 'path == "/admin" || path.startsWith("/admin/")'
+action = "block"
+
+[[sites.rules]]
+name = "intern"
+when = 'path.lower().startsWith("/intern")'
+action = "block"
+
+[[sites.rules]]
+name = "query"
+when = '"q" in query && query["q"].exists(v, v.lower().contains("union select"))'
+action = "block"
+
+[[sites.rules]]
+name = "role"
+when = '"x-role" in headers && headers["x-role"].contains("admin")'
+action = "block"
+
+[[sites.rules]]
+name = "agent"
+when = 'user_agent.regex("(?i)sqlmap")'
+action = "block"
+
+[[sites.rules]]
+name = "cookie"
+when = '"role" in cookies && cookies["role"] == "admin"'
+action = "block"
+
+[[sites.rules]]
+name = "no key"
+when = 'path == "/keyed" && (!("x-key" in headers) || headers["x-key"] != "sesame")'
+action = "block"
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(certificate: Certificate) -> Iterator[Stage]:
+    with Witness() as origin, policed(origin.address, certificate, site=SITE) as tunnel:
+        yield origin, tunnel
+
+
+@pytest.fixture(scope="module")
+def lenient(certificate: Certificate) -> Iterator[Stage]:
+    with Witness() as origin, policed(origin.address, certificate, site=f"strict_path = false\n{SITE}") as tunnel:
+        yield origin, tunnel
+
+
+def _seen(outcome: Outcome, rule: str) -> None:
+    assert (outcome.status, outcome.reason) == (403, f"rule: {rule}")
+
+
+ADMIN = [
+    "/admin",
+    "/admin/",
+    "/admin/users",
+    "/admin?x=1",
+    "//admin",
+    "////admin",
+    "/./admin",
+    "/././/./admin",
+    "/x/../admin",
+    "/x/y/../../admin",
+    "/../admin",
+    "/../../../admin",
+    "/x/..//admin",
+    "/x//../admin",
+    "/admin/.",
+    "/admin/x/..",
+    "/admin//",
+    "/%61dmin",
+    "/%61%64%6D%69%6e",
+    "/%2e/admin",
+    "/%2E%2e/admin",
+    "/x/%2e%2e/admin",
+    "/x/.%2E/admin",
+    "/x/%2e./admin",
+    "/admin/%2e",
+    "/admin/..;/",  # a segment of its own to us, as to most servers
+]
+
+
+@pytest.mark.parametrize("target", ADMIN)
+def test_a_path_is_seen_however_it_is_written(stage: Stage, target: str) -> None:
+    _seen(judged(stage, target), "admin")
+
+
+@pytest.mark.parametrize("target", ["/intern", "/INTERN", "/InTeRn/x", "/%49ntern", "/x/../%69NTERN", "//iNTERN"])
+def test_a_rule_that_lowers_sees_every_case(stage: Stage, target: str) -> None:
+    _seen(judged(stage, target), "intern")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/Admin",  # paths have cases (RFC 3986 section 6.2.2.1)
+        "/administrator",
+        "/admin/..",
+        "/admin/../chat",
+        "/x/admin",
+        "/.admin",
+        "/...//admin/../chat",
+        "/%EF%BD%81dmin",  # a wide a, which no server takes for an a
+        "/admi%C3%B1",
+        "/chat//b/../c%41/./d?x=%2f%5c%2561&&y=../admin",
+        "/chat?u=https://a.example/../admin",
+        "/",
+        "//",
+        "/?q=union",
+    ],
+)
+def test_another_path_passes_and_the_origin_gets_it_as_it_was_sent(stage: Stage, target: str) -> None:
+    outcome = judged(stage, target)
+    assert (outcome.status, outcome.target) == (101, target.encode())
+
+
+AMBIGUOUS = [
+    "/admin%00",
+    "/admin%00.png",
+    "/%00admin",
+    "/x%2fadmin",
+    "/x%2Fadmin",
+    "/x%5cadmin",
+    "/x%5Cadmin",
+    "/..%2fadmin",
+    "/..%5cadmin",
+    "/%2e%2e%2fadmin",
+    "/%2561dmin",
+    "/%252e%252e/admin",
+    "/%252fadmin",
+    "/%25%36%31dmin",  # %61 once the escapes of its digits are decoded
+    "/%61dmin%2500",
+    "/adm%in",
+    "/admin%",
+    "/admin%2",
+    "/%zz",
+    "/%u0061dmin",
+    "/%C0%AFadmin",  # an overlong slash
+    "/%C0%AE%C0%AE/admin",  # overlong dots
+    "/%E0%80%AFadmin",
+    "/%F0%80%80%AFadmin",
+    "/%C1%A1dmin",  # an overlong a
+    "/%E1dmin",  # latin-1
+    "/%ED%A0%80admin",  # a surrogate
+    "/%F4%90%80%80",  # behind the last code point
+    "/%FF%FEa",
+    "/chat?q=%00",
+    "/chat?q=union%00select",
+    "/chat?%00=q",
+    "/chat?q=%C0%A7",  # an overlong quote
+    "/chat?q=%FF",
+]
+
+
+@pytest.mark.parametrize("target", AMBIGUOUS)
+def test_what_can_be_read_in_two_ways_is_a_400(stage: Stage, target: str) -> None:
+    outcome = judged(stage, target)
+    assert (outcome.status, outcome.reason) == (400, "target")
+
+
+@pytest.mark.parametrize("target", ["/x\\admin", "\\admin", "/adm\0in", "/adm\xedn", "/ad\tmin", "/ad min", "admin"])
+def test_what_no_target_may_hold_is_a_400(stage: Stage, target: str) -> None:
+    outcome = judged(stage, target)
+    assert outcome.status == 400
+
+
+@pytest.mark.parametrize(
+    ("target", "rule"),
+    [
+        ("/x%2f..%2fadmin", "admin"),
+        ("/..%2fadmin", "admin"),
+        ("/%2fadmin", "admin"),
+        ("/admin%2fusers", "admin"),
+        ("/admin/%00", "admin"),
+        ("/admin/%ff", "admin"),
+        ("/admin/%C0%AF", "admin"),
+        ("/INTERN%2500", "intern"),
+        ("/admin%00", ""),
+        ("/%2561dmin", ""),
+        ("/%C0%AFadmin", ""),
+        ("/x%5cadmin", ""),
+        ("/a%2fb/%c3%a4%ff%zz%?q=%00%ff", ""),
+    ],
+)
+def test_without_strict_path_it_is_decoded_once_and_sent_on_as_it_is(lenient: Stage, target: str, rule: str) -> None:
+    outcome = judged(lenient, target)
+    if rule:
+        _seen(outcome, rule)
+    else:
+        assert (outcome.status, outcome.target) == (101, target.encode())
+
+
+# --- the query -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "q=union select",
+        "q=UNION+SELECT",
+        "q=union%20select",
+        "q=%55nion%20%73elect",
+        "%71=union+select",
+        "q=x&q=union+select",
+        "q=union+select&q=x",
+        "&&q=union+select&&",
+        "q=x=union+select",
+        "q=a&q=b&%71=c+Union+Select+d",
+    ],
+)
+def test_a_value_of_the_query_is_seen_however_it_is_written(stage: Stage, query: str) -> None:
+    outcome = judged(stage, f"/chat?{query}")
+    if " " in query:
+        assert outcome.status == 400
+    else:
+        _seen(outcome, "query")
+
+
+def test_more_values_than_rules_run_over_are_refused_and_not_left_out(stage: Stage) -> None:
+    """127 in front of the one that is meant are seen through; more are a 400."""
+    _seen(judged(stage, "/chat?" + "q=x&" * 127 + "q=union+select"), "query")
+    outcome = judged(stage, "/chat?" + "q=x&" * 128 + "q=union+select")
+    assert (outcome.status, outcome.reason) == (400, "query")
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "rule"),
+    [
+        ([("X-Role", "admin")], "role"),
+        ([("x-role", "admin")], "role"),
+        ([("X-ROLE", "  admin\t")], "role"),
+        ([("X-Role", "user"), ("X-Role", "admin")], "role"),
+        ([("X-Role", "admin"), ("x-ROLE", "user")], "role"),
+        ([("X-Role", "user"), ("X-Other", "a"), ("x-role", "admin")], "role"),
+        ([("User-Agent", "sqlmap/1.7")], "agent"),
+        ([("user-agent", "Mozilla"), ("USER-AGENT", "SqlMap")], "agent"),
+        ([("User-Agent", "x" * 8000 + "sqlmap")], "agent"),
+        ([("Cookie", "role=admin")], "cookie"),
+        ([("cookie", "a=b;role=admin; c=d")], "cookie"),
+        ([("Cookie", "a=b"), ("Cookie", "role=admin")], "cookie"),
+        ([("Cookie", 'role="admin"')], "cookie"),
+        ([("Cookie", "a=b;  role = admin ")], "cookie"),
+        ([("Cookie", "role=admin; role=user")], "cookie"),
+    ],
+)
+def test_a_field_is_seen_however_it_is_written(stage: Stage, headers: list[tuple[str, str]], rule: str) -> None:
+    _seen(judged(stage, headers=headers), rule)
+
+
+def test_a_right_key_beside_a_wrong_one_is_not_the_right_key(stage: Stage) -> None:
+    """Of a field that stands twice the values are joined: a rule and an origin cannot each pick their own."""
+    assert judged(stage, "/keyed", [("X-Key", "sesame")]).status == 101
+    for headers in (
+        [],
+        [("X-Key", "sesame"), ("X-Key", "wrong")],
+        [("X-Key", "wrong"), ("X-Key", "sesame")],
+        [("X-Key", "sesame"), ("x-key", "")],
+    ):
+        _seen(judged(stage, "/keyed", headers), "no key")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Origin", "https://localhost"), ("Origin", "https://evil.example")],
+        [("Origin", "https://localhost"), ("origin", "https://localhost")],
+        [("Origin", "https://localhost, https://evil.example")],
+        [("Origin", "https://localhost https://evil.example")],
+        [("Origin", "https://localhost.evil.example")],
+        [("Origin", "https://evil.example#https://localhost")],
+        [("Origin", "https://localhost@evil.example")],
+        [("Origin", "https://evil.example/localhost")],
+        [("Origin", "https://localhost/")],
+        [("Origin", "https://localhost:444")],
+        [("Origin", "http://localhost")],
+        [("Origin", "HTTP://LOCALHOST")],
+        [("Origin", "null")],
+        [("Origin", "")],
+    ],
+    ids=str,
+)
+def test_no_other_origin_looks_like_ours(stage: Stage, headers: list[tuple[str, str]]) -> None:
+    outcome = judged(stage, headers=headers)
+    assert (outcome.status, outcome.reason) == (403, "origin")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"X-Role: user\r\n admin\r\n",  # obs-fold, RFC 9112 section 5.2
+        b"X-Role: user\r\n\tadmin\r\n",
+        b"X-Role:\r\n admin\r\n",
+        b"X-Role : admin\r\n",
+        b" X-Role: admin\r\n",
+        b"X-Role\t: admin\r\n",
+        b"X-Role: user\nX-Role: admin\r\n",
+        b"X-Role: user\rX-Role: admin\r\n",
+        b"X-Role: user\0admin\r\n",
+        b"X-R\0ole: admin\r\n",
+        b"X-R\xf6le: admin\r\n",
+        b"Host: other.example\r\n",
+        b"host: localhost\r\n",
+        b"Content-Length: 5\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+    ],
+)
+def test_a_field_that_others_would_read_otherwise_is_a_400(stage: Stage, fields: bytes) -> None:
+    whole = handshake_request("/chat")
+    outcome = judged(stage, request=whole[:-2] + fields + b"\r\n")
+    assert outcome.status == 400
+
+
+def test_bytes_that_are_no_text_hide_nothing(stage: Stage) -> None:
+    _seen(judged(stage, headers=[("X-Role", "\xff\xfe\x80admin\xc0")]), "role")
+    _seen(judged(stage, headers=[("User-Agent", "\xed\xa0\x80SQLMAP")]), "agent")
+
+
+def test_more_cookies_or_offers_than_are_looked_at_are_refused(stage: Stage) -> None:
+    many = "; ".join(f"c{number}=" for number in range(199))
+    _seen(judged(stage, headers=[("Cookie", f"{many}; role=admin")]), "cookie")
+    outcome = judged(stage, headers=[("Cookie", f"{many}; x=y; role=admin")])
+    assert (outcome.status, outcome.reason) == (400, "cookies")
+    outcome = judged(stage, headers=[("Sec-WebSocket-Protocol", ",".join(["a"] * 65))])
+    assert (outcome.status, outcome.reason) == (400, "too many elements")

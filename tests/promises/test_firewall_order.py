@@ -1,0 +1,388 @@
+"""The firewall's stages act in their order, each alone and each before those behind it, and each action does its own."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.corpus.stage import require_libmodsecurity
+from tests.harness import PATIENCE, Certificate, Tunnel
+from tests.promises.firewalled import Outcome, Stage, judged, policed, write_rules
+from tests.promises.witness import Witness
+
+BLOCKED_BY_ALL, BLOCKED_BY_THE_SITE, UNTRUSTED, PROXY = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"
+
+TOP = f"""
+block_addresses = ["{BLOCKED_BY_ALL}"]
+
+[[rules]]
+name = "admins of all sites"
+when = 'path.startsWith("/admin")'
+action = "block"
+"""
+
+SITE = f"""
+block_addresses = ["{BLOCKED_BY_THE_SITE}"]
+allowed_origins = ["same"]
+
+[[sites.rules]]
+name = "admins of the site"
+when = 'path.startsWith("/admin") || path == "/hidden"'
+action = "block"
+status = 404
+body = "there is nothing here"
+
+[[sites.rules]]
+name = "noted"
+when = '"note" in query'
+action = "log"
+
+[[sites.rules]]
+name = "friends"
+when = '"friend" in query'
+action = "allow"
+
+[[sites.rules]]
+name = "no limits"
+when = '"free" in query'
+action = "skip"
+skip = ["rate_limits"]
+
+[[sites.rules]]
+name = "no managed rules"
+when = '"raw" in query'
+action = "skip"
+skip = ["managed_rules"]
+
+[[sites.rules]]
+name = "strangers"
+when = '"stranger" in query'
+action = "block"
+
+[[sites.rules]]
+name = "closed"
+when = 'headers["x-key"] != "sesame" && path == "/vault"'
+action = "block"
+on_error = "block"
+
+[[sites.rules]]
+name = "open"
+when = 'headers["x-key"] != "sesame" && path == "/vault"'
+action = "block"
+
+[[sites.rate_limits]]
+name = "users"
+key = ["header:X-User"]
+limit = "1/day"
+strategy = "moving"
+
+[sites.managed_rules]
+rules = "{{rules}}"
+timeout = "10s"
+"""
+
+SPENT = ("X-User", "spent")
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_libmodsecurity()
+    return write_rules(tmp_path_factory.mktemp("rules"))
+
+
+@pytest.fixture(scope="module")
+def stage(certificate: Certificate, rules: Path) -> Iterator[Stage]:
+    """With a user who has had all of the day's tunnels."""
+    with (
+        Witness() as origin,
+        policed(origin.address, certificate, top=TOP, site=SITE.replace("{rules}", str(rules))) as tunnel,
+    ):
+        assert judged((origin, tunnel), headers=[SPENT]).status == 101
+        yield origin, tunnel
+
+
+def _closed_at_accept(tunnel: Tunnel, ip: str) -> None:
+    """It ends without a byte, and though none was sent: nobody waited for a ClientHello."""
+    with socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0)) as client:
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+
+
+OFFENCES: dict[str, tuple[int, str]] = {
+    "addresses": (403, "blocked address"),
+    "origin": (403, "origin"),
+    "rules": (403, "rule: admins of all sites"),
+    "rate limits": (429, "rate limit: users"),
+    "managed rules": (403, "managed rules"),
+}
+"""What is wrong with a request, in the order of the stages that see it, and their answers."""
+
+
+def _offending(stage: Stage, offences: list[str]) -> Outcome:
+    """Ask with all of these wrong."""
+    headers = [SPENT] if "rate limits" in offences else []
+    headers += [("Origin", "https://evil.example")] if "origin" in offences else []
+    target = ("/admin" if "rules" in offences else "/chat") + ("?x=bad" if "managed rules" in offences else "?x=good")
+    return judged(stage, target, headers, ip=BLOCKED_BY_THE_SITE if "addresses" in offences else "127.0.0.1")
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_what_every_stage_would_refuse_is_refused_by_the_first(stage: Stage, offence: str) -> None:
+    """Without what the stages before object to: taking one offence away shows the next stage."""
+    order = list(OFFENCES)
+    outcome = _offending(stage, order[order.index(offence) :])
+    assert (outcome.status, outcome.reason) == OFFENCES[offence]
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_each_stage_refuses_alone(stage: Stage, offence: str) -> None:
+    outcome = _offending(stage, [offence])
+    assert (outcome.status, outcome.reason) == OFFENCES[offence]
+    assert not any(sent in outcome.body for sent in ("evil", "/admin", "spent", "bad")), "it repeats what was sent"
+
+
+def test_without_an_offence_it_passes(stage: Stage) -> None:
+    outcome = _offending(stage, [])
+    assert outcome.status == 101
+    assert not {"rule", "logged", "managed_rules"} & outcome.record.keys()
+
+
+def test_the_list_of_all_sites_closes_before_tls(stage: Stage) -> None:
+    """Counted, and a sample of it logged; no record, as there is no request."""
+    _, tunnel = stage
+    for _ in range(3):
+        _closed_at_accept(tunnel, BLOCKED_BY_ALL)
+    line = tunnel.wait_record(lambda record: record["event"] == "not accepted")
+    assert (line["reason"], line["client"], line["level"]) == ("blocked address", BLOCKED_BY_ALL, "warning")
+    assert judged(stage).status == 101  # whatever there was to be logged of them has been
+    assert len(tunnel.records("not accepted")) == 1
+    assert not [record for record in tunnel.records() if record.get("client") == BLOCKED_BY_ALL and record != line]
+
+
+def test_the_detail_of_a_refused_origin_is_in_the_log_and_not_in_the_answer(stage: Stage) -> None:
+    outcome = _offending(stage, ["origin"])
+    assert outcome.record["detail"] == "https://evil.example"
+    assert "evil" not in outcome.body
+
+
+def test_a_refusal_by_a_rate_limit_says_when_to_come_again(stage: Stage) -> None:
+    headers = _offending(stage, ["rate limits"]).headers
+    wait = int(headers["Retry-After"])
+    assert 86_000 < wait <= 86_400
+    assert headers["RateLimit"] == f'"users";r=0;t={wait}'
+    assert headers["RateLimit-Policy"] == '"users";q=1;w=86400'
+
+
+def test_a_refusal_by_managed_rules_names_them_in_the_log(stage: Stage) -> None:
+    outcome = _offending(stage, ["managed rules"])
+    assert outcome.record["managed_rules"]["matches"] == [{"id": 1001, "message": "bad x"}]
+    assert "1001" in outcome.record["detail"]
+    assert "1001" not in outcome.body
+
+
+def test_a_request_that_another_stage_refuses_uses_up_no_limit(stage: Stage) -> None:
+    fresh = ("X-User", "fresh")
+    for target, headers in (("/admin", [fresh]), ("/chat", [fresh, ("Origin", "https://evil.example")])):
+        assert judged(stage, target, headers).status == 403
+    assert judged(stage, headers=[fresh]).status == 101
+    assert judged(stage, headers=[fresh]).status == 429
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+def test_block_has_a_status_and_a_body(stage: Stage) -> None:
+    outcome = judged(stage, "/hidden")
+    assert (outcome.status, outcome.reason, outcome.record["rule"]) == (
+        404,
+        "rule: admins of the site",
+        "admins of the site",
+    )
+    assert outcome.body.startswith("404 Not Found: there is nothing here\n")
+
+
+def test_rules_of_all_sites_come_before_the_sites_own(stage: Stage) -> None:
+    assert judged(stage, "/admin").reason == "rule: admins of all sites"
+
+
+def test_log_goes_on(stage: Stage) -> None:
+    outcome = judged(stage, "/chat?note")
+    assert (outcome.status, outcome.record["logged"]) == (101, ["noted"])
+    outcome = judged(stage, "/chat?note&stranger")
+    assert (outcome.reason, outcome.record["logged"]) == ("rule: strangers", ["noted"])
+
+
+def test_allow_ends_the_rules_and_nothing_else(stage: Stage) -> None:
+    assert judged(stage, "/chat?stranger").reason == "rule: strangers"
+    outcome = judged(stage, "/chat?friend&stranger")
+    assert (outcome.status, outcome.record["rule"]) == (101, "friends")
+    assert judged(stage, "/chat?friend", [SPENT]).reason == "rate limit: users"
+    assert judged(stage, "/chat?friend&x=bad").reason == "managed rules"
+
+
+def test_skip_leaves_out_what_it_names_and_goes_on(stage: Stage) -> None:
+    assert judged(stage, "/chat?free", [SPENT]).status == 101
+    assert judged(stage, "/chat?free&x=bad", [SPENT]).reason == "managed rules"
+    assert judged(stage, "/chat?raw&x=bad").status == 101
+    assert judged(stage, "/chat?raw", [SPENT]).reason == "rate limit: users"
+    assert judged(stage, "/chat?free&raw&x=bad", [SPENT]).status == 101
+    assert judged(stage, "/chat?free&raw&stranger", [SPENT]).reason == "rule: strangers"
+
+
+def test_a_rule_that_fails_does_not_match_unless_it_is_to_block(stage: Stage) -> None:
+    """Of two rules that need the same header, the one that blocks on errors does so; said once, not each time."""
+    _, tunnel = stage
+    assert judged(stage, "/vault", [("X-Key", "sesame")]).status == 101
+    assert judged(stage, "/vault", [("X-Key", "wrong")]).reason == "rule: closed"
+    for _ in range(3):
+        outcome = judged(stage, "/chat?friend")  # allowed before the rules that would fail
+        assert outcome.status == 101
+        outcome = judged(stage, "/vault")
+        assert (outcome.status, outcome.reason) == (403, "rule: closed")
+    failed = [record for record in tunnel.records("rule failed") if record["rule"] == "closed"]
+    assert len(failed) == 1
+    assert failed[0]["level"] == "warning"
+
+
+# --- mode = "log" ----------------------------------------------------------------------------------------------------
+
+LOGGED_TOP = f"""
+block_addresses = ["{BLOCKED_BY_ALL}"]
+addresses_mode = "log"
+
+[[rules]]
+name = "admins"
+when = 'path.startsWith("/admin")'
+action = "block"
+mode = "log"
+
+[[rate_limits]]
+name = "all"
+limit = "1/day"
+strategy = "moving"
+max_tunnels = 1
+mode = "log"
+"""
+
+LOGGED_SITE = f"""
+block_addresses = ["{BLOCKED_BY_ALL}"]
+addresses_mode = "log"
+allowed_origins = ["same"]
+origins_mode = "log"
+
+[[sites.rules]]
+name = "skips"
+when = 'path.startsWith("/admin")'
+action = "skip"
+skip = ["rate_limits", "managed_rules"]
+mode = "log"
+
+[[sites.rate_limits]]
+name = "users"
+key = ["header:X-User"]
+limit = "1/day"
+strategy = "moving"
+mode = "log"
+
+[sites.managed_rules]
+rules = "{{rules}}"
+timeout = "10s"
+mode = "log"
+"""
+
+
+def test_with_mode_log_everywhere_all_passes_and_the_record_says_what_would_not_have(
+    certificate: Certificate, rules: Path
+) -> None:
+    site = LOGGED_SITE.replace("{rules}", str(rules))
+    with Witness() as origin, policed(origin.address, certificate, top=LOGGED_TOP, site=site) as tunnel:
+        headers = [SPENT, ("Origin", "https://evil.example")]
+        first = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
+        again = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
+        clean = judged((origin, tunnel), "/chat?x=good")
+        assert not tunnel.records("not accepted")
+    assert (first.status, again.status, clean.status) == (101, 101, 101)
+    rules_and_before = ["addresses", "origin", "admins", "skips"]
+    assert first.record["logged"] == [*rules_and_before, "managed rules"]
+    assert again.record["logged"] == [*rules_and_before, "all", "users", "managed rules"]
+    assert again.record["managed_rules"]["matches"] == [{"id": 1001, "message": "bad x"}]
+    assert "rule" not in again.record
+    assert not {"rule", "logged", "managed_rules"} & clean.record.keys()
+
+
+# --- behind a proxy --------------------------------------------------------------------------------------------------
+
+BEHIND = {
+    "top": f'trusted_proxies = ["{PROXY}"]\nblock_addresses = ["203.0.113.0/24"]\n',
+    "site": """
+allow_addresses = ["127.0.0.4", "192.0.2.0/24", "203.0.113.0/24"]
+
+[[sites.rules]]
+name = "one of them"
+when = 'ip_in(ip, "192.0.2.66")'
+action = "block"
+
+[[sites.rate_limits]]
+name = "addresses"
+limit = "2/day"
+strategy = "moving"
+when = 'path == "/limited"'
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def behind(certificate: Certificate) -> Iterator[Stage]:
+    with Witness() as origin, policed(origin.address, certificate, **BEHIND) as tunnel:
+        yield origin, tunnel
+
+
+@pytest.mark.parametrize(
+    ("claimed", "reason"),
+    [
+        ("192.0.2.1", ""),
+        ("203.0.113.9", "blocked address"),  # of all sites, though at accept it was the proxy's
+        ("::ffff:203.0.113.9", "blocked address"),
+        ("::ffff:cb00:7109", "blocked address"),
+        ("192.0.2.1, 203.0.113.9", "blocked address"),
+        ("203.0.113.9, 192.0.2.1", ""),  # what the client has put there itself
+        ("198.51.100.1", "address not allowed"),
+        ("192.0.2.66", "rule: one of them"),
+        ("::ffff:192.0.2.66", "rule: one of them"),
+        ("0:0:0:0:0:ffff:192.0.2.66", "rule: one of them"),
+    ],
+)
+def test_the_client_behind_a_trusted_proxy_is_judged(behind: Stage, claimed: str, reason: str) -> None:
+    outcome = judged(behind, headers=[("X-Forwarded-For", claimed)], ip=PROXY)
+    if reason:
+        assert (outcome.status, outcome.reason) == (403, reason)
+    else:
+        assert (outcome.status, outcome.record["client"]) == (101, "192.0.2.1")
+    assert outcome.record["peer"] == PROXY
+
+
+@pytest.mark.parametrize("claimed", ["203.0.113.9", "192.0.2.66", "198.51.100.1", "127.0.0.1", "::1", "nonsense", ""])
+def test_what_an_untrusted_client_claims_is_nothing(behind: Stage, claimed: str) -> None:
+    """Neither does it get one refused whom it does not name, nor anybody in: the origin is told the real address."""
+    headers = [(name, claimed) for name in ("X-Forwarded-For", "X-Real-IP")] + [("Forwarded", f"for={claimed}")]
+    outcome = judged(behind, headers=headers, ip=UNTRUSTED)
+    assert (outcome.status, outcome.record["client"]) == (101, UNTRUSTED)
+    assert f"X-Forwarded-For: {UNTRUSTED}\r\n".encode() in outcome.head
+    if claimed not in ("", "127.0.0.1"):
+        assert claimed.encode() not in outcome.head
+    for allowed in ("192.0.2.1", UNTRUSTED):
+        outcome = judged(behind, headers=[("X-Forwarded-For", allowed)], ip="127.0.0.6")
+        assert (outcome.status, outcome.reason, outcome.record["client"]) == (403, "address not allowed", "127.0.0.6")
+
+
+def test_clients_behind_a_proxy_are_counted_one_by_one(behind: Stage) -> None:
+    def asked(client: str, ip: str = PROXY) -> int:
+        return judged(behind, "/limited", [("X-Forwarded-For", client)], ip=ip).status
+
+    assert [asked("192.0.2.7") for _ in range(3)] == [101, 101, 429]
+    assert asked("::ffff:192.0.2.7") == 429
+    assert [asked("192.0.2.8") for _ in range(3)] == [101, 101, 429]
+    # And one that changes what it claims is still one.
+    assert [asked(f"192.0.2.{number}", UNTRUSTED) for number in range(20, 23)] == [101, 101, 429]
