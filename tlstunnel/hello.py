@@ -9,6 +9,7 @@ them); FoxIO's technical details of JA4 (https://github.com/FoxIO-LLC/ja4, techn
 """
 
 import re
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -38,6 +39,8 @@ _SERVER_NAME = b"\x00\x00"
 _SIGNATURE_ALGORITHMS = b"\x00\x0d"
 _ALPN = b"\x00\x10"
 _SUPPORTED_VERSIONS = b"\x00\x2b"
+
+_KIND_AND_LENGTH = struct.Struct(">2sH").unpack_from
 
 _GREASE = frozenset(f"{digit:x}a{digit:x}a" for digit in range(16))
 _JA4_VERSIONS = {
@@ -233,21 +236,34 @@ def _parse(message: bytes) -> ClientHello:
     protocols = extensions.get(_ALPN)
     supported = extensions.get(_SUPPORTED_VERSIONS)
     signatures = extensions.get(_SIGNATURE_ALGORITHMS)
-    alpn = () if protocols is None else _protocols(protocols)
-    versions = message[:2] if supported is None else _numbers(supported, 1)
-    offered = tuple(int(code, 16) for code in _codes(versions))
+    common = _common_again if len(message) <= _MOST_REMEMBERED else _common
+    alpn, versions, ja4 = common(message[:2], ciphers, b"".join(extensions), protocols, supported, signatures)
     return ClientHello(
         server_name=None if server_names is None else _server_name(server_names),
         alpn=alpn,
-        versions=offered,
-        ja4=(_ja4_again if len(message) <= _MOST_REMEMBERED else _ja4)(
-            max(offered, default=0),
-            ciphers,
-            b"".join(extensions),
-            alpn,
-            b"" if signatures is None else _numbers(signatures, 2),
-        ),
+        versions=versions,
+        ja4=ja4,
     )
+
+
+def _common(  # noqa: PLR0913, PLR0917 - the key of a cache
+    legacy: bytes,
+    ciphers: bytes,
+    kinds: bytes,
+    protocols: bytes | None,
+    supported: bytes | None,
+    signatures: bytes | None,
+) -> tuple[tuple[bytes, ...], tuple[int, ...], str]:
+    """Return ALPN, versions and JA4: what all clients of one program have in common, from the vectors as they came."""
+    alpn = () if protocols is None else _protocols(protocols)
+    versions = tuple(int(code, 16) for code in _codes(legacy if supported is None else _numbers(supported, 1)))
+    algorithms = b"" if signatures is None else _numbers(signatures, 2)
+    return alpn, versions, _ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms)
+
+
+# Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
+_MOST_REMEMBERED = 2_048
+_common_again = lru_cache(512)(_common)
 
 
 def _vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
@@ -283,17 +299,22 @@ def _extensions(data: bytes) -> dict[bytes, bytes]:
     block, end = _vector(data, 0, 2)
     if end != len(data):
         raise BadHello(DECODE_ERROR, "bytes after the extensions")
-    at, size = 0, len(block)
-    while at < size:
-        kind = block[at : at + 2]
-        if kind in extensions:
-            raise BadHello(ILLEGAL_PARAMETER, "an extension that occurs twice")
+    end = count = 0
+    size = len(block)
+    try:
         # As in _vector, without a call for each of them.
-        start = at + 4
-        at = start + int.from_bytes(block[at + 2 : start])
-        if at > size:
-            raise BadHello(DECODE_ERROR, "a length that points past its end")
-        extensions[kind] = block[start:at]
+        while end < size:
+            kind, length = _KIND_AND_LENGTH(block, end)
+            start = end + 4
+            end = start + length
+            extensions[kind] = block[start:end]
+            count += 1
+    except struct.error:
+        end = size + 1
+    if end > size:
+        raise BadHello(DECODE_ERROR, "a length that points past its end")
+    if len(extensions) != count:
+        raise BadHello(ILLEGAL_PARAMETER, "an extension that occurs twice")
     return extensions
 
 
@@ -346,11 +367,6 @@ def _ja4(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], alg
         f"t{_JA4_VERSIONS.get(version, '00')}{server_name}{counts}{_ja4_alpn(alpn)}"
         f"_{_ja4_hash(','.join(sorted(ciphers)))}_{_ja4_hash(hashed)}"
     )
-
-
-# Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
-_MOST_REMEMBERED = 2_048
-_ja4_again = lru_cache(512)(_ja4)
 
 
 def _ja4_alpn(alpn: tuple[bytes, ...]) -> str:

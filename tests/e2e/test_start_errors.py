@@ -176,3 +176,15 @@ def test_origin_and_sites_together(certificate: Certificate, tmp_path: Path) -> 
     done = _start(tmp_path, "--config", path, "localhost:3000")
     assert done.returncode == 2
     assert "ORIGIN" in done.stderr.splitlines()[-1]
+
+
+def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(
+        '[[sites]]\norigins = ["localhost:3000"]\n'
+        '[[sites.rules]]\nname = "no admins"\naction = "block"\nwhen = \'pth == "/admin"\'\n'
+    )
+    said = _refused(tmp_path, "--config", file)
+    assert said.startswith(f"tlstunnel: {file}: sites[0]")
+    assert '"no admins"' in said
+    assert 'did you mean "path"?' in said

@@ -1,4 +1,4 @@
-"""The firewall's stages act in their order, each alone and each before those behind it, and each action does its own."""
+"""The firewall's stages act in their order, each alone and before those behind it, and each action does its own."""
 
 import contextlib
 import socket
@@ -105,9 +105,11 @@ def stage(certificate: Certificate, rules: Path) -> Iterator[Stage]:
 
 def _closed_at_accept(tunnel: Tunnel, ip: str) -> None:
     """It ends without a byte, and though none was sent: nobody waited for a ClientHello."""
-    with socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0)) as client:
-        with contextlib.suppress(ConnectionResetError):
-            assert client.recv(1) == b""
+    with (
+        socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0)) as client,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert client.recv(1) == b""
 
 
 OFFENCES: dict[str, tuple[int, str]] = {

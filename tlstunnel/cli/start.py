@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import signal
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.serving import expiry_warning
 from tlstunnel.config import Config, SiteConfig, load
-from tlstunnel.errors import ListenError
+from tlstunnel.errors import ConfigurationError, ListenError
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.listeners import Listener, listen
 from tlstunnel.origins.embedded import EchoOrigin
@@ -65,13 +66,23 @@ def command(  # noqa: PLR0913 - the command's options
     with contextlib.ExitStack() as stack:
         configured = config.sites or (_site(origin, cert, key, stack),)
         journal = Journal(opened=config.log.opened)
-        firewall = Firewall(config, configured, counted=journal.counters)
+        with _told_of(config_file):
+            firewall = Firewall(config, configured, counted=journal.counters)
         sites, tested = _load(configured)
         listeners = _listeners(listen_addresses, tested=tested)
         for listener in listeners:
             stack.callback(listener.close)
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(_serve(config, sites, firewall, listeners, journal))
+
+
+@contextlib.contextmanager
+def _told_of(file: Path | None) -> Iterator[None]:
+    """Name `file` in what is wrong with the policy, as `load` names it in all else."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{file}: {error}") from None
 
 
 def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:

@@ -1,7 +1,7 @@
 """Header fields as both heads have them: lists, tokens, and which fields go no further than one hop."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 _CONTROLS = bytes({*range(0x20), 0x7F} - set(b"\t\r\n"))
 
@@ -11,6 +11,8 @@ HOP_BY_HOP = frozenset(
 """RFC 9110 section 7.6.1: for the next hop alone, and so never forwarded."""
 
 _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
+
+_NONE: frozenset[bytes] = frozenset()
 
 ByName = Mapping[bytes, Sequence[bytes]]
 """The values of a head's fields by name in lower case, those of repeated fields in order."""
@@ -24,11 +26,13 @@ def has_control(text: bytes) -> bool:
     return len(text.translate(None, _CONTROLS)) != len(text) or text.count(b"\r") != text.count(b"\r\n")
 
 
-def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+def by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     """Group fields as they stood by their names in lower case: asked a dozen times a handshake."""
-    grouped: dict[bytes, list[bytes]] = {}
-    for name, value in fields:
-        grouped.setdefault(name.lower(), []).append(value)
+    grouped = {name.lower(): [value] for name, value in fields}
+    if len(grouped) != len(fields):  # seldom: a name that occurs twice
+        grouped = {}
+        for name, value in fields:
+            grouped.setdefault(name.lower(), []).append(value)
     return grouped
 
 
@@ -45,11 +49,16 @@ def tokens(fields: ByName, name: bytes) -> list[bytes]:
 
 def has_token(fields: ByName, name: bytes, token: bytes) -> bool:
     """Whether the list-based field `name` has the element `token` (lower case), compared without regard to case."""
+    values = fields.get(name, ())
+    if len(values) == 1 and values[0].lower() == token:  # nearly always
+        return True
     return any(element.lower() == token for element in tokens(fields, name))
 
 
 def extension_names(fields: ByName) -> frozenset[bytes]:
     """The extensions that ``Sec-WebSocket-Extensions`` names, without their parameters (RFC 6455 section 9.1)."""
+    if b"sec-websocket-extensions" not in fields:
+        return _NONE
     return frozenset(e.split(b";", 1)[0].strip(b" \t") for e in tokens(fields, b"sec-websocket-extensions"))
 
 
@@ -60,4 +69,6 @@ def hop_by_hop(fields: ByName) -> frozenset[bytes]:
     the next hop relies on.
     """
     nominated = {name.lower() for name in tokens(fields, b"connection")} - HOP_BY_HOP
+    if not nominated:
+        return HOP_BY_HOP
     return HOP_BY_HOP.union(name for name in nominated if not _NEVER_NOMINATED.fullmatch(name))

@@ -10,8 +10,8 @@ from tlstunnel.handshake.refusal import UPGRADE, Fields, head
 from tlstunnel.handshake.request import UpgradeRequest
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
-_FORWARDING = re.compile(rb"x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip", re.DOTALL)
-"""What origins read as a proxy's word. CGI and WSGI take an underscore for a hyphen."""
+_FORWARDING = re.compile(rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip)$", re.MULTILINE)
+"""What origins read as a proxy's word, among names on a line each. CGI and WSGI take an underscore for a hyphen."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
@@ -33,9 +33,9 @@ def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
     dropped = hop_by_hop(request.by_name)
     told = _forwarding_fields(request, forwarding)
-    # Asked by name, and not field by field: few clients send any of them.
-    forged = {name for name in request.by_name if name[:1] in b"xf" and _FORWARDING.fullmatch(name)}
-    dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
+    # Asked of all names at once, and not field by field: few clients send any of them.
+    if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
+        dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
     fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
     return head(b"GET %b HTTP/1.1" % request.target, fields)
