@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
 from tlstunnel.config import Config, SiteConfig, load
 from tlstunnel.errors import ConfigurationError
@@ -72,6 +74,8 @@ def explain(  # noqa: PLR0913 - the command's options
         ip_address(ip)
     except ValueError:
         raise click.BadParameter(f"{ip!r} is not an IP address", param_hint="--ip") from None
+    # What the log would say of this request is in what is shown here.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
     connection = Connection(ip, tls_version, "", "", ja4, "", "")
     head = _head(request, headers, config.sites[0])

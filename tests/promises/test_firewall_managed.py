@@ -1,0 +1,188 @@
+"""Managed rules over real sockets: what is blocked is named, and a helper's death or silence touches no tunnel."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import corpus
+from tests.corpus.corpus import Sample
+from tests.corpus.stage import require_crs, require_libmodsecurity
+from tests.harness import (
+    PROGRAM,
+    Certificate,
+    Tunnel,
+    WebsocketsOrigin,
+    child_environment,
+    connect_tls,
+    eventually,
+    receive_exactly,
+    upgrade,
+)
+from tests.promises.firewalled import Outcome, Stage, helpers, judged, policed, policy, write_rules
+from tests.promises.witness import Witness
+from tlstunnel.firewall.managed.families import family
+
+CRS = '[sites.managed_rules]\nowasp_crs = true\ntimeout = "10s"\n'
+
+
+def _head(sample: Sample) -> bytes:
+    request = sample.request
+    lines = [b"GET %b HTTP/1.1" % request.target]
+    for name, value in request.fields:
+        lines.append(b"%b: %b" % (name, b"localhost" if name.lower() == b"host" else value))
+    return b"\r\n".join([*lines, b"", b""])
+
+
+@pytest.fixture(scope="module")
+def stage(certificate: Certificate) -> Iterator[Stage]:
+    require_crs()
+    with Witness() as origin, policed(origin.address, certificate, site=CRS) as tunnel:
+        yield origin, tunnel
+
+
+def _each_family() -> list[Sample]:
+    """The first attack of each."""
+    found: dict[str, Sample] = {}
+    for attack in corpus.attacks():
+        found.setdefault(attack.family, attack)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("attack", _each_family(), ids=lambda attack: attack.name)
+def test_an_attack_is_refused_and_its_rules_are_in_the_record(stage: Stage, attack: Sample) -> None:
+    outcome = judged(stage, request=_head(attack))
+    assert (outcome.status, outcome.reason) == (403, "managed rules")
+    managed = outcome.record["managed_rules"]
+    assert managed["score"] >= 5
+    assert attack.family in {family(match["id"]) for match in managed["matches"]}
+    assert all(match["message"] for match in managed["matches"])
+
+
+@pytest.mark.parametrize("sample", corpus.handshakes()[::5], ids=lambda sample: sample.name)
+def test_an_ordinary_handshake_passes(stage: Stage, sample: Sample) -> None:
+    origin, tunnel = stage
+    statement = origin.tell(lambda _: b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", then="end")
+    with connect_tls(tunnel) as client:
+        client.sendall(_head(sample))
+        assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
+    # The origin's refusal, not ours.
+    assert statement.record(tunnel)["verdict"] == "pass"
+
+
+@contextlib.contextmanager
+def _with_own_rules(certificate: Certificate, folder: Path, more: str) -> Iterator[Stage]:
+    require_libmodsecurity()
+    site = f'[sites.managed_rules]\nrules = "{write_rules(folder)}"\n{more}'
+    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+        yield origin, tunnel
+
+
+def _refused(stage: Stage) -> Outcome:
+    outcome = judged(stage, "/?x=bad")
+    assert outcome.reason == "managed rules"
+    return outcome
+
+
+def test_a_helper_that_is_killed_is_replaced_and_tunnels_live_on(certificate: Certificate, tmp_path: Path) -> None:
+    require_libmodsecurity()
+    site = f'[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\ntimeout = "10s"\n'
+    with (
+        WebsocketsOrigin() as origin,
+        policed(origin.address, certificate, site=site) as tunnel,
+        connect_tls(tunnel) as client,
+        Witness() as other,
+    ):
+        assert upgrade(client).status == 101
+        for _ in range(3):
+            (pid,) = eventually(lambda: helpers(tunnel))
+            os.kill(pid, signal.SIGKILL)
+            _echoes(client)
+            # One request may have been given to what was just killed, and is refused for that.
+            eventually(lambda: _judged_by_rules((other, tunnel)))
+            assert pid not in helpers(tunnel)
+        _echoes(client)
+
+
+def _judged_by_rules(stage: Stage) -> Outcome | None:
+    outcome = judged(stage, "/?x=bad")
+    if outcome.reason == "managed rules":
+        return outcome
+    assert outcome.record["managed_rules"]["failure"] == "helper died"
+    return None
+
+
+def _echoes(client: socket.socket) -> None:
+    """One masked text message of the tunnel's client, and its echo."""
+    client.sendall(b"\x81\x85\x00\x00\x00\x00hello")
+    assert receive_exactly(client, 7) == b"\x81\x05hello"
+
+
+@pytest.mark.parametrize(("on_failure", "status"), [("block", 503), ("allow", 101)])
+def test_a_helper_that_hangs_costs_a_request_its_deadline_at_most(
+    certificate: Certificate, tmp_path: Path, on_failure: str, status: int
+) -> None:
+    more = f'timeout = "250ms"\non_failure = "{on_failure}"\n'
+    with _with_own_rules(certificate, tmp_path, more) as stage:
+        assert judged(stage, "/?x=good").status == 101
+        (pid,) = helpers(stage[1])
+        os.kill(pid, signal.SIGSTOP)
+        asked = time.monotonic()
+        outcome = judged(stage, "/?x=bad", ip="127.0.0.9")
+        assert outcome.status == status
+        # The deadline, and that the helper is noticed; the rest is for a busy machine.
+        assert time.monotonic() - asked < 5
+        assert outcome.record["managed_rules"]["failure"] in {"late", "waited too long"}
+        # Killed and replaced.
+        eventually(lambda: pid not in helpers(stage[1]))
+        assert _refused(stage).status == 403
+
+
+def test_an_address_that_was_late_is_not_evaluated_again_for_a_while(certificate: Certificate, tmp_path: Path) -> None:
+    with _with_own_rules(certificate, tmp_path, 'timeout = "250ms"\n') as stage:
+        (pid,) = eventually(lambda: helpers(stage[1]))
+        os.kill(pid, signal.SIGSTOP)
+        late = judged(stage, "/?x=good", ip="127.0.0.9")
+        assert late.status == 503
+        if late.record["managed_rules"]["failure"] == "late":
+            again = judged(stage, "/?x=good", ip="127.0.0.9")
+            assert (again.status, again.record["managed_rules"]["failure"]) == (503, "late before")
+        assert judged(stage, "/?x=good", ip="127.0.0.10").status == 101
+
+
+def test_rules_that_are_not_there_refuse_the_start_and_name_the_packages(
+    certificate: Certificate, tmp_path: Path
+) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(policy("localhost:1", certificate, site=CRS + 'crs = "/nowhere"\n'))
+    done = subprocess.run(
+        [*PROGRAM, "start", "--config", str(file)],
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("tlstunnel: "))
+    assert str(file) in line
+    assert "/nowhere" in line
+    assert "modsecurity-crs" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_no_helper_is_left_behind(certificate: Certificate, tmp_path: Path) -> None:
+    require_libmodsecurity()
+    site = f'[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\n'
+    with Witness() as origin:
+        tunnel: Tunnel = policed(origin.address, certificate, site=site)
+        with tunnel:
+            (pid,) = eventually(lambda: helpers(tunnel))
+        eventually(lambda: not Path(f"/proc/{pid}").exists())

@@ -1,0 +1,147 @@
+"""The verdict: what is given back when a request goes no further, and a policy that only logs."""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.corpus.stage import plain_request, require_libmodsecurity
+from tlstunnel.config import decode
+from tlstunnel.firewall.facts import Connection
+from tlstunnel.firewall.verdict import PASSED, Firewall, Verdict
+
+T = TypeVar("T")
+SITE = '[[sites]]\nnames = ["chat.example"]\norigins = ["localhost:3000"]\n'
+TWO = '[[sites.rate_limits]]\nname = "tunnels"\nmax_tunnels = 1\n'
+
+
+def with_firewall(text: str, folder: Path, then: Any) -> Any:
+    async def run() -> Any:
+        firewall = Firewall(decode(text, folder, "t.toml"))
+        await firewall.start()
+        try:
+            return await then(firewall)
+        finally:
+            await firewall.close()
+
+    return asyncio.run(run())
+
+
+def ask(
+    firewall: Firewall, target: str = "/", *headers: str, ip: str = "192.0.2.1", behind: bool = False
+) -> Coroutine[Any, Any, Verdict]:
+    connection = Connection(ip, "TLSv1.3", "", "chat.example", "", "", "chat.example")
+    return firewall.judge(plain_request(target, *headers), connection, behind=behind)
+
+
+def test_nothing_to_ask_costs_nothing_but_the_look_at_the_target(tmp_path: Path) -> None:
+    async def run(firewall: Firewall) -> None:
+        assert await ask(firewall) is PASSED
+        refusal = (await ask(firewall, "/%00")).refusal
+        assert refusal is not None
+        assert refusal.status == 400
+        assert firewall.objection("192.0.2.1") == ""
+
+    with_firewall(SITE, tmp_path, run)
+    with_firewall(SITE + "strict_path = false\n", tmp_path, _lets_any_target_by)
+
+
+async def _lets_any_target_by(firewall: Firewall) -> None:
+    assert await ask(firewall, "/%00") is PASSED
+
+
+def _managed(folder: Path, rule: str = "@streq bad") -> str:
+    require_libmodsecurity()
+    (folder / "own.conf").write_text(f'SecRule ARGS:x "{rule}" "id:1001,phase:2,deny,msg:\'bad x\'"\n')
+    return f'{SITE}{TWO}[sites.managed_rules]\nrules = "own.conf"\ntimeout = "10s"\n'
+
+
+def test_a_tunnel_that_managed_rules_refuse_is_given_back(tmp_path: Path) -> None:
+    async def run(firewall: Firewall) -> None:
+        for _ in range(3):
+            verdict = await ask(firewall, "/?x=bad")
+            assert verdict.refusal is not None
+            assert verdict.refusal.reason == "managed rules"
+        passed = await ask(firewall, "/?x=good")
+        assert passed.refusal is None
+        full = await ask(firewall, "/?x=good")
+        assert full.refusal is not None
+        assert full.refusal.status == 429
+        assert passed.lease is not None
+        passed.lease.release()
+        again = await ask(firewall, "/?x=good")
+        assert again.refusal is None
+
+    with_firewall(_managed(tmp_path), tmp_path, run)
+
+
+def test_a_tunnel_whose_client_goes_while_it_is_judged_is_given_back(tmp_path: Path) -> None:
+    async def run(firewall: Firewall) -> None:
+        for _ in range(3):
+            task = asyncio.ensure_future(ask(firewall, f"/?x={'a' * 200}"))
+            # It begins, is counted, and waits for the helper.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert (await ask(firewall, "/?x=good")).refusal is None
+
+    with_firewall(_managed(tmp_path), tmp_path, run)
+
+
+LOGGING = """
+addresses_mode = "log"
+block_addresses = ["192.0.2.0/24"]
+[[rules]]
+name = "all"
+when = "true"
+action = "block"
+mode = "log"
+[[sites]]
+names = ["chat.example"]
+origins = ["localhost:3000"]
+block_addresses = ["192.0.2.1"]
+addresses_mode = "log"
+allowed_origins = ["same"]
+require_origin = true
+origins_mode = "log"
+[[sites.rules]]
+name = "each"
+when = 'path == "/"'
+action = "block"
+mode = "log"
+[[sites.rate_limits]]
+name = "none"
+limit = "1/hour"
+strategy = "moving"
+mode = "log"
+"""
+
+
+def test_a_policy_that_only_logs_lets_by_and_counts(tmp_path: Path) -> None:
+    async def run(firewall: Firewall) -> None:
+        assert firewall.objection("192.0.2.1") == ""
+        assert firewall.counted["blocked address: logged"] == 1
+        await ask(firewall)
+        verdict = await ask(firewall, behind=True)
+        assert verdict.refusal is None
+        logged = verdict.facts()["logged"]
+        assert logged == ["addresses", "addresses", "origin", "all", "each", "none"]
+        assert firewall.counted["blocked address: logged"] == 4
+        assert sum(firewall.counted.values()) >= 8
+
+    with_firewall(LOGGING, tmp_path, run)
+
+
+def test_the_lists_of_all_sites_are_asked_of_who_stands_behind_a_proxy(tmp_path: Path) -> None:
+    async def run(firewall: Firewall) -> None:
+        assert (await ask(firewall, ip="203.0.113.1")).refusal is None
+        refusal = (await ask(firewall, ip="203.0.113.1", behind=True)).refusal
+        assert refusal is not None
+        assert refusal.status == 403
+
+    with_firewall(f'block_addresses = ["203.0.113.0/24"]\n{SITE}', tmp_path, run)
