@@ -95,7 +95,7 @@ def test_every_stage_of_a_request_that_passes(file: Path) -> None:
         "rooms: not matched (log); path='/attic/', query={'debug': ['1']}",
         'a header: failed: there is no key "x-key" (allow); headers={...}',
         "rate limits within all of them",
-        "each: 1 of 1 a hour; ip=127.0.0.1",
+        "each: within; ip=127.0.0.1",
         "managed rules nothing to ask",
         "verdict pass",
     ]
