@@ -161,15 +161,15 @@ class Tunnel:
         self._folder = tempfile.TemporaryDirectory(prefix="tlstunnel-test-")
         self.folder = Path(self._folder.name)
         self._errors_expected = errors_expected
-        self._mark, self._environment = marked(child_environment(measured=measured) | dict(environment or {}))
+        own = {"RUNTIME_DIRECTORY": str(self.folder / "run")}
+        self._mark, self._environment = marked(child_environment(measured=measured) | own | dict(environment or {}))
         self._command = [*PROGRAM, "start", "--log-format", "json"]
         if descriptors is not None:
             # prlimit from util-linux and not preexec_fn, which is not safe in a process with threads.
             self._command[:0] = [require("prlimit", "util-linux"), f"--nofile={descriptors}:{descriptors}"]
         if text := config if config is not None else settings:
-            path = self.folder / "tlstunnel.toml"
-            path.write_text(text)
-            self._command += ["--config", str(path)]
+            self.file.write_text(text)
+            self._command += ["--config", str(self.file)]
         if config is None:
             self._command += [part for address in listen for part in ("--listen", address)]
             if certificate is not None:
@@ -226,6 +226,33 @@ class Tunnel:
         elif status != 0:
             faults.append(f"it exited with {status}")
         assert not faults, "\n".join([*faults, "its log:", self.log])
+
+    @property
+    def file(self) -> Path:
+        """Its configuration file, if it has one."""
+        return self.folder / "tlstunnel.toml"
+
+    @property
+    def control(self) -> Path:
+        """Its control socket."""
+        return Path(self.records("ready")[0]["control"])
+
+    def reload(self, config: str | None = None, *, status: int = 0) -> list[str]:
+        """Reload it, with another file if one is given; return the lines that the command printed."""
+        if config is not None:
+            new = self.file.with_suffix(".new")
+            new.write_text(config)
+            new.replace(self.file)
+        done = subprocess.run(
+            [*PROGRAM, "reload", "--control", str(self.control)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == status, done
+        return (done.stderr if status else done.stdout).splitlines()
 
     @property
     def pid(self) -> int:

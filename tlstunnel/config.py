@@ -229,6 +229,7 @@ class Config(_Table, frozen=True):
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: ManagedRules = ManagedRules()
+    end_removed: bool = False
     sites: tuple[SiteConfig, ...] = ()
 
 

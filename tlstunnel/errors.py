@@ -17,5 +17,9 @@ class CertificateError(TlstunnelError):
     """A certificate or key file cannot be read, parsed, matched or written."""
 
 
+class ControlError(TlstunnelError):
+    """A running tunnel cannot be found, asked, or does not do what it is asked."""
+
+
 class ListenError(TlstunnelError):
     """An address cannot be listened on."""

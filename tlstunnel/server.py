@@ -1,4 +1,4 @@
-"""One process's tunnels: the accept loop, the cap on unfinished handshakes, and the end."""
+"""One process's tunnels: the accept loop, the cap on unfinished handshakes, the switch of what serves, and the end."""
 
 import asyncio
 import contextlib
@@ -47,8 +47,7 @@ class Unfinished:
     """
 
     def __init__(self, cap: int) -> None:
-        self._cap = cap
-        self._share = max(cap // SHARE, 1)
+        self.cap = cap
         self._all: dict[asyncio.Task[None], str] = {}
         self._of: dict[str, dict[asyncio.Task[None], None]] = {}
 
@@ -64,9 +63,9 @@ class Unfinished:
         if address:
             own = self._of.setdefault(address, {})
             own[task] = None
-            if len(own) > self._share:
+            if len(own) > max(self.cap // SHARE, 1):
                 return next(iter(own))
-        return next(iter(self._all)) if len(self._all) > self._cap else None
+        return next(iter(self._all)) if len(self._all) > self.cap else None
 
     def discard(self, task: asyncio.Task[None]) -> None:
         """Forget `task`: its handshake is done, or it is."""
@@ -85,25 +84,13 @@ class Server:
         self, config: Config, sites: Sites, firewall: Firewall, listeners: Iterable[Listener], journal: Journal
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._config = config
         self._listeners = list(listeners)
         self._journal = journal
         self._log = structlog.get_logger()
         self._readiness = readiness(self._loop)
         self._partings = Partings(self._readiness, self._loop)
-        self._splices = Splices(self._partings, idle=config.timeouts.idle)
-        self._serving = Serving(
-            sites=sites,
-            timeouts=config.timeouts,
-            trusted_proxies=config.trusted_proxies,
-            journal=journal,
-            firewall=firewall,
-            loop=self._loop,
-            readiness=self._readiness,
-            deadlines=Deadlines(self._loop, _precision(config.timeouts)),
-            partings=self._partings,
-            splices=self._splices,
-        )
+        self._splices = Splices(self._partings)
+        self._serving = self._served_with(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
         self._connections = 0
         self._most = (_descriptors() - RESERVED_DESCRIPTORS) // 2
@@ -111,6 +98,21 @@ class Server:
         self._paused: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._accepts = False
+
+    def _served_with(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
+        return Serving(
+            sites=sites,
+            timeouts=config.timeouts,
+            trusted_proxies=config.trusted_proxies,
+            journal=self._journal,
+            firewall=firewall,
+            loop=self._loop,
+            readiness=self._readiness,
+            deadlines=Deadlines(self._loop, _precision(config.timeouts)),
+            partings=self._partings,
+            splices=self._splices,
+        )
 
     def start(self) -> None:
         """Begin to accept."""
@@ -118,6 +120,36 @@ class Server:
         gc.collect()
         gc.freeze()
         self._accepting(on=True)
+
+    def switch(self, config: Config, sites: Sites, firewall: Firewall, listeners: Iterable[Listener]) -> None:
+        """Serve what connects from now on with these, on these listeners; the others are closed.
+
+        Whatever has connected before goes on with what it had, to the end of its tunnel. What waits in the backlog of
+        a listener that goes is accepted first: closing it would reset that.
+        """
+        self._serving = self._served_with(config, sites, firewall)
+        self._unfinished.cap = config.limits.unfinished_handshakes
+        wanted = list(listeners)
+        for listener in self._listeners:
+            if listener not in wanted:
+                if self._accepts:
+                    self._loop.remove_reader(listener.sock)
+                    self._accept(listener.sock)
+                listener.close()
+        added = [listener for listener in wanted if listener not in self._listeners]
+        self._listeners = wanted
+        if self._accepts and self._paused is None:
+            for listener in added:
+                self._loop.add_reader(listener.sock, self._accept, listener.sock)
+        if config.end_removed:
+            for splice in list(self._splices.all):
+                if splice.site not in sites:
+                    splice.end("site removed")
+
+    async def handshakes_done(self) -> None:
+        """Wait until every handshake that has begun by now is done, however it ends."""
+        if tasks := list(self._unfinished):
+            await asyncio.wait(tasks)
 
     async def drain(self, wait: float, over: float) -> None:
         """Accept for `wait` seconds more, then close the listeners and end the tunnels, spread over `over` seconds.
@@ -145,7 +177,7 @@ class Server:
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
             await self._idle.wait()
         # Bounded as a whole: one that takes a byte now and then would hold the release for as long as it likes.
-        deadline = self._loop.time() + self._config.timeouts.close
+        deadline = self._loop.time() + self._serving.timeouts.close
         while self._partings.open and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.01)
 
@@ -168,6 +200,7 @@ class Server:
         self._readiness.close()
 
     def _accepting(self, *, on: bool) -> None:
+        self._accepts = on
         for listener in self._listeners:
             if listener.sock.fileno() < 0:
                 continue
@@ -223,7 +256,8 @@ class Server:
 
     def _address_counted(self, peer: str) -> str:
         """What `peer` counts as for its share: its address, an IPv6 /64; nothing for a proxy, behind which many are."""
-        if not peer or (self._config.trusted_proxies and peer in self._config.trusted_proxies):
+        trusted = self._serving.trusted_proxies
+        if not peer or (trusted and peer in trusted):
             return ""
         if ":" in peer:
             return socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8].hex()

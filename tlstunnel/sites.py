@@ -26,7 +26,12 @@ class Sites:
 
     def __init__(self, sites: Sequence[Site], default: Site | None) -> None:
         self._by_name = {name: site for site in sites for name in site.names}
+        self._names = frozenset(site.name for site in sites)
         self._default = default
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a site whose first name this is."""
+        return name in self._names
 
     def choose(self, server_name: str | None) -> Site | None:
         """The site of `server_name`: exact before wildcard before ``*``; without one (no SNI), the default site."""

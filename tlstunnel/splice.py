@@ -54,8 +54,9 @@ _BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked in struct tcp_info, l
 class Splice:
     """Two connected non-blocking sockets, spliced until both directions have ended.
 
-    `to_client` and `to_origin` go first: the 101, of `head` bytes, and what came behind either head. `up` and `down`
-    count the bytes that the sockets took, the head left out. `on_end` is called once, when `ended_by` ("client",
+    `to_client` and `to_origin` go first: the 101, of `head` bytes, and what came behind either head. `idle_timeout` is
+    the longest time without a byte, seconds, or None; `site` is what the tunnel belongs to. `up` and `down` count the
+    bytes that the sockets took, the head left out. `on_end` is called once, when `ended_by` ("client",
     "origin" or "tunnel") and `reason` are settled and both sockets are closed or closing.
     """
 
@@ -83,9 +84,11 @@ class Splice:
         "down",
         "draining",
         "ended_by",
+        "idle_timeout",
         "reason",
         "seen",
         "since",
+        "site",
         "up",
     )
 
@@ -99,6 +102,8 @@ class Splice:
         to_origin: bytes,
         head: int,
         close_timeout: float,
+        idle_timeout: float | None,
+        site: str,
         on_end: "Callable[[Splice], None]",
     ) -> None:
         self._splices = splices
@@ -109,7 +114,8 @@ class Splice:
         self._up = WAITS if to_origin else FLOWS
         self._down = WAITS if to_client else FLOWS
         self._on_end = on_end
-        self.close_timeout = close_timeout
+        self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
+        self.site = site
         self.up, self.down = 0, -head
         self.seen: tuple[int, int, int] | None = None  # what had moved at the last sweep
         self.since = 0.0
@@ -472,17 +478,17 @@ class Splice:
 class Splices:
     """The splices of this process, and the one sweep that ends those that do not get on.
 
-    `idle` is the longest time without a byte, seconds, or None. A sweep instead of a timer a splice: an idle tunnel
-    costs no CPU unless `idle` is set, and a message never touches a timer.
+    A sweep instead of a timer a splice: an idle tunnel costs no CPU unless it has an `idle_timeout`, and a message
+    never touches a timer.
     """
 
-    def __init__(self, partings: Partings, *, idle: float | None) -> None:
+    def __init__(self, partings: Partings) -> None:
         self.readiness = partings.readiness
         self.partings = partings
         self.loop = partings.loop
-        self.idle = idle
         self.all: dict[Splice, None] = {}  # oldest first
         self._closing: set[Splice] = set()
+        self._limited: set[Splice] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._trap, self._trapped = socket.socketpair()
         self._trap.setblocking(False)
@@ -493,14 +499,16 @@ class Splices:
     def add(self, splice: Splice) -> None:
         """Count `splice` among the running ones."""
         self.all[splice] = None
-        if self.idle is not None:
+        if splice.idle_timeout is not None:
+            self._limited.add(splice)
             splice.since = self.loop.time()
-            self._sweep_in(self.idle)
+            self._sweep_in(splice.idle_timeout)
 
     def discard(self, splice: Splice) -> None:
         """Forget `splice`."""
         self.all.pop(splice, None)
         self._closing.discard(splice)
+        self._limited.discard(splice)
 
     def closing(self, splice: Splice) -> None:
         """Give `splice` its `close_timeout` without progress from now on."""
@@ -549,7 +557,7 @@ class Splices:
     def _sweep(self) -> None:
         self._timer = None
         now = self.loop.time()
-        for splice in list(self._closing if self.idle is None else self.all):
+        for splice in self._closing | self._limited:
             closing = splice in self._closing
             if splice.draining and now - splice.draining >= splice.close_timeout:
                 splice.cut()
@@ -558,12 +566,12 @@ class Splices:
                 splice.seen, splice.since = moved, now
             elif closing and now - splice.since >= splice.close_timeout:
                 splice.abort(STUCK)
-            elif not closing and self.idle is not None and now - splice.since >= self.idle:
+            elif not closing and splice.idle_timeout is not None and now - splice.since >= splice.idle_timeout:
                 splice.end(IDLE)
         if self._closing:
             self._sweep_in(min(splice.close_timeout for splice in self._closing))
-        if self.idle is not None and self.all:
-            self._sweep_in(self.idle)
+        if self._limited:
+            self._sweep_in(min(splice.idle_timeout or 0.0 for splice in self._limited))
 
 
 def _error_of(sock: socket.socket) -> OSError | None:

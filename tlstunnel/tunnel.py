@@ -319,6 +319,8 @@ class Tunnel:
             to_origin=early,
             head=len(answer.head),
             close_timeout=serving.timeouts.close,
+            idle_timeout=serving.timeouts.idle,
+            site=record.site,
             on_end=ended,
         ).start()
 

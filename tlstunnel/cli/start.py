@@ -2,37 +2,20 @@
 
 import asyncio
 import contextlib
-import errno
-import signal
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import click
 import structlog
 
-from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.serving import expiry_warning
 from tlstunnel.config import Config, SiteConfig, load
-from tlstunnel.errors import ConfigurationError, ListenError
-from tlstunnel.firewall.verdict import Firewall
-from tlstunnel.listeners import Listener, listen
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.readiness import new_loop
 from tlstunnel.record import Journal, configure_logging
-from tlstunnel.server import Server
-from tlstunnel.sites import Sites, load_sites
-
-PORT = 8443
-LOOPBACK = (ListenAddress("127.0.0.1", PORT), ListenAddress("::1", PORT))
-EVERYWHERE = (ListenAddress("0.0.0.0", PORT), ListenAddress("::", PORT))  # noqa: S104 - with a certificate of its own
-CERTIFICATES = Path("certs")
-
-SIGINT_SECONDS = 5.0
-"""Over how long SIGINT spreads the closings: someone waits at a terminal."""
+from tlstunnel.service import CERTIFICATES, Listeners, Loaded, Service, Wanted
+from tlstunnel.service import load as load_all
 
 
 @click.command()
@@ -41,6 +24,7 @@ SIGINT_SECONDS = 5.0
 @click.option("--cert", type=click.Path(path_type=Path), help="Certificate and chain, PEM.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
+@click.option("--control", type=click.Path(path_type=Path), help="Where the control socket is.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="How to log; text unless the file says json.")
 def command(  # noqa: PLR0913 - the command's options
     *,
@@ -49,6 +33,7 @@ def command(  # noqa: PLR0913 - the command's options
     cert: Path | None,
     key: Path | None,
     config_file: Path | None,
+    control: Path | None,
     log_format: Literal["text", "json"] | None,
 ) -> None:
     """Start the tunnel in front of ORIGIN: host:port, ws://host:port or unix:/path.
@@ -61,28 +46,29 @@ def command(  # noqa: PLR0913 - the command's options
         raise click.UsageError(f"{config_file} has [[sites]]: ORIGIN, --cert and --key belong there")
     if bool(cert) != bool(key):
         raise click.UsageError("--cert and --key go together")
-    listen_addresses = _parsed(listen_texts) or config.listen
     configure_logging(log_format or config.log.format)
     with contextlib.ExitStack() as stack:
-        configured = config.sites or (_site(origin, cert, key, stack),)
+        wanted = Wanted(
+            file=config_file,
+            site=None if config.sites else _site(origin, cert, key, stack),
+            listen=_parsed(listen_texts),
+            control=control,
+        )
+        if any(site.cert is None for site in (config.sites or [wanted.site]) if site):
+            test = issue.ensure(CERTIFICATES)
+            hint = "clients trust it with this CA"
+            structlog.get_logger().info("test certificate", cert=str(test.cert), ca=str(test.ca), hint=hint)
         journal = Journal(opened=config.log.opened)
-        with _told_of(config_file):
-            firewall = Firewall(config, configured, counted=journal.counters)
-        sites, tested = _load(configured)
-        listeners = _listeners(listen_addresses, tested=tested)
-        for listener in listeners:
-            stack.callback(listener.close)
+        loaded = load_all(wanted, config, journal.counters)
+        listeners = Listeners()
+        stack.callback(listeners.close)
+        listeners.settle(listeners.open(loaded.listen), loaded.listen)
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(_serve(config, sites, firewall, listeners, journal))
+            runner.run(_serve(wanted, loaded, listeners, journal))
 
 
-@contextlib.contextmanager
-def _told_of(file: Path | None) -> Iterator[None]:
-    """Name `file` in what is wrong with the policy, as `load` names it in all else."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{file}: {error}") from None
+async def _serve(wanted: Wanted, loaded: Loaded, listeners: Listeners, journal: Journal) -> None:
+    await Service(wanted, loaded, listeners, journal).run()
 
 
 def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
@@ -103,69 +89,3 @@ def _site(origin: str | None, cert: Path | None, key: Path | None, stack: contex
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="ORIGIN") from None
     return SiteConfig(origins=(address,), cert=cert, key=key)
-
-
-def _load(configured: tuple[SiteConfig, ...]) -> tuple[Sites, bool]:
-    """The sites, and whether one of them has the test certificate. Raises CertificateError."""
-    log = structlog.get_logger()
-    test_pair = None
-    if any(site.cert is None for site in configured):
-        test = issue.ensure(CERTIFICATES)
-        log.info("test certificate", cert=str(test.cert), ca=str(test.ca), hint="clients trust it with this CA")
-        test_pair = test.cert, test.key
-    sites = load_sites(configured, test_pair)
-    for site in configured:
-        cert = site.cert or (test_pair and test_pair[0])
-        if cert and (warning := expiry_warning(cert, datetime.now(UTC))):
-            log.warning("certificate", reason=warning)
-    return sites, test_pair is not None
-
-
-def _listeners(addresses: tuple[ListenAddress, ...], *, tested: bool) -> list[Listener]:
-    """Open the listeners, all or none. Raises ListenError."""
-    listeners: list[Listener] = []
-    defaults = LOOPBACK if tested else EVERYWHERE
-    try:
-        for address in addresses or defaults:
-            try:
-                listeners.append(listen(address))
-            except ListenError as error:
-                # Nobody asked for IPv6 by name: a machine without it is served without it.
-                if addresses or address is not defaults[1] or not _no_such_family(error):
-                    raise
-                structlog.get_logger().warning("no IPv6 here", reason=str(error))
-    except ListenError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-def _no_such_family(error: ListenError) -> bool:
-    cause = error.__context__
-    return isinstance(cause, OSError) and cause.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-
-
-async def _serve(config: Config, sites: Sites, firewall: Firewall, listeners: list[Listener], journal: Journal) -> None:
-    log = structlog.get_logger()
-    await firewall.start()
-    server = Server(config, sites, firewall, listeners, journal)
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told.put_nowait, number)
-    server.start()
-    for listener in listeners:
-        log.info("listening", address=str(listener.address))
-    log.info("ready", version=__version__)
-    number = await told.get()
-    log.info("ending", signal=number.name)
-    wait, over = (config.release.drain_wait, config.release.drain_over)
-    drain = loop.create_task(server.drain(0, SIGINT_SECONDS) if number == signal.SIGINT else server.drain(wait, over))
-    again = loop.create_task(told.get())
-    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
-    for task in (drain, again):
-        task.cancel()
-    await server.close()
-    await firewall.close()
-    log.info("stopped")

@@ -37,7 +37,7 @@ class Stages:
         counters: Counters | None = None,
     ) -> None:
         self._counted = counted
-        self._counters: Counters = MemoryCounters() if counters is None else counters
+        self.counters: Counters = MemoryCounters() if counters is None else counters
         self._expressions = Expressions(lists)
         self._common_rules = self._rules(config.rules)
         self._common_limits = self._limits(config.rate_limits, "")
@@ -65,7 +65,7 @@ class Stages:
     def _limits(self, configs: Sequence[RateLimitConfig], scope: str) -> RateLimits:
         report = _reporter("when of a rate limit failed", "rate_limit")
         condition = self._expressions.condition
-        return RateLimits(configs, self._counters, condition, scope=scope, counted=self._counted, report=report)
+        return RateLimits(configs, self.counters, condition, scope=scope, counted=self._counted, report=report)
 
 
 def _reporter(event: str, what: str) -> Callable[[str, str], None]:

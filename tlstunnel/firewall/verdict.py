@@ -101,7 +101,9 @@ class Policy:
 class Firewall:
     """The policies of all sites, and what they share: lists, counters, the helpers of the managed rules.
 
-    `counted` receives a count for whatever matched, was exceeded or failed. Raises ConfigurationError.
+    `counted` receives a count for whatever matched, was exceeded or failed. `counters` are those of the firewall that
+    this one takes the place of: what rate limits have counted, and the tunnels that are open, go on to count. None
+    begins at nothing. Raises ConfigurationError.
     """
 
     def __init__(
@@ -120,11 +122,13 @@ class Firewall:
         self._addresses_mode: Mode = config.addresses_mode
         self._refreshing: asyncio.Task[None] | None = None
         self._stages: Stages | None = None
+        self.counters = counters
         sites = config.sites if sites is None else sites
         if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
             from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
 
             self._stages = Made(config, sites, self._lists, self.counted, counters)
+            self.counters = self._stages.counters
         self._policies = {site.names[0]: self._policy(index, site) for index, site in enumerate(sites)}
 
     def _policy(self, index: int, site: SiteConfig) -> Policy:

@@ -1,0 +1,276 @@
+"""A reload changes what new connections get, touches no tunnel, and changes nothing when anything is wrong."""
+
+import json
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    PATIENCE,
+    PROGRAM,
+    Certificate,
+    Tunnel,
+    WebsocketsOrigin,
+    child_environment,
+    client_context,
+    connect_tls,
+    eventually,
+    receive_exactly,
+    upgrade,
+)
+from tests.promises.firewalled import judged, policed, policy
+from tests.promises.wire import has_ended, read_until_end
+from tests.promises.witness import Witness
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[WebsocketsOrigin]:
+    with WebsocketsOrigin() as origin:
+        yield origin
+
+
+def _echo(client: socket.socket, text: bytes = b"hello") -> None:
+    client.sendall(b"\x81" + bytes([0x80 | len(text)]) + b"\0\0\0\0" + text)
+    assert receive_exactly(client, 2 + len(text)) == b"\x81" + bytes([len(text)]) + text
+
+
+def _status(tunnel: Tunnel, path: str = "/", port: int | None = None) -> int:
+    plain = socket.create_connection(("127.0.0.1", port or tunnel.port), PATIENCE)
+    with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+        status = upgrade(client, path).status
+        if status != 101:
+            read_until_end(client)
+        return status
+
+
+RULE = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\nstatus = 404\n'
+
+
+def test_new_connections_get_the_new_and_tunnels_stay(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    before = policy(origin.address, certificate)
+    with policed(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+        assert upgrade(client, "/closed").status == 101
+        assert tunnel.reload(before + RULE) == ["site localhost: changed: rules"]
+        assert _status(tunnel, "/closed") == 404
+        _echo(client)
+        assert tunnel.reload() == ["nothing has changed"]
+        assert tunnel.reload(before) == ["site localhost: changed: rules"]
+        assert _status(tunnel, "/closed") == 101
+        _echo(client)
+    told = [record["changes"] for record in tunnel.records("reloaded")]
+    assert told == [["site localhost: changed: rules"], [], ["site localhost: changed: rules"]]
+
+
+def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    with policed(origin.address, certificate) as tunnel:
+        tunnel.file.write_text(policy(origin.address, certificate) + RULE)
+        tunnel.send_signal(signal.SIGHUP)
+        tunnel.wait_records(1, "reloaded")
+        assert _status(tunnel, "/closed") == 404
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("nonsense", "not TOML"),
+        ('[[sites.rules]]\nname = "x"\nwhen = "pth"\naction = "block"\n', 'did you mean "path"?'),
+        (
+            '[[sites]]\nnames = ["b.example"]\norigins = ["localhost:1"]\ncert = "none.pem"\nkey = "none.pem"\n',
+            "none.pem",
+        ),
+    ],
+)
+def test_what_is_wrong_changes_nothing_and_is_told(
+    origin: WebsocketsOrigin, certificate: Certificate, more: str, said: str
+) -> None:
+    before = policy(origin.address, certificate)
+    with policed(origin.address, certificate, site=RULE) as tunnel, connect_tls(tunnel) as client:
+        assert upgrade(client).status == 101
+        (line,) = tunnel.reload(before + more, status=1)
+        assert line.startswith("tlstunnel: nothing was changed: ")
+        assert said in line
+        assert str(tunnel.file) in line or "none.pem" in line
+        (record,) = tunnel.records("not reloaded")
+        assert said in record["reason"]
+        assert _status(tunnel, "/closed") == 404
+        _echo(client)
+
+
+def test_a_port_that_is_taken_changes_nothing(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, policed(origin.address, certificate, site=RULE) as tunnel:
+        there = f"127.0.0.1:{taken.getsockname()[1]}"
+        text = policy(origin.address, certificate).replace('["127.0.0.1:0"]', f'["127.0.0.1:0", "{there}"]')
+        (line,) = tunnel.reload(text, status=1)
+        assert there in line
+        assert "in use" in line
+        assert _status(tunnel, "/closed") == 404
+
+
+def test_listeners_come_and_go_and_their_tunnels_stay(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    with policed(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+        assert upgrade(client).status == 101
+        old = tunnel.port
+        text = policy(origin.address, certificate).replace('["127.0.0.1:0"]', '["localhost:0"]')
+        assert tunnel.reload(text) == ["listen: localhost:0 added", "listen: 127.0.0.1:0 removed"]
+        eventually(lambda: len(tunnel.addresses) == 2)
+        new = int(tunnel.addresses[1].rpartition(":")[2])
+        host = tunnel.addresses[1].rpartition(":")[0].strip("[]")
+        with socket.create_connection((host, new), PATIENCE) as plain:
+            assert plain.getpeername()[1] == new
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", old), PATIENCE)
+        _echo(client)
+
+
+def _two(origin: WebsocketsOrigin, certificate: Certificate, top: str = "") -> str:
+    other = f'[[sites]]\nnames = ["other.example"]\norigins = ["{origin.address}"]\n'
+    pair = f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
+    return policy(origin.address, certificate, top=top) + other + pair
+
+
+@pytest.mark.parametrize("end_removed", [False, True])
+def test_tunnels_of_a_site_that_is_gone(
+    origin: WebsocketsOrigin, certificate: Certificate, *, end_removed: bool
+) -> None:
+    top = f"end_removed = {str(end_removed).lower()}"
+    with Tunnel(None, certificate, config=_two(origin, certificate, top)) as tunnel, connect_tls(tunnel) as stays:
+        assert upgrade(stays).status == 101
+        plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with context.wrap_socket(plain, server_hostname="other.example") as goes:
+            assert upgrade(goes, host="other.example").status == 101
+            changed = tunnel.reload(policy(origin.address, certificate, top=top))
+            assert changed == ["site other.example: removed"]
+            with (
+                pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"),
+                context.wrap_socket(
+                    socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE), server_hostname="other.example"
+                ),
+            ):
+                pass
+            if end_removed:
+                assert has_ended(goes)
+                tunnel.wait_record(lambda record: record.get("reason") == "site removed")
+            else:
+                _echo(goes)
+        _echo(stays)
+
+
+def test_what_rate_limits_have_counted_goes_on_to_count(certificate: Certificate) -> None:
+    site = (
+        '[[sites.rate_limits]]\nname = "two"\nlimit = "2/day"\nstrategy = "moving"\n'
+        '[[sites.rate_limits]]\nname = "open"\nmax_tunnels = 1\nkey = ["header:x-user"]\n'
+    )
+    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+        assert judged((origin, tunnel)).status == 101
+        assert tunnel.reload(policy(origin.address, certificate, site=site + RULE)) == [
+            "site localhost: changed: rules"
+        ]
+        assert judged((origin, tunnel)).status == 101
+        assert judged((origin, tunnel)).reason == "rate limit: two"
+
+
+def test_two_reloads_at_once_are_one_after_the_other(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    with policed(origin.address, certificate) as tunnel:
+        found: list[list[str]] = []
+        threads = [threading.Thread(target=lambda: found.append(tunnel.reload())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [["nothing has changed"]] * 4
+        assert len(tunnel.wait_records(4, "reloaded")) == 4
+
+
+# --- the control socket ----------------------------------------------------------------------------------------------
+
+
+def _command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=child_environment() | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_it_is_for_its_user_alone_and_goes_with_the_tunnel(certificate: Certificate, tmp_path: Path) -> None:
+    with Tunnel("localhost:1", certificate) as tunnel:
+        path = tunnel.control
+        assert path == tunnel.folder / "run" / f"control-{tunnel.port}.sock"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert _command("reload", RUNTIME_DIRECTORY=str(path.parent)).stdout == "nothing has changed\n"
+        answer = json.loads(_command("reload", "--json", "--control", str(path)).stdout)
+        assert answer == {"ok": True, "changes": []}
+        tunnel.stop()
+        assert not path.exists()
+    nobody = _command("reload", "--control", str(path))
+    assert nobody.returncode == 1
+    assert str(path) in nobody.stderr
+    alone = _command("reload", RUNTIME_DIRECTORY=str(tmp_path))
+    assert alone.returncode == 1
+    assert str(tmp_path) in alone.stderr
+
+
+def test_several_tunnels_are_listed(certificate: Certificate, tmp_path: Path) -> None:
+    environment = {"RUNTIME_DIRECTORY": str(tmp_path)}
+    with (
+        Tunnel("localhost:1", certificate, environment=environment) as one,
+        Tunnel("localhost:1", certificate, environment=environment) as two,
+    ):
+        done = _command("reload", **environment)
+        assert done.returncode == 1
+        assert str(one.control) in done.stderr
+        assert str(two.control) in done.stderr
+
+
+def test_a_second_tunnel_does_not_take_it_and_a_dead_ones_is_replaced(certificate: Certificate, tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    arguments = ["--control", str(path)]
+    first = Tunnel("localhost:1", certificate, arguments=arguments)
+    first.__enter__()
+    second = _command("start", "localhost:1", "--listen", "127.0.0.1:0", *arguments)
+    assert second.returncode == 1
+    assert f"tlstunnel: {path}: another tunnel has this control socket" in second.stderr
+    assert first.reload() == ["nothing has changed"]
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises(AssertionError, match="exited with -9"):
+        first.__exit__(None, None, None)
+    assert path.exists()
+    with Tunnel("localhost:1", certificate, arguments=arguments) as third:
+        assert third.reload() == ["nothing has changed"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"reload\n", "expected one JSON object"),
+        (b"[]\n", "an object with"),
+        (b'{"do": 5}\n', "an object with"),
+        (b'{"do": "relaod"}\n', 'did you mean "reload"?'),
+        (b'{"do": "dance"}\n', "there are reload"),
+        (b"[" * 60_000 + b"\n", "expected one JSON object"),
+        (b"x" * 70_000 + b"\n", "expected one JSON object"),
+    ],
+)
+def test_what_cannot_be_understood_is_told(certificate: Certificate, line: bytes, said: str) -> None:
+    with Tunnel("localhost:1", certificate) as tunnel:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(str(tunnel.control))
+            sock.sendall(line)
+            answer = json.loads(sock.makefile("rb").readline())
+        assert answer["ok"] is False
+        assert said in answer["error"]
+        assert tunnel.reload() == ["nothing has changed"]

@@ -1,0 +1,65 @@
+"""What is different between two configurations, told to a person."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tlstunnel.config import Config, Duration, SiteConfig
+
+_LATER = ("log", "release")
+"""What is read once, at the start."""
+
+_TABLES = ("timeouts", "limits", "managed_rules")
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What makes `new` another configuration than `old`, one line for each thing; no value that may be a secret."""
+    return list(_changes(old, new))
+
+
+def _changes(old: Config, new: Config) -> Iterator[str]:
+    for word, having, lacking in (("added", new, old), ("removed", old, new)):
+        for address in having.listen:
+            if address not in lacking.listen:
+                yield f"listen: {address} {word}"
+    for key in Config.__struct_fields__:
+        before, after = getattr(old, key), getattr(new, key)
+        if before == after or key in ("listen", "sites"):
+            continue
+        later = "; this takes effect at the next start" if key in _LATER else ""
+        if key in _TABLES or key in _LATER:
+            for inner, was, becomes in _different(before, after):
+                yield f"{key}.{inner}: {_shown(was)} -> {_shown(becomes)}{later}"
+        else:
+            yield f"{key}: changed"
+    yield from _of_sites(old.sites, new.sites)
+
+
+def _of_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
+    """A site is the same as long as its first name is."""
+    before = {site.names[0]: site for site in old}
+    after = {site.names[0]: site for site in new}
+    for name, site in after.items():
+        if name not in before:
+            yield f"site {name}: added"
+        elif changed := [key for key, _, _ in _different(before[name], site)]:
+            yield f"site {name}: changed: {', '.join(changed)}"
+    for name in before:
+        if name not in after:
+            yield f"site {name}: removed"
+
+
+def _different(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
+    for key in old.__struct_fields__:
+        before, after = getattr(old, key), getattr(new, key)
+        if before != after:
+            yield key, before, after
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "off"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, Duration | int | str) else "..."

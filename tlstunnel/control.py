@@ -1,0 +1,201 @@
+"""The control socket: how the commands of a person reach a running tunnel.
+
+A Unix socket of mode 0600. A client sends one JSON object on a line, such as ``{"do": "reload"}``, and gets one back
+when the thing is done: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection ends.
+"""
+
+import asyncio
+import contextlib
+import difflib
+import fcntl
+import json
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from tlstunnel.addresses import quoted
+from tlstunnel.errors import ControlError
+
+MAX_LINE = 65_536
+"""Bytes of a request."""
+
+MAX_CLIENTS = 16
+"""At once. Whoever may connect is this user or root; this bounds mistakes."""
+
+FIRST_LINE_SECONDS = 10.0
+"""How long a client may take to say what it wants."""
+
+LONGEST_PATH = 107
+"""Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
+
+Handler = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Does what is asked and gives what the answer holds beside ``ok``. Raises ControlError."""
+
+
+def folder() -> Path:
+    """Where control sockets are when nobody says: systemd's folder, the user's, or the system's."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(given) / "tlstunnel"
+    return Path("/run/tlstunnel")
+
+
+def default_path(port: int) -> Path:
+    """The socket of a tunnel whose first listener has this port (0: a Unix socket)."""
+    return folder() / f"control-{port}.sock"
+
+
+class ControlSocket:
+    """Listens on `path` and lets `handlers` answer, each under the word that ``do`` has."""
+
+    def __init__(self, path: Path, sock: socket.socket, lock: BinaryIO, handlers: Mapping[str, Handler]) -> None:
+        self.path = path
+        self._sock = sock
+        self._lock = lock
+        self._handlers = handlers
+        self._server: asyncio.Server | None = None
+        self._clients = 0
+        self._own = path.stat().st_ino
+
+    @classmethod
+    def bind(cls, path: Path, handlers: Mapping[str, Handler]) -> Self:
+        """Make the socket's file, in the place of one that a dead tunnel has left. Raises ControlError."""
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise ControlError(f"{path}: longer than the {LONGEST_PATH} bytes of a socket's path; choose another")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The lock goes with the process, however it ends, and two starts at one moment cannot both have it.
+            lock = path.with_name(path.name + ".lock").open("ab")
+        except OSError as error:
+            raise ControlError(f"{path}: {error.strerror}; choose another with --control") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+                raise ControlError(f"{path}: there is a file of this name, which is no socket")
+            path.unlink(missing_ok=True)
+            return cls(path, _bound(path), lock, handlers)
+        except BlockingIOError:
+            lock.close()
+            raise ControlError(f"{path}: another tunnel has this control socket; stop it, or choose another") from None
+        except OSError as error:
+            lock.close()
+            raise ControlError(f"{path}: {error.strerror}; choose another with --control") from None
+        except ControlError:
+            lock.close()
+            raise
+
+    async def serve(self) -> None:
+        """Begin to answer."""
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._sock, limit=MAX_LINE)
+
+    async def close(self) -> None:
+        """Stop answering; the file goes, if it is still this one's."""
+        if self._server is not None:
+            self._server.close()
+        self._sock.close()
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_ino == self._own:
+                self.path.unlink()
+        self._lock.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
+        try:
+            answer = await self._answer(reader)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await asyncio.wait_for(writer.drain(), FIRST_LINE_SECONDS)
+        except (OSError, TimeoutError):
+            pass  # nobody is there any more
+        finally:
+            self._clients -= 1
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> Mapping[str, Any]:
+        if self._clients > MAX_CLIENTS:
+            return _failed(f"more than {MAX_CLIENTS} clients at once")
+        try:
+            line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
+            request = json.loads(line)
+        except (ValueError, RecursionError):  # also of a line that is too long
+            return _failed(
+                f'expected one JSON object on a line of at most {MAX_LINE} bytes, such as {{"do": "reload"}}'
+            )
+        word = request.get("do") if isinstance(request, dict) else None
+        if not isinstance(word, str):
+            return _failed('expected an object with "do", such as {"do": "reload"}')
+        handler = self._handlers.get(word)
+        if handler is None:
+            near = difflib.get_close_matches(word[:100], self._handlers, n=1)
+            hint = f"did you mean {quoted(near[0])}?" if near else f"there are {', '.join(sorted(self._handlers))}"
+            return _failed(f"cannot do {quoted(word)}; {hint}")
+        try:
+            return {"ok": True, **await handler(request)}
+        except ControlError as error:
+            return _failed(str(error))
+
+
+def _failed(error: str) -> Mapping[str, Any]:
+    return {"ok": False, "error": error}
+
+
+def _bound(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # On Linux the file gets the mode that the socket has, so there is no moment in which others may connect.
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(MAX_CLIENTS)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def find(control: Path | None) -> Path:
+    """The control socket of the tunnel that is meant: `control`, or the only one that answers. Raises ControlError."""
+    if control is not None:
+        return control
+    place = folder()
+    alive = [path for path in sorted(place.glob("control-*.sock")) if _answers(path)]
+    if not alive:
+        raise ControlError(f"no tunnel has a control socket in {place}; is it running? Name its socket with --control")
+    if len(alive) > 1:
+        listed = ", ".join(str(path) for path in alive)
+        raise ControlError(f"several tunnels are running: choose one with --control: {listed}")
+    return alive[0]
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            return True  # it has more clients than it takes at once
+        except OSError:
+            return False
+        return True
+
+
+def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Send a request and wait, for as long as it takes, for the answer. Raises ControlError, also for a refusal."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(str(path))
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                line = stream.readline()
+        except OSError as error:
+            raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror}") from None
+    if not line:
+        raise ControlError(f"{path}: the tunnel has ended without an answer")
+    answer: dict[str, Any] = json.loads(line)
+    if not answer.get("ok"):
+        raise ControlError(str(answer.get("error")))
+    return answer
