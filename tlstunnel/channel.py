@@ -118,7 +118,7 @@ class Channel:
 
     async def writable(self) -> None:
         """Wait for an event, writability among them."""
-        self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
+        self._ask_for_writing()
         await self._wakeup.wait()
 
     async def peek(self, size: int, seen: int) -> bytes:
@@ -158,6 +158,31 @@ class Channel:
                 await self.writable()
             except ssl.SSLWantReadError:
                 await self._wakeup.wait()
+
+    def recv_now(self) -> bytes | None:
+        """The next bytes, b"" at the peer's end, None where one would have to wait."""
+        try:
+            return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
+        except _WAIT:
+            return None
+        except ssl.SSLWantWriteError:
+            self._ask_for_writing()
+            return None
+
+    def send_now(self, data: bytes) -> bytes:
+        """Send what goes without waiting; give the rest, for which an event comes."""
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            sent = 0
+        except ssl.SSLWantReadError:
+            return data
+        if sent < len(data):
+            self._ask_for_writing()
+        return data[sent:]
+
+    def _ask_for_writing(self) -> None:
+        self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
 
     async def do_handshake(self) -> ssl.SSLSocket:
         """The TLS handshake, on a socket that is an ``SSLSocket`` by now."""

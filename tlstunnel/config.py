@@ -208,6 +208,7 @@ class SiteConfig(_Table, frozen=True):
     require_origin: bool = False
     origins_mode: Mode = "block"
     strict_path: bool = True
+    http: Literal["refuse", "pass"] = "refuse"
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: SiteManagedRules | None = None

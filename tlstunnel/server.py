@@ -92,6 +92,7 @@ class Server:
         self._splices = Splices(self._partings)
         self._serving = self._served_with(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
+        self._exchanges: set[asyncio.Task[None]] = set()
         self._connections = 0
         self._most = (_descriptors() - RESERVED_DESCRIPTORS) // 2
         self._pause = 0.0
@@ -172,7 +173,7 @@ class Server:
         except TimeoutError:
             for splice in list(self._splices.all):
                 splice.end("stopped")
-            for task in self._unfinished:
+            for task in (*self._unfinished, *self._exchanges):
                 self._cancel(task)
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
             await self._idle.wait()
@@ -188,7 +189,7 @@ class Server:
             listener.close()
         for splice in list(self._splices.all):
             splice.abort("stopped")
-        for task in self._unfinished:
+        for task in (*self._unfinished, *self._exchanges):
             self._cancel(task)
 
     async def close(self) -> None:
@@ -236,13 +237,21 @@ class Server:
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time())
         self._connections += 1
         self._idle.clear()
-        task = self._loop.create_task(tunnel.run(self._ended))
+        task = self._loop.create_task(tunnel.run(self._ended, self._exchanging))
         task.add_done_callback(self._unfinished.discard)
         goes = self._unfinished.add(task, self._address_counted(peer))
         if goes is not None:
             self._journal.counters["unfinished handshakes: closed for another"] += 1
             self._unfinished.discard(goes)
             self._cancel(goes)
+
+    def _exchanging(self) -> None:
+        """Count the connection of the current task no more among those whose handshake is to be done."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._unfinished.discard(task)
+        self._exchanges.add(task)
+        task.add_done_callback(self._exchanges.discard)
 
     def _cancel(self, task: asyncio.Task[None]) -> None:
         """Cancel `task` once it has begun: before, it would run nothing, not even what closes its socket."""

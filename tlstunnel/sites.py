@@ -13,12 +13,16 @@ from tlstunnel.origins.connect import Origin
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A set of names with one certificate and one origin. `name`, the first of them, is what the record says."""
+    """A set of names with one certificate and one origin. `name`, the first of them, is what the record says.
+
+    `passes` says that requests which ask for no upgrade go to the origin too.
+    """
 
     names: frozenset[str]
     name: str
     context: ssl.SSLContext
     origin: Origin
+    passes: bool = False
 
 
 class Sites:
@@ -60,7 +64,9 @@ def load_sites(configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | 
         pair = (site.cert, site.key) if site.cert and site.key else test_pair
         if pair is None:
             raise CertificateError(f"the site {site.names[0]} has no certificate; give it one with cert = and key =")
-        made = Site(frozenset(site.names), site.names[0], server_context(*pair), Origin(site.origins[0]))
+        made = Site(
+            frozenset(site.names), site.names[0], server_context(*pair), Origin(site.origins[0]), site.http == "pass"
+        )
         sites.append(made)
         if site.default:
             default = made

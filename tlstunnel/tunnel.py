@@ -16,12 +16,13 @@ from tlstunnel.addresses import Networks
 from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup
 from tlstunnel.config import Timeouts
 from tlstunnel.escaping import printable
+from tlstunnel.exchange import Broken, Exchange
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
-from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.linger import LINGER_SECONDS, Partings, reset
 from tlstunnel.origins.connect import OriginUnreachable, connect
 from tlstunnel.readiness import AnyReadiness
@@ -81,10 +82,13 @@ class Tunnel:
         self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
         self._trusted = bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
 
-    async def run(self, on_end: Callable[[], None]) -> None:
+    async def run(  # noqa: PLR0912 - what each stage fails with, in one place
+        self, on_end: Callable[[], None], on_exchange: Callable[[], None]
+    ) -> None:
         """Serve the connection up to the splice, which then lives without this task, or up to its refusal.
 
-        `on_end` is called once, when the connection has its record and its sockets are closed or closing.
+        `on_end` is called once, when the connection has its record and its sockets are closed or closing;
+        `on_exchange` when there will be no handshake, but a plain request is passed on, which may take its time.
         """
         spliced = False
         try:
@@ -94,6 +98,9 @@ class Tunnel:
             request, early = await self._read_request(site)
             await self._judge(request, site)
             await self._connect(site)
+            if isinstance(request, PlainRequest):
+                on_exchange()
+                return await self._pass(request, early)
             answer, reader = await self._ask(request)
             if isinstance(answer, Switched):
                 self._splice(answer, early, on_end)
@@ -178,11 +185,11 @@ class Tunnel:
 
     # request
 
-    async def _read_request(self, site: Site) -> tuple[UpgradeRequest, bytes]:
-        """Read the one upgrade request; what came behind it waits for the 101."""
+    async def _read_request(self, site: Site) -> tuple[Request, bytes]:
+        """Read the one request; what came behind an upgrade request waits for the 101."""
         timeout = self._serving.timeouts.request
         self._wait_at_most(timeout)
-        reader = RequestReader()
+        reader = RequestReader(site.passes)
         request = None
         record = self._record
         try:
@@ -206,7 +213,7 @@ class Tunnel:
 
     # firewall
 
-    async def _judge(self, request: UpgradeRequest, site: Site) -> None:
+    async def _judge(self, request: Request, site: Site) -> None:
         """The only look at what the client asks for; after the 101 there is none."""
         record = self._record
         connection = Connection(
@@ -293,6 +300,28 @@ class Tunnel:
         except OSError as error:
             raise BadAnswer(error.strerror or str(error)) from None
         return reader.body(data)
+
+    async def _pass(self, request: PlainRequest, early: bytes) -> None:
+        """Let the origin answer a request that asks for no upgrade: the only one of its connection."""
+        assert self._origin is not None
+        record, timeouts = self._record, self._serving.timeouts
+        exchange = Exchange(
+            request,
+            self._client,
+            self._origin,
+            head=forwarded_head(request, Forwarding(record.peer, record.id, self._trusted)),
+            early=early,
+            wakeup=self._wakeup,
+            timeouts=timeouts,
+        )
+        try:
+            await exchange.run()
+        except Broken as broken:
+            record.status, record.verdict, record.detail = exchange.status, "pass", printable(broken.detail)
+            # With RST: close_notify would make a part look whole.
+            return self._abort(broken.who, broken.why)
+        record.status, record.verdict = exchange.status, "pass"
+        self._end("origin", "answered", timeouts.close)
 
     # splice
 

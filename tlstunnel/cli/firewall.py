@@ -24,7 +24,7 @@ from tlstunnel.firewall.rate_limits import LimitTrace
 from tlstunnel.firewall.rules import RuleTrace
 from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.handshake.request import Request, RequestReader
 from tlstunnel.sites import candidates
 
 STAGES = (
@@ -58,9 +58,18 @@ def command() -> None:
 @click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
 @click.option("--ja4", default="", help="The fingerprint of the client's TLS, as the log has it.")
 @click.option("--tls-version", default="TLSv1.3", show_default=True)
+@click.option("--plain", is_flag=True, help='A request that asks for no upgrade, to a site with http = "pass".')
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def explain(  # noqa: PLR0913 - the command's options
-    *, request: str, headers: tuple[str, ...], ip: str, file: Path, ja4: str, tls_version: str, as_json: bool
+    *,
+    request: str,
+    headers: tuple[str, ...],
+    ip: str,
+    file: Path,
+    ja4: str,
+    tls_version: str,
+    plain: bool,
+    as_json: bool,
 ) -> None:
     """Show what each stage and rule of the firewall says of a request, and the verdict.
 
@@ -78,7 +87,7 @@ def explain(  # noqa: PLR0913 - the command's options
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
     connection = Connection(ip, tls_version, "", "", ja4, "", "")
-    head = _head(request, headers, config.sites[0])
+    head = _head(request, headers, config.sites[0], plain=plain)
     site, verdict = asyncio.run(_judged(config, file, head, connection, trace))
     if as_json:
         click.echo(json.dumps(_as_json(site, verdict, trace), default=_plain, ensure_ascii=True))
@@ -91,13 +100,15 @@ async def _judged(
     config: Config, file: Path, head: bytes, connection: Connection, trace: list[Stage]
 ) -> tuple[str, Verdict]:
     try:
-        request = RequestReader().feed(head)
+        request = RequestReader(True).feed(head)
+        assert request is not None  # the head is whole
+        site = _site(config.sites, request)
+        if site is None:
+            return "", Verdict(Refusal(421, "misdirected", "the Host field is no name of any site"))
+        if site.http == "refuse":
+            RequestReader().feed(head)
     except Refusal as refusal:
         return "", Verdict(refusal)
-    assert request is not None  # the head is whole
-    site = _site(config.sites, request)
-    if site is None:
-        return "", Verdict(Refusal(421, "misdirected", "the Host field is no name of any site"))
     try:
         firewall = Firewall(config)
     except ConfigurationError as error:
@@ -110,7 +121,7 @@ async def _judged(
         await firewall.close()
 
 
-def _head(request: str, headers: Sequence[str], site: SiteConfig) -> bytes:
+def _head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool) -> bytes:
     method, _, target = request.strip().partition(" ")
     if not method or not target:
         raise click.BadParameter("expected a method and a target, such as 'GET /chat?room=1'", param_hint="request")
@@ -124,14 +135,14 @@ def _head(request: str, headers: Sequence[str], site: SiteConfig) -> bytes:
         fields.append((name.strip(), value.strip()))
     given = {name.lower() for name, _ in fields}
     host = site.names[0].replace("*.", "www.").replace("*", "localhost")
-    own = {"Host": f"[{host}]" if ":" in host else host, **_OWN}
+    own = {"Host": f"[{host}]" if ":" in host else host, **({} if plain else _OWN)}
     lines = [f"{method} {target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in own.items() if name.lower() not in given]
     lines += [f"{name}: {value}" for name, value in fields]
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode("utf-8", "surrogateescape")
 
 
-def _site(sites: Sequence[SiteConfig], request: UpgradeRequest) -> SiteConfig | None:
+def _site(sites: Sequence[SiteConfig], request: Request) -> SiteConfig | None:
     by_name = {name: site for site in sites for name in site.names}
     return next((by_name[name] for name in candidates(request.host) if name in by_name), None)
 

@@ -12,6 +12,7 @@ from tlstunnel.addresses import canonical_name
 from tlstunnel.config import WEB_PORTS
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import UpgradeRequest
 
 # RFC 6454 section 7.1: one serialized origin, and nothing behind its port.
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#@\\\s:]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -39,9 +40,9 @@ class OriginCheck:
         """Why a request with this Origin field is refused (403), or None."""
         values = facts.request.by_name.get(b"origin", ())
         if not values:
-            return (
-                _refused("no origin", "a request without an Origin field is refused here") if self._required else None
-            )
+            # Browsers send none when they load a page.
+            required = self._required and isinstance(facts.request, UpgradeRequest)
+            return _refused("no origin", "a request without an Origin field is refused here") if required else None
         if len(values) > 1:
             return _refused("origin", "there must be one Origin field", "several Origin fields")
         # Browsers send the canonical form, so this is all that it takes for most of those that may come.

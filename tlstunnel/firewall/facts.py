@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tlstunnel.handshake.fields import tokens
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.handshake.request import Request
 
 MAX_QUERY_VALUES = 128
 """Values of a query. PHP takes 1000, ModSecurity's recommended settings 1000, the guard of managed rules 64."""
@@ -46,13 +46,12 @@ class Facts:
     `query`, which are percent-decoded as UTF-8. Nothing here raises.
     """
 
-    method = "GET"
-
-    def __init__(self, request: UpgradeRequest, connection: Connection, path: str, now: float) -> None:
+    def __init__(self, request: Request, connection: Connection, path: str, now: float) -> None:
         self.request = request
         self.connection = connection
         self.path = path
         self.ip = _without_mapping(connection.ip)
+        self.method = request.method
         self.host = request.host
         self.tls_version = connection.tls_version
         self.tls_cipher = connection.tls_cipher
@@ -154,7 +153,7 @@ FIELDS = (
 """The names that rules may use, each an attribute of `Facts`."""
 
 
-def gather(request: UpgradeRequest, connection: Connection, *, strict_path: bool, now: float) -> Facts:
+def gather(request: Request, connection: Connection, *, strict_path: bool, now: float) -> Facts:
     """Make the facts of a request judged at `now` (``time.time()``).
 
     Raises `Refusal` (400) for a target whose path can be read in two ways, unless `strict_path` is false, and for more

@@ -21,7 +21,7 @@ from tlstunnel.firewall.cross_site import OriginCheck
 from tlstunnel.firewall.facts import Connection, Facts, gather, refuse_ambiguous
 from tlstunnel.firewall.lists import AddressLists, NamedLists
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.handshake.request import Request
 
 if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
     from tlstunnel.firewall.counters import Counters
@@ -173,7 +173,7 @@ class Firewall:
         return objection
 
     async def judge(
-        self, request: UpgradeRequest, connection: Connection, trace: list[Stage] | None = None, *, behind: bool = False
+        self, request: Request, connection: Connection, trace: list[Stage] | None = None, *, behind: bool = False
     ) -> Verdict:
         """The verdict on a request to the site `connection.site`. `behind` says that a proxy of ours is between.
 

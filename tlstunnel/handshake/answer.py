@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import h11
 from wsproto.utilities import generate_accept_token
 
+from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, UntilEnd, chunk
 from tlstunnel.handshake.fields import (
     ByName,
     by_name,
@@ -25,8 +26,8 @@ from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 MAX_ANSWER_HEAD = 65_536
 """Bytes of the heads before the final one and of the final one, together. Envoy takes 60 KiB, node 16 KiB."""
 
-_DROPPED_FROM_101 = frozenset({b"content-length"})
-"""A 101 has no body (RFC 9110 section 8.6); some origins say ``Content-Length: 0`` all the same."""
+_NO_LENGTH = frozenset({b"content-length"})
+"""Not for a 1xx or a 204 (RFC 9110 section 8.6); some origins say ``Content-Length: 0`` all the same."""
 
 
 # RFC 9112 sections 4 and 5 by the letter: what they merely allow a recipient to take is left to h11.
@@ -36,7 +37,8 @@ _SWITCHING = re.compile(
 )
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
-# h11 reads an answer only to a request it knows of; of ours it needs to know no more than that it asks for an upgrade.
+# h11 reads an answer only to a request it knows of. Of ours it needs to know no more than that a 101 may come, whether
+# it may or not: that is for us to say, as the end of the body is.
 _UPGRADE = h11.Request(
     method=b"GET", target=b"/", headers=[(b"Host", b"-"), (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
 )
@@ -68,19 +70,16 @@ class Declined:
     head: bytes
 
 
-class AnswerReader:
-    """The origin's bytes in, its answer to `request` out.
+class ResponseReader:
+    """What reading an origin's response to any request has in common: h11 reads its heads, `body` its body."""
 
-    First `feed` until it gives a `Switched` or a `Declined`. After a `Declined`, `body` gives the body's bytes, framed
-    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadAnswer`.
-    """
-
-    def __init__(self, request: UpgradeRequest) -> None:
+    def __init__(self) -> None:
         self.complete = False
-        self._request = request
         self._taken = 0
-        self._chunked = False
         self._made: h11.Connection | None = None
+        self._behind = b""
+        self._body: Body = Counted(0)
+        self._chunked = False
 
     @property
     def _parser(self) -> h11.Connection:
@@ -91,41 +90,48 @@ class AnswerReader:
             self._made.send(_END)
         return self._made
 
-    def feed(self, data: bytes) -> Switched | Declined | None:
-        """Take the next bytes; give the answer once its head is complete. Raises `BadAnswer`."""
+    def body(self, data: bytes | None) -> bytes:
+        """Take the next bytes of a response's body (None: those already fed); give what goes to the client."""
+        try:
+            if data is None:
+                content = self._body.take(self._behind)
+                self._behind = b""
+            elif data:
+                content = self._body.take(data)
+            else:
+                content = b""
+                self._body.end()
+        except BadBody as error:
+            raise BadAnswer(error.reason) from None
+        self.complete = self._body.complete
+        if not self._chunked:
+            return content
+        return chunk(content) + (LAST_CHUNK if self.complete else b"")
+
+    def _final(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
+        """Take the next bytes; give the final head, or a 101, once it is complete. Raises `BadAnswer`."""
         if not data:
             raise BadAnswer("origin closed without an answer")
-        if not self._taken and (switched := self._plainly_switched(data)):
-            return switched
         self._taken += len(data)
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
+            self._interim(event)
             event = self._next_event(None)
-        behind, _ = self._parser.trailing_data
-        if self._taken - (0 if event is h11.NEED_DATA else len(behind)) > MAX_ANSWER_HEAD:
+        self._behind, _ = self._parser.trailing_data
+        if self._taken - (0 if event is h11.NEED_DATA else len(self._behind)) > MAX_ANSWER_HEAD:
             raise BadAnswer("answer head too large")
         if event is h11.NEED_DATA:
             return None
-        if isinstance(event, h11.InformationalResponse):
-            if event.http_version != b"1.1":
-                raise BadAnswer("101 in another version than HTTP/1.1")
-            return self._switched(event.reason, _checked_fields(event), event.headers.raw_items(), behind)
-        assert isinstance(event, h11.Response)
-        return self._declined(event)
+        assert isinstance(event, h11.InformationalResponse | h11.Response)
+        self._made = None  # it has done its work, and holds up to 64 KiB
+        return event
 
-    def body(self, data: bytes | None) -> bytes:
-        """Take the next bytes of a declined answer (None: those already fed); give what goes to the client."""
-        out = bytearray()
-        event = self._next_event(data)
-        while event is not h11.NEED_DATA:
-            if isinstance(event, h11.Data):
-                out += b"%x\r\n%b\r\n" % (len(event.data), event.data) if self._chunked else event.data
-            else:  # EndOfMessage
-                out += b"0\r\n\r\n" if self._chunked else b""
-                self.complete = True
-                break
-            event = self._next_event(None)
-        return bytes(out)
+    def _interim(self, event: h11.InformationalResponse) -> None:
+        """Take a 1xx that comes before the final head: not for whoever asks for an upgrade, who waits for the 101."""
+
+    def _has_no_body(self, status: int) -> bool:
+        """RFC 9112 section 6.3, item 1: some have none, whatever their fields say."""
+        return status in {204, 304}
 
     def _next_event(self, data: bytes | None) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:
@@ -134,6 +140,59 @@ class AnswerReader:
             return self._parser.next_event()
         except h11.RemoteProtocolError as error:
             raise BadAnswer(f"answer is not HTTP: {error}"[:MAX_DETAIL]) from None
+
+    def _declined(self, event: h11.Response) -> Declined:
+        fields = checked_fields(event)
+        coded = b"transfer-encoding" in fields
+        lengths = fields.get(b"content-length")
+        if coded and lengths:
+            raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
+        if coded and event.http_version < b"1.1":  # RFC 9112 section 6.1: its framing is faulty
+            raise BadAnswer("answer of HTTP/1.0 has Transfer-Encoding")
+        dropped = hop_by_hop(fields)
+        bodiless = self._has_no_body(event.status_code)
+        self._chunked = coded and not bodiless
+        if bodiless:
+            self._body = Counted(0)
+        elif coded:
+            self._body = Chunked()
+        else:
+            self._body = Counted(int(lengths[0])) if lengths else UntilEnd()
+        if event.status_code == 204:
+            dropped |= _NO_LENGTH
+        kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
+        if self._chunked:
+            kept.append((b"Transfer-Encoding", b"chunked"))
+        upgrade = fields.get(b"upgrade", []) if event.status_code == 426 else []
+        # RFC 9110 section 15.5.22: a 426 says to what, in a field that is hop by hop and so named in Connection.
+        kept += [(b"Upgrade", value) for value in upgrade]
+        kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
+        return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
+
+
+class AnswerReader(ResponseReader):
+    """The origin's bytes in, its answer to `request` out.
+
+    First `feed` until it gives a `Switched` or a `Declined`. After a `Declined`, `body` gives the body's bytes, framed
+    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadAnswer`.
+    """
+
+    def __init__(self, request: UpgradeRequest) -> None:
+        super().__init__()
+        self._request = request
+
+    def feed(self, data: bytes) -> Switched | Declined | None:
+        """Take the next bytes; give the answer once its head is complete. Raises `BadAnswer`."""
+        if not self._taken and (switched := self._plainly_switched(data)):
+            return switched
+        event = self._final(data)
+        if event is None:
+            return None
+        if isinstance(event, h11.Response):
+            return self._declined(event)
+        if event.http_version != b"1.1":
+            raise BadAnswer("101 in another version than HTTP/1.1")
+        return self._switched(event.reason, checked_fields(event), event.headers.raw_items(), self._behind)
 
     def _plainly_switched(self, data: bytes) -> Switched | None:
         """The answer that nearly every handshake gets, read by one expression: h11 took 30 us of it (measured).
@@ -152,30 +211,14 @@ class AnswerReader:
 
     def _switched(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
         _verify(self._request, fields)
-        dropped = hop_by_hop(fields) | _DROPPED_FROM_101
+        dropped = hop_by_hop(fields) | _NO_LENGTH
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
         kept += [field for field in raw if field[0].lower() not in dropped]
         return Switched(head(b"HTTP/1.1 101 %b" % (reason or b"Switching Protocols"), kept), leftover)
 
-    def _declined(self, event: h11.Response) -> Declined:
-        fields = _checked_fields(event)
-        coded = b"transfer-encoding" in fields
-        if coded and b"content-length" in fields:
-            raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
-        # RFC 9112 section 6.3, item 1: these have no body, whatever their fields say.
-        self._chunked = coded and event.status_code not in {204, 304}
-        dropped = hop_by_hop(fields)
-        kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
-        if self._chunked:
-            kept.append((b"Transfer-Encoding", b"chunked"))
-        upgrade = fields.get(b"upgrade", []) if event.status_code == 426 else []
-        # RFC 9110 section 15.5.22: a 426 says to what, in a field that is hop by hop and so named in Connection.
-        kept += [(b"Upgrade", value) for value in upgrade]
-        kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
-        return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
-
-def _checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
+def checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
+    """The fields of an origin's head by name. Raises `BadAnswer` for one that may not go on to a client."""
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
         raise BadAnswer("answer head holds a control character")

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from tlstunnel.addresses import Networks
 from tlstunnel.handshake.fields import hop_by_hop
 from tlstunnel.handshake.refusal import UPGRADE, Fields, head
-from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.handshake.request import PlainRequest, Request
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
 _FORWARDING = re.compile(rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip)$", re.MULTILINE)
 """What origins read as a proxy's word, among names on a line each. CGI and WSGI take an underscore for a hyphen."""
+
+_UPGRADED: Fields = ((b"Connection", b"Upgrade"), *UPGRADE)
+_FRAMING = frozenset({b"content-length", b"content_length", b"transfer_encoding"})
+"""With an underscore too, as above; Transfer-Encoding itself goes no further than a hop."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
@@ -29,19 +33,26 @@ class Forwarding:
     trusted: bool
 
 
-def forwarded_head(request: UpgradeRequest, forwarding: Forwarding) -> bytes:
-    """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last."""
+def forwarded_head(request: Request, forwarding: Forwarding) -> bytes:
+    """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last.
+
+    A plain request is the only one of its connection, and its body's framing is said anew, in one way.
+    """
     dropped = hop_by_hop(request.by_name)
+    last: Fields = _UPGRADED
+    if isinstance(request, PlainRequest):
+        dropped |= _FRAMING
+        last = (*_framing(request), (b"Connection", b"close"))
     told = _forwarding_fields(request, forwarding)
     # Asked of all names at once, and not field by field: few clients send any of them.
     if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
         dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
     fields = [field for field in request.fields if field[0].lower() not in dropped]
-    fields += ((b"Connection", b"Upgrade"), *UPGRADE, *told)
-    return head(b"GET %b HTTP/1.1" % request.target, fields)
+    fields += (*last, *told)
+    return head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
 
 
-def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str:
+def client_address(request: Request, peer: str, trusted: Networks) -> str:
     """The client's address, given that `peer` is in `trusted`: the right-most entry of X-Forwarded-For outside them.
 
     What is no address ends the search: the hop that wrote it is then the last one known.
@@ -63,10 +74,16 @@ def client_address(request: UpgradeRequest, peer: str, trusted: Networks) -> str
     return known
 
 
-def given_id(request: UpgradeRequest) -> str | None:
+def given_id(request: Request) -> str | None:
     """The X-Request-Id that a trusted proxy gave, if it is one that can be passed on and logged."""
     given = request.by_name.get(b"x-request-id", ())
     return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
+
+
+def _framing(request: PlainRequest) -> Fields:
+    if request.chunked:
+        return ((b"Transfer-Encoding", b"chunked"),)
+    return () if request.length is None else ((b"Content-Length", b"%d" % request.length),)
 
 
 def _kept(name: bytes) -> bool:
@@ -74,7 +91,7 @@ def _kept(name: bytes) -> bool:
     return name.lower() not in _OURS and b"_" not in name
 
 
-def _forwarding_fields(request: UpgradeRequest, forwarding: Forwarding) -> Fields:
+def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
     client = forwarding.peer.encode()
     node = b'"[%b]"' % client if b":" in client else client or b"unknown"  # RFC 7239 section 6
     forwarded = b'for=%b;proto=https;host="%b"' % (node, request.authority)
@@ -90,7 +107,7 @@ def _forwarding_fields(request: UpgradeRequest, forwarding: Forwarding) -> Field
     return tuple((name, _after(request, name, value)) for name, value in told)
 
 
-def _after(request: UpgradeRequest, name: bytes, value: bytes) -> bytes:
+def _after(request: Request, name: bytes, value: bytes) -> bytes:
     """`value` as a trusted proxy's successor says it: lists of hops grow, the rest stays as the first hop saw it."""
     theirs = request.by_name.get(name.lower(), ())
     if not theirs or name == b"X-Request-Id":

@@ -1,4 +1,4 @@
-"""The upgrade request: read from bytes and judged against RFC 6455 section 4.2.1.
+"""The upgrade request: read from bytes and judged against RFC 6455 section 4.2.1; or any, to pass on.
 
 A GET by the letter of RFC 9112 is read by one expression, which is stricter than h11 and leaves it nothing to decide;
 whatever is not one, well-formed or not, is h11's. It takes more than the RFCs allow, so our own checks stand beside it:
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
-from typing import NamedTuple
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, overload
 
 import h11
 
@@ -26,8 +26,15 @@ MAX_FIELDS = 100
 MAX_DETAIL = 200
 """Characters of what h11 says of a malformed head: it quotes lines whole."""
 
+MAX_LENGTH = 2**63 - 1
+"""Bytes of a body. What is more wraps in a reader that counts in 64 bits, and makes a short body of a long one."""
+
+ALLOWED: Fields = ((b"Allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),)
+"""What a 405 must name (RFC 9110 section 15.5.6). Which others an origin has, only it knows."""
+
 VERSION_13: Fields = ((b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13"))
 
+_METHOD = re.compile(rb"(?!(?:CONNECT|TRACE)\Z)[!#$%&'*+\-.^_`|~0-9A-Z]+")
 _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
 _HOST = re.compile(
     rb"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+))(?::(?P<port>[0-9]{0,5}))?"
@@ -61,6 +68,7 @@ class UpgradeRequest:
     brackets, no final dot.
     """
 
+    method: ClassVar[str] = "GET"
     target: bytes
     fields: Fields
     authority: bytes
@@ -71,19 +79,52 @@ class UpgradeRequest:
     by_name: ByName = field(default_factory=dict, repr=False, compare=False)
 
 
-class RequestReader:
+@dataclass(frozen=True, slots=True)
+class PlainRequest:
+    """A valid request that asks for no upgrade to a WebSocket; its body follows.
+
+    `method` is a token without small letters. `length` is that of the body in bytes, None if no field tells it;
+    `chunked` says that the body is chunked, and then there is no length. The others are those of `UpgradeRequest`.
+    """
+
+    method: str
+    target: bytes
+    fields: Fields
+    authority: bytes
+    host: str
+    length: int | None
+    chunked: bool
+    by_name: ByName = field(default_factory=dict, repr=False, compare=False)
+
+
+Request = UpgradeRequest | PlainRequest
+
+_R = TypeVar("_R", bound=Request)
+
+
+class RequestReader(Generic[_R]):
     """Bytes in, an `UpgradeRequest` out; `leftover` then holds what came behind the head.
+
+    When it is `passing`, a request without ``Upgrade: websocket`` comes out as a `PlainRequest`; `leftover` may then be
+    the beginning of its body. Only the first request is ever read.
 
     `target` is known as soon as h11 has parsed the head, so also of most requests that are refused. What comes out
     depends on the bytes alone, not on how they were split. Raises `Refusal`, after which it is done.
     """
 
-    def __init__(self) -> None:
+    @overload
+    def __init__(self: "RequestReader[UpgradeRequest]", passing: Literal[False] = False) -> None: ...
+
+    @overload
+    def __init__(self: "RequestReader[Request]", passing: bool) -> None: ...
+
+    def __init__(self, passing: bool = False) -> None:
         self.leftover = self.target = b""
+        self._passing = passing
         self._head = bytearray()
         self._scanned = 0
 
-    def feed(self, data: bytes) -> UpgradeRequest | None:
+    def feed(self, data: bytes) -> _R | None:
         """Take the next bytes; give the request once its head is complete. Raises `Refusal`."""
         self._head += data
         end = self._end_of_head()
@@ -93,7 +134,8 @@ class RequestReader:
         data = bytes(self._head[:end])
         head, fields = by_the_letter(data) or by_h11(data)
         self.target = head.target
-        return _judged(head, fields)
+        plain = self._passing and not has_token(fields, b"upgrade", b"websocket")
+        return cast(_R, _judged_plain(head, fields) if plain else _judged(head, fields))
 
     def _end_of_head(self) -> int | None:
         """Where the head ends. The first byte at which anything is decided decides, whatever follows it."""
@@ -160,13 +202,11 @@ def _judged(head: _Head, fields: ByName) -> UpgradeRequest:
     for check in _CHECKS:
         check(head, fields)
     authority = fields[b"host"][0]
-    host = _HOST.fullmatch(authority)
-    assert host is not None  # _one_host
     return UpgradeRequest(
         target=head.target,
         fields=head.raw,
         authority=authority,
-        host=str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip("."),
+        host=_host(authority),
         key=fields[b"sec-websocket-key"][0],
         subprotocols=frozenset(tokens(fields, b"sec-websocket-protocol")),
         extensions=extension_names(fields),
@@ -174,14 +214,46 @@ def _judged(head: _Head, fields: ByName) -> UpgradeRequest:
     )
 
 
+def _judged_plain(head: _Head, fields: ByName) -> PlainRequest:
+    for check in _PLAIN_CHECKS:
+        check(head, fields)
+    authority = fields[b"host"][0]
+    lengths = fields.get(b"content-length")
+    return PlainRequest(
+        method=head.method.decode("ascii"),
+        target=head.target,
+        fields=head.raw,
+        authority=authority,
+        host=_host(authority),
+        length=int(lengths[0]) if lengths else None,
+        chunked=b"transfer-encoding" in fields,
+        by_name=fields,
+    )
+
+
+def _host(authority: bytes) -> str:
+    host = _HOST.fullmatch(authority)
+    assert host is not None  # _one_host
+    return str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip(".")
+
+
 def _http_1_1(request: _Head, _: ByName) -> None:
     if request.http_version != b"1.1":
-        raise Refusal(505, "HTTP version", "only HTTP/1.1 can be upgraded here")
+        raise Refusal(505, "HTTP version", "only HTTP/1.1 is spoken here")
 
 
 def _get(request: _Head, _: ByName) -> None:
     if request.method != b"GET":
         raise Refusal(405, "method", "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
+
+
+def _passed_method(request: _Head, _: ByName) -> None:
+    """No tunnel to elsewhere, and no view of what proxies add, which is what TRACE gives (RFC 9110 section 9.3).
+
+    Nor small letters: methods differ by case, some origins take them for the same, and rules could be passed by.
+    """
+    if not _METHOD.fullmatch(request.method):
+        raise Refusal(405, "method", "this method is not passed on", ALLOWED)
 
 
 def _origin_form(request: _Head, _: ByName) -> None:
@@ -211,6 +283,15 @@ def _no_body(_: _Head, fields: ByName) -> None:
     """A body would be read as WebSocket frames by whoever overlooks its length: request smuggling."""
     if b"transfer-encoding" in fields or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
         raise _bad("body", "a WebSocket handshake has no body")
+
+
+def _one_framing(_: _Head, fields: ByName) -> None:
+    """RFC 9112 section 6.3: two readers may disagree on where the body ends. h11 has checked each field by itself."""
+    lengths = fields.get(b"content-length")
+    if lengths and b"transfer-encoding" in fields:
+        raise _bad("body", "the request has both Content-Length and Transfer-Encoding")
+    if lengths and int(lengths[0]) > MAX_LENGTH:
+        raise _bad("body", "Content-Length is too large")
 
 
 def _upgrade(_: _Head, fields: ByName) -> None:
@@ -243,4 +324,12 @@ _CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
     _upgrade,
     _version_13,
     _one_key,
+)
+
+_PLAIN_CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
+    _http_1_1,
+    _passed_method,
+    _origin_form,
+    _one_host,
+    _one_framing,
 )

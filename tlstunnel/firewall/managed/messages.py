@@ -23,11 +23,12 @@ class RulesSet(msgspec.Struct, frozen=True):
 
 
 class Subject(msgspec.Struct, frozen=True, array_like=True):
-    """What is judged: the client's address, and the target and fields as sent."""
+    """What is judged: the client's address, the method, and the target and fields as sent."""
 
     ip: str
     target: bytes
     fields: Fields
+    method: str = "GET"
 
 
 class Question(msgspec.Struct, frozen=True, array_like=True):

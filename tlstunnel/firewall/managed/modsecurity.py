@@ -95,7 +95,7 @@ class ModSecurity:
         c = self._c
         # The server's address and the ports are asked for, and used by no rule of CRS.
         c.process_connection(transaction, subject.ip.encode(), 0, b"127.0.0.1", 443)
-        c.process_uri(transaction, subject.target, b"GET", b"1.1")
+        c.process_uri(transaction, subject.target, subject.method.encode(), b"1.1")
         for name, value in subject.fields:
             c.add_header(transaction, name, len(name), value, len(value))
         # The rules of arguments are in the second phase, so it runs although there is no body.

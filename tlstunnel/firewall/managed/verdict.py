@@ -87,7 +87,7 @@ class ManagedRulesStage:
             return self._objected(objection)
         if self._penalties.holds(facts.ip):
             return self._failed("late before")
-        subject = Subject(facts.ip, request.target, request.fields)
+        subject = Subject(facts.ip, request.target, request.fields, request.method)
         result = await self._pool.judge(self._rules_set, subject, self._settings.timeout)
         if isinstance(result, Failure):
             if result is Failure.LATE:

@@ -1,0 +1,387 @@
+"""`http = "pass"`: a page and its socket share a hostname; one judged request a connection, streamed both ways."""
+
+import http.client
+import json
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from tests.harness import (
+    PATIENCE,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    client_context,
+    connect_tls,
+    eventually,
+    receive_all,
+    receive_exactly,
+    require,
+    upgrade,
+)
+from tests.promises.firewalled import policed
+
+PASS = 'http = "pass"\n'
+RULES = (
+    PASS
+    + '[[sites.rules]]\nname = "no deletes"\nwhen = \'method == "DELETE"\'\naction = "block"\n'
+    + '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\n'
+)
+
+
+async def page(request: Request) -> Response:
+    return PlainTextResponse("a page", headers={"X-Seen": json.dumps(dict(request.headers))})
+
+
+async def upload(request: Request) -> Response:
+    size, total = 0, 0
+    async for part in request.stream():
+        size += len(part)
+        total = (total + sum(part)) % 65_521
+    return PlainTextResponse(f"{size} {total}")
+
+
+async def download(request: Request) -> Response:
+    count = int(request.query_params["mib"])
+
+    async def parts() -> AsyncIterator[bytes]:
+        for number in range(count * 16):
+            yield bytes([number % 256]) * 65_536
+
+    return StreamingResponse(parts())
+
+
+async def events(_: Request) -> Response:
+    async def lines() -> AsyncIterator[bytes]:
+        for number in range(3):
+            yield b"data: %d\n\n" % number
+            await gate()
+
+    return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+_gates = threading.Semaphore(0)
+
+
+async def gate() -> None:
+    """Go on only when the client has seen the last event."""
+    import asyncio  # noqa: PLC0415
+
+    await asyncio.to_thread(_gates.acquire, timeout=PATIENCE)
+
+
+async def nothing(_: Request) -> Response:
+    return Response(status_code=204)
+
+
+async def echo(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.send_text(await socket.receive_text())
+    await socket.close()
+
+
+APP = Starlette(
+    routes=[
+        Route("/", page, methods=["GET", "HEAD", "DELETE", "OPTIONS"]),
+        Route("/upload", upload, methods=["POST", "PUT"]),
+        Route("/download", download),
+        Route("/events", events),
+        Route("/nothing", nothing),
+        WebSocketRoute("/ws", echo),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(APP, port=0, log_level="error", ws="websockets-sansio"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def tunnel(app: str, certificate: Certificate) -> Iterator[Tunnel]:
+    with policed(app, certificate, site=RULES) as tunnel:
+        yield tunnel
+
+
+def _ask(tunnel: Tunnel, method: str, target: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPSConnection("localhost", tunnel.port, context=client_context(tunnel), timeout=PATIENCE)
+    connection.sock = connect_tls(tunnel)
+    connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    return connection.getresponse()
+
+
+def test_a_page(tunnel: Tunnel) -> None:
+    response = _ask(
+        tunnel, "GET", "/", Cookie="sid=1", X_Forwarded_For="1.2.3.4", Connection="keep-alive, X-Hop", X_Hop="1"
+    )
+    assert (response.status, response.read()) == (200, b"a page")
+    assert response.headers["Connection"] == "close"
+    seen = json.loads(response.headers["X-Seen"])
+    assert seen["cookie"] == "sid=1"
+    assert (seen["x-forwarded-for"], seen["x-forwarded-proto"], seen["connection"]) == ("127.0.0.1", "https", "close")
+    assert "x-hop" not in seen
+    record = tunnel.wait_record(lambda record: record.get("id") == seen["x-request-id"])
+    assert (record["status"], record["verdict"], record["ended_by"], record["reason"]) == (
+        200,
+        "pass",
+        "origin",
+        "answered",
+    )
+
+
+def test_its_socket_on_the_same_name(tunnel: Tunnel) -> None:
+    with connect_tls(tunnel) as client:
+        assert upgrade(client, "/ws").status == 101
+        client.sendall(b"\x81\x85\0\0\0\0hello")
+        assert receive_exactly(client, 7) == b"\x81\x05hello"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upload_is_streamed_whole(tunnel: Tunnel, *, chunked: bool) -> None:
+    content = bytes(range(256)) * 4096 * 4
+    body: Any = (content[start : start + 50_000] for start in range(0, len(content), 50_000)) if chunked else content
+    response = _ask(tunnel, "POST", "/upload", body)
+    assert response.read() == f"{len(content)} {sum(content) % 65_521}".encode()
+
+
+def test_a_download_is_streamed_in_bounded_memory(app: str, certificate: Certificate) -> None:
+    with policed(app, certificate, site=PASS) as tunnel:
+        assert _ask(tunnel, "GET", "/download?mib=1").read()
+        before = tunnel.peak_rss()
+        response = _ask(tunnel, "GET", "/download?mib=64")
+        # The reader is slow until it is sure that the whole of it could not wait anywhere.
+        assert len(response.read(1 << 20)) == 1 << 20
+        assert len(response.read()) == 63 << 20
+        assert tunnel.peak_rss() - before < 16 << 20
+
+
+def test_events_arrive_as_they_are_sent(tunnel: Tunnel) -> None:
+    response = _ask(tunnel, "GET", "/events")
+    for number in range(3):
+        assert response.readline() == b"data: %d\n" % number
+        assert response.readline() == b"\n"
+        _gates.release()
+    assert response.read() == b""
+
+
+@pytest.mark.parametrize(("method", "target", "status"), [("HEAD", "/", 200), ("GET", "/nothing", 204)])
+def test_what_has_no_body(tunnel: Tunnel, method: str, target: str, status: int) -> None:
+    with connect_tls(tunnel) as client:
+        client.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        head, separator, rest = receive_all(client).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert (separator, rest) == (b"\r\n\r\n", b"")
+
+
+def test_the_firewall_judges_it(tunnel: Tunnel) -> None:
+    assert _ask(tunnel, "DELETE", "/").status == 403
+    response = _ask(tunnel, "GET", "/closed")
+    assert response.status == 403
+    record = tunnel.wait_record(lambda record: record.get("id") == response.headers["X-Request-Id"])
+    assert record["rule"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("CONNECT localhost:443 HTTP/1.1\r\nHost: localhost", 405),
+        ("TRACE / HTTP/1.1\r\nHost: localhost", 405),
+        ("GET http://localhost/ HTTP/1.1\r\nHost: localhost", 400),
+        ("POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", 400),
+        ("POST / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade", 405),
+        ("GET / HTTP/1.0\r\nHost: localhost", 505),
+        ("GET / HTTP/1.1\r\nHost: other.example", 421),
+    ],
+)
+def test_what_is_refused(tunnel: Tunnel, head: str, status: int) -> None:
+    with connect_tls(tunnel) as client:
+        client.sendall(f"{head}\r\n\r\n".encode())
+        assert receive_all(client).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_the_default_refuses(app: str, certificate: Certificate) -> None:
+    with policed(app, certificate) as tunnel:
+        assert _ask(tunnel, "GET", "/").status == 426
+
+
+def _raw(answer: bytes, then: str = "end") -> RawOrigin:
+    """An origin that reads a head, writes `answer`, and keeps what else comes."""
+
+    def handle(sock: socket.socket) -> None:
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += sock.recv(65536)
+        sock.sendall(answer)
+        if then == "end":
+            sock.shutdown(socket.SHUT_WR)
+        while more := sock.recv(65536):
+            received += more
+        seen.append(received)
+
+    seen: list[bytes] = []
+    origin = RawOrigin(handle)
+    origin.seen = seen  # type: ignore[attr-defined]
+    return origin
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_a_second_request_never_reaches_an_origin(certificate: Certificate) -> None:
+    with _raw(OK) as origin, policed(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+        client.sendall(
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"
+            b"GET /secret HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+        assert receive_all(client).endswith(b"ok")
+        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        assert seen.endswith(b"\r\n\r\nabc")
+        assert b"secret" not in seen
+
+
+def test_another_upgrade_loses_its_field(certificate: Certificate) -> None:
+    with _raw(OK) as origin, policed(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+        client.sendall(
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+            b"HTTP2-Settings: AAA\r\n\r\n"
+        )
+        assert receive_all(client).startswith(b"HTTP/1.1 200 ")
+        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        assert b"h2c" not in seen
+        assert b"HTTP2-Settings" not in seen
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", 502),
+        (b"nonsense\r\n\r\n", 502),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhelloX", 502),
+        (b"", 502),
+    ],
+)
+def test_what_is_no_answer(certificate: Certificate, answer: bytes, status: int) -> None:
+    with (
+        _raw(answer) as origin,
+        policed(origin.address, certificate, site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert receive_all(client).startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    ],
+)
+def test_an_answer_that_breaks_off_is_seen_to(certificate: Certificate, answer: bytes) -> None:
+    with (
+        _raw(answer) as origin,
+        policed(origin.address, certificate, site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+            receive_all(client)
+        record = tunnel.wait_records(1)[0]
+        assert (record["ended_by"], record["reason"], record["status"]) == ("origin", "answer cut short", 200)
+
+
+def test_an_answer_before_the_body_is_whole(certificate: Certificate) -> None:
+    answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
+    with (
+        _raw(answer, "keep") as origin,
+        policed(origin.address, certificate, site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
+        assert receive_all(client).startswith(answer[:16])
+
+
+def test_expect_100_continue_reaches_the_client(tunnel: Tunnel) -> None:
+    with connect_tls(tunnel) as client:
+        client.sendall(b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+        assert receive_exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"abc")
+        assert receive_all(client).endswith(b"3 294")
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "sent", "status"),
+    [
+        ('timeouts.origin_answer = "200ms"', b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 504),
+        ('timeouts.request = "200ms"', b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc", 408),
+    ],
+)
+def test_what_takes_too_long(certificate: Certificate, timeouts: str, sent: bytes, status: int) -> None:
+    silent = threading.Event()
+    with (
+        RawOrigin(lambda sock: (silent.wait(PATIENCE), None)[1]) as origin,
+        policed(origin.address, certificate, top=timeouts, site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(sent)
+        assert receive_all(client).startswith(b"HTTP/1.1 %d " % status)
+        silent.set()
+
+
+def test_a_client_that_goes_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> None:
+    before = tunnel.descriptors()
+    for _ in range(20):
+        with connect_tls(tunnel) as client:
+            client.sendall(b"GET /download?mib=64 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert receive_exactly(client, 8) == b"HTTP/1.1"
+    eventually(lambda: tunnel.descriptors() <= before)
+
+
+def test_streams_are_no_unfinished_handshakes(app: str, certificate: Certificate) -> None:
+    """Ten may be unfinished, one of an address: more streams than that go on."""
+    with policed(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel:
+        clients = []
+        for _ in range(15):
+            client = connect_tls(tunnel)
+            client.sendall(b"GET /download?mib=64 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert receive_exactly(client, 8) == b"HTTP/1.1"
+            clients.append(client)
+        for client in clients:
+            assert receive_exactly(client, 1 << 20)
+            client.close()
+
+
+def test_curl(tunnel: Tunnel, tmp_path: Path) -> None:
+    """A client that wants to keep the connection, and a body of which it waits for the 100."""
+    file = tmp_path / "body"
+    file.write_bytes(b"z" * 2_000_000)
+    url = f"https://localhost:{tunnel.port}"
+    done = subprocess.run(
+        [
+            *(require("curl"), "--silent", "--show-error", "--fail", "--cacert", str(tunnel.ca), "--http1.1"),
+            *(f"{url}/", f"{url}/", "--next", "--silent", "--cacert", str(tunnel.ca), "-T", str(file), f"{url}/upload"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stdout == f"a pagea page2000000 {2_000_000 * ord('z') % 65_521}", done

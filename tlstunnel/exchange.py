@@ -1,0 +1,144 @@
+"""One plain HTTP request and its response, where a site passes them on: both streamed, in bounded memory.
+
+The request was judged like any other; it is the only one of its connection. One coroutine moves both directions, since
+a response may begin, and a connection be done, before the request's body is whole.
+"""
+
+import asyncio
+import math
+
+from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.config import Timeouts
+from tlstunnel.handshake.answer import BadAnswer
+from tlstunnel.handshake.passing import BodyReader, PlainAnswerReader
+from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import PlainRequest
+
+
+class Broken(Exception):
+    """The exchange has ended amid the response, which the client must notice. `who` and `why` are for the record."""
+
+    def __init__(self, who: str, why: str, detail: str = "") -> None:
+        super().__init__(who, why, detail)
+        self.who = who
+        self.why = why
+        self.detail = detail
+
+
+class Exchange:
+    """`request`, whose head for the origin is `head` and of whose body `early` is there, and its response.
+
+    `up` and `down` count the bytes of both bodies' streams, heads included, that the sockets took.
+    """
+
+    def __init__(  # noqa: PLR0913 - two sides, what is asked, and how long it may take
+        self,
+        request: PlainRequest,
+        client: Channel,
+        origin: Channel,
+        *,
+        head: bytes,
+        early: bytes,
+        wakeup: Wakeup,
+        timeouts: Timeouts,
+    ) -> None:
+        self._client, self._origin = client, origin
+        self._wakeup, self._timeouts = wakeup, timeouts
+        self._body = BodyReader(request)
+        self._answer = PlainAnswerReader(request)
+        self._early = early
+        self._to_origin, self._to_client = head, b""
+        self._uploads = True
+        self.up = self.down = 0
+
+    @property
+    def status(self) -> int:
+        """Of the response; 0 until the client has got a byte of it, apart from those before the final one."""
+        return self._answer.status
+
+    async def run(self) -> None:
+        """Move everything. Raises Refusal where the client can still be answered, else Broken; ClientGone."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._to_origin += self._body.feed(self._early)
+            while self._to_client or not self._answer.complete:
+                # Asked for anew after each byte that gets on, whichever way.
+                self._wakeup.deadline = loop.time() + self._patience()
+                if self._turn():
+                    await asyncio.sleep(0)  # others get their turn
+                elif self._client.gone:
+                    raise ClientGone
+                else:
+                    await self._wakeup.wait()
+        except ClientGone:
+            if self.status:
+                raise Broken("client", "gone before the answer was whole") from None
+            raise
+        except Refusal as refusal:
+            if self.status:
+                raise Broken("client", "malformed body", refusal.detail) from None
+            raise
+        except BadAnswer as error:
+            if self.status:
+                raise Broken("origin", "answer cut short", error.reason) from None
+            raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
+        except TimeoutError:
+            raise self._late() from None
+
+    def _turn(self) -> bool:
+        """Do what can be done without waiting; say whether that was anything."""
+        moved = self._write()
+        if self._uploads and not self._to_origin and not self._body.complete:
+            data = self._client.recv_now()
+            if data == b"":
+                raise ClientGone
+            if data is not None:
+                self._to_origin, moved = self._body.feed(data), True
+        if not self._to_client and not self._answer.complete:
+            try:
+                data = self._origin.recv_now()
+            except OSError as error:
+                raise BadAnswer(error.strerror or str(error)) from None
+            if data is not None:
+                self._to_client, moved = self._answer.feed(data), True
+        return moved
+
+    def _write(self) -> bool:
+        moved = False
+        if self._to_origin:
+            try:
+                rest = self._origin.send_now(self._to_origin)
+            except OSError:
+                # It may have answered before it read everything (413), and that is to be read.
+                self._uploads, rest = False, b""
+            else:
+                self.up += len(self._to_origin) - len(rest)
+                moved = len(rest) < len(self._to_origin)
+            self._to_origin = rest
+        if self._to_client:
+            try:
+                rest = self._client.send_now(self._to_client)
+            except OSError:
+                raise ClientGone from None
+            self.down += len(self._to_client) - len(rest)
+            moved = moved or len(rest) < len(self._to_client)
+            self._to_client = rest
+        return moved
+
+    def _patience(self) -> float:
+        """Seconds without a byte: an answer may take as long as that of a handshake, a stream as long as a tunnel."""
+        timeouts = self._timeouts
+        if self._to_client:
+            return timeouts.close
+        if self.status:
+            return timeouts.idle or math.inf
+        if self._to_origin or self._body.complete or not self._uploads:
+            return timeouts.origin_answer
+        return timeouts.request
+
+    def _late(self) -> Exception:
+        if self.status:
+            return Broken("tunnel", "answer timed out")
+        if self._to_origin or self._body.complete or not self._uploads:
+            return Refusal(504, "origin answer timed out", "the origin did not answer in time")
+        return Refusal(408, "request timed out", "the body did not go on in time")

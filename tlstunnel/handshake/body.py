@@ -1,0 +1,149 @@
+"""A message's body as it comes in: its content out of its framing, until it is complete (RFC 9112 section 6).
+
+Not h11's readers: those make an event of each chunk, and 64 KiB of chunks of one byte, which any client can send, kept
+a process for a third of a second (measured; here it is some milliseconds). Whatever the framing was, content goes on
+framed anew, so that the next hop reads one canonical form.
+"""
+
+import re
+from typing import Protocol
+
+MAX_CHUNK_LINE = 4096
+"""Bytes of the line before a chunk, extensions and all. Go takes 4096, Apache 8190, h11 whatever its buffer holds."""
+
+MAX_TRAILER = 16_384
+"""Bytes of the trailer section, as of a request head."""
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+# RFC 9112 section 7.1. White space behind the size is what some origins write (so h11 says); 16 digits are 64 bits.
+# Possessive, as a line that comes byte by byte is tried each time.
+_LINE = rb"([0-9A-Fa-f]{1,16}+)[ \t]*+(?:;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
+_FIRST = re.compile(_LINE)
+_NEXT = re.compile(rb"\r\n" + _LINE)
+_TRAILER = re.compile(rb"(?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+)*+")
+
+
+class BadBody(Exception):
+    """What came is no body of this framing. `reason` holds nothing that was sent."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Body(Protocol):
+    """One framing. What comes behind the end of the body is thrown away."""
+
+    complete: bool
+
+    def take(self, data: bytes) -> bytes:
+        """Take the next bytes, give the content in them. Raises `BadBody`."""
+
+    def end(self) -> None:
+        """Take the end of the sender's stream. Raises `BadBody` if it cuts the body short."""
+
+
+class Counted:
+    """A body of `length` bytes."""
+
+    def __init__(self, length: int) -> None:
+        self.complete = not length
+        self._left = length
+
+    def take(self, data: bytes) -> bytes:
+        """See `Body`."""
+        content = data[: self._left]
+        self._left -= len(content)
+        self.complete = not self._left
+        return content
+
+    def end(self) -> None:
+        """See `Body`."""
+        if not self.complete:
+            raise BadBody(f"body cut short: {self._left} bytes are missing")
+
+
+class UntilEnd:
+    """A body that the end of the stream ends, which only a response may have."""
+
+    complete = False
+
+    def take(self, data: bytes) -> bytes:
+        """See `Body`."""
+        return data
+
+    def end(self) -> None:
+        """See `Body`."""
+        self.complete = True
+
+
+class Chunked:
+    """A chunked body. Extensions and the trailer section are checked for form, bounded, and thrown away."""
+
+    def __init__(self) -> None:
+        self.complete = False
+        self._held = b""  # the beginning of a line, or of the trailer section
+        self._left = 0  # of the chunk
+        self._line = _FIRST
+        self._last = False
+
+    def take(self, data: bytes) -> bytes:
+        """See `Body`."""
+        if self.complete:
+            return b""
+        if self._held:
+            data, self._held = self._held + data, b""
+        content = []
+        at = 0
+        while not self._last:
+            if self._left:
+                content.append(data[at : at + self._left])
+                self._left -= len(content[-1])
+                at += len(content[-1])
+                if self._left:
+                    return b"".join(content)
+            line = self._line.match(data, at, at + MAX_CHUNK_LINE)
+            if line is None:
+                self._held = self._part_of_line(data, at)
+                return b"".join(content)
+            self._left = int(line[1], 16)
+            self._line = _NEXT
+            self._last = not self._left
+            # The trailer section is read with the CRLF before it: "\r\n\r\n" then ends it, also where it is empty.
+            at = line.end() - 2 * self._last
+        self._trailer(data, at)
+        return b"".join(content)
+
+    def end(self) -> None:
+        """See `Body`."""
+        if not self.complete:
+            raise BadBody("body cut short: there was no last chunk")
+
+    def _part_of_line(self, data: bytes, at: int) -> bytes:
+        """What may still become a line. The same bytes are bad however they were split."""
+        part = data[at : at + MAX_CHUNK_LINE]
+        behind = part[2:] if self._line is _NEXT else part
+        if self._line is _NEXT and not b"\r\n".startswith(part[:2]):
+            raise BadBody("malformed chunk: it does not end where it said")
+        if b"\n" in behind:
+            raise BadBody("malformed chunk size")
+        if len(part) == MAX_CHUNK_LINE:
+            raise BadBody("chunk line too long")
+        return part
+
+    def _trailer(self, data: bytes, at: int) -> None:
+        end = data.find(b"\r\n\r\n", at, at + MAX_TRAILER)
+        if end >= 0:
+            if not _TRAILER.fullmatch(data, at, end):
+                raise BadBody("malformed trailer section")
+            self.complete = True
+        elif len(data) - at >= MAX_TRAILER:
+            raise BadBody("trailer section too long")
+        else:
+            self._held = data[at:]
+
+
+def chunk(content: bytes) -> bytes:
+    """`content` as a chunk; nothing for nothing, as an empty chunk would be the last."""
+    return b"%x\r\n%b\r\n" % (len(content), content) if content else b""
