@@ -118,7 +118,7 @@ class Channel:
 
     async def writable(self) -> None:
         """Wait for an event, writability among them."""
-        self._ask_for_writing()
+        self.ask_for_writing()
         await self._wakeup.wait()
 
     async def peek(self, size: int, seen: int) -> bytes:
@@ -166,7 +166,7 @@ class Channel:
         except _WAIT:
             return None
         except ssl.SSLWantWriteError:
-            self._ask_for_writing()
+            self.ask_for_writing()
             return None
 
     def send_now(self, data: bytes) -> bytes:
@@ -178,10 +178,11 @@ class Channel:
         except ssl.SSLWantReadError:
             return data
         if sent < len(data):
-            self._ask_for_writing()
+            self.ask_for_writing()
         return data[sent:]
 
-    def _ask_for_writing(self) -> None:
+    def ask_for_writing(self) -> None:
+        """Let writability be an event too."""
         self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
 
     async def do_handshake(self) -> ssl.SSLSocket:

@@ -34,6 +34,9 @@ _NAME_LENGTH = 100
 # A response's text: more is a page, which no client of a WebSocket shows.
 _BODY_LENGTH = 4096
 _STATUSES = frozenset(status.value for status in HTTPStatus)
+_BALANCE = re.compile(r"round_robin|least_tunnels|hash:ip|hash:(?:header|cookie):[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+_BALANCES = '"round_robin", "least_tunnels", "hash:ip", "hash:header:NAME" or "hash:cookie:NAME"'
+_HEALTH_PATH = re.compile(r"/[!-~]{0,1000}")
 _LIST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _WEB_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*?)(?::([0-9]{1,5}))?", re.DOTALL)
 _OPAQUE_HOST = re.compile(r"[A-Za-z0-9._~-]*")
@@ -187,20 +190,60 @@ class ManagedRules(_Table, frozen=True):
     queue: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
 
 
+class OriginConfig(_Table, frozen=True):
+    """An origin, and its part in the whole. A ``backup`` is asked while no other can be."""
+
+    address: OriginAddress
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+    backup: bool = False
+    max_tunnels: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+
+
+class Ejection(_Table, frozen=True):
+    """After how many failures in a row an origin is left alone, and for how long: doubled up to ``longest``."""
+
+    failures: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
+    delay: Timeout = Timeout(1)
+    longest: Timeout = Timeout(60)
+
+
+class Health(_Table, frozen=True):
+    """How each origin is asked, unasked for, whether it is well."""
+
+    type: Literal["tcp", "websocket", "http"] = "tcp"
+    path: str = "/"
+    interval: Timeout = Timeout(10)
+    timeout: Timeout = Timeout(2)
+
+
+class RouteConfig(_Table, frozen=True):
+    """Origins of their own for requests whose path begins with ``path``."""
+
+    path: str
+    origins: tuple[OriginConfig, ...] = ()
+    balance: str = "round_robin"
+    health: Health | None = None
+    ejection: Ejection = Ejection()
+
+
 class SiteConfig(_Table, frozen=True):
-    """A set of names with one certificate, one origin and one policy.
+    """A set of names with one certificate, its origins and one policy.
 
     ``names`` are as ``addresses.canonical_name`` gives them, ``cert`` and ``key`` absolute and either both None or both
-    set, ``origins`` exactly one. Address lists hold networks in their shortest form and ``@NAME`` of lists that exist;
-    ``allowed_origins`` is None where origins are not looked at, else ``same``, ``null``, or scheme, host and any port
-    that is not the scheme's, such as ``https://*.example.com:8443``.
+    set, ``balance`` one of those that ``origins/balance.py`` has. Address lists hold networks in their shortest form and
+    ``@NAME`` of lists that exist; ``allowed_origins`` is None where origins are not looked at, else ``same``, ``null``,
+    or scheme, host and any port that is not the scheme's, such as ``https://*.example.com:8443``.
     """
 
     names: tuple[str, ...] = ("*",)
     default: bool = False
     cert: Path | None = None
     key: Path | None = None
-    origins: tuple[OriginAddress, ...] = ()
+    origins: tuple[OriginConfig, ...] = ()
+    balance: str = "round_robin"
+    health: Health | None = None
+    ejection: Ejection = Ejection()
+    routes: tuple[RouteConfig, ...] = ()
     allow_addresses: tuple[str, ...] = ()
     block_addresses: tuple[str, ...] = ()
     addresses_mode: Mode = "block"
@@ -230,6 +273,7 @@ class Config(_Table, frozen=True):
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: ManagedRules = ManagedRules()
+    origin_resolve: Timeout = Timeout(30)
     end_removed: bool = False
     sites: tuple[SiteConfig, ...] = ()
 
@@ -335,7 +379,10 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
     _read_policy(document, (), lists)
     for site, path in _tables(document.get("sites"), ("sites",)):
         _read_each(site, path, "names", canonical_name, "chat.example.com")
-        _read_each(site, path, "origins", partial(OriginAddress.parse, folder=folder), "localhost:3000")
+        _read_origins(site, path, folder)
+        _refuse_single_brackets(site, path, "routes")
+        for route, route_path in _tables(site.get("routes"), (*path, "routes")):
+            _read_origins(route, route_path, folder)
         _read_each(site, path, "allowed_origins", _web_origin, "https://chat.example.com")
         _read_policy(site, path, lists)
         for managed, managed_path in _tables(site.get("managed_rules"), (*path, "managed_rules")):
@@ -343,6 +390,27 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
             _read_path(managed, managed_path, "crs", folder, "the folder of a Core Rule Set release")
             if "crs" in managed:
                 managed["crs"] = Path(managed["crs"])
+
+
+def _read_origins(table: dict[str, Any], path: _Path, folder: Path) -> None:
+    """Read ``origins``: an address each, or a table with one in it."""
+    values = table.get("origins", [])
+    if not isinstance(values, list):
+        raise _MisfitError((*path, "origins"), f'expected an array such as ["localhost:3000"], got {_shown(values)}')
+    for index, value in enumerate(values):
+        place: _Path = (*path, "origins", index)
+        text = value.get("address") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            if "address" not in value:
+                raise _MisfitError(place, "the key address is missing")
+            place = (*place, "address")
+        if not isinstance(text, str):
+            raise _MisfitError(place, f'expected a string such as "localhost:3000", got {_shown(text)}')
+        try:
+            address = OriginAddress.parse(text, folder)
+        except ValueError as error:
+            raise _MisfitError(place, str(error)) from None
+        values[index] = (value if isinstance(value, dict) else {}) | {"address": address}
 
 
 def _read_policy(table: dict[str, Any], path: _Path, lists: Lists) -> None:
@@ -575,12 +643,41 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
         raise _MisfitError(
             (*path, "key"), "a key needs its certificate; write cert = beside it, with the PEM file of the chain"
         )
-    if not site.origins:
-        raise _MisfitError((*path, "origins"), 'expected one origin, such as origins = ["localhost:3000"]')
-    if len(site.origins) > 1:
-        raise _MisfitError(
-            (*path, "origins"), "expected one origin; several origins of a site come with a later version"
-        )
+    _refuse_unsound_origins(site, path)
+    for index, route in enumerate(site.routes):
+        place: _Path = (*path, "routes", index)
+        if not route.path.startswith("/") or len(route.path) > 1000:
+            raise _MisfitError(
+                (*place, "path"), f'expected the beginning of a path, such as "/ws/", got {quoted(route.path)}'
+            )
+        _refuse_unsound_origins(route, place)
+        shadow = next((i for i in range(index) if route.path.startswith(site.routes[i].path)), None)
+        if shadow is not None:
+            first = f"the first that matches counts, and that is {_written((*path, 'routes', shadow))} for all of these"
+            raise _MisfitError((*place, "path"), f"this route is never taken: {first}")
+
+
+def _refuse_unsound_origins(table: SiteConfig | RouteConfig, path: _Path) -> None:
+    if not table.origins:
+        raise _MisfitError((*path, "origins"), 'expected at least one origin, such as origins = ["localhost:3000"]')
+    if all(origin.backup for origin in table.origins):
+        raise _MisfitError((*path, "origins"), "every origin is a backup, of none; one must not be")
+    addresses = [origin.address for origin in table.origins]
+    for index, address in enumerate(addresses):
+        if (first := addresses.index(address)) != index:
+            raise _MisfitError((*path, "origins", index), f"{address} is origins[{first}] already; give it a weight")
+    if not _BALANCE.fullmatch(table.balance):
+        raise _MisfitError((*path, "balance"), f"expected {_BALANCES}, got {quoted(table.balance)}")
+    if table.health is not None:
+        health = table.health
+        if not _HEALTH_PATH.fullmatch(health.path):
+            raise _MisfitError(
+                (*path, "health", "path"), f'expected a path such as "/healthz", got {quoted(health.path)}'
+            )
+        if health.type == "tcp" and health.path != "/":
+            raise _MisfitError((*path, "health", "path"), 'a path goes with type = "websocket" or "http" only')
+    if table.ejection.longest < table.ejection.delay:
+        raise _MisfitError((*path, "ejection", "longest"), f"shorter than delay, which is {table.ejection.delay}")
 
 
 def _refuse_shared(sites: tuple[SiteConfig, ...]) -> None:

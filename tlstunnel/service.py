@@ -86,7 +86,7 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], counters: "Count
     if tested := any(site.cert is None for site in configured):
         test = issue.ensure(CERTIFICATES)
         test_pair = test.cert, test.key
-    sites = load_sites(configured, test_pair)
+    sites = load_sites(configured, test_pair, resolve_every=config.origin_resolve)
     now = datetime.now(UTC)
     files = dict.fromkeys(site.cert or (test_pair and test_pair[0]) for site in configured)
     warnings = (expiry_warning(file, now) for file in files if file)
@@ -171,6 +171,7 @@ class Service:
         control = self._control()
         if control is not None:
             await control.serve()
+        self._loaded.sites.start()
         self._server.start()
         self._warn(self._loaded)
         for listener in self._listeners:
@@ -199,9 +200,11 @@ class Service:
                 self._log.warning("not reloaded", reason=str(error))
                 raise ControlError(f"nothing was changed: {error}") from None
             self._listeners.settle(opened, loaded.listen)
+            loaded.sites.adopt(before.sites)
+            loaded.sites.start()
             self._server.switch(loaded.config, loaded.sites, loaded.firewall, self._listeners)
             self._loaded = loaded
-            self._begin(self._retire(before.firewall))
+            self._begin(self._retire(before))
             told = changes(before.config, loaded.config)
             self._log.info("reloaded", changes=told[:MOST_TOLD], more=max(len(told) - MOST_TOLD, 0))
             for listener in opened.values():
@@ -220,10 +223,11 @@ class Service:
     async def _reload_for_command(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"changes": await self.reload()}
 
-    async def _retire(self, firewall: Firewall) -> None:
-        """Close it once nobody asks it any more."""
+    async def _retire(self, before: Loaded) -> None:
+        """Close what was served with before once nobody asks it any more."""
         await self._server.handshakes_done()
-        await firewall.close()
+        await before.firewall.close()
+        await before.sites.close()
 
     def _control(self) -> ControlSocket | None:
         """The control socket; one that nobody asked for by name is not worth ending for."""
@@ -253,6 +257,7 @@ class Service:
         async with self._reloading:
             await asyncio.gather(*self._beside, return_exceptions=True)
             await self._loaded.firewall.close()
+            await self._loaded.sites.close()
 
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -1,28 +1,41 @@
 """Sites as they are served: which one a client means, with which certificate, and where it leads."""
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tlstunnel.certificates.serving import server_context
-from tlstunnel.config import SiteConfig
+from tlstunnel.config import RouteConfig, SiteConfig
 from tlstunnel.errors import CertificateError
-from tlstunnel.origins.connect import Origin
+from tlstunnel.firewall.facts import normal_path
+from tlstunnel.handshake.request import Request
+from tlstunnel.origins.pool import Pool
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A set of names with one certificate and one origin. `name`, the first of them, is what the record says.
+    """A set of names with one certificate and its origins. `name`, the first of them, is what the record says.
 
+    `pool` are the origins of requests that none of `routes` (the beginning of a path, and its origins) takes.
     `passes` says that requests which ask for no upgrade go to the origin too.
     """
 
     names: frozenset[str]
     name: str
     context: ssl.SSLContext
-    origin: Origin
+    pool: Pool
+    routes: tuple[tuple[str, Pool], ...] = ()
     passes: bool = False
+
+    def pool_of(self, request: Request) -> Pool:
+        """The origins that a request is for, by its path as rules see it."""
+        if self.routes:
+            path = normal_path(request.target.partition(b"?")[0])
+            for beginning, pool in self.routes:
+                if path.startswith(beginning):
+                    return pool
+        return self.pool
 
 
 class Sites:
@@ -32,6 +45,32 @@ class Sites:
         self._by_name = {name: site for site in sites for name in site.names}
         self._names = frozenset(site.name for site in sites)
         self._default = default
+        self._sites = sites
+
+    @property
+    def pools(self) -> Iterator[tuple[tuple[str, str], Pool]]:
+        """Every pool, by its site's first name and its route's path, "" where it has none."""
+        for site in self._sites:
+            yield (site.name, ""), site.pool
+            for path, pool in site.routes:
+                yield (site.name, path), pool
+
+    def start(self) -> None:
+        """Begin the health checks."""
+        for _, pool in self.pools:
+            pool.start()
+
+    def adopt(self, old: "Sites") -> None:
+        """Go on with what `old` knows of the same origins."""
+        before = dict(old.pools)
+        for key, pool in self.pools:
+            if (known := before.get(key)) is not None:
+                pool.adopt(known)
+
+    async def close(self) -> None:
+        """End the health checks."""
+        for _, pool in self.pools:
+            await pool.close()
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a site whose first name this is."""
@@ -53,7 +92,9 @@ def candidates(host: str) -> tuple[str, str, str]:
     return host, f"*.{parent}", "*"
 
 
-def load_sites(configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | None = None) -> Sites:
+def load_sites(
+    configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | None = None, *, resolve_every: float = 30.0
+) -> Sites:
     """Make the sites of a configuration, `test_pair` (certificate, key) serving those without a certificate.
 
     Raises CertificateError, also where a site has neither.
@@ -65,9 +106,18 @@ def load_sites(configured: Sequence[SiteConfig], test_pair: tuple[Path, Path] | 
         if pair is None:
             raise CertificateError(f"the site {site.names[0]} has no certificate; give it one with cert = and key =")
         made = Site(
-            frozenset(site.names), site.names[0], server_context(*pair), Origin(site.origins[0]), site.http == "pass"
+            frozenset(site.names),
+            site.names[0],
+            server_context(*pair),
+            _pool(site, resolve_every),
+            tuple((route.path, _pool(route, resolve_every)) for route in site.routes),
+            passes=site.http == "pass",
         )
         sites.append(made)
         if site.default:
             default = made
     return Sites(sites, default)
+
+
+def _pool(table: SiteConfig | RouteConfig, resolve_every: float) -> Pool:
+    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every)

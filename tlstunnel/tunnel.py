@@ -24,7 +24,10 @@ from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.linger import LINGER_SECONDS, Partings, reset
+from tlstunnel.origins.balance import Asking
 from tlstunnel.origins.connect import OriginUnreachable, connect
+from tlstunnel.origins.members import Member
+from tlstunnel.origins.pool import NoOrigin, Pool
 from tlstunnel.readiness import AnyReadiness
 from tlstunnel.record import Journal, Record
 from tlstunnel.sites import Site, Sites
@@ -78,6 +81,7 @@ class Tunnel:
         serving.deadlines.add(self._wakeup)
         self._client = Channel(sock, serving.readiness, self._wakeup)
         self._origin: Channel | None = None
+        self._asked: tuple[Pool, Member] | None = None
         self._lease: Lease | None = None
         self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
         self._trusted = bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
@@ -97,7 +101,7 @@ class Tunnel:
             await self._accept_tls(site)
             request, early = await self._read_request(site)
             await self._judge(request, site)
-            await self._connect(site)
+            await self._connect(site, request)
             if isinstance(request, PlainRequest):
                 on_exchange()
                 return await self._pass(request, early)
@@ -124,8 +128,9 @@ class Tunnel:
             self._abort("tunnel", "internal error")
         finally:
             if not spliced:
-                if self._lease is not None:
-                    self._lease.release()
+                if self._asked is not None:
+                    self._asked[1].given_up()
+                self._give_back()
                 on_end()
 
     # hello
@@ -233,12 +238,28 @@ class Tunnel:
 
     # origin
 
-    async def _connect(self, site: Site) -> None:
+    async def _connect(self, site: Site, request: Request) -> None:
+        """Connect to one of the origins: the next where one does not take it, as long as nothing has been sent."""
         self._wait_at_most(self._serving.timeouts.origin_connect)
-        self._record.origin = site.origin.name
+        record, pool = self._record, site.pool_of(request)
+        record.origin = pool.name
+        several = False
         try:
-            self._origin = await connect(site.origin, self._serving.readiness, self._wakeup, self._client)
+            members = await pool.order(Asking(record.client, request), self._wakeup.deadline)
+            record.origin, several = members[0].text, members[-1].text != members[0].text
+            member, self._origin = await connect(pool, members, self._serving.readiness, self._wakeup, self._client)
+            self._asked, record.origin = (pool, member), member.text
+        except NoOrigin as error:
+            if error.retry_after is None:
+                raise Refusal(
+                    502, "origin unreachable", "the origin could not be reached", detail=error.reason
+                ) from None
+            again = ((b"Retry-After", b"%d" % error.retry_after),)
+            raise Refusal(503, "no origin", "no origin can take this now", again, error.reason) from None
         except OriginUnreachable as error:
+            if several and not error.shortage:
+                again = ((b"Retry-After", b"1"),)
+                raise Refusal(503, "no origin", "no origin could be reached", again, error.reason) from None
             status, reason = (503, "out of means") if error.shortage else (502, "origin unreachable")
             raise Refusal(status, reason, "the origin could not be reached", detail=error.reason) from None
         except TimeoutError:
@@ -259,13 +280,17 @@ class Tunnel:
             while answer is None:
                 answer = reader.feed(await self._origin.recv(unless_gone=self._client))
         except BadAnswer as error:
+            self._failed(error.reason)
             raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
         except TimeoutError:
+            self._failed("did not answer in time")
             raise Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s") from None
         except OSError as error:
             detail = error.strerror or str(error)
+            self._failed(detail)
             raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
         self._record.status = answer.status
+        self._answered()
         return answer, reader
 
     async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
@@ -316,11 +341,16 @@ class Tunnel:
         )
         try:
             await exchange.run()
+        except Refusal as refusal:
+            if refusal.status >= 500:
+                self._failed(refusal.detail or refusal.reason)
+            raise
         except Broken as broken:
             record.status, record.verdict, record.detail = exchange.status, "pass", printable(broken.detail)
             # With RST: close_notify would make a part look whole.
             return self._abort(broken.who, broken.why)
         record.status, record.verdict = exchange.status, "pass"
+        self._answered()
         self._end("origin", "answered", timeouts.close)
 
     # splice
@@ -328,7 +358,7 @@ class Tunnel:
     def _splice(self, answer: Switched, early: bytes, on_end: Callable[[], None]) -> None:
         assert self._origin is not None
         assert isinstance(self._client.sock, ssl.SSLSocket)
-        serving, record, lease = self._serving, self._record, self._lease
+        serving, record = self._serving, self._record
         serving.deadlines.discard(self._wakeup)
         record.verdict = "pass"
         serving.journal.opened(record)
@@ -336,8 +366,7 @@ class Tunnel:
         def ended(splice: Splice) -> None:
             record.ended_by, record.reason = splice.ended_by, splice.reason
             serving.journal.ended(record, splice.up, max(splice.down, 0))
-            if lease is not None:
-                lease.release()
+            self._give_back()
             on_end()
 
         Splice(
@@ -352,6 +381,23 @@ class Tunnel:
             site=record.site,
             on_end=ended,
         ).start()
+
+    def _answered(self) -> None:
+        assert self._asked is not None
+        pool, member = self._asked
+        pool.succeeded(member)
+
+    def _failed(self, why: str) -> None:
+        assert self._asked is not None
+        pool, member = self._asked
+        pool.failed(member, printable(why))
+
+    def _give_back(self) -> None:
+        """What was counted for this connection counts no more."""
+        if self._lease is not None:
+            self._lease.release()
+        if self._asked is not None:
+            self._asked[1].released()
 
     def _wait_at_most(self, seconds: float) -> None:
         self._wakeup.deadline = self._serving.loop.time() + seconds

@@ -15,13 +15,17 @@ from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
 from tlstunnel.config import (
     Config,
     Duration,
+    Ejection,
+    Health,
     IdleTimeout,
     Limits,
     Lists,
     Log,
     ManagedRules,
+    OriginConfig,
     RateLimitConfig,
     Release,
+    RouteConfig,
     RuleConfig,
     SiteConfig,
     SiteManagedRules,
@@ -120,9 +124,9 @@ def test_every_key_arrives() -> None:
                 default=True,
                 cert=FOLDER / "certs/chat.pem",
                 key=Path("/etc/keys/chat.pem"),
-                origins=(OriginAddress(None, 0, "/etc/tlstunnel/chat.sock"),),
+                origins=(OriginConfig(address=OriginAddress(None, 0, "/etc/tlstunnel/chat.sock")),),
             ),
-            SiteConfig(names=("*",), origins=(OriginAddress("localhost", 80),)),
+            SiteConfig(names=("*",), origins=(OriginConfig(address=OriginAddress("localhost", 80)),)),
         ),
     )
 
@@ -208,7 +212,7 @@ def test_every_key_of_the_firewall_arrives() -> None:
     )
     assert config.sites == (
         SiteConfig(
-            origins=(OriginAddress("localhost", 3000),),
+            origins=(OriginConfig(address=OriginAddress("localhost", 3000)),),
             allow_addresses=("10.0.0.0/8",),
             block_addresses=("@bot-nets",),
             addresses_mode="log",
@@ -352,9 +356,34 @@ def test_what_is_no_duration(text: str) -> None:
         # Contradictions.
         ('listen = ["[::1]:1", "[0::1]:1"]', "t.toml:1: listen[1]: [::1]:1 stands here twice"),
         ("[[sites]]\nnames = []", "t.toml:2: sites[0].names: expected at least one name"),
-        ("\n[[sites]]\n", 't.toml:2: sites[0].origins: expected one origin, such as origins = ["localhost:3000"]'),
-        ("[[sites]]\norigins = []", "t.toml:2: sites[0].origins: expected one origin, such as"),
-        ('[[sites]]\norigins = ["a:1", "b:1"]', "t.toml:2: sites[0].origins: expected one origin; several origins of"),
+        ("\n[[sites]]\n", "t.toml:2: sites[0].origins: expected at least one origin, such as"),
+        ("[[sites]]\norigins = []", "t.toml:2: sites[0].origins: expected at least one origin, such as"),
+        (
+            '[[sites]]\norigins = ["a:1", "b:1", "A:1"]',
+            "t.toml:2: sites[0].origins[2]: a:1 is origins[0] already; give it",
+        ),
+        ("[[sites]]\norigins = [{ weight = 2 }]", "t.toml:2: sites[0].origins[0]: the key address is missing"),
+        ("[[sites]]\norigins = [{ address = 5 }]", "sites[0].origins[0].address: expected a string such as"),
+        ('[[sites]]\norigins = [{ address = "a:1", wieght = 2 }]', 'unknown key "wieght"; did you mean "weight"?'),
+        ('[[sites]]\norigins = [{ address = "a:1", weight = 0 }]', "weight: expected a whole number >= 1, got 0"),
+        ('[[sites]]\norigins = [{ address = "a:1", backup = true }]', "sites[0].origins: every origin is a backup"),
+        (f'{SITE}balance = "random"', 'sites[0].balance: expected "round_robin", "least_tunnels", "hash:ip", '),
+        (f'{SITE}balance = "hash:header:"', "sites[0].balance: expected "),
+        (
+            f'{SITE}health = {{ type = "ping" }}',
+            'sites[0].health.type: expected "tcp", "websocket" or "http", got "ping"',
+        ),
+        (f'{SITE}health = {{ path = "/x" }}', 'sites[0].health.path: a path goes with type = "websocket" or "http"'),
+        (f'{SITE}health = {{ type = "http", path = "x" }}', "sites[0].health.path: expected a path such as"),
+        (f'{SITE}ejection = {{ delay = "2m" }}', "sites[0].ejection.longest: shorter than delay, which is 2m"),
+        (f"{SITE}routes = {{}}", "sites[0].routes: expected an array of tables, got a table; write [[sites.routes]]"),
+        (f'{SITE}[[sites.routes]]\npath = "/a"', "sites[0].routes[0].origins: expected at least one origin"),
+        (f'{SITE}[[sites.routes]]\norigins = ["a:1"]', "sites[0].routes[0]: the key path is missing"),
+        (f'{SITE}[[sites.routes]]\npath = "a"\norigins = ["a:1"]', "routes[0].path: expected the beginning of a"),
+        (
+            f'{SITE}routes = [{{ path = "/a", origins = ["a:1"] }}, {{ path = "/ab", origins = ["a:1"] }}]',
+            "sites[0].routes[1].path: this route is never taken",
+        ),
         (f"{SITE}cert = 'a'", "t.toml:3: sites[0].cert: a certificate needs its key"),
         (f"{SITE}key = 'a'", "t.toml:3: sites[0].key: a key needs its certificate"),
         (
@@ -604,6 +633,10 @@ def written(value: object) -> str:
         ("`[[rate_limits]]`", RateLimitConfig),
         ("`[managed_rules]`", ManagedRules),
         ("`[sites.managed_rules]`", SiteManagedRules),
+        ("`[[sites.origins]]`", OriginConfig),
+        ("`[sites.health]`", Health),
+        ("`[sites.ejection]`", Ejection),
+        ("`[[sites.routes]]`", RouteConfig),
     ],
 )
 def test_the_documentation_has_every_key_and_its_default(heading: str, table: type[msgspec.Struct]) -> None:
@@ -627,4 +660,4 @@ def test_the_example_of_the_documentation_works() -> None:
     config = decoded(example)
     assert len(config.sites) == 2
     for key in KEYS:
-        assert re.search(rf"^(?:\[+{key}\]+$|{key} = )", example, re.MULTILINE), key
+        assert re.search(rf"^(?:\[+(?:sites\.)?{key}\]+$|{key} = )", example, re.MULTILINE), key

@@ -7,17 +7,17 @@ import pytest
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import issue
-from tlstunnel.config import SiteConfig
+from tlstunnel.config import OriginConfig, SiteConfig
 from tlstunnel.errors import CertificateError
-from tlstunnel.origins.connect import Origin
+from tlstunnel.origins.pool import Pool
 from tlstunnel.sites import Site, Sites, load_sites
 
-ADDRESS = OriginAddress.parse("localhost:3000")
+ADDRESS = OriginConfig(address=OriginAddress.parse("localhost:3000"))
 CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
 
 def site(*names: str) -> Site:
-    return Site(frozenset(names), names[0], CONTEXT, Origin(ADDRESS))
+    return Site(frozenset(names), names[0], CONTEXT, Pool((ADDRESS,)))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_host_must_be_one_of_the_sites_names(names: tuple[str, ...], host: str, 
 
 
 def test_sites_of_a_configuration(issued: issue.Issued) -> None:
-    other = OriginAddress.parse("unix:/run/chat.sock")
+    other = OriginConfig(address=OriginAddress.parse("unix:/run/chat.sock"))
     sites = load_sites(
         [
             SiteConfig(("chat.example.com", "*.chat.example.com"), False, issued.cert, issued.key, (ADDRESS,)),
@@ -131,8 +131,8 @@ def test_sites_of_a_configuration(issued: issue.Issued) -> None:
     assert default is not None
     assert chat is sites.choose("chat.example.com")
     assert default is sites.choose("other.example.com")
-    assert (chat.name, chat.origin.name) == ("chat.example.com", "localhost:3000")
-    assert (default.name, default.origin.name) == ("other.example.com", "unix:/run/chat.sock")
+    assert (chat.name, chat.pool.name) == ("chat.example.com", "localhost:3000")
+    assert (default.name, default.pool.name) == ("other.example.com", "unix:/run/chat.sock")
     assert chat.context is not default.context
     assert chat.context.cert_store_stats()["x509"] == 0
     assert sites.choose("third.example.com") is None

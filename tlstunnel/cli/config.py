@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.config import Config, Duration, SiteConfig, load
+from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.errors import CertificateError, ConfigurationError
 
 OPEN_TO_ALL = (
@@ -80,7 +80,11 @@ def _summary(config: Config) -> Iterator[str]:
 def _described(site: SiteConfig) -> str:
     default = " (default)" if site.default else ""
     certificate = f", certificate {site.cert}" if site.cert else ""
-    return f"{', '.join(site.names)}{default} -> {site.origins[0]}{certificate}"
+    return f"{', '.join(site.names)}{default} -> {_origins(site.origins)}{certificate}"
+
+
+def _origins(origins: tuple[OriginConfig, ...]) -> str:
+    return ", ".join(f"{origin.address}{' (backup)' if origin.backup else ''}" for origin in origins)
 
 
 def _time(time: Duration | None) -> str:

@@ -10,7 +10,7 @@ import structlog
 
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.certificates import issue
-from tlstunnel.config import Config, SiteConfig, load
+from tlstunnel.config import Config, OriginConfig, SiteConfig, load
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.readiness import new_loop
 from tlstunnel.record import Journal, configure_logging
@@ -88,4 +88,4 @@ def _site(origin: str | None, cert: Path | None, key: Path | None, stack: contex
             address = OriginAddress.parse(origin, Path.cwd())
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="ORIGIN") from None
-    return SiteConfig(origins=(address,), cert=cert, key=key)
+    return SiteConfig(origins=(OriginConfig(address=address),), cert=cert, key=key)

@@ -1,19 +1,25 @@
-"""Connecting to an origin."""
+"""Connecting to the first of several origins that takes it, the next asked while a slow one still may (RFC 8305)."""
 
 import asyncio
 import errno
 import os
 import socket
+from collections.abc import Sequence
 
-from tlstunnel.addresses import OriginAddress
 from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.origins.members import Member
+from tlstunnel.origins.pool import Pool
 from tlstunnel.readiness import AnyReadiness
-
-RESOLVE_SECONDS = 30.0
-"""How long a name's addresses are used before it is asked for again."""
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
 """Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""
+
+STAGGER = 0.25
+"""Seconds after which the next address of the same name is tried beside one that has not answered: the Connection
+Attempt Delay of RFC 8305 section 5."""
+
+PATIENCE = 1.0
+"""Seconds after which another origin is tried beside one that has not answered: it may be far away and well."""
 
 # What SO_KEEPALIVE needs to notice a dead origin within 2 minutes, and how long sent data may stay unacknowledged.
 _NAMED = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000))
@@ -24,12 +30,12 @@ KEEP_ALIVE = (
 )
 
 _NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)  # of Linux: from the first system call on
-
-SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
+_CONNECTED = frozenset({0, errno.EISCONN})
+_UNDER_WAY = frozenset({errno.EALREADY, errno.EINPROGRESS})
 
 
 class OriginUnreachable(Exception):
-    """No connection to the origin. `shortage` says that we are the reason: no descriptor, port or memory left."""
+    """No connection to an origin. `shortage` says that we are the reason: no descriptor, port or memory left."""
 
     def __init__(self, reason: str, *, shortage: bool = False) -> None:
         super().__init__(reason)
@@ -47,103 +53,138 @@ def tune(sock: socket.socket) -> None:
         set_option(*option)
 
 
-class Origin:
-    """Where a site leads, with the addresses that its name had last."""
-
-    def __init__(self, address: OriginAddress) -> None:
-        self.address = address
-        self.name = str(address)
-        self._addresses: list[tuple[socket.AddressFamily, SocketAddress]] = []
-        self._fresh_until = float("-inf")
-        self._resolving: asyncio.Task[None] | None = None
-
-    @property
-    def known(self) -> list[tuple[socket.AddressFamily, SocketAddress]] | None:
-        """What can be connected to, in the resolver's order; None when it has to be asked for."""
-        return self._addresses if asyncio.get_running_loop().time() < self._fresh_until else None
-
-    async def addresses(self, deadline: float) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-        """Ask for `known`. `deadline` is a loop time.
-
-        Raises OriginUnreachable when the name is not known, or TimeoutError.
-        """
-        if self._resolving is None:
-            self._resolving = asyncio.get_running_loop().create_task(self._resolve())
-        # One question for all who wait; one who gives up does not end it.
-        async with asyncio.timeout_at(deadline):
-            await asyncio.shield(self._resolving)
-        return self._addresses
-
-    async def _resolve(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            if self.address.path is not None:
-                self._addresses = [(socket.AF_UNIX, self.address.path)]
-            else:
-                found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
-                self._addresses = [(family, address) for family, _, _, _, address in found]
-        except OSError as error:
-            if not self._addresses:
-                reason = error.strerror or str(error)
-                raise OriginUnreachable(f"{self.name}: cannot be resolved: {reason}") from None
-        finally:
-            self._resolving = None
-        self._fresh_until = loop.time() + RESOLVE_SECONDS
-
-
-async def connect(origin: Origin, readiness: AnyReadiness, wakeup: Wakeup, client: Channel) -> Channel:
-    """Connect to the first of the origin's addresses that takes it, by the deadline of `wakeup`.
+async def connect(
+    pool: Pool, members: Sequence[Member], readiness: AnyReadiness, wakeup: Wakeup, client: Channel
+) -> tuple[Member, Channel]:
+    """Connect to the first of `members` that takes it, by the deadline of `wakeup`; that one is counted as taken.
 
     Raises OriginUnreachable, TimeoutError, or ClientGone when the client does not wait for it.
     """
-    failure = OriginUnreachable(f"{origin.name}: has no address")
-    for family, address in origin.known or await origin.addresses(wakeup.deadline):
+    attempts = _Attempts(pool, readiness, wakeup)
+    try:
+        return await attempts.run(members, client)
+    except TimeoutError:
+        for member, _ in attempts.under_way:
+            pool.failed(member, "did not take the connection in time")
+        raise
+    finally:
+        attempts.close()
+
+
+class _Attempts:
+    """Connections that are being made; `under_way` are those whose end is not known yet."""
+
+    def __init__(self, pool: Pool, readiness: AnyReadiness, wakeup: Wakeup) -> None:
+        self._pool = pool
+        self._readiness = readiness
+        self._wakeup = wakeup
+        self._failure: OriginUnreachable | None = None
+        self.under_way: list[tuple[Member, Channel]] = []
+
+    async def run(self, members: Sequence[Member], client: Channel) -> tuple[Member, Channel]:
+        pause = RETRY_SECONDS
+        last = len(members) - 1
+        for place, member in enumerate(members):
+            while (channel := self._begin(member)) is None:
+                # The backlog of a Unix socket is full.
+                if client.gone:
+                    raise ClientGone
+                await self._wakeup.sleep(pause)
+                pause = min(pause * 2, LONGEST_RETRY_SECONDS)
+            if isinstance(channel, Channel):
+                return member, channel
+            if self.under_way:
+                seconds = None
+                if place < last:
+                    seconds = STAGGER if members[place + 1].text == member.text else PATIENCE
+                if connected := await self._wait(seconds, client):
+                    return connected
+        raise self._failure or OriginUnreachable("no origin took the connection")
+
+    def _begin(self, member: Member) -> "Channel | bool | None":
+        """Begin to connect: the channel where that is done at once, True where it is under way or has failed.
+
+        None where the backlog of a Unix socket has no room.
+        """
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM | _NON_BLOCKING)
+            sock = socket.socket(member.family, socket.SOCK_STREAM | _NON_BLOCKING)
         except OSError as error:
-            raise OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=True) from None
+            raise OriginUnreachable(f"{member.text}: {error.strerror}", shortage=True) from None
+        code = errno.EAGAIN
+        member.taken()
         try:
             if not _NON_BLOCKING:
                 sock.setblocking(False)
-            if family != socket.AF_UNIX:
+            if member.family != socket.AF_UNIX:
                 tune(sock)
-            return await _connected(sock, address, readiness, wakeup, client)
-        except TimeoutError:
-            sock.close()
-            raise
+            code = sock.connect_ex(member.address)
+            if code == errno.EINPROGRESS:
+                # Asked again, connect(2) says how it went: an origin on this machine is connected by now.
+                code = sock.connect_ex(member.address)
         except OSError as error:
-            sock.close()
-            failure = OriginUnreachable(f"{origin.name}: {error.strerror}", shortage=error.errno == errno.EADDRNOTAVAIL)
-        except BaseException:
-            sock.close()
-            raise
-    raise failure
+            code = error.errno or errno.EIO
+        finally:
+            if code not in _CONNECTED and code not in _UNDER_WAY:
+                sock.close()
+                if code != errno.EAGAIN:
+                    self._failed(member, code)
+                member.given_up()
+                member.released()
+        if code == errno.EAGAIN:
+            return None
+        if code not in _CONNECTED and code not in _UNDER_WAY:
+            return True
+        channel = Channel(sock, self._readiness, self._wakeup)
+        if code in _CONNECTED:
+            return channel
+        channel.ask_for_writing()
+        self.under_way.append((member, channel))
+        return True
 
-
-async def _connected(
-    sock: socket.socket, address: SocketAddress, readiness: AnyReadiness, wakeup: Wakeup, client: Channel
-) -> Channel:
-    pause = RETRY_SECONDS
-    while (code := sock.connect_ex(address)) == errno.EAGAIN:
-        if client.gone:
-            raise ClientGone
-        await wakeup.sleep(pause)
-        pause = min(pause * 2, LONGEST_RETRY_SECONDS)
-    if code == errno.EINPROGRESS:
-        # Asked again, connect(2) says how it went: an origin on this machine is connected by now.
-        code = sock.connect_ex(address)
-    channel = Channel(sock, readiness, wakeup)
-    try:
-        while code == errno.EALREADY:
+    async def _wait(self, seconds: float | None, client: Channel) -> tuple[Member, Channel] | None:
+        """Wait until one is connected, or all have failed, or for so long."""
+        loop = asyncio.get_running_loop()
+        until = None if seconds is None else loop.time() + seconds
+        while self.under_way:
             if client.gone:
                 raise ClientGone
-            await channel.writable()
-            code = sock.connect_ex(address)
-        if code not in {0, errno.EISCONN}:
-            raise OSError(code, os.strerror(code))
-    except BaseException:
-        channel.release()
-        raise
-    # What has happened until now was connecting: HUP holds for a socket that is not connected yet.
-    channel.gone = False
-    return channel
+            if until is None:
+                await self._wakeup.wait()
+            elif (left := until - loop.time()) > 0:
+                await self._wakeup.sleep(left)
+            else:
+                return None
+            for attempt in list(self.under_way):
+                member, channel = attempt
+                code = channel.sock.connect_ex(member.address)
+                if code in _UNDER_WAY:
+                    continue
+                self.under_way.remove(attempt)
+                if code in _CONNECTED:
+                    # What has happened until now was connecting: HUP holds for a socket that is not connected yet.
+                    channel.gone = False
+                    return attempt
+                self._failed(member, code)
+                _end(attempt)
+        return None
+
+    def _failed(self, member: Member, code: int) -> None:
+        reason = os.strerror(code)
+        shortage = code == errno.EADDRNOTAVAIL
+        self._failure = OriginUnreachable(f"{member.text}: {reason}", shortage=shortage)
+        if not shortage:
+            self._pool.failed(member, reason)
+
+    def close(self) -> None:
+        """End those whose end nobody waits for."""
+        for attempt in self.under_way:
+            _end(attempt)
+        self.under_way.clear()
+
+
+def _end(attempt: tuple[Member, Channel]) -> None:
+    member, channel = attempt
+    channel.release()
+    channel.sock.close()
+    member.released()
+    member.given_up()

@@ -1,0 +1,122 @@
+"""Active health checks: each origin is asked at an interval, whether anybody needs it or not."""
+
+import asyncio
+import base64
+import os
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+import h11
+import structlog
+from wsproto.utilities import generate_accept_token
+
+from tlstunnel.config import Health
+from tlstunnel.origins.members import Member
+
+MAX_HEAD = 65_536
+"""Bytes of an answer's head that are read."""
+
+
+class Checked(Protocol):
+    """What is checked: the members of a pool, which is told the results."""
+
+    async def known(self) -> Sequence[Member]:
+        """The members to ask."""
+
+    def checked(self, member: Member, failure: str) -> None:
+        """Take a result: what is wrong with a member, or ""."""
+
+
+class Checks:
+    """Asks all members of a pool at once, each interval; a tenth of it is chance, so that checks spread."""
+
+    def __init__(self, health: Health, pool: Checked) -> None:
+        self._health = health
+        self._pool = pool
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """End."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                members = list(await self._pool.known())
+                results = await asyncio.gather(*(failure_of(member, self._health) for member in members))
+                for member, failure in zip(members, results, strict=True):
+                    self._pool.checked(member, failure)
+            except Exception:
+                structlog.get_logger().exception("health check failed")
+            await asyncio.sleep(self._health.interval * (0.95 + 0.1 * random.random()))  # noqa: S311
+
+
+async def failure_of(member: Member, health: Health) -> str:
+    """Check one member; give what is wrong with it, or ""."""
+    try:
+        async with asyncio.timeout(health.timeout):
+            return await _asked(member, health)
+    except TimeoutError:
+        return f"no answer within {health.timeout}"
+    except OSError as error:
+        return error.strerror or str(error)
+    except (h11.RemoteProtocolError, ValueError) as error:
+        return f"the answer is not HTTP: {error}"[:200]
+
+
+async def _asked(member: Member, health: Health) -> str:
+    address = member.address
+    if isinstance(address, str):
+        reader, writer = await asyncio.open_unix_connection(address)
+    else:
+        reader, writer = await asyncio.open_connection(str(address[0]), int(address[1]))
+    try:
+        if health.type == "tcp":
+            return ""
+        return await _answered(reader, writer, member.text, health)
+    finally:
+        writer.close()
+
+
+async def _answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, health: Health) -> str:
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+    key = base64.b64encode(os.urandom(16))
+    fields = [("Host", "localhost" if host.startswith("unix:") else host), ("User-Agent", "tlstunnel health check")]
+    if health.type == "websocket":
+        fields += [
+            ("Connection", "Upgrade"),
+            ("Upgrade", "websocket"),
+            ("Sec-WebSocket-Version", "13"),
+            ("Sec-WebSocket-Key", key.decode()),
+        ]
+    else:
+        fields.append(("Connection", "close"))
+    request = h11.Request(method="GET", target=health.path, headers=fields)
+    writer.write((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(MAX_HEAD))
+            continue
+        if isinstance(event, h11.InformationalResponse) and event.status_code != 101:
+            continue
+        if not isinstance(event, h11.Response | h11.InformationalResponse):
+            return "no answer"
+        return _judged(event, key, health)
+
+
+def _judged(answer: h11.Response | h11.InformationalResponse, key: bytes, health: Health) -> str:
+    if health.type == "http":
+        return "" if 200 <= answer.status_code < 400 else f"status {answer.status_code}"
+    if answer.status_code != 101:
+        return f"status {answer.status_code} instead of 101"
+    accept = [value for name, value in answer.headers if name == b"sec-websocket-accept"]
+    return "" if accept == [generate_accept_token(key)] else "a wrong Sec-WebSocket-Accept"
