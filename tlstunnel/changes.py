@@ -7,10 +7,10 @@ import msgspec
 
 from tlstunnel.config import Config, Duration, SiteConfig
 
-_LATER = ("log", "release")
+_LATER = ("log",)
 """What is read once, at the start."""
 
-_TABLES = ("timeouts", "limits", "managed_rules")
+_TABLES = ("timeouts", "limits", "release", "managed_rules")
 
 
 def changes(old: Config, new: Config) -> list[str]:
@@ -37,17 +37,21 @@ def _changes(old: Config, new: Config) -> Iterator[str]:
 
 
 def _of_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
-    """A site is the same as long as its first name is."""
-    before = {site.names[0]: site for site in old}
-    after = {site.names[0]: site for site in new}
-    for name, site in after.items():
-        if name not in before:
+    """A site is the same as long as it has one of its names."""
+    before = {name: site for site in old for name in site.names}
+    kept = set()
+    for site in new:
+        name = site.names[0]
+        same = next((before[name] for name in site.names if name in before), None)
+        if same is None:
             yield f"site {name}: added"
-        elif changed := [key for key, _, _ in _different(before[name], site)]:
+            continue
+        kept.add(same.names[0])
+        if changed := [key for key, _, _ in _different(same, site)]:
             yield f"site {name}: changed: {', '.join(changed)}"
-    for name in before:
-        if name not in after:
-            yield f"site {name}: removed"
+    for site in old:
+        if site.names[0] not in kept:
+            yield f"site {site.names[0]}: removed"
 
 
 def _different(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:

@@ -159,6 +159,11 @@ class Channel:
             except ssl.SSLWantReadError:
                 await self._wakeup.wait()
 
+    async def take(self, size: int) -> None:
+        """Take that many bytes from the socket, which have been peeked."""
+        while size > 0:
+            size -= self.sock.recv_into(_BUFFER, size)
+
     def recv_now(self) -> bytes | None:
         """The next bytes, b"" at the peer's end, None where one would have to wait."""
         try:
@@ -197,3 +202,12 @@ class Channel:
                 await self._wakeup.wait()
             except ssl.SSLWantWriteError:
                 await self.writable()
+
+
+def address_of(sock: socket.socket, *, peer: bool) -> tuple[str, int] | None:
+    """A socket's own or its peer's address; None of a Unix socket, or of one that is gone."""
+    try:
+        found = sock.getpeername() if peer else sock.getsockname()
+    except OSError:
+        return None
+    return (found[0], found[1]) if isinstance(found, tuple) else None

@@ -37,6 +37,11 @@ _STATUSES = frozenset(status.value for status in HTTPStatus)
 _BALANCE = re.compile(r"round_robin|least_tunnels|hash:ip|hash:(?:header|cookie):[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _BALANCES = '"round_robin", "least_tunnels", "hash:ip", "hash:header:NAME" or "hash:cookie:NAME"'
 _HEALTH_PATH = re.compile(r"/[!-~]{0,1000}")
+_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+_FIELD_VALUE = re.compile(r"(?:[!-~](?:[ -~]{0,4094}[!-~])?)?")
+_KEPT_FIELD = re.compile(
+    r"host|connection|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|content-length|sec-websocket-.*"
+)
 _LIST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _WEB_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*?)(?::([0-9]{1,5}))?", re.DOTALL)
 _OPAQUE_HOST = re.compile(r"[A-Za-z0-9._~-]*")
@@ -138,6 +143,13 @@ class Lists(dict[str, str | tuple[str, ...]]):
         return hash(frozenset(self.items()))
 
 
+class Headers(dict[str, str]):
+    """Fields for the origin by name. Nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 class RuleConfig(_Table, frozen=True):
     """A rule of the firewall. ``status`` and ``body`` are of the refusal, ``skip`` of the action ``skip``."""
 
@@ -229,10 +241,10 @@ class RouteConfig(_Table, frozen=True):
 class SiteConfig(_Table, frozen=True):
     """A set of names with one certificate, its origins and one policy.
 
-    ``names`` are as ``addresses.canonical_name`` gives them, ``cert`` and ``key`` absolute and either both None or both
-    set, ``balance`` one of those that ``origins/balance.py`` has. Address lists hold networks in their shortest form and
-    ``@NAME`` of lists that exist; ``allowed_origins`` is None where origins are not looked at, else ``same``, ``null``,
-    or scheme, host and any port that is not the scheme's, such as ``https://*.example.com:8443``.
+    ``names`` are as ``addresses.canonical_name`` gives them, ``cert`` and ``key`` absolute and either both None or
+    both set, ``balance`` one of those that ``origins/balance.py`` has. Address lists hold networks in their shortest
+    form and ``@NAME`` of lists that exist; ``allowed_origins`` is None where origins are not looked at, else ``same``,
+    ``null``, or scheme, host and any port that is not the scheme's, such as ``https://*.example.com:8443``.
     """
 
     names: tuple[str, ...] = ("*",)
@@ -244,6 +256,12 @@ class SiteConfig(_Table, frozen=True):
     health: Health | None = None
     ejection: Ejection = Ejection()
     routes: tuple[RouteConfig, ...] = ()
+    origin_host: str = "keep"
+    set_headers: Headers = Headers()
+    remove_headers: tuple[str, ...] = ()
+    send_proxy_protocol: Literal["off", "v1", "v2", "v2-tls"] = "off"
+    max_age: IdleTimeout | None = None
+    max_age_jitter: Duration = Duration(0)
     allow_addresses: tuple[str, ...] = ()
     block_addresses: tuple[str, ...] = ()
     addresses_mode: Mode = "block"
@@ -273,6 +291,8 @@ class Config(_Table, frozen=True):
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: ManagedRules = ManagedRules()
+    proxy_protocol: Literal["off", "required"] = "off"
+    proxy_protocol_listen: tuple[ListenAddress, ...] = ()
     origin_resolve: Timeout = Timeout(30)
     end_removed: bool = False
     sites: tuple[SiteConfig, ...] = ()
@@ -370,7 +390,8 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
 
     msgspec takes them as they are; for a dataclass it would want a table, and never call its hook.
     """
-    _read_each(document, (), "listen", ListenAddress.parse, "127.0.0.1:8443")
+    for key in ("listen", "proxy_protocol_listen"):
+        _read_each(document, (), key, ListenAddress.parse, "127.0.0.1:8443")
     _read_each(document, (), "trusted_proxies", lambda text: Networks.parse([text]), "10.0.0.0/8")
     if "trusted_proxies" in document:
         document["trusted_proxies"] = Networks(chain.from_iterable(document["trusted_proxies"]))
@@ -380,6 +401,7 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
     for site, path in _tables(document.get("sites"), ("sites",)):
         _read_each(site, path, "names", canonical_name, "chat.example.com")
         _read_origins(site, path, folder)
+        _read_headers(site, path)
         _refuse_single_brackets(site, path, "routes")
         for route, route_path in _tables(site.get("routes"), (*path, "routes")):
             _read_origins(route, route_path, folder)
@@ -411,6 +433,34 @@ def _read_origins(table: dict[str, Any], path: _Path, folder: Path) -> None:
         except ValueError as error:
             raise _MisfitError(place, str(error)) from None
         values[index] = (value if isinstance(value, dict) else {}) | {"address": address}
+
+
+def _read_headers(site: dict[str, Any], path: _Path) -> None:
+    """Read ``set_headers`` and ``remove_headers``: what may be said of a field, and what the handshake rests on."""
+    headers = site.get("set_headers", {})
+    if not isinstance(headers, dict):
+        raise _MisfitError(
+            (*path, "set_headers"), f'expected a table such as {{ X-Site = "chat" }}, got {_shown(headers)}'
+        )
+    for name, value in headers.items():
+        place: _Path = (*path, "set_headers")
+        _refuse_field_name(name, place, name)
+        if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
+            raise _MisfitError((*place, name), f"expected a text of printable characters, got {_shown(value)}")
+    if "set_headers" in site:
+        site["set_headers"] = Headers(headers)
+    removed = site.get("remove_headers", [])
+    if isinstance(removed, list):
+        for index, name in enumerate(removed):
+            _refuse_field_name(name, (*path, "remove_headers", index))
+
+
+def _refuse_field_name(name: object, path: _Path, key: str | None = None) -> None:
+    if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+        raise _MisfitError(path, f"expected the name of a field, such as X-Site, got {_shown(name)}", key)
+    if _KEPT_FIELD.fullmatch(name.lower()):
+        hint = "; origin_host sets it" if name.lower() == "host" else ""
+        raise _MisfitError(path, f"{name} belongs to the handshake or to the connection{hint}", key)
 
 
 def _read_policy(table: dict[str, Any], path: _Path, lists: Lists) -> None:
@@ -510,9 +560,11 @@ def _read_each(table: dict[str, Any], path: _Path, key: str, parse: Callable[[st
 
 
 def _convert(document: dict[str, Any], folder: Path) -> Config:
-    timeouts = document.get("timeouts")
-    if isinstance(timeouts, dict) and timeouts.get("idle") == "off":
-        timeouts["idle"] = None
+    off = [(document.get("timeouts"), "idle")]
+    off += [(site, "max_age") for site, _ in _tables(document.get("sites"), ())]
+    for table, key in off:
+        if isinstance(table, dict) and table.get(key) == "off":
+            table[key] = None
     try:
         return msgspec.convert(document, Config, dec_hook=partial(_read_custom, folder))
     except msgspec.ValidationError as error:
@@ -575,6 +627,14 @@ def _refuse_contradictions(config: Config) -> None:
         if address in config.listen[:index]:
             raise _MisfitError(("listen", index), f"{address} stands here twice")
     _refuse_unsound_policy(config.rules, config.rate_limits, ())
+    for index, address in enumerate(config.proxy_protocol_listen):
+        if address not in config.listen:
+            raise _MisfitError(("proxy_protocol_listen", index), f"{address} is not among listen")
+    if config.proxy_protocol_listen and config.proxy_protocol == "off":
+        raise _MisfitError(("proxy_protocol_listen",), 'this needs proxy_protocol = "required"')
+    if config.proxy_protocol == "required" and not config.trusted_proxies:
+        reason = "nobody may connect: name the proxies that send the header in trusted_proxies"
+        raise _MisfitError(("proxy_protocol",), reason)
     for index, site in enumerate(config.sites):
         _refuse_incomplete(site, ("sites", index))
         _refuse_unsound_policy(site.rules, site.rate_limits, ("sites", index))
@@ -644,6 +704,11 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
             (*path, "key"), "a key needs its certificate; write cert = beside it, with the PEM file of the chain"
         )
     _refuse_unsound_origins(site, path)
+    if site.origin_host not in ("keep", "origin") and not _is_host(site.origin_host):
+        reason = f'expected "keep", "origin" or a host name, got {quoted(site.origin_host)}'
+        raise _MisfitError((*path, "origin_host"), reason)
+    if site.max_age_jitter and site.max_age is None:
+        raise _MisfitError((*path, "max_age_jitter"), "this goes with max_age only")
     for index, route in enumerate(site.routes):
         place: _Path = (*path, "routes", index)
         if not route.path.startswith("/") or len(route.path) > 1000:
@@ -655,6 +720,17 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
         if shadow is not None:
             first = f"the first that matches counts, and that is {_written((*path, 'routes', shadow))} for all of these"
             raise _MisfitError((*place, "path"), f"this route is never taken: {first}")
+
+
+def _is_host(text: str) -> bool:
+    """Whether it can stand in Host: a name or an address, with a port or without."""
+    host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
+    if colon and port.isascii() and port.isdecimal() and int(port) <= 65535:
+        text = host
+    try:
+        return "*" not in canonical_name(text) and text.isascii()
+    except ValueError:
+        return False
 
 
 def _refuse_unsound_origins(table: SiteConfig | RouteConfig, path: _Path) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import structlog
+
 from tlstunnel.addresses import quoted
 from tlstunnel.errors import ControlError
 
@@ -58,7 +60,8 @@ class ControlSocket:
         self._lock = lock
         self._handlers = handlers
         self._server: asyncio.Server | None = None
-        self._clients = 0
+        self._clients: set[asyncio.Task[None]] = set()
+        self._idle: set[asyncio.Task[None]] = set()
         self._own = path.stat().st_ino
 
     @classmethod
@@ -76,6 +79,9 @@ class ControlSocket:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
                 raise ControlError(f"{path}: there is a file of this name, which is no socket")
+            if _answers(path):
+                # Of another program: a tunnel would hold the lock.
+                raise ControlError(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
             return cls(path, _bound(path), lock, handlers)
         except BlockingIOError:
@@ -96,6 +102,11 @@ class ControlSocket:
         """Stop answering; the file goes, if it is still this one's."""
         if self._server is not None:
             self._server.close()
+        # Who has asked for something gets its answer, who has not is not waited for.
+        for task in self._idle:
+            task.cancel()
+        if self._clients:
+            await asyncio.wait(self._clients)
         self._sock.close()
         with contextlib.suppress(OSError):
             if self.path.stat().st_ino == self._own:
@@ -103,22 +114,29 @@ class ControlSocket:
         self._lock.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        self._idle.add(task)
         try:
-            answer = await self._answer(reader)
+            answer = await self._answer(reader, task)
             writer.write(json.dumps(answer).encode() + b"\n")
             await asyncio.wait_for(writer.drain(), FIRST_LINE_SECONDS)
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, asyncio.CancelledError):
             pass  # nobody is there any more
         finally:
-            self._clients -= 1
+            self._clients.discard(task)
+            self._idle.discard(task)
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> Mapping[str, Any]:
-        if self._clients > MAX_CLIENTS:
+    async def _answer(  # noqa: PLR0911 - each thing that can be wrong
+        self, reader: asyncio.StreamReader, task: "asyncio.Task[None]"
+    ) -> Mapping[str, Any]:
+        if len(self._clients) > MAX_CLIENTS:
             return _failed(f"more than {MAX_CLIENTS} clients at once")
         try:
             line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
+            self._idle.discard(task)
             request = json.loads(line)
         except (ValueError, RecursionError):  # also of a line that is too long
             return _failed(
@@ -136,6 +154,9 @@ class ControlSocket:
             return {"ok": True, **await handler(request)}
         except ControlError as error:
             return _failed(str(error))
+        except Exception:
+            structlog.get_logger().exception("command failed", command=word)
+            return _failed("a fault in the tunnel, which its log tells of")
 
 
 def _failed(error: str) -> Mapping[str, Any]:
@@ -188,14 +209,20 @@ def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
-            sock.sendall(json.dumps(request).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the answer says why
+                sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
         except OSError as error:
-            raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror}") from None
+            raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
     if not line:
         raise ControlError(f"{path}: the tunnel has ended without an answer")
-    answer: dict[str, Any] = json.loads(line)
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ControlError(f"{path}: what answers there is no tunnel")
     if not answer.get("ok"):
         raise ControlError(str(answer.get("error")))
     return answer

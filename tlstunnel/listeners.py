@@ -16,11 +16,12 @@ BACKLOG = 4096
 
 
 class Listener:
-    """A listening socket and the address it is really bound to."""
+    """A listening socket, the address it is really bound to, and the one that was `written`."""
 
-    def __init__(self, sock: socket.socket, address: ListenAddress) -> None:
+    def __init__(self, sock: socket.socket, address: ListenAddress, written: ListenAddress) -> None:
         self.sock = sock
         self.address = address
+        self.written = written
 
     def close(self) -> None:
         """Stop listening; a Unix socket's file goes with it."""
@@ -40,12 +41,12 @@ def listen(address: ListenAddress) -> Listener:
     """
     try:
         if address.path is not None:
-            return Listener(_unix(Path(address.path)), address)
+            return Listener(_unix(Path(address.path)), address, address)
         sock = _tcp(address)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {_advice(error)}") from None
     host, port = sock.getsockname()[:2]
-    return Listener(sock, ListenAddress(host, port))
+    return Listener(sock, ListenAddress(host, port), address)
 
 
 def _tcp(address: ListenAddress) -> socket.socket:

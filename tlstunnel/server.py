@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 
 import structlog
 
+from tlstunnel.addresses import ListenAddress
 from tlstunnel.channel import Deadlines
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.linger import Partings
-from tlstunnel.listeners import Listener
+from tlstunnel.listeners import BACKLOG, Listener
 from tlstunnel.readiness import readiness
 from tlstunnel.record import Journal
 from tlstunnel.sites import Sites
@@ -106,6 +107,7 @@ class Server:
             sites=sites,
             timeouts=config.timeouts,
             trusted_proxies=config.trusted_proxies,
+            proxied_on=_proxied_on(config),
             journal=self._journal,
             firewall=firewall,
             loop=self._loop,
@@ -135,13 +137,14 @@ class Server:
             if listener not in wanted:
                 if self._accepts:
                     self._loop.remove_reader(listener.sock)
-                    self._accept(listener.sock)
+                    for _ in range(BACKLOG // ACCEPTS_A_TURN):
+                        self._accept(listener)
                 listener.close()
         added = [listener for listener in wanted if listener not in self._listeners]
         self._listeners = wanted
         if self._accepts and self._paused is None:
             for listener in added:
-                self._loop.add_reader(listener.sock, self._accept, listener.sock)
+                self._loop.add_reader(listener.sock, self._accept, listener)
         if config.end_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
@@ -149,8 +152,10 @@ class Server:
 
     async def handshakes_done(self) -> None:
         """Wait until every handshake that has begun by now is done, however it ends."""
-        if tasks := list(self._unfinished):
-            await asyncio.wait(tasks)
+        begun = set(self._unfinished)
+        # Looked at again: one that becomes a plain exchange goes on, but asks the firewall no more.
+        while begun := begun.intersection(self._unfinished):
+            await asyncio.wait(begun, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
 
     async def drain(self, wait: float, over: float) -> None:
         """Accept for `wait` seconds more, then close the listeners and end the tunnels, spread over `over` seconds.
@@ -206,16 +211,17 @@ class Server:
             if listener.sock.fileno() < 0:
                 continue
             if on:
-                self._loop.add_reader(listener.sock, self._accept, listener.sock)
+                self._loop.add_reader(listener.sock, self._accept, listener)
             else:
                 self._loop.remove_reader(listener.sock)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
+        proxied = self._serving.proxied(listener.written)
         for _ in range(ACCEPTS_A_TURN):
             if self._connections >= self._most:
                 return self._pause_accepting("no descriptors left for another connection")
             try:
-                sock, address = listener.accept()
+                sock, address = listener.sock.accept()
             except BlockingIOError:
                 break
             except OSError as error:
@@ -226,15 +232,18 @@ class Server:
             # A connection takes two descriptors, what is being closed has one.
             while self._partings.open and 2 * self._connections + len(self._partings.open) >= 2 * self._most - 1:
                 self._partings.give_way()
-            self._begin(sock, address[0] if isinstance(address, tuple) else "")
+            self._begin(sock, address[0] if isinstance(address, tuple) else "", proxied=proxied)
 
-    def _begin(self, sock: socket.socket, peer: str) -> None:
+    def _begin(self, sock: socket.socket, peer: str, *, proxied: bool) -> None:
+        if proxied and peer and peer not in self._serving.trusted_proxies:
+            self._journal.sampled("not accepted", "no trusted proxy", client=peer)
+            return sock.close()
         if objection := self._serving.firewall.objection(peer):
             # Before anything is paid for it: no TLS, no task, and a sample in the log at most.
             self._journal.sampled("not accepted", objection, client=peer)
             return sock.close()
         sock.setblocking(False)
-        tunnel = Tunnel(self._serving, sock, peer, self._loop.time())
+        tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
         self._connections += 1
         self._idle.clear()
         task = self._loop.create_task(tunnel.run(self._ended, self._exchanging))
@@ -284,6 +293,13 @@ class Server:
             self._paused.cancel()
             self._paused = None
             self._accepting(on=True)
+
+
+def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:
+    """The listeners on which a PROXY header is required: None for all of them."""
+    if config.proxy_protocol == "off":
+        return frozenset()
+    return frozenset(config.proxy_protocol_listen) or None
 
 
 def _precision(timeouts: Timeouts) -> float:

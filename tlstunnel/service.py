@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -164,15 +165,16 @@ class Service:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, told.put_nowait, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload_for_signal()))
-        await self._loaded.firewall.start()
-        self._server = Server(
-            self._loaded.config, self._loaded.sites, self._loaded.firewall, self._listeners, self._journal
-        )
-        control = self._control()
-        if control is not None:
-            await control.serve()
-        self._loaded.sites.start()
-        self._server.start()
+        async with self._reloading:  # SIGHUP may come before there is anything to switch
+            await self._loaded.firewall.start()
+            self._server = Server(
+                self._loaded.config, self._loaded.sites, self._loaded.firewall, self._listeners, self._journal
+            )
+            control = self._control()
+            if control is not None:
+                await control.serve()
+            self._loaded.sites.start()
+            self._server.start()
         self._warn(self._loaded)
         for listener in self._listeners:
             self._log.info("listening", address=str(listener.address))
@@ -185,17 +187,19 @@ class Service:
     async def reload(self) -> list[str]:
         """Read everything again and switch to it; give what has changed. Raises ControlError: then nothing has."""
         async with self._reloading:
-            if self._ending:
-                raise ControlError(f"the tunnel is ending ({self._ending})")
+            self._refuse_when_ending()
             before = self._loaded
             try:
-                loaded = await asyncio.to_thread(self._load_again)
+                loaded = await self._load_beside()
                 await loaded.firewall.start()
                 try:
+                    self._refuse_when_ending()
                     opened = self._listeners.open(loaded.listen)
-                except ListenError:
+                except TlstunnelError:
                     await loaded.firewall.close()
                     raise
+            except ControlError:
+                raise
             except TlstunnelError as error:
                 self._log.warning("not reloaded", reason=str(error))
                 raise ControlError(f"nothing was changed: {error}") from None
@@ -211,6 +215,22 @@ class Service:
                 self._log.info("listening", address=str(listener.address))
             self._warn(loaded)
             return told
+
+    def _refuse_when_ending(self) -> None:
+        if self._ending:
+            raise ControlError(f"nothing was changed: the tunnel is ending ({self._ending})")
+
+    async def _load_beside(self) -> Loaded:
+        """Load in a thread. With Python's 5 ms for each turn of a thread, tunnels would get a tenth of theirs.
+
+        10 000 sites: 658 round trips a second meanwhile, 9 426 with 0.5 ms, of 9 023 without a load (one run each).
+        """
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(interval, 0.0005))
+        try:
+            return await asyncio.to_thread(self._load_again)
+        finally:
+            sys.setswitchinterval(interval)
 
     def _load_again(self) -> Loaded:
         config = load_config(self._wanted.file) if self._wanted.file else self._loaded.config

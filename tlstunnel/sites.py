@@ -9,8 +9,33 @@ from tlstunnel.certificates.serving import server_context
 from tlstunnel.config import RouteConfig, SiteConfig
 from tlstunnel.errors import CertificateError
 from tlstunnel.firewall.facts import normal_path
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits
+from tlstunnel.handshake.refusal import Fields
 from tlstunnel.handshake.request import Request
 from tlstunnel.origins.pool import Pool
+from tlstunnel.proxy_protocol import write_local
+
+
+@dataclass(frozen=True, slots=True)
+class SiteEdits:
+    """What a site changes of the head for an origin, and which PROXY header goes before it."""
+
+    host: str = "keep"
+    added: Fields = ()
+    removed: frozenset[bytes] = frozenset()
+    proxy_header: str = "off"
+
+    def of(self, origin: str) -> Edits:
+        """The edits of a head for `origin`, as it is written."""
+        if self is _NONE:
+            return NO_EDITS
+        host = None if self.host == "keep" else (origin if self.host == "origin" else self.host).encode("ascii")
+        if origin.startswith("unix:") and self.host == "origin":
+            host = b"localhost"
+        return Edits(host, self.added, self.removed)
+
+
+_NONE = SiteEdits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +43,8 @@ class Site:
     """A set of names with one certificate and its origins. `name`, the first of them, is what the record says.
 
     `pool` are the origins of requests that none of `routes` (the beginning of a path, and its origins) takes.
-    `passes` says that requests which ask for no upgrade go to the origin too.
+    `edits` is what origins are told beside the client's own. A tunnel lives for `max_age` seconds and a part of
+    `max_age_jitter` at most. `passes` says that requests which ask for no upgrade go to the origin too.
     """
 
     names: frozenset[str]
@@ -27,6 +53,9 @@ class Site:
     pool: Pool
     routes: tuple[tuple[str, Pool], ...] = ()
     passes: bool = False
+    edits: SiteEdits = _NONE
+    max_age: float | None = None
+    max_age_jitter: float = 0.0
 
     def pool_of(self, request: Request) -> Pool:
         """The origins that a request is for, by its path as rules see it."""
@@ -43,7 +72,6 @@ class Sites:
 
     def __init__(self, sites: Sequence[Site], default: Site | None) -> None:
         self._by_name = {name: site for site in sites for name in site.names}
-        self._names = frozenset(site.name for site in sites)
         self._default = default
         self._sites = sites
 
@@ -73,8 +101,8 @@ class Sites:
             await pool.close()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a site whose first name this is."""
-        return name in self._names
+        """Whether a site has this very name."""
+        return name in self._by_name
 
     def choose(self, server_name: str | None) -> Site | None:
         """The site of `server_name`: exact before wildcard before ``*``; without one (no SNI), the default site."""
@@ -105,13 +133,18 @@ def load_sites(
         pair = (site.cert, site.key) if site.cert and site.key else test_pair
         if pair is None:
             raise CertificateError(f"the site {site.names[0]} has no certificate; give it one with cert = and key =")
+        version = site.send_proxy_protocol
+        preface = b"" if version == "off" else write_local(version)
         made = Site(
             frozenset(site.names),
             site.names[0],
             server_context(*pair),
-            _pool(site, resolve_every),
-            tuple((route.path, _pool(route, resolve_every)) for route in site.routes),
+            _pool(site, resolve_every, preface),
+            tuple((route.path, _pool(route, resolve_every, preface)) for route in site.routes),
             passes=site.http == "pass",
+            edits=_edits(site),
+            max_age=site.max_age,
+            max_age_jitter=site.max_age_jitter,
         )
         sites.append(made)
         if site.default:
@@ -119,5 +152,15 @@ def load_sites(
     return Sites(sites, default)
 
 
-def _pool(table: SiteConfig | RouteConfig, resolve_every: float) -> Pool:
-    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every)
+def _edits(site: SiteConfig) -> SiteEdits:
+    made = SiteEdits(
+        site.origin_host,
+        tuple((name.encode("ascii"), value.encode("ascii")) for name, value in site.set_headers.items()),
+        frozenset(name.lower().encode("ascii") for name in site.remove_headers),
+        site.send_proxy_protocol,
+    )
+    return _NONE if made == _NONE else made
+
+
+def _pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes) -> Pool:
+    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every, preface)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from tlstunnel import hello as tls_hello
-from tlstunnel.addresses import Networks
-from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup
+from tlstunnel import proxy_protocol
+from tlstunnel.addresses import ListenAddress, Networks
+from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
 from tlstunnel.config import Timeouts
 from tlstunnel.escaping import printable
 from tlstunnel.exchange import Broken, Exchange
@@ -47,6 +48,7 @@ class Serving:
     sites: Sites
     timeouts: Timeouts
     trusted_proxies: Networks
+    proxied_on: frozenset[ListenAddress] | None
     journal: Journal
     firewall: Firewall
     loop: asyncio.AbstractEventLoop
@@ -54,6 +56,10 @@ class Serving:
     deadlines: Deadlines
     partings: Partings
     splices: Splices
+
+    def proxied(self, listener: ListenAddress) -> bool:
+        """Whether connections of this listener must begin with a PROXY header."""
+        return self.proxied_on is None or listener in self.proxied_on
 
 
 _ids = random.Random()  # noqa: S311 - an id has to be unlike all others, not to be a secret
@@ -73,9 +79,14 @@ class Dropped(Exception):
 
 
 class Tunnel:
-    """A connection: `sock` of `peer` (an IP address; "" for a Unix socket), `accepted` at that time of the loop."""
+    """A connection: `sock` of `peer` (an IP address; "" for a Unix socket), `accepted` at that time of the loop.
 
-    def __init__(self, serving: Serving, sock: socket.socket, peer: str, accepted: float) -> None:
+    `proxied` says that it must begin with a PROXY header.
+    """
+
+    def __init__(
+        self, serving: Serving, sock: socket.socket, peer: str, accepted: float, *, proxied: bool = False
+    ) -> None:
         self._serving = serving
         self._wakeup = Wakeup(serving.loop, accepted + serving.timeouts.tls_handshake)
         serving.deadlines.add(self._wakeup)
@@ -84,9 +95,10 @@ class Tunnel:
         self._asked: tuple[Pool, Member] | None = None
         self._lease: Lease | None = None
         self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
-        self._trusted = bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
+        self._proxied = proxied
+        self._trusted = not proxied and bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
 
-    async def run(  # noqa: PLR0912 - what each stage fails with, in one place
+    async def run(  # noqa: C901, PLR0912 - what each stage fails with, in one place
         self, on_end: Callable[[], None], on_exchange: Callable[[], None]
     ) -> None:
         """Serve the connection up to the splice, which then lives without this task, or up to its refusal.
@@ -96,6 +108,8 @@ class Tunnel:
         """
         spliced = False
         try:
+            if self._proxied:
+                await self._read_proxy_header()
             hello = await self._read_hello()
             site = self._choose_site(hello)
             await self._accept_tls(site)
@@ -104,10 +118,10 @@ class Tunnel:
             await self._connect(site, request)
             if isinstance(request, PlainRequest):
                 on_exchange()
-                return await self._pass(request, early)
-            answer, reader = await self._ask(request)
+                return await self._pass(request, early, site)
+            answer, reader = await self._ask(request, site)
             if isinstance(answer, Switched):
-                self._splice(answer, early, on_end)
+                self._splice(answer, early, site, on_end)
                 spliced = True
             else:
                 await self._relay(answer, reader)
@@ -132,6 +146,26 @@ class Tunnel:
                     self._asked[1].given_up()
                 self._give_back()
                 on_end()
+
+    # accept
+
+    async def _read_proxy_header(self) -> None:
+        """Take exactly the PROXY header's bytes: what it says of the client's address is believed."""
+        try:
+            data = await self._client.peek(proxy_protocol.MAX_V2, 0)
+            while (header := proxy_protocol.read_header(data)) is None:
+                data = await self._client.peek(proxy_protocol.MAX_V2, proxy_protocol.bytes_needed(data) - 1)
+            await self._client.take(header.length)
+        except proxy_protocol.BadHeader as error:
+            raise Dropped("PROXY header: malformed", detail=error.reason) from None
+        except ClientGone:
+            raise Dropped("PROXY header: client gone") from None
+        except TimeoutError:
+            raise Dropped("PROXY header: timed out") from None
+        if header.source is not None:
+            self._record.peer = self._record.client = header.source
+            if objection := self._serving.firewall.objection(header.source):
+                raise Dropped(objection)
 
     # hello
 
@@ -249,6 +283,8 @@ class Tunnel:
             record.origin, several = members[0].text, members[-1].text != members[0].text
             member, self._origin = await connect(pool, members, self._serving.readiness, self._wakeup, self._client)
             self._asked, record.origin = (pool, member), member.text
+            if site.edits.proxy_header != "off":
+                await self._origin.send(self._proxy_header(site.edits.proxy_header))
         except NoOrigin as error:
             if error.retry_after is None:
                 raise Refusal(
@@ -265,18 +301,31 @@ class Tunnel:
         except TimeoutError:
             raise Refusal(504, "origin connect timed out", "the origin could not be reached in time") from None
 
+    def _proxy_header(self, version: str) -> bytes:
+        """Who the client is, and what it had this listener's address for, as the origin is told before the request."""
+        record, sock = self._record, self._client.sock
+        peer = address_of(sock, peer=True)
+        here = address_of(sock, peer=False)
+        port = peer[1] if peer is not None and peer[0] == record.client else 0
+        source = (record.client, port) if record.client else None
+        if version == "v1":
+            return proxy_protocol.write_v1(source, here)
+        if version == "v2":
+            return proxy_protocol.write_v2(source, here)
+        tls = proxy_protocol.TLSFacts(record.tls_version, record.cipher, record.sni)
+        return proxy_protocol.write_v2(source, here, tls, record.id)
+
     # answer
 
-    async def _ask(self, request: UpgradeRequest) -> tuple[Switched | Declined, AnswerReader]:
+    async def _ask(self, request: UpgradeRequest, site: Site) -> tuple[Switched | Declined, AnswerReader]:
         """Send the request on, and nothing else of the client's before the origin's 101 has been verified."""
         assert self._origin is not None
         timeout = self._serving.timeouts.origin_answer
         self._wait_at_most(timeout)
-        forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
         reader = AnswerReader(request)
         answer = None
         try:
-            await self._origin.send(forwarded_head(request, forwarding))
+            await self._origin.send(self._head(request, site))
             while answer is None:
                 answer = reader.feed(await self._origin.recv(unless_gone=self._client))
         except BadAnswer as error:
@@ -292,6 +341,10 @@ class Tunnel:
         self._record.status = answer.status
         self._answered()
         return answer, reader
+
+    def _head(self, request: Request, site: Site) -> bytes:
+        forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
+        return forwarded_head(request, forwarding, site.edits.of(self._record.origin))
 
     async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
@@ -326,7 +379,7 @@ class Tunnel:
             raise BadAnswer(error.strerror or str(error)) from None
         return reader.body(data)
 
-    async def _pass(self, request: PlainRequest, early: bytes) -> None:
+    async def _pass(self, request: PlainRequest, early: bytes, site: Site) -> None:
         """Let the origin answer a request that asks for no upgrade: the only one of its connection."""
         assert self._origin is not None
         record, timeouts = self._record, self._serving.timeouts
@@ -334,7 +387,7 @@ class Tunnel:
             request,
             self._client,
             self._origin,
-            head=forwarded_head(request, Forwarding(record.peer, record.id, self._trusted)),
+            head=self._head(request, site),
             early=early,
             wakeup=self._wakeup,
             timeouts=timeouts,
@@ -355,7 +408,7 @@ class Tunnel:
 
     # splice
 
-    def _splice(self, answer: Switched, early: bytes, on_end: Callable[[], None]) -> None:
+    def _splice(self, answer: Switched, early: bytes, site: Site, on_end: Callable[[], None]) -> None:
         assert self._origin is not None
         assert isinstance(self._client.sock, ssl.SSLSocket)
         serving, record = self._serving, self._record
@@ -363,13 +416,17 @@ class Tunnel:
         record.verdict = "pass"
         serving.journal.opened(record)
 
+        oldest: asyncio.TimerHandle | None = None
+
         def ended(splice: Splice) -> None:
+            if oldest is not None:
+                oldest.cancel()
             record.ended_by, record.reason = splice.ended_by, splice.reason
             serving.journal.ended(record, splice.up, max(splice.down, 0))
             self._give_back()
             on_end()
 
-        Splice(
+        splice = Splice(
             serving.splices,
             self._client.sock,
             self._origin.sock,
@@ -380,7 +437,11 @@ class Tunnel:
             idle_timeout=serving.timeouts.idle,
             site=record.site,
             on_end=ended,
-        ).start()
+        )
+        if site.max_age is not None:
+            age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - spreads, and hides nothing
+            oldest = serving.loop.call_later(age, splice.end, "max age")
+        splice.start()
 
     def _answered(self) -> None:
         assert self._asked is not None

@@ -234,7 +234,7 @@ def test_it_is_exact_with_many_at_once(origins: list[Origin], certificate: Certi
     done = threading.Event()
 
     def one(_: int) -> int:
-        with opened(tunnel) as (_, answer):
+        with opened(tunnel) as (_name, answer):
             if answer.status == 101:
                 done.wait(PATIENCE)
             return answer.status

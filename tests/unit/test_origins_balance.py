@@ -138,10 +138,8 @@ def test_an_origin_is_full_over_all_its_addresses() -> None:
     use = Use()
     first = Member("a:1", socket.AF_INET, ("192.0.2.1", 1), use, most=2)
     second = Member("a:1", socket.AF_INET, ("192.0.2.2", 1), use, most=2)
-    first.taken()
-    assert not second.full
-    second.taken()
-    assert first.full
-    assert second.full
-    first.released()
-    assert not second.full
+    found = []
+    for step in (first.taken, second.taken, first.released):
+        step()
+        found.append((first.full, second.full))
+    assert found == [(False, False), (True, True), (False, False)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from tlstunnel.control import ask, find
+from tlstunnel.errors import ControlError
 
 
 @click.command()
@@ -17,7 +18,12 @@ def command(*, control: Path | None, as_json: bool) -> None:
     Waits until that is done and says what has changed. Nobody is disconnected. Where anything in it is wrong, nothing
     is changed: the exit status is 1.
     """
-    answer = ask(find(control), {"do": "reload"})
+    try:
+        answer = ask(find(control), {"do": "reload"})
+    except ControlError as error:
+        if as_json:
+            click.echo(json.dumps({"ok": False, "error": str(error)}))
+        raise
     if as_json:
         click.echo(json.dumps(answer))
         return

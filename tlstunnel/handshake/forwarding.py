@@ -33,7 +33,22 @@ class Forwarding:
     trusted: bool
 
 
-def forwarded_head(request: Request, forwarding: Forwarding) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What a site changes of a head: `host` for Host, fields that are `added` last, names (lower case) `removed`.
+
+    An added field takes the place of the client's of its name.
+    """
+
+    host: bytes | None = None
+    added: Fields = ()
+    removed: frozenset[bytes] = frozenset()
+
+
+NO_EDITS = Edits()
+
+
+def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_EDITS) -> bytes:
     """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last.
 
     A plain request is the only one of its connection, and its body's framing is said anew, in one way.
@@ -47,9 +62,22 @@ def forwarded_head(request: Request, forwarding: Forwarding) -> bytes:
     # Asked of all names at once, and not field by field: few clients send any of them.
     if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
         dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
+    if edits is not NO_EDITS:
+        dropped |= edits.removed
     fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += (*last, *told)
+    if edits is not NO_EDITS:
+        fields = _edited(fields, edits)
     return head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
+
+
+def _edited(fields: list[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
+    """Ours may be edited too: who sets X-Forwarded-Proto means it."""
+    named = edits.removed.union(name.lower() for name, _ in edits.added)
+    kept = [field for field in fields if field[0].lower() not in named]
+    if edits.host is not None:
+        kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]
+    return [*kept, *edits.added]
 
 
 def client_address(request: Request, peer: str, trusted: Networks) -> str:

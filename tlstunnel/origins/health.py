@@ -31,8 +31,9 @@ class Checked(Protocol):
 class Checks:
     """Asks all members of a pool at once, each interval; a tenth of it is chance, so that checks spread."""
 
-    def __init__(self, health: Health, pool: Checked) -> None:
+    def __init__(self, health: Health, pool: Checked, preface: bytes = b"") -> None:
         self._health = health
+        self._preface = preface
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
 
@@ -51,7 +52,7 @@ class Checks:
         while True:
             try:
                 members = list(await self._pool.known())
-                results = await asyncio.gather(*(failure_of(member, self._health) for member in members))
+                results = await asyncio.gather(*(failure_of(member, self._health, self._preface) for member in members))
                 for member, failure in zip(members, results, strict=True):
                     self._pool.checked(member, failure)
             except Exception:
@@ -59,11 +60,11 @@ class Checks:
             await asyncio.sleep(self._health.interval * (0.95 + 0.1 * random.random()))  # noqa: S311
 
 
-async def failure_of(member: Member, health: Health) -> str:
-    """Check one member; give what is wrong with it, or ""."""
+async def failure_of(member: Member, health: Health, preface: bytes = b"") -> str:
+    """Check one member, `preface` being sent first; give what is wrong with it, or ""."""
     try:
         async with asyncio.timeout(health.timeout):
-            return await _asked(member, health)
+            return await _asked(member, health, preface)
     except TimeoutError:
         return f"no answer within {health.timeout}"
     except OSError as error:
@@ -72,13 +73,14 @@ async def failure_of(member: Member, health: Health) -> str:
         return f"the answer is not HTTP: {error}"[:200]
 
 
-async def _asked(member: Member, health: Health) -> str:
+async def _asked(member: Member, health: Health, preface: bytes) -> str:
     address = member.address
     if isinstance(address, str):
         reader, writer = await asyncio.open_unix_connection(address)
     else:
         reader, writer = await asyncio.open_connection(str(address[0]), int(address[1]))
     try:
+        writer.write(preface)
         if health.type == "tcp":
             return ""
         return await _answered(reader, writer, member.text, health)

@@ -50,16 +50,18 @@ class Pool:
     """The origins that are asked together. `resolve_every` is how long the addresses of a name are used, seconds.
 
     Every address of a name is a member. A name is asked for when it is first needed, and again beside the handshakes
-    once its addresses are old; those of before are used until there are new ones.
+    once its addresses are old; those of before are used until there are new ones. `preface` goes before what a health
+    check asks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - a table of the configuration
         self,
         origins: Sequence[OriginConfig],
         balance: str = "round_robin",
         ejection: Ejection = _EJECTION,
         health: Health | None = None,
         resolve_every: float = 30.0,
+        preface: bytes = b"",
     ) -> None:
         self._origins = [_Origin(config, Use(), []) for config in origins]
         self._order = order_by(balance)
@@ -69,7 +71,7 @@ class Pool:
         self.members: list[Member] = []
         self.name = self._origins[0].text if len(origins) == 1 else ""
         """What is asked, as far as that is known before anybody is chosen."""
-        self._checks = None if health is None else Checks(health, self)
+        self._checks = None if health is None else Checks(health, self, preface)
         for origin in self._origins:
             if (known := _literal(origin.config)) is not None:
                 self._learned(origin, [known])

@@ -1,0 +1,313 @@
+"""The control socket, both sides of it over a real socket."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tlstunnel import control
+from tlstunnel.control import MAX_LINE, ControlSocket, Handler, ask, default_path, find
+from tlstunnel.errors import ControlError
+
+T = TypeVar("T")
+
+
+async def reload(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"changes": [str(request.get("more", ""))]}
+
+
+async def refuse(_: Mapping[str, Any]) -> Mapping[str, Any]:
+    raise ControlError("nothing was changed: no")
+
+
+HANDLERS: Mapping[str, Handler] = {"reload": reload, "refuse": refuse}
+
+
+def served(path: Path, use: Callable[[], T], handlers: Mapping[str, Handler] = HANDLERS) -> T:
+    """What `use` gives, in a thread, while a tunnel is controlled at `path`."""
+
+    async def run() -> T:
+        return await beside(path, lambda: asyncio.to_thread(use), handlers)
+
+    return asyncio.run(run())
+
+
+async def beside(path: Path, use: Callable[[], Awaitable[T]], handlers: Mapping[str, Handler] = HANDLERS) -> T:
+    server = ControlSocket.bind(path, handlers)
+    await server.serve()
+    try:
+        return await use()
+    finally:
+        await server.close()
+
+
+def raw(path: Path, sent: bytes) -> dict[str, Any]:
+    """The answer to these bytes, after which there is nothing more."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        with contextlib.suppress(BrokenPipeError):  # it may have answered, and left, without reading
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+        with sock.makefile("rb") as stream:
+            answer: dict[str, Any] = json.loads(stream.readline())
+            assert stream.read() == b""
+    return answer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where control sockets are, alone."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    return tmp_path
+
+
+def test_asked_and_answered(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    request = {"do": "reload", "more": "grüße"}
+    assert served(path, lambda: ask(path, request)) == {"ok": True, "changes": ["grüße"]}
+
+
+def test_it_waits_until_the_thing_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+
+    async def run() -> None:
+        may_end = asyncio.Event()
+
+        async def slow(_: Mapping[str, Any]) -> Mapping[str, Any]:
+            await may_end.wait()
+            return {}
+
+        async def use() -> None:
+            asked = asyncio.create_task(asyncio.to_thread(ask, path, {"do": "slow"}))
+            # Another client is served meanwhile.
+            assert (await asyncio.to_thread(ask, path, {"do": "reload"}))["ok"]
+            assert not asked.done()
+            may_end.set()
+            assert await asked == {"ok": True}
+
+        await beside(path, use, {**HANDLERS, "slow": slow})
+
+    asyncio.run(run())
+
+
+def test_a_refusal(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    assert served(path, lambda: raw(path, b'{"do": "refuse"}\n')) == {"ok": False, "error": "nothing was changed: no"}
+    with pytest.raises(ControlError, match=r"^nothing was changed: no$"):
+        served(path, lambda: ask(path, {"do": "refuse"}))
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b'{"do": "relaod"}\n', 'cannot do "relaod"; did you mean "reload"?'),
+        (b'{"do": "x\\u001b"}\n', 'cannot do "x\\x1b"; there are refuse, reload'),
+        (b'{"do": 1}\n', 'expected an object with "do"'),
+        (b"{}\n", 'expected an object with "do"'),
+        (b"[]\n", 'expected an object with "do"'),
+        (b"reload\n", "expected one JSON object"),
+        (b"\xff\n", "expected one JSON object"),
+        (b"\n", "expected one JSON object"),
+        (b"", "expected one JSON object"),
+        (b"[" * (MAX_LINE - 1) + b"\n", "expected one JSON object"),
+        (b'"' + b"x" * MAX_LINE + b'"\n', f"of at most {MAX_LINE} bytes"),
+    ],
+)
+def test_what_is_no_request(tmp_path: Path, sent: bytes, said: str) -> None:
+    path = tmp_path / "c.sock"
+    answer = served(path, lambda: raw(path, sent))
+    assert answer["ok"] is False
+    assert said in answer["error"]
+
+
+def test_who_says_nothing_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "FIRST_LINE_SECONDS", 0.05)
+    path = tmp_path / "c.sock"
+
+    def use() -> bytes:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(path))
+            return sock.recv(1)
+
+    assert served(path, use) == b""
+
+
+def test_clients_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "MAX_CLIENTS", 1)
+    path = tmp_path / "c.sock"
+
+    async def run() -> None:
+        entered, may_end = asyncio.Event(), asyncio.Event()
+
+        async def slow(_: Mapping[str, Any]) -> Mapping[str, Any]:
+            entered.set()
+            await may_end.wait()
+            return {}
+
+        async def use() -> None:
+            asked = asyncio.create_task(asyncio.to_thread(ask, path, {"do": "slow"}))
+            await entered.wait()
+            assert (await asyncio.to_thread(raw, path, b""))["error"] == "more than 1 clients at once"
+            may_end.set()
+            assert (await asked)["ok"]
+
+        await beside(path, use, {"slow": slow})
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077])
+def test_nobody_else_may_connect(tmp_path: Path, mask: int) -> None:
+    path = tmp_path / "new" / "c.sock"
+    before = os.umask(mask)
+    try:
+        modes = served(path, lambda: (path.stat().st_mode, path.parent.stat().st_mode))
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o600, 0o700]
+
+
+def test_the_socket_goes_and_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    for _ in range(2):
+        assert served(path, path.is_socket)
+        assert not path.exists()
+
+
+def test_a_second_start_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+
+    async def run() -> None:
+        async def use() -> dict[str, Any]:
+            with pytest.raises(ControlError, match=f"{path}: another tunnel has this control socket"):
+                ControlSocket.bind(path, HANDLERS)
+            return await asyncio.to_thread(ask, path, {"do": "reload"})
+
+        assert (await beside(path, use))["ok"]  # and the first goes on
+
+    asyncio.run(run())
+
+
+def test_what_a_dead_tunnel_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    path.with_name("c.sock.lock").touch()
+    assert served(path, lambda: ask(path, {"do": "reload"}))["ok"]
+
+
+def test_a_file_of_another_kind_stays(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    path.write_text("mine")
+    with pytest.raises(ControlError, match="which is no socket"):
+        ControlSocket.bind(path, HANDLERS)
+    assert path.read_text() == "mine"
+
+
+def test_another_ones_socket_stays_when_it_closes(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+
+    async def run() -> None:
+        async def replace() -> None:
+            path.unlink()
+            path.write_text("another's")
+
+        await beside(path, replace)
+
+    asyncio.run(run())
+    assert path.read_text() == "another's"
+
+
+def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="longer than the 107 bytes"):
+        ControlSocket.bind(tmp_path / ("x" * 107), HANDLERS)
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ControlError, match="choose another with --control"):
+        ControlSocket.bind(tmp_path / "file" / "c.sock", HANDLERS)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "session", "found"),
+    [
+        ("/run/a:/run/b", "/run/user/7", "/run/a/control-8443.sock"),
+        ("", "/run/user/7", "/run/user/7/tlstunnel/control-8443.sock"),
+        ("", "", "/run/tlstunnel/control-8443.sock"),
+    ],
+)
+def test_the_default(runtime: str, session: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", runtime)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", session)
+    assert default_path(8443) == Path(found)
+
+
+def listening(path: Path) -> socket.socket:
+    """What `find` sees of a tunnel: a socket that takes connections."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen(1)
+    return sock
+
+
+def test_the_only_one_is_found(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / "control-1.sock"))
+    (folder / "control-2.sock").touch()
+    path = folder / "control-8443.sock"
+    with listening(path):
+        assert find(None) == path
+
+
+def test_one_that_is_busy_is_found(folder: Path) -> None:
+    path = folder / "control-8443.sock"
+    with listening(path), socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
+        one.connect(str(path))
+        two.connect(str(path))  # the backlog of 1 takes two (listen(2)'s old habit), and is full now
+        assert find(None) == path
+
+
+def test_the_named_one_is_found(folder: Path) -> None:
+    named = folder / "other.sock"
+    assert find(named) == named
+
+
+def test_none_is_found(folder: Path) -> None:
+    with pytest.raises(ControlError, match=f"no tunnel has a control socket in {folder}"):
+        find(None)
+
+
+def test_several_are_listed(folder: Path) -> None:
+    one, two = folder / "control-1.sock", folder / "control-2.sock"
+    with listening(one), listening(two), pytest.raises(ControlError, match=f"--control: {one}, {two}$"):
+        find(None)
+
+
+def test_nobody_there_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="cannot reach the tunnel: No such file"):
+        ask(tmp_path / "none.sock", {"do": "reload"})
+
+
+def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+
+    async def run() -> None:
+        async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.close()
+
+        async with await asyncio.start_unix_server(leave, path):
+            with pytest.raises(ControlError, match="ended without an answer"):
+                await asyncio.to_thread(ask, path, {"do": "reload"})
+
+    asyncio.run(run())

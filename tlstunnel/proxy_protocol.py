@@ -1,0 +1,204 @@
+"""The PROXY protocol: who a connection came from, as a proxy says it before the connection's own first byte.
+
+Bytes in, values out. Source: The PROXY protocol, versions 1 and 2 (https://www.haproxy.org/download/2.9/doc/
+proxy-protocol.txt): section 2.1 the text header, 2.2 the binary one, 2.2.1 to 2.2.6 its TLVs.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
+"""What a header of version 2 begins with, and no other protocol does (section 2.2)."""
+
+LONGEST_V1 = 107
+"""Bytes of the longest text header, CRLF included (section 2.1)."""
+
+MAX_V2 = 4096
+"""Bytes of a binary header that are taken. Addresses and the TLVs in use need some hundred; it may say 65 551."""
+
+_V1 = re.compile(
+    rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|(?P<family>TCP[46])"
+    rb" (?P<source>[0-9A-Fa-f.:]{2,45}) (?P<destination>[0-9A-Fa-f.:]{2,45})"
+    rb" (?P<from>0|[1-9][0-9]{0,4}) (?P<to>0|[1-9][0-9]{0,4}))\r\n"
+)
+_HEAD = struct.Struct("!12sBBH")
+_LOCAL, _PROXY = 0x20, 0x21
+_PORTS = struct.Struct("!HH")
+
+# Types of TLVs, section 2.2.
+ALPN, AUTHORITY, UNIQUE_ID, SSL = 0x01, 0x02, 0x05, 0x20
+SSL_VERSION, SSL_CN, SSL_CIPHER = 0x21, 0x22, 0x23
+CLIENT_SSL, CLIENT_CERT_CONN, CLIENT_CERT_SESS = 0x01, 0x02, 0x04
+
+
+class BadHeader(Exception):
+    """The first bytes are no PROXY header. `reason` holds no byte of the peer's."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header of `length` bytes. `source` is the client's address, without a port; None where it tells of none.
+
+    That is so of LOCAL (the proxy's own connection, a health check) and of UNKNOWN: the socket's own address counts.
+    An IPv4-mapped IPv6 address is given as the IPv4 one.
+    """
+
+    length: int
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFacts:
+    """What version 2 can tell of the client's TLS; empty text is left out."""
+
+    version: str
+    cipher: str
+    server_name: str = ""
+    common_name: str = ""
+    verified: bool = False
+
+
+def read_header(data: bytes) -> Header | None:
+    """Read the header that `data` begins with; None when more bytes are needed. What follows it is not looked at.
+
+    Its answer depends on the bytes alone: for any prefix it is None or the final outcome.
+    Raises BadHeader as soon as the bytes cannot be one.
+    """
+    if data[: len(SIGNATURE)] == SIGNATURE[: len(data)] and data[:1] != b"P":
+        return _v2(data) if len(data) >= len(SIGNATURE) else None
+    if data[:6] != b"PROXY "[: len(data)]:
+        raise BadHeader("no PROXY header")
+    end = data.find(b"\n", 0, LONGEST_V1)
+    if end < 0:
+        if len(data) >= LONGEST_V1:
+            raise BadHeader("a PROXY header longer than 107 bytes")
+        return None
+    return _v1(data[: end + 1])
+
+
+def bytes_needed(data: bytes) -> int:
+    """The length that `data` must at least grow to before `read_header` can give a header."""
+    if len(data) >= _HEAD.size and data.startswith(SIGNATURE):
+        return _HEAD.size + int.from_bytes(data[14:16])
+    return len(data) + 1
+
+
+def _v1(line: bytes) -> Header:
+    match = _V1.fullmatch(line)
+    if match is None:
+        raise BadHeader("a malformed PROXY header")
+    if match["family"] is None:
+        return Header(len(line), None)
+    kind = IPv4Address if match["family"] == b"TCP4" else IPv6Address
+    try:
+        source, _ = (kind(match[name].decode()) for name in ("source", "destination"))
+    except ValueError:
+        raise BadHeader("a PROXY header with a malformed address") from None
+    if max(int(match["from"]), int(match["to"])) > 65_535:
+        raise BadHeader("a PROXY header with a port above 65535")
+    return Header(len(line), _shortest(source))
+
+
+def _v2(data: bytes) -> Header | None:
+    # Each byte is judged as soon as it is there, so that splits change nothing.
+    if len(data) > 12 and data[12] not in {_LOCAL, _PROXY}:
+        raise BadHeader("a PROXY header of an unknown version or command")
+    if len(data) > 13 and data[13] not in _FAMILIES:
+        raise BadHeader("a PROXY header of an unknown address family")
+    if len(data) < _HEAD.size:
+        return None
+    length = int.from_bytes(data[14:16])
+    end = _HEAD.size + length
+    if end > MAX_V2:
+        raise BadHeader(f"a PROXY header longer than {MAX_V2} bytes")
+    # LOCAL: whatever the family says is to be ignored (section 2.2).
+    addresses = 0 if data[12] == _LOCAL else _FAMILIES[data[13]]
+    if length < addresses:
+        raise BadHeader("a PROXY header too short for its addresses")
+    if len(data) < end:
+        return None
+    if not addresses or addresses == _UNIX:
+        return Header(end, None)
+    size = 4 if addresses == _IPV4 else 16
+    return Header(end, _shortest(ip_address(data[16 : 16 + size])))
+
+
+_IPV4, _IPV6, _UNIX = 12, 36, 216
+# Family and transport, and how many bytes of addresses follow: UNSPEC, then stream and datagram of each.
+_FAMILIES = {0x00: 0, 0x11: _IPV4, 0x12: _IPV4, 0x21: _IPV6, 0x22: _IPV6, 0x31: _UNIX, 0x32: _UNIX}
+
+
+def _shortest(address: IPv4Address | IPv6Address) -> str:
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address)
+
+
+def write_v1(source: tuple[str, int] | None, destination: tuple[str, int] | None) -> bytes:
+    """A text header (section 2.1); addresses and ports as of sockets, None where there are none."""
+    both = _of_one_family(source, destination)
+    if both is None:
+        return b"PROXY UNKNOWN\r\n"
+    first, second, from_port, to_port = both
+    family = 4 if first.version == 4 else 6
+    return f"PROXY TCP{family} {first} {second} {from_port} {to_port}\r\n".encode()
+
+
+def write_v2(
+    source: tuple[str, int] | None,
+    destination: tuple[str, int] | None,
+    tls: TLSFacts | None = None,
+    unique_id: str = "",
+) -> bytes:
+    """A binary header (section 2.2), with TLVs about TLS where `tls` is given."""
+    both = _of_one_family(source, destination)
+    family, addresses = 0x00, b""
+    if both is not None:
+        first, second, from_port, to_port = both
+        family = 0x11 if first.version == 4 else 0x21
+        addresses = first.packed + second.packed + _PORTS.pack(from_port, to_port)
+    body = addresses + b"".join(_tlvs(tls, unique_id))
+    return _HEAD.pack(SIGNATURE, _PROXY, family, len(body)) + body
+
+
+def write_local(version: str) -> bytes:
+    """The header of a connection of our own, such as a health check: that of ``v1`` or of any ``v2``."""
+    return b"PROXY UNKNOWN\r\n" if version == "v1" else _HEAD.pack(SIGNATURE, _LOCAL, 0x00, 0)
+
+
+def _tlvs(tls: TLSFacts | None, unique_id: str) -> Iterator[bytes]:
+    if tls is not None:
+        if tls.server_name:
+            yield _tlv(AUTHORITY, tls.server_name.encode())
+        yield _tlv(ALPN, b"http/1.1")
+        inner = _tlv(SSL_VERSION, tls.version.encode()) + _tlv(SSL_CIPHER, tls.cipher.encode())
+        client = CLIENT_SSL
+        if tls.verified:
+            client |= CLIENT_CERT_CONN | CLIENT_CERT_SESS
+            inner += _tlv(SSL_CN, tls.common_name.encode()[:255]) if tls.common_name else b""
+        # `verify` is zero where a certificate was presented and verified (section 2.2.6).
+        yield _tlv(SSL, struct.pack("!BI", client, 0 if tls.verified else 1) + inner)
+    if unique_id:
+        yield _tlv(UNIQUE_ID, unique_id.encode()[:128])
+
+
+def _tlv(kind: int, value: bytes) -> bytes:
+    return struct.pack("!BH", kind, len(value)) + value
+
+
+def _of_one_family(
+    source: tuple[str, int] | None, destination: tuple[str, int] | None
+) -> tuple[IPv4Address | IPv6Address, IPv4Address | IPv6Address, int, int] | None:
+    """Both addresses in one family, an IPv4 one mapped where the other is IPv6; None where one is missing."""
+    if source is None or destination is None:
+        return None
+    first, second = (ip_address(address.partition("%")[0]) for address, _ in (source, destination))
+    if first.version != second.version:
+        first, second = (IPv6Address(f"::ffff:{one}") if one.version == 4 else one for one in (first, second))
+    return first, second, source[1], destination[1]
