@@ -202,6 +202,15 @@ class ManagedRules(_Table, frozen=True):
     queue: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
 
 
+class CertificateConfig(_Table, frozen=True):
+    """A certificate with its chain, and its key, which a passphrase may lock."""
+
+    cert: Path
+    key: Path
+    passphrase_file: Path | None = None
+    passphrase_env: str | None = None
+
+
 class OriginConfig(_Table, frozen=True):
     """An origin, and its part in the whole. A ``backup`` is asked while no other can be."""
 
@@ -251,6 +260,14 @@ class SiteConfig(_Table, frozen=True):
     default: bool = False
     cert: Path | None = None
     key: Path | None = None
+    passphrase_file: Path | None = None
+    passphrase_env: str | None = None
+    certificates: tuple[CertificateConfig, ...] = ()
+    client_ca: Path | None = None
+    client_auth: Literal["require", "request"] = "require"
+    client_allow: tuple[str, ...] = ()
+    client_crl: Path | None = None
+    client_subject_header: str = "X-Client-Subject"
     origins: tuple[OriginConfig, ...] = ()
     balance: str = "round_robin"
     health: Health | None = None
@@ -273,6 +290,16 @@ class SiteConfig(_Table, frozen=True):
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: SiteManagedRules | None = None
+
+    @property
+    def pairs(self) -> tuple[CertificateConfig, ...]:
+        """Every certificate with its key."""
+        if not (self.cert and self.key):
+            return self.certificates
+        own = CertificateConfig(
+            cert=self.cert, key=self.key, passphrase_file=self.passphrase_file, passphrase_env=self.passphrase_env
+        )
+        return (own, *self.certificates)
 
 
 class Config(_Table, frozen=True):
@@ -703,6 +730,7 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
         raise _MisfitError(
             (*path, "key"), "a key needs its certificate; write cert = beside it, with the PEM file of the chain"
         )
+    _refuse_unsound_certificates(site, path)
     _refuse_unsound_origins(site, path)
     if site.origin_host not in ("keep", "origin") and not _is_host(site.origin_host):
         reason = f'expected "keep", "origin" or a host name, got {quoted(site.origin_host)}'
@@ -720,6 +748,29 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
         if shadow is not None:
             first = f"the first that matches counts, and that is {_written((*path, 'routes', shadow))} for all of these"
             raise _MisfitError((*place, "path"), f"this route is never taken: {first}")
+
+
+def _refuse_unsound_certificates(site: SiteConfig, path: _Path) -> None:
+    locked = [(site.passphrase_file, site.passphrase_env, path)]
+    locked += [
+        (c.passphrase_file, c.passphrase_env, (*path, "certificates", i)) for i, c in enumerate(site.certificates)
+    ]
+    for file, variable, place in locked:
+        if file and variable:
+            raise _MisfitError((*place, "passphrase_env"), "there is passphrase_file already; write one of them")
+    if site.key is None and (site.passphrase_file or site.passphrase_env):
+        raise _MisfitError(path, "a passphrase needs its key; write key = beside it")
+    for key in ("client_allow", "client_crl"):
+        if getattr(site, key) and site.client_ca is None:
+            raise _MisfitError((*path, key), "this needs client_ca, the authorities whose certificates clients have")
+    if site.client_auth != "require" and site.client_ca is None:
+        raise _MisfitError((*path, "client_auth"), "this needs client_ca, the authorities of the clients' certificates")
+    for index, allowed in enumerate(site.client_allow):
+        kind, _, name = allowed.partition(":")
+        if kind not in ("cn", "dns", "uri") or not name:
+            reason = f'expected "cn:NAME", "dns:NAME" or "uri:URI", got {quoted(allowed)}'
+            raise _MisfitError((*path, "client_allow", index), reason)
+    _refuse_field_name(site.client_subject_header, (*path, "client_subject_header"))
 
 
 def _is_host(text: str) -> bool:

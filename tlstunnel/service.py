@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ import structlog
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.serving import expiry_warning
+from tlstunnel.certificates.watch import Watch
 from tlstunnel.changes import changes
 from tlstunnel.config import Config, SiteConfig
 from tlstunnel.config import load as load_config
@@ -60,18 +59,26 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that serving takes, whole and checked. `warnings` are for the log."""
+    """Everything that serving takes, whole and checked."""
 
     config: Config
     configured: tuple[SiteConfig, ...]
     sites: Sites
     firewall: Firewall
     listen: tuple[ListenAddress, ...]
-    warnings: tuple[str, ...]
 
 
-def load(wanted: Wanted, config: Config, counted: Counter[str], counters: "Counters | None" = None) -> Loaded:
-    """Make what `config` describes. Raises ConfigurationError or CertificateError."""
+def load(
+    wanted: Wanted,
+    config: Config,
+    counted: Counter[str],
+    counters: "Counters | None" = None,
+    before: Sites | None = None,
+) -> Loaded:
+    """Make what `config` describes, going on with what there is of `before`.
+
+    Raises ConfigurationError or CertificateError.
+    """
     if config.sites and wanted.site is not None:
         raise ConfigurationError(
             f"{wanted.file} has [[sites]] now, and this tunnel was started with an origin of its own"
@@ -84,20 +91,16 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], counters: "Count
     except ConfigurationError as error:
         raise ConfigurationError(f"{wanted.file}: {error}") from None
     test_pair = None
-    if tested := any(site.cert is None for site in configured):
+    if tested := any(not site.pairs for site in configured):
         test = issue.ensure(CERTIFICATES)
         test_pair = test.cert, test.key
-    sites = load_sites(configured, test_pair, resolve_every=config.origin_resolve)
-    now = datetime.now(UTC)
-    files = dict.fromkeys(site.cert or (test_pair and test_pair[0]) for site in configured)
-    warnings = (expiry_warning(file, now) for file in files if file)
+    sites = load_sites(configured, test_pair, before, resolve_every=config.origin_resolve)
     return Loaded(
         config=config,
         configured=configured,
         sites=sites,
         firewall=firewall,
         listen=wanted.listen or config.listen or (LOOPBACK if tested else EVERYWHERE),
-        warnings=tuple(warning for warning in warnings if warning),
     )
 
 
@@ -174,8 +177,9 @@ class Service:
             if control is not None:
                 await control.serve()
             self._loaded.sites.start()
+            self._watch = Watch(self._loaded.sites.certificates)
+            self._watch.start()
             self._server.start()
-        self._warn(self._loaded)
         for listener in self._listeners:
             self._log.info("listening", address=str(listener.address))
         self._log.info("ready", version=__version__, **({"control": str(control.path)} if control else {}))
@@ -206,14 +210,14 @@ class Service:
             self._listeners.settle(opened, loaded.listen)
             loaded.sites.adopt(before.sites)
             loaded.sites.start()
+            self._watch.follow(loaded.sites.certificates)
             self._server.switch(loaded.config, loaded.sites, loaded.firewall, self._listeners)
             self._loaded = loaded
             self._begin(self._retire(before))
-            told = changes(before.config, loaded.config)
+            told = [*changes(before.config, loaded.config), *loaded.sites.certificates.complaints()]
             self._log.info("reloaded", changes=told[:MOST_TOLD], more=max(len(told) - MOST_TOLD, 0))
             for listener in opened.values():
                 self._log.info("listening", address=str(listener.address))
-            self._warn(loaded)
             return told
 
     def _refuse_when_ending(self) -> None:
@@ -234,7 +238,7 @@ class Service:
 
     def _load_again(self) -> Loaded:
         config = load_config(self._wanted.file) if self._wanted.file else self._loaded.config
-        return load(self._wanted, config, self._journal.counters, self._loaded.firewall.counters)
+        return load(self._wanted, config, self._journal.counters, self._loaded.firewall.counters, self._loaded.sites)
 
     async def _reload_for_signal(self) -> None:
         with contextlib.suppress(ControlError):  # the log has it
@@ -278,12 +282,9 @@ class Service:
             await asyncio.gather(*self._beside, return_exceptions=True)
             await self._loaded.firewall.close()
             await self._loaded.sites.close()
+        await self._watch.close()
 
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
-
-    def _warn(self, loaded: Loaded) -> None:
-        for warning in loaded.warnings:
-            self._log.warning("certificate", reason=warning)

@@ -14,8 +14,10 @@ import structlog
 from tlstunnel import hello as tls_hello
 from tlstunnel import proxy_protocol
 from tlstunnel.addresses import ListenAddress, Networks
+from tlstunnel.certificates.clients import ClientRefused, common_name
 from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
 from tlstunnel.config import Timeouts
+from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
 from tlstunnel.exchange import Broken, Exchange
 from tlstunnel.firewall.facts import Connection
@@ -96,6 +98,7 @@ class Tunnel:
         self._lease: Lease | None = None
         self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
         self._proxied = proxied
+        self._subject = self._refused_client = ""
         self._trusted = not proxied and bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
 
     async def run(  # noqa: C901, PLR0912 - what each stage fails with, in one place
@@ -206,7 +209,11 @@ class Tunnel:
 
     async def _accept_tls(self, site: Site) -> None:
         """Within the same time as the hello: the deadline stands since the connection was accepted."""
-        self._client.sock = site.context.wrap_socket(
+        try:
+            context = site.context
+        except CertificateError as error:
+            raise Dropped("tls: out of means", detail=str(error)) from None
+        self._client.sock = context.wrap_socket(
             self._client.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
         )
         try:
@@ -219,6 +226,11 @@ class Tunnel:
             raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
         except OSError as error:
             raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
+        try:
+            self._subject = site.client_subject(client)
+        except ClientRefused as refused:
+            # Once the request is there to be answered: TLS 1.3 has no alert for it any more.
+            self._refused_client = str(refused)
         cipher = client.cipher()
         self._record.tls_version, self._record.cipher = client.version() or "", cipher[0] if cipher else ""
 
@@ -245,6 +257,8 @@ class Tunnel:
         if self._trusted:
             record.client = client_address(request, record.peer, self._serving.trusted_proxies)
             record.id = given_id(request) or record.id
+        if self._refused_client:
+            raise Refusal(403, "client certificate", self._refused_client)
         # Nor may a site's certificate reach what another site has the closer name for, and its own rules.
         if self._serving.sites.choose(request.host) is not site:
             raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
@@ -261,7 +275,7 @@ class Tunnel:
             tls_cipher=record.cipher,
             tls_sni=record.sni,
             tls_ja4=record.ja4,
-            client_subject="",
+            client_subject=self._subject,
             site=site.name,
         )
         verdict = await self._serving.firewall.judge(request, connection, behind=self._trusted)
@@ -312,7 +326,9 @@ class Tunnel:
             return proxy_protocol.write_v1(source, here)
         if version == "v2":
             return proxy_protocol.write_v2(source, here)
-        tls = proxy_protocol.TLSFacts(record.tls_version, record.cipher, record.sni)
+        tls = proxy_protocol.TLSFacts(
+            record.tls_version, record.cipher, record.sni, common_name(self._subject), verified=bool(self._subject)
+        )
         return proxy_protocol.write_v2(source, here, tls, record.id)
 
     # answer
@@ -344,7 +360,7 @@ class Tunnel:
 
     def _head(self, request: Request, site: Site) -> bytes:
         forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
-        return forwarded_head(request, forwarding, site.edits.of(self._record.origin))
+        return forwarded_head(request, forwarding, site.edits.of(self._record.origin, self._subject))
 
     async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""

@@ -184,11 +184,11 @@ def test_read_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reas
         (b"-----BEGIN WEIRD PRIVATE KEY-----\nAAAA\n-----END WEIRD PRIVATE KEY-----\n", "holds a damaged or unknown"),
         (
             KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")),
-            "the private key is encrypted, which is not supported yet",
+            "the private key is encrypted; name its passphrase",
         ),
         (
             KEY.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"secret")),
-            "the private key is encrypted, which is not supported yet",
+            "the private key is encrypted; name its passphrase",
         ),
     ],
 )

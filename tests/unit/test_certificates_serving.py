@@ -1,13 +1,8 @@
 import os
-import re
-import socket
 import ssl
-import subprocess
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,18 +12,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
     PrivateFormat,
 )
 from cryptography.x509.oid import NameOID
 
+from tests.pki import NOW, Key, client_context, connected, key_pem, s_client, serving, typing, until
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.serving import expiry_warning, server_context
 from tlstunnel.errors import CertificateError
-
-NOW = datetime.now(UTC).replace(microsecond=0)
-Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 @pytest.fixture(scope="module")
@@ -56,68 +47,8 @@ def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW 
         .sign(key, hashes.SHA256())
     )
     (folder / "x.pem").write_bytes(cert.public_bytes(Encoding.PEM))
-    (folder / "x-key.pem").write_bytes(key_pem(key, NoEncryption()))
+    (folder / "x-key.pem").write_bytes(key_pem(key))
     return folder / "x.pem"
-
-
-def key_pem(key: Key, encryption: KeySerializationEncryption) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-
-
-def client_context(ca: Path, version: ssl.TLSVersion | None = None, ciphers: str | None = None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(ca)
-    if ciphers is not None:
-        context.set_ciphers(ciphers)
-    if version is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # for TLS 1.1
-            context.minimum_version = context.maximum_version = version
-    return context
-
-
-@contextmanager
-def serving(context: ssl.SSLContext) -> Iterator[tuple[str, int]]:
-    """Serve one connection after another: say hello, echo what comes, until the client ends. Gives the address."""
-
-    def one(accepted: socket.socket) -> None:
-        accepted.settimeout(10)
-        with context.wrap_socket(accepted, server_side=True) as connection:
-            connection.sendall(b"hello\n")
-            while data := connection.recv(4096):
-                connection.sendall(data)
-
-    def serve(listener: socket.socket) -> None:
-        while True:
-            try:
-                accepted, _ = listener.accept()
-            except OSError:
-                return
-            with accepted:
-                try:
-                    one(accepted)
-                except OSError:
-                    continue  # the client's side of the test says what went wrong
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
-        thread.start()
-        yield listener.getsockname()
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-@contextmanager
-def connected(
-    address: tuple[str, int], context: ssl.SSLContext, session: ssl.SSLSession | None = None
-) -> Iterator[ssl.SSLSocket]:
-    with (
-        socket.create_connection(address, 10) as plain,
-        context.wrap_socket(plain, server_hostname="localhost", session=session) as client,
-    ):
-        assert client.recv(6) == b"hello\n"  # by now a TLS 1.3 client has read its ticket
-        yield client
 
 
 @pytest.mark.parametrize(
@@ -198,16 +129,6 @@ def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple
         assert cipher[0] == order[0]
 
 
-def s_client(address: tuple[str, int], *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["openssl", "s_client", "-connect", f"{address[0]}:{address[1]}", *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "suites",
     ["TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"],
@@ -216,36 +137,6 @@ def test_the_client_chooses_in_tls_1_3_too(issued: issue.Issued, suites: str) ->
     with serving(server_context(issued.cert, issued.key)) as address:
         output, _ = s_client(address, "-tls1_3", "-ciphersuites", suites).communicate("Q\n", 20)
     assert f"Cipher is {suites.split(':', maxsplit=1)[0]}" in output
-
-
-def until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Read the process's output up to the line that holds ``pattern``; all of it when none does."""
-    assert process.stdout is not None
-    read: list[str] = []
-    for line in process.stdout:
-        read.append(line)
-        if re.search(pattern, line):
-            break
-    return "".join(read)
-
-
-@contextmanager
-def typing(process: subprocess.Popen[str]) -> Iterator[Callable[[str], None]]:
-    """Give a way to type to ``process``, which is killed at the end and after 20 s."""
-    alarm = threading.Timer(20, process.kill)
-    alarm.start()
-
-    def type_line(line: str) -> None:
-        assert process.stdin is not None
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-
-    try:
-        yield type_line
-    finally:
-        alarm.cancel()
-        process.kill()
-        process.communicate()
 
 
 def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
@@ -353,7 +244,7 @@ def test_a_key_of_another_certificate_is_named(
 ) -> None:
     key = tmp_path / "other-key.pem"
     for other in (ec.generate_private_key(ec.SECP256R1()), rsa_key):
-        key.write_bytes(key_pem(other, NoEncryption()))
+        key.write_bytes(key_pem(other))
         assert reason(issued.cert, key) == f"{key}: the private key does not match the certificate in {issued.cert}"
 
 
@@ -368,7 +259,7 @@ def test_an_encrypted_key_is_named_and_no_passphrase_asked(tmp_path: Path, form:
     private = ec.generate_private_key(ec.SECP256R1())
     cert, key = write(tmp_path, private), tmp_path / "x-key.pem"
     key.write_bytes(private.private_bytes(Encoding.PEM, form, BestAvailableEncryption(b"secret")))
-    assert reason(cert, key).startswith(f"{key}: the private key is encrypted, which is not supported yet")
+    assert reason(cert, key).startswith(f"{key}: the private key is encrypted; name its passphrase")
 
 
 def test_what_only_the_tls_library_refuses_has_its_reason(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
 from tlstunnel.config import (
+    CertificateConfig,
     Config,
     Duration,
     Ejection,
@@ -367,6 +368,30 @@ def test_what_is_no_duration(text: str) -> None:
         ('[[sites]]\norigins = [{ address = "a:1", wieght = 2 }]', 'unknown key "wieght"; did you mean "weight"?'),
         ('[[sites]]\norigins = [{ address = "a:1", weight = 0 }]', "weight: expected a whole number >= 1, got 0"),
         ('[[sites]]\norigins = [{ address = "a:1", backup = true }]', "sites[0].origins: every origin is a backup"),
+        (f'{SITE}client_allow = ["cn:a"]', "sites[0].client_allow: this needs client_ca"),
+        (f'{SITE}client_auth = "request"', "sites[0].client_auth: this needs client_ca"),
+        (
+            f'{SITE}client_ca = "a"\nclient_allow = ["a"]',
+            'client_allow[0]: expected "cn:NAME", "dns:NAME" or "uri:URI"',
+        ),
+        (f'{SITE}client_subject_header = "Host"', "client_subject_header: Host belongs to the handshake"),
+        (f'{SITE}passphrase_env = "A"', "sites[0]: a passphrase needs its key"),
+        (f'{SITE}[[sites.certificates]]\ncert = "a"', "sites[0].certificates[0]: the key key is missing"),
+        (f'{SITE}origin_host = "a b"', 'sites[0].origin_host: expected "keep", "origin" or a host name, got "a b"'),
+        (f'{SITE}origin_host = "*"', "sites[0].origin_host: expected "),
+        (f'{SITE}max_age_jitter = "1s"', "sites[0].max_age_jitter: this goes with max_age only"),
+        (f'{SITE}max_age = "never"', 'sites[0].max_age: expected a duration such as "15m", or "off"'),
+        (f"{SITE}set_headers = []", "sites[0].set_headers: expected a table such as"),
+        (
+            f'{SITE}set_headers = {{ Host = "a" }}',
+            "set_headers: Host belongs to the handshake or to the connection; orig",
+        ),
+        (f'{SITE}set_headers = {{ "A B" = "a" }}', "set_headers: expected the name of a field, such as X-Site"),
+        (f'{SITE}set_headers = {{ A = "a\\r\\nB: c" }}', "set_headers.A: expected a text of printable characters"),
+        (f'{SITE}remove_headers = ["Sec-WebSocket-Key"]', "remove_headers[0]: Sec-WebSocket-Key belongs to the hand"),
+        (f'{SITE}send_proxy_protocol = "v3"', 'expected "off", "v1", "v2" or "v2-tls", got "v3"'),
+        ('proxy_protocol = "required"', "proxy_protocol: nobody may connect: name the proxies"),
+        ('proxy_protocol_listen = ["127.0.0.1:1"]', "proxy_protocol_listen[0]: 127.0.0.1:1 is not among listen"),
         (f'{SITE}balance = "random"', 'sites[0].balance: expected "round_robin", "least_tunnels", "hash:ip", '),
         (f'{SITE}balance = "hash:header:"', "sites[0].balance: expected "),
         (
@@ -633,6 +658,7 @@ def written(value: object) -> str:
         ("`[[rate_limits]]`", RateLimitConfig),
         ("`[managed_rules]`", ManagedRules),
         ("`[sites.managed_rules]`", SiteManagedRules),
+        ("`[[sites.certificates]]`", CertificateConfig),
         ("`[[sites.origins]]`", OriginConfig),
         ("`[sites.health]`", Health),
         ("`[sites.ejection]`", Ejection),

@@ -1,23 +1,25 @@
 """Which site a client means: the rules of names, and what a configuration is made into."""
 
 import ssl
+import time
 from pathlib import Path
 
 import pytest
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import issue
+from tlstunnel.certificates.store import Certificates
 from tlstunnel.config import OriginConfig, SiteConfig
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sites import Site, Sites, load_sites
 
 ADDRESS = OriginConfig(address=OriginAddress.parse("localhost:3000"))
-CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+SERVED = Certificates().serve(())
 
 
 def site(*names: str) -> Site:
-    return Site(frozenset(names), names[0], CONTEXT, Pool((ADDRESS,)))
+    return Site(frozenset(names), names[0], SERVED, Pool((ADDRESS,)))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,14 @@ def test_sites_of_a_configuration(issued: issue.Issued) -> None:
     other = OriginConfig(address=OriginAddress.parse("unix:/run/chat.sock"))
     sites = load_sites(
         [
-            SiteConfig(("chat.example.com", "*.chat.example.com"), False, issued.cert, issued.key, (ADDRESS,)),
-            SiteConfig(("other.example.com",), True, issued.cert, issued.key, (other,)),
+            SiteConfig(
+                names=("chat.example.com", "*.chat.example.com"),
+                default=False,
+                cert=issued.cert,
+                key=issued.key,
+                origins=(ADDRESS,),
+            ),
+            SiteConfig(names=("other.example.com",), default=True, cert=issued.cert, key=issued.key, origins=(other,)),
         ]
     )
     chat, default = sites.choose("a.chat.example.com"), sites.choose(None)
@@ -133,7 +141,7 @@ def test_sites_of_a_configuration(issued: issue.Issued) -> None:
     assert default is sites.choose("other.example.com")
     assert (chat.name, chat.pool.name) == ("chat.example.com", "localhost:3000")
     assert (default.name, default.pool.name) == ("other.example.com", "unix:/run/chat.sock")
-    assert chat.context is not default.context
+    assert chat.context is default.context  # the same files, and nothing asked of clients
     assert chat.context.cert_store_stats()["x509"] == 0
     assert sites.choose("third.example.com") is None
 
@@ -164,3 +172,47 @@ def test_certificate_that_cannot_be_read_is_named(issued: issue.Issued, tmp_path
 def test_site_without_any_certificate_cannot_be_served() -> None:
     with pytest.raises(CertificateError):
         load_sites([SiteConfig(origins=(ADDRESS,))])
+
+
+def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued) -> None:
+    config = [SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))]
+    before = load_sites(config)
+    first = before.choose(None)
+    assert first is not None
+    context = first.context
+    after = load_sites(config, None, before)
+    after.certificates.begin()
+    second = after.choose(None)
+    assert second is not None
+    assert second is not first
+    assert second.context is context
+
+
+def test_certificates_that_are_broken_since_go_on(tmp_path: Path) -> None:
+    made = issue.create([], tmp_path)
+    config = [SiteConfig(cert=made.cert, key=made.key, origins=(ADDRESS,))]
+    before = load_sites(config)
+    made.key.unlink()
+    after = load_sites(config, None, before)
+    assert after.choose("localhost") is not None
+    assert after.certificates.complaints() == [f"{made.key}: cannot be read: No such file or directory"]
+    with pytest.raises(CertificateError, match="cannot be read"):
+        load_sites(config)
+
+
+def test_a_configured_site_asks_for_client_certificates(issued: issue.Issued) -> None:
+    configured = SiteConfig(
+        cert=issued.cert, key=issued.key, origins=(ADDRESS,), client_ca=issued.ca, client_auth="request"
+    )
+    found = load_sites([configured]).choose(None)
+    assert found is not None
+    assert found.context.verify_mode is ssl.CERT_OPTIONAL
+
+
+def test_ten_thousand_sites_are_asked_in_microseconds() -> None:
+    many = Sites([site(f"h{number}.example.com") for number in range(10_000)], None)
+    start = time.process_time()
+    for number in range(10_000):
+        assert many.choose(f"h{number}.example.com") is not None
+        assert many.choose(f"a.h{number}.example.com") is None
+    assert (time.process_time() - start) / 20_000 < 50e-6

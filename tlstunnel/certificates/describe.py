@@ -55,7 +55,7 @@ def facts(cert: x509.Certificate) -> CertificateFacts:
             not_after=cert.not_valid_after_utc,
             serial=f"{cert.serial_number:x}",
             sha256=cert.fingerprint(hashes.SHA256()).hex(),
-            key=_key(cert),
+            key=kind(cert),
             is_ca=is_ca(cert),
         )
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
@@ -75,7 +75,7 @@ def read(path: Path) -> list[x509.Certificate]:
 
     Raises CertificateError, naming the file, when it cannot be read, holds no certificate or one that is damaged.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     if b"-----BEGIN CERTIFICATE-----" not in data:
         what = "a private key, no certificate" if b"PRIVATE KEY-----" in data else "no certificate in PEM form"
         raise CertificateError(f"{path}: holds {what}")
@@ -85,21 +85,29 @@ def read(path: Path) -> list[x509.Certificate]:
         raise CertificateError(f"{path}: holds a damaged certificate: {_printable(str(error))}") from error
 
 
-def read_key(path: Path) -> PrivateKeyTypes:
-    """Read the private key of a PEM file.
+def read_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
+    """Read the private key of a PEM file; ``passphrase`` is not looked at where the key is not encrypted.
 
     Raises CertificateError, naming the file, when it cannot be read, holds no key, or one that is damaged, of a kind
-    we do not know, or encrypted.
+    we do not know, or encrypted with another passphrase.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     if b"PRIVATE KEY-----" not in data:
         what = "a certificate, no private key" if b"-----BEGIN CERTIFICATE-----" in data else "no private key"
         raise CertificateError(f"{path}: holds {what} in PEM form")
+    if passphrase is not None and not (b"ENCRYPTED PRIVATE KEY-----" in data or b"Proc-Type: 4,ENCRYPTED" in data):
+        passphrase = None
     try:
-        return load_pem_private_key(data, password=None)
+        # RSA's full validation looks for primes: 45 ms a key. What matters, that it is the certificate's, is compared.
+        return load_pem_private_key(data, passphrase, unsafe_skip_rsa_key_validation=True)
     except TypeError as error:  # cryptography's way to ask for a passphrase
-        raise encrypted(path) from error
+        raise CertificateError(
+            f"{path}: the private key is encrypted; name its passphrase with passphrase_file or passphrase_env, or "
+            f"decrypt it with `openssl pkey -in {path}`"
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
+        if passphrase is not None:
+            raise CertificateError(f"{path}: the passphrase does not fit, or the private key is damaged") from error
         raise CertificateError(f"{path}: holds a damaged or unknown private key") from error
 
 
@@ -111,14 +119,8 @@ def belongs(key: PrivateKeyTypes, cert: x509.Certificate) -> bool:
         return False
 
 
-def encrypted(path: Path) -> CertificateError:
-    """Say that the key in ``path`` has a passphrase."""
-    return CertificateError(
-        f"{path}: the private key is encrypted, which is not supported yet; `openssl pkey -in {path}` decrypts it"
-    )
-
-
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Read a file that holds something. Raises CertificateError, naming the file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -137,7 +139,8 @@ def _names(cert: x509.Certificate) -> tuple[str, ...]:
     return tuple(_printable(str(name.value).replace("\\", "\\\\")) for name in alternative if isinstance(name, shown))
 
 
-def _key(cert: x509.Certificate) -> str:
+def kind(cert: x509.Certificate) -> str:
+    """Say which key is in ``cert``: ``ECDSA P-256``, ``RSA 2048``, ``Ed25519``."""
     try:
         key = cert.public_key()
     except (UnsupportedAlgorithm, ValueError):

@@ -1,11 +1,15 @@
-"""The TLS context that a site is served with."""
+"""The TLS context that a site is served with, made of what is in memory."""
 
+import os
 import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 from tlstunnel.certificates import describe
+from tlstunnel.certificates.clients import ClientPolicy
+from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair, validity_warning
 from tlstunnel.errors import CertificateError
 
 # Forward-secret AEAD only (RFC 9325 section 4.2), OpenSSL's names. The order counts only for a client that leaves the
@@ -21,19 +25,31 @@ TLS_1_2_CIPHERS = ":".join(
     )
 )
 
-# Public certificates live 90 days and less, and are usually renewed when a third is left: by now that has failed.
-WARN_DAYS = 21
+
+class ServerContext(ssl.SSLContext):
+    """A context that knows until when it may be used for new TLS handshakes, by the clock of who made it."""
+
+    until: float = 0.0
 
 
-def server_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """Make the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key`` (PEM, not encrypted).
+def server_context(cert: Path, key: Path) -> ServerContext:
+    """Make the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key``.
 
-    TLS 1.2 and 1.3, no renegotiation, no compression, one session ticket, ALPN ``http/1.1``. Validity is not checked:
-    see ``expiry_warning``.
-    Raises CertificateError, naming the file and the reason, when the pair cannot be served.
+    Raises CertificateError as ``read_pair`` and ``make_context`` do.
+    """
+    return make_context((read_pair(PairFiles(cert, key)),))
+
+
+def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> ServerContext:
+    """Make a context of ``pairs``, one of each kind of key (OpenSSL chooses by what the client takes). About 1 ms.
+
+    TLS 1.2 and 1.3, no renegotiation, no compression, one session ticket, ALPN ``http/1.1``. ``clients`` is what is
+    asked of clients. The keys of its tickets are its own, so nothing resumes that another context began: that is what
+    keeps a session of a site without client certificates, or with others, away from this one.
+    Raises CertificateError, naming the file and the reason, when OpenSSL does not take it.
     """
     # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.set_ciphers(TLS_1_2_CIPHERS)
@@ -45,14 +61,14 @@ def server_context(cert: Path, key: Path) -> ssl.SSLContext:
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.num_tickets = 1
     context.set_alpn_protocols(["http/1.1"])
-
-    def refuse_passphrase() -> NoReturn:
-        raise describe.encrypted(key)  # without a callback OpenSSL asks on the terminal
-
-    try:
-        context.load_cert_chain(cert, key, password=refuse_passphrase)
-    except OSError as error:
-        raise _reason(cert, key, error) from error
+    for pair in pairs:
+        try:
+            with _in_memory(pair.pem) as path:
+                context.load_cert_chain(path)
+        except OSError as error:  # ssl.SSLError among them
+            raise _refused(pair.cert, error) from error
+    if clients is not None:
+        _ask(context, clients)
     return context
 
 
@@ -62,27 +78,43 @@ def expiry_warning(cert: Path, now: datetime) -> str | None:
     ``now`` is an aware datetime. Raises CertificateError when the file cannot be read.
     """
     leaf = describe.read(cert)[0]
-    not_before, not_after = leaf.not_valid_before_utc, leaf.not_valid_after_utc
-    if now < not_before:
-        return f"{cert}: the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC: clients will refuse it"
-    if now > not_after:
-        return f"{cert}: the certificate expired on {not_after:%Y-%m-%d %H:%M} UTC: clients refuse it; renew it"
-    days = (not_after - now).days
-    if days < WARN_DAYS:
-        return f"{cert}: the certificate expires in {days} days, on {not_after:%Y-%m-%d %H:%M} UTC; renew it"
-    return None
+    return validity_warning(cert, leaf.not_valid_before_utc, leaf.not_valid_after_utc, now)
 
 
-def _reason(cert: Path, key: Path, error: OSError) -> CertificateError:
-    """Find what OpenSSL, which names no file and little else, did not take. ``ssl.SSLError`` is an OSError."""
+def _ask(context: ssl.SSLContext, clients: ClientPolicy) -> None:
+    context.verify_mode = ssl.CERT_REQUIRED if clients.files.required else ssl.CERT_OPTIONAL
+    # Whoever names an authority trusts it, also one that is not self-signed and whose root is not there.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        chain, private = describe.read(cert), describe.read_key(key)
-    except CertificateError as found:
-        return found
-    for position, each in enumerate(chain):
-        if describe.belongs(private, each):
-            if position == 0:
-                why = getattr(error, "reason", None) or error
-                return CertificateError(f"{cert}: the TLS library refuses it: {why}")
-            return CertificateError(f"{cert}: must begin with the certificate of {key}, which is number {position + 1}")
-    return CertificateError(f"{key}: the private key does not match the certificate in {cert}")
+        context.load_verify_locations(cadata=clients.ca)
+    except ssl.SSLError as error:
+        raise _refused(clients.files.ca, error) from error
+    if clients.files.crl is None:
+        return
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if clients.whole_chain else ssl.VERIFY_CRL_CHECK_LEAF
+    try:
+        with _in_memory(clients.crl) as path:  # cadata takes certificates only
+            context.load_verify_locations(cafile=path)
+    except OSError as error:
+        raise _refused(clients.files.crl, error) from error
+
+
+def _refused(path: Path, error: OSError) -> CertificateError:
+    """Say what OpenSSL did not take: it names no file and little else."""
+    if isinstance(error, ssl.SSLError):
+        return CertificateError(f"{path}: the TLS library refuses it: {error.reason or error}")
+    if isinstance(error, FileNotFoundError):
+        return CertificateError(f"{path}: cannot be given to the TLS library: /proc is not mounted")
+    return CertificateError(f"{path}: cannot be given to the TLS library: {error.strerror or error}")
+
+
+@contextmanager
+def _in_memory(data: bytes) -> Iterator[str]:
+    """Give a path at which OpenSSL finds ``data``: it reads keys and CRLs from files only, and a key is not for disks.
+
+    A file that exists in memory alone (memfd_create(2)), found through this process's own /proc.
+    """
+    with os.fdopen(os.memfd_create("tlstunnel", os.MFD_CLOEXEC), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"

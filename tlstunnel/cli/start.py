@@ -54,7 +54,7 @@ def command(  # noqa: PLR0913 - the command's options
             listen=_parsed(listen_texts),
             control=control,
         )
-        if any(site.cert is None for site in (config.sites or [wanted.site]) if site):
+        if any(not site.pairs for site in (config.sites or [wanted.site]) if site):
             test = issue.ensure(CERTIFICATES)
             hint = "clients trust it with this CA"
             structlog.get_logger().info("test certificate", cert=str(test.cert), ca=str(test.ca), hint=hint)

@@ -10,7 +10,9 @@ from tlstunnel.handshake.refusal import UPGRADE, Fields, head
 from tlstunnel.handshake.request import PlainRequest, Request
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
-_FORWARDING = re.compile(rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip)$", re.MULTILINE)
+_FORWARDING = re.compile(
+    rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip|x[-_]client[-_]subject)$", re.MULTILINE
+)
 """What origins read as a proxy's word, among names on a line each. CGI and WSGI take an underscore for a hyphen."""
 
 _UPGRADED: Fields = ((b"Connection", b"Upgrade"), *UPGRADE)

@@ -1,0 +1,264 @@
+"""Certificates of sites and of clients, through the tunnel: renewal, several keys, who is let in, what is resumed."""
+
+import contextlib
+import os
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding
+
+from tests.harness import PATIENCE, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
+from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, s_client, typing, until
+from tests.promises.wire import read_until_end
+from tests.promises.witness import Witness
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def ca(authority: Authority, tmp_path: Path) -> Path:
+    file = tmp_path / "ca.pem"
+    file.write_bytes(cert_pem(authority.cert))
+    return file
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[WebsocketsOrigin]:
+    with WebsocketsOrigin() as origin:
+        yield origin
+
+
+def site(
+    origin: WebsocketsOrigin | Witness, folder: Path, more: str = "", name: str = "localhost", stem: str = "a"
+) -> str:
+    return (
+        f'[[sites]]\nnames = ["{name}"]\norigins = ["{origin.address}"]\n'
+        f'cert = "{folder}/{stem}.pem"\nkey = "{folder}/{stem}-key.pem"\n{more}\n'
+    )
+
+
+def serving(*sites: str, environment: dict[str, str] | None = None) -> Tunnel:
+    return Tunnel(None, None, config='listen = ["127.0.0.1:0"]\n' + "".join(sites), environment=environment)
+
+
+@contextlib.contextmanager
+def connected(
+    tunnel: Tunnel, context: ssl.SSLContext, name: str = "localhost", session: ssl.SSLSession | None = None
+) -> Iterator[ssl.SSLSocket]:
+    with (
+        socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE) as plain,
+        context.wrap_socket(plain, server_hostname=name, session=session) as client,
+    ):
+        yield client
+
+
+def served(tunnel: Tunnel, context: ssl.SSLContext) -> x509.Certificate:
+    with connected(tunnel, context) as client:
+        der = client.getpeercert(binary_form=True)
+        assert der is not None
+        return x509.load_der_x509_certificate(der)
+
+
+def status(tunnel: Tunnel, context: ssl.SSLContext, name: str = "localhost") -> int:
+    with connected(tunnel, context, name) as client:
+        answer = upgrade(client, host=name)
+        if answer.status != 101:
+            read_until_end(client)
+        return answer.status
+
+
+def test_a_renewed_pair_is_served_by_itself_and_tunnels_stay(
+    origin: WebsocketsOrigin, authority: Authority, ca: Path, tmp_path: Path
+) -> None:
+    authority.pair(tmp_path, "a")
+    context = client_context(ca)
+    with serving(site(origin, tmp_path)) as tunnel, connected(tunnel, context) as client:
+        assert upgrade(client).status == 101
+        first = served(tunnel, context)
+        # One file after the other, as programs do it, with a look at them between perhaps.
+        key = new_key()
+        (tmp_path / "a.pem").write_bytes(cert_pem(authority.sign(key)))
+        assert served(tunnel, context).serial_number == first.serial_number
+        (tmp_path / "a-key.pem").write_bytes(key_pem(key))
+        eventually(lambda: served(tunnel, context).serial_number != first.serial_number)
+        assert tunnel.wait_records(1, "certificate replaced")
+        client.sendall(b"\x81\x85\0\0\0\0hello")
+        assert receive_exactly(client, 7) == b"\x81\x05hello"
+
+
+@pytest.mark.parametrize("what", ["nonsense", "another key", "expired", "gone"])
+def test_what_cannot_be_served_replaces_nothing(
+    origin: WebsocketsOrigin, authority: Authority, ca: Path, tmp_path: Path, what: str
+) -> None:
+    cert, _ = authority.pair(tmp_path, "a")
+    context = client_context(ca)
+    with serving(site(origin, tmp_path)) as tunnel:
+        first = served(tunnel, context)
+        match what:
+            case "nonsense":
+                cert.write_text("this is no certificate")
+            case "another key":
+                cert.write_bytes(cert_pem(authority.sign(new_key())))
+            case "expired":
+                authority.pair(tmp_path, "a", start=NOW - 9 * DAY, end=NOW - DAY)
+            case "gone":
+                cert.unlink()
+        (told,) = tunnel.wait_records(1, "certificate not replaced")
+        assert str(cert) in told["reason"] or "a-key.pem" in told["reason"]
+        assert served(tunnel, context).serial_number == first.serial_number
+        # Told to reload it says so too, and goes on.
+        assert any(str(tmp_path) in line for line in tunnel.reload())
+        assert served(tunnel, context).serial_number == first.serial_number
+        authority.pair(tmp_path, "a")
+        eventually(lambda: served(tunnel, context).serial_number != first.serial_number)
+
+
+def test_an_expired_certificate_is_a_warning_at_the_start(
+    origin: WebsocketsOrigin, authority: Authority, tmp_path: Path
+) -> None:
+    authority.pair(tmp_path, "a", start=NOW - 9 * DAY, end=NOW - DAY)
+    authority.pair(tmp_path, "b", end=NOW + 5 * DAY)
+    with serving(site(origin, tmp_path), site(origin, tmp_path, name="b.example", stem="b")) as tunnel:
+        reasons = [record["reason"] for record in tunnel.wait_records(2, "certificate")]
+        assert any("a.pem" in reason and "expired" in reason for reason in reasons)
+        assert any("b.pem" in reason and re.search(r"\b[45] days", reason) for reason in reasons)
+        (days,) = tunnel.wait_records(1, "certificates")
+        assert days["count"] == 2
+        assert days["days_left"] < 0
+
+
+def test_rsa_and_ecdsa_and_encrypted_keys(
+    origin: WebsocketsOrigin, authority: Authority, ca: Path, tmp_path: Path
+) -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    authority.pair(tmp_path, "a")
+    (tmp_path / "rsa.pem").write_bytes(cert_pem(authority.sign(key)))
+    (tmp_path / "rsa-key.pem").write_bytes(key_pem(key, BestAvailableEncryption(b"open sesame")))
+    ec_key = (tmp_path / "a-key.pem").read_bytes()
+    assert ec_key.startswith(b"-----BEGIN PRIVATE KEY")
+    more = (
+        f'[[sites.certificates]]\ncert = "{tmp_path}/rsa.pem"\nkey = "{tmp_path}/rsa-key.pem"\n'
+        'passphrase_env = "RSA_PASSPHRASE"\n'
+    )
+    with serving(site(origin, tmp_path, more), environment={"RSA_PASSPHRASE": "open sesame"}) as tunnel:
+        for kind, ciphers in (("RSA", "ECDHE-RSA-AES128-GCM-SHA256"), ("ECDSA", "ECDHE-ECDSA-AES128-GCM-SHA256")):
+            context = client_context(ca, ssl.TLSVersion.TLSv1_2, ciphers)
+            found = served(tunnel, context).public_key()
+            assert isinstance(found, rsa.RSAPublicKey) == (kind == "RSA")
+
+
+@pytest.fixture
+def clients(tmp_path: Path) -> tuple[Authority, Path]:
+    authority = Authority("Devices CA")
+    (tmp_path / "devices.pem").write_bytes(cert_pem(authority.cert))
+    return authority, tmp_path / "devices.pem"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_only_clients_of_the_authority_are_let_in(  # noqa: PLR0917
+    origin: WebsocketsOrigin,
+    authority: Authority,
+    clients: tuple[Authority, Path],
+    ca: Path,
+    tmp_path: Path,
+    version: ssl.TLSVersion,
+) -> None:
+    authority.pair(tmp_path, "a")
+    ann = clients[0].pair(tmp_path, "ann", "ann", names=())
+    stranger = authority.pair(tmp_path, "stranger", "ann", names=())
+    with serving(site(origin, tmp_path, f'client_ca = "{clients[1]}"\n')) as tunnel:
+        assert status(tunnel, client_context(ca, version, pair=ann)) == 101
+        for pair in (None, stranger):
+            with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+                status(tunnel, client_context(ca, version, pair=pair))
+
+
+def test_the_subject_reaches_the_origin_and_cannot_be_claimed(
+    authority: Authority, clients: tuple[Authority, Path], ca: Path, tmp_path: Path
+) -> None:
+    authority.pair(tmp_path, "a")
+    ann = clients[0].pair(tmp_path, "ann", "ann, of sales", names=())
+    forged = [("X-Client-Subject", "CN=root"), ("x_client_subject", "CN=root"), ("X-CLIENT-SUBJECT", "CN=root")]
+    rule = '[[sites.rules]]\nname = "who"\nwhen = \'client_subject.contains("nobody")\'\naction = "block"\n'
+    more = f'client_ca = "{clients[1]}"\nclient_auth = "request"\n{rule}'
+    with Witness() as origin, serving(site(origin, tmp_path, more)) as tunnel:
+        for pair, expected in ((ann, [b"CN=ann\\, of sales"]), (None, [])):
+            statement = origin.tell(switching_protocols)
+            with connected(tunnel, client_context(ca, pair=pair)) as client:
+                assert upgrade(client, headers=forged).status == 101
+            eventually(lambda told=statement: told.heads)  # type: ignore[misc]
+            found = re.findall(rb"(?i)\r\nx[-_]client[-_]subject: ([^\r]*)", statement.heads[0])
+            assert found == expected
+
+
+def test_the_allow_list_and_the_revocation_list(
+    origin: WebsocketsOrigin, authority: Authority, clients: tuple[Authority, Path], ca: Path, tmp_path: Path
+) -> None:
+    authority.pair(tmp_path, "a")
+    devices, file = clients
+    ann = devices.pair(tmp_path, "ann", "ann", names=())
+    bob = devices.pair(tmp_path, "bob", "bob", names=(x509.DNSName("bob.example"),))
+    eve = devices.pair(tmp_path, "eve", "eve", names=())
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(devices.revoking().public_bytes(Encoding.PEM))
+    more = f'client_ca = "{file}"\nclient_crl = "{crl}"\nclient_allow = ["cn:ann", "dns:bob.example"]\n'
+    with serving(site(origin, tmp_path, more)) as tunnel:
+        assert status(tunnel, client_context(ca, pair=ann)) == 101
+        assert status(tunnel, client_context(ca, pair=bob)) == 101
+        assert status(tunnel, client_context(ca, pair=eve)) == 403
+        record = tunnel.wait_record(lambda record: record.get("reason") == "client certificate")
+        assert record["status"] == 403
+        revoked = x509.load_pem_x509_certificate(ann[0].read_bytes())
+        new = crl.with_suffix(".new")
+        new.write_bytes(devices.revoking(revoked).public_bytes(Encoding.PEM))
+        os.replace(new, crl)  # noqa: PTH105
+
+        def refused() -> bool:
+            try:
+                return status(tunnel, client_context(ca, pair=ann)) == 0
+            except (OSError, AssertionError):
+                return True
+
+        eventually(refused)
+        assert status(tunnel, client_context(ca, pair=bob)) == 101
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_a_ticket_of_an_open_site_opens_no_closed_one(
+    origin: WebsocketsOrigin,
+    authority: Authority,
+    clients: tuple[Authority, Path],
+    tmp_path: Path,
+    version: str,
+) -> None:
+    """With openssl's own client, which offers whatever session it is given."""
+    names = (x509.DNSName("localhost"), x509.DNSName("closed.example"))
+    authority.pair(tmp_path, "a", names=names)
+    session = tmp_path / "session.pem"
+    closed = site(origin, tmp_path, f'client_ca = "{clients[1]}"\n', name="closed.example")
+    with serving(site(origin, tmp_path), closed) as tunnel:
+        where = ("127.0.0.1", tunnel.port)
+
+        def ask(name: str, *options: str) -> str:
+            process = s_client(where, "-servername", name, version, "-ign_eof", *options)
+            with typing(process) as type_line:
+                type_line(f"GET / HTTP/1.1\r\nHost: {name}\r\n\r")
+                return until(process, "426 Upgrade Required|alert|:error:|closed")
+
+        assert "426" in ask("localhost", "-sess_out", str(session))
+        # The ticket is good where it was given.
+        again = ask("localhost", "-sess_in", str(session))
+        assert "Reused, " in again
+        assert "426" in again
+        elsewhere = ask("closed.example", "-sess_in", str(session))
+        assert "Reused, " not in elsewhere
+        assert "426" not in elsewhere

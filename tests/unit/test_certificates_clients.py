@@ -1,0 +1,444 @@
+"""Client certificates: who is let in, what the origin is told, and which sessions resume."""
+
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pki import (
+    DAY,
+    NOW,
+    Authority,
+    cert_pem,
+    client_context,
+    connected,
+    new_key,
+    s_client,
+    serving,
+    typing,
+    until,
+)
+from tlstunnel.certificates import clients
+from tlstunnel.certificates.clients import ClientFiles, ClientRefused, allowed, read_policy, subject
+from tlstunnel.certificates.pairs import PairFiles
+from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.errors import CertificateError
+
+CA = Authority()
+KEY = new_key()
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+
+
+def der(cert: x509.Certificate) -> bytes:
+    return cert.public_bytes(Encoding.DER)
+
+
+# The subject.
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (["ann"], "CN=ann"),
+        (["Müller"], r"CN=M\C3\BCller"),
+        (["a,b+c"], r"CN=a\,b\+c"),
+        (["a\r\nX-Admin: 1"], r"CN=a\0D\0AX-Admin: 1"),
+        (["\u202eann"], r"CN=\E2\80\AEann"),
+        (["\x7f"], r"CN=\7F"),
+        (["back\\slash"], r"CN=back\\slash"),
+        (["ann", "bob"], "CN=bob,CN=ann"),
+        ([], ""),
+    ],
+)
+def test_subject(values: list[str], text: str) -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, value) for value in values])
+    assert subject(der(CA.sign(KEY, name))) == text
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=16), min_size=1, max_size=3))
+def test_any_subject_is_visible_ascii_and_can_be_read_back(values: list[str]) -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, value) for value in values])
+    text = subject(der(CA.sign(KEY, name)))
+    assert text.isascii()
+    assert text.isprintable()
+    if not any("\0" in value for value in values):
+        assert x509.Name.from_rfc4514_string(text) == name
+
+
+def test_a_subject_that_is_too_long_is_none() -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.USER_ID, f"{number:050}") for number in range(100)])
+    with pytest.raises(CertificateError, match="more than 4096 characters"):
+        subject(der(CA.sign(KEY, name)))
+
+
+def test_what_is_no_certificate_has_no_subject() -> None:
+    with pytest.raises(CertificateError):
+        subject(b"\x30\x00")
+    assert not allowed(b"\x30\x00", ("cn:ann",))
+
+
+# The allow list.
+
+ANN = der(
+    CA.sign(
+        KEY,
+        "ann",
+        [
+            x509.DNSName("Ann.Example.com"),
+            x509.DNSName("*.example.org"),
+            x509.UniformResourceIdentifier("spiffe://x/ann"),
+        ],
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("allow", "is_allowed"),
+    [
+        ((), True),
+        (("cn:ann",), True),
+        (("cn:Ann",), False),
+        (("cn:bob", "cn:ann"), True),
+        (("cn:an",), False),
+        (("dns:ann",), False),
+        (("dns:ann.example.com",), True),
+        (("dns:ANN.example.com",), True),
+        (("dns:a.example.org",), False),
+        (("dns:*.example.org",), True),
+        (("cn:ann.example.com",), False),
+        (("uri:spiffe://x/ann",), True),
+        (("uri:spiffe://x/Ann",), False),
+        (("uri:spiffe://x/",), False),
+        (("uri:spiffe://x/bob",), False),
+    ],
+)
+def test_allow_list(allow: tuple[str, ...], is_allowed: bool) -> None:
+    assert allowed(ANN, allow) is is_allowed
+
+
+def test_two_common_names_are_none() -> None:
+    names = [x509.NameAttribute(NameOID.COMMON_NAME, value) for value in ("ann", "bob")]
+    cert = der(CA.sign(KEY, x509.Name(names)))
+    assert not allowed(cert, ("cn:ann", "cn:bob", "cn:ann,bob"))
+    assert allowed(cert, ("dns:localhost",))
+
+
+# Authorities and revocation lists.
+
+
+@pytest.fixture
+def ca(tmp_path: Path) -> Path:
+    (tmp_path / "ca.pem").write_bytes(cert_pem(CA.cert))
+    return tmp_path / "ca.pem"
+
+
+def crl_pem(*lists: x509.CertificateRevocationList) -> bytes:
+    return b"".join(each.public_bytes(Encoding.PEM) for each in lists)
+
+
+def reason(files: ClientFiles) -> str:
+    with pytest.raises(CertificateError) as caught:
+        read_policy(files)
+    return str(caught.value)
+
+
+def test_files_that_are_no_good_are_named(ca: Path, tmp_path: Path) -> None:
+    crl = tmp_path / "crl.pem"
+    assert reason(ClientFiles(crl)) == f"{crl}: cannot be read: No such file or directory"
+    assert reason(ClientFiles(ca, crl)) == f"{crl}: cannot be read: No such file or directory"
+    crl.write_bytes(b"hello")
+    assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no certificate revocation list, or a damaged one"
+    other = Authority("Other")
+    crl.write_bytes(crl_pem(other.revoking()))
+    assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no list of an authority in {ca}: no client could pass"
+    crl.write_bytes(crl_pem(CA.revoking(key=other.key)))
+    assert reason(ClientFiles(ca, crl)) == f"{crl}: a list is not signed by the authority of its name in {ca}"
+
+
+def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
+    crl = tmp_path / "crl"
+    crl.write_bytes(CA.revoking().public_bytes(Encoding.DER))
+    in_der = read_policy(ClientFiles(ca, crl))
+    crl.write_bytes(crl_pem(CA.revoking()))
+    assert read_policy(ClientFiles(ca, crl)).crl_until == in_der.crl_until == NOW + DAY
+
+
+def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoking()))
+    good = read_policy(ClientFiles(ca, crl))
+    crl.write_bytes(crl_pem(CA.revoking(end=NOW - DAY)))
+    stale = read_policy(ClientFiles(ca, crl))
+    assert good.warning(NOW) is None
+    assert str(stale.warning(NOW)).startswith(f"{crl}: a list was to be replaced by ")
+    assert stale.objection(good, NOW) == stale.warning(NOW)
+    assert stale.objection(stale, NOW) is good.objection(stale, NOW) is None
+    ca.write_bytes(cert_pem(CA.cert, Authority("Old", end=NOW - DAY).cert))
+    assert str(read_policy(ClientFiles(ca)).warning(NOW)).startswith(f"{ca}: an authority expired on ")
+
+
+# Over real connections.
+
+
+class Asked:
+    """A site that asks for client certificates, and clients with and without one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ca = folder / "ca.pem"
+        self.ca.write_bytes(cert_pem(CA.cert))
+        self.files = (PairFiles(*CA.pair(folder, "site")),)
+        self.ann = CA.pair(folder, "ann", "ann")
+
+    def site(self, *, crl: Path | None = None, required: bool = True, allow: tuple[str, ...] = ()) -> Served:
+        return Certificates().serve(self.files, ClientFiles(self.ca, crl, required, allow))
+
+    def open(self) -> Served:
+        """Another one with the same certificate, that asks for nothing."""
+        return Certificates().serve(self.files)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Asked:
+    return Asked(tmp_path)
+
+
+@contextmanager
+def seen_by(site: Served) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
+    """The site's context, and a list that fills with the subject of each connection, or why it was refused."""
+    seen: list[str] = []
+
+    class Looking(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            try:
+                seen.append(site.client_subject(self))
+            except ClientRefused as refused:
+                seen.append(f"refused: {refused}")
+
+    context = site.context()
+    context.sslsocket_class = Looking
+    yield context, seen
+
+
+def subject_seen(site: Served, client: ssl.SSLContext, times: int = 1) -> list[str]:
+    with seen_by(site) as (context, seen), serving(context) as address:
+        for _ in range(times):
+            with connected(address, client):
+                pass
+    return seen
+
+
+def refused(site: Served, client: ssl.SSLContext) -> str:
+    """The alert that a client reads: with TLS 1.3 its own part of the TLS handshake is done before."""
+    with serving(site.context()) as address, pytest.raises(ssl.SSLError) as caught, connected(address, client):
+        pass
+    return str(caught.value.reason)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_with_a_certificate_is_let_in(asked: Asked, version: ssl.TLSVersion) -> None:
+    client = client_context(asked.ca, version, pair=asked.ann)
+    assert subject_seen(asked.site(), client) == ["CN=ann"]
+    assert subject_seen(asked.site(allow=("cn:ann",)), client) == ["CN=ann"]
+    assert subject_seen(asked.site(allow=("cn:bob",)), client) == [
+        "refused: the client certificate is not among those allowed"
+    ]
+    assert subject_seen(asked.open(), client) == [""]
+
+
+@pytest.mark.parametrize(
+    ("version", "alert"),
+    [(VERSIONS[0], "SSLV3_ALERT_HANDSHAKE_FAILURE"), (VERSIONS[1], "TLSV13_ALERT_CERTIFICATE_REQUIRED")],
+)
+def test_a_client_without_one_is_refused_by_an_alert(asked: Asked, version: ssl.TLSVersion, alert: str) -> None:
+    client = client_context(asked.ca, version)
+    assert refused(asked.site(), client) == alert
+    assert subject_seen(asked.site(required=False), client) == [""]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(
+    ("authority", "alert"),
+    [("Other CA", "TLSV1_ALERT_UNKNOWN_CA"), ("Test CA", "TLSV1_ALERT_DECRYPT_ERROR")],  # another, and one that lies
+)
+def test_a_client_of_another_authority_is_refused(
+    asked: Asked, version: ssl.TLSVersion, required: bool, authority: str, alert: str
+) -> None:
+    stranger = Authority(authority).pair(asked.folder, "stranger", "ann")
+    assert refused(asked.site(required=required), client_context(asked.ca, version, pair=stranger)) == alert
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_expired_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> None:
+    old = CA.pair(asked.folder, "old", "ann", start=NOW - 9 * DAY, end=NOW - DAY)
+    assert refused(asked.site(), client_context(asked.ca, version, pair=old)) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_revoked_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> None:
+    crl = asked.folder / "crl.pem"
+    bob = CA.pair(asked.folder, "bob", "bob")
+    crl.write_bytes(crl_pem(CA.revoking(x509.load_pem_x509_certificate(asked.ann[0].read_bytes()))))
+    site = asked.site(crl=crl)
+    assert refused(site, client_context(asked.ca, version, pair=asked.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert subject_seen(site, client_context(asked.ca, version, pair=bob)) == ["CN=bob"]
+
+
+def test_intermediates_are_looked_for_in_the_lists_too(asked: Asked) -> None:
+    middle = Authority("Middle", CA)
+    leaf = middle.pair(asked.folder, "leaf", "leaf")
+    leaf[0].write_bytes(leaf[0].read_bytes() + cert_pem(middle.cert))
+    client = client_context(asked.ca, pair=leaf)
+    crl = asked.folder / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoking(), middle.revoking()))
+    assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
+    crl.write_bytes(crl_pem(CA.revoking(middle.cert), middle.revoking()))
+    assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+
+
+def test_an_intermediate_may_be_the_only_authority(asked: Asked) -> None:
+    middle, crl = Authority("Middle", CA), asked.folder / "crl.pem"
+    leaf = middle.pair(asked.folder, "leaf", "leaf")
+    client = client_context(asked.ca, pair=leaf)
+    ann = client_context(asked.ca, pair=asked.ann)
+    asked.ca.write_bytes(cert_pem(middle.cert))
+    assert subject_seen(asked.site(), client) == ["CN=leaf"]
+    crl.write_bytes(crl_pem(middle.revoking()))  # without the root's
+    assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
+    crl.write_bytes(crl_pem(middle.revoking(x509.load_pem_x509_certificate(leaf[0].read_bytes()))))
+    assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert refused(asked.site(), ann) == "TLSV1_ALERT_UNKNOWN_CA"
+
+
+# Sessions.
+
+
+def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContext) -> bool:
+    """Whether a session that began with ``first`` goes on with ``second``."""
+    with serving(first, second) as address:
+        with connected(address, client) as one:
+            assert not one.session_reused
+            session = one.session
+        with connected(address, client, session) as two:
+            return bool(two.session_reused)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_ticket_of_another_site_resumes_where_certificates_are_required(
+    asked: Asked, version: ssl.TLSVersion
+) -> None:
+    """Python gives every context one session id context: nothing but their own keys keeps tickets apart (seen)."""
+    without, with_one = client_context(asked.ca, version), client_context(asked.ca, version, pair=asked.ann)
+    free, strict = asked.open().context(), asked.site().context()
+    alert = {VERSIONS[0]: "SSLV3_ALERT_HANDSHAKE_FAILURE", VERSIONS[1]: "TLSV13_ALERT_CERTIFICATE_REQUIRED"}[version]
+    with pytest.raises(ssl.SSLError, match=alert):
+        resumed(free, strict, without)
+    with pytest.raises(ssl.SSLError, match=alert):
+        resumed(asked.site(required=False).context(), strict, without)
+    assert not resumed(free, strict, with_one)
+    assert not resumed(strict, free, with_one)
+    # What shows that the test would see one.
+    assert resumed(free, free, without)
+    assert resumed(strict, strict, with_one)
+
+
+def test_no_session_is_kept_for_a_client_without_tickets(asked: Asked) -> None:
+    """By its id it could resume in TLS 1.2, and thousands of them would be memory."""
+    client = client_context(asked.ca, VERSIONS[0])
+    client.options |= ssl.OP_NO_TICKET
+    context = asked.open().context()
+    assert not resumed(context, context, client)
+    assert context.session_stats()["number"] == 0
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_no_ticket_of_another_site_resumes_in_openssl(asked: Asked, version: str) -> None:
+    """The client that nobody here wrote."""
+    free, strict = asked.open().context(), asked.site().context()
+    session = asked.folder / "session.pem"
+
+    def ask(address: tuple[str, int], *options: str, waits_for: str = "^hello") -> str:
+        process: subprocess.Popen[str] = s_client(address, version, *options)
+        with typing(process) as type_line:
+            output = until(process, waits_for)
+            type_line("Q")
+            return output + until(process, "(?!)")
+
+    with serving(free) as address:
+        assert "New, TLS" in ask(address, "-sess_out", str(session))
+        assert "Reused, TLS" in ask(address, "-sess_in", str(session))
+    with serving(strict) as address:
+        offered = ask(address, "-sess_in", str(session), waits_for="alert number")
+    assert "Reused" not in offered
+    assert "hello" not in offered.splitlines()
+    assert ("alert certificate required" if version == "-tls1_3" else "alert handshake failure") in offered
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_resumed_session_is_asked_for_no_less(asked: Asked, version: ssl.TLSVersion) -> None:
+    """Tickets carry the certificate: it is judged by what is allowed when the session resumes."""
+    client = client_context(asked.ca, version, pair=asked.ann)
+    site = asked.site(allow=("cn:ann",))
+    with seen_by(site) as (context, seen), serving(context) as address:
+        with connected(address, client) as first:
+            session = first.session
+        with connected(address, client, session) as second:
+            assert second.session_reused
+    assert seen == ["CN=ann", "CN=ann"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_that_expires_does_not_resume_for_ever(
+    asked: Asked, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_context(asked.ca, version, pair=asked.ann)
+    with seen_by(asked.site()) as (context, seen), serving(context) as address:
+        with connected(address, client) as first:
+            session = first.session
+        monkeypatch.setattr(clients, "_until", lambda _: NOW - DAY)
+        with connected(address, client, session) as second:
+            assert second.session_reused
+    assert seen == ["CN=ann", "refused: the client certificate has expired"]
+
+
+def change_allow(asked: Asked) -> ClientFiles:
+    return ClientFiles(asked.ca, allow=("cn:bob",))
+
+
+def change_authorities(asked: Asked) -> ClientFiles:
+    asked.ca.write_bytes(cert_pem(CA.cert, Authority("Second").cert))
+    return ClientFiles(asked.ca)
+
+
+def change_lists(asked: Asked) -> ClientFiles:
+    crl = asked.folder / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoking()))
+    return ClientFiles(asked.ca, crl)
+
+
+def change_nothing(asked: Asked) -> ClientFiles:
+    return ClientFiles(asked.ca)
+
+
+@pytest.mark.parametrize("change", [change_allow, change_authorities, change_lists, change_nothing])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tickets_end_with_the_policy_they_were_given_under(
+    asked: Asked, version: ssl.TLSVersion, change: Callable[[Asked], ClientFiles]
+) -> None:
+    client = client_context(asked.ca, version, pair=asked.ann)
+    before = Certificates()
+    first = before.serve(asked.files, ClientFiles(asked.ca)).context()
+    after = Certificates(before.contexts)
+    second = after.serve(asked.files, change(asked), before).context()
+    after.begin()
+    assert resumed(first, second, client) is (change is change_nothing)

@@ -1,0 +1,324 @@
+"""Certificates that are renewed while they are served."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, MutableMapping
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tests.pki import DAY, NOW, Authority, cert_pem, key_pem, new_key
+from tlstunnel.certificates import store, watch
+from tlstunnel.certificates.clients import ClientFiles
+from tlstunnel.certificates.pairs import PairFiles
+from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.certificates.watch import Watch
+
+CA = Authority()
+Line = MutableMapping[str, Any]
+
+
+@pytest.fixture
+def log() -> Iterator[list[Line]]:
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+def warnings(log: list[Line]) -> list[str]:
+    return [str(line["reason"]) for line in log if line["log_level"] == "warning"]
+
+
+class Watched:
+    """A site and the watch of its files, looked at when a test says so."""
+
+    def __init__(self, folder: Path, clients: ClientFiles | None = None, **pair: Any) -> None:
+        self.folder = folder
+        self.cert, self.key = CA.pair(folder, "x", **pair)
+        self.certificates = Certificates()
+        self.served: Served = self.certificates.serve((PairFiles(self.cert, self.key),), clients)
+        self.context = self.served.context()
+
+    def look(self, times: int = 1) -> bool:
+        """Look at the files so many times; whether something new is served since the last look."""
+
+        async def several() -> None:
+            watch = Watch(self.certificates)
+            for _ in range(times):
+                await watch.look(list(self.certificates.sources()))
+            await watch.close()
+
+        asyncio.run(several())
+        before, self.context = self.context, self.served.context()
+        return self.context is not before
+
+
+def test_a_new_pair_is_served_and_told_of(tmp_path: Path, log: list[Line]) -> None:
+    site = Watched(tmp_path)
+    assert not site.look(3)
+    assert log == []
+    CA.pair(tmp_path, "x", end=NOW + 60 * DAY + DAY / 2)
+    assert site.look()
+    assert [line["news"] for line in log] == [f"{site.cert}: a new certificate is served, with 60 days left"]
+    assert not site.look(3)
+    assert len(log) == 1
+
+
+def test_a_file_that_is_written_anew_with_the_same_content_is_no_news(tmp_path: Path, log: list[Line]) -> None:
+    site = Watched(tmp_path)
+    site.cert.write_bytes(site.cert.read_bytes())
+    assert not site.look(2)
+    assert log == []
+
+
+def test_two_renames_settle(tmp_path: Path, log: list[Line]) -> None:
+    """The certificate first, and a look at both before the key has come."""
+    site = Watched(tmp_path)
+    (tmp_path / "new").mkdir()
+    cert, key = CA.pair(tmp_path / "new", "x")
+    cert.replace(site.cert)
+    assert not site.look()
+    key.replace(site.key)
+    assert site.look()
+    assert warnings(log) == []
+
+
+def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
+    """As Kubernetes and certbot replace certificates."""
+    for name in ("one", "two", "live"):
+        (tmp_path / name).mkdir()
+    CA.pair(tmp_path / "two", "x")
+    site = Watched(tmp_path / "one")
+    link = tmp_path / "data"
+    link.symlink_to(tmp_path / "one")
+    site.served = site.certificates.serve((PairFiles(link / "x.pem", link / "x-key.pem"),))
+    site.look()
+    (tmp_path / "next").symlink_to(tmp_path / "two")
+    (tmp_path / "next").replace(link)
+    assert site.look()
+
+
+def broken(site: Watched, how: str) -> str:
+    """Break the site's files; give the beginning of what is to be told."""
+    if how == "mismatch":
+        site.key.write_bytes(key_pem(new_key()))
+        return f"{site.key}: the private key does not match the certificate in {site.cert}"
+    if how == "gone":
+        site.key.unlink()
+        return f"{site.key}: cannot be read: No such file or directory"
+    if how == "half":
+        site.cert.write_bytes(site.cert.read_bytes()[:300])
+        return f"{site.cert}: holds a damaged certificate"
+    CA.pair(site.folder, "x", start=NOW - 9 * DAY, end=NOW - DAY)
+    return f"{site.cert}: the new certificate expired on "
+
+
+BREAKS = ["mismatch", "gone", "half", "expired"]
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_what_is_no_good_is_told_of_once_and_the_old_pair_goes_on(tmp_path: Path, log: list[Line], how: str) -> None:
+    site = Watched(tmp_path)
+    told = broken(site, how)
+    assert not site.look()
+    assert log == []
+    assert not site.look()
+    assert [reason.startswith(told) for reason in warnings(log)] == [True]
+    assert not site.look(3)
+    assert len(log) == 1
+    CA.pair(tmp_path, "x")  # mended
+    assert site.look()
+    assert len(warnings(log)) == 1
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_every_change_for_the_worse_is_told_of(tmp_path: Path, log: list[Line], how: str) -> None:
+    site = Watched(tmp_path)
+    site.key.write_bytes(b"x")
+    site.look(2)
+    CA.pair(tmp_path, "x")
+    broken(site, how)
+    site.look(2)
+    assert len(warnings(log)) == 2
+
+
+def test_an_expired_one_is_replaced_by_another(tmp_path: Path) -> None:
+    site = Watched(tmp_path, start=NOW - 9 * DAY, end=NOW - 2 * DAY)
+    CA.pair(tmp_path, "x", start=NOW - 9 * DAY, end=NOW - DAY)
+    assert site.look()
+
+
+def test_one_that_is_not_valid_yet_is_taken_when_its_time_has_come(
+    tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Watched(tmp_path)
+    CA.pair(tmp_path, "x", start=NOW + DAY)
+    assert not site.look(2)
+    assert [f"{site.cert}: the new certificate is not valid before" in reason for reason in warnings(log)] == [True]
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return NOW + DAY
+
+    monkeypatch.setattr("tlstunnel.certificates.store.datetime", Tomorrow)
+    assert not site.look(2)  # what was refused is not read at each look
+    for source in site.certificates.sources():
+        source._again = 0.0  # a minute later
+    assert site.look()
+
+
+def test_a_passphrase_is_watched_too(tmp_path: Path) -> None:
+    site = Watched(tmp_path)
+    words = tmp_path / "words"
+    words.write_bytes(b"wrong")
+    source = store.PairSource(PairFiles(site.cert, site.key, passphrase_file=words))
+    assert words in source.paths
+
+
+def test_authorities_and_lists_are_watched(tmp_path: Path, log: list[Line]) -> None:
+    ca, crl = tmp_path / "ca.pem", tmp_path / "crl.pem"
+    ca.write_bytes(cert_pem(CA.cert))
+    crl.write_bytes(CA.revoking().public_bytes(Encoding.PEM))
+    site = Watched(tmp_path, ClientFiles(ca, crl))
+    assert not site.look(2)
+    revoked = CA.sign(new_key())
+    crl.write_bytes(CA.revoking(revoked).public_bytes(Encoding.PEM))
+    assert site.look()
+    assert [line["news"] for line in log] == [f"{ca}: new authorities or revocation lists decide about clients"]
+    crl.write_bytes(CA.revoking(end=NOW - DAY).public_bytes(Encoding.PEM))
+    assert not site.look(2)
+    assert [reason.startswith(f"{crl}: a list was to be replaced") for reason in warnings(log)] == [True]
+
+
+# In a running loop.
+
+
+def in_loop(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await work()
+
+    asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "ROUND", 0.02)
+
+
+def differs(served: Served, digest: bytes) -> bool:
+    return served.digest != digest
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_renewal_is_found_without_being_asked_for(tmp_path: Path, log: list[Line]) -> None:
+    site = Watched(tmp_path)
+
+    async def work() -> None:
+        watching = Watch(site.certificates)
+        watching.start()
+        for _ in range(3):
+            before = site.served.digest
+            CA.pair(tmp_path, "x")
+            await until(partial(differs, site.served, before))
+        await watching.close()
+
+    in_loop(work)
+    assert warnings(log) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_after_a_reload_the_next_store_is_watched(tmp_path: Path, log: list[Line]) -> None:
+    site = Watched(tmp_path)
+    other = PairFiles(*CA.pair(tmp_path, "other"))
+
+    async def work() -> None:
+        watching = Watch(site.certificates)
+        watching.start()
+        site.key.unlink()
+        after = Certificates(site.certificates.contexts)
+        first = after.serve((PairFiles(site.cert, site.key),), None, site.certificates)
+        second = after.serve((other,), None, site.certificates)
+        assert first.context() is site.context
+        old = second.context()
+        watching.follow(after)
+        CA.pair(tmp_path, "other")
+        await until(lambda: second.context() is not old)
+        await watching.close()
+
+    in_loop(work)
+    assert warnings(log) == [f"{site.key}: cannot be read: No such file or directory"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fault_of_ours_does_not_end_the_watch(
+    tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Watched(tmp_path)
+    with monkeypatch.context() as patch:
+
+        async def work() -> None:
+            patch.setattr(watch, "_seen", None)
+            watching = Watch(site.certificates)
+            watching.start()
+            await until(lambda: any(line["log_level"] == "error" for line in log))
+            patch.undo()
+            patch.setattr(watch, "ROUND", 0.02)
+            CA.pair(tmp_path, "x")
+            await until(lambda: site.served.context() is not site.context)
+            await watching.close()
+
+        in_loop(work)
+
+
+def test_without_files_nothing_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        watching = Watch(Certificates())
+        watching.start()
+        await asyncio.sleep(0)
+        await watching.close()
+
+    in_loop(work)
+    asyncio.run(Watch(Certificates()).close())
+
+
+def test_days_left_are_logged_and_warned_of_once(tmp_path: Path, log: list[Line]) -> None:
+    certificates = Certificates()
+    for number, days in enumerate((100, 20, 50)):
+        certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + days * DAY)),))
+    watching = Watch(certificates)
+    watching.tell_of_age(NOW)
+    watching.tell_of_age(NOW)
+    info, warning, again = log
+    assert (
+        info
+        == again
+        == {
+            "event": "certificates",
+            "count": 3,
+            "first": str(tmp_path / "1.pem"),
+            "days_left": 20,
+            "log_level": "info",
+        }
+    )
+    assert "1.pem: the certificate expires in 20 days" in warning["reason"]
+    watching.tell_of_age(NOW + DAY)
+    assert "expires in 19 days" in log[-1]["reason"]
+
+
+def test_very_many_warnings_are_counted(tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_TOLD", 2)
+    certificates = Certificates()
+    for number in range(5):
+        certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + DAY)),))
+    Watch(certificates).tell_of_age(NOW)
+    assert warnings(log)[2:] == ["3 more are of that kind"]

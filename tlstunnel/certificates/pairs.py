@@ -1,0 +1,153 @@
+"""A certificate chain and its private key: read, checked against each other, and kept as they are served."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from tlstunnel.certificates import describe
+from tlstunnel.errors import CertificateError
+
+# Public certificates live 90 days and less, and are usually renewed when a third is left: by now that has failed.
+WARN_DAYS = 21
+
+# The kinds of key that certificates of TLS 1.2 and 1.3 have with our suites; OpenSSL keeps one certificate of each.
+_KINDS = frozenset({"RSA", "ECDSA", "Ed25519", "Ed448"})
+
+# OpenSSL's PEM_BUFSIZE: `openssl` makes no key with a longer one.
+_LONGEST_PASSPHRASE = 1023
+
+
+@dataclass(frozen=True, slots=True)
+class PairFiles:
+    """Where a pair is: PEM files, and where its passphrase is, a file or a variable of the environment."""
+
+    cert: Path
+    key: Path
+    passphrase_file: Path | None = None
+    passphrase_env: str | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the pair is made of."""
+        return (self.cert, self.key) if self.passphrase_file is None else (self.cert, self.key, self.passphrase_file)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair that belongs together. Serving goes on with it when its files are broken later, so it holds all of them.
+
+    ``pem`` is the key, no longer encrypted, and the chain, leaf first; ``digest`` is pem's SHA-256. ``cert`` is the
+    file. ``kind`` is ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what TLS libraries judge a chain by,
+    apart from its time: each certificate's kind of key, its size, and the algorithm of its signature.
+    """
+
+    cert: Path
+    pem: bytes = field(repr=False)
+    digest: bytes
+    not_before: datetime
+    not_after: datetime
+    kind: str
+    shape: tuple[str, ...]
+
+    def days_left(self, now: datetime) -> int:
+        """Whole days until it expires, rounded down: negative as soon as it has."""
+        return (self.not_after - now).days
+
+    def warning(self, now: datetime) -> str | None:
+        """Say that it is expired, not valid yet, or has fewer than 21 days left; None when all is well."""
+        return validity_warning(self.cert, self.not_before, self.not_after, now)
+
+    def objection(self, present: "Pair", now: datetime) -> str | None:
+        """Say why it must not replace ``present``; None when it may."""
+        if not present.not_before <= now <= present.not_after or self.not_before <= now <= self.not_after:
+            return None
+        what, when = (
+            ("is not valid before", self.not_before) if now < self.not_before else ("expired on", self.not_after)
+        )
+        return f"{self.cert}: the new certificate {what} {when:%Y-%m-%d %H:%M} UTC, and the one in use is valid"
+
+    def news(self, now: datetime) -> str:
+        """Say that it is served from now on."""
+        return f"{self.cert}: a new certificate is served, with {self.days_left(now)} days left"
+
+
+def read_pair(files: PairFiles) -> Pair:
+    """Read a pair and compare its keys. Validity is not checked. 0.1 ms, where the key is not encrypted.
+
+    Raises CertificateError, naming the file and the reason.
+    """
+    chain = describe.read(files.cert)
+    key = describe.read_key(files.key, _passphrase(files))
+    place = next((place for place, cert in enumerate(chain) if describe.belongs(key, cert)), None)
+    if place is None:
+        raise CertificateError(f"{files.key}: the private key does not match the certificate in {files.cert}")
+    if place:
+        raise CertificateError(
+            f"{files.cert}: must begin with the certificate of {files.key}, which is number {place + 1}"
+        )
+    leaf, *issuers = chain
+    kind, shape = _shape(leaf)
+    if kind not in _KINDS:
+        raise CertificateError(f"{files.cert}: TLS has no use for its key ({kind}); clients take RSA and ECDSA")
+    behind = [_issuer(cert) for cert in issuers]
+    pem = b"".join(
+        (
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+            leaf.public_bytes(Encoding.PEM),
+            *(pem for _, pem in behind),
+        )
+    )
+    return Pair(
+        cert=files.cert,
+        pem=pem,
+        digest=hashlib.sha256(pem).digest(),
+        not_before=leaf.not_valid_before_utc,
+        not_after=leaf.not_valid_after_utc,
+        kind=kind,
+        shape=(shape, *(shape for shape, _ in behind)),
+    )
+
+
+def validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
+    """Say that a certificate is expired, not valid yet, or has fewer than 21 days left; all times aware."""
+    if now < not_before:
+        return f"{cert}: the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC: clients will refuse it"
+    if now > not_after:
+        return f"{cert}: the certificate expired on {not_after:%Y-%m-%d %H:%M} UTC: clients refuse it; renew it"
+    days = (not_after - now).days
+    if days < WARN_DAYS:
+        return f"{cert}: the certificate expires in {days} days, on {not_after:%Y-%m-%d %H:%M} UTC; renew it"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _issuer(cert: x509.Certificate) -> tuple[str, bytes]:
+    """Give the shape and PEM of a certificate that is behind thousands of leaves."""
+    return _shape(cert)[1], cert.public_bytes(Encoding.PEM)
+
+
+def _shape(cert: x509.Certificate) -> tuple[str, str]:
+    key = describe.kind(cert)
+    return key.partition(" ")[0], f"{key} signed {cert.signature_algorithm_oid.dotted_string}"
+
+
+def _passphrase(files: PairFiles) -> bytes | None:
+    if files.passphrase_file is not None:
+        # Of a file it is the first line, as for nginx's ssl_password_file and `openssl -passin file:`.
+        source, lines = str(files.passphrase_file), describe.read_bytes(files.passphrase_file).splitlines()
+        passphrase = lines[0]
+    elif files.passphrase_env is not None:
+        source, passphrase = f"${files.passphrase_env}", os.environb.get(os.fsencode(files.passphrase_env), b"")
+    else:
+        return None
+    if not passphrase:
+        raise CertificateError(f"{files.key}: {source} holds no passphrase for the private key")
+    if len(passphrase) > _LONGEST_PASSPHRASE:
+        raise CertificateError(f"{files.key}: the passphrase in {source} has more than {_LONGEST_PASSPHRASE} bytes")
+    return passphrase

@@ -1,0 +1,125 @@
+"""Certificates renewed while they are served: their files are looked at again and again, and read when they change."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from tlstunnel.certificates.store import Certificates, Seen, Source
+
+ROUND = 2.0
+"""Seconds in which every file is looked at once, as long as they are few."""
+
+SOURCES_A_SECOND = 2000
+"""Pairs looked at in a second at most: ten thousand every 5 s, which takes 2 % of a core (9 us for two files)."""
+
+SOURCES_AT_ONCE = 250
+"""Two milliseconds of the thread's."""
+
+DAY = 86_400.0
+"""Seconds between two warnings of the same certificate."""
+
+MOST_TOLD = 100
+"""Warnings at once that are lines of their own; the rest is a number."""
+
+
+class Watch:
+    """Keeps what is served as its files are, in the running loop, from `start` to `close`.
+
+    Files that cannot be served are told of in the log, and what was there before is served.
+    """
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._certificates = certificates
+        self._log = structlog.get_logger()
+        # Of its own: a file system that does not answer must hold neither the tunnels nor the resolver.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="certificates")
+        self._task: asyncio.Task[None] | None = None
+        self._told: set[str] = set()
+
+    def start(self) -> None:
+        """Begin, and say how long the certificates last."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def follow(self, certificates: Certificates) -> None:
+        """Serve with another store from now on: contexts that it does not have are forgotten."""
+        self._certificates = certificates
+        certificates.begin()
+        for complaint in certificates.complaints():
+            self._refused(complaint)
+        self.tell_of_age(datetime.now(UTC))
+
+    async def close(self) -> None:
+        """End."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def look(self, sources: Sequence[Source[Any]]) -> None:
+        """Look at the files of these once, and serve with what is new in them."""
+        certificates = self._certificates
+        found = await asyncio.get_running_loop().run_in_executor(self._thread, _seen, sources)
+        for seen in found if certificates is self._certificates else ():
+            changed, complaint = seen.source.take(seen)
+            if complaint:
+                self._refused(complaint)
+            elif changed:
+                certificates.renewed(seen.source)
+                self._log.info("certificate replaced", news=seen.source.value.news(datetime.now(UTC)))
+                self._warn([seen.source.value.warning(datetime.now(UTC))])
+
+    def tell_of_age(self, now: datetime) -> None:
+        """Log how many days are left, and warn of what has fewer than 21 or is of no use, each once a day."""
+        pairs = list(self._certificates.pairs())
+        if pairs:
+            first = min(pairs, key=lambda pair: pair.not_after)
+            self._log.info("certificates", count=len(pairs), first=str(first.cert), days_left=first.days_left(now))
+        self._warn(self._certificates.warnings(now))
+
+    async def _run(self) -> None:
+        told = -DAY
+        while True:
+            if time.monotonic() - told >= DAY:
+                told = time.monotonic()
+                self._told.clear()
+                self.tell_of_age(datetime.now(UTC))
+            try:
+                await self._round()
+            except Exception:
+                self._log.exception("looking at certificates failed")
+                await asyncio.sleep(ROUND)
+
+    async def _round(self) -> None:
+        """Look at all sources, spread evenly, so that nothing has to wait for many at once."""
+        certificates = self._certificates
+        sources = list(certificates.sources())
+        if not sources:
+            return await asyncio.sleep(ROUND)
+        seconds = max(ROUND, len(sources) / SOURCES_A_SECOND)
+        for first in range(0, len(sources), SOURCES_AT_ONCE):
+            some = sources[first : first + SOURCES_AT_ONCE]
+            await asyncio.sleep(seconds * len(some) / len(sources))
+            if certificates is not self._certificates:
+                return
+            await self.look(some)
+
+    def _refused(self, complaint: str) -> None:
+        self._log.warning("certificate not replaced", reason=complaint, hint="the one before goes on being served")
+
+    def _warn(self, warnings: Sequence[str | None]) -> None:
+        new = [warning for warning in warnings if warning and warning not in self._told]
+        self._told.update(new)
+        for warning in new[:MOST_TOLD]:
+            self._log.warning("certificate", reason=warning)
+        if len(new) > MOST_TOLD:
+            self._log.warning("certificate", reason=f"{len(new) - MOST_TOLD} more are of that kind")
+
+
+def _seen(sources: Sequence[Source[Any]]) -> list[Seen[Any]]:
+    """Look for changed files and read them: what may take its time, in a thread, and changes nothing."""
+    return [seen for source in sources if (seen := source.seen()) is not None]
