@@ -69,17 +69,19 @@ class OriginAddress:
     """The server behind: ``host`` and ``port``, or the ``path`` of a Unix socket (then ``host`` is None, ``port`` 0).
 
     ``host`` is an IP address in its shortest form, without brackets, or a host name in lower case with A-labels.
-    ``text`` is what was written, and plays no part in comparisons.
+    ``tls`` says that it is spoken to by TLS (``wss://``). ``text`` is what was written, and plays no part in
+    comparisons.
     """
 
     host: str | None
     port: int
     path: str | None = None
     text: str = field(default="", compare=False)
+    tls: bool = False
 
     @classmethod
     def parse(cls, text: str, folder: Path | None = None) -> Self:
-        """Read ``HOST:PORT``, ``ws://HOST[:PORT][/]`` or ``unix:PATH``. Raises ValueError.
+        """Read ``HOST:PORT``, ``ws://HOST[:PORT][/]``, ``wss://HOST[:PORT][/]`` or ``unix:PATH``. Raises ValueError.
 
         A relative path is taken from ``folder`` (the configuration file's); without one it is refused.
         """
@@ -92,13 +94,15 @@ class OriginAddress:
             host, port = _host_and_port(text, "localhost:3000")
         else:
             authority = _authority(text, scheme.lower(), rest)
-            host, port = _host_and_port(authority, "ws://localhost:3000", default_port=80)
+            tls = scheme.lower() == "wss"
+            host, port = _host_and_port(authority, "ws://localhost:3000", default_port=443 if tls else 80)
         if not port:
             raise ValueError(f"{quoted(text)}: the port of an origin is a number from 1 to 65535")
-        return cls(host, port, None, text)
+        return cls(host, port, None, text, tls=separator != "" and scheme.lower() == "wss")
 
     def __str__(self) -> str:
-        return _written(self.host, self.port, self.path)
+        written = _written(self.host, self.port, self.path)
+        return f"wss://{written}" if self.tls else written
 
 
 class Networks:
@@ -186,10 +190,9 @@ def _unix_path(text: str, folder: Path | None) -> str:
 
 def _authority(text: str, scheme: str, rest: str) -> str:
     """Give the ``HOST[:PORT]`` of an origin's URL, and refuse whatever else a URL can hold."""
-    if scheme in ("wss", "https"):
-        raise ValueError(f"{quoted(text)}: TLS to origins is not there yet; write ws://, for an origin without TLS")
-    if scheme != "ws":
-        raise ValueError(f"{quoted(text)}: an origin is host:port, ws://host:port or unix:/path")
+    if scheme not in ("ws", "wss"):
+        hint = {"http": "; write ws:// for it", "https": "; write wss:// for it"}.get(scheme, "")
+        raise ValueError(f"{quoted(text)}: an origin is host:port, ws://host:port, wss://host:port or unix:/path{hint}")
     if "@" in rest:  # the text is not shown: it may hold a password
         raise ValueError("an origin has no user and no password; write ws://host:port")
     if "?" in rest or "#" in rest:

@@ -190,8 +190,8 @@ class Channel:
         """Let writability be an event too."""
         self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
 
-    async def do_handshake(self) -> ssl.SSLSocket:
-        """The TLS handshake, on a socket that is an ``SSLSocket`` by now."""
+    async def do_handshake(self, unless_gone: "Channel | None" = None) -> ssl.SSLSocket:
+        """The TLS handshake, on a socket that is an ``SSLSocket`` by now. Raises ClientGone once `unless_gone` is."""
         sock = self.sock
         assert isinstance(sock, ssl.SSLSocket)
         while True:
@@ -199,8 +199,12 @@ class Channel:
                 sock.do_handshake()
                 return sock
             except ssl.SSLWantReadError:
+                if unless_gone is not None and unless_gone.gone:
+                    raise ClientGone from None
                 await self._wakeup.wait()
             except ssl.SSLWantWriteError:
+                if unless_gone is not None and unless_gone.gone:
+                    raise ClientGone from None
                 await self.writable()
 
 

@@ -273,6 +273,11 @@ class SiteConfig(_Table, frozen=True):
     health: Health | None = None
     ejection: Ejection = Ejection()
     routes: tuple[RouteConfig, ...] = ()
+    origin_ca: Path | None = None
+    origin_name: str | None = None
+    origin_cert: Path | None = None
+    origin_key: Path | None = None
+    verify: Literal["on", "off"] = "on"
     origin_host: str = "keep"
     set_headers: Headers = Headers()
     remove_headers: tuple[str, ...] = ()
@@ -731,6 +736,7 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
             (*path, "key"), "a key needs its certificate; write cert = beside it, with the PEM file of the chain"
         )
     _refuse_unsound_certificates(site, path)
+    _refuse_unsound_trust(site, path)
     _refuse_unsound_origins(site, path)
     if site.origin_host not in ("keep", "origin") and not _is_host(site.origin_host):
         reason = f'expected "keep", "origin" or a host name, got {quoted(site.origin_host)}'
@@ -771,6 +777,32 @@ def _refuse_unsound_certificates(site: SiteConfig, path: _Path) -> None:
             reason = f'expected "cn:NAME", "dns:NAME" or "uri:URI", got {quoted(allowed)}'
             raise _MisfitError((*path, "client_allow", index), reason)
     _refuse_field_name(site.client_subject_header, (*path, "client_subject_header"))
+
+
+def _refuse_unsound_trust(site: SiteConfig, path: _Path) -> None:
+    """Refuse what is said of TLS to origins where there is none, or what would say nothing."""
+    pools = (site.origins, *(route.origins for route in site.routes))
+    if not any(origin.address.tls for origins in pools for origin in origins):
+        for key in ("origin_ca", "origin_name", "origin_cert", "origin_key"):
+            if getattr(site, key) is not None:
+                raise _MisfitError((*path, key), "this is about origins with TLS, wss://, and there is none")
+        if site.verify == "off":
+            raise _MisfitError((*path, "verify"), "this is about origins with TLS, wss://, and there is none")
+    if site.verify == "off" and site.origin_ca is not None:
+        raise _MisfitError((*path, "verify"), 'with "off" nobody looks at origin_ca; leave one of them out')
+    if (site.origin_cert is None) != (site.origin_key is None):
+        missing = "origin_key" if site.origin_key is None else "origin_cert"
+        raise _MisfitError(path, f"origin_cert and origin_key go together; write {missing} = too")
+    if site.origin_name is not None and not _is_name(site.origin_name):
+        reason = f"expected the name that the origins' certificates have, got {quoted(site.origin_name)}"
+        raise _MisfitError((*path, "origin_name"), reason)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return "*" not in canonical_name(text)
+    except ValueError:
+        return False
 
 
 def _is_host(text: str) -> bool:

@@ -43,6 +43,8 @@ CERTIFICATES = Path("certs")
 SIGINT_SECONDS = 5.0
 """Over how long SIGINT spreads the closings: someone waits at a terminal."""
 
+UNVERIFIED = "whoever is on the way to them can read and change everything; give origin_ca instead of verify = off"
+
 MOST_TOLD = 50
 """Changes of a reload that the log has, one by one."""
 
@@ -179,6 +181,7 @@ class Service:
             self._loaded.sites.start()
             self._watch = Watch(self._loaded.sites.certificates)
             self._watch.start()
+            self._warn()
             self._server.start()
         for listener in self._listeners:
             self._log.info("listening", address=str(listener.address))
@@ -213,6 +216,7 @@ class Service:
             self._watch.follow(loaded.sites.certificates)
             self._server.switch(loaded.config, loaded.sites, loaded.firewall, self._listeners)
             self._loaded = loaded
+            self._warn()
             self._begin(self._retire(before))
             told = [*changes(before.config, loaded.config), *loaded.sites.certificates.complaints()]
             self._log.info("reloaded", changes=told[:MOST_TOLD], more=max(len(told) - MOST_TOLD, 0))
@@ -252,6 +256,11 @@ class Service:
         await self._server.handshakes_done()
         await before.firewall.close()
         await before.sites.close()
+
+    def _warn(self) -> None:
+        for site in self._loaded.configured:
+            if site.verify == "off":
+                self._log.warning("origins not verified", site=site.names[0], hint=UNVERIFIED)
 
     def _control(self) -> ControlSocket | None:
         """The control socket; one that nobody asked for by name is not worth ending for."""

@@ -15,6 +15,7 @@ from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Fields
 from tlstunnel.handshake.request import Request
 from tlstunnel.origins.pool import Pool
+from tlstunnel.origins.tls import Contexts, OriginTLS
 from tlstunnel.proxy_protocol import write_local
 
 
@@ -32,6 +33,7 @@ class SiteEdits:
         """The edits of a head for `origin`, as it is written, from a client whose certificate has this `subject`."""
         if self is _NONE:
             return NO_EDITS
+        origin = origin.removeprefix("wss://")
         host = None if self.host == "keep" else (origin if self.host == "origin" else self.host).encode("ascii")
         if origin.startswith("unix:") and self.host == "origin":
             host = b"localhost"
@@ -163,20 +165,22 @@ def load_sites(
     Raises CertificateError, also where a site has neither certificate nor `test_pair`.
     """
     certificates = Certificates(before.certificates.contexts if before is not None else None)
+    contexts = Contexts()
     sites = []
     default = None
     for site in configured:
         served = certificates.serve(
             _pair_files(site, test_pair), _client_files(site), before.certificates if before is not None else None
         )
+        tls = _origin_tls(site, contexts)
         version = site.send_proxy_protocol
         preface = b"" if version == "off" else write_local(version)
         made = Site(
             frozenset(site.names),
             site.names[0],
             served,
-            _pool(site, resolve_every, preface),
-            tuple((route.path, _pool(route, resolve_every, preface)) for route in site.routes),
+            _pool(site, resolve_every, preface, tls),
+            tuple((route.path, _pool(route, resolve_every, preface, tls)) for route in site.routes),
             passes=site.http == "pass",
             edits=_edits(site),
             max_age=site.max_age,
@@ -215,5 +219,14 @@ def _edits(site: SiteConfig) -> SiteEdits:
     return _NONE if made == _NONE else made
 
 
-def _pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes) -> Pool:
-    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every, preface)
+def _origin_tls(site: SiteConfig, contexts: Contexts) -> OriginTLS | None:
+    """How the site's ``wss://`` origins are spoken to; None where there is none. Raises CertificateError."""
+    pools = (site.origins, *(route.origins for route in site.routes))
+    if not any(origin.address.tls for origins in pools for origin in origins):
+        return None
+    context = contexts.get(ca=site.origin_ca, cert=site.origin_cert, key=site.origin_key, verify=site.verify == "on")
+    return OriginTLS(context, site.origin_name)
+
+
+def _pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes, tls: OriginTLS | None) -> Pool:
+    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every, preface, tls)

@@ -1,16 +1,17 @@
 """Bytes both ways between a TLS client and its origin: never parsed, held back or reordered.
 
-Two directions, each with a source, a buffer for what its sink would not take, and an end:
+A splice has two sides, each with its socket and with what comes from it:
 
-    up      client (TLS)  ->  _to_origin  ->  origin
-    down    origin        ->  _to_client  ->  client (TLS)
+    client (TLS)  --  flow, moved  ->  unsent  --  origin (plain or TLS)
+    client (TLS)  --  unsent  <-  flow, moved  --  origin (plain or TLS)
 
-A direction FLOWS; or WAITS for its sink, and its source is not read meanwhile, so that memory is bounded by one turn's
-read; or ENDS: its source has said its last, and what is left is being delivered; or has ENDED: the end was passed on,
-or its sink takes no more. When both have ENDED, so has the tunnel. Reading is the only source of truth about a source:
-an error or a hang-up is believed when a read shows it, so after everything that came before it.
+What comes from a side FLOWS; or WAITS for the other side to take it, and is not read meanwhile, so that memory is
+bounded by one turn's read; or ENDS: the side has said its last, and what is left is being delivered; or has ENDED: the
+end was passed on, or the other side takes no more. When both have ENDED, so has the tunnel. Reading is the only source
+of truth about a side: an error or a hang-up is believed when a read shows it, so after everything that came before it.
 
-Readiness is level-triggered and asked anew only when a direction changes state: a message costs no ``epoll_ctl``.
+The hot path is `on_event`, once for a TLS side and once for a plain one. Readiness is level-triggered and asked anew
+only when a flow changes state: a message costs no ``epoll_ctl``.
 """
 
 import asyncio
@@ -47,12 +48,275 @@ FAULT = "internal error"
 _BUFFER = bytearray(TURN)
 _VIEW = memoryview(_BUFFER)
 
-_WANT = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_WANT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked in struct tcp_info, linux/tcp.h
 
 
+class _Side:
+    """One of the two sockets, what comes from it, and what is still to be sent to it.
+
+    `moved` counts the bytes from here that the other side's socket took, `unsent` are those for here that this socket
+    has not taken yet. `end` says how it ended what it sends; `failure` why it takes no more, while its own last words
+    may still be on their way to us.
+    """
+
+    __slots__ = ("_sink", "_splice", "_watched", "end", "failure", "flow", "moved", "sock", "unsent", "wants")
+
+    def __init__(self, splice: "Splice", sock: socket.socket, sink: socket.socket, unsent: bytes) -> None:
+        self._splice = splice
+        self._sink = sink  # the other side's socket
+        self.sock = sock
+        self.unsent = unsent
+        self.flow = FLOWS
+        self.moved = 0
+        self.end = ""
+        self.failure: OSError | None = None
+        self.wants = 0  # IN or OUT where TLS has a message of its own to read or write before anything else
+        self._watched = EDGE  # what it is registered for before
+
+    def on_event(self, events: int) -> None:
+        """Move what has come from here to the other side."""
+        raise NotImplementedError
+
+    # What is not the hot path: waiting, ending, failing.
+
+    @property
+    def _other(self) -> "_Side":
+        splice = self._splice
+        return splice.origin if splice.client is self else splice.client
+
+    def _may_be_read(self, events: int) -> bool:
+        splice = self._splice
+        if events & (self.wants or OUT):
+            self.wants = 0
+            self.flush()
+            splice.settle()
+        if self.flow == FLOWS:
+            return True
+        if events & (ERR | HUP) and not splice.over:
+            # It has hung up and is not to be read yet, and epoll tells of that unasked, again and again.
+            splice.splices.readiness.unregister(self.sock.fileno())
+            self._watched = -1
+            splice.splices.closing(splice)
+            if error := _error_of(self.sock):
+                self._takes_no_more(error)
+        return False
+
+    def _is_behind(self, rest: bytes, why: OSError) -> None:
+        """The other side's socket did not take `rest` of what came from here."""
+        other = self._other
+        if not isinstance(why, _WANT):
+            return other._takes_no_more(why)
+        # OpenSSL may have sent a part of what it was offered, and must be offered the same again.
+        other.unsent = rest
+        self.flow = WAITS
+        if isinstance(why, ssl.SSLWantReadError):
+            other._must_first(IN)
+        self._splice.settle()
+
+    def _must_first(self, wants: int) -> None:
+        """Wait for `wants` alone: asked for anything else, a readiness that is of no use would come for ever."""
+        self.wants = wants
+        if self.flow == FLOWS:
+            self.flow = WAITS
+
+    def flush(self) -> None:
+        """Send what is unsent, as far as it goes, and go on with what had to wait for that."""
+        other = self._other
+        if self.unsent:
+            rest = memoryview(self.unsent)
+            try:
+                while rest:
+                    sent = self.sock.send(rest)
+                    other.moved += sent
+                    rest = rest[sent:]
+            except ssl.SSLWantReadError:
+                self._must_first(IN)
+            except _WANT:
+                pass
+            except OSError as error:
+                return self._takes_no_more(error)
+            self.unsent = bytes(rest)
+        if self.flow == WAITS and not other.unsent and not self.wants:
+            self.flow = FLOWS
+        if other.flow == WAITS and not self.unsent and not other.wants:
+            other.flow = FLOWS
+            if self._splice.draining:
+                other.on_event(IN)
+
+    def ended(self, why: str) -> None:
+        """It sends no more: `CLOSED` is the end that it meant, or that we make; all others are failures."""
+        splice = self._splice
+        if splice.over:
+            return
+        splice.blame(self, why)
+        if why != CLOSED:
+            # Reset, or a FIN without close_notify, after which OpenSSL writes nothing more.
+            self.unsent = b""
+            self._other.flow = ENDED
+            splice.aborting |= why != TRUNCATED
+        if why != CLOSED or not splice.draining:
+            self.end = why
+        self.flow = ENDS
+        splice.settle()
+
+    def _takes_no_more(self, error: OSError) -> None:
+        """A write to it failed: what it sent before is still delivered, and then shows why."""
+        other = self._other
+        self.failure = error
+        self.unsent = b""
+        other.flow = ENDED
+        self.wants = 0
+        if self.flow == WAITS and not other.unsent:
+            self.flow = FLOWS
+        self._splice.aborting |= self.flow == ENDED
+        self._splice.settle()
+
+    def take_end(self) -> bool:
+        """Send it the other side's end, while it may go on sending; whether that is done."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        return True
+
+    def watch(self) -> None:
+        """Watch for what is needed now."""
+        events = self.wants
+        if not events:
+            writes = self.unsent or self._other.flow == ENDS
+            events = (IN if self.flow == FLOWS else 0) | (OUT if writes else 0)
+        if self._watched < 0:
+            if not events:
+                return
+            self._splice.splices.readiness.register(self.sock.fileno(), events, self.on_event)
+        elif self._watched != events:
+            self._splice.splices.readiness.modify(self.sock.fileno(), events, self.on_event)
+        self._watched = events
+
+
+class _Plain(_Side):
+    """A side without TLS: an end is a FIN."""
+
+    __slots__ = ()
+
+    def on_event(self, events: int) -> None:
+        """Move what has come from here to the other side."""
+        try:
+            if (self.flow or events != IN) and not self._may_be_read(events):
+                return
+            try:
+                n = self.sock.recv_into(_BUFFER)
+            except BlockingIOError:
+                if self._splice.draining:
+                    self.ended(CLOSED)
+                return
+            except OSError as error:
+                return self._read_end(_why(error))
+            if not n:
+                return self._read_end(CLOSED)
+            sent, failure = 0, None
+            try:
+                while sent < n:
+                    sent += self._sink.send(_VIEW[sent:n])
+            except OSError as error:
+                failure = error
+            self.moved += sent
+            if failure is not None:
+                self._is_behind(bytes(_VIEW[sent:n]), failure)
+        except Exception:
+            self._splice.fault()
+
+    def _read_end(self, why: str) -> None:
+        if self.failure is not None and not self._splice.draining:
+            # The write that failed took the socket's error with it: without one, a reset reads as an end.
+            why = _why(self.failure)
+        self.ended(why)
+
+
+class _Secure(_Side):
+    """A side with TLS: an end is close_notify, and a FIN without it a truncation (RFC 8446 section 6.1)."""
+
+    __slots__ = ("_notify",)
+    sock: ssl.SSLSocket
+
+    def __init__(self, splice: "Splice", sock: ssl.SSLSocket, sink: socket.socket, unsent: bytes) -> None:
+        super().__init__(splice, sock, sink, unsent)
+        self._notify = b""  # what the socket has not taken of close_notify
+
+    def on_event(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
+        """Move what has come from here to the other side."""
+        try:
+            if (self.flow or events != IN) and not self._may_be_read(events):
+                return
+            n, end = 0, ""
+            try:
+                n = k = self.sock.recv_into(_BUFFER, RECORD)
+                while k and n <= TURN - RECORD and (k == RECORD or self.sock.pending()):
+                    k = self.sock.recv_into(_VIEW[n:], RECORD)
+                    n += k
+                if not k:
+                    end = CLOSED
+            except ssl.SSLWantReadError:
+                if self._splice.draining:
+                    end = CLOSED
+            except OSError as error:
+                end = self._read_end(error)
+            if n:
+                sent, failure = 0, None
+                try:
+                    while sent < n:
+                        sent += self._sink.send(_VIEW[sent:n])
+                except OSError as error:
+                    failure = error
+                self.moved += sent
+                if failure is not None:
+                    self._is_behind(bytes(_VIEW[sent:n]), failure)
+            if end:
+                self.ended(end)
+        except Exception:
+            self._splice.fault()
+
+    def _read_end(self, error: OSError) -> str:
+        """Why `error` ends what it sends, or "" when it does not."""
+        if isinstance(error, ssl.SSLWantWriteError):
+            self._must_first(OUT)
+            self._splice.settle()
+            return ""
+        if isinstance(error, ssl.SSLZeroReturnError):
+            return CLOSED  # OpenSSL's word for the end when our own close_notify has been sent
+        why = _why(error)
+        # The write that failed took the socket's error with it: without one, a reset reads as a truncation.
+        return RESET if why == TRUNCATED and self.failure is not None else why
+
+    def take_end(self) -> bool:
+        """Send it close_notify and FIN. But a truncation is passed on as one: what follows is a FIN alone."""
+        other = self._other
+        try:
+            if other.end == TRUNCATED:
+                return True
+            if self.end == CLOSED:
+                self.sock.unwrap()  # its own close_notify has been read: this only sends
+            elif not self._send_close_notify():
+                return False
+            if self.flow != ENDED:  # else it is closed next
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        except _WANT:
+            return False
+        except OSError as error:
+            self.failure = error
+        return True
+
+    def _send_close_notify(self) -> bool:
+        """Send it without reading, for the side may be sending; whether all of it is sent."""
+        if not self._notify:
+            self._notify = self._splice.splices.close_notify(self.sock)
+        with contextlib.suppress(BlockingIOError):
+            # The record is made: it goes to the socket below the TLS.
+            self._notify = self._notify[socket.socket.send(self.sock, self._notify) :]
+        return not self._notify
+
+
 class Splice:
-    """Two connected non-blocking sockets, spliced until both directions have ended.
+    """Two connected non-blocking sockets, spliced until both sides have ended. The origin's may be a TLS socket too.
 
     `to_client` and `to_origin` go first: the 101, of `head` bytes, and what came behind either head. `idle_timeout` is
     the longest time without a byte, seconds, or None; `site` is what the tunnel belongs to. `up` and `down` count the
@@ -61,35 +325,19 @@ class Splice:
     """
 
     __slots__ = (
-        "_aborting",
-        "_cfd",
-        "_client",
-        "_client_failure",
-        "_client_has_ended",
-        "_client_watch",
-        "_down",
-        "_notify",
-        "_ofd",
         "_on_end",
-        "_origin",
-        "_origin_failure",
-        "_origin_watch",
-        "_read_wants_write",
-        "_readiness",
-        "_splices",
-        "_to_client",
-        "_to_origin",
-        "_up",
+        "aborting",
+        "client",
         "close_timeout",
-        "down",
         "draining",
         "ended_by",
         "idle_timeout",
+        "origin",
         "reason",
         "seen",
         "since",
         "site",
-        "up",
+        "splices",
     )
 
     def __init__(  # noqa: PLR0913 - two sides, what they start with, and whom to tell
@@ -106,373 +354,150 @@ class Splice:
         site: str,
         on_end: "Callable[[Splice], None]",
     ) -> None:
-        self._splices = splices
-        self._readiness = splices.readiness
-        self._client, self._origin = client, origin
-        self._cfd, self._ofd = client.fileno(), origin.fileno()
-        self._to_client, self._to_origin = to_client, to_origin
-        self._up = WAITS if to_origin else FLOWS
-        self._down = WAITS if to_client else FLOWS
-        self._on_end = on_end
+        self.splices = splices
+        self.client: _Side = _Secure(self, client, origin, to_client)
+        self.origin: _Side = (
+            _Secure(self, origin, client, to_origin)
+            if isinstance(origin, ssl.SSLSocket)
+            else _Plain(self, origin, client, to_origin)
+        )
+        if to_origin:
+            self.client.flow = WAITS
+        if to_client:
+            self.origin.flow = WAITS
+        self.origin.moved = -head
+        self._on_end: Callable[[Splice], None] | None = on_end
         self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
         self.site = site
-        self.up, self.down = 0, -head
         self.seen: tuple[int, int, int] | None = None  # what had moved at the last sweep
         self.since = 0.0
         self.ended_by = self.reason = ""
-        # Why a side takes no more; its own last words may still be on their way to us.
-        self._client_failure: OSError | None = None
-        self._origin_failure: OSError | None = None
-        self._notify = b""
-        self._read_wants_write = self._aborting = self._client_has_ended = False
+        self.aborting = False
         self.draining = 0.0  # since when, in the loop's time
-        self._client_watch = self._origin_watch = EDGE  # what they are registered for before
+
+    @property
+    def up(self) -> int:
+        """Bytes from the client that the origin's socket took."""
+        return self.client.moved
+
+    @property
+    def down(self) -> int:
+        """Bytes from the origin that the client's socket took."""
+        return self.origin.moved
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended; it has no sides any more then."""
+        return self._on_end is None
 
     def start(self) -> None:
         """Take both descriptors over from the handlers they have, and begin."""
-        self._splices.add(self)
+        self.splices.add(self)
+        sides = self.client, self.origin
         try:
-            self._flush_to_client()
-            self._flush_to_origin()
-            self._settle()
-            # What OpenSSL has decrypted already gives no readiness.
-            if self._up == FLOWS and self._client.pending():
-                self.on_client(IN)
+            for side in sides:
+                if not self.over:
+                    side.flush()
+            self.settle()
+            for side in sides:
+                # What OpenSSL has decrypted already gives no readiness.
+                if side.flow == FLOWS and isinstance(side.sock, ssl.SSLSocket) and side.sock.pending():
+                    side.on_event(IN)
         except Exception:
-            self._fault()
+            self.fault()
 
     def end(self, reason: str) -> None:
         """End the tunnel from our side, once what both sides have sent until now is delivered."""
-        if not self._over and not self.draining:
-            self._blame("tunnel", reason)
-            self.draining = self._splices.loop.time()
-            self._splices.closing(self)
-            if self._up == FLOWS:
-                self.on_client(IN)
-            if self._down == FLOWS:
-                self.on_origin(IN)
+        if not self.over and not self.draining:
+            self.blame(None, reason)
+            self.draining = self.splices.loop.time()
+            self.splices.closing(self)
+            for side in (self.client, self.origin):
+                if side.flow == FLOWS:
+                    side.on_event(IN)
 
     def cut(self) -> None:
         """Read no more of either side: one of them did not stop sending after `end`."""
-        if self._up < ENDS:
-            self._client_ended(CLOSED)
-        if self._down < ENDS:
-            self._origin_ended(CLOSED)
+        if not self.over:
+            for side in (self.client, self.origin):
+                if side.flow < ENDS:
+                    side.ended(CLOSED)
 
     def abort(self, reason: str) -> None:
         """End the tunnel at once, with RST to both sides, whatever was still to be delivered."""
-        if not self._over:
+        if not self.over:
             if self.ended_by != "tunnel":
                 self.ended_by, self.reason = "tunnel", reason
             self._finish(self._reset_now)
 
-    def on_client(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
-        """Move what the client has sent to the origin."""
-        try:
-            if (self._up or events != IN) and not self._client_may_be_read(events):
-                return
-            n, end = 0, ""
-            try:
-                n = k = self._client.recv_into(_BUFFER, RECORD)
-                while k and n <= TURN - RECORD and (k == RECORD or self._client.pending()):
-                    k = self._client.recv_into(_VIEW[n:], RECORD)
-                    n += k
-                if not k:
-                    end = CLOSED
-            except ssl.SSLWantReadError:
-                if self.draining:
-                    end = CLOSED
-            except OSError as error:
-                end = self._why_client_ended(error)
-            if n:
-                sent, failure = 0, None
-                try:
-                    sent = self._origin.send(_VIEW[:n])
-                except BlockingIOError:
-                    pass
-                except OSError as error:
-                    failure = error
-                self.up += sent
-                if sent < n:
-                    self._origin_is_behind(bytes(_VIEW[sent:n]), failure)
-            if end:
-                self._client_ended(end)
-        except Exception:
-            self._fault()
-
-    def on_origin(self, events: int) -> None:
-        """Move what the origin has sent to the client."""
-        try:
-            if (self._down or events != IN) and not self._origin_may_be_read(events):
-                return
-            try:
-                n = self._origin.recv_into(_BUFFER)
-            except BlockingIOError:
-                if self.draining:
-                    self._origin_ended(CLOSED)
-                return
-            except OSError as error:
-                return self._origin_ended(_why(error))
-            if not n:
-                return self._origin_ended(CLOSED)
-            sent, failure = 0, None
-            try:
-                while sent < n:
-                    sent += self._client.send(_VIEW[sent:n])
-            except _WANT:
-                pass
-            except OSError as error:
-                failure = error
-            self.down += sent
-            if sent < n:
-                self._client_is_behind(bytes(_VIEW[sent:n]), failure)
-        except Exception:
-            self._fault()
-
-    # What is not the hot path: waiting, ending, failing.
-
-    def _client_may_be_read(self, events: int) -> bool:
-        if events & OUT:
-            self._read_wants_write = False
-            self._flush_to_client()
-            self._settle()
-        if self._up == FLOWS:
-            return True
-        if events & (ERR | HUP) and not self._over:
-            self._client_watch = self._park(self._cfd)
-            if error := _error_of(self._client):
-                self._client_takes_no_more(error)
-        return False
-
-    def _origin_may_be_read(self, events: int) -> bool:
-        if events & OUT:
-            self._flush_to_origin()
-            self._settle()
-        if self._down == FLOWS:
-            return True
-        if events & (ERR | HUP) and not self._over:
-            self._origin_watch = self._park(self._ofd)
-            if error := _error_of(self._origin):
-                self._origin_takes_no_more(error)
-        return False
-
-    def _park(self, fd: int) -> int:
-        """Stop watching a side that has hung up and is not to be read yet: epoll tells of ERR and HUP unasked."""
-        self._readiness.unregister(fd)
-        self._splices.closing(self)
-        return -1
-
-    def _origin_is_behind(self, rest: bytes, failure: OSError | None) -> None:
-        if failure is not None:
-            return self._origin_takes_no_more(failure)
-        self._to_origin = rest
-        self._up = WAITS
-        self._settle()
-
-    def _client_is_behind(self, rest: bytes, failure: OSError | None) -> None:
-        if failure is not None:
-            return self._client_takes_no_more(failure)
-        # OpenSSL may have sent a part of what it was offered, and must be offered the same again.
-        self._to_client = rest
-        self._down = WAITS
-        self._settle()
-
-    def _flush_to_client(self) -> None:
-        data = self._to_client
-        try:
-            while data:
-                sent = self._client.send(data)
-                self.down += sent
-                data = data[sent:]
-        except _WANT:
-            pass
-        except OSError as error:
-            return self._client_takes_no_more(error)
-        self._to_client = data
-        if not data and self._down == WAITS:
-            self._down = FLOWS
-            if self.draining:
-                self.on_origin(IN)
-
-    def _flush_to_origin(self) -> None:
-        data = self._to_origin
-        if data:
-            try:
-                sent = self._origin.send(data)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                return self._origin_takes_no_more(error)
-            self.up += sent
-            self._to_origin = data = data[sent:]
-        if not data and self._up == WAITS:
-            self._up = FLOWS
-            if self.draining:
-                self.on_client(IN)
-
-    def _why_client_ended(self, error: OSError) -> str:
-        """Why `error` ends what the client sends, or "" when it does not."""
-        if isinstance(error, ssl.SSLWantWriteError):
-            self._read_wants_write = True
-            self._settle()
-            return ""
-        # OpenSSL's word for the end when our own close_notify has been sent.
-        return CLOSED if isinstance(error, ssl.SSLZeroReturnError) else _why(error)
-
-    def _client_ended(self, why: str) -> None:
-        if why == TRUNCATED and self._client_failure is not None:
-            # The write that failed took the socket's error with it: without one, a reset reads as an end.
-            why = RESET
-        self._blame("client", why)
-        self._client_has_ended = why == CLOSED and not self.draining
-        if why != CLOSED:
-            # Reset, or a FIN without close_notify, after which OpenSSL writes nothing more.
-            self._to_client = b""
-            self._down = ENDED
-            self._aborting = why != TRUNCATED
-        self._up = ENDS
-        self._settle()
-
-    def _origin_ended(self, why: str) -> None:
-        if self._origin_failure is not None and not self.draining:
-            why = _why(self._origin_failure)  # as above
-        self._blame("origin", why)
-        if why != CLOSED:
-            self._to_origin = b""
-            self._up = ENDED
-            self._aborting = True
-        self._down = ENDS
-        self._settle()
-
-    def _client_takes_no_more(self, error: OSError) -> None:
-        """A write to the client failed: what it sent before is still delivered, and then shows why."""
-        self._client_failure = error
-        self._to_client = self._notify = b""
-        self._down = ENDED
-        self._aborting |= self._up == ENDED
-        self._settle()
-
-    def _origin_takes_no_more(self, error: OSError) -> None:
-        self._origin_failure = error
-        self._to_origin = b""
-        self._up = ENDED
-        self._aborting |= self._down == ENDED
-        self._settle()
-
-    def _settle(self) -> None:
-        """Pass on the ends that are due, finish if that was all, and watch for what each direction needs now."""
-        if self._over:
+    def settle(self) -> None:
+        """Pass on the ends that are due, finish if that was all, and watch for what each side needs now."""
+        if self.over:
             return
-        if self._up == ENDS and not self._to_origin:
-            self._pass_end_to_origin()
-        if self._down == ENDS and not self._to_client:
-            self._pass_end_to_client()
-        if self._up == self._down == ENDED:
-            return self._finish(self._reset if self._aborting else self._linger)
-        if self._up >= ENDS or self._down >= ENDS:
-            self._splices.closing(self)
-        writes = self._to_client or self._read_wants_write or self._down == ENDS
-        self._client_watch = self._watch(
-            self._cfd, self._client_watch, (IN if self._up == FLOWS else 0) | (OUT if writes else 0), self.on_client
-        )
-        self._origin_watch = self._watch(
-            self._ofd,
-            self._origin_watch,
-            (IN if self._down == FLOWS else 0) | (OUT if self._to_origin else 0),
-            self.on_origin,
-        )
+        client, origin = self.client, self.origin
+        for side, sink in ((client, origin), (origin, client)):
+            # Where the tunnel is about to end with RST, that is the end.
+            if side.flow == ENDS and not sink.unsent and not sink.wants and (self.aborting or sink.take_end()):
+                side.flow = ENDED
+        if client.flow == origin.flow == ENDED:
+            return self._finish(self._reset if self.aborting else self._linger)
+        if client.flow >= ENDS or origin.flow >= ENDS:
+            self.splices.closing(self)
+        client.watch()
+        origin.watch()
 
-    def _watch(self, fd: int, now: int, events: int, handler: Callable[[int], None]) -> int:
-        if now < 0:  # parked
-            if not events:
-                return now
-            self._readiness.register(fd, events, handler)
-        elif now != events:
-            self._readiness.modify(fd, events, handler)
-        return events
-
-    def _pass_end_to_origin(self) -> None:
-        """FIN, or nothing where the tunnel is about to end with RST."""
-        self._up = ENDED
-        if not self._aborting:
-            with contextlib.suppress(OSError):
-                self._origin.shutdown(socket.SHUT_WR)
-
-    def _pass_end_to_client(self) -> None:
-        """close_notify and FIN; the client may go on sending (RFC 8446 section 6.1)."""
-        if self._aborting:
-            self._down = ENDED
-            return
-        try:
-            if self._client_has_ended:
-                self._client.unwrap()  # the client's close_notify has been read: this only sends
-            elif not self._send_close_notify():
-                return
-            self._down = ENDED
-            if self._up != ENDED:  # else it is closed next
-                socket.socket.shutdown(self._client, socket.SHUT_WR)
-        except _WANT:
-            pass
-        except OSError as error:
-            self._client_failure = error
-            self._down = ENDED
-
-    def _send_close_notify(self) -> bool:
-        """Send it without reading, for the client may be sending; whether all of it is sent."""
-        if not self._notify:
-            self._notify = self._splices.close_notify(self._client)
-        with contextlib.suppress(BlockingIOError):
-            # The record is made: it goes to the socket below the TLS.
-            self._notify = self._notify[socket.socket.send(self._client, self._notify) :]
-        return not self._notify
-
-    def _blame(self, who: str, why: str) -> None:
+    def blame(self, side: _Side | None, why: str) -> None:
+        """Say who (None: the tunnel) ended it and why, unless somebody did before."""
         if not self.reason:
-            self.ended_by, self.reason = who, why
+            self.ended_by = "tunnel" if side is None else "client" if side is self.client else "origin"
+            self.reason = why
 
-    def _fault(self) -> None:
+    def fault(self) -> None:
+        """End it for an error of ours, the one that is being handled."""
         structlog.get_logger().exception("splice failed")
-        self._blame("tunnel", FAULT)
-        self._finish(self._reset_now)
-
-    @property
-    def _over(self) -> bool:
-        return self._client.fileno() < 0
+        if not self.over:
+            self.blame(None, FAULT)
+            self._finish(self._reset_now)
 
     def _finish(self, close: Callable[[socket.socket], None]) -> None:
-        if self._over:
+        on_end, self._on_end = self._on_end, None
+        if on_end is None:
             return
-        self._up = self._down = ENDED
-        self._splices.discard(self)
-        if self._client_failure is not None:
-            self._blame("client", RESET)
-        if self._origin_failure is not None:
-            self._blame("origin", RESET)
-        close(self._client)
-        close(self._origin)
-        self._on_end(self)
+        sides = self.client, self.origin
+        self.splices.discard(self)
+        for side in sides:
+            side.flow = ENDED
+            if side.failure is not None:
+                self.blame(side, RESET)
+        for side in sides:
+            close(side.sock)
+        on_end(self)
+        # Or the collector would have to find them: they know us.
+        del self.client, self.origin
 
     def _linger(self, sock: socket.socket) -> None:
-        """Close one of the sockets after both directions have ended well."""
-        if self.draining or self._client_failure or self._origin_failure or self.reason == TRUNCATED:
+        """Close one of the sockets after both sides have ended well."""
+        if self.draining or any(side.failure or side.end == TRUNCATED for side in (self.client, self.origin)):
             # It may have input that nobody has read.
-            self._readiness.unregister(sock.fileno())
-            self._splices.partings.linger(sock, self.close_timeout)
+            self.splices.readiness.unregister(sock.fileno())
+            self.splices.partings.linger(sock, self.close_timeout)
         else:
-            self._readiness.forget(sock.fileno())
+            self.splices.readiness.forget(sock.fileno())
             sock.close()
 
     def _reset(self, sock: socket.socket) -> None:
-        self._readiness.unregister(sock.fileno())
-        self._splices.partings.reset(sock, self.close_timeout)
+        self.splices.readiness.unregister(sock.fileno())
+        self.splices.partings.reset(sock, self.close_timeout)
 
     def _reset_now(self, sock: socket.socket) -> None:
-        self._readiness.unregister(sock.fileno())
+        self.splices.readiness.unregister(sock.fileno())
         reset(sock)
 
     def moved(self) -> tuple[int, int, int]:
         """What changes whenever a byte gets on: what the sockets took, and what the peers acknowledged."""
-        return self.up + self.down, _acknowledged(self._client), _acknowledged(self._origin)
+        if self.over:
+            return 0, 0, 0
+        return self.up + self.down, _acknowledged(self.client.sock), _acknowledged(self.origin.sock)
 
 
 class Splices:
@@ -525,8 +550,8 @@ class Splices:
         self._trapped.close()
         os.close(self._spare)
 
-    def close_notify(self, client: ssl.SSLSocket) -> bytes:
-        """The close_notify record of `client`, taken from OpenSSL without a byte being sent or read.
+    def close_notify(self, sock: ssl.SSLSocket) -> bytes:
+        """The close_notify record of `sock`, taken from OpenSSL without a byte being sent or read.
 
         ``unwrap()`` sends the record and then reads: application data that waits in the socket is lost by it, and the
         connection with it (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). So OpenSSL's descriptor is
@@ -534,11 +559,11 @@ class Splices:
 
         Raises OSError when TLS has failed.
         """
-        fd = client.fileno()
+        fd = sock.fileno()
         os.dup2(fd, self._spare, inheritable=False)
         os.dup2(self._trap.fileno(), fd, inheritable=False)
         try:
-            client.unwrap()
+            sock.unwrap()
         except ssl.SSLWantReadError:
             pass
         finally:

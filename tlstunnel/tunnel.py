@@ -28,9 +28,11 @@ from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.linger import LINGER_SECONDS, Partings, reset
 from tlstunnel.origins.balance import Asking
-from tlstunnel.origins.connect import OriginUnreachable, connect
+from tlstunnel.origins.connect import OriginUnreachable
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import NoOrigin, Pool
+from tlstunnel.origins.reach import reach
+from tlstunnel.origins.tls import OriginTLSFailed, explain
 from tlstunnel.readiness import AnyReadiness
 from tlstunnel.record import Journal, Record
 from tlstunnel.sites import Site, Sites
@@ -295,10 +297,10 @@ class Tunnel:
         try:
             members = await pool.order(Asking(record.client, request), self._wakeup.deadline)
             record.origin, several = members[0].text, members[-1].text != members[0].text
-            member, self._origin = await connect(pool, members, self._serving.readiness, self._wakeup, self._client)
+            header = b"" if site.edits.proxy_header == "off" else self._proxy_header(site.edits.proxy_header)
+            readiness, wakeup = self._serving.readiness, self._wakeup
+            member, self._origin = await reach(pool, members, header, readiness, wakeup, self._client)
             self._asked, record.origin = (pool, member), member.text
-            if site.edits.proxy_header != "off":
-                await self._origin.send(self._proxy_header(site.edits.proxy_header))
         except NoOrigin as error:
             if error.retry_after is None:
                 raise Refusal(
@@ -306,6 +308,9 @@ class Tunnel:
                 ) from None
             again = ((b"Retry-After", b"%d" % error.retry_after),)
             raise Refusal(503, "no origin", "no origin can take this now", again, error.reason) from None
+        except OriginTLSFailed as error:
+            text = "the TLS handshake with the origin failed"
+            raise Refusal(502, error.kind, text, detail=error.reason) from None
         except OriginUnreachable as error:
             if several and not error.shortage:
                 again = ((b"Retry-After", b"1"),)
@@ -351,7 +356,7 @@ class Tunnel:
             self._failed("did not answer in time")
             raise Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s") from None
         except OSError as error:
-            detail = error.strerror or str(error)
+            detail = explain(error)
             self._failed(detail)
             raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
         self._record.status = answer.status
@@ -463,6 +468,8 @@ class Tunnel:
         assert self._asked is not None
         pool, member = self._asked
         pool.succeeded(member)
+        if member.tls is not None and self._origin is not None:
+            member.tls.remember(self._origin, member.origin)
 
     def _failed(self, why: str) -> None:
         assert self._asked is not None

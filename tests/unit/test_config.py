@@ -351,8 +351,8 @@ def test_what_is_no_duration(text: str) -> None:
         ('trusted_proxies = [ # 1\n"::1",\n"10.0.0.1/8"\n]', "t.toml:3: trusted_proxies[1]: "),
         ('[[sites]]\nnames = ["a b"]', 't.toml:2: sites[0].names[0]: "a b" is not a host name'),
         (
-            '[[sites]]\norigins = ["wss://a"]',
-            't.toml:2: sites[0].origins[0]: "wss://a": TLS to origins is not there yet',
+            '[[sites]]\norigins = ["https://a"]',
+            't.toml:2: sites[0].origins[0]: "https://a": an origin is host:port, ws://host:port, wss://',
         ),
         # Contradictions.
         ('listen = ["[::1]:1", "[0::1]:1"]', "t.toml:1: listen[1]: [::1]:1 stands here twice"),
@@ -392,6 +392,8 @@ def test_what_is_no_duration(text: str) -> None:
         (f'{SITE}send_proxy_protocol = "v3"', 'expected "off", "v1", "v2" or "v2-tls", got "v3"'),
         ('proxy_protocol = "required"', "proxy_protocol: nobody may connect: name the proxies"),
         ('proxy_protocol_listen = ["127.0.0.1:1"]', "proxy_protocol_listen[0]: 127.0.0.1:1 is not among listen"),
+        (f'{SITE}origin_ca = "a"', "sites[0].origin_ca: this is about origins with TLS, wss://, and there is none"),
+        (f'{SITE}verify = "off"', "sites[0].verify: this is about origins with TLS, wss://, and there is none"),
         (f'{SITE}balance = "random"', 'sites[0].balance: expected "round_robin", "least_tunnels", "hash:ip", '),
         (f'{SITE}balance = "hash:header:"', "sites[0].balance: expected "),
         (

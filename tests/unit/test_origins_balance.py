@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.corpus.corpus import upgrade_request
+from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection, Timeout
 from tlstunnel.origins.balance import Asking, order_by
 from tlstunnel.origins.members import CHECKS_DOWN, Member, Use
 
 
 def member(text: str, weight: int = 1, **more: object) -> Member:
-    return Member(text, socket.AF_INET, ("192.0.2.1", 80), Use(), weight=weight, **more)  # type: ignore[arg-type]
+    address = OriginAddress.parse(text if ":" in text else f"{text}:80")
+    return Member(address, socket.AF_INET, ("192.0.2.1", 80), Use(), weight=weight, **more)  # type: ignore[arg-type]
 
 
 def asking(ip: str = "192.0.2.9", *headers: str) -> Asking:
@@ -27,7 +29,7 @@ def test_round_robin_is_exact_over_a_cycle(weights: list[int]) -> None:
     members = [member(f"o{index}", weight) for index, weight in enumerate(weights)]
     order = order_by("round_robin")
     counts = Counter(order(members, asking())[0].text for _ in range(sum(weights) * 3))
-    assert counts == {f"o{index}": weight * 3 for index, weight in enumerate(weights)}
+    assert counts == {f"o{index}:80": weight * 3 for index, weight in enumerate(weights)}
 
 
 @given(st.permutations(range(5)), st.sampled_from(["round_robin", "least_tunnels", "hash:ip", "hash:cookie:sid"]))
@@ -136,8 +138,8 @@ def test_health_checks() -> None:
 
 def test_an_origin_is_full_over_all_its_addresses() -> None:
     use = Use()
-    first = Member("a:1", socket.AF_INET, ("192.0.2.1", 1), use, most=2)
-    second = Member("a:1", socket.AF_INET, ("192.0.2.2", 1), use, most=2)
+    first = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.1", 1), use, most=2)
+    second = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.2", 1), use, most=2)
     found = []
     for step in (first.taken, second.taken, first.released):
         step()

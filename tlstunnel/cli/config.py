@@ -14,6 +14,10 @@ OPEN_TO_ALL = (
     ' write allowed_origins = ["same"], or the origins of your pages'
 )
 
+UNVERIFIED = (
+    'verify = "off": whoever is on the way to its origins can read and change everything; give origin_ca instead'
+)
+
 
 @click.group()
 def command() -> None:
@@ -51,6 +55,8 @@ def check(file: Path) -> None:
     for index, site in enumerate(config.sites):
         if site.allowed_origins is None:
             click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {OPEN_TO_ALL}", err=True)
+        if site.verify == "off":
+            click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {UNVERIFIED}", err=True)
     for line in _summary(config):
         click.echo(line)
 

@@ -77,10 +77,14 @@ async def _asked(member: Member, health: Health, preface: bytes) -> str:
     address = member.address
     if isinstance(address, str):
         reader, writer = await asyncio.open_unix_connection(address)
-    else:
-        reader, writer = await asyncio.open_connection(str(address[0]), int(address[1]))
-    try:
         writer.write(preface)
+    else:
+        tls = member.tls
+        reader, writer = await asyncio.open_connection(str(address[0]), int(address[1]))
+        writer.write(preface)
+        if tls is not None:
+            await writer.start_tls(tls.context, server_hostname=tls.name_of(member.origin))
+    try:
         if health.type == "tcp":
             return ""
         return await _answered(reader, writer, member.text, health)
@@ -91,7 +95,8 @@ async def _asked(member: Member, health: Health, preface: bytes) -> str:
 async def _answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, health: Health) -> str:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
     key = base64.b64encode(os.urandom(16))
-    fields = [("Host", "localhost" if host.startswith("unix:") else host), ("User-Agent", "tlstunnel health check")]
+    host = "localhost" if host.startswith("unix:") else host.removeprefix("wss://")
+    fields = [("Host", host), ("User-Agent", "tlstunnel health check")]
     if health.type == "websocket":
         fields += [
             ("Connection", "Upgrade"),

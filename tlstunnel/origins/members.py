@@ -8,8 +8,13 @@ check says that it is down, it is not asked. Time is a loop's, seconds; nothing 
 import random
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection
+
+if TYPE_CHECKING:
+    from tlstunnel.origins.tls import OriginTLS
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
 
@@ -34,9 +39,12 @@ class Use:
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """`address` of the origin that is written as `text`. It outlives reloads that keep that origin and that address."""
+    """`address` of an `origin`, spoken to by `tls` if that is not None.
 
-    text: str
+    It outlives reloads that keep that origin and that address.
+    """
+
+    origin: OriginAddress
     family: socket.AddressFamily
     address: SocketAddress
     use: Use
@@ -44,12 +52,18 @@ class Member:
     weight: int = 1
     backup: bool = False
     most: int | None = None
+    tls: "OriginTLS | None" = None
     current: float = 0.0  # of smooth weighted round robin
     _failures: int = 0
     _delay: float = 0.0
     _out_until: float = float("-inf")
     _trial: bool = False
     _checks_failed: int = 0
+
+    @property
+    def text(self) -> str:
+        """The origin as it is written."""
+        return str(self.origin)
 
     @property
     def key(self) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -12,6 +13,9 @@ from tlstunnel.config import Ejection, Health, OriginConfig
 from tlstunnel.origins.balance import Asking, order_by
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import Member, SocketAddress, Use
+
+if TYPE_CHECKING:
+    from tlstunnel.origins.tls import OriginTLS
 
 FIRST_TRY_AGAIN = 1.0
 """Seconds after which an ejected origin may be tried again while all others are out too, whatever its own delay is."""
@@ -51,7 +55,7 @@ class Pool:
 
     Every address of a name is a member. A name is asked for when it is first needed, and again beside the handshakes
     once its addresses are old; those of before are used until there are new ones. `preface` goes before what a health
-    check asks.
+    check asks; `tls` is how the ``wss://`` ones are spoken to.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - a table of the configuration
@@ -62,7 +66,9 @@ class Pool:
         health: Health | None = None,
         resolve_every: float = 30.0,
         preface: bytes = b"",
+        tls: "OriginTLS | None" = None,
     ) -> None:
+        self._tls = tls
         self._origins = [_Origin(config, Use(), []) for config in origins]
         self._order = order_by(balance)
         self._ejection = ejection
@@ -198,9 +204,10 @@ class Pool:
         known = {member.key: member for member in origin.members} if before is None else before
         members = []
         for family, address in dict.fromkeys(addresses):
-            fresh = Member(origin.text, family, address, origin.use)
+            fresh = Member(config.address, family, address, origin.use)
             member = known.get(fresh.key, fresh)
             member.use = origin.use
+            member.tls = self._tls if config.address.tls else None
             member.weight, member.backup, member.most = config.weight, config.backup, config.max_tunnels
             members.append(member)
         origin.members = members

@@ -1,0 +1,289 @@
+"""The PROXY protocol both ways, with HAProxy as sender and receiver; what origins are told; the longest life."""
+
+import contextlib
+import re
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    PATIENCE,
+    Certificate,
+    Tunnel,
+    WebsocketsOrigin,
+    client_context,
+    connect_tcp,
+    connect_tls,
+    eventually,
+    handshake_request,
+    read_answer,
+    receive_exactly,
+    require,
+    switching_protocols,
+    upgrade,
+)
+from tests.promises.firewalled import policed, policy
+from tests.promises.wire import read_until_end
+from tests.promises.witness import Witness
+from tlstunnel.proxy_protocol import SIGNATURE, read_header, write_v1, write_v2
+
+REQUIRED = 'proxy_protocol = "required"\ntrusted_proxies = ["127.0.0.1"]\n'
+CLIENT = ("203.0.113.9", 4711)
+SERVER = ("192.0.2.1", 443)
+
+
+@pytest.fixture
+def origin() -> Iterator[Witness]:
+    with Witness() as origin:
+        yield origin
+
+
+def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
+    """Send the header, in pieces where asked to, then TLS and a handshake right behind it."""
+    plain = connect_tcp(tunnel)
+    start = 0
+    for end in (*pieces, len(header)):
+        plain.sendall(header[start:end])
+        start = end
+    with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+        # An X-Forwarded-For is no word of a proxy's here.
+        client.sendall(handshake_request("/", headers=[("X-Forwarded-For", "198.51.100.1")]))
+        return read_answer(client).status
+
+
+@pytest.mark.parametrize(
+    ("header", "address"),
+    [
+        (write_v1(CLIENT, SERVER), CLIENT[0]),
+        (write_v2(CLIENT, SERVER), CLIENT[0]),
+        (write_v2(("2001:db8::7", 1), ("2001:db8::1", 443)), "2001:db8::7"),
+        (write_v2(None, None), "127.0.0.1"),
+        (SIGNATURE + b"\x20\x11" + struct.pack("!H", 12) + b"\xcb\x00\x71\x09" * 3, "127.0.0.1"),
+        (b"PROXY UNKNOWN\r\n", "127.0.0.1"),
+    ],
+)
+def test_its_address_is_the_clients(origin: Witness, certificate: Certificate, header: bytes, address: str) -> None:
+    with policed(origin.address, certificate, top=REQUIRED) as tunnel:
+        for pieces in ((), (1,), (5, 6, 11), (len(header) - 1,)):
+            statement = origin.tell(switching_protocols)
+            assert _asked(tunnel, header, *pieces) == 101
+            assert statement.record(tunnel)["client"] == address
+            told = f"[{address}]" if ":" in address else address
+            assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in statement.heads[0], told
+
+
+def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: Witness, certificate: Certificate) -> None:
+    top = REQUIRED + f'block_addresses = ["{CLIENT[0]}"]\n'
+    rule = '[[sites.rules]]\nname = "seven"\nwhen = \'ip == "203.0.113.7"\'\naction = "block"\n'
+    with policed(origin.address, certificate, top=top, site=rule) as tunnel:
+        with connect_tcp(tunnel) as plain:
+            plain.sendall(write_v2(CLIENT, SERVER))
+            assert read_until_end(plain) == b""
+        assert _asked(tunnel, write_v2(("203.0.113.7", 1), SERVER)) == 403
+        origin.tell(switching_protocols)
+        assert _asked(tunnel, write_v2(("203.0.113.8", 1), SERVER)) == 101
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\n\r\n", SIGNATURE + b"\x11\x11\0\0", b"PROX"]
+)
+def test_who_sends_no_header_is_closed(origin: Witness, certificate: Certificate, sent: bytes) -> None:
+    top = REQUIRED + 'timeouts.tls_handshake = "300ms"\n'
+    with policed(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
+        plain.sendall(sent)
+        assert read_until_end(plain) == b""
+        record = tunnel.wait_records(1, "no handshake")[0]
+        assert record["reason"].startswith("PROXY header: ")
+
+
+def test_a_stranger_is_closed_whatever_it_says(origin: Witness, certificate: Certificate) -> None:
+    with policed(origin.address, certificate, top=REQUIRED.replace("127.0.0.1", "10.0.0.1")) as tunnel:
+        with connect_tcp(tunnel) as plain:
+            with contextlib.suppress(OSError):
+                plain.sendall(write_v2(CLIENT, SERVER))
+            assert read_until_end(plain) == b""
+        assert tunnel.wait_records(1, "not accepted")[0]["reason"] == "no trusted proxy"
+
+
+def test_only_on_some_listeners(origin: Witness, certificate: Certificate) -> None:
+    top = REQUIRED + 'proxy_protocol_listen = ["localhost:0"]\n'
+    text = policy(origin.address, certificate, top=top).replace(
+        'listen = ["127.0.0.1:0"]', 'listen = ["127.0.0.1:0", "localhost:0"]', 1
+    )
+    text = text.replace('trusted_proxies = ["127.0.0.1"]', 'trusted_proxies = ["127.0.0.1", "::1"]')
+    with Tunnel(None, certificate, config=text) as tunnel:
+        origin.tell(switching_protocols)
+        with connect_tls(tunnel) as client:
+            assert upgrade(client).status == 101
+        host, _, port = tunnel.addresses[1].rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as plain:
+            plain.sendall(b"\x16\x03\x01")
+            assert read_until_end(plain) == b""
+
+
+# --- on to the origin ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
+    """An origin that wants a PROXY header; each with the head of the request behind it."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:
+                return
+            with sock, contextlib.suppress(OSError):
+                sock.settimeout(PATIENCE)
+                data = b""
+                while b"\r\n\r\n" not in data.removeprefix(SIGNATURE):
+                    more = sock.recv(65536)
+                    if not more:
+                        break
+                    data += more
+                else:
+                    header = read_header(data)
+                    assert header is not None
+                    seen.append((data[: header.length], data[header.length :]))
+                    key = re.search(rb"(?i)sec-websocket-key: (\S+)", data)
+                    assert key
+                    from tests.harness import accept_token  # noqa: PLC0415
+
+                    sock.sendall(
+                        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                        b"Sec-WebSocket-Accept: " + accept_token(key[1].decode()).encode() + b"\r\n\r\n"
+                    )
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", seen
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
+def test_origins_are_told_of_the_client(certificate: Certificate, version: str) -> None:
+    with (
+        _proxied_origin() as (address, seen),
+        policed(address, certificate, site=f'send_proxy_protocol = "{version}"') as tunnel,
+    ):
+        with connect_tls(tunnel) as client:
+            port = client.getsockname()[1]
+            assert upgrade(client).status == 101
+        ((header, head),) = eventually(lambda: seen)
+        if version == "v1":
+            assert header == f"PROXY TCP4 127.0.0.1 127.0.0.1 {port} {tunnel.port}\r\n".encode()
+        else:
+            assert header[16:28] == bytes([127, 0, 0, 1] * 2) + struct.pack("!HH", port, tunnel.port)
+            assert [fact in header for fact in (b"TLSv1.3", b"localhost")] == [version == "v2-tls"] * 2
+        assert head.startswith(b"GET / HTTP/1.1\r\n")
+
+
+@contextlib.contextmanager
+def _haproxy(folder: Path, text: str) -> Iterator[None]:
+    program = require("haproxy")
+    file = folder / "haproxy.cfg"
+    file.write_text(
+        "global\n log stdout format raw local0\ndefaults\n timeout connect 5s\n timeout client 60s\n"
+        f" timeout server 60s\n{text}"
+    )
+    process = subprocess.Popen([program, "-db", "-f", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2", "send-proxy-v2-ssl"])
+def test_haproxy_before_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
+    port = _free_port()
+    with WebsocketsOrigin() as origin, policed(origin.address, certificate, top=REQUIRED) as tunnel:
+        text = f"listen l\n mode tcp\n bind 127.0.0.1:{port}\n server s 127.0.0.1:{tunnel.port} {version}\n"
+        with _haproxy(tmp_path, text):
+            plain = eventually(lambda: _connected(port))
+            assert plain is not None
+            with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+                own = client.getsockname()[0]
+                assert upgrade(client).status == 101
+                client.sendall(b"\x81\x85\0\0\0\0hello")
+                assert receive_exactly(client, 7) == b"\x81\x05hello"
+            assert tunnel.wait_records(1)[0]["client"] == own == "127.0.0.3"
+
+
+def _connected(port: int) -> socket.socket | None:
+    try:
+        return socket.create_connection(("127.0.0.1", port), PATIENCE, source_address=("127.0.0.3", 0))
+    except ConnectionRefusedError:
+        return None
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
+def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
+    """It refuses connections without a header, and tells its own server whom the header named."""
+    port = _free_port()
+    with Witness() as origin:
+        text = (
+            f"listen l\n mode http\n bind 127.0.0.1:{port} accept-proxy\n option forwardfor header X-Seen\n"
+            f" timeout tunnel 60s\n server s {origin.address}\n"
+        )
+        site = f'send_proxy_protocol = "{version}"\nhealth = {{ type = "tcp", interval = "100ms" }}'
+        with _haproxy(tmp_path, text), policed(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
+            eventually(lambda: _listens(port))
+            statement = origin.tell(switching_protocols)
+            plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=("127.0.0.5", 0))
+            with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+                assert upgrade(client).status == 101
+            eventually(lambda: statement.heads)
+            assert re.search(rb"(?i)\r\nx-seen: 127\.0\.0\.5\r\n", statement.heads[0])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
+    site = (
+        'origin_host = "chat.internal:81"\nset_headers = { X-Site = "chat", X-Forwarded-Proto = "wss" }\n'
+        'remove_headers = ["X-Debug", "cookie"]\n'
+    )
+    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel, connect_tls(tunnel) as client:
+        statement = origin.tell(switching_protocols)
+        sent = [("X-Site", "forged"), ("X-DEBUG", "1"), ("Cookie", "a=b"), ("X-Other", "kept")]
+        assert upgrade(client, headers=sent).status == 101
+        eventually(lambda: statement.heads)
+        lines = statement.heads[0].decode().split("\r\n")
+        assert "Host: chat.internal:81" in lines
+        assert [line for line in lines if line.lower().startswith("x-site")] == ["X-Site: chat"]
+        assert [line for line in lines if line.lower().startswith("x-forwarded-proto")] == ["X-Forwarded-Proto: wss"]
+        assert "X-Other: kept" in lines
+        assert not [line for line in lines if line.lower().startswith(("x-debug", "cookie"))]
+
+
+def test_the_longest_life_of_a_tunnel(certificate: Certificate) -> None:
+    site = 'max_age = "300ms"\nmax_age_jitter = "200ms"\n'
+    with WebsocketsOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
+        with connect_tls(tunnel) as client:
+            began = time.monotonic()
+            assert upgrade(client).status == 101
+            # An orderly end, with close_notify.
+            assert read_until_end(client) == b""
+            assert time.monotonic() - began > 0.29
+        record = tunnel.wait_records(1)[0]
+        assert (record["ended_by"], record["reason"]) == ("tunnel", "max age")

@@ -1,0 +1,232 @@
+"""TLS on to a ``wss://`` origin: whom to trust, what to show, and in plain words why it failed."""
+
+import ssl
+from pathlib import Path
+from time import monotonic
+from typing import NoReturn
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.certificates import describe
+from tlstunnel.channel import Channel
+from tlstunnel.errors import CertificateError
+from tlstunnel.origins.connect import OriginUnreachable
+from tlstunnel.truncation import is_truncation
+
+EXPIRED = "origin certificate expired"
+NOT_YET_VALID = "origin certificate not valid yet"
+WRONG_NAME = "origin certificate for another name"
+SELF_SIGNED = "origin certificate self-signed"
+UNKNOWN_ISSUER = "origin certificate of unknown issuer"
+NOT_TRUSTED = "origin certificate not trusted"
+NO_TLS = "origin speaks no TLS"
+FAILED = "origin TLS failed"
+
+# X509_V_ERR_... of OpenSSL's x509_vfy.h: what it is in the record, and what to do about it.
+_VERDICTS = {
+    9: (NOT_YET_VALID, "its certificate, or one of its chain, is not valid yet; is this machine's clock right?"),
+    10: (EXPIRED, "its certificate, or one of its chain, has expired; renew it"),
+    18: (SELF_SIGNED, "its certificate is self-signed; if it is the right one, give it as origin_ca"),
+    19: (UNKNOWN_ISSUER, "its chain ends at a root that is not trusted here; give that root as origin_ca"),
+    20: (UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
+    21: (UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
+    62: (WRONG_NAME, "its certificate is for another name; say which in origin_name"),
+    64: (WRONG_NAME, "its certificate is not for this IP address; say the name it has in origin_name"),
+}
+
+# What OpenSSL, of one version or another, says of bytes that are no TLS record.
+_NOT_TLS = frozenset(
+    {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"}
+)
+
+# What an origin's alert is usually about (RFC 8446 section 6.2).
+_ADVICE = {
+    "certificate required": "; give it one with origin_cert and origin_key",
+    "handshake failure": "; it may ask for a client certificate (origin_cert), or share no cipher with us",
+    "bad certificate": "; it does not take origin_cert",
+    "unknown ca": "; it does not trust the issuer of origin_cert",
+    "certificate expired": "; origin_cert has expired",
+    "certificate unknown": "; it does not take origin_cert",
+    "unrecognized name": "; it has no site of that name: see origin_name",
+    "no application protocol": "; it does not speak http/1.1",
+    "protocol version": "; it speaks neither TLS 1.2 nor 1.3",
+}
+
+SESSIONS = 64
+"""Sessions kept for resumption, one an origin, of each `OriginTLS`; the oldest goes."""
+
+SESSION_SECONDS = 600.0
+"""How long one is used: a resumed connection looks at no certificate, so an expired one would be found later."""
+
+RETRY_SECONDS = 1.0
+"""The least time between two sessions taken from connections to one origin."""
+
+
+class OriginTLSFailed(OriginUnreachable):
+    """The TLS handshake with an origin failed before a byte of the request was sent.
+
+    `kind` is a short fixed text for the record; `reason` names the origin and says it in words.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class OriginTLS:
+    """How the ``wss://`` origins of a site are spoken to: `context`, and the `name` that their certificates must have.
+
+    Without a `name`, that is each origin's host as it was written. Sessions are kept here, and so with the name that
+    was verified; contexts may be shared.
+    """
+
+    __slots__ = ("_name", "_sessions", "context")
+
+    def __init__(self, context: ssl.SSLContext, name: str | None = None) -> None:
+        self.context = context
+        self._name = name
+        self._sessions: dict[tuple[str, int], tuple[ssl.SSLSession, float]] = {}
+
+    def name_of(self, address: OriginAddress) -> str:
+        """The name that the certificate of the origin at `address` must have."""
+        return self._name or (address.host or "").partition("%")[0]
+
+    async def begin(self, origin: Channel, address: OriginAddress, client: Channel) -> None:
+        """Make the TLS handshake on `origin`, which is connected to `address`.
+
+        Raises OriginTLSFailed; TimeoutError at the deadline of the channel's wakeup; ClientGone when the client does
+        not wait for it. The socket is closed then.
+        """
+        host = address.host or ""
+        session, since = self._sessions.get((host, address.port), (None, 0.0))
+        try:
+            origin.sock = self.context.wrap_socket(
+                origin.sock,
+                server_hostname=self.name_of(address),
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                session=session if monotonic() - since < SESSION_SECONDS else None,
+            )
+            await origin.do_handshake(unless_gone=client)
+        except BaseException as error:
+            origin.release()
+            origin.sock.close()
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                self._sessions.pop((host, address.port), None)
+                raise OriginTLSFailed(_kind(error), f"{address}: {explain(error)}") from None
+            raise
+
+    def remember(self, origin: Channel, address: OriginAddress) -> None:
+        """Keep the session of a connection on which something has been received: TLS 1.3 gives tickets then."""
+        sock, host = origin.sock, address.host or ""
+        assert isinstance(sock, ssl.SSLSocket)
+        now = monotonic()
+        _, since = self._sessions.get((host, address.port), (None, -RETRY_SECONDS))
+        # Python copies a session by encoding and decoding it: not for each of many that an origin does not resume.
+        if sock.session_reused or now - since < RETRY_SECONDS:
+            return
+        session = sock.session
+        if session is not None and session.has_ticket:
+            self._sessions.pop((host, address.port), None)
+            if len(self._sessions) >= SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+            self._sessions[host, address.port] = session, now
+
+
+class Contexts:
+    """The client contexts of one reading of the configuration, shared by sites that say the same.
+
+    One with the system's store takes 0.75 MiB and up to a tenth of a second, so not one a site.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Path | None, Path | None, Path | None, bool], ssl.SSLContext] = {}
+
+    def get(
+        self, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
+    ) -> ssl.SSLContext:
+        """As `client_context`, made at the first time."""
+        what = (ca, cert, key, verify)
+        if what not in self._made:
+            self._made[what] = client_context(ca=ca, cert=cert, key=key, verify=verify)
+        return self._made[what]
+
+
+def client_context(
+    *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
+) -> ssl.SSLContext:
+    """Make a context for ``wss://`` origins: TLS 1.2 and 1.3, ALPN ``http/1.1``, names by subjectAltName alone.
+
+    It trusts the certificates in ``ca`` (PEM; roots, intermediate ones or an origin's own) and no others, or without
+    it the system's store; unless ``verify`` is false, when it trusts anyone, of which the caller warns. ``cert`` (PEM:
+    the leaf, then its chain) and ``key`` are shown to an origin that asks for a certificate.
+    Raises CertificateError, naming the file and the reason.
+    """
+    # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    # Set by Python up to 3.11.2, which is Debian 12's: a FIN without close_notify would read like an end (seen).
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.set_alpn_protocols(["http/1.1"])
+    context.hostname_checks_common_name = False  # RFC 9525 section 2
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif ca is None:
+        context.load_default_certs()
+    else:
+        describe.read(ca)  # says what is wrong with it; OpenSSL names no file
+        try:
+            context.load_verify_locations(ca)
+        except OSError as error:
+            raise CertificateError(f"{ca}: the TLS library refuses it: {_name_of(error)}") from error
+        # What is given is trusted, though it be no root.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    if cert is not None:
+        _load_pair(context, cert, key or cert)
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    leaf, private = describe.read(cert)[0], describe.read_key(key)
+    if not describe.belongs(private, leaf):
+        raise CertificateError(f"{key}: the private key does not match the first certificate in {cert}")
+
+    def refuse_passphrase() -> NoReturn:
+        # Read a moment ago without one; and without a callback OpenSSL asks on the terminal.
+        raise CertificateError(f"{key}: the private key is encrypted; `openssl pkey -in {key}` decrypts it")
+
+    try:
+        context.load_cert_chain(cert, key, password=refuse_passphrase)
+    except OSError as error:
+        raise CertificateError(f"{cert}: the TLS library refuses it: {_name_of(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """Say for a person why what was received from an origin, or sent to it, failed, within or without TLS."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        _, words = _VERDICTS.get(error.verify_code, (NOT_TRUSTED, "its certificate is not trusted"))
+        return f"{words} ({str(error.verify_message).rstrip('.')})"
+    if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
+        return "it ended the connection without a word of TLS"
+    if not isinstance(error, ssl.SSLError):
+        return error.strerror or str(error)
+    name = _name_of(error)
+    if name in _NOT_TLS:
+        return f"it answers with bytes that are no TLS ({name})"
+    _, alert, what = name.partition("ALERT_")
+    if alert or name == "TLSV1_UNRECOGNIZED_NAME":
+        said = what.lower().replace("_", " ") or "unrecognized name"
+        return f"it sent the alert: {said}{_ADVICE.get(said, '')}"
+    return f"TLS error: {name}"
+
+
+def _kind(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _VERDICTS.get(error.verify_code, (NOT_TRUSTED, ""))[0]
+    return NO_TLS if isinstance(error, ssl.SSLError) and _name_of(error) in _NOT_TLS else FAILED
+
+
+def _name_of(error: OSError) -> str:
+    """OpenSSL's name for what went wrong, such as ``WRONG_VERSION_NUMBER``."""
+    return getattr(error, "reason", None) or error.strerror or str(error)
