@@ -1,11 +1,14 @@
 """``tlstunnel config``: look at a configuration file without starting anything."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
+from tlstunnel.cli.shown import schema as json_schema
+from tlstunnel.cli.shown import toml
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.errors import CertificateError, ConfigurationError
 
@@ -21,7 +24,7 @@ UNVERIFIED = (
 
 @click.group()
 def command() -> None:
-    """Check a configuration file."""
+    """Check a configuration file, show what it amounts to, or what it may hold."""
 
 
 @command.command()
@@ -59,6 +62,23 @@ def check(file: Path) -> None:
             click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {UNVERIFIED}", err=True)
     for line in _summary(config):
         click.echo(line)
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
+def show(file: Path) -> None:
+    """Print what FILE amounts to, as TOML: every key with its value, defaults too.
+
+    Paths are absolute. Fields for origins whose names look like secrets are hidden.
+    """
+    for line in toml(load(file)):
+        click.echo(line)
+
+
+@command.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration file, by which editors complete and check it."""
+    click.echo(json.dumps(json_schema(), indent=2))
 
 
 def _load_certificate(site: SiteConfig) -> str | None:
