@@ -42,7 +42,9 @@ class Numbered:
     async def exchange(self) -> None:
         number = MESSAGE.pack(self.exchanged)
         self._writer.write(b"\x82\x84\0\0\0\0" + number)
-        assert await self._reader.readexactly(6) == b"\x82\x04" + number
+        while (frame := await self._reader.readexactly(2))[0] == 0x89:  # the origin's own ping, every 20 s
+            await self._reader.readexactly(frame[1])
+        assert frame + await self._reader.readexactly(4) == b"\x82\x04" + number
         self.exchanged += 1
 
     async def close(self) -> None:
