@@ -43,7 +43,9 @@ class Numbered:
         number = MESSAGE.pack(self.exchanged)
         self._writer.write(b"\x82\x84\0\0\0\0" + number)
         while (frame := await self._reader.readexactly(2))[0] == 0x89:  # the origin's own ping, every 20 s
-            await self._reader.readexactly(frame[1])
+            # It closes the tunnel of a client that leaves two of them without a pong.
+            payload = await self._reader.readexactly(frame[1])
+            self._writer.write(bytes((0x8A, 0x80 | frame[1])) + b"\0\0\0\0" + payload)
         assert frame + await self._reader.readexactly(4) == b"\x82\x04" + number
         self.exchanged += 1
 
