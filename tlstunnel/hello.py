@@ -21,6 +21,7 @@ MAX_HELLO = 16_384
 # Alerts, RFC 8446 section 6.
 UNEXPECTED_MESSAGE = 10
 RECORD_OVERFLOW = 22
+HANDSHAKE_FAILURE = 40
 ILLEGAL_PARAMETER = 47
 DECODE_ERROR = 50
 PROTOCOL_VERSION = 70
@@ -36,9 +37,16 @@ _MESSAGE_HEADER = 4
 _MAX_FRAGMENT = 2**14
 
 _SERVER_NAME = b"\x00\x00"
+_SUPPORTED_GROUPS = b"\x00\x0a"
 _SIGNATURE_ALGORITHMS = b"\x00\x0d"
 _ALPN = b"\x00\x10"
 _SUPPORTED_VERSIONS = b"\x00\x2b"
+_KEY_SHARE = b"\x00\x33"
+
+# RFC 8446 section 4.2.7: secp256r1, secp384r1, secp521r1, x25519, x448. OpenSSL has all of them and prefers any to a
+# finite field.
+_CURVES = frozenset(("0017", "0018", "0019", "001d", "001e"))
+_FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and those kept for others of the kind
 
 _KIND_AND_LENGTH = struct.Struct(">2sH").unpack_from
 
@@ -102,6 +110,8 @@ class ClientHello:
         versions: the values of supported_versions in order without GREASE, else the legacy version alone, which then
             is the highest that the client speaks (RFC 8446 section 4.2.1).
         ja4: FoxIO's fingerprint of the client's TLS library and its settings, 36 ASCII characters.
+        finite_field: it makes a key exchange over a finite field possible (RFC 7919), by a key share of one, or as it
+            supports such groups and no curve that OpenSSL would rather ask for.
 
     """
 
@@ -109,6 +119,7 @@ class ClientHello:
     alpn: tuple[bytes, ...]
     versions: tuple[int, ...]
     ja4: str
+    finite_field: bool = False
 
 
 def read_client_hello(data: bytes) -> ClientHello | None:
@@ -237,12 +248,16 @@ def _parse(message: bytes) -> ClientHello:
     supported = extensions.get(_SUPPORTED_VERSIONS)
     signatures = extensions.get(_SIGNATURE_ALGORITHMS)
     common = _common_again if len(message) <= _MOST_REMEMBERED else _common
-    alpn, versions, ja4 = common(message[:2], ciphers, b"".join(extensions), protocols, supported, signatures)
+    groups = extensions.get(_SUPPORTED_GROUPS)
+    alpn, versions, ja4, finite = common(
+        message[:2], ciphers, b"".join(extensions), protocols, supported, signatures, groups
+    )
     return ClientHello(
         server_name=None if server_names is None else _server_name(server_names),
         alpn=alpn,
         versions=versions,
         ja4=ja4,
+        finite_field=finite or (_KEY_SHARE in extensions and _shares_finite_field(extensions[_KEY_SHARE])),
     )
 
 
@@ -253,17 +268,39 @@ def _common(  # noqa: PLR0913, PLR0917 - the key of a cache
     protocols: bytes | None,
     supported: bytes | None,
     signatures: bytes | None,
-) -> tuple[tuple[bytes, ...], tuple[int, ...], str]:
-    """Return ALPN, versions and JA4: what all clients of one program have in common, from the vectors as they came."""
+    groups: bytes | None,
+) -> tuple[tuple[bytes, ...], tuple[int, ...], str, bool]:
+    """Return ALPN, versions, JA4 and whether the groups hold finite fields and no curve, from the vectors as they came.
+
+    It is what all clients of one program have in common.
+    """
     alpn = () if protocols is None else _protocols(protocols)
     versions = tuple(int(code, 16) for code in _codes(legacy if supported is None else _numbers(supported, 1)))
     algorithms = b"" if signatures is None else _numbers(signatures, 2)
-    return alpn, versions, _ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms)
+    offered = [] if groups is None else _codes(_numbers(groups, 2))
+    finite = any(code.startswith(_FINITE_FIELDS) for code in offered) and _CURVES.isdisjoint(offered)
+    return alpn, versions, _ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
 
 
 # Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
 _MOST_REMEMBERED = 2_048
 _common_again = lru_cache(512)(_common)
+
+
+def _shares_finite_field(data: bytes) -> bool:
+    """Return whether key_share (RFC 8446 section 4.2.8) has a share of a finite field, the first or another.
+
+    Which of several shares OpenSSL takes differs between its releases.
+    """
+    shares, end = _vector(data, 0, 2)
+    if end != len(data):
+        raise BadHello(DECODE_ERROR, "a list that does not fill its extension")
+    found = False
+    at = 0
+    while at < len(shares):
+        found |= shares[at : at + 1].hex() == _FINITE_FIELDS
+        _, at = _vector(shares, at + 2, 2)
+    return found
 
 
 def _vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:

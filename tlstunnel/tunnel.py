@@ -198,6 +198,9 @@ class Tunnel:
         record.sni, record.ja4 = printable(hello.server_name or ""), hello.ja4
         if not any(version >= TLS_1_2 for version in hello.versions):
             raise Dropped("hello: no TLS 1.2 or 1.3", tls_hello.alert(tls_hello.PROTOCOL_VERSION))
+        # One over ffdhe8192 takes 160 ms, in which no tunnel moves on (docs/tls.md); no client needs any.
+        if hello.finite_field:
+            raise Dropped("hello: key exchange over a finite field", tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
         # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
         if hello.alpn and b"http/1.1" not in hello.alpn:
             raise Dropped("hello: no common ALPN protocol", tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))

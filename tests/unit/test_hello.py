@@ -95,6 +95,8 @@ def from_raw(raw: str) -> bytes:
     bodies = {
         "002b": vector(bytes.fromhex("8a8a 0304 0303"), 1),
         "000d": vector(bytes.fromhex("0a0a" + "".join(signatures).replace(",", "")), 2),
+        "000a": vector(bytes.fromhex("0a0a 001d"), 2),
+        "0033": vector(bytes.fromhex("0a0a 0001 00"), 2),
     }
     extensions = [(bytes.fromhex(kind), bodies.get(kind, b"")) for kind in kinds.split(",") if kind]
     if first[3] == "d":
@@ -215,6 +217,43 @@ PUBLISHED = [
 @pytest.mark.parametrize(("ja4", "raw"), PUBLISHED)
 def test_published_fingerprint(ja4: str, raw: str) -> None:
     assert read(from_raw(raw)).ja4 == ja4
+
+
+# groups
+
+
+def groups(*numbers: int) -> tuple[bytes, bytes]:
+    return b"\x00\x0a", vector(b"".join(number.to_bytes(2) for number in numbers), 2)
+
+
+def shares(*numbers: int) -> tuple[bytes, bytes]:
+    return b"\x00\x33", vector(b"".join(number.to_bytes(2) + vector(b"\1\0\4", 2) for number in numbers), 2)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "finite"),
+    [
+        ([], False),
+        ([groups(0x1D), shares(0x1D)], False),
+        ([groups(0x1D, 0x17, 0x100, 0x104), shares(0x1D, 0x17)], False),  # GnuTLS
+        ([groups(0x0A0A, 0x104, 0x19), shares(0x0A0A)], False),
+        ([groups(0x11EC), shares(0x11EC)], False),
+        ([groups(0x104), shares()], True),
+        ([groups(0x0A0A, 0x6399, 0x104), shares(0x6399)], True),
+        ([groups(0x104)], True),
+        ([groups(0x1D, 0x100), shares(0x1D, 0x100)], True),
+        ([groups(0x100, 0x1D), shares(0x100)], True),
+        ([shares(0x1FF, 0x1D)], True),
+    ],
+)
+def test_whether_a_finite_field_may_be_used(extensions: list[tuple[bytes, bytes]], finite: bool) -> None:
+    assert read(message([TLS13, *extensions])).finite_field is finite
+
+
+@pytest.mark.parametrize("kind", [b"\x00\x0a", b"\x00\x33"])
+@pytest.mark.parametrize("body", [b"", b"\0", b"\0\1", b"\0\1\0", b"\0\3\0\x1d\0", b"\0\5\0\x1d\0\2\0", b"\0\0\0"])
+def test_malformed_groups_and_shares(kind: bytes, body: bytes) -> None:
+    assert refusal(record(message([TLS13, (kind, body)]))).alert == hello.DECODE_ERROR
 
 
 def test_captured_chrome() -> None:
