@@ -23,7 +23,7 @@ const http = createServer((request, response) => {
 });
 const io = new Server(http);
 io.on("connection", (socket) => {
-  // What a page has sent comes back to it with the transport that it came by, once it is asked of the page in turn.
+  // A message is sent back to the page; what the page makes of it is the answer, with the transport that is in use.
   socket.on("ask", async (message, answer) => {
     const returned = await socket.timeout(10_000).emitWithAck("repeat", message);
     answer({ returned, transport: socket.conn.transport.name });

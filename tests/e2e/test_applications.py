@@ -112,15 +112,10 @@ def _jupyter(folder: Path) -> Iterator[str]:
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     socket = folder / "jupyter.sock"
-    command = [
-        *(str(python), "-m", "jupyterlab", "--no-browser", f"--ServerApp.sock={socket}"),
-        *(
-            f"--ServerApp.root_dir={notebooks}",
-            "--IdentityProvider.token=secret",
-            "--LabApp.extension_manager=readonly",
-        ),
-        *(["--allow-root"] if os.geteuid() == 0 else []),
-    ]
+    command = [str(python), "-m", "jupyterlab", "--no-browser", "--LabApp.extension_manager=readonly"]
+    command += [f"--ServerApp.sock={socket}", f"--ServerApp.root_dir={notebooks}", "--IdentityProvider.token=secret"]
+    if os.geteuid() == 0:
+        command.append("--allow-root")
     environment = {
         "HOME": str(folder),
         "IPYTHONDIR": str(folder / "ipython"),
