@@ -135,6 +135,8 @@ def test_a_cell_of_a_jupyter_notebook(certificate: Certificate, tmp_path: Path) 
             kernel = opened.value
             path = urlsplit(kernel.url).path
             cell = page.locator(".jp-Notebook .jp-CodeCell").first
+            # Before its kernel is idle, a page on a busy machine may lose what is typed.
+            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached", timeout=SLOW)
             cell.locator(".cm-content").click()
             page.keyboard.type("print(6*7)")
             with kernel.expect_event("framereceived", lambda frame: b'"42\\n"' in _bytes(frame), timeout=SLOW):
