@@ -97,9 +97,13 @@ class Pool:
     async def start(self) -> None:
         """Start the helpers and wait until all have loaded the rules. Raises ConfigurationError if one cannot."""
         self._closed = False
+        starts = [asyncio.ensure_future(helper.start()) for helper in self._helpers]
         try:
-            await asyncio.gather(*(helper.start() for helper in self._helpers))
+            await asyncio.gather(*starts)
         except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.wait(starts)
             await self.close()
             raise
 
@@ -320,13 +324,15 @@ class _Helper:
     async def _reaped(self) -> str:
         """Kill the process and its child, and wait for it; says how it ended."""
         self._release()
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return "not started"
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its session's group, so its child too
         status = await process.wait()
+        if self._process is process:  # only now: who is cancelled here leaves the wait to who closes
+            self._process = None
         return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
     def _release(self) -> None:
