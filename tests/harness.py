@@ -132,6 +132,16 @@ def _processes(mark: str) -> dict[int, str]:
     return found
 
 
+def serving(parent: int) -> list[int]:
+    """The children of a tunnel's parent that serve, or still finish what they served: their pids, in order."""
+    found = []
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            if b"tlstunnel.processes.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+    return sorted(found)
+
+
 _SLOW = re.compile(r"Executing <(?:Task|Handle).*> took [0-9.]+ seconds")
 """What asyncio's debug mode says in the embedded echo origin, a process without our log, when the machine is busy."""
 
@@ -248,21 +258,52 @@ class Tunnel:
             new = self.file.with_suffix(".new")
             new.write_text(config)
             new.replace(self.file)
+        return self.told("reload", status=status)
+
+    def told(self, command: str, *options: str, status: int = 0, timeout: float = 4 * PATIENCE) -> list[str]:
+        """Run a command that a running tunnel answers, such as ``reload``; return the lines that it printed."""
         done = subprocess.run(
-            [*PROGRAM, "reload", "--control", str(self.control)],
+            [*PROGRAM, command, "--control", str(self.control), *options],
             env=self._environment,
+            cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=timeout,
             check=False,
         )
         assert done.returncode == status, done
         return (done.stderr if status else done.stdout).splitlines()
 
+    def tell(self, command: str) -> "subprocess.Popen[str]":
+        """Begin a command that a running tunnel answers, without waiting for it."""
+        return subprocess.Popen(
+            [*PROGRAM, command, "--control", str(self.control)],
+            env=self._environment,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def status(self) -> Record:
+        """What ``tlstunnel status`` says of it."""
+        found: Record = json.loads("".join(self.told("status", "--json")))
+        return found
+
+    @property
+    def parent(self) -> int:
+        """The process that was started, which serves nothing: its pid."""
+        return self._process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Those of the processes that serve, or still finish what they served."""
+        return serving(self.parent)
+
     @property
     def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
+        """Of the process that serves, which is one where nothing else was asked for."""
+        return self.pids[-1]
 
     @property
     def addresses(self) -> list[str]:

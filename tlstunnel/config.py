@@ -115,8 +115,10 @@ class Limits(_Table, frozen=True):
 class Release(_Table, frozen=True):
     """How tunnels end when this process is asked to leave."""
 
+    linger: IdleTimeout | None = IdleTimeout(86_400)
     drain_wait: Duration = Duration(0)
     drain_over: Duration = Duration(60)
+    upgrade_timeout: Timeout = Timeout(30)
 
 
 class Log(_Table, frozen=True):
@@ -311,6 +313,7 @@ class Config(_Table, frozen=True):
     """The whole file."""
 
     listen: tuple[ListenAddress, ...] = ()
+    processes: Annotated[int, msgspec.Meta(ge=1, le=256)] | Literal["auto"] = 1
     trusted_proxies: Networks = Networks()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
@@ -332,17 +335,21 @@ class Config(_Table, frozen=True):
 
 def load(path: Path) -> Config:
     """Read and decode a configuration file. Raises ConfigurationError."""
+    return decode(read(path), path.parent, str(path))
+
+
+def read(path: Path) -> str:
+    """Read the text of a configuration file. Raises ConfigurationError."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         # With a byte order mark or without: some editors write one, and TOML does not allow it.
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigurationError(f"{path}:{line}: the file is not UTF-8") from None
-    return decode(text, path.parent, str(path))
 
 
 def decode(text: str, folder: Path, source: str) -> Config:

@@ -23,3 +23,7 @@ class ControlError(TlstunnelError):
 
 class ListenError(TlstunnelError):
     """An address cannot be listened on."""
+
+
+class ProcessError(TlstunnelError):
+    """A process of ours cannot be started, has ended, or does not do what it is asked."""

@@ -79,13 +79,11 @@ class Unfinished:
 
 
 class Server:
-    """Serves `listeners` with `config` and `sites` until it is told to end. One a process."""
+    """Serves with `config` and `sites` at the listeners that it is told, until it is told to end. One a process."""
 
-    def __init__(
-        self, config: Config, sites: Sites, firewall: Firewall, listeners: Iterable[Listener], journal: Journal
-    ) -> None:
+    def __init__(self, config: Config, sites: Sites, firewall: Firewall, journal: Journal) -> None:
         self._loop = asyncio.get_running_loop()
-        self._listeners = list(listeners)
+        self._accepted_at: list[Listener] = []
         self._journal = journal
         self._log = structlog.get_logger()
         self._readiness = readiness(self._loop)
@@ -100,7 +98,19 @@ class Server:
         self._paused: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._accepts = False
+        # What was made until now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+
+    @property
+    def tunnels(self) -> int:
+        """How many there are."""
+        return len(self._splices.all)
+
+    @property
+    def unfinished(self) -> int:
+        """Connections whose handshake is not done yet."""
+        return len(self._unfinished)
 
     def _served_with(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
         return Serving(
@@ -117,34 +127,30 @@ class Server:
             splices=self._splices,
         )
 
-    def start(self) -> None:
-        """Begin to accept."""
-        # What was made until now stays: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        self._accepting(on=True)
+    def accept(self, listeners: Iterable[Listener]) -> None:
+        """Accept at these from now on, and at no others."""
+        wanted = list(listeners)
+        self._watch(self._accepted_at, on=False)
+        self._accepted_at = wanted
+        if self._paused is None:
+            self._watch(wanted, on=True)
 
-    def switch(self, config: Config, sites: Sites, firewall: Firewall, listeners: Iterable[Listener]) -> None:
-        """Serve what connects from now on with these, on these listeners; the others are closed.
+    def leave(self, listener: Listener) -> None:
+        """Close `listener`. What waits in its backlog is accepted first, if it is this process's: it would be reset."""
+        if listener in self._accepted_at:
+            self._accepted_at.remove(listener)
+            self._loop.remove_reader(listener.sock)
+            for _ in range(BACKLOG // ACCEPTS_A_TURN):
+                self._accept(listener)
+        listener.close()
 
-        Whatever has connected before goes on with what it had, to the end of its tunnel. What waits in the backlog of
-        a listener that goes is accepted first: closing it would reset that.
+    def switch(self, config: Config, sites: Sites, firewall: Firewall) -> None:
+        """Serve what connects from now on with these.
+
+        Whatever has connected before goes on with what it had, to the end of its tunnel.
         """
         self._serving = self._served_with(config, sites, firewall)
         self._unfinished.cap = config.limits.unfinished_handshakes
-        wanted = list(listeners)
-        for listener in self._listeners:
-            if listener not in wanted:
-                if self._accepts:
-                    self._loop.remove_reader(listener.sock)
-                    for _ in range(BACKLOG // ACCEPTS_A_TURN):
-                        self._accept(listener)
-                listener.close()
-        added = [listener for listener in wanted if listener not in self._listeners]
-        self._listeners = wanted
-        if self._accepts and self._paused is None:
-            for listener in added:
-                self._loop.add_reader(listener.sock, self._accept, listener)
         if config.end_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
@@ -157,16 +163,16 @@ class Server:
         while begun := begun.intersection(self._unfinished):
             await asyncio.wait(begun, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
 
-    async def drain(self, wait: float, over: float) -> None:
-        """Accept for `wait` seconds more, then close the listeners and end the tunnels, spread over `over` seconds.
+    async def finish(self, linger: float | None, over: float) -> None:
+        """Let the tunnels end for `linger` seconds (None: for ever), then end them, spread over `over` seconds.
 
         Oldest first, at even distances with jitter, so that clients do not all come back at one moment. Connections
-        whose handshake is not done yet may finish it, and are ended with the rest.
+        whose handshake is not done yet may finish it, and are ended with the rest. Accepts nothing.
         """
-        await asyncio.sleep(wait)
-        self._accepting(on=False)
-        for listener in self._listeners:
-            listener.close()
+        self.accept(())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(linger):
+                await self._idle.wait()
         tunnels = list(self._splices.all)
         self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
         distance = over / max(len(tunnels), 1)
@@ -189,25 +195,22 @@ class Server:
 
     def stop(self) -> None:
         """End everything at once."""
-        self._accepting(on=False)
-        for listener in self._listeners:
-            listener.close()
+        self.accept(())
         for splice in list(self._splices.all):
             splice.abort("stopped")
         for task in (*self._unfinished, *self._exchanges):
             self._cancel(task)
 
     async def close(self) -> None:
-        """Release everything, once `stop` or `drain` is through."""
+        """Release everything, once `stop` or `finish` is through."""
         self.stop()
         await self._idle.wait()
         self._partings.abort()
         self._splices.close()
         self._readiness.close()
 
-    def _accepting(self, *, on: bool) -> None:
-        self._accepts = on
-        for listener in self._listeners:
+    def _watch(self, listeners: Iterable[Listener], *, on: bool) -> None:
+        for listener in listeners:
             if listener.sock.fileno() < 0:
                 continue
             if on:
@@ -284,7 +287,7 @@ class Server:
     def _pause_accepting(self, why: str) -> None:
         """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
         self._pause = min(max(self._pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE)
-        self._accepting(on=False)
+        self._watch(self._accepted_at, on=False)
         self._journal.sampled("accepting paused", why, connections=self._connections)
         self._paused = self._loop.call_later(self._pause, self._resume_accepting)
 
@@ -292,7 +295,7 @@ class Server:
         if self._paused is not None:
             self._paused.cancel()
             self._paused = None
-            self._accepting(on=True)
+            self._watch(self._accepted_at, on=True)
 
 
 def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:

@@ -20,6 +20,7 @@ from tests.harness import (
     echo_bytes,
     eventually,
     receive_exactly,
+    serving,
     upgrade,
 )
 
@@ -90,7 +91,7 @@ def test_reader_that_does_not_read(certificate: Certificate) -> None:
 
 def test_reader_that_is_gone(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
-        descriptors = Path(f"/proc/{started.process.pid}/fd")
+        descriptors = Path(f"/proc/{serving(started.process.pid)[0]}/fd")
         with started.connect() as client:
             assert upgrade(client).status == 101
             before = len(list(descriptors.iterdir()))

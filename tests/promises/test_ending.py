@@ -317,7 +317,7 @@ def test_the_echo_origin_goes_with_it(certificate: Certificate, number: signal.S
         if number == signal.SIGKILL:
             stack.enter_context(pytest.raises(AssertionError, match="it exited with -9"))
         stack.enter_context(tunnel)
-        children = _children(tunnel.pid)
+        children = _children(tunnel.parent)
         assert children, "the embedded echo origin is a process of its own"
         with _open(tunnel):
             pass

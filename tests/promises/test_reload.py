@@ -259,7 +259,7 @@ def test_a_second_tunnel_does_not_take_it_and_a_dead_ones_is_replaced(certificat
         (b"[]\n", "an object with"),
         (b'{"do": 5}\n', "an object with"),
         (b'{"do": "relaod"}\n', 'did you mean "reload"?'),
-        (b'{"do": "dance"}\n', "there are reload"),
+        (b'{"do": "sing a song"}\n', "there are drain"),
         (b"[" * 60_000 + b"\n", "expected one JSON object"),
         (b"x" * 70_000 + b"\n", "expected one JSON object"),
     ],

@@ -2,17 +2,15 @@
 
 import asyncio
 import itertools
-import ssl
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Certificate, Tunnel, WebsocketsOrigin, client_context, handshake_request
+from tests.harness import Certificate, Tunnel, WebsocketsOrigin
 from tests.promises.firewalled import policy
+from tests.promises.numbered import Traffic
 
-MESSAGE = struct.Struct("!I")
 TUNNELS, RELOADS = 2_000, 10
 
 
@@ -20,37 +18,6 @@ TUNNELS, RELOADS = 2_000, 10
 def origin() -> Iterator[WebsocketsOrigin]:
     with WebsocketsOrigin() as origin:
         yield origin
-
-
-class Numbered:
-    """A tunnel on which each message is one more than the last."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self.exchanged = 0
-
-    @classmethod
-    async def open(cls, port: int, context: ssl.SSLContext) -> "Numbered":
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", port, ssl=context, server_hostname="localhost", limit=4096
-        )
-        writer.write(handshake_request("/"))
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 101 "), head
-        return cls(reader, writer)
-
-    async def exchange(self) -> None:
-        number = MESSAGE.pack(self.exchanged)
-        self._writer.write(b"\x82\x84\0\0\0\0" + number)
-        while (frame := await self._reader.readexactly(2))[0] == 0x89:  # the origin's own ping, every 20 s
-            # It closes the tunnel of a client that leaves two of them without a pong.
-            payload = await self._reader.readexactly(frame[1])
-            self._writer.write(bytes((0x8A, 0x80 | frame[1])) + b"\0\0\0\0" + payload)
-        assert frame + await self._reader.readexactly(4) == b"\x82\x04" + number
-        self.exchanged += 1
-
-    async def close(self) -> None:
-        self._writer.transport.abort()
 
 
 def _configurations(origin: str, certificate: Certificate, folder: Path) -> Iterator[str]:
@@ -68,45 +35,13 @@ def _configurations(origin: str, certificate: Certificate, folder: Path) -> Iter
 
 
 async def _through_reloads(tunnel: Tunnel, configurations: Iterator[str], tunnels: int, reloads: int) -> None:
-    context = client_context(tunnel)
-    gate = asyncio.Semaphore(50)
-
-    async def opened() -> Numbered:
-        async with gate:
-            return await Numbered.open(tunnel.port, context)
-
-    all_of_them = await asyncio.gather(*(opened() for _ in range(tunnels)))
-    over = asyncio.Event()
-    come_and_gone = 0
-
-    async def talk(numbered: Numbered) -> None:
-        while not over.is_set():
-            await numbered.exchange()
-            await asyncio.sleep(0.2)
-
-    async def arrive() -> None:
-        nonlocal come_and_gone
-        while not over.is_set():
-            fresh = await opened()
-            await fresh.exchange()
-            await fresh.close()
-            come_and_gone += 1
-
-    talking = [asyncio.ensure_future(talk(one)) for one in all_of_them]
-    arriving = [asyncio.ensure_future(arrive()) for _ in range(4)]
-    for _ in range(reloads):
-        before = come_and_gone
-        said = await asyncio.to_thread(tunnel.reload, next(configurations))
+    def reload(_: int) -> None:
+        said = tunnel.reload(next(configurations))
         assert any("rules" in line for line in said), said
-        # A reload between any two handshakes, not all of them before the first.
-        while come_and_gone == before:
-            await asyncio.sleep(0.01)
-    over.set()
-    await asyncio.gather(*talking, *arriving)
-    # Still whole after the last.
-    await asyncio.gather(*(one.exchange() for one in all_of_them))
-    assert min(one.exchanged for one in all_of_them) >= 2
-    await asyncio.gather(*(one.close() for one in all_of_them))
+
+    traffic = Traffic(tunnel)
+    await traffic.through(tunnels, reloads, reload)
+    await traffic.close()
     # Those that came and went, and nobody else, have ended.
     refused = [record for record in tunnel.records("connection") if record["status"] != 101]
     assert refused == []
@@ -134,7 +69,7 @@ def test_numbered_messages_through_a_hundred_reloads(
 
 def _memory_after(tunnel: Tunnel, reloads: int, configurations: Iterator[str]) -> int:
     """RSS once that many reloads are done, asked for over the control socket itself: no process each."""
-    from tlstunnel.control import ask  # noqa: PLC0415
+    from tlstunnel.processes.control import ask  # noqa: PLC0415
 
     for _ in range(reloads):
         tunnel.file.write_text(next(configurations))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tlstunnel.cli import main
-from tlstunnel.control import ControlSocket
 from tlstunnel.errors import ControlError
+from tlstunnel.processes.control import ControlSocket
 
 
 def reloaded(path: Path, answer: Mapping[str, Any] | ControlError, *options: str) -> int:

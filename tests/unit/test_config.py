@@ -310,7 +310,10 @@ def test_what_is_no_duration(text: str) -> None:
         ),
         ("[site]", 't.toml:1: unknown key "site"; did you mean "sites"?'),
         (f"{SITE}{SITE}cret = 'a'", 't.toml:5: sites[1]: unknown key "cret"; did you mean "cert"?'),
-        ("[release]\nx = 1", 't.toml:2: release: unknown key "x"; the keys here are drain_wait, drain_over'),
+        (
+            "[release]\nx = 1",
+            't.toml:2: release: unknown key "x"; the keys here are linger, drain_wait, drain_over, upgrade_timeout',
+        ),
         ('"a\\nb` - at `$.log" = 1', 't.toml:1: unknown key "a\\nb` - at `$.log"; the keys here are listen,'),
         ("sites = [1, {x = 1}]", 't.toml:1: sites[1]: unknown key "x"; the keys here are names,'),
         # Values of another type.

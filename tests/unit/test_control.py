@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tlstunnel import control
-from tlstunnel.control import MAX_LINE, ControlSocket, Handler, ask, default_path, find
 from tlstunnel.errors import ControlError
+from tlstunnel.processes import control
+from tlstunnel.processes.control import MAX_LINE, ControlSocket, Handler, ask, default_path, find
 
 T = TypeVar("T")
 

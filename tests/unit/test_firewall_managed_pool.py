@@ -127,7 +127,7 @@ from tlstunnel.firewall.managed.messages import END_OF_RULES, Loaded, Ready
 lied = pathlib.Path({lied!r})
 if lied.exists():
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-connection = socket.socket(fileno=int(sys.argv[3]))
+connection = socket.socket(fileno=int(sys.argv[4]))
 while connection.recv(200000) != END_OF_RULES:
     pass
 connection.sendall(msgspec.msgpack.encode(Loaded()))
@@ -148,7 +148,7 @@ def test_helper_that_talks_nonsense_is_started_anew(
     script.write_text(LIAR.format(lied=str(tmp_path / "lied"), python=sys.executable, packet=packet))
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
     program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("tlstunnel.program.PYTHON", str(program))
     monkeypatch.setattr(pool_module, "LONGEST_WAIT", 60.0)
     log: list[str] = []
 
@@ -162,7 +162,7 @@ def test_helper_that_talks_nonsense_is_started_anew(
 
 
 def test_helper_that_cannot_run_refuses_the_start(rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr("tlstunnel.program.PYTHON", "/bin/false")
     with pytest.raises(ConfigurationError, match="ended while it started: status 1"):
         asyncio.run(Pool([rules_set]).start())
 

@@ -30,11 +30,13 @@ MOST_TOLD = 100
 class Watch:
     """Keeps what is served as its files are, in the running loop, from `start` to `close`.
 
-    Files that cannot be served are told of in the log, and what was there before is served.
+    Files that cannot be served are told of in the log, and what was there before is served. `quiet`: another process
+    tells how long the same certificates last.
     """
 
-    def __init__(self, certificates: Certificates) -> None:
+    def __init__(self, certificates: Certificates, *, quiet: bool = False) -> None:
         self._certificates = certificates
+        self._quiet = quiet
         self._log = structlog.get_logger()
         # Of its own: a file system that does not answer must hold neither the tunnels nor the resolver.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="certificates")
@@ -75,6 +77,8 @@ class Watch:
 
     def tell_of_age(self, now: datetime) -> None:
         """Log how many days are left, and warn of what has fewer than 21 or is of no use, each once a day."""
+        if self._quiet:
+            return
         pairs = list(self._certificates.pairs())
         if pairs:
             first = min(pairs, key=lambda pair: pair.not_after)

@@ -114,9 +114,10 @@ def _of(hint: Any) -> dict[str, Any]:  # noqa: PLR0911 - each kind of value
         meta: msgspec.Meta = hint.__metadata__[0]
         return _of(arguments[0]) | {"minimum": meta.ge, "maximum": meta.le}
     if origin in (Union, types.UnionType):
-        (inner,) = (one for one in arguments if one is not type(None))
-        made = _of(inner)
-        return {"anyOf": [made, {"const": "off"}]} if inner is IdleTimeout else made
+        choices = [_of(one) for one in arguments if one is not type(None)]
+        if IdleTimeout in arguments:
+            choices.append({"const": "off"})
+        return {"anyOf": choices} if len(choices) > 1 else choices[0]
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:

@@ -2,20 +2,35 @@
 
 import asyncio
 import contextlib
+import os
 from pathlib import Path
 from typing import Literal
 
 import click
 import structlog
 
+from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
-from tlstunnel.certificates import issue
-from tlstunnel.config import Config, OriginConfig, SiteConfig, load
+from tlstunnel.config import Config, read
 from tlstunnel.origins.embedded import EchoOrigin
-from tlstunnel.readiness import new_loop
-from tlstunnel.record import Journal, configure_logging
-from tlstunnel.service import CERTIFICATES, Listeners, Loaded, Service, Wanted
-from tlstunnel.service import load as load_all
+from tlstunnel.processes.children import Beginning, try_child
+from tlstunnel.processes.handover import Handover
+from tlstunnel.processes.parent import Options, Parent
+from tlstunnel.processes.slots import Slots, passed
+from tlstunnel.program import shown_as
+from tlstunnel.record import configure_logging
+from tlstunnel.wanted import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
+
+
+class _Processes(click.ParamType[int | Literal["auto"]]):
+    name = "N|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        if str(value).isdecimal() and 1 <= int(str(value)) <= 256:
+            return int(str(value))
+        self.fail(f"{value!r} is neither auto nor a number from 1 to 256", param, ctx)
 
 
 @click.command()
@@ -25,6 +40,7 @@ from tlstunnel.service import load as load_all
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
 @click.option("--control", type=click.Path(path_type=Path), help="Where the control socket is.")
+@click.option("--processes", type=_Processes(), help="How many processes serve; 1 unless the file says otherwise.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="How to log; text unless the file says json.")
 def command(  # noqa: PLR0913 - the command's options
     *,
@@ -34,6 +50,7 @@ def command(  # noqa: PLR0913 - the command's options
     key: Path | None,
     config_file: Path | None,
     control: Path | None,
+    processes: int | Literal["auto"] | None,
     log_format: Literal["text", "json"] | None,
 ) -> None:
     """Start the tunnel in front of ORIGIN: host:port, ws://host:port or unix:/path.
@@ -41,34 +58,45 @@ def command(  # noqa: PLR0913 - the command's options
     Without ORIGIN it tunnels to an echo origin of its own; without --cert it makes and uses a test certificate for
     localhost in certs/, and listens on this machine only.
     """
-    config = load(config_file) if config_file else Config()
+    handed = Handover.received()
+    shown_as("tlstunnel")
+    text = read(config_file) if config_file else None
+    listen = _parsed(listen_texts)
+    config = Wanted(config_file).configuration(text)
     if config.sites and (origin or cert or key):
         raise click.UsageError(f"{config_file} has [[sites]]: ORIGIN, --cert and --key belong there")
     if bool(cert) != bool(key):
         raise click.UsageError("--cert and --key go together")
-    configure_logging(log_format or config.log.format)
+    if origin is not None:
+        _check_origin(origin)
+    style = log_format or config.log.format
+    configure_logging(style)
+    if handed is not None and handed.probe is not None:
+        wanted = Wanted(config_file, origin, handed.echo["port"] if handed.echo else None, cert, key, listen)
+        _complete(wanted, config, tell=False)
+        asyncio.run(try_child(Beginning(wanted, text, config, style)))
+        os.write(handed.probe, __version__.encode())
+        return
     with contextlib.ExitStack() as stack:
-        wanted = Wanted(
-            file=config_file,
-            site=None if config.sites else _site(origin, cert, key, stack),
-            listen=_parsed(listen_texts),
-            control=control,
-        )
-        if any(not site.pairs for site in (config.sites or [wanted.site]) if site):
-            test = issue.ensure(CERTIFICATES)
-            hint = "clients trust it with this CA"
-            structlog.get_logger().info("test certificate", cert=str(test.cert), ca=str(test.ca), hint=hint)
-        journal = Journal(opened=config.log.opened)
-        loaded = load_all(wanted, config, journal.counters)
-        listeners = Listeners()
-        stack.callback(listeners.close)
-        listeners.settle(listeners.open(loaded.listen), loaded.listen)
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(_serve(wanted, loaded, listeners, journal))
+        echo = None if config.sites or origin is not None else _echo(handed, stack)
+        wanted = Wanted(config_file, origin, echo.port if echo else None, cert, key, listen)
+        _complete(wanted, config, tell=handed is None)
+        beginning = Beginning(wanted, text, config, style)
+        options = Options(control, processes)
+        if handed is not None:
+            slots = Slots.restored(handed.slots)
+        else:
+            slots = Slots(passed())
+            addresses = listened(wanted, config, slots.passed)
+            slots.settle(slots.open(addresses, options.count(config), (LOOPBACK[1], EVERYWHERE[1])), addresses)
+        stack.callback(slots.close)
+        asyncio.run(_run(beginning, slots, options, echo, handed))
 
 
-async def _serve(wanted: Wanted, loaded: Loaded, listeners: Listeners, journal: Journal) -> None:
-    await Service(wanted, loaded, listeners, journal).run()
+async def _run(
+    beginning: Beginning, slots: Slots, options: Options, echo: EchoOrigin | None, before: Handover | None
+) -> None:
+    await Parent(beginning, slots, options, echo, before).run()
 
 
 def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
@@ -78,14 +106,29 @@ def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
         raise click.BadParameter(str(error), param_hint="--listen") from None
 
 
-def _site(origin: str | None, cert: Path | None, key: Path | None, stack: contextlib.ExitStack) -> SiteConfig:
-    if origin is None:
-        echo = stack.enter_context(contextlib.closing(EchoOrigin()))
-        structlog.get_logger().info("embedded echo origin", address=f"127.0.0.1:{echo.port}")
-        address = OriginAddress("127.0.0.1", echo.port, text="echo")
-    else:
-        try:
-            address = OriginAddress.parse(origin, Path.cwd())
-        except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="ORIGIN") from None
-    return SiteConfig(origins=(OriginConfig(address=address),), cert=cert, key=key)
+def _check_origin(origin: str) -> None:
+    try:
+        OriginAddress.parse(origin, Path.cwd())
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="ORIGIN") from None
+
+
+def _echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
+    if handed is not None and handed.echo is not None:
+        return stack.enter_context(contextlib.closing(EchoOrigin.restored(handed.echo)))
+    echo = stack.enter_context(contextlib.closing(EchoOrigin.start()))
+    structlog.get_logger().info("embedded echo origin", address=f"127.0.0.1:{echo.port}")
+    return echo
+
+
+def _complete(wanted: Wanted, config: Config, *, tell: bool) -> None:
+    """Make the test certificate where it is wanted; in one process, for children would each make their own."""
+    if not tested(configured_sites(wanted, config)):
+        return
+    # Only here: cryptography takes memory, of which the parent needs little.
+    from tlstunnel.certificates import CERTIFICATES, issue  # noqa: PLC0415
+
+    test = issue.ensure(CERTIFICATES)
+    if tell:
+        hint = "clients trust it with this CA"
+        structlog.get_logger().info("test certificate", cert=str(test.cert), ca=str(test.ca), hint=hint)

@@ -7,6 +7,7 @@ The lists of all sites also act at accept (`Firewall.objection`). What comes aft
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from tlstunnel.config import Config, Mode, SiteConfig
+from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.cross_site import OriginCheck
 from tlstunnel.firewall.facts import Connection, Facts, gather, refuse_ambiguous
 from tlstunnel.firewall.lists import AddressLists, NamedLists
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
+from tlstunnel.program import replaced
 
 if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
     from tlstunnel.firewall.counters import Counters
@@ -29,6 +32,11 @@ if TYPE_CHECKING:  # they bring libraries that most configurations do without: s
     from tlstunnel.firewall.rate_limits import Lease, RateLimits
     from tlstunnel.firewall.rules import Rules
     from tlstunnel.firewall.stages import Stages
+
+REPLACED = (
+    "rules, rate limits and managed rules need modules that this process has not imported yet, and the package on the"
+    " disk was replaced since it was started: tlstunnel upgrade goes on with what is there now"
+)
 
 REFRESH_SECONDS = 1.0
 """How often the files of lists are looked at."""
@@ -125,6 +133,8 @@ class Firewall:
         self.counters = counters
         sites = config.sites if sites is None else sites
         if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
+            if "tlstunnel.firewall.stages" not in sys.modules and replaced():
+                raise ConfigurationError(REPLACED)
             from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
 
             self._stages = Made(config, sites, self._lists, self.counted, counters)

@@ -8,7 +8,6 @@ import enum
 import os
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +29,7 @@ from tlstunnel.firewall.managed.messages import (
     RulesSet,
     Subject,
 )
+from tlstunnel.program import module_command, module_environment
 
 LONGEST_WAIT = 1.0
 """Seconds that a question waits for a helper. A full queue of 256 takes 0.4 s, a helper that starts anew 0.4 too."""
@@ -185,9 +185,9 @@ class _Helper:
         self._loaded = loop.create_future()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "tlstunnel.firewall.managed.helper"),
+                *module_command("tlstunnel.firewall.managed.helper"),
                 *(str(theirs.fileno()), str(os.getpid()), str(self.pool.evaluations)),
+                env=module_environment(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 # What C++ says when it ends a process is no line of our log; the status is reported.

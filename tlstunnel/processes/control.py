@@ -6,6 +6,7 @@ when the thing is done: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."
 
 import asyncio
 import contextlib
+import contextvars
 import difflib
 import fcntl
 import json
@@ -37,6 +38,10 @@ Handler = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Does what is asked and gives what the answer holds beside ``ok``. Raises ControlError."""
 
 
+CLIENT: contextvars.ContextVar[socket.socket | None] = contextvars.ContextVar("client", default=None)
+"""The socket of the client for which a handler runs: who is answered by the next program takes it there."""
+
+
 def folder() -> Path:
     """Where control sockets are when nobody says: systemd's folder, the user's, or the system's."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
@@ -62,7 +67,7 @@ class ControlSocket:
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._idle: set[asyncio.Task[None]] = set()
-        self._own = path.stat().st_ino
+        self._own = path.stat().st_ino if path.exists() else 0
 
     @classmethod
     def bind(cls, path: Path, handlers: Mapping[str, Handler]) -> Self:
@@ -94,6 +99,18 @@ class ControlSocket:
             lock.close()
             raise
 
+    def kept(self) -> dict[str, Any]:
+        """What `adopted` takes in the program that is executed next."""
+        return {"path": str(self.path), "fd": self._sock.fileno(), "lock": self._lock.fileno()}
+
+    @classmethod
+    def adopted(cls, kept: Mapping[str, Any], handlers: Mapping[str, Handler]) -> Self:
+        """The socket and its lock as the program executed before had them."""
+        for name in ("fd", "lock"):
+            os.set_inheritable(kept[name], False)
+        sock = socket.socket(fileno=kept["fd"])
+        return cls(Path(kept["path"]), sock, os.fdopen(kept["lock"], "ab"), handlers)
+
     async def serve(self) -> None:
         """Begin to answer."""
         self._server = await asyncio.start_unix_server(self._serve, sock=self._sock, limit=MAX_LINE)
@@ -118,6 +135,7 @@ class ControlSocket:
         assert task is not None
         self._clients.add(task)
         self._idle.add(task)
+        CLIENT.set(writer.get_extra_info("socket"))
         try:
             answer = await self._answer(reader, task)
             writer.write(json.dumps(answer).encode() + b"\n")

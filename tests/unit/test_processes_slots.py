@@ -1,0 +1,92 @@
+"""Which child serves which listening socket."""
+
+import socket
+from contextlib import closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlstunnel.addresses import ListenAddress
+from tlstunnel.errors import ListenError
+from tlstunnel.listeners import Listener
+from tlstunnel.processes.slots import Slot, Slots
+
+ADDRESSES = [ListenAddress("127.0.0.1", port) for port in range(1, 6)]
+
+
+def _slots(shares: list[int]) -> Slots:
+    slots = Slots()
+    number = 0
+    opened = {}
+    for address, count in zip(ADDRESSES, shares, strict=False):
+        made = []
+        for _ in range(count):
+            number += 1
+            made.append(Slot(number, Listener(socket.socket(), address, address)))
+        opened[address] = made
+    slots.settle(opened, tuple(opened))
+    return slots
+
+
+@given(st.lists(st.integers(1, 5), max_size=5), st.lists(st.integers(1, 10_000), unique=True, max_size=7))
+def test_everything_is_served_and_everybody_serves(shares: list[int], children: list[int]) -> None:
+    slots = _slots(shares)
+    try:
+        of = slots.assigned(children)
+        assert set(of) == set(children)
+        numbers = {slot.number for slot in slots}
+        if children:
+            assert set().union(*of.values()) == numbers
+        if numbers:
+            assert all(of[child] for child in children)
+        # With one child for each of its sockets, none of them is shared.
+        for count, address in zip(shares, ADDRESSES, strict=False):
+            if count == len(children):
+                own = [slot.number for slot in slots if slot.listener.written == address]
+                assert all(sum(number in mine for mine in of.values()) == 1 for number in own)
+    finally:
+        slots.close()
+
+
+def test_addresses_come_and_go() -> None:
+    slots = Slots()
+    with closing(slots):
+        first, second = ListenAddress.parse("127.0.0.1:0"), ListenAddress.parse("[::1]:0")
+        slots.settle(slots.open((first,), 2), (first,))
+        kept = [slot.number for slot in slots]
+        assert len(kept) == 2
+        assert len({slot.listener.address for slot in slots}) == 1, "both on the port that the first has got"
+        opened = slots.open((first, second), 1)
+        assert list(opened) == [second]
+        assert slots.settle(opened, (first, second)) == []
+        gone = slots.settle({}, (second,))
+        assert [slot.number for slot in gone] == kept
+        for slot in gone:
+            slot.listener.remove()
+
+
+def test_all_or_none_is_opened() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, closing(Slots()) as slots:
+        port = taken.getsockname()[1]
+        addresses = (ListenAddress("127.0.0.1", 0), ListenAddress("127.0.0.1", port))
+        with pytest.raises(ListenError, match="in use by another program"):
+            slots.open(addresses, 3)
+        assert list(slots) == []
+
+
+def test_they_are_kept_for_the_next_program() -> None:
+    slots = Slots()
+    address = ListenAddress.parse("127.0.0.1:0")
+    slots.settle(slots.open((address,), 2), (address,))
+    again = Slots.restored(slots.kept())
+    assert [slot.number for slot in again] == [slot.number for slot in slots]
+    assert [slot.listener.address for slot in again] == [slot.listener.address for slot in slots]
+    assert not any(slot.listener.sock.get_inheritable() for slot in again)
+    # Numbers are not given twice.
+    more = again.open((ListenAddress.parse("[::1]:0"),), 1)
+    assert min(slot.number for opened in more.values() for slot in opened) > max(slot.number for slot in slots)
+    again.forget(more)
+    for slot in slots:
+        slot.listener.sock.detach()
+    again.close()

@@ -1,0 +1,18 @@
+"""``tlstunnel drain``: end a running tunnel without a storm of clients that come back."""
+
+from pathlib import Path
+
+import click
+
+from tlstunnel.cli.asked import answered, options
+
+
+@click.command()
+@options
+def command(*, control: Path | None, as_json: bool) -> None:
+    """Accept no more, and end the tunnels spread over release.drain_over, oldest first. Then end. SIGTERM does it too.
+
+    Waits until that is done. `tlstunnel stop` meanwhile ends it at once.
+    """
+    if answered(control, "drain", as_json=as_json):
+        click.echo("ended")

@@ -1,0 +1,51 @@
+"""``tlstunnel status``: the processes of a running tunnel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from tlstunnel.cli.asked import answered, options
+
+UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+
+HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "handshakes", "memory")
+
+
+@click.command()
+@options
+def command(*, control: Path | None, as_json: bool) -> None:
+    """Its processes, by generation: each upgrade begins one. Memory is the share of each (PSS)."""
+    answer = answered(control, "status", as_json=as_json)
+    if answer is None:
+        return
+    state = f", ending ({answer['ending']})" if answer["ending"] else ""
+    click.echo(f"tlstunnel {answer['version']}, generation {answer['generation']}, process {answer['process']}{state}")
+    click.echo(f"listening on {', '.join(answer['listening']) or 'nothing any more'}")
+    rows = [
+        [
+            *(str(one[name]) for name in ("process", "generation", "version")),
+            _age(one["seconds"]),
+            one["state"],
+            *(str(one[name]) for name in ("tunnels", "handshakes")),
+            _memory(one["pss_kib"]),
+        ]
+        for one in answer["processes"]
+    ]
+    rows.append([str(answer["process"]), "", "", "", "parent", "", "", _memory(answer["pss_kib"])])
+    for line in _table([HEADINGS, *rows]):
+        click.echo(line)
+
+
+def _age(seconds: float) -> str:
+    size, unit = next((unit for unit in UNITS if seconds >= unit[0]), UNITS[-1])
+    return f"{seconds / size:.0f} {unit}"
+
+
+def _memory(kib: int | None) -> str:
+    return "?" if kib is None else f"{kib / 1024:.0f} MiB"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,59 @@
+"""How many cores this process may use."""
+
+import math
+import os
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+def usable(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
+    """The cores of this process's affinity, or fewer where a quota of its control groups allows less time; at least 1.
+
+    Quotas of both versions: ``cpu.max`` (Linux, admin-guide/cgroup-v2) and ``cpu.cfs_quota_us`` (scheduler/sched-bwc).
+    A quota of one and a half cores is two: a process more uses what one alone cannot.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root, own))]))
+
+
+def _quotas(root: Path, own: Path) -> list[float]:
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        folder = top / path.lstrip("/")
+        # A quota of any group around this one holds too. In a container its own group may be seen as the root.
+        for place in {folder, *folder.parents} | {top}:
+            if place == top or top in place.parents:
+                found += _quota(place)
+    return found
+
+
+def _quota(folder: Path) -> list[float]:
+    for read in (_second_version, _first_version):
+        try:
+            quota, period = read(folder)
+        except (OSError, ValueError):
+            continue  # there is none, or it is "max"
+        if quota > 0 and period > 0:
+            return [quota / period]
+    return []
+
+
+def _second_version(folder: Path) -> tuple[int, int]:
+    quota, period = (folder / "cpu.max").read_text().split()
+    return int(quota), int(period)
+
+
+def _first_version(folder: Path) -> tuple[int, int]:
+    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    return int(quota), int(period)

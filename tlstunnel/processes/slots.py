@@ -1,0 +1,150 @@
+"""The listening sockets, which the parent holds for as long as it lives, and which child serves which.
+
+For each address that is listened on from the start there are as many sockets as processes, so that the kernel spreads
+the connections (SO_REUSEPORT). What waits at a socket that nobody serves waits until somebody does, and closing it
+would reset that (both seen): so every socket has a child at all times, and none is closed while its address is wanted.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from tlstunnel.addresses import ListenAddress
+from tlstunnel.errors import ListenError
+from tlstunnel.listeners import Listener, adopted, listen
+
+FIRST_PASSED = 3
+"""The first descriptor of socket activation (sd_listen_fds(3))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One listening socket, under a number that parent and children know it by."""
+
+    number: int
+    listener: Listener
+
+
+class Slots:
+    """All of them, by the address as it was written."""
+
+    def __init__(self, passed: Sequence[Listener] = ()) -> None:
+        self._of: dict[ListenAddress, list[Slot]] = {}
+        self._next = 0
+        self._passed = {listener.address: listener for listener in passed}
+
+    def __iter__(self) -> Iterator[Slot]:
+        return (slot for slots in self._of.values() for slot in slots)
+
+    @property
+    def passed(self) -> tuple[ListenAddress, ...]:
+        """What was given by socket activation."""
+        return tuple(self._passed)
+
+    def open(
+        self, addresses: tuple[ListenAddress, ...], shares: int, optional: tuple[ListenAddress, ...] = ()
+    ) -> dict[ListenAddress, list[Slot]]:
+        """Open those of `addresses` that are not open yet, with so many sockets each: all or none. Raises ListenError.
+
+        One of the `optional` of a family that this machine does not have is left out.
+        """
+        opened: dict[ListenAddress, list[Slot]] = {}
+        try:
+            for address in addresses:
+                if address in self._of:
+                    continue
+                if address in self._passed:
+                    listeners = [self._passed[address]]
+                else:
+                    try:
+                        listeners = listen(address, shares)
+                    except ListenError as error:
+                        if address not in optional or not _no_such_family(error):
+                            raise
+                        structlog.get_logger().warning("no IPv6 here", reason=str(error))
+                        continue
+                opened[address] = [self._numbered(listener) for listener in listeners]
+        except ListenError:
+            self.forget(opened)
+            raise
+        return opened
+
+    def settle(self, opened: Mapping[ListenAddress, list[Slot]], wanted: tuple[ListenAddress, ...]) -> list[Slot]:
+        """Keep these and those of before that are wanted; give the others, which the caller closes."""
+        together = {**self._of, **opened}
+        self._of = {address: slots for address, slots in together.items() if address in wanted}
+        return [slot for address, slots in together.items() if address not in wanted for slot in slots]
+
+    def forget(self, opened: Mapping[ListenAddress, list[Slot]]) -> None:
+        """Close what was opened and is not wanted after all."""
+        for slots in opened.values():
+            for slot in slots:
+                slot.listener.remove()
+
+    def close(self) -> None:
+        """Close them all: what connects from now on is refused by the kernel."""
+        for slot in self:
+            slot.listener.remove()
+        self._of = {}
+
+    def _numbered(self, listener: Listener) -> Slot:
+        self._next += 1
+        return Slot(self._next, listener)
+
+    def assigned(self, children: Sequence[int]) -> dict[int, set[int]]:
+        """Which slots each of these serves. Every slot has at least one of them, every one of them at least one slot.
+
+        With as many children as an address has sockets, each has its own; a socket that is alone is shared by all.
+        """
+        of: dict[int, set[int]] = {child: set() for child in children}
+        for slots in self._of.values() if children else ():
+            for place in range(max(len(slots), len(children))):
+                of[children[place % len(children)]].add(slots[place % len(slots)].number)
+        return of
+
+    def kept(self) -> dict[str, Any]:
+        """What `restored` takes in the program that is executed next."""
+        return {
+            "next": self._next,
+            "open": [
+                {"number": slot.number, "fd": slot.listener.sock.fileno(), "written": str(address)}
+                for address, slots in self._of.items()
+                for slot in slots
+            ],
+            "passed": [str(address) for address in self._passed],
+        }
+
+    @classmethod
+    def restored(cls, kept: Mapping[str, Any]) -> "Slots":
+        """The slots that the program executed before has held. Raises ListenError."""
+        slots = cls()
+        slots._next = kept["next"]
+        for one in kept["open"]:
+            written = ListenAddress.parse(one["written"])
+            os.set_inheritable(one["fd"], False)
+            slot = Slot(one["number"], adopted(one["fd"], written))
+            slots._of.setdefault(written, []).append(slot)
+            if one["written"] in kept["passed"]:
+                slots._passed[written] = slot.listener
+        return slots
+
+
+def passed() -> list[Listener]:
+    """The sockets of systemd's socket activation, none without it (sd_listen_fds(3)). Raises ListenError."""
+    count, process = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if process != str(os.getpid()) or not count.isdecimal():
+        return []
+    descriptors = range(FIRST_PASSED, FIRST_PASSED + int(count))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return [adopted(descriptor) for descriptor in descriptors]
+
+
+def _no_such_family(error: ListenError) -> bool:
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
