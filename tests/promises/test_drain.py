@@ -1,0 +1,128 @@
+"""Where tunnels must end, they end one after another, and so do their clients come back."""
+
+import itertools
+import os
+import signal
+import subprocess
+import time
+from contextlib import ExitStack
+from datetime import datetime
+
+import pytest
+
+from scripts.load.drain import measure
+from tests.harness import (
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    connect_tls,
+    echo_bytes,
+    eventually,
+    receive_all,
+    upgrade,
+)
+
+
+@pytest.mark.parametrize("clients", [500, pytest.param(5000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_the_rate_of_reconnects_is_bounded(clients: int) -> None:
+    """All of them at once come back when they are ended, which is evenly over the time that was given."""
+    over = 5.0 if clients == 500 else 60.0
+    spread = measure(clients, over)
+    assert len(spread.back) == clients
+    assert spread.attempts == clients, "whoever comes back is served the first time"
+    # Jitter moves each by one distance at most, and the machine is busy with other things.
+    assert spread.peak() < 2 * clients / over
+    assert spread.ended[-1] > 0.9 * over
+    at_once = measure(clients, 0.0)
+    assert len(at_once.back) == clients
+    assert at_once.peak() > 4 * spread.peak()
+
+
+def test_oldest_first(certificate: Certificate) -> None:
+    settings = '[release]\ndrain_over = "3s"\n'
+    with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, settings=settings) as tunnel:
+        with ExitStack() as stack:
+            for _ in range(20):
+                answer = upgrade(stack.enter_context(connect_tls(tunnel)))
+                assert answer.status == 101
+                time.sleep(0.01)  # so that their ages are told apart in the log
+            tunnel.send_signal(signal.SIGTERM)
+            records = tunnel.wait_records(20)
+        # Each is ended at its place with a jitter of one distance: neighbours may change places, no more.
+        starts = [_at(record) - record["seconds"] for record in records]
+        places = [sorted(starts).index(start) for start in starts]
+        assert all(abs(place - wanted) <= 1 for wanted, place in enumerate(places)), places
+
+
+def _at(record: dict[str, object]) -> float:
+    return datetime.fromisoformat(str(record["timestamp"])).timestamp()
+
+
+def test_what_is_in_flight_is_delivered(certificate: Certificate) -> None:
+    """A slow reader gets all that was sent before its tunnel's end, then the end, orderly."""
+    settings = '[release]\ndrain_over = "0s"\n'
+    with (
+        RawOrigin(echo_bytes) as origin,
+        Tunnel(origin.address, certificate, settings=settings) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        assert upgrade(client).status == 101
+        client.sendall(bytes(200_000))
+        eventually(lambda: tunnel.status()["processes"][0]["tunnels"] == 1)
+        tunnel.send_signal(signal.SIGTERM)
+        assert len(receive_all(client)) == 200_000
+
+
+def test_commands(certificate: Certificate) -> None:
+    for command in ("drain", "stop"):
+        with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate) as tunnel:
+            assert tunnel.told(command) == ["ended"]
+            assert tunnel.wait() == 0
+
+
+def test_stop_ends_a_drain(certificate: Certificate) -> None:
+    with (
+        RawOrigin(echo_bytes) as origin,
+        Tunnel(origin.address, certificate) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        assert upgrade(client).status == 101
+        tunnel.send_signal(signal.SIGTERM)
+        tunnel.wait_record(lambda record: record["event"] == "draining")
+        status = tunnel.status()
+        assert status["ending"] == "SIGTERM"
+        assert status["processes"][0]["state"] == "finishing"
+        assert tunnel.told("reload", status=1) == ["tlstunnel: nothing was changed: the tunnel is ending (SIGTERM)"]
+        assert "the tunnel is ending (SIGTERM)" in tunnel.told("upgrade", status=1)[0]
+        assert tunnel.told("stop") == ["ended"]
+
+
+ACTIONS = ("reload", "SIGHUP", "SIGUSR2", "status", "kill a process")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ACTIONS, 3))[::11], ids=" ".join)
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_signals_and_commands_in_every_order(
+    certificate: Certificate, order: tuple[str, ...], end: signal.Signals
+) -> None:
+    """Whatever comes in whatever order, it ends well, with nothing left and nobody stuck (`Tunnel` looks)."""
+    with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
+        beside: list[subprocess.Popen[str]] = []
+        for action in order:
+            match action:
+                case "kill a process":
+                    for pid in tunnel.pids[-1:]:
+                        os.kill(pid, signal.SIGKILL)
+                case "reload" | "status":
+                    beside.append(tunnel.tell(action))
+                case number:
+                    tunnel.send_signal(signal.Signals[number])
+        if order[0] != "SIGUSR2":
+            tunnel.send_signal(end)
+            assert tunnel.wait() == 0
+        for process in beside:
+            assert process.wait(60) in (0, 1)
+        if order[0] == "SIGUSR2":
+            eventually(lambda: tunnel.records("upgraded") or tunnel.records("not upgraded"))
+            with connect_tls(tunnel) as client:
+                assert upgrade(client).status == 101

@@ -1,0 +1,296 @@
+"""A parent that serves nothing keeps processes that serve; what happens to one of them the others do not notice."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    PATIENCE,
+    PROGRAM,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    WebsocketsOrigin,
+    child_environment,
+    connect_tls,
+    echo_bytes,
+    eventually,
+    receive_exactly,
+    upgrade,
+)
+from tests.promises.firewalled import policy
+from tests.promises.numbered import Traffic
+
+TWO = ("--processes", "2")
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[RawOrigin]:
+    with RawOrigin(echo_bytes) as origin:
+        yield origin
+
+
+def _echoes(tunnel: Tunnel) -> None:
+    with connect_tls(tunnel) as client:
+        assert upgrade(client).status == 101
+        client.sendall(b"ping")
+        assert receive_exactly(client, 4) == b"ping"
+
+
+def _counted(tunnel: Tunnel) -> list[int]:
+    return [one["tunnels"] for one in tunnel.status()["processes"]]
+
+
+def _states(tunnel: Tunnel) -> list[str]:
+    return [one["state"] for one in tunnel.status()["processes"]]
+
+
+def test_names_in_ps(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
+        assert len(tunnel.pids) == 2
+        for place, pid in enumerate(tunnel.pids, 1):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            assert f"process {place} of 2, generation 1" in words
+            assert Path(f"/proc/{pid}/comm").read_text() == "tlstunnel child\n"
+        assert Path(f"/proc/{tunnel.parent}/comm").read_text() == "tlstunnel\n"
+
+
+def test_the_kernel_spreads_connections_over_all(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel, ExitStack() as stack:
+        for _ in range(40):
+            assert upgrade(stack.enter_context(connect_tls(tunnel))).status == 101
+        counted = _counted(tunnel)
+        assert sum(counted) == 40
+        assert min(counted) > 0  # by chance alone 1 in 2 ** 39
+
+
+def test_a_port_in_use_is_seen(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
+        listen = f"127.0.0.1:{tunnel.port}"
+        second = subprocess.run(
+            [*PROGRAM, "start", origin.address, *TWO, "--listen", listen],
+            cwd=tunnel.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env=child_environment(),
+        )
+        assert second.returncode == 1
+        assert f"cannot listen on {listen}: it is in use by another program" in second.stderr
+
+
+def test_as_many_as_cores_with_auto(origin: RawOrigin, certificate: Certificate) -> None:
+    core = min(os.sched_getaffinity(0))
+    command = ["taskset", "--cpu-list", str(core)]
+    with Tunnel(origin.address, certificate, arguments=("--processes", "auto")) as tunnel:
+        assert len(tunnel.pids) == len(os.sched_getaffinity(0))
+    said = subprocess.run(
+        [*command, sys.executable, "-c", "from tlstunnel.processes.cores import usable; print(usable())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "1\n"
+
+
+@pytest.mark.parametrize(("processes", "tunnels"), [(1, 200), (2, 3000)])
+def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, processes: int, tunnels: int) -> None:
+    """And whoever comes back is served within a second."""
+    with (
+        WebsocketsOrigin() as origin,
+        Tunnel(
+            origin.address, certificate, arguments=("--processes", str(processes)), errors_expected=True, measured=True
+        ) as tunnel,
+    ):
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            kept = await asyncio.gather(*(traffic.opened() for _ in range(tunnels)))
+            await asyncio.gather(*(one.exchange() for one in kept))
+            before = dict(zip(tunnel.pids, _counted(tunnel), strict=True))
+            victim = max(before, key=lambda pid: before[pid])
+            began = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            again = [await traffic.opened()]
+            served = time.monotonic() - began
+            assert served < 1.0
+            ended = await asyncio.gather(*(one.exchange() for one in kept), return_exceptions=True)
+            lost = [error for error in ended if error is not None]
+            assert len(lost) == before[victim], "its own, and no other"
+            again += await asyncio.gather(*(traffic.opened() for _ in lost))
+            seconds = time.monotonic() - began
+            print(f"{len(lost)} of {tunnels} lost; the first is back after {served:.2f} s, all after {seconds:.1f} s")
+            await asyncio.gather(*(one.exchange() for one in again))
+            await asyncio.gather(*(one.close() for one in (*kept, *again)))
+
+        asyncio.run(run())
+        assert [record["why"] for record in tunnel.records("process ended")] == ["killed by SIGKILL"]
+        eventually(lambda: len(tunnel.pids) == processes)
+
+
+def test_a_dead_process_leaves_nobody_waiting(origin: RawOrigin, certificate: Certificate) -> None:
+    """What had connected to its socket is served by its sibling, before it is there again."""
+    with Tunnel(origin.address, certificate, arguments=TWO, errors_expected=True) as tunnel:
+        victim = tunnel.pids[0]
+        os.kill(victim, signal.SIGSTOP)
+        with ExitStack() as stack:
+            for _ in range(40):
+                plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE)
+                stack.enter_context(plain)
+            os.kill(victim, signal.SIGKILL)
+            for _ in range(40):
+                _echoes(tunnel)
+
+
+def test_a_process_that_keeps_ending_is_started_with_pauses(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
+        for _ in range(4):
+            before = tunnel.pid
+            os.kill(before, signal.SIGKILL)
+            eventually(lambda before=before: tunnel.pids and tunnel.pid != before)  # type: ignore[misc]
+            _echoes(tunnel)
+        pauses = [record["again_in"] for record in tunnel.records("process ended")]
+        assert pauses[0] == 0
+        assert pauses == sorted(pauses)
+        assert pauses[-1] > 0
+
+
+def test_the_parent_killed(origin: RawOrigin, certificate: Certificate) -> None:
+    """Its processes accept no more and drain; none is left."""
+    settings = '[release]\ndrain_over = "1s"\n'
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(AssertionError, match="it exited with -9"))
+        tunnel = stack.enter_context(Tunnel(origin.address, certificate, settings=settings, arguments=TWO))
+        with connect_tls(tunnel) as client:
+            assert upgrade(client).status == 101
+            pids = tunnel.pids
+            tunnel.send_signal(signal.SIGKILL)
+            tunnel.wait_records(2, "the parent is gone: draining")
+            client.sendall(b"still here")
+            assert receive_exactly(client, 10) == b"still here"
+            with pytest.raises(ConnectionRefusedError):
+                eventually(lambda: socket.create_connection(("127.0.0.1", tunnel.port), 1).close())
+            assert client.recv(10) == b""
+        for pid in pids:
+            eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))  # type: ignore[misc]
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_more_and_fewer_by_reload(certificate: Certificate) -> None:
+    """No handshake fails and no tunnel ends meanwhile."""
+    with WebsocketsOrigin() as origin:
+        text = policy(origin.address, certificate)
+        counts = [3, 1, 2, 1]
+        with Tunnel(None, certificate, config=f"processes = 1\n{text}", measured=True) as tunnel:
+
+            def change(number: int) -> None:
+                tunnel.reload(f"processes = {counts[number]}\n{text}")
+                serving = [one for one in tunnel.status()["processes"] if one["state"] == "serving"]
+                assert len(serving) == counts[number]
+
+            async def run() -> None:
+                traffic = Traffic(tunnel)
+                await traffic.through(100, len(counts), change)
+                await traffic.close()
+
+            asyncio.run(run())
+            eventually(lambda: len(tunnel.pids) == 1)
+            assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
+
+
+def test_fewer_serve_every_socket(origin: RawOrigin, certificate: Certificate) -> None:
+    text = policy(origin.address, certificate)
+    with Tunnel(None, certificate, config=f"processes = 3\n{text}") as tunnel:
+        tunnel.reload(f"processes = 1\n{text}")
+        for _ in range(30):
+            _echoes(tunnel)
+
+
+def test_socket_activation(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """systemd's protocol, spoken by systemd's own tool where there is one, else by hand (sd_listen_fds(3))."""
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        port = given.getsockname()[1]
+        script = (
+            "import os, sys\n"
+            f"os.dup2({given.fileno()}, 3)\n"
+            'os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))\n'
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+        )
+        control = tmp_path / "control.sock"
+        command = [sys.executable, "-c", script, "-m", "tlstunnel", "start", origin.address, "--control", str(control)]
+        command += ["--cert", str(certificate.cert), "--key", str(certificate.key), *TWO]
+        process = subprocess.Popen(command, pass_fds=(given.fileno(),), cwd=tmp_path, env=child_environment())
+    try:
+        eventually(control.is_socket)
+        said = subprocess.run(
+            [*PROGRAM, "status", "--control", str(control)], capture_output=True, text=True, check=True
+        )
+        assert f"listening on 127.0.0.1:{port}\n" in said.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+
+
+def test_the_end_during_the_start(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """SIGTERM at whatever moment of the start ends it, and leaves no process."""
+    for delay in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
+        command = [*PROGRAM, "start", origin.address, "--listen", "127.0.0.1:0", *TWO]
+        command += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=child_environment(), stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(delay)  # the moment is what is tested
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        eventually(lambda process=process: not _in_session(process.pid))  # type: ignore[misc]
+
+
+def _in_session(session: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_one_told_to_end_is_replaced_and_finishes(origin: RawOrigin, certificate: Certificate, processes: str) -> None:
+    """SIGTERM to a process itself: its tunnels are drained, and nobody who connects meanwhile notices."""
+    settings = '[release]\ndrain_over = "60s"\n'
+    arguments = ("--processes", processes)
+    with (
+        Tunnel(origin.address, certificate, settings=settings, arguments=arguments) as tunnel,
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(connect_tls(tunnel)) for _ in range(20)]
+        for client in clients:
+            assert upgrade(client).status == 101
+        before = tunnel.pids
+        os.kill(before[0], signal.SIGTERM)
+        for _ in range(40):
+            _echoes(tunnel)
+        eventually(lambda: len(tunnel.pids) == len(before) + 1)
+        eventually(lambda: _states(tunnel).count("serving") == len(before))
+        for client in clients[-3:]:  # the oldest are the first to end
+            client.sendall(b"ping")
+            assert receive_exactly(client, 4) == b"ping"

@@ -1,0 +1,50 @@
+"""Versions of the code side by side, and a link that says which of them is installed: how many people deploy."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import tlstunnel
+from tests.harness import Tunnel
+
+
+class Versions:
+    """Folders that each hold the package, and `current`, a link to the one that a start or an upgrade takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.install("1.0.0")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """In which a program finds the package by way of the link."""
+        before = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join([str(self._folder / "current"), *([before] if before else [])])}
+
+    def install(self, version: str) -> Path:
+        """Make that version the current one, in one step; give the folder of its package."""
+        package = self._folder / version / "tlstunnel"
+        if not package.exists():
+            source = Path(tlstunnel.__file__).parent
+            shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+            init = package / "__init__.py"
+            text, count = re.subn('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
+            assert count == 1
+            init.write_text(text)
+        new = self._folder / "new"
+        new.symlink_to(version)
+        new.replace(self._folder / "current")
+        return package
+
+    def remove(self, version: str) -> None:
+        """Delete it from the disk."""
+        shutil.rmtree(self._folder / version)
+
+
+def upgraded(tunnel: Tunnel, status: int = 0) -> str:
+    """Let it upgrade; give what the command says."""
+    said = tunnel.told("upgrade", status=status)
+    assert len(said) == 1, said
+    return said[0]
