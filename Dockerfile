@@ -1,0 +1,21 @@
+# docker build -t tlstunnel . && docker run -p 8443:8443 -v ./etc:/etc/tlstunnel:ro tlstunnel
+# docs/operations.md#containers
+
+FROM python:3.13-slim AS build
+WORKDIR /source
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY tlstunnel tlstunnel
+# Compiled here: it runs from a file system that nobody writes to.
+RUN python -m venv /opt/tlstunnel \
+ && /opt/tlstunnel/bin/pip install --no-cache-dir --compile . \
+ && /opt/tlstunnel/bin/pip uninstall --yes pip
+
+FROM python:3.13-slim
+COPY --from=build /opt/tlstunnel /opt/tlstunnel
+ENV PATH=/opt/tlstunnel/bin:$PATH PYTHONUNBUFFERED=1 RUNTIME_DIRECTORY=/tmp/tlstunnel
+WORKDIR /tmp
+USER nobody
+EXPOSE 8443
+# The first process is the tunnel itself: it gets docker stop's SIGTERM, and reaps what it starts.
+ENTRYPOINT ["tlstunnel"]
+CMD ["start", "--config", "/etc/tlstunnel/tlstunnel.toml", "--log-format", "json"]
