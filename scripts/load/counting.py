@@ -43,7 +43,13 @@ def instructions(running: Running) -> dict[str, float]:
 @contextmanager
 def _under_callgrind(running: Running, at_start: str) -> Iterator[tuple[Running, Path]]:
     output = running.bench.folder / f"callgrind.{running.subject.name}"
-    callgrind = ("--tool=callgrind", f"--instr-atstart={at_start}", f"--callgrind-out-file={output}.%p")
+    # Of the tunnel's processes it is the children that serve, which are executed anew.
+    callgrind = (
+        "--tool=callgrind",
+        "--trace-children=yes",
+        f"--instr-atstart={at_start}",
+        f"--callgrind-out-file={output}.%p",
+    )
     environment = {"PYTHONHASHSEED": "0"}
     fresh = Running(running.bench, running.subject, under=("valgrind", "--quiet", *callgrind), environment=environment)
     try:

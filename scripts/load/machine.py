@@ -18,6 +18,14 @@ def session_processes(session: int) -> list[int]:
     return [pid for pid in pids if (fields := stat_fields(pid)) and int(fields[3]) == session]
 
 
+def command_line(pid: int) -> str:
+    """The arguments of a process; empty when it is gone."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def stat_fields(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third (state) on; empty when the process is gone or a zombie."""
     try:

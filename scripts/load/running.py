@@ -14,9 +14,10 @@ from string import Template
 from typing import Any
 
 from scripts.load import machine
-from scripts.load.subjects import Subject
+from scripts.load.subjects import SUBJECT_CORE, Subject
 
-CORES = SUBJECT_CORE, LOAD_CORE = 0, 1
+LOAD_CORE = 1
+CORES = (SUBJECT_CORE, LOAD_CORE)
 START_TIMEOUT = 60.0  # under callgrind it is some seconds
 STOP_TIMEOUT = 5.0
 
@@ -114,7 +115,7 @@ class Running:
         self._started = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["taskset", "--cpu-list", str(SUBJECT_CORE), *under, *command],
+                ["taskset", "--cpu-list", ",".join(map(str, subject.cores)), *under, *command],
                 env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

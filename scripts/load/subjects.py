@@ -103,6 +103,9 @@ TIMEOUTidle = 3600
 """
 
 
+SUBJECT_CORE = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A program to measure, and what it is started with."""
@@ -115,6 +118,7 @@ class Subject:
     package: str = ""
     is_peer: bool = True
     forks: bool = False  # its workers are processes of their own, and callgrind follows none
+    cores: tuple[int, ...] = (SUBJECT_CORE,)
 
 
 PEERS = {

@@ -1,0 +1,65 @@
+"""What a second process gives, and what it costs: the same loads through one and through two.
+
+Here the tunnel, the load and the origin share both cores: a machine with more would show more.
+"""
+
+import time
+from collections.abc import Iterator
+
+from scripts.load import machine
+from scripts.load.figures import Column, Figure, bulk, echo, handshakes
+from scripts.load.running import CORES, Running
+from scripts.load.subjects import Subject, tunnel
+
+CHILD = "tlstunnel.processes.child"
+
+
+def variants(program: str) -> Iterator[Subject]:
+    """The tunnel with one process and with two, on both cores."""
+    for count in (1, 2):
+        alone = tunnel(program)
+        yield Subject(
+            name=f"{count} process{'es' if count > 1 else ''}",
+            command=(*alone.command, "--processes", str(count)),
+            logging=alone.logging,
+            version=alone.version,
+            is_peer=count == 1,
+            cores=CORES,
+        )
+
+
+def memory() -> Figure:
+    """What the parent and each process have before anybody has connected."""
+
+    def measure(running: Running) -> dict[str, float]:
+        time.sleep(1.0)  # until those that started last have done so
+        serving = [pid for pid in running.processes() if CHILD in machine.command_line(pid)]
+        parent = [pid for pid in running.processes() if pid not in serving]
+        return {
+            "parent": machine.pss_kib(parent) / 1024,
+            "each": machine.pss_kib(serving) / len(serving) / 1024,
+            "all": machine.pss_kib([*parent, *serving]) / 1024,
+        }
+
+    return Figure(
+        name="processes-memory",
+        group="processes",
+        title="MiB (PSS) at the start",
+        columns=(Column("all", "all", 1), Column("parent", "parent", 1), Column("each", "each process", 1)),
+        measure=measure,
+        once=True,
+    )
+
+
+def chosen(seconds: float | None) -> list[Figure]:
+    """The figures of ``scripts/bench --processes``."""
+    seconds = seconds or 1.5
+    return [
+        memory(),
+        handshakes("full", seconds),
+        handshakes("resumed", seconds),
+        echo(64, 64, seconds),
+        echo(64, 4096, seconds),
+        echo(1000, 64, seconds),
+        bulk("down", units=10),
+    ]
