@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -157,7 +158,7 @@ def test_a_process_that_keeps_ending_is_started_with_pauses(origin: RawOrigin, c
         for _ in range(4):
             before = tunnel.pid
             os.kill(before, signal.SIGKILL)
-            eventually(lambda before=before: tunnel.pids and tunnel.pid != before)  # type: ignore[misc]
+            eventually(lambda before=before: set(tunnel.pids) - {before})  # type: ignore[misc]
             _echoes(tunnel)
         pauses = [record["again_in"] for record in tunnel.records("process ended")]
         assert pauses[0] == 0
@@ -294,3 +295,33 @@ def test_one_told_to_end_is_replaced_and_finishes(origin: RawOrigin, certificate
         for client in clients[-3:]:  # the oldest are the first to end
             client.sendall(b"ping")
             assert receive_exactly(client, 4) == b"ping"
+
+
+def test_one_that_hangs_holds_nobody(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
+        victim = tunnel.pids[0]
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            assert [one["process"] for one in tunnel.status()["processes"]] == tunnel.pids[1:]
+        finally:
+            os.kill(victim, signal.SIGCONT)
+        assert len(tunnel.status()["processes"]) == 2
+
+
+@pytest.mark.soak
+def test_one_that_hangs_does_not_hold_the_end(origin: RawOrigin, certificate: Certificate) -> None:
+    settings = '[release]\ndrain_over = "0s"\n[timeouts]\nclose = "1s"\n'
+    with Tunnel(origin.address, certificate, settings=settings, arguments=TWO) as tunnel:
+        os.kill(tunnel.pids[0], signal.SIGSTOP)
+        assert tunnel.stop(signal.SIGTERM, timeout=4 * PATIENCE) == 0
+
+
+def test_no_process_can_be_started(origin: RawOrigin, certificate: Certificate) -> None:
+    """A tunnel that has run out of descriptors starts a process once it has some."""
+    with Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
+        before = tunnel.pid
+        resource.prlimit(tunnel.parent, resource.RLIMIT_NOFILE, (5, 20_000))
+        os.kill(before, signal.SIGKILL)
+        tunnel.wait_record(lambda record: record["event"] == "no process can be started")
+        resource.prlimit(tunnel.parent, resource.RLIMIT_NOFILE, (20_000, 20_000))
+        _echoes(tunnel)

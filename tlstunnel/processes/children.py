@@ -18,6 +18,9 @@ from tlstunnel.processes.slots import Slot
 from tlstunnel.program import PYTHON, module_command, module_environment
 from tlstunnel.wanted import Wanted
 
+TOLD_SECONDS = 5.0
+"""How long anybody waits for a child that is told something: 1 ms is usual, and one that hangs must not hold others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
@@ -59,9 +62,17 @@ class Child:
         return child
 
     async def tell(self, do: str, **more: Any) -> None:
-        """Ask for what needs no answer; one that has ended is told nothing."""
+        """Ask for what needs no answer, and wait for it a moment; one that has ended is told nothing."""
         with contextlib.suppress(ProcessError):
-            await self.link.ask(do, **more)
+            await self.ask(do, TOLD_SECONDS, **more)
+
+    async def ask(self, do: str, seconds: float, **more: Any) -> dict[str, Any]:
+        """Ask, and wait for so long. Raises ProcessError: it refuses, has ended, or does not answer."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.link.ask(do, **more)
+        except TimeoutError:
+            raise ProcessError(f"process {self.pid} has not answered within {seconds:g} s") from None
 
     async def _leaves(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
         """It was told by somebody else to end."""

@@ -21,7 +21,7 @@ from tlstunnel.config import Config, read
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import cores, handover
-from tlstunnel.processes.children import Beginning, Child, described, pss, spawned
+from tlstunnel.processes.children import TOLD_SECONDS, Beginning, Child, described, pss, spawned
 from tlstunnel.processes.control import CLIENT, ControlSocket, Handler, default_path
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.notify import Notify
@@ -39,6 +39,9 @@ QUICK = 10.0
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between such starts; the first is at once."""
+
+PREPARE_SECONDS = 120.0
+"""What a child has to load a new configuration: ten thousand sites take 2 s."""
 
 KILL_SECONDS = 10.0
 """What a child has beyond all that it was given to end, before it is killed."""
@@ -83,6 +86,7 @@ class Parent:
         self._changing = asyncio.Lock()
         self._may_start = asyncio.Event()
         self._may_start.set()
+        self._begun = before is not None
         self._ending = ""
         self._over: asyncio.Event = asyncio.Event()
         self._notify = Notify()
@@ -153,6 +157,7 @@ class Parent:
                 self._beside(self._finish_when_ready(old))
             else:
                 await self._serve_instead_of(old)
+        self._begun = True
         for address in dict.fromkeys(str(slot.listener.address) for slot in self._slots):
             self._log.info("listening", address=address)
         where = {"control": str(self._control.path)} if self._control else {}
@@ -198,7 +203,15 @@ class Parent:
             reason = ""
             await self._may_start.wait()
             configuration = self._configuration
-            child = self._spawned(place)
+            try:
+                child = self._spawned(place)
+            except OSError as error:  # out of processes, memory or descriptors
+                if not first.done():
+                    first.set_exception(ProcessError(f"no process can be started: {error.strerror}"))
+                pause = min(max(2 * pause, FIRST_PAUSE), LONGEST_PAUSE)
+                self._log.error("no process can be started", place=place, why=error.strerror, again_in=pause)
+                await asyncio.sleep(pause)
+                continue
             try:
                 await self._ready_one(child)
             except TlstunnelError as error:
@@ -220,8 +233,8 @@ class Parent:
             status = await child.wait()
             if not first.done():
                 first.set_exception(ProcessError(reason or f"a process ended at its start: {described(status)}"))
-            if self._ending or child.finishing:
-                return
+            if self._ending or child.finishing or not (self._begun or child.ready):
+                return  # where none has begun, the start has failed as a whole
             lived = time.monotonic() - begun
             pause = 0.0 if lived >= QUICK else pause * 2 or (FIRST_PAUSE if pause or reason else 0.0)
             pause = min(pause, LONGEST_PAUSE)
@@ -324,7 +337,7 @@ class Parent:
         addresses = listened(self._beginning.wanted, config, self._slots.passed)
         children = self._serving()
         prepared = await asyncio.gather(
-            *(child.link.ask("prepare", config=text) for child in children), return_exceptions=True
+            *(child.ask("prepare", PREPARE_SECONDS, config=text) for child in children), return_exceptions=True
         )
         try:
             # One that has ended meanwhile is started with the new.
@@ -385,7 +398,9 @@ class Parent:
 
     async def _status(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         children = [child for child in self._children.values() if child.ready]
-        answers = await asyncio.gather(*(child.link.ask("status") for child in children), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(child.ask("status", TOLD_SECONDS) for child in children), return_exceptions=True
+        )
         now = time.time()
         return {
             "version": __version__,
@@ -438,8 +453,13 @@ class Parent:
                 await handover.probe(state, float(self._config.release.upgrade_timeout))
                 self._refuse_when_ending()
                 # Those that have ended meanwhile are not handed over, and an answer half read would be lost.
-                while not all(child.link.idle for child in self._children.values()):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TOLD_SECONDS):
+                        while not all(child.link.idle for child in self._children.values()):  # noqa: ASYNC110
+                            await asyncio.sleep(0.01)
+                for child in self._children.values():
+                    if not child.link.idle:
+                        raise ControlError(f"nothing was changed: process {child.pid} does not listen")
                 self._may_start.clear()
                 for child in [child for child in self._children.values() if not child.ready]:
                     child.kill()  # has never accepted: the new code starts its own
