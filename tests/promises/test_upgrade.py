@@ -220,6 +220,30 @@ def test_what_was_changed_by_reload_stays(origin: WebsocketsOrigin, certificate:
         assert _echoes(tunnel)
 
 
+def test_listeners_come_and_go(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """An upgrade reads the file, too: what it says by then of listeners is done."""
+    versions = Versions(tmp_path / "versions")
+    first, second = tmp_path / "first.sock", tmp_path / "second.sock"
+    text = policy(origin.address, certificate)
+
+    def listening_too(path: Path) -> str:
+        return text.replace('listen = ["', f'listen = ["unix:{path}", "', 1)
+
+    with Tunnel(None, certificate, config=listening_too(first), environment=versions.environment) as tunnel:
+        assert first.is_socket()
+        tunnel.file.write_text(listening_too(second))
+        upgraded(tunnel)
+        assert second.is_socket()
+        assert not first.exists()
+        assert _echoes(tunnel)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            tunnel.file.write_text(text.replace('listen = ["', f'listen = ["{address}", "', 1))
+            assert f"cannot listen on {address}: it is in use" in upgraded(tunnel, status=1)
+        assert second.is_socket()
+        assert _echoes(tunnel)
+
+
 # --- what fails changes nothing ---------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import structlog
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, read
+from tlstunnel.errors import ListenError
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning, try_child
 from tlstunnel.processes.handover import Handover
@@ -20,6 +21,9 @@ from tlstunnel.processes.slots import Slots, passed
 from tlstunnel.program import shown_as
 from tlstunnel.record import configure_logging
 from tlstunnel.wanted import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
+
+OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
+"""What is left out on a machine without IPv6."""
 
 
 class _Processes(click.ParamType[int | Literal["auto"]]):
@@ -60,7 +64,7 @@ def command(  # noqa: PLR0913 - the command's options
     """
     handed = Handover.received()
     shown_as("tlstunnel")
-    text = read(config_file) if config_file else None
+    text = handed.config if handed is not None else read(config_file) if config_file else None
     listen = _parsed(listen_texts)
     config = Wanted(config_file).configuration(text)
     if config.sites and (origin or cert or key):
@@ -74,6 +78,8 @@ def command(  # noqa: PLR0913 - the command's options
     if handed is not None and handed.probe is not None:
         wanted = Wanted(config_file, origin, handed.echo["port"] if handed.echo else None, cert, key, listen)
         _complete(wanted, config, tell=False)
+        given = tuple(map(ListenAddress.parse, handed.slots["passed"]))
+        Slots.try_to_open(listened(wanted, config, given), handed.slots, OPTIONAL)
         asyncio.run(try_child(Beginning(wanted, text, config, style)))
         os.write(handed.probe, __version__.encode())
         return
@@ -83,12 +89,7 @@ def command(  # noqa: PLR0913 - the command's options
         _complete(wanted, config, tell=handed is None)
         beginning = Beginning(wanted, text, config, style)
         options = Options(control, processes)
-        if handed is not None:
-            slots = Slots.restored(handed.slots)
-        else:
-            slots = Slots(passed())
-            addresses = listened(wanted, config, slots.passed)
-            slots.settle(slots.open(addresses, options.count(config), (LOOPBACK[1], EVERYWHERE[1])), addresses)
+        slots = _slots(handed, beginning, options)
         stack.callback(slots.close)
         asyncio.run(_run(beginning, slots, options, echo, handed))
 
@@ -97,6 +98,25 @@ async def _run(
     beginning: Beginning, slots: Slots, options: Options, echo: EchoOrigin | None, before: Handover | None
 ) -> None:
     await Parent(beginning, slots, options, echo, before).run()
+
+
+def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> Slots:
+    if handed is None:
+        slots = Slots(passed())
+        addresses = listened(beginning.wanted, beginning.config, slots.passed)
+        slots.settle(slots.open(addresses, options.count(beginning.config), OPTIONAL), addresses)
+        return slots
+    slots = Slots.restored(handed.slots)
+    addresses = listened(beginning.wanted, beginning.config, slots.passed)
+    try:
+        gone = slots.settle(slots.open(addresses, 1, OPTIONAL), addresses)
+    except ListenError as error:
+        # The probe could: somebody was quicker. To end now would end what is served.
+        structlog.get_logger().error("upgrade: the listeners are those of before", reason=str(error))
+        return slots
+    for slot in gone:
+        slot.listener.remove()
+    return slots
 
 
 def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:

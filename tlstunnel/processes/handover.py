@@ -48,6 +48,9 @@ class Handover:
     control_socket: Mapping[str, Any] | None
     echo: Mapping[str, int] | None
     client: int | None
+    config: str | None = None
+    """The text of the configuration file, if there is one: what the probe has found good is what is served."""
+
     probe: int | None = None
     """Where a probe says that all is well; None where this is no probe."""
 

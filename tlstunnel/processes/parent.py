@@ -332,7 +332,7 @@ class Parent:
                 self._ready()
 
     async def _reload(self) -> list[str]:
-        text = read(self._beginning.wanted.file) if self._beginning.wanted.file else None
+        text = self._read()
         config = await asyncio.to_thread(self._beginning.wanted.configuration, text)
         addresses = listened(self._beginning.wanted, config, self._slots.passed)
         children = self._serving()
@@ -366,6 +366,10 @@ class Parent:
         for slot in added:
             self._log.info("listening", address=str(slot.listener.address))
         return changes
+
+    def _read(self) -> str | None:
+        file = self._beginning.wanted.file
+        return read(file) if file is not None else None
 
     async def _resize(self) -> None:
         """Start what is missing, and let those finish that are too many: their slots go to the others."""
@@ -449,8 +453,8 @@ class Parent:
             self._refuse_when_ending()
             self._notify.reloading()
             try:
-                state = self._kept(client)
-                await handover.probe(state, float(self._config.release.upgrade_timeout))
+                text = self._read()
+                await handover.probe(self._kept(client, text), float(self._config.release.upgrade_timeout))
                 self._refuse_when_ending()
                 # Those that have ended meanwhile are not handed over, and an answer half read would be lost.
                 with contextlib.suppress(TimeoutError):
@@ -464,15 +468,16 @@ class Parent:
                 for child in [child for child in self._children.values() if not child.ready]:
                     child.kill()  # has never accepted: the new code starts its own
                     await child.wait()
-                handover.execute(self._kept(client), HANDLED)
-            except ControlError as error:
-                self._log.warning("not upgraded", reason=str(error))
-                raise
+                handover.execute(self._kept(client, text), HANDLED)
+            except TlstunnelError as error:
+                reason = str(error) if isinstance(error, ControlError) else f"nothing was changed: {error}"
+                self._log.warning("not upgraded", reason=reason)
+                raise ControlError(reason) from None
             finally:
                 self._may_start.set()
                 self._ready()
 
-    def _kept(self, client: int | None) -> Handover:
+    def _kept(self, client: int | None, text: str | None) -> Handover:
         return Handover(
             version=__version__,
             generation=self._generation,
@@ -481,6 +486,7 @@ class Parent:
             control_socket=self._control.kept() if self._control else None,
             echo=self._echo.kept() if self._echo else None,
             client=client,
+            config=text,
         )
 
     async def _upgrade_for_signal(self) -> None:

@@ -106,6 +106,15 @@ class Slots:
                 of[children[place % len(children)]].add(slots[place % len(slots)].number)
         return of
 
+    @staticmethod
+    def try_to_open(
+        addresses: tuple[ListenAddress, ...], kept: Mapping[str, Any], optional: tuple[ListenAddress, ...]
+    ) -> None:
+        """See whether those that are not `kept` could be opened, as a probe does. Raises ListenError."""
+        written = {one["written"] for one in kept["open"]}
+        slots = Slots()
+        slots.forget(slots.open(tuple(one for one in addresses if str(one) not in written), 1, optional))
+
     def kept(self) -> dict[str, Any]:
         """What `restored` takes in the program that is executed next."""
         return {
