@@ -1,5 +1,6 @@
 """The command line: one module a command."""
 
+import os
 import sys
 
 import click
@@ -15,6 +16,17 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # An upgrade's probe must be ended together with its child, and nobody waits for the start of the other.
+        first = not ctx.resilient_parsing and "TLSTUNNEL_HANDOVER" not in os.environ
+        if args[0] == "start" and first and not {"-h", "--help"} & set(args):
+            from tlstunnel.processes.spawn import start_ahead  # noqa: PLC0415 - for this command only
+
+            start_ahead()
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._COMMANDS:

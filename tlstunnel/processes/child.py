@@ -73,6 +73,7 @@ class Child:
                 f"the package on disk, {__version__}, speaks another language ({FORMAT}) than the running tunnel"
                 f" ({request['format']}): it was replaced; run tlstunnel upgrade"
             )
+        shown_as(request["name"])
         configure_logging(request["log_format"])
         wanted = Wanted.from_json(request["wanted"])
         service = Service(wanted, Journal(opened=request["opened"]), quiet=request["quiet"])
@@ -154,10 +155,8 @@ class Child:
 def main() -> None:
     """Serve as a child of the process that holds the other end of ``--link``."""
     parser = argparse.ArgumentParser(prog="tlstunnel child")
-    parser.add_argument("name", nargs="*")
     parser.add_argument("--link", type=int, required=True)
     arguments = parser.parse_args()
-    shown_as("tlstunnel child")
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_run(arguments.link))
 

@@ -15,7 +15,7 @@ from tlstunnel.config import Config
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.link import FORMAT, MOST_FDS, Link
 from tlstunnel.processes.slots import Slot
-from tlstunnel.program import PYTHON, module_command, module_environment
+from tlstunnel.processes.spawn import spawned
 from tlstunnel.wanted import Wanted
 
 TOLD_SECONDS = 5.0
@@ -100,7 +100,9 @@ class Child:
 
     async def begin(self, beginning: Beginning) -> None:
         """Wait until it could accept. Raises ProcessError."""
-        self.version = await _begun(self.link, beginning, quiet=self.place != 1)
+        self.version = await _begun(
+            self.link, beginning, f"tlstunnel {self.place} g{self.generation}", quiet=self.place != 1
+        )
 
     async def hand(self, slots: list[Slot]) -> None:
         """Give it these sockets, to accept at when it is told. Raises ProcessError."""
@@ -116,33 +118,21 @@ class Child:
 
 async def try_child(beginning: Beginning) -> None:
     """Bring one child to where it could accept, and end it. Raises ProcessError."""
-    pid, sock = spawned("probe of an upgrade", group=False)
+    pid, sock = spawned(group=False)
     link = Link(sock, {}, lambda: None)
     try:
-        await _begun(link, beginning, quiet=True)
+        await _begun(link, beginning, "tlstunnel probe", quiet=True)
         await link.ask("stop")
     finally:
         link.close()
         await asyncio.to_thread(os.waitpid, pid, 0)
 
 
-def spawned(name: str, *, group: bool) -> tuple[int, socket.socket]:
-    """Start a child that `name` describes, in a process group of its own or not; give its pid and the link to it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        os.set_inheritable(theirs.fileno(), True)
-        command = module_command("tlstunnel.processes.child", name, "--link", str(theirs.fileno()))
-        if group:
-            pid = os.posix_spawn(PYTHON, command, module_environment(), setpgroup=0, setsigmask=())
-        else:
-            pid = os.posix_spawn(PYTHON, command, module_environment(), setsigmask=())
-    return pid, ours
-
-
-async def _begun(link: Link, beginning: Beginning, *, quiet: bool) -> str:
+async def _begun(link: Link, beginning: Beginning, name: str, *, quiet: bool) -> str:
     begun = await link.ask(
         "begin",
         format=FORMAT,
+        name=name,
         wanted=beginning.wanted.as_json(),
         config=beginning.text,
         log_format=beginning.log_format,

@@ -21,11 +21,12 @@ from tlstunnel.config import Config, read
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import cores, handover
-from tlstunnel.processes.children import TOLD_SECONDS, Beginning, Child, described, pss, spawned
+from tlstunnel.processes.children import TOLD_SECONDS, Beginning, Child, described, pss
 from tlstunnel.processes.control import CLIENT, ControlSocket, Handler, default_path
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.notify import Notify
 from tlstunnel.processes.slots import Slots
+from tlstunnel.processes.spawn import spawned
 from tlstunnel.wanted import EVERYWHERE, LOOPBACK, listened
 
 SIGINT_SECONDS = 5.0
@@ -251,9 +252,8 @@ class Parent:
             pause = pause or FIRST_PAUSE / 2
 
     def _spawned(self, place: int) -> Child:
-        name = f"process {place} of {self._count}, generation {self._generation}"
         # In a group of its own, so that what a terminal sends reaches the parent alone.
-        pid, link = spawned(name, group=True)
+        pid, link = spawned(group=True)
         child = self._children[pid] = Child(pid, place, self._generation, link)
         return child
 
