@@ -403,7 +403,9 @@ class Tunnel:
             with self._changed:
                 self._lines.append(line)
                 slow = record is None and _SLOW.fullmatch(line.rstrip("\n"))
-                if (record is None and not slow) or "Traceback (most recent call last)" in line:
+                # An edge worker's own failure is no fault of the tunnel.
+                ours = record is None or not str(record["event"]).startswith("edge worker")
+                if (record is None and not slow) or (ours and "Traceback (most recent call last)" in line):
                     self._noise.append(line.rstrip("\n"))
                 if record is not None:
                     self._records.append(record)

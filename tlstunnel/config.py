@@ -37,11 +37,15 @@ _STATUSES = frozenset(status.value for status in HTTPStatus)
 _BALANCE = re.compile(r"round_robin|least_tunnels|hash:ip|hash:(?:header|cookie):[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _BALANCES = '"round_robin", "least_tunnels", "hash:ip", "hash:header:NAME" or "hash:cookie:NAME"'
 _HEALTH_PATH = re.compile(r"/[!-~]{0,1000}")
-_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+"""The name of a field (RFC 9110 section 5.1)."""
 _FIELD_VALUE = re.compile(r"(?:[!-~](?:[ -~]{0,4094}[!-~])?)?")
-_KEPT_FIELD = re.compile(
+KEPT_FIELD = re.compile(
     r"host|connection|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|content-length|sec-websocket-.*"
 )
+"""The names, in lower case, of fields that nobody may set: the handshake or the connection rests on them."""
+
+_WORKER = re.compile(r"(?:(?P<file>[^\0]+\.py)|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<inside>[^\W\d]\w*)")
 _LIST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _WEB_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*?)(?::([0-9]{1,5}))?", re.DOTALL)
 _OPAQUE_HOST = re.compile(r"[A-Za-z0-9._~-]*")
@@ -152,6 +156,13 @@ class Headers(dict[str, str]):
         return hash(frozenset(self.items()))
 
 
+class WorkerTable(dict[str, Any]):
+    """What a file says to an edge worker; any of TOML's values. Nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+
 class RuleConfig(_Table, frozen=True):
     """A rule of the firewall. ``status`` and ``body`` are of the refusal, ``skip`` of the action ``skip``."""
 
@@ -256,6 +267,8 @@ class SiteConfig(_Table, frozen=True):
     both set, ``balance`` one of those that ``origins/balance.py`` has. Address lists hold networks in their shortest
     form and ``@NAME`` of lists that exist; ``allowed_origins`` is None where origins are not looked at, else ``same``,
     ``null``, or scheme, host and any port that is not the scheme's, such as ``https://*.example.com:8443``.
+    ``worker`` is ``FILE:FUNCTION``, the file's path absolute and ending in ``.py``, or ``PACKAGE.MODULE:FUNCTION``;
+    ``worker_origins`` are networks in their shortest form, and names as ``addresses.canonical_name`` gives them.
     """
 
     names: tuple[str, ...] = ("*",)
@@ -297,6 +310,11 @@ class SiteConfig(_Table, frozen=True):
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: SiteManagedRules | None = None
+    worker: str | None = None
+    worker_config: WorkerTable = WorkerTable()
+    worker_origins: tuple[str, ...] = ()
+    worker_timeout: Timeout = Timeout(1)
+    worker_on_error: Literal["refuse", "forward"] = "refuse"
 
     @property
     def pairs(self) -> tuple[CertificateConfig, ...]:
@@ -307,6 +325,9 @@ class SiteConfig(_Table, frozen=True):
             cert=self.cert, key=self.key, passphrase_file=self.passphrase_file, passphrase_env=self.passphrase_env
         )
         return (own, *self.certificates)
+
+
+_NO_WORKER = SiteConfig()
 
 
 class Config(_Table, frozen=True):
@@ -445,6 +466,7 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
         for route, route_path in _tables(site.get("routes"), (*path, "routes")):
             _read_origins(route, route_path, folder)
         _read_each(site, path, "allowed_origins", _web_origin, "https://chat.example.com")
+        _read_worker(site, path, folder)
         _read_policy(site, path, lists)
         for managed, managed_path in _tables(site.get("managed_rules"), (*path, "managed_rules")):
             _read_path(managed, managed_path, "rules", folder, "a file of rules, or a glob")
@@ -494,10 +516,41 @@ def _read_headers(site: dict[str, Any], path: _Path) -> None:
             _refuse_field_name(name, (*path, "remove_headers", index))
 
 
+def _read_worker(site: dict[str, Any], path: _Path, folder: Path) -> None:
+    """Read ``worker``, what it is told and where it may send."""
+    if "worker" in site:
+        site["worker"] = _worker(site["worker"], (*path, "worker"), folder)
+    table = site.get("worker_config", {})
+    if not isinstance(table, dict):
+        raise _MisfitError(
+            (*path, "worker_config"), f'expected a table such as {{ url = "valkey://localhost" }}, got {_shown(table)}'
+        )
+    if "worker_config" in site:
+        site["worker_config"] = WorkerTable(table)
+    _read_each(site, path, "worker_origins", _worker_origin, "*.shards.internal")
+
+
+def _worker(value: object, path: _Path, folder: Path) -> str:
+    """Give a worker's reference with its file's path absolute."""
+    text = value if isinstance(value, str) else ""
+    if reference := _WORKER.fullmatch(text):
+        return f"{folder / reference['file']}:{reference['inside']}" if reference["file"] else text
+    raise _MisfitError(path, f'expected "edge/chat.py:fetch" or "package.module:fetch", got {_shown(value)}')
+
+
+def _worker_origin(text: str) -> str:
+    """Give a network, an address or a name the one form in which it is compared. Raises ValueError."""
+    if text == "*":
+        raise ValueError('"*" would make the worker an open relay; write networks such as 10.0.0.0/8, or names')
+    if "/" in text or text.count(":") > 1 or text.replace(".", "").isdecimal():
+        return str(next(iter(Networks.parse([text]))))
+    return canonical_name(text)
+
+
 def _refuse_field_name(name: object, path: _Path, key: str | None = None) -> None:
-    if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+    if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
         raise _MisfitError(path, f"expected the name of a field, such as X-Site, got {_shown(name)}", key)
-    if _KEPT_FIELD.fullmatch(name.lower()):
+    if KEPT_FIELD.fullmatch(name.lower()):
         hint = "; origin_host sets it" if name.lower() == "host" else ""
         raise _MisfitError(path, f"{name} belongs to the handshake or to the connection{hint}", key)
 
@@ -745,6 +798,7 @@ def _refuse_incomplete(site: SiteConfig, path: _Path) -> None:
     _refuse_unsound_certificates(site, path)
     _refuse_unsound_trust(site, path)
     _refuse_unsound_origins(site, path)
+    _refuse_unsound_worker(site, path)
     if site.origin_host not in ("keep", "origin") and not _is_host(site.origin_host):
         reason = f'expected "keep", "origin" or a host name, got {quoted(site.origin_host)}'
         raise _MisfitError((*path, "origin_host"), reason)
@@ -786,10 +840,19 @@ def _refuse_unsound_certificates(site: SiteConfig, path: _Path) -> None:
     _refuse_field_name(site.client_subject_header, (*path, "client_subject_header"))
 
 
+def _refuse_unsound_worker(site: SiteConfig, path: _Path) -> None:
+    if site.worker is not None:
+        return
+    for key in ("worker_config", "worker_origins", "worker_timeout", "worker_on_error"):
+        if getattr(site, key) != getattr(_NO_WORKER, key):
+            raise _MisfitError((*path, key), 'this goes with worker only, such as worker = "edge/chat.py:fetch"')
+
+
 def _refuse_unsound_trust(site: SiteConfig, path: _Path) -> None:
     """Refuse what is said of TLS to origins where there is none, or what would say nothing."""
     pools = (site.origins, *(route.origins for route in site.routes))
-    if not any(origin.address.tls for origins in pools for origin in origins):
+    # Where a worker sends elsewhere, that may be a wss:// origin too.
+    if not site.worker_origins and not any(origin.address.tls for origins in pools for origin in origins):
         for key in ("origin_ca", "origin_name", "origin_cert", "origin_key"):
             if getattr(site, key) is not None:
                 raise _MisfitError((*path, key), "this is about origins with TLS, wss://, and there is none")

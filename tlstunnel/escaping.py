@@ -1,5 +1,10 @@
 """Text from elsewhere, made fit for a terminal and a log."""
 
+import traceback
+
+LONGEST_TRACEBACK = 16_384
+"""Characters of a traceback in the log: an exception's text may quote what a client sent."""
+
 
 def printable(text: str) -> str:
     r"""Escape what is not printable, and the backslash, as Python does: nobody's bytes give orders to a terminal.
@@ -11,3 +16,10 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii") for char in text
     )
+
+
+def printable_traceback(error: BaseException) -> str:
+    """The traceback of `error`, its lines escaped one by one: whoever sent a request may have chosen parts of it."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    text = "\n".join(printable(line) for line in lines)
+    return text if len(text) <= LONGEST_TRACEBACK else f"{text[:LONGEST_TRACEBACK]}\n..."

@@ -26,8 +26,8 @@ def _python() -> str:
 PYTHON = _python()
 PACKAGE = Path(tlstunnel.__file__).resolve().parent
 
-IMPORTED_LATER = ("cel", "re2", "limits")
-"""What the firewall needs where it has rules, and takes 18 MiB: imported when a configuration has them."""
+IMPORTED_LATER = ("cel", "re2", "limits", "multidict")
+"""What rules need, 18 MiB of it, and what edge workers need: imported when a configuration has them."""
 
 
 def _files() -> Iterator[tuple[str, int, int]]:

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from typing import Any, Literal, TextIO
 import msgspec
 import structlog
 
-from tlstunnel.escaping import printable
+from tlstunnel.escaping import printable, printable_traceback
 
 MOST_KEPT = 4 << 20
 """Bytes of log lines kept for a reader that is behind: some ten thousand records."""
@@ -37,6 +38,7 @@ class Record:
         "cipher",
         "client",
         "detail",
+        "edge",
         "ended_by",
         "firewall",
         "id",
@@ -59,7 +61,7 @@ class Record:
         self.started = time.monotonic()
         self.site = self.sni = self.ja4 = self.tls_version = self.cipher = self.path = self.origin = ""
         self.status = 0
-        self.verdict = ""
+        self.verdict = self.edge = ""
         self.firewall: dict[str, Any] = _NOTHING
         self.ended_by = self.reason = self.detail = ""
 
@@ -80,6 +82,8 @@ class Record:
         }
         if self.peer != self.client:
             facts["peer"] = self.peer
+        if self.edge:
+            facts["edge"] = self.edge
         if self.detail:
             facts["detail"] = self.detail
         return facts | self.firewall if self.firewall else facts
@@ -147,10 +151,19 @@ class Lines:
         self._poll.register(self._fd, select.POLLOUT)
         self._kept = bytearray()
         self._lost = 0
+        self._thread = threading.get_ident()
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
         self._watched_by: asyncio.AbstractEventLoop | None = None
 
     def msg(self, message: str) -> None:
         """Write `message` as a line, as soon as that is possible without waiting."""
+        if self._loop is not None and threading.get_ident() != self._thread:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and the process ends
+                self._loop.call_soon_threadsafe(self.msg, message)
+            return
         line = message.encode("utf-8", "backslashreplace") + b"\n"
         if len(self._kept) + len(line) > MOST_KEPT:
             self._lost += 1
@@ -224,6 +237,8 @@ def configure_logging(style: Literal["text", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
+    # What edge workers say is wanted from INFO on.
+    logging.getLogger("tlstunnel.edge").setLevel(logging.INFO)
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=str)
@@ -242,5 +257,6 @@ class _Forward(logging.Handler):
     """What libraries (asyncio, mostly) say by the standard library's logging, as lines of ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        log = structlog.get_logger()
-        log.log(record.levelno, printable(record.getMessage()), logger=record.name, exc_info=record.exc_info)
+        error = record.exc_info[1] if record.exc_info else None
+        traced = {} if error is None else {"exception": printable_traceback(error)}
+        structlog.get_logger().log(record.levelno, printable(record.getMessage()), logger=record.name, **traced)

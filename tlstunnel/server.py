@@ -122,7 +122,7 @@ class Server:
             firewall=firewall,
             loop=self._loop,
             readiness=self._readiness,
-            deadlines=Deadlines(self._loop, _precision(config.timeouts)),
+            deadlines=Deadlines(self._loop, _precision(config.timeouts, sites.shortest_wait)),
             partings=self._partings,
             splices=self._splices,
         )
@@ -305,9 +305,11 @@ def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:
     return frozenset(config.proxy_protocol_listen) or None
 
 
-def _precision(timeouts: Timeouts) -> float:
+def _precision(timeouts: Timeouts, of_workers: float) -> float:
     """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
-    shortest = min(timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_answer)
+    shortest = min(
+        timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_answer, of_workers
+    )
     return max(min(shortest / 10, 0.25), 0.01)
 
 

@@ -20,13 +20,19 @@ from tlstunnel.config import Config, SiteConfig
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.listeners import Listener
+from tlstunnel.program import replaced
 from tlstunnel.record import Journal
 from tlstunnel.server import Server
 from tlstunnel.sites import Sites, load_sites
 from tlstunnel.wanted import Wanted, configured_sites, tested
 
 if TYPE_CHECKING:
-    from tlstunnel.firewall.counters import Counters
+    from tlstunnel.edge.workers import Workers
+
+REPLACED = (
+    "edge workers need modules that this process has not imported yet, and the package on the disk was replaced since"
+    " it was started: tlstunnel upgrade goes on with what is there now"
+)
 
 UNVERIFIED = "whoever is on the way to them can read and change everything; give origin_ca instead of verify = off"
 
@@ -39,30 +45,65 @@ class Loaded:
     configured: tuple[SiteConfig, ...]
     sites: Sites
     firewall: Firewall
+    workers: "Workers | None" = None
+
+    async def start(self) -> None:
+        """Start what runs beside. Raises ConfigurationError, with nothing of it running."""
+        await self.firewall.start()
+        try:
+            if self.workers is not None:
+                await self.workers.start()
+        except BaseException:
+            await self.firewall.close()
+            raise
+
+    async def close(self) -> None:
+        """End it, but for what another goes on with."""
+        await self.firewall.close()
+        await self.sites.close()
+        if self.workers is not None:
+            await self.workers.close()
 
 
-def load(
-    wanted: Wanted,
-    config: Config,
-    counted: Counter[str],
-    counters: "Counters | None" = None,
-    before: Sites | None = None,
-) -> Loaded:
+def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded | None = None) -> Loaded:
     """Make what `config` describes, going on with what there is of `before`.
 
     Raises ConfigurationError or CertificateError.
     """
     configured = configured_sites(wanted, config)
     try:
+        counters = before.firewall.counters if before is not None else None
         firewall = Firewall(config, configured, counted=counted, counters=counters)
+        workers = load_workers(configured, counted, before.workers if before is not None else None)
     except ConfigurationError as error:
         raise ConfigurationError(f"{wanted.file}: {error}") from None
     test_pair = None
     if tested(configured):
         test = issue.ensure(CERTIFICATES)
         test_pair = test.cert, test.key
-    sites = load_sites(configured, test_pair, before, resolve_every=config.origin_resolve)
-    return Loaded(config, configured, sites, firewall)
+    sites = load_sites(
+        configured,
+        test_pair,
+        before.sites if before is not None else None,
+        resolve_every=config.origin_resolve,
+        workers=workers,
+    )
+    return Loaded(config, configured, sites, firewall, workers)
+
+
+def load_workers(
+    configured: Iterable[SiteConfig], counted: Counter[str], before: "Workers | None" = None
+) -> "Workers | None":
+    """The edge workers of these sites, None where there is none and was none. Raises ConfigurationError."""
+    configured = tuple(configured)
+    if before is None and not any(site.worker for site in configured):
+        return None
+    if "tlstunnel.edge.workers" not in sys.modules and replaced():
+        raise ConfigurationError(REPLACED)
+    # It brings a library that tunnels without a worker do without.
+    from tlstunnel.edge.workers import Workers as Made  # noqa: PLC0415
+
+    return Made(configured, counted, before)
 
 
 class Service:
@@ -80,7 +121,7 @@ class Service:
     async def begin(self, text: str | None) -> None:
         """Load, and be ready without accepting. Raises ConfigurationError or CertificateError."""
         loaded = await self._load_beside(text, None)
-        await loaded.firewall.start()
+        await loaded.start()
         self._loaded = loaded
         self._server = Server(loaded.config, loaded.sites, loaded.firewall, self._journal)
         loaded.sites.start()
@@ -100,7 +141,7 @@ class Service:
         """Load again, to switch to it by `commit`; give what is different. Raises what `load` raises."""
         await self.abandon()
         loaded = await self._load_beside(text, self._loaded)
-        await loaded.firewall.start()
+        await loaded.start()
         self._prepared = loaded
         return [*changes(self._loaded.config, loaded.config), *loaded.sites.certificates.complaints()]
 
@@ -111,6 +152,8 @@ class Service:
             return
         before, self._loaded = self._loaded, loaded
         loaded.sites.adopt(before.sites)
+        if loaded.workers is not None:
+            loaded.workers.adopt()
         loaded.sites.start()
         self._watch.follow(loaded.sites.certificates)
         self._server.switch(loaded.config, loaded.sites, loaded.firewall)
@@ -121,8 +164,7 @@ class Service:
         """Forget what was prepared."""
         loaded, self._prepared = self._prepared, None
         if loaded is not None:
-            await loaded.firewall.close()
-            await loaded.sites.close()
+            await loaded.close()
 
     @property
     def ending(self) -> bool:
@@ -151,8 +193,9 @@ class Service:
         await self._server.close()
         await self.abandon()
         await asyncio.gather(*self._beside, return_exceptions=True)
-        await self._loaded.firewall.close()
-        await self._loaded.sites.close()
+        await self._loaded.close()
+        if self._loaded.workers is not None:
+            await self._loaded.workers.stop()
         await self._watch.close()
 
     async def _load_beside(self, text: str | None, before: Loaded | None) -> Loaded:
@@ -169,15 +212,12 @@ class Service:
 
     def _load(self, text: str | None, before: Loaded | None) -> Loaded:
         config = self._wanted.configuration(text)
-        if before is None:
-            return load(self._wanted, config, self._journal.counters)
-        return load(self._wanted, config, self._journal.counters, before.firewall.counters, before.sites)
+        return load(self._wanted, config, self._journal.counters, before)
 
     async def _retire(self, before: Loaded) -> None:
         """Close what was served with before once nobody asks it any more."""
         await self._server.handshakes_done()
-        await before.firewall.close()
-        await before.sites.close()
+        await before.close()
 
     def _warn(self) -> None:
         for site in () if self._quiet else self._loaded.configured:

@@ -1,9 +1,11 @@
 """Sites as they are served: which one a client means, with which certificate, and where it leads."""
 
+import math
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
@@ -17,6 +19,10 @@ from tlstunnel.handshake.request import Request
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import Contexts, OriginTLS
 from tlstunnel.proxy_protocol import write_local
+
+if TYPE_CHECKING:  # it brings a library that sites without a worker do without
+    from tlstunnel.edge.stage import Edge
+    from tlstunnel.edge.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +47,7 @@ class SiteEdits:
             return Edits(host, self.added, self.removed)
         # Removed where there is none: no client may claim one.
         own = ((self.subject_header, subject.encode("ascii")),) if subject else ()
-        return Edits(host, (*self.added, *own), self.removed | _spellings(self.subject_header))
-
-
-def _spellings(name: bytes) -> frozenset[bytes]:
-    """A field's name and how CGI and WSGI also take it."""
-    lower = name.lower()
-    return frozenset({lower, lower.replace(b"-", b"_")})
+        return Edits(host, (*self.added, *own), self.removed | {self.subject_header.lower()})
 
 
 _NONE = SiteEdits()
@@ -58,8 +58,9 @@ class Site:
     """A set of names with one certificate and its origins. `name`, the first of them, is what the record says.
 
     `pool` are the origins of requests that none of `routes` (the beginning of a path, and its origins) takes.
-    `edits` is what origins are told beside the client's own. A tunnel lives for `max_age` seconds and a part of
-    `max_age_jitter` at most. `passes` says that requests which ask for no upgrade go to the origin too.
+    `edits` is what origins are told beside the client's own, `edge` who is asked before them. A tunnel lives for
+    `max_age` seconds and a part of `max_age_jitter` at most. `passes` says that requests which ask for no upgrade go
+    to the origin too.
     """
 
     names: frozenset[str]
@@ -71,6 +72,7 @@ class Site:
     edits: SiteEdits = _NONE
     max_age: float | None = None
     max_age_jitter: float = 0.0
+    edge: "Edge | None" = None
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -130,6 +132,14 @@ class Sites:
         """End the health checks."""
         for _, pool in self.pools:
             await pool.close()
+        for site in self._sites:
+            if site.edge is not None:
+                await site.edge.close()
+
+    @property
+    def shortest_wait(self) -> float:
+        """The shortest time, in seconds, that a worker of a site has; infinite where there is none."""
+        return min((site.edge.timeout for site in self._sites if site.edge is not None), default=math.inf)
 
     def __contains__(self, name: str) -> bool:
         """Whether a site has this very name."""
@@ -157,8 +167,11 @@ def load_sites(
     before: Sites | None = None,
     *,
     resolve_every: float = 30.0,
+    workers: "Workers | None" = None,
 ) -> Sites:
     """Make the sites of a configuration, `test_pair` (certificate, key) serving those without a certificate.
+
+    `workers` are those of the same configuration, None where no site has one.
 
     What `before` has read of files that are still the same is not read again, and what it serves goes on when its
     files are no good any more: `certificates.complaints` then says so. Takes 0.2 ms a site; may run in any thread.
@@ -175,16 +188,20 @@ def load_sites(
         tls = _origin_tls(site, contexts)
         version = site.send_proxy_protocol
         preface = b"" if version == "off" else write_local(version)
+        pool = _pool(site, resolve_every, preface, tls)
+        routes = tuple((route.path, _pool(route, resolve_every, preface, tls)) for route in site.routes)
+        pools = (pool, *(one for _, one in routes))
         made = Site(
             frozenset(site.names),
             site.names[0],
             served,
-            _pool(site, resolve_every, preface, tls),
-            tuple((route.path, _pool(route, resolve_every, preface, tls)) for route in site.routes),
+            pool,
+            routes,
             passes=site.http == "pass",
             edits=_edits(site),
             max_age=site.max_age,
             max_age_jitter=site.max_age_jitter,
+            edge=workers.edge(site, pools, resolve_every, preface, tls) if workers is not None else None,
         )
         sites.append(made)
         if site.default:
@@ -220,9 +237,9 @@ def _edits(site: SiteConfig) -> SiteEdits:
 
 
 def _origin_tls(site: SiteConfig, contexts: Contexts) -> OriginTLS | None:
-    """How the site's ``wss://`` origins are spoken to; None where there is none. Raises CertificateError."""
+    """How the site's ``wss://`` origins are spoken to; None where there can be none. Raises CertificateError."""
     pools = (site.origins, *(route.origins for route in site.routes))
-    if not any(origin.address.tls for origins in pools for origin in origins):
+    if not site.worker_origins and not any(origin.address.tls for origins in pools for origin in origins):
         return None
     context = contexts.get(ca=site.origin_ca, cert=site.origin_cert, key=site.origin_key, verify=site.verify == "on")
     return OriginTLS(context, site.origin_name)

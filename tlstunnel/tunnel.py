@@ -13,7 +13,7 @@ import structlog
 
 from tlstunnel import hello as tls_hello
 from tlstunnel import proxy_protocol
-from tlstunnel.addresses import ListenAddress, Networks
+from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
 from tlstunnel.certificates.clients import ClientRefused, common_name
 from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
 from tlstunnel.config import Timeouts
@@ -23,14 +23,14 @@ from tlstunnel.exchange import Broken, Exchange
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
-from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
+from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.linger import LINGER_SECONDS, Partings, reset
 from tlstunnel.origins.balance import Asking
 from tlstunnel.origins.connect import OriginUnreachable
 from tlstunnel.origins.members import Member
-from tlstunnel.origins.pool import NoOrigin, Pool
+from tlstunnel.origins.pool import NoOrigin, Pool, forbidden
 from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import OriginTLSFailed, explain
 from tlstunnel.readiness import AnyReadiness
@@ -98,6 +98,8 @@ class Tunnel:
         self._origin: Channel | None = None
         self._asked: tuple[Pool, Member] | None = None
         self._lease: Lease | None = None
+        self._edits = NO_EDITS
+        self._chosen: tuple[Pool, OriginAddress] | None = None
         self._record = Record(f"{_ids.getrandbits(64):016x}", peer)
         self._proxied = proxied
         self._subject = self._refused_client = ""
@@ -120,6 +122,7 @@ class Tunnel:
             await self._accept_tls(site)
             request, early = await self._read_request(site)
             await self._judge(request, site)
+            request = await self._ask_worker(request, site)
             await self._connect(site, request)
             if isinstance(request, PlainRequest):
                 on_exchange()
@@ -274,7 +277,15 @@ class Tunnel:
     async def _judge(self, request: Request, site: Site) -> None:
         """The only look at what the client asks for; after the 101 there is none."""
         record = self._record
-        connection = Connection(
+        verdict = await self._serving.firewall.judge(request, self._connection(site), behind=self._trusted)
+        self._lease = verdict.lease
+        record.firewall = verdict.facts()
+        if verdict.refusal is not None:
+            raise verdict.refusal
+
+    def _connection(self, site: Site) -> Connection:
+        record = self._record
+        return Connection(
             ip=record.client,
             tls_version=record.tls_version,
             tls_cipher=record.cipher,
@@ -283,28 +294,43 @@ class Tunnel:
             client_subject=self._subject,
             site=site.name,
         )
-        verdict = await self._serving.firewall.judge(request, connection, behind=self._trusted)
-        self._lease = verdict.lease
-        record.firewall = verdict.facts()
-        if verdict.refusal is not None:
-            raise verdict.refusal
+
+    # edge
+
+    async def _ask_worker(self, request: Request, site: Site) -> Request:
+        """Let the site's worker change the upgrade request, send it elsewhere, or refuse it."""
+        edge = site.edge
+        if edge is None or isinstance(request, PlainRequest):
+            return request
+        self._wait_at_most(edge.timeout)
+        record = self._record
+        assert isinstance(self._client.sock, ssl.SSLSocket)
+        der = self._client.sock.getpeercert(binary_form=True) if self._subject else None
+        directions = await edge.ask(request, self._connection(site), record.id, der, self._wakeup, self._client)
+        record.edge, self._edits = directions.saw, directions.edits
+        if directions.pool is not None and directions.address is not None:
+            self._chosen = directions.pool, directions.address
+        return directions.request
 
     # origin
 
     async def _connect(self, site: Site, request: Request) -> None:
         """Connect to one of the origins: the next where one does not take it, as long as nothing has been sent."""
         self._wait_at_most(self._serving.timeouts.origin_connect)
-        record, pool = self._record, site.pool_of(request)
-        record.origin = pool.name
+        record = self._record
+        pool, chosen = self._chosen or (site.pool_of(request), None)
+        record.origin = str(chosen or pool.name)
         several = False
         try:
-            members = await pool.order(Asking(record.client, request), self._wakeup.deadline)
+            members = await pool.order(Asking(record.client, request), self._wakeup.deadline, chosen)
             record.origin, several = members[0].text, members[-1].text != members[0].text
             header = b"" if site.edits.proxy_header == "off" else self._proxy_header(site.edits.proxy_header)
             readiness, wakeup = self._serving.readiness, self._wakeup
             member, self._origin = await reach(pool, members, header, readiness, wakeup, self._client)
             self._asked, record.origin = (pool, member), member.text
         except NoOrigin as error:
+            if error.forbidden:
+                raise forbidden(error.reason) from None
             if error.retry_after is None:
                 raise Refusal(
                     502, "origin unreachable", "the origin could not be reached", detail=error.reason
@@ -368,7 +394,10 @@ class Tunnel:
 
     def _head(self, request: Request, site: Site) -> bytes:
         forwarding = Forwarding(self._record.peer, self._record.id, self._trusted)
-        return forwarded_head(request, forwarding, site.edits.of(self._record.origin, self._subject))
+        edits = site.edits.of(self._record.origin, self._subject)
+        if self._edits is not NO_EDITS:
+            edits = edits.then(self._edits)
+        return forwarded_head(request, forwarding, edits)
 
     async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""

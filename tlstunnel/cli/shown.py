@@ -11,12 +11,13 @@ from typing import Any, Literal, Union
 import msgspec
 
 from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
-from tlstunnel.config import Config, Duration, Headers, IdleTimeout, Lists, OriginConfig
+from tlstunnel.config import Config, Duration, Headers, IdleTimeout, Lists, OriginConfig, WorkerTable
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 HIDDEN = "(hidden)"
 _SECRET = re.compile(r"(?i)authorization|cookie|token|secret|password|passphrase|key|credential")
+_SECRET_URL = re.compile(r"://[^/\s]*@")  # a user, and so a password
 _DURATION = r"^[0-9]{1,15}(\.[0-9]{1,9})?(ms|s|m|h|d)$"
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -38,6 +39,8 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - each kind of value
             return str(value)
         case Headers():
             return {name: HIDDEN if _SECRET.search(name) else text for name, text in value.items()}
+        case WorkerTable():
+            return _without_secrets(value)
         case dict():
             return {name: _plain(one) for name, one in value.items()}
         case Networks():
@@ -48,6 +51,15 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - each kind of value
             return value
 
 
+def _without_secrets(value: Any) -> Any:
+    """What a file says to a worker, at any depth."""
+    if isinstance(value, dict):
+        return {name: HIDDEN if _SECRET.search(name) else _without_secrets(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
+    return HIDDEN if isinstance(value, str) and _SECRET_URL.search(value) else value
+
+
 def _may_be_off(hint: Any) -> bool:
     return IdleTimeout in typing.get_args(hint)
 
@@ -56,7 +68,8 @@ def _table(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     """The keys of a table, then the tables in it: TOML wants them in this order."""
     later = {}
     for name, value in table.items():
-        if (isinstance(value, dict) and value) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+        tables = value if isinstance(value, list) else [value]
+        if value and all(isinstance(one, dict) for one in tables):
             later[name] = value
         else:
             yield f"{_key(name)} = {_inline(value)}"
@@ -77,7 +90,8 @@ def _inline(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_inline, value))}]"
     if isinstance(value, dict):
-        return "{}"
+        pairs = ", ".join(f"{_key(name)} = {_inline(one)}" for name, one in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, str):
         # What JSON writes is a basic string of TOML, but for DEL, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -130,6 +144,8 @@ def _of(hint: Any) -> dict[str, Any]:  # noqa: PLR0911 - each kind of value
         return {"type": "string", "pattern": _DURATION}
     if hint is Networks:
         return {"type": "array", "items": {"type": "string"}}
+    if hint is WorkerTable:
+        return {"type": "object", "additionalProperties": True}
     if hint is Headers:
         return {"type": "object", "additionalProperties": {"type": "string"}}
     if hint is Lists:

@@ -59,7 +59,7 @@ class Facts:
         self.tls_ja4 = connection.tls_ja4
         self.client_subject = connection.client_subject
         self.site = connection.site
-        self._now = now
+        self.seconds = now
 
     @cached_property
     def raw_path(self) -> str:
@@ -123,7 +123,7 @@ class Facts:
     @cached_property
     def now(self) -> datetime:
         """When the request was judged, UTC."""
-        return datetime.fromtimestamp(self._now, UTC)
+        return datetime.fromtimestamp(self.seconds, UTC)
 
     def _header(self, name: bytes) -> str:
         return b", ".join(self.request.by_name.get(name, ())).decode("latin-1")

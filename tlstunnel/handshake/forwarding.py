@@ -46,6 +46,21 @@ class Edits:
     added: Fields = ()
     removed: frozenset[bytes] = frozenset()
 
+    def then(self, later: "Edits") -> "Edits":
+        """These, and then `later`, which has the last word."""
+        named = later.names
+        kept = tuple(field for field in self.added if field[0].lower() not in named)
+        return Edits(later.host or self.host, (*kept, *later.added), self.removed | later.removed)
+
+    @property
+    def names(self) -> frozenset[bytes]:
+        """Names, in lower case, of which no field stays but those that are added.
+
+        In the spelling too that CGI and WSGI take for the same: a client could claim by it what is set here.
+        """
+        named = self.removed.union(name.lower() for name, _ in self.added)
+        return named.union(name.replace(b"-", b"_") for name in named)
+
 
 NO_EDITS = Edits()
 
@@ -64,8 +79,6 @@ def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_E
     # Asked of all names at once, and not field by field: few clients send any of them.
     if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
         dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
-    if edits is not NO_EDITS:
-        dropped |= edits.removed
     fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += (*last, *told)
     if edits is not NO_EDITS:
@@ -75,7 +88,7 @@ def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_E
 
 def _edited(fields: list[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
     """Ours may be edited too: who sets X-Forwarded-Proto means it."""
-    named = edits.removed.union(name.lower() for name, _ in edits.added)
+    named = edits.names
     kept = [field for field in fields if field[0].lower() not in named]
     if edits.host is not None:
         kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]

@@ -58,6 +58,9 @@ class _Head(NamedTuple):
     raw: Fields
 
 
+_NO_HEAD = _Head(b"", b"", b"", ())
+
+
 @dataclass(frozen=True, slots=True)
 class UpgradeRequest:
     """A valid WebSocket upgrade request.
@@ -262,6 +265,15 @@ def _origin_form(request: _Head, _: ByName) -> None:
         raise _bad("target form", "the request target must be a path")
     if b"#" in request.target:
         raise _bad("target form", "the request target holds a fragment")
+
+
+def is_authority(value: bytes) -> bool:
+    """Whether it may stand in Host."""
+    try:
+        _one_host(_NO_HEAD, {b"host": [value]})
+    except Refusal:
+        return False
+    return True
 
 
 def _one_host(_: _Head, fields: ByName) -> None:

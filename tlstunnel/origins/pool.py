@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
+from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.origins.balance import Asking, order_by
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import Member, SocketAddress, Use
@@ -26,12 +28,22 @@ Address = tuple[socket.AddressFamily, SocketAddress]
 
 
 class NoOrigin(Exception):
-    """Nobody can be asked. `reason` is for the log; `retry_after`, in seconds, None where the name is not known."""
+    """Nobody can be asked. `reason` is for the log; `retry_after`, in seconds, None where the name is not known.
 
-    def __init__(self, reason: str, retry_after: int | None = None) -> None:
+    `forbidden` says that the name is known, and stands for no address that is allowed.
+    """
+
+    def __init__(self, reason: str, retry_after: int | None = None, *, forbidden: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry_after = retry_after
+        self.forbidden = forbidden
+
+
+def forbidden(reason: str) -> Refusal:
+    """The refusal of an origin that an edge worker has chosen and may not have."""
+    text = "the edge worker chose an origin that it may not have"
+    return Refusal(502, "edge: origin not allowed", text, detail=reason)
 
 
 @dataclass(slots=True)
@@ -44,6 +56,7 @@ class _Origin:
     fresh_until: float = float("-inf")
     resolving: "asyncio.Task[None] | None" = None
     failure: str = ""
+    forbidden: bool = False
 
     @property
     def text(self) -> str:
@@ -55,7 +68,8 @@ class Pool:
 
     Every address of a name is a member. A name is asked for when it is first needed, and again beside the handshakes
     once its addresses are old; those of before are used until there are new ones. `preface` goes before what a health
-    check asks; `tls` is how the ``wss://`` ones are spoken to.
+    check asks; `tls` is how the ``wss://`` ones are spoken to. Of a name's addresses only those `within` are asked,
+    where that is not None.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - a table of the configuration
@@ -67,8 +81,10 @@ class Pool:
         resolve_every: float = 30.0,
         preface: bytes = b"",
         tls: "OriginTLS | None" = None,
+        within: Networks | None = None,
     ) -> None:
         self._tls = tls
+        self._within = within
         self._origins = [_Origin(config, Use(), []) for config in origins]
         self._order = order_by(balance)
         self._ejection = ejection
@@ -102,36 +118,44 @@ class Pool:
         if self._only is not None:
             self._only = self.members[0]
 
-    async def order(self, asking: Asking, deadline: float) -> list[Member]:
+    def has(self, address: OriginAddress) -> bool:
+        """Whether one of the origins is there."""
+        return any(origin.config.address == address for origin in self._origins)
+
+    async def order(self, asking: Asking, deadline: float, chosen: OriginAddress | None = None) -> list[Member]:
         """Those that may be asked, in the order in which to ask them; at least one. `deadline` is a loop time.
 
-        Raises NoOrigin, or TimeoutError when a name is not known by then.
+        Only the origin at `chosen`, which the pool has, where that is not None. Raises NoOrigin, or TimeoutError when a
+        name is not known by then.
         """
         if self._only is not None:
             return [self._only]
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for origin in self._origins:
+        origins = [origin for origin in self._origins if chosen is None or origin.config.address == chosen]
+        for origin in origins:
             if now >= origin.fresh_until and origin.resolving is None:
                 origin.resolving = loop.create_task(self._resolve(origin))
-        waited_for = [o.resolving for o in self._origins if not o.members and o.resolving is not None]
-        if waited_for and not any(origin.members for origin in self._origins):
+        waited_for = [o.resolving for o in origins if not o.members and o.resolving is not None]
+        if waited_for and not any(origin.members for origin in origins):
             # One question for all who wait; one who gives up does not end it.
             async with asyncio.timeout_at(deadline):
                 await asyncio.shield(asyncio.gather(*waited_for))
-        return self._ordered(asking, loop.time())
+        return self._ordered(asking, loop.time(), origins)
 
-    def _ordered(self, asking: Asking, now: float) -> list[Member]:
-        if not self.members:
-            raise NoOrigin("; ".join(origin.failure for origin in self._origins))
-        able = [member for member in self.members if member.usable(now)]
+    def _ordered(self, asking: Asking, now: float, origins: Sequence[_Origin]) -> list[Member]:
+        members = [member for origin in origins for member in origin.members]
+        if not members:
+            failures = "; ".join(origin.failure for origin in origins)
+            raise NoOrigin(failures, forbidden=any(origin.forbidden for origin in origins))
+        able = [member for member in members if member.usable(now)]
         if not able:
-            able = [member for member in self.members if member.usable(now, FIRST_TRY_AGAIN)]
-        if not able and len(self._origins) == 1:
+            able = [member for member in members if member.usable(now, FIRST_TRY_AGAIN)]
+        if not able and len(origins) == 1:
             # Who has no other origin loses nothing by asking: a restarted origin is there at once.
-            able = [member for member in self.members if not member.checked_down]
+            able = [member for member in members if not member.checked_down]
         if not able:
-            waits = [member.back_at(FIRST_TRY_AGAIN) - now for member in self.members if not member.checked_down]
+            waits = [member.back_at(FIRST_TRY_AGAIN) - now for member in members if not member.checked_down]
             wait = math.ceil(min((wait for wait in waits if wait > 0), default=FIRST_TRY_AGAIN))
             raise NoOrigin("all origins are down", wait)
         free = [member for member in able if not member.full]
@@ -187,7 +211,12 @@ class Pool:
         address = origin.config.address
         try:
             found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            self._learned(origin, [(family, where) for family, _, _, _, where in found])
+            within = self._within
+            allowed = [(family, where) for family, _, _, _, where in found if within is None or where[0] in within]
+            origin.forbidden = bool(found) and not allowed
+            if origin.forbidden:
+                origin.failure = f"{origin.text}: none of its addresses is in worker_origins"
+            self._learned(origin, allowed)
         except OSError as error:
             origin.failure = f"{origin.text}: cannot be resolved: {error.strerror or error}"
         finally:

@@ -1,0 +1,8 @@
+"""Edge workers: a user's function that looks at the upgrade request, between the firewall and the origin.
+
+What such a function needs is here; docs/edge.md says what it can do, and what it cannot.
+"""
+
+from tlstunnel.edge.values import TLS, ClientCertificate, EdgeError, Reply, UpgradeRequest
+
+__all__ = ["TLS", "ClientCertificate", "EdgeError", "Reply", "UpgradeRequest"]

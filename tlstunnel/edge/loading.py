@@ -1,0 +1,144 @@
+"""A worker's code: ``FILE:FUNCTION``, executed anew each time, or ``PACKAGE.MODULE:FUNCTION``, imported once."""
+
+import importlib
+import inspect
+import itertools
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.escaping import printable
+
+Fetch = Callable[[Any, Any], Awaitable[object]]
+SetUp = Callable[[dict[str, Any]], Awaitable[object]]
+TearDown = Callable[[Any], Awaitable[object]]
+
+LONGEST_REASON = 300
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A worker's function, and its module's `setup` and `teardown` where there are any.
+
+    `file` is where it stands, "" where nobody knows. `fresh` is the name under which the module was executed for this
+    configuration alone, "" for one that was imported.
+    """
+
+    fetch: Fetch
+    setup: SetUp | None
+    teardown: TearDown | None
+    file: str
+    fresh: str = ""
+
+    def forget(self) -> None:
+        """Let the module go, which nobody else can import."""
+        if self.fresh:
+            sys.modules.pop(self.fresh, None)
+
+
+class Loader:
+    """Loads the workers of one configuration: each file is executed once, however many functions of it are workers."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, ModuleType] = {}
+
+    def load(self, reference: str) -> Code:
+        """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
+        place, _, name = reference.rpartition(":")
+        is_file = place.endswith(".py")
+        if is_file:
+            module = self._files.get(place) or _executed(place)
+            self._files[place] = module
+        else:
+            module = _imported(place)
+        fetch = getattr(module, name, None)
+        if fetch is None:
+            raise ConfigurationError(f"the edge worker {reference}: there is no {name} in {place}")
+        _refuse_other(fetch, 2, f"async def {name}(request, env)", reference)
+        setup, teardown = getattr(module, "setup", None), getattr(module, "teardown", None)
+        if setup is not None:
+            _refuse_other(setup, 1, "async def setup(config)", reference)
+        if teardown is not None:
+            _refuse_other(teardown, 1, "async def teardown(env)", reference)
+        file = getattr(module, "__file__", None) or ""
+        return Code(fetch, setup, teardown, file, module.__name__ if is_file else "")
+
+
+def _executed(place: str) -> ModuleType:
+    """Execute a file as a module of a new name.
+
+    Compiled here: Python's own import would take a cached file for it where time and size are the same. The name is
+    one below ``tlstunnel.edge``, so that what it logs by ``logging.getLogger(__name__)`` is shown from INFO on.
+    """
+    path = Path(place)
+    name = f"tlstunnel.edge.{path.stem}_{next(_numbers)}"
+    module = ModuleType(name)
+    module.__file__ = place
+    module.__spec__ = ModuleSpec(name, None, origin=place)
+    try:
+        code = compile(path.read_bytes(), place, "exec", dont_inherit=True)
+    except OSError as error:
+        raise ConfigurationError(f"the edge worker {place}: cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise ConfigurationError(f"the edge worker {place}{line}: is not Python: {explained(error)}") from None
+    sys.modules[name] = module  # dataclasses look for it there
+    try:
+        exec(code, module.__dict__)  # noqa: S102 - what a worker is for
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise _unimportable(place, error, place) from None
+    return module
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            hint = (
+                "install it where tlstunnel is, or put its folder into PYTHONPATH; a file is written edge/chat.py:fetch"
+            )
+            raise ConfigurationError(f"the edge worker {name}: there is no module {error.name}; {hint}") from None
+        raise _unimportable(name, error, None) from None
+    except (Exception, SystemExit) as error:
+        raise _unimportable(name, error, None) from None
+
+
+def _unimportable(place: str, error: BaseException, file: str | None) -> ConfigurationError:
+    line = line_in(error, file) if file else 0
+    where = f"{place}:{line}" if line else place
+    return ConfigurationError(f"the edge worker {where}: cannot be imported: {explained(error)}")
+
+
+def line_in(error: BaseException, file: str) -> int:
+    """The line of `file` in which `error` was raised, or what was called there raised it; 0 where it was elsewhere."""
+    line, traceback = 0, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == file:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def explained(error: BaseException) -> str:
+    """An exception in one line, fit for a terminal."""
+    text = printable(" ".join(str(error).split()))[:LONGEST_REASON]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _refuse_other(function: object, arguments: int, wanted: str, reference: str) -> None:
+    """Refuse what could not be called as it will be."""
+    if not inspect.iscoroutinefunction(function):
+        raise ConfigurationError(f"the edge worker {reference}: expected {wanted}, which is a coroutine function")
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"the edge worker {reference}: expected {wanted}: {error}") from None

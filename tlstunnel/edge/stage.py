@@ -1,0 +1,148 @@
+"""The edge stage: a site's worker is asked about an upgrade request; directions come of it, or a refusal."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.channel import Channel, ClientGone, Wakeup
+from tlstunnel.edge.values import InvalidReply, Reply, UpgradeRequest, changes, upgrade_request
+from tlstunnel.edge.worker import MOST_LATE, Call, Worker
+from tlstunnel.escaping import printable_traceback
+from tlstunnel.firewall.facts import Connection
+from tlstunnel.handshake import request as handshake
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits
+from tlstunnel.handshake.refusal import Refusal
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from tlstunnel.edge.destinations import Destinations
+    from tlstunnel.origins.pool import Pool
+
+RETRY_AFTER = ((b"Retry-After", b"1"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Where a request goes, and how: `request` as the worker left it, `edits` of its head, `saw` for the record.
+
+    `pool` has the origin at `address`; None where the tunnel chooses.
+    """
+
+    request: handshake.UpgradeRequest
+    edits: Edits
+    saw: str
+    pool: "Pool | None" = None
+    address: OriginAddress | None = None
+
+
+class Edge:
+    """A site's edge: its `worker`, which has `timeout` seconds, and where that may send.
+
+    With `on_error` "forward", a request whose worker failed or was late goes on as it came. `counted` counts what came
+    of each.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        destinations: "Destinations",
+        *,
+        timeout: float,
+        on_error: "Literal['refuse', 'forward']",
+        counted: Counter[str],
+    ) -> None:
+        self.worker = worker
+        self.destinations = destinations
+        self.timeout = timeout
+        self._forwards = on_error == "forward"
+        self._counted = counted
+
+    async def ask(  # noqa: PLR0913, PLR0917 - a request, who asks, and what to wait by
+        self,
+        request: handshake.UpgradeRequest,
+        connection: Connection,
+        request_id: str,
+        der: bytes | None,
+        wakeup: Wakeup,
+        client: Channel,
+    ) -> Directions:
+        """Ask the worker, by the deadline of `wakeup`. Raises Refusal; ClientGone when the client does not wait."""
+        worker = self.worker
+        if worker.late >= MOST_LATE:
+            self._log_failure("edge worker not asked", request_id, late=worker.late)
+            text = "the edge worker is busy"
+            return self._failed(request, Refusal(503, "edge: worker busy", text, RETRY_AFTER), "busy")
+        asked = upgrade_request(request, connection, request_id, der, time.time())
+        abandoned = False
+
+        def through(call: Call) -> None:
+            if abandoned:
+                worker.late -= 1
+            else:
+                wakeup.fire()
+
+        call = worker.ask(asked, through)
+        try:
+            while not call.finished:
+                if client.gone:
+                    raise ClientGone
+                await wakeup.wait()
+        except TimeoutError:
+            self._log_failure("edge worker timed out", request_id, seconds=float(self.timeout))
+            text = f"the edge worker did not answer within {self.timeout:g} s"
+            return self._failed(request, Refusal(504, "edge: worker timed out", text), "timed out")
+        finally:
+            worker.through()
+            if not call.finished:
+                abandoned = True
+                worker.late += 1
+                call.cancel()
+        return self._directions(request, call, request_id)
+
+    async def close(self) -> None:
+        """End the look-ups of names that its worker has chosen."""
+        await self.destinations.close()
+
+    def _directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
+        said = call.result
+        if isinstance(said, Reply):
+            self._counted["edge: replied"] += 1
+            raise Refusal(said.status, "edge: reply", "", said.fields(), body=said.content())
+        failure = Refusal(500, "edge: worker failed", "the edge worker failed")
+        if call.error is not None:
+            error, call.error = call.error, None
+            self._log_failure("edge worker failed", request_id, exception=printable_traceback(error))
+            error.__traceback__ = None  # holds every frame, and by them all that the worker had
+            if isinstance(error, InvalidReply):
+                self._counted["edge: failed"] += 1
+                raise failure
+            return self._failed(request, failure, "failed")
+        if not isinstance(said, UpgradeRequest):
+            wanted = "a worker returns the request, request.forward(...) or a Reply"
+            kind = "None" if said is None else f"a {type(said).__name__}"
+            self._log_failure("edge worker failed", request_id, reason=f"{wanted}, not {kind}")
+            return self._failed(request, failure, "failed")
+        changed, edits, address = changes(said)
+        if address is None:
+            return self._counted_as(Directions(changed, edits, "forwarded"))
+        pool = self.destinations.pool(address)
+        return self._counted_as(Directions(changed, edits, "forwarded", pool, address))
+
+    def _counted_as(self, directions: Directions) -> Directions:
+        self._counted[f"edge: {directions.saw}"] += 1
+        return directions
+
+    def _failed(self, request: handshake.UpgradeRequest, refusal: Refusal, saw: str) -> Directions:
+        self._counted[f"edge: {saw}"] += 1
+        if self._forwards:
+            return Directions(request, NO_EDITS, saw)
+        raise refusal
+
+    def _log_failure(self, event: str, request_id: str, **facts: object) -> None:
+        going = {"forwarded": True} if self._forwards else {}
+        structlog.get_logger().warning(event, id=request_id, worker=self.worker.reference, **facts, **going)

@@ -1,0 +1,211 @@
+"""The thread in which edge workers run, on an event loop of their own.
+
+On the loop of the tunnels, one worker that sleeps or computes would hold every tunnel of the process, and its own
+deadline with them. Here it holds other workers' requests, which are answered in time all the same: their deadline is
+kept on the loop of the tunnels. What it costs is in docs/performance.md.
+"""
+
+import asyncio
+import contextlib
+import linecache
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
+from types import FrameType
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from tlstunnel.escaping import printable
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would
+leave tunnels a tenth of their messages (`tlstunnel.service` has the measurement)."""
+
+BLOCKED = 0.25
+"""Seconds without a turn of the workers' loop after which whoever holds it is named."""
+
+LOOK_SECONDS = 0.1
+"""How often that is looked at while a request is with a worker."""
+
+STOP_SECONDS = 1.0
+"""What is waited for the thread's end. A worker that blocks it then goes with the process."""
+
+T = TypeVar("T")
+
+
+class Named(Protocol):
+    """What can be named where it stands."""
+
+    reference: str
+
+    def stands_in(self, frame: FrameType) -> bool:
+        """Whether `frame` is of one of its functions."""
+
+
+class EdgeThread:
+    """Runs coroutines on its own loop, and notices when one of them holds it. Made and asked on the tunnels' loop."""
+
+    def __init__(self) -> None:
+        self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
+        self._here = asyncio.get_running_loop()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
+        self._interval = sys.getswitchinterval()
+        self._asked_at = self._looked_at = 0.0
+        self._waits = False
+        self._held: tuple[float, str] | None = None
+        self._watchers = 0
+        self._ending = False
+        self._looks: asyncio.TimerHandle | None = None
+        sys.setswitchinterval(min(self._interval, SWITCH_INTERVAL))
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        while not self._ending:
+            try:
+                self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:  # of a task that a worker left behind
+                structlog.get_logger().error("edge: a task tried to end the process", reason=type(error).__name__)
+        self.loop.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its loop runs."""
+        return self._thread.is_alive()
+
+    def soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call this there. Raises RuntimeError once it has ended."""
+        self.loop.call_soon_threadsafe(function, *arguments)
+
+    def back(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call this on the tunnels' loop; called there."""
+        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits
+            self._here.call_soon_threadsafe(function, *arguments)
+
+    async def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+        """Have this done there, within so many seconds. Raises what it raises; TimeoutError."""
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self.loop)
+        self.watch()
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.wrap_future(future)
+        finally:
+            self.unwatch()
+
+    async def responds(self, seconds: float) -> bool:
+        """Whether its loop has a turn within so many seconds."""
+        try:
+            await self.run(asyncio.sleep(0), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Have it end once nobody holds it any more. What runs there is cancelled."""
+        if self._looks is not None:
+            self._looks.cancel()
+        with contextlib.suppress(RuntimeError):
+            self.soon(self._begin_to_end)
+
+    async def stop(self) -> None:
+        """End it, and wait for that. Whoever holds it is left alone, and goes with the process."""
+        self.abandon()
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        if not self._thread.is_alive():
+            sys.setswitchinterval(self._interval)
+
+    def _begin_to_end(self) -> None:
+        self._last = self.loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS / 2)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS / 4):
+                await self.loop.shutdown_asyncgens()
+        self._ending = True
+        self.loop.stop()
+
+    # The watchdog: only as long as somebody waits for what runs there, so that an idle tunnel costs nothing.
+
+    def watch(self) -> None:
+        """Look after it until `unwatch`."""
+        self._watchers += 1
+        if self._looks is None:
+            self._looked_at = time.monotonic()
+            self._looks = self._here.call_later(LOOK_SECONDS, self._look)
+
+    def unwatch(self) -> None:
+        """One fewer waits for it."""
+        self._watchers -= 1
+
+    def _look(self) -> None:
+        self._looks = None
+        now = time.monotonic()
+        # No turn here either: who computes in C, such as a regular expression, holds Python's lock all the time.
+        stood = now - self._looked_at - LOOK_SECONDS
+        self._looked_at = now
+        if not self._waits:
+            if not self._watchers:
+                return
+            self._waits, self._asked_at = True, now
+            with contextlib.suppress(RuntimeError):
+                self.soon(self.back, self._answered)
+        if self._held is None and max(stood, now - self._asked_at) >= BLOCKED:
+            self._name(max(stood, now - self._asked_at))
+        self._looks = self._here.call_later(LOOK_SECONDS, self._look)
+
+    def _answered(self) -> None:
+        self._waits = False
+        if self._held is not None:
+            (since, worker), self._held = self._held, None
+            structlog.get_logger().warning(
+                "edge worker goes on", worker=worker, held=round(time.monotonic() - since, 2)
+            )
+
+    def _name(self, seconds: float) -> None:
+        worker, line, code = self._place()
+        if not worker and time.monotonic() - self._asked_at < BLOCKED:
+            return  # it was this loop that had no turn, and no worker is the reason
+        self._held = time.monotonic() - seconds, worker
+        structlog.get_logger().warning(
+            "edge worker blocks the workers' loop",
+            worker=worker,
+            line=line,
+            code=printable(code),
+            seconds=round(seconds, 2),
+            hint="await what waits, and compute elsewhere: asyncio.to_thread",
+        )
+
+    @property
+    def place(self) -> str:
+        """Where it stands: the worker's name and its line."""
+        worker, line, _ = self._place()
+        return f"{worker} {line}".strip()
+
+    def _place(self) -> tuple[str, str, str]:
+        """The worker that stands on the stack, the line of its own file that it stands in, and what that says."""
+        stack = list(_stack(sys._current_frames().get(self._thread.ident or 0)))
+        if not stack:
+            return "", "", ""
+        found = next(((frame, one) for frame in stack for one in self.workers if one.stands_in(frame)), None)
+        # What it has called within its own file is nearer; without a worker, whatever is called.
+        file = (stack[0] if found is None else found[0]).f_code.co_filename
+        own = next(frame for frame in stack if frame.f_code.co_filename == file)
+        linecache.checkcache(file)
+        code = linecache.getline(file, own.f_lineno).strip()
+        return "" if found is None else found[1].reference, f"{file}:{own.f_lineno}", code
+
+
+def _stack(innermost: FrameType | None) -> Iterable[FrameType]:
+    while innermost is not None:
+        yield innermost
+        innermost = innermost.f_back
