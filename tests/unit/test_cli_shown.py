@@ -86,7 +86,7 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
         known = schema.get("properties", {})
         more = schema.get("additionalProperties", False)
         return set(schema.get("required", ())) <= set(value) and all(
-            fits(one, known[name]) if name in known else more is True or bool(more) and fits(one, more)
+            fits(one, known[name]) if name in known else more is True or (bool(more) and fits(one, more))
             for name, one in value.items()
         )
     return schema.get("minimum", 0) <= value <= schema.get("maximum", value) if isinstance(value, int) else True

@@ -25,6 +25,7 @@ from tlstunnel.firewall.rules import RuleTrace
 from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request, RequestReader
+from tlstunnel.handshake.typed import typed_field, typed_head
 from tlstunnel.sites import candidates
 
 STAGES = (
@@ -36,14 +37,6 @@ STAGES = (
     "rate limits",
     "managed rules",
 )
-
-# What a client's library adds by itself, unless a header of the command line says otherwise.
-_OWN = {
-    "Upgrade": "websocket",
-    "Connection": "Upgrade",
-    "Sec-WebSocket-Version": "13",
-    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-}
 
 
 @click.group()
@@ -122,24 +115,14 @@ async def _judged(
 
 
 def _head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool) -> bytes:
-    method, _, target = request.strip().partition(" ")
-    if not method or not target:
-        raise click.BadParameter("expected a method and a target, such as 'GET /chat?room=1'", param_hint="request")
-    fields = []
-    for header in headers:
-        name, colon, value = header.partition(":")
-        if not colon or not name.strip():
-            raise click.BadParameter(
-                f"{header!r} is not a field, such as 'Origin: https://a.example'", param_hint="--header"
-            )
-        fields.append((name.strip(), value.strip()))
-    given = {name.lower() for name, _ in fields}
-    host = site.names[0].replace("*.", "www.").replace("*", "localhost")
-    own = {"Host": f"[{host}]" if ":" in host else host, **({} if plain else _OWN)}
-    lines = [f"{method} {target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in own.items() if name.lower() not in given]
-    lines += [f"{name}: {value}" for name, value in fields]
-    return "".join(f"{line}\r\n" for line in (*lines, "")).encode("utf-8", "surrogateescape")
+    try:
+        fields = [typed_field(header) for header in headers]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--header") from None
+    try:
+        return typed_head(request, fields, site.names[0], plain=plain)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="request") from None
 
 
 def _site(sites: Sequence[SiteConfig], request: Request) -> SiteConfig | None:
