@@ -519,7 +519,10 @@ def _read_headers(site: dict[str, Any], path: _Path) -> None:
 def _read_worker(site: dict[str, Any], path: _Path, folder: Path) -> None:
     """Read ``worker``, what it is told and where it may send."""
     if "worker" in site:
-        site["worker"] = _worker(site["worker"], (*path, "worker"), folder)
+        try:
+            site["worker"] = worker_reference(site["worker"], folder)
+        except ValueError as error:
+            raise _MisfitError((*path, "worker"), str(error)) from None
     table = site.get("worker_config", {})
     if not isinstance(table, dict):
         raise _MisfitError(
@@ -530,12 +533,12 @@ def _read_worker(site: dict[str, Any], path: _Path, folder: Path) -> None:
     _read_each(site, path, "worker_origins", _worker_origin, "*.shards.internal")
 
 
-def _worker(value: object, path: _Path, folder: Path) -> str:
-    """Give a worker's reference with its file's path absolute."""
-    text = value if isinstance(value, str) else ""
-    if reference := _WORKER.fullmatch(text):
-        return f"{folder / reference['file']}:{reference['inside']}" if reference["file"] else text
-    raise _MisfitError(path, f'expected "edge/chat.py:fetch" or "package.module:fetch", got {_shown(value)}')
+def worker_reference(text: object, folder: Path) -> str:
+    """Give a worker's reference with its file's path absolute, taken from `folder`. Raises ValueError."""
+    reference = _WORKER.fullmatch(text) if isinstance(text, str) else None
+    if reference is None:
+        raise ValueError(f'expected "edge/chat.py:fetch" or "package.module:fetch", got {_shown(text)}')
+    return f"{folder / reference['file']}:{reference['inside']}" if reference["file"] else reference[0]
 
 
 def _worker_origin(text: str) -> str:

@@ -198,7 +198,7 @@ def load_sites(
             pool,
             routes,
             passes=site.http == "pass",
-            edits=_edits(site),
+            edits=edits_of(site),
             max_age=site.max_age,
             max_age_jitter=site.max_age_jitter,
             edge=workers.edge(site, pools, resolve_every, preface, tls) if workers is not None else None,
@@ -225,7 +225,8 @@ def _client_files(site: SiteConfig) -> ClientFiles | None:
     )
 
 
-def _edits(site: SiteConfig) -> SiteEdits:
+def edits_of(site: SiteConfig) -> SiteEdits:
+    """What a site changes of each head."""
     made = SiteEdits(
         site.origin_host,
         tuple((name.encode("ascii"), value.encode("ascii")) for name, value in site.set_headers.items()),

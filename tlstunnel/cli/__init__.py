@@ -12,7 +12,19 @@ from tlstunnel.errors import TlstunnelError
 class _Group(click.Group):
     """Imports a command's module when it is used: ``certs create`` must not pay for the server's imports."""
 
-    _COMMANDS = ("start", "reload", "upgrade", "status", "drain", "stop", "certs", "check", "config", "firewall")
+    _COMMANDS = (
+        "start",
+        "reload",
+        "upgrade",
+        "status",
+        "drain",
+        "stop",
+        "certs",
+        "check",
+        "config",
+        "firewall",
+        "edge",
+    )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._COMMANDS)

@@ -1,6 +1,7 @@
 """``tlstunnel config``: look at a configuration file without starting anything."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +31,10 @@ def command() -> None:
 @command.command()
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def check(file: Path) -> None:
-    """Check FILE, its policy, and the certificates and lists that it names.
+    """Check FILE, its policy, and the certificates, lists and edge workers that it names.
 
-    FILE is tlstunnel.toml where it is left out. Nothing is started; no address is looked up or listened on.
+    FILE is tlstunnel.toml where it is left out. Nothing is started; no address is looked up or listened on. The modules
+    of edge workers are executed, as a start would.
     """
     config = load(file)
     problems = 0
@@ -50,6 +52,11 @@ def check(file: Path) -> None:
         from tlstunnel.firewall.verdict import Firewall  # noqa: PLC0415
 
         Firewall(config)
+    except ConfigurationError as error:
+        problems += 1
+        click.echo(f"tlstunnel: {file}: {error}", err=True)
+    try:
+        _load_workers(config)
     except ConfigurationError as error:
         problems += 1
         click.echo(f"tlstunnel: {file}: {error}", err=True)
@@ -90,6 +97,14 @@ def _load_certificate(site: SiteConfig) -> str | None:
 
     server_context(site.cert, site.key)
     return expiry_warning(site.cert, datetime.now(UTC))
+
+
+def _load_workers(config: Config) -> None:
+    """Load the code of edge workers, as a start would; none is set up. Raises ConfigurationError."""
+    if any(site.worker for site in config.sites):
+        from tlstunnel.edge.workers import Workers  # noqa: PLC0415 - as above
+
+        Workers(config.sites, Counter())
 
 
 def _summary(config: Config) -> Iterator[str]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from http import HTTPStatus
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import click
 import structlog
 
-from tlstunnel.config import Config, SiteConfig, load
+from tlstunnel.cli import typed
+from tlstunnel.config import Config, load
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.facts import Connection
@@ -24,9 +24,7 @@ from tlstunnel.firewall.rate_limits import LimitTrace
 from tlstunnel.firewall.rules import RuleTrace
 from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import Request, RequestReader
-from tlstunnel.handshake.typed import typed_field, typed_head
-from tlstunnel.sites import candidates
+from tlstunnel.handshake.request import RequestReader
 
 STAGES = (
     "target",
@@ -45,9 +43,7 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("request", metavar="'GET /path?query'")
-@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="A field; may be repeated.")
-@click.option("--ip", default="127.0.0.1", show_default=True, help="The client's address.")
+@typed.options
 @click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
 @click.option("--ja4", default="", help="The fingerprint of the client's TLS, as the log has it.")
 @click.option("--tls-version", default="TLSv1.3", show_default=True)
@@ -72,15 +68,12 @@ def explain(  # noqa: PLR0913 - the command's options
     config = load(file)
     if not config.sites:
         raise ConfigurationError(f"{file}: there are no [[sites]], and so no policy to explain")
-    try:
-        ip_address(ip)
-    except ValueError:
-        raise click.BadParameter(f"{ip!r} is not an IP address", param_hint="--ip") from None
+    typed.refuse_no_address(ip)
     # What the log would say of this request is in what is shown here.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
     connection = Connection(ip, tls_version, "", "", ja4, "", "")
-    head = _head(request, headers, config.sites[0], plain=plain)
+    head = typed.head(request, headers, config.sites[0], plain=plain)
     site, verdict = asyncio.run(_judged(config, file, head, connection, trace))
     if as_json:
         click.echo(json.dumps(_as_json(site, verdict, trace), default=_plain, ensure_ascii=True))
@@ -95,7 +88,7 @@ async def _judged(
     try:
         request = RequestReader(True).feed(head)
         assert request is not None  # the head is whole
-        site = _site(config.sites, request)
+        site = typed.site_of(config.sites, request)
         if site is None:
             return "", Verdict(Refusal(421, "misdirected", "the Host field is no name of any site"))
         if site.http == "refuse":
@@ -112,22 +105,6 @@ async def _judged(
         return site.names[0], await firewall.judge(request, connection, trace, behind=True)
     finally:
         await firewall.close()
-
-
-def _head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool) -> bytes:
-    try:
-        fields = [typed_field(header) for header in headers]
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--header") from None
-    try:
-        return typed_head(request, fields, site.names[0], plain=plain)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="request") from None
-
-
-def _site(sites: Sequence[SiteConfig], request: Request) -> SiteConfig | None:
-    by_name = {name: site for site in sites for name in site.names}
-    return next((by_name[name] for name in candidates(request.host) if name in by_name), None)
 
 
 def _told(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import logging
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _executed(place: str) -> ModuleType:
 
 def _imported(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             hint = (
@@ -110,6 +111,10 @@ def _imported(name: str) -> ModuleType:
         raise _unimportable(name, error, None) from None
     except (Exception, SystemExit) as error:
         raise _unimportable(name, error, None) from None
+    logger = logging.getLogger(name)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)  # as that of a file, whose name is below ours
+    return module
 
 
 def _unimportable(place: str, error: BaseException, file: str | None) -> ConfigurationError:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from types import FrameType
@@ -46,6 +47,37 @@ class Named(Protocol):
         """Whether `frame` is of one of its functions."""
 
 
+class _Post:
+    """Calls from the thread of one loop into that of another, all of a turn at once.
+
+    Each by itself, with its own system call, was picked up before the turn that made it was over: two changes of thread
+    a handshake, where now there are two for all of a turn (docs/performance.md).
+    """
+
+    def __init__(self, here: asyncio.AbstractEventLoop, there: asyncio.AbstractEventLoop) -> None:
+        self._here = here
+        self._there = there
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._going = False
+
+    def send(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call this there, in turn. It must not raise."""
+        self._calls.append((function, arguments))
+        if not self._going:
+            self._going = True
+            self._here.call_soon(self._go)
+
+    def _go(self) -> None:
+        self._going = False
+        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits
+            self._there.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._calls:
+            function, arguments = self._calls.popleft()
+            function(*arguments)
+
+
 class EdgeThread:
     """Runs coroutines on its own loop, and notices when one of them holds it. Made and asked on the tunnels' loop."""
 
@@ -53,6 +85,10 @@ class EdgeThread:
         self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
         self._here = asyncio.get_running_loop()
         self.loop = asyncio.new_event_loop()
+        self.soon = _Post(self._here, self.loop).send
+        """Call a function there; to be called on the tunnels' loop."""
+        self.back = _Post(self.loop, self._here).send
+        """Call a function on the tunnels' loop; to be called there."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._interval = sys.getswitchinterval()
         self._asked_at = self._looked_at = 0.0
@@ -78,15 +114,6 @@ class EdgeThread:
         """Whether its loop runs."""
         return self._thread.is_alive()
 
-    def soon(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this there. Raises RuntimeError once it has ended."""
-        self.loop.call_soon_threadsafe(function, *arguments)
-
-    def back(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this on the tunnels' loop; called there."""
-        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits
-            self._here.call_soon_threadsafe(function, *arguments)
-
     async def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
         """Have this done there, within so many seconds. Raises what it raises; TimeoutError."""
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -109,8 +136,7 @@ class EdgeThread:
         """Have it end once nobody holds it any more. What runs there is cancelled."""
         if self._looks is not None:
             self._looks.cancel()
-        with contextlib.suppress(RuntimeError):
-            self.soon(self._begin_to_end)
+        self.soon(self._begin_to_end)
 
     async def stop(self) -> None:
         """End it, and wait for that. Whoever holds it is left alone, and goes with the process."""
@@ -157,8 +183,7 @@ class EdgeThread:
             if not self._watchers:
                 return
             self._waits, self._asked_at = True, now
-            with contextlib.suppress(RuntimeError):
-                self.soon(self.back, self._answered)
+            self.soon(self.back, self._answered)
         if self._held is None and max(stood, now - self._asked_at) >= BLOCKED:
             self._name(max(stood, now - self._asked_at))
         self._looks = self._here.call_later(LOOK_SECONDS, self._look)

@@ -1,7 +1,6 @@
 """A worker: its code, what `setup` gave it, and one request's way through it."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
@@ -66,8 +65,7 @@ class Call:
     def cancel(self) -> None:
         """Have it end as soon as it will."""
         self._cancelled = True
-        with contextlib.suppress(RuntimeError):
-            self._thread.soon(self._cancel)
+        self._thread.soon(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -107,7 +105,7 @@ class Worker:
         return frame.f_code in self._codes
 
     def ask(self, request: UpgradeRequest, done: Callable[[Call], None]) -> Call:
-        """Begin to ask it; `done` is called on the tunnels' loop. Raises RuntimeError after its thread has ended."""
+        """Begin to ask it; `done` is called on the tunnels' loop."""
         assert self._thread is not None
         call = Call(self._thread, done)
         self._thread.soon(call.begin, self, request)

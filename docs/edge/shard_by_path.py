@@ -1,0 +1,59 @@
+"""Sharding: everyone in ``/rooms/NAME`` comes to the same origin, chosen by the room's name.
+
+    [[sites]]
+    names = ["chat.example.com"]
+    origins = ["shard-1.internal:3000"]
+    worker = "edge/shard_by_path.py:fetch"
+    worker_origins = ["*.internal"]
+
+    [sites.worker_config]
+    prefix = "/rooms/"
+    shards = ["shard-1.internal:3000", "shard-2.internal:3000", "shard-3.internal:3000"]
+    pinned = { lobby = "shard-large.internal:3000" }
+
+A room is where its name and a shard's make the largest hash (rendezvous hashing): with a shard more, only the rooms
+that go there move, and with one fewer, only those that were there. A room that is too large for its neighbours is
+`pinned` to an origin. Other paths are answered with 404. For a few fixed paths, ``[[sites.routes]]`` do without a
+worker.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from tlstunnel.edge import Reply, UpgradeRequest
+
+
+@dataclass(frozen=True)
+class Env:
+    """Where the rooms are."""
+
+    prefix: str
+    shards: tuple[str, ...]
+    pinned: dict[str, str]
+
+
+async def setup(config: dict[str, Any]) -> Env:
+    """Read the shards. What is wrong with them refuses the configuration."""
+    shards, prefix = tuple(config["shards"]), config["prefix"]
+    if not shards or len(set(shards)) != len(shards):
+        raise ValueError("shards are one origin or more, each of them once")
+    if not prefix.startswith("/") or not prefix.endswith("/"):
+        raise ValueError('the prefix begins and ends with "/"')
+    return Env(prefix, shards, config.get("pinned", {}))
+
+
+async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
+    """Send a request to its room's shard."""
+    # The path in its one form: /rooms/a, /rooms/./a and /rooms/%61 are the same room.
+    path = request.path
+    room = path.removeprefix(env.prefix).partition("/")[0] if path.startswith(env.prefix) else ""
+    if not room:
+        return Reply(404, "there is no such room\n")
+    shard = env.pinned.get(room) or max(env.shards, key=lambda shard: _weight(shard, room))
+    # The origin gets it in that form too, and cannot read another room in it than the one that chose the shard.
+    return request.forward(origin=shard, path=path)
+
+
+def _weight(shard: str, room: str) -> bytes:
+    return hashlib.sha256(f"{shard}\n{room}".encode()).digest()

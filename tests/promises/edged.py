@@ -1,0 +1,81 @@
+"""A tunnel whose site has an edge worker, in a file beside its configuration, asked one handshake after another."""
+
+import json
+import ssl
+from collections.abc import Iterable
+from typing import Any
+
+from tests.harness import Answer, Certificate, Header, Tunnel, handshake_request, read_answer, switching_protocols
+from tests.promises.firewalled import Outcome, Stage, connect_from, policy
+from tests.promises.wire import read_until_end
+from tests.promises.witness import record_of
+
+BY_PATH = '''
+import asyncio, json, sys, time
+from tlstunnel.edge import Reply, UpgradeRequest
+
+
+async def fetch(request, env):
+    """The function that the first segment of the path names, "asis" for none."""
+    return await globals()[request.path.split("/")[1] or "asis"](request, env)
+
+
+async def asis(request, env):
+    return request
+'''
+"""What a worker of many functions begins with."""
+
+FETCH = 'worker = "worker.py:fetch"\n'
+
+
+def edged(
+    origin: str, certificate: Certificate, code: str, *, top: str = "", site: str = "", **options: Any
+) -> Tunnel:
+    """A tunnel with `policy` whose site has this worker; ``options`` are `Tunnel`'s."""
+    config = policy(origin, certificate, top=top, site=FETCH + site)
+    tunnel = Tunnel(None, certificate, config=config, **options)
+    written(tunnel, code)
+    return tunnel
+
+
+def written(tunnel: Tunnel, code: str, name: str = "worker.py") -> None:
+    """Put a worker's code where the configuration looks for it, in one step."""
+    new = tunnel.folder / f"{name}.new"
+    new.write_text(code)
+    new.replace(tunnel.folder / name)
+
+
+def asked(
+    stage: Stage,
+    target: str = "/",
+    headers: Iterable[Header] = (),
+    *,
+    ip: str = "127.0.0.1",
+    context: ssl.SSLContext | None = None,
+    request: bytes | None = None,
+) -> Outcome:
+    """Ask for a tunnel, and end it at once where there is one. A refusal reaches no origin: that is checked here."""
+    origin, tunnel = stage
+    statement = origin.tell(switching_protocols)
+    with connect_from(tunnel, ip, context) as client:
+        client.sendall(handshake_request(target, headers=headers) if request is None else request)
+        answer = read_answer(client)
+        if answer.status != 101:
+            outcome = _refused(tunnel, client, answer)
+            assert statement.connections == 0, "an origin was asked"
+            return outcome
+    record = record_of(tunnel, statement.record(tunnel)["id"])
+    assert record["verdict"] == "pass"
+    return Outcome(101, answer.headers, "", record, statement.heads[0])
+
+
+def told(stage: Stage, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
+    """What a worker says in JSON, in a refusal."""
+    return json.loads(asked(stage, target, headers, **options).body)
+
+
+def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Answer) -> Outcome:
+    body = (answer.leftover + read_until_end(client)).decode()
+    record = record_of(tunnel, answer.headers)
+    assert (record["status"], record["verdict"], record["ended_by"]) == (answer.status, "refused", "tunnel"), record
+    return Outcome(answer.status, answer.headers, body, record, b"")

@@ -1,0 +1,505 @@
+"""A site's edge worker sees each upgrade request after the firewall and before the origin, and says what becomes of it.
+
+It can forward the request as it is, changed or elsewhere, or refuse it; and it sees nothing but the request.
+"""
+
+import json
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    WebsocketsOrigin,
+    accept_upgrade,
+    client_context,
+    connect_tcp,
+    connect_tls,
+    handshake_request,
+    read_answer,
+    receive_exactly,
+    switching_protocols,
+    upgrade,
+)
+from tests.pki import Authority, cert_pem
+from tests.promises.edged import BY_PATH, asked, edged, told
+from tests.promises.firewalled import Stage
+from tests.promises.wire import ask, parse_response, read_until_end
+from tests.promises.witness import SMUGGLED, Witness, record_of
+from tlstunnel.proxy_protocol import write_v2
+
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+PROXY = "127.0.0.9"
+
+WORKER = (
+    BY_PATH.replace('"""The', 'met.append(request.id)\n    """The')
+    + '''
+met = []
+
+
+async def setup(config):
+    return config
+
+
+async def seen(request, env):
+    """Whom it has met so far."""
+    return Reply(400, json.dumps(met))
+
+
+async def facts(request, env):
+    certificate = request.client_certificate
+    return Reply(400, json.dumps({
+        "method": request.method,
+        "path": request.path,
+        "raw_path": request.raw_path,
+        "query": [*request.query.items()],
+        "headers": [*request.headers.items()],
+        "users": request.headers.getall("x-USER", []),
+        "cookies": {**request.cookies},
+        "subprotocols": request.subprotocols,
+        "host": request.host,
+        "client_address": request.client_address,
+        "tls": [request.tls.version, request.tls.cipher, request.tls.server_name, request.tls.ja4],
+        "certificate": certificate and [certificate.subject, certificate.der.hex()],
+        "site": request.site,
+        "id": request.id,
+        "origin": request.origin,
+        "env": env,
+    }))
+
+
+async def changed(request, env):
+    return request.forward(
+        path="/chat room/ü",
+        query={"room": ["1", "2"], "name": "a&b"},
+        headers={"x-user": "7", "X-Several": ["a", "b"], "Host": "inside.example", "X-Forwarded-Proto": "wss"},
+        remove_headers=["Cookie", "x-forwarded-host", "Forwarded"],
+        subprotocols=["chat"],
+    )
+
+
+async def elsewhere(request, env):
+    return request.forward(origin=env["other"])
+
+
+async def routed(request, env):
+    return request.forward(path="/other/" + request.path)
+
+
+async def refused(request, env):
+    return Reply(
+        int(request.query["status"]), "sign in first: ü\\n", {"Set-Cookie": ["a=1", "b=2"], "WWW-Authenticate": "Basic"}
+    )
+
+
+async def picture(request, env):
+    return Reply(403, b"\\x00\\xff\\r\\n\\r\\n", {"content-type": "image/png"})
+
+
+async def unmodified(request, env):
+    return Reply(304, headers={"ETag": '"1"'})
+
+
+async def protocols(request, env):
+    *tokens, kept = request.subprotocols
+    return request.forward(subprotocols=[kept], headers={"Authorization": "Bearer " + tokens[0]})
+
+
+def all_of(thing, depth=0):
+    """Every value that can be reached from a request, but by way of a module or a class."""
+    yield thing
+    if depth < 8 and not isinstance(thing, (type, type(json))):
+        inner = [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+        inner += [*getattr(thing, "__dict__", {}).values()]
+        inner += [*thing.items()] if hasattr(thing, "items") else []
+        inner += thing if isinstance(thing, (tuple, list, set, frozenset)) else []
+        for one in inner:
+            yield from all_of(one, depth + 1)
+
+
+async def everything(request, env):
+    text = " ".join(str(one) for one in all_of(request) if isinstance(one, (bytes, str, bytearray)))
+    return Reply(400, json.dumps(text)) if "refuse" in request.query else request.forward(headers={"X-All": text})
+'''
+)
+RULES = """
+[[sites.rules]]
+name = "closed"
+when = 'path.startsWith("/closed")'
+action = "block"
+[[sites.rate_limits]]
+name = "once"
+limit = "1/day"
+when = 'path == "/asis/limited"'
+"""
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Path, Path]]:
+    """An authority of clients, and one client's pair."""
+    folder, authority = tmp_path_factory.mktemp("people"), Authority("people")
+    (folder / "ca.pem").write_bytes(cert_pem(authority.cert))
+    return folder / "ca.pem", authority.pair(folder, "ann", "ann")
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Witness]:
+    with Witness() as other:
+        yield other
+
+
+@pytest.fixture(scope="module")
+def stage(
+    certificate: Certificate, other: Witness, people: tuple[Path, tuple[Path, Path]]
+) -> Iterator[Stage]:
+    site = (
+        f'http = "pass"\nworker_config = {{ other = "{other.address}" }}\nblock_addresses = ["127.0.0.66"]\n'
+        f'client_ca = "{people[0]}"\nclient_auth = "request"\n'
+        f'[[sites.routes]]\npath = "/other"\norigins = ["{other.address}"]\n{RULES}'
+    )
+    with (
+        Witness() as origin,
+        edged(origin.address, certificate, WORKER, top=f'trusted_proxies = ["{PROXY}"]\n', site=site) as tunnel,
+    ):
+        yield origin, tunnel
+
+
+# --- its place --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_firewall_refuses_it_never_meets(stage: Stage) -> None:
+    """Rules, rate limits, malformed requests and unknown hosts are refused before it."""
+    assert asked(stage, "/asis/limited").status == 101
+    refused = [
+        (403, asked(stage, "/closed")),
+        (403, asked(stage, "/closed/asis")),
+        (429, asked(stage, "/asis/limited")),
+        (421, asked(stage, request=handshake_request("/asis", host="other.example"))),
+        (400, asked(stage, "/asis/%zz")),
+        (426, asked(stage, request=handshake_request("/asis").replace(b"Version: 13", b"Version: 12"))),
+    ]
+    assert [outcome.status for _, outcome in refused] == [status for status, _ in refused]
+    met = told(stage, "/seen")
+    assert met
+    assert not {outcome.record["id"] for _, outcome in refused}.intersection(met)
+
+
+def test_whom_it_refuses_no_origin_meets(stage: Stage, other: Witness) -> None:
+    """`asked` sees that the site's origin was not connected to; here also the other's."""
+    statement = other.tell(switching_protocols)
+    outcome = asked(stage, "/refused?status=401")
+    assert (outcome.status, outcome.reason, outcome.record["origin"]) == (401, "edge: reply", "")
+    assert outcome.body == "sign in first: ü\n"
+    assert statement.connections == 0
+
+
+def test_it_is_asked_once_a_request(stage: Stage) -> None:
+    before = told(stage, "/seen")
+    record = asked(stage, "/asis").record
+    after = told(stage, "/seen")
+    assert after[len(before) : -1] == [record["id"]]
+
+
+def test_a_request_without_upgrade_goes_by_it(stage: Stage) -> None:
+    """`http = "pass"`: it is for the upgrade alone."""
+    origin, tunnel = stage
+    before = told(stage, "/seen")
+    statement = origin.tell(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage", then="end")
+    answer = ask(tunnel, b"GET /refused?status=401 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (answer.status, answer.body) == (200, b"page")
+    assert statement.heads[0].startswith(b"GET /refused?status=401 HTTP/1.1\r\n")
+    assert len(told(stage, "/seen")) == len(before) + 1
+    record = record_of(tunnel, _id_in(statement.heads[0]))
+    assert "edge" not in record
+
+
+def _id_in(head: bytes) -> str:
+    return head.partition(b"\r\nX-Request-Id: ")[2].partition(b"\r\n")[0].decode()
+
+
+# --- what it can do ---------------------------------------------------------------------------------------------------
+
+SENT = (
+    ("Cookie", "sid=5"),
+    ("X-User", "forged"),
+    ("x_user", "forged too"),
+    ("X-Kept", "a  b"),
+    ("Sec-WebSocket-Protocol", "token.7, chat"),
+    ("sec-websocket-protocol", "third"),
+)
+
+
+def test_forwarded_as_it_is(stage: Stage) -> None:
+    """Byte by byte what the origin of a site without a worker gets."""
+    outcome = asked(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
+    assert outcome.head.decode("latin-1").split("\r\n") == [
+        "GET /asis/a%20b?x=%41&y HTTP/1.1",
+        "Host: localhost",
+        f"Sec-WebSocket-Key: {KEY}",
+        "Sec-WebSocket-Version: 13",
+        "Cookie: sid=5",
+        "X-User: forged",
+        "x_user: forged too",
+        "X-Kept: a  b",
+        "Sec-WebSocket-Protocol: token.7, chat",
+        "sec-websocket-protocol: third",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "X-Forwarded-For: 127.0.0.1",
+        "X-Forwarded-Proto: https",
+        "X-Forwarded-Host: localhost",
+        'Forwarded: for=127.0.0.1;proto=https;host="localhost"',
+        f"X-Request-Id: {outcome.record['id']}",
+        "",
+        "",
+    ]
+    assert outcome.record["edge"] == "forwarded"
+
+
+def test_forwarded_changed(stage: Stage) -> None:
+    """Byte by byte: what it sets takes the place of the client's, in the spelling with an underscore too."""
+    outcome = asked(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
+    assert outcome.head.decode("latin-1").split("\r\n") == [
+        "GET /chat%20room/%C3%BC?room=1&room=2&name=a%26b HTTP/1.1",
+        "Host: inside.example",
+        f"Sec-WebSocket-Key: {KEY}",
+        "Sec-WebSocket-Version: 13",
+        "X-Kept: a  b",
+        "Sec-WebSocket-Protocol: chat",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "X-Forwarded-For: 127.0.0.1",
+        f"X-Request-Id: {outcome.record['id']}",
+        "x-user: 7",
+        "X-Several: a",
+        "X-Several: b",
+        "X-Forwarded-Proto: wss",
+        "",
+        "",
+    ]
+    assert outcome.record["path"] == "/changed"
+
+
+def test_forwarded_elsewhere(stage: Stage, other: Witness) -> None:
+    """To a declared origin of its choice, here that of a route."""
+    origin, tunnel = stage
+    mine, its = origin.tell(switching_protocols), other.tell(switching_protocols)
+    with connect_tls(tunnel) as client:
+        assert upgrade(client, "/elsewhere").status == 101
+    record = its.record(tunnel)
+    assert record["origin"] == other.address
+    assert (mine.connections, its.connections) == (0, 1)
+
+
+def test_the_path_that_it_sets_decides_about_the_route(stage: Stage, other: Witness) -> None:
+    _, tunnel = stage
+    its = other.tell(switching_protocols)
+    with connect_tls(tunnel) as client:
+        assert upgrade(client, "/routed").status == 101
+    assert its.heads[0].startswith(b"GET /other//routed HTTP/1.1\r\n")
+    assert its.record(tunnel)["origin"] == other.address
+
+
+@pytest.mark.parametrize(("status", "phrase"), [(302, "Found"), (401, "Unauthorized"), (499, "Refused"), (599, "Refused")])
+def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None:
+    answer = ask(stage[1], handshake_request(f"/refused?status={status}"))
+    head, _, body = answer.raw.partition(b"\r\n\r\n")
+    assert head.decode().split("\r\n") == [
+        f"HTTP/1.1 {status} {phrase}",
+        "Content-Length: 18",
+        "Connection: close",
+        "Content-Type: text/plain; charset=utf-8",
+        "Set-Cookie: a=1",
+        "Set-Cookie: b=2",
+        "WWW-Authenticate: Basic",
+        f"X-Request-Id: {answer.headers['X-Request-Id']}",
+    ]
+    assert body == "sign in first: ü\n".encode()
+
+
+def test_a_reply_of_bytes_and_one_without(stage: Stage) -> None:
+    picture = ask(stage[1], handshake_request("/picture"))
+    assert (picture.status, picture.body) == (403, b"\x00\xff\r\n\r\n")
+    assert picture.headers.get_all("Content-Type") == ["image/png"]
+    unmodified = ask(stage[1], handshake_request("/unmodified"))
+    assert (unmodified.status, unmodified.body, unmodified.headers["ETag"]) == (304, b"", '"1"')
+    assert unmodified.headers["Content-Length"] is None
+    assert unmodified.raw.endswith(b"\r\n\r\n")
+
+
+# --- what it is told --------------------------------------------------------------------------------------------------
+
+
+def test_the_request_as_the_client_sent_it(stage: Stage) -> None:
+    """Repeated fields are kept, names are found in any case, and what the firewall compares is what it sees."""
+    cookies = [("Cookie", 'sid="5"; b=2'), ("Cookie", "sid=6")]
+    sent = [("X-User", "a"), ("x-user", "b"), *cookies, ("Sec-WebSocket-Protocol", "v1, v2"), ("X-Bytes", "J\xfcrgen")]
+    found = told(stage, "/facts/%41//b?q=1&q=%C3%BC&r=a+b", sent)
+    assert found["method"] == "GET"
+    assert (found["path"], found["raw_path"]) == ("/facts/A/b", "/facts/%41//b")
+    assert found["query"] == [["q", "1"], ["q", "ü"], ["r", "a b"]]
+    assert found["users"] == ["a", "b"]
+    assert [value for name, value in found["headers"] if name.lower() == "cookie"] == ['sid="5"; b=2', "sid=6"]
+    assert ["X-Bytes", "J\xfcrgen"] in found["headers"]
+    assert ["Host", "localhost"] in found["headers"]
+    assert found["cookies"] == {"sid": "5", "b": "2"}
+    assert found["subprotocols"] == ["v1", "v2"]
+    assert (found["host"], found["site"], found["origin"]) == ("localhost", "localhost", None)
+    assert set(found["env"]) == {"other"}
+
+
+def test_the_client_behind_a_proxy_and_without_one(stage: Stage) -> None:
+    """The address that the log has and the lists mean: of a proxy that is trusted, what it says."""
+    said = [("X-Forwarded-For", "198.51.100.7")]
+    assert told(stage, "/facts", said, ip=PROXY)["client_address"] == "198.51.100.7"
+    assert told(stage, "/facts", said, ip="127.0.0.3")["client_address"] == "127.0.0.3"
+
+
+def test_the_client_that_a_proxy_header_names(certificate: Certificate) -> None:
+    top = 'proxy_protocol = "required"\ntrusted_proxies = ["127.0.0.1"]\n'
+    with edged("127.0.0.1:1", certificate, WORKER, top=top) as tunnel, connect_tcp(tunnel) as plain:
+        plain.sendall(write_v2(("2001:db8::7", 4711), ("2001:db8::1", 443)))
+        with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(handshake_request("/facts", headers=[("X-Forwarded-For", "198.51.100.1")]))
+            assert json.loads(parse_response(read_until_end(client)).body)["client_address"] == "2001:db8::7"
+
+
+def test_its_id_is_that_of_the_record_and_the_origin(stage: Stage) -> None:
+    """A trusted proxy's id, where it gives one; otherwise the tunnel's own."""
+    outcome = asked(stage, "/facts")
+    assert json.loads(outcome.body)["id"] == outcome.record["id"] == outcome.headers["X-Request-Id"]
+    given = asked(stage, "/facts", [("X-Request-Id", "of-the-proxy.1")], ip=PROXY)
+    assert json.loads(given.body)["id"] == given.record["id"] == given.headers["X-Request-Id"] == "of-the-proxy.1"
+    forged = asked(stage, "/facts", [("X-Request-Id", "forged")])
+    assert json.loads(forged.body)["id"] == forged.record["id"] != "forged"
+    forwarded = asked(stage, "/asis")
+    assert _id_in(forwarded.head) == forwarded.record["id"] == told(stage, "/seen")[-2]
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_the_clients_tls(stage: Stage, version: ssl.TLSVersion) -> None:
+    context = client_context(stage[1])
+    context.minimum_version = context.maximum_version = version
+    outcome = asked(stage, "/facts", context=context)
+    tls_version, cipher, server_name, ja4 = json.loads(outcome.body)["tls"]
+    assert tls_version == {"TLSv1_2": "TLSv1.2", "TLSv1_3": "TLSv1.3"}[version.name]
+    assert (cipher, ja4) == (outcome.record["cipher"], outcome.record["ja4"])
+    assert server_name == "localhost"
+    assert len(ja4.split("_")) == 3
+
+
+def test_the_clients_certificate(stage: Stage, people: tuple[Path, tuple[Path, Path]]) -> None:
+    """Subject and DER of the one that was verified; None where the client shows none."""
+    assert told(stage, "/facts")["certificate"] is None
+    context = client_context(stage[1])
+    context.load_cert_chain(*people[1])
+    der = ssl.PEM_cert_to_DER_cert(people[1][0].read_text())
+    # The second one resumes the first one's session.
+    for _ in range(2):
+        assert told(stage, "/facts", context=context)["certificate"] == ["CN=ann", der.hex()]
+
+
+# --- subprotocols -----------------------------------------------------------------------------------------------------
+
+
+def test_a_token_in_a_subprotocol_is_taken_out(certificate: Certificate) -> None:
+    """Client and origin agree on what is left: negotiated by libraries that nobody here wrote."""
+    with (
+        WebsocketsOrigin(subprotocols=["secret-token", "chat"]) as origin,
+        edged(origin.address, certificate, WORKER) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        answer = upgrade(client, "/protocols", [("Sec-WebSocket-Protocol", "secret-token, chat")])
+        assert (answer.status, answer.headers["Sec-WebSocket-Protocol"]) == (101, "chat")
+        client.sendall(b"\x82\x84\0\0\0\0ping")
+        assert receive_exactly(client, 6) == b"\x82\x04ping"
+        assert origin.requests[0].headers.get_all("Sec-WebSocket-Protocol") == ["chat"]
+        assert origin.requests[0].headers["Authorization"] == "Bearer secret-token"
+
+
+def test_an_origin_cannot_choose_what_was_taken_out(stage: Stage) -> None:
+    origin, tunnel = stage
+    for chosen, status in (("chat", 101), ("token", 502)):
+        origin.tell(lambda request, chosen=chosen: switching_protocols(request, [("Sec-WebSocket-Protocol", chosen)]))
+        with connect_tls(tunnel) as client:
+            assert upgrade(client, "/protocols", [("Sec-WebSocket-Protocol", "token, chat")]).status == status
+            client.close()
+
+
+# --- what it cannot ---------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_behind_the_request_it_never_sees(stage: Stage) -> None:
+    """Nothing that can be reached from the request holds it, and it arrives at the origin alone, after the 101."""
+    origin, tunnel = stage
+    statement = origin.tell(switching_protocols, then="end")
+    with connect_tls(tunnel) as client:
+        client.sendall(handshake_request("/everything", headers=[("X-Marker", "here")]) + SMUGGLED)
+        assert read_answer(client).status == 101
+        client.unwrap()
+    assert statement.surplus_at_end() == SMUGGLED
+    assert b"X-All: " in statement.heads[0]
+    assert b"here" in statement.heads[0].partition(b"X-All: ")[2]
+    assert b"/internal/secrets" not in statement.heads[0]
+
+
+def test_what_comes_behind_a_request_that_it_refuses_goes_nowhere(stage: Stage) -> None:
+    outcome = asked(stage, request=handshake_request("/everything?refuse") + SMUGGLED)
+    assert outcome.status == 400
+    assert "/internal/secrets" not in outcome.body
+    assert "/everything" in outcome.body
+
+
+def test_it_never_sees_a_message(certificate: Certificate) -> None:
+    """Messages go by it both ways: it is asked once, and what it keeps of the request says nothing of them."""
+    with RawOrigin(_chatty) as origin, edged(origin.address, certificate, WORKER) as tunnel:
+        with connect_tls(tunnel) as client:
+            assert upgrade(client, "/asis").status == 101
+            for _ in range(100):
+                client.sendall(b"\x82\x84\0\0\0\0ping")
+                assert receive_exactly(client, 10) == b"\x82\x84\0\0\0\0ping"
+        met = json.loads(ask(tunnel, handshake_request("/seen")).body)
+        assert len(met) == 2
+
+
+def _chatty(sock: socket.socket) -> None:
+    accept_upgrade(sock)
+    while some := sock.recv(65536):
+        sock.sendall(some)
+
+
+# --- a wss:// origin --------------------------------------------------------------------------------------------------
+
+
+def test_a_wss_origin_of_its_choice(certificate: Certificate, tmp_path: Path) -> None:
+    """Its certificate is verified as the site's own origins' are: by `origin_ca`, for the name that was chosen."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.cert, certificate.key)
+
+    def secure(sock: socket.socket) -> None:
+        try:
+            with contexts.pop(0).wrap_socket(sock, server_side=True) as inside:
+                _chatty(inside)
+        except ssl.SSLError:
+            return  # the tunnel did not trust it
+
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    stranger.load_cert_chain(*Authority("stranger").pair(tmp_path, "stranger"))
+    contexts = [context, stranger]
+    code = BY_PATH + "async def to(request, env):\n    return request.forward(origin=request.query['where'])\n"
+    site = f'worker_origins = ["localhost"]\norigin_ca = "{certificate.ca}"\n'
+    with RawOrigin(secure) as origin, edged("127.0.0.1:1", certificate, code, site=site) as tunnel:
+        where = f"wss://localhost:{origin.port}"
+        with connect_tls(tunnel) as client:
+            assert upgrade(client, f"/to?where={where}").status == 101
+            client.sendall(b"ping")
+            assert receive_exactly(client, 4) == b"ping"
+        assert tunnel.wait_records()[0]["origin"] == where
+        refused = ask(tunnel, handshake_request(f"/to?where={where}"))
+        assert refused.status == 502
+        assert record_of(tunnel, refused.headers)["reason"] == "origin certificate of unknown issuer"

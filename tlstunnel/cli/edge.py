@@ -1,0 +1,206 @@
+"""``tlstunnel edge``: see what an edge worker makes of a request, without a client and without an origin."""
+
+import asyncio
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.channel import Channel, Deadlines, Wakeup
+from tlstunnel.cli import typed
+from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, worker_reference
+from tlstunnel.edge.stage import Directions
+from tlstunnel.edge.workers import Workers
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.escaping import printable
+from tlstunnel.firewall.facts import Connection
+from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
+from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.origins.pool import Pool
+from tlstunnel.readiness import new_loop, readiness
+from tlstunnel.record import configure_logging
+from tlstunnel.sites import edits_of
+
+ANYWHERE = ("0.0.0.0/0", "::/0")
+"""Where a worker may send while no configuration says it."""
+
+REQUEST_ID = "0123456789abcdef"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of asking a worker: `said` in a word, the bytes that the origin or the client would get, seconds."""
+
+    said: str
+    seconds: float
+    origin: str = ""
+    head: bytes = b""
+    refusal: Refusal | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether that is the worker's fault."""
+        return self.said not in ("forwarded", "replied")
+
+
+@click.group()
+def command() -> None:
+    """Try edge workers."""
+
+
+@command.command()
+@click.argument("worker", metavar="FILE:FUNCTION")
+@typed.options
+@click.option("--config", "file", type=click.Path(path_type=Path), help="The site that Host means: origins, limits.")
+@click.option("--worker-config", metavar="JSON", help="What setup is given, in place of the site's worker_config.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def run(  # noqa: PLR0913 - the command's options
+    *,
+    worker: str,
+    request: str,
+    headers: tuple[str, ...],
+    ip: str,
+    file: Path | None,
+    worker_config: str | None,
+    as_json: bool,
+) -> None:
+    """Ask a worker about one request, and show what would happen. No origin is asked.
+
+    WORKER is FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. What every WebSocket handshake has (Upgrade,
+    Sec-WebSocket-Key, ...) is added. Its setup and teardown are called. Without --config it may send anywhere. Exit
+    status 1: it failed, was late, or chose an origin that it may not have.
+    """
+    typed.refuse_no_address(ip)
+    config = Config() if file is None else load(file)
+    sites = config.sites or (SiteConfig(origins=(OriginConfig(address=_example()),), worker_origins=ANYWHERE),)
+    try:
+        asked = RequestReader().feed(typed.head(request, headers, sites[0]))
+    except Refusal as refusal:
+        raise ConfigurationError(f"the request is refused before any worker is asked: {refusal.text}") from None
+    assert asked is not None  # the head is whole
+    site = typed.site_of(sites, asked)
+    if site is None:
+        raise ConfigurationError(
+            f"{file}: {printable(asked.host)} is no name of any site; give another --header 'Host: …'"
+        )
+    site = _with_worker(site, worker, worker_config)
+    configure_logging("text")
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        outcome = runner.run(_asked(site, asked, ip))
+    if as_json:
+        click.echo(json.dumps(_as_json(outcome)))
+    else:
+        for line in _told(site, asked, outcome):
+            click.echo(line)
+    if outcome.failed:
+        raise SystemExit(1)
+
+
+def _example() -> OriginAddress:
+    return OriginAddress("origin.example", 80, text="the site's own origins")
+
+
+def _with_worker(site: SiteConfig, worker: str, worker_config: str | None) -> SiteConfig:
+    try:
+        reference = worker_reference(worker, Path.cwd())
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="FILE:FUNCTION") from None
+    changed: dict[str, Any] = {"worker": reference}
+    if worker_config is not None:
+        try:
+            changed["worker_config"] = WorkerTable(json.loads(worker_config))
+        except (ValueError, TypeError):
+            raise click.BadParameter("expected a JSON object", param_hint="--worker-config") from None
+    return msgspec.structs.replace(site, **changed)
+
+
+async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
+    """Ask it by the same code, with a client that waits. Raises ConfigurationError: it cannot be loaded or set up."""
+    try:
+        workers = Workers([site], Counter())
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error).removeprefix("sites[0].worker: ")) from None
+    await workers.start()
+    loop = asyncio.get_running_loop()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    try:
+        pools = [Pool(site.origins), *(Pool(route.origins) for route in site.routes)]
+        edge = workers.edge(site, pools, 30.0, b"", None)
+        assert edge is not None
+        wakeup = Wakeup(loop, loop.time() + edge.timeout)
+        deadlines = Deadlines(loop, 0.01)
+        deadlines.add(wakeup)
+        client = Channel(ours, readiness(loop), wakeup)
+        connection = Connection(ip, "TLSv1.3", "TLS_AES_128_GCM_SHA256", request.host, "", "", site.names[0])
+        began = time.perf_counter()
+        try:
+            directions = await edge.ask(request, connection, REQUEST_ID, None, wakeup, client)
+        except Refusal as refusal:
+            said = "replied" if refusal.body is not None else refusal.reason.removeprefix("edge: ")
+            return Outcome(said, time.perf_counter() - began, refusal=refusal)
+        finally:
+            deadlines.discard(wakeup)
+            client.release()
+        return _forwarded(site, directions, time.perf_counter() - began, ip)
+    finally:
+        ours.close()
+        theirs.close()
+        await workers.stop()
+
+
+def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str) -> Outcome:
+    origin = str(directions.address or "")
+    edits = edits_of(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
+    head = forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
+    return Outcome(directions.saw, seconds, origin, head)
+
+
+def _told(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iterator[str]:
+    yield f"{'worker':<12}{site.worker}"
+    yield f"{'request':<12}GET {printable(request.target.decode('ascii'))}"
+    yield f"{'took':<12}{outcome.seconds * 1e3:.1f} ms"
+    refusal = outcome.refusal
+    if refusal is None:
+        yield f"{'outcome':<12}{outcome.said}"
+        yield f"{'origin':<12}{outcome.origin or f'the tunnel chooses: {_own(site)}'}"
+        yield f"{'':<12}is asked:"
+        yield from (f"  {printable(line.decode('latin-1'))}" for line in outcome.head.split(b"\r\n")[:-2])
+        return
+    phrase = HTTPStatus(refusal.status).phrase if refusal.status in list(HTTPStatus) else ""
+    yield f"{'outcome':<12}{outcome.said}: {refusal.status} {phrase}".rstrip()
+    if refusal.detail:
+        yield f"{'':<12}{printable(refusal.detail)}"
+    yield f"{'client':<12}gets:"
+    yield from (f"  {printable(line)}" for line in render(refusal, REQUEST_ID).decode("utf-8", "replace").splitlines())
+
+
+def _own(site: SiteConfig) -> str:
+    return ", ".join(origin.address.text or str(origin.address) for origin in site.origins)
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    told: dict[str, Any] = {"outcome": outcome.said, "seconds": round(outcome.seconds, 6)}
+    refusal = outcome.refusal
+    if refusal is not None:
+        sent = render(refusal, REQUEST_ID).decode("utf-8", "replace")
+        fields = [(name.decode(), value.decode("latin-1")) for name, value in refusal.fields]
+        return told | {
+            "status": refusal.status,
+            "headers": fields,
+            "body": sent.partition("\r\n\r\n")[2],
+            "detail": refusal.detail,
+        }
+    line, *lines = outcome.head.decode("latin-1").split("\r\n")[:-2]
+    headers = [line.split(": ", 1) for line in lines]
+    return told | {"origin": outcome.origin or None, "target": line.split(" ")[1], "headers": headers}
