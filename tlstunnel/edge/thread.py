@@ -7,8 +7,13 @@ kept on the loop of the tunnels. What it costs is in docs/performance.md.
 
 import asyncio
 import contextlib
+import faulthandler
 import linecache
+import os
+import re
+import signal
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -29,6 +34,13 @@ leave tunnels a tenth of their messages (`tlstunnel.service` has the measurement
 BLOCKED = 0.25
 """Seconds without a turn of the workers' loop after which whoever holds it is named."""
 
+HELD_CPU = 0.3
+"""Seconds of computing, without a look of ours between, after which the stacks are written down by a signal's handler
+in C: who computes in C, such as a regular expression, holds Python's lock all the time, and when it is over the stack
+is another. The timer costs two system calls, and none while nobody waits for a worker."""
+
+_STACK_LINE = re.compile(rb'  File "(?P<file>.*)", line (?P<line>[0-9]+) in (?P<function>.*)')
+
 LOOK_SECONDS = 0.1
 """How often that is looked at while a request is with a worker."""
 
@@ -42,6 +54,10 @@ class Named(Protocol):
     """What can be named where it stands."""
 
     reference: str
+
+    @property
+    def file(self) -> str:
+        """Where its code is."""
 
     def stands_in(self, frame: FrameType) -> bool:
         """Whether `frame` is of one of its functions."""
@@ -78,6 +94,38 @@ class _Post:
             function(*arguments)
 
 
+class _Stacks:
+    """The stacks of all threads as they were when a signal came, SIGVTALRM: nobody else here has a use for that one."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this
+        faulthandler.register(signal.SIGVTALRM, self._file, all_threads=True)
+
+    def arm(self) -> None:
+        """Write them down after `HELD_CPU` seconds of computing from now on."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, HELD_CPU)
+
+    def disarm(self) -> None:
+        """Do not."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def take(self, thread: int) -> list[tuple[str, int]]:
+        """The file and line of each call of a thread, innermost first, where that was written down; forget them all."""
+        self._file.seek(0)
+        written = self._file.read()
+        self._file.seek(0)
+        self._file.truncate()
+        _, _, stack = written.rpartition(b"Thread 0x%016x" % thread)
+        lines = (_STACK_LINE.fullmatch(line) for line in stack.partition(b"\n\n")[0].splitlines())
+        return [(os.fsdecode(line["file"]), int(line["line"])) for line in lines if line]
+
+    def close(self) -> None:
+        """Leave the signal to whoever had it."""
+        self.disarm()
+        faulthandler.unregister(signal.SIGVTALRM)
+        self._file.close()
+
+
 class EdgeThread:
     """Runs coroutines on its own loop, and notices when one of them holds it. Made and asked on the tunnels' loop."""
 
@@ -92,6 +140,7 @@ class EdgeThread:
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._interval = sys.getswitchinterval()
         self._asked_at = self._looked_at = 0.0
+        self._stacks = _Stacks()
         self._waits = False
         self._held: tuple[float, str] | None = None
         self._watchers = 0
@@ -136,6 +185,7 @@ class EdgeThread:
         """Have it end once nobody holds it any more. What runs there is cancelled."""
         if self._looks is not None:
             self._looks.cancel()
+        self._stacks.close()
         self.soon(self._begin_to_end)
 
     async def stop(self) -> None:
@@ -167,6 +217,7 @@ class EdgeThread:
         self._watchers += 1
         if self._looks is None:
             self._looked_at = time.monotonic()
+            self._stacks.arm()
             self._looks = self._here.call_later(LOOK_SECONDS, self._look)
 
     def unwatch(self) -> None:
@@ -176,16 +227,18 @@ class EdgeThread:
     def _look(self) -> None:
         self._looks = None
         now = time.monotonic()
-        # No turn here either: who computes in C, such as a regular expression, holds Python's lock all the time.
-        stood = now - self._looked_at - LOOK_SECONDS
+        if (stood := now - self._looked_at - LOOK_SECONDS) >= BLOCKED:
+            self._name_holder(stood)
         self._looked_at = now
         if not self._waits:
             if not self._watchers:
+                self._stacks.disarm()
                 return
             self._waits, self._asked_at = True, now
             self.soon(self.back, self._answered)
-        if self._held is None and max(stood, now - self._asked_at) >= BLOCKED:
-            self._name(max(stood, now - self._asked_at))
+        if self._held is None and now - self._asked_at >= BLOCKED:
+            self._name(now - self._asked_at)
+        self._stacks.arm()
         self._looks = self._here.call_later(LOOK_SECONDS, self._look)
 
     def _answered(self) -> None:
@@ -197,37 +250,43 @@ class EdgeThread:
             )
 
     def _name(self, seconds: float) -> None:
-        worker, line, code = self._place()
-        if not worker and time.monotonic() - self._asked_at < BLOCKED:
-            return  # it was this loop that had no turn, and no worker is the reason
+        worker, file, line = self._place()
         self._held = time.monotonic() - seconds, worker
-        structlog.get_logger().warning(
-            "edge worker blocks the workers' loop",
-            worker=worker,
-            line=line,
-            code=printable(code),
-            seconds=round(seconds, 2),
-            hint="await what waits, and compute elsewhere: asyncio.to_thread",
-        )
+        hint = "await what waits, and compute elsewhere: asyncio.to_thread"
+        _warn("edge worker blocks the workers' loop", worker, file, line, seconds, hint)
+
+    def _name_holder(self, seconds: float) -> None:
+        """No turn here either: somebody held Python's lock."""
+        stack = self._stacks.take(self._thread.ident or 0)
+        found = next(((one, file, line) for file, line in stack for one in self.workers if one.file == file), None)
+        if found is not None:
+            worker, file, line = found
+            hint = "every tunnel waited: it computes in C with Python's lock; another library, or another process"
+            _warn("edge worker holds Python's lock", worker.reference, file, line, seconds, hint)
 
     @property
     def place(self) -> str:
         """Where it stands: the worker's name and its line."""
-        worker, line, _ = self._place()
-        return f"{worker} {line}".strip()
+        worker, file, line = self._place()
+        return f"{worker} {file}:{line}".strip()
 
-    def _place(self) -> tuple[str, str, str]:
-        """The worker that stands on the stack, the line of its own file that it stands in, and what that says."""
+    def _place(self) -> tuple[str, str, int]:
+        """The worker that stands on the stack, and file and line, of its own where that is on the stack too."""
         stack = list(_stack(sys._current_frames().get(self._thread.ident or 0)))
         if not stack:
-            return "", "", ""
+            return "", "", 0
         found = next(((frame, one) for frame in stack for one in self.workers if one.stands_in(frame)), None)
         # What it has called within its own file is nearer; without a worker, whatever is called.
         file = (stack[0] if found is None else found[0]).f_code.co_filename
         own = next(frame for frame in stack if frame.f_code.co_filename == file)
-        linecache.checkcache(file)
-        code = linecache.getline(file, own.f_lineno).strip()
-        return "" if found is None else found[1].reference, f"{file}:{own.f_lineno}", code
+        return "" if found is None else found[1].reference, file, own.f_lineno
+
+
+def _warn(event: str, worker: str, file: str, line: int, seconds: float, hint: str) -> None:  # noqa: PLR0913, PLR0917
+    linecache.checkcache(file)
+    code = printable(linecache.getline(file, line).strip())
+    place = f"{file}:{line}"
+    structlog.get_logger().warning(event, worker=worker, line=place, code=code, seconds=round(seconds, 2), hint=hint)
 
 
 def _stack(innermost: FrameType | None) -> Iterable[FrameType]:

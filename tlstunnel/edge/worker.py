@@ -89,6 +89,11 @@ class Worker:
         return f"<Worker {self.reference}>"
 
     @property
+    def file(self) -> str:
+        """Where its code is; "" where nobody knows."""
+        return self.code.file
+
+    @property
     def thread(self) -> EdgeThread | None:
         """Where it was set up."""
         return self._thread
