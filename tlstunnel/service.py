@@ -194,8 +194,6 @@ class Service:
         await self.abandon()
         await asyncio.gather(*self._beside, return_exceptions=True)
         await self._loaded.close()
-        if self._loaded.workers is not None:
-            await self._loaded.workers.stop()
         await self._watch.close()
 
     async def _load_beside(self, text: str | None, before: Loaded | None) -> Loaded:

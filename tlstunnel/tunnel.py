@@ -305,7 +305,8 @@ class Tunnel:
         self._wait_at_most(edge.timeout)
         record = self._record
         assert isinstance(self._client.sock, ssl.SSLSocket)
-        der = self._client.sock.getpeercert(binary_form=True) if self._subject else None
+        # Not by its subject, which may be empty: the names of workloads are often in the alternative names alone.
+        der = self._client.sock.getpeercert(binary_form=True)
         directions = await edge.ask(request, self._connection(site), record.id, der, self._wakeup, self._client)
         record.edge, self._edits = directions.saw, directions.edits
         if directions.pool is not None and directions.address is not None:

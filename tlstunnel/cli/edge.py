@@ -156,7 +156,7 @@ async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
     finally:
         ours.close()
         theirs.close()
-        await workers.stop()
+        await workers.close()
 
 
 def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str) -> Outcome:

@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
+from functools import cache
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +39,9 @@ HELD_CPU = 0.3
 """Seconds of computing, without a look of ours between, after which the stacks are written down by a signal's handler
 in C: who computes in C, such as a regular expression, holds Python's lock all the time, and when it is over the stack
 is another. The timer costs two system calls, and none while nobody waits for a worker."""
+
+MOST_STACKS = 1 << 20
+"""Bytes of them that are read; faulthandler writes 100 calls of each of 100 threads."""
 
 _STACK_LINE = re.compile(rb'  File "(?P<file>.*)", line (?P<line>[0-9]+) in (?P<function>.*)')
 
@@ -95,11 +99,18 @@ class _Post:
 
 
 class _Stacks:
-    """The stacks of all threads as they were when a signal came, SIGVTALRM: nobody else here has a use for that one."""
+    """The stacks of all threads as they were when a signal came, SIGVTALRM: nobody else here has a use for that one.
+
+    One a process, for good: without its handler the signal would end the process.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this
-        faulthandler.register(signal.SIGVTALRM, self._file, all_threads=True)
+        if hasattr(os, "memfd_create"):
+            self._fd = os.memfd_create("tlstunnel-stacks", os.MFD_CLOEXEC)
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._fd = os.dup(file.fileno())
+        faulthandler.register(signal.SIGVTALRM, self._fd, all_threads=True)
 
     def arm(self) -> None:
         """Write them down after `HELD_CPU` seconds of computing from now on."""
@@ -111,19 +122,15 @@ class _Stacks:
 
     def take(self, thread: int) -> list[tuple[str, int]]:
         """The file and line of each call of a thread, innermost first, where that was written down; forget them all."""
-        self._file.seek(0)
-        written = self._file.read()
-        self._file.seek(0)
-        self._file.truncate()
+        written = os.pread(self._fd, MOST_STACKS, 0)
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
         _, _, stack = written.rpartition(b"Thread 0x%016x" % thread)
         lines = (_STACK_LINE.fullmatch(line) for line in stack.partition(b"\n\n")[0].splitlines())
         return [(os.fsdecode(line["file"]), int(line["line"])) for line in lines if line]
 
-    def close(self) -> None:
-        """Leave the signal to whoever had it."""
-        self.disarm()
-        faulthandler.unregister(signal.SIGVTALRM)
-        self._file.close()
+
+_stacks = cache(_Stacks)
 
 
 class EdgeThread:
@@ -140,7 +147,7 @@ class EdgeThread:
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._interval = sys.getswitchinterval()
         self._asked_at = self._looked_at = 0.0
-        self._stacks = _Stacks()
+        self._stacks = _stacks()
         self._waits = False
         self._held: tuple[float, str] | None = None
         self._watchers = 0
@@ -185,7 +192,7 @@ class EdgeThread:
         """Have it end once nobody holds it any more. What runs there is cancelled."""
         if self._looks is not None:
             self._looks.cancel()
-        self._stacks.close()
+        self._stacks.disarm()
         self.soon(self._begin_to_end)
 
     async def stop(self) -> None:

@@ -152,6 +152,8 @@ class Worker:
                 log.warning("edge worker: teardown did not end", worker=self.reference, seconds=TEARDOWN_SECONDS)
             except Exception as error:
                 log.warning("edge worker: teardown failed", worker=self.reference, exception=printable_traceback(error))
+        if thread is not None:
+            thread.workers.discard(self)
         self._env = None
         self.code.forget()
 

@@ -74,29 +74,27 @@ class Workers:
 
     async def start(self) -> None:
         """Set up those that are new, each in its turn. Raises ConfigurationError, with nothing of theirs left."""
-        thread = self._thread = await self._usable_thread()
         try:
+            self._thread = await self._usable_thread() if self._all else None
             for worker in self._all.values():
-                if thread is not None and worker.thread is not thread:
-                    await worker.set_up(thread)
+                if self._thread is not None and worker.thread is not self._thread:
+                    await worker.set_up(self._thread)
         except BaseException:
             await self.close()
-            if thread is not None and not thread.workers:
-                await thread.stop()
             raise
 
-    async def _usable_thread(self) -> EdgeThread | None:
-        """The thread of before, as long as nobody holds it; another otherwise, and none where none is needed."""
+    async def _usable_thread(self) -> EdgeThread:
+        """The thread of before, as long as nobody holds it; another otherwise."""
         before = self._before
         thread = before._thread if before is not None else None
-        if thread is not None and self._all and not await thread.responds(RESPONDS_SECONDS):
+        if thread is not None and await thread.responds(RESPONDS_SECONDS):
+            return thread
+        if thread is not None:
             structlog.get_logger().error("edge: the workers' thread is held; another is started", place=thread.place)
             thread.abandon()
-            thread = None
-        if thread is None and self._all:
-            thread = EdgeThread()
-            if before is not None:
-                before._thread = thread  # what goes on is moved to it, whether this one is switched to or not
+        thread = EdgeThread()
+        if before is not None:
+            before._thread = thread  # what goes on is moved to it, whether this one is switched to or not
         return thread
 
     def adopt(self) -> None:
@@ -110,15 +108,12 @@ class Workers:
         self._before = None
 
     async def close(self) -> None:
-        """Tear down those that nobody else has."""
+        """Tear down those that nobody else has, and end the thread that nobody else uses."""
         mine, self._mine = self._mine, set()
         await asyncio.gather(*(worker.tear_down() for worker in mine))
-
-    async def stop(self) -> None:
-        """End everything, with the thread. The last thing of a process."""
-        await self.close()
-        if self._thread is not None:
-            await self._thread.stop()
+        thread, self._thread = self._thread, None
+        if thread is not None and not thread.workers:
+            await thread.stop()
 
     def _forget(self) -> None:
         for worker in self._mine:
