@@ -19,7 +19,11 @@ def printable(text: str) -> str:
 
 
 def printable_traceback(error: BaseException) -> str:
-    """The traceback of `error`, its lines escaped one by one: whoever sent a request may have chosen parts of it."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    text = "\n".join(printable(line) for line in lines)
-    return text if len(text) <= LONGEST_TRACEBACK else f"{text[:LONGEST_TRACEBACK]}\n..."
+    """The traceback of `error`, each of its lines escaped and indented: a client may have chosen parts of it.
+
+    So none can be taken for a line of the log. What is too long is cut in the middle: a traceback's end says most.
+    """
+    text = "".join(traceback.format_exception(error))
+    if len(text) > LONGEST_TRACEBACK:
+        text = f"{text[: LONGEST_TRACEBACK // 2]}\n...\n{text[-LONGEST_TRACEBACK // 2 :]}"
+    return "\n".join(f"  {printable(line)}" for line in text.splitlines())

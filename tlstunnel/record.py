@@ -9,7 +9,7 @@ import select
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -24,6 +24,11 @@ MOST_KEPT = 4 << 20
 SAMPLE_SECONDS = 10.0
 """Failures before the TLS handshake is done are counted, and at most one line of each kind is logged in this time."""
 
+MOST_ELSEWHERE = MOST_KEPT // 4
+"""Bytes that other threads may have waiting: what they say is not to displace the records."""
+
+TURN = 16_384
+"""Bytes of them that are written before tunnels have their turn."""
 
 _NOTHING: dict[str, Any] = {}
 
@@ -137,6 +142,44 @@ class Journal:
         self._log.warning(event, reason=why, unsaid=unsaid, **facts)
 
 
+class _Elsewhere:
+    """Lines of other threads (edge workers have one), until the thread that writes them takes them."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque()
+        self._lock = threading.Lock()  # between those who put: who takes never waits
+        self._put = self._got = self._lost = 0
+        self._told = False
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def put(self, line: bytes) -> bool:
+        """Keep a line, or lose it where too much waits; say whether somebody has to be told that there are some."""
+        with self._lock:
+            if self._put - self._got + len(line) > MOST_ELSEWHERE:
+                self._lost += 1
+                return False
+            self._put += len(line)
+            self._lines.append(line)
+            first, self._told = not self._told, True
+            return first
+
+    def get(self) -> tuple[list[bytes], int, bool]:
+        """Some lines, how many were lost, and whether there are more; if not, `put` tells of the next."""
+        lines: list[bytes] = []
+        size = 0
+        while self._lines and size < TURN:
+            lines.append(self._lines.popleft())
+            size += len(lines[-1])
+        self._got += size
+        lost, self._lost = self._lost, 0
+        self._told = False
+        more = bool(self._lines)
+        self._told = self._told or more
+        return lines, lost, more
+
+
 class Lines:
     """Writes log lines to `stream` without ever waiting or failing: the loop that logs serves every tunnel.
 
@@ -151,24 +194,29 @@ class Lines:
         self._poll.register(self._fd, select.POLLOUT)
         self._kept = bytearray()
         self._lost = 0
+        self._watched_by: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
             self._loop = None
-        self._watched_by: asyncio.AbstractEventLoop | None = None
+        self._elsewhere = _Elsewhere()
 
     def msg(self, message: str) -> None:
-        """Write `message` as a line, as soon as that is possible without waiting."""
-        if self._loop is not None and threading.get_ident() != self._thread:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and the process ends
-                self._loop.call_soon_threadsafe(self.msg, message)
-            return
+        """Write `message` as a line, as soon as that is possible without waiting. From any thread."""
         line = message.encode("utf-8", "backslashreplace") + b"\n"
-        if len(self._kept) + len(line) > MOST_KEPT:
-            self._lost += 1
+        if self._loop is not None and threading.get_ident() != self._thread:
+            if self._elsewhere.put(line):
+                with contextlib.suppress(RuntimeError):  # the loop has ended; `flush` takes it
+                    self._loop.call_soon_threadsafe(self._take)
             return
-        self._kept += line
+        self._keep(line, 1)
+
+    def _keep(self, lines: bytes, count: int) -> None:
+        if len(self._kept) + len(lines) > MOST_KEPT:
+            self._lost += count
+            return
+        self._kept += lines
         self._write()
         if self._kept and self._watched_by is None:
             with contextlib.suppress(RuntimeError, OSError):  # no loop yet; a file, for which nothing can be awaited
@@ -176,12 +224,23 @@ class Lines:
                 loop.add_writer(self._fd, self._write)
                 self._watched_by = loop
 
+    def _take(self) -> None:
+        """Take a turn's part of what other threads said: one that never stops talking must not hold the tunnels."""
+        lines, lost, more = self._elsewhere.get()
+        self._lost += lost
+        if lines:
+            self._keep(b"".join(lines), len(lines))
+        if more and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon(self._take)
+
     log = debug = info = warn = warning = msg
     fatal = failure = err = error = critical = exception = msg
 
     def flush(self, seconds: float = 1.0) -> None:
         """At the end, when nobody is kept waiting: give the reader so long to take what is kept."""
         deadline = time.monotonic() + seconds
+        while self._elsewhere and time.monotonic() < deadline:
+            self._take()
         while self._kept and (left := deadline - time.monotonic()) > 0:
             self._poll.poll(left * 1000)
             self._write()

@@ -15,10 +15,11 @@ In a `conftest.py` or a test module::
 PYTEST_DONT_REWRITE: or pytest warns of whoever imports these names above `pytest_plugins`.
 """
 
+import base64
 import contextlib
 import json
 import os
-import re
+import secrets
 import signal
 import socket
 import ssl
@@ -33,9 +34,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import h11
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 from wsproto import ConnectionType, WSConnection
+from wsproto.connection import Connection as Frames
 from wsproto.events import (
     AcceptConnection,
     BytesMessage,
@@ -44,7 +47,6 @@ from wsproto.events import (
     Message,
     Ping,
     RejectConnection,
-    RejectData,
     Request,
     TextMessage,
 )
@@ -66,8 +68,6 @@ Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 
 Record = dict[str, Any]
 """A line of the tunnel's log, decoded: docs/log.md."""
-
-_Key = re.compile(rb"\r\nSec-WebSocket-Key: *(\S+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +209,7 @@ class EdgeTunnel:
                 self._origins.append(stack.enter_context(EdgeOrigin()))
             self._start(folder)
             stack.callback(self._end)
-            ready = self._wait(lambda: self._found(0, event="ready"), "the tunnel did not start")
-            assert ready
+            self._wait(lambda: self._found(0, event="ready"), "the tunnel did not start")
             self.port = int(self.log_of("listening")[0]["address"].rpartition(":")[2])
             self._stack = stack.pop_all()
         return self
@@ -283,11 +282,9 @@ class EdgeTunnel:
         `path` may have a query. `host` is one of the site's names. `client_address` is one of 127.0.0.0/8, each of
         which is another client. Raises AssertionError: there was no answer.
         """
-        pairs = headers.items() if isinstance(headers, Mapping) else headers
-        extra = [(name.encode("ascii"), value.encode("utf-8")) for name, value in pairs]
-        request = Request(f"{host}:{self.port}", path, extra_headers=extra, subprotocols=[*subprotocols])
-        ws = WSConnection(ConnectionType.CLIENT)
-        sent = ws.send(request)
+        key = base64.b64encode(secrets.token_bytes(16)).decode()
+        fields = [*_pairs(headers, subprotocols), ("Sec-WebSocket-Key", key)]
+        sent = typed_head(f"GET {path}", fields, host)
         address = "127.0.0.1", self.port
         with self._asking:
             before = len(self.log)
@@ -296,13 +293,14 @@ class EdgeTunnel:
                 self.context.wrap_socket(plain, server_hostname=host) as sock,
             ):
                 sock.sendall(sent)
-                status, fields, body, echoed = _conversed(sock, ws, messages)
+                status, answered, body, echoed = _conversed(sock, messages)
             # A tunnel's refusal names its id; otherwise it is the one connection that ended meanwhile.
-            known = {"id": fields["X-Request-Id"]} if "X-Request-Id" in fields else {"path": path.partition("?")[0]}
+            known = {"id": answered["X-Request-Id"]} if "X-Request-Id" in answered else {"path": path.partition("?")[0]}
             ended = {"event": "connection", "status": status, **known}
             record = self._wait(lambda: self._found(before, **ended), "the connection has no record")[0]
-        reached = next((one for one in self._arrived() if _key(one.head) == _key(sent)), None)
-        return Answer(status, fields, body.decode("utf-8", "replace"), reached, record, echoed)
+        # By the key, which no worker can change.
+        reached = next((one for one in self._arrived() if one.headers.get("Sec-WebSocket-Key") == key), None)
+        return Answer(status, answered, body.decode("utf-8", "replace"), reached, record, echoed)
 
     def _arrived(self) -> Iterator[OriginRequest]:
         for origin in (*self._origins, *self._worker_origins):
@@ -329,7 +327,7 @@ class EdgeTunnel:
         file = folder / "tlstunnel.toml"
         file.write_text(f'listen = ["127.0.0.1:0"]\n{self._top}\n[[sites]]\n{written}\n{self._site}\n')
         command = [sys.executable, "-m", "tlstunnel", "start", "--log-format", "json"]
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - this program
             [*command, "--config", str(file), "--control", str(folder / "control.sock")],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.DEVNULL,
@@ -344,10 +342,12 @@ class EdgeTunnel:
         self._reader.start()
 
     def _end(self) -> int:
-        """Make sure that it has ended, and give its status."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        status = self._process.wait()
+        """Make sure that it has ended, with all that it started, and give its status."""
+        status = self._process.poll()
+        if status != 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            status = self._process.wait()
         self._reader.join(PATIENCE)
         if self._process.stderr is not None:
             self._process.stderr.close()
@@ -422,11 +422,8 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
 
     What every WebSocket handshake has is added. Raises ValueError: the tunnel would refuse it before the worker.
     """
-    pairs = [*(headers.items() if isinstance(headers, Mapping) else headers)]
-    if subprotocols:
-        pairs.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     try:
-        read = RequestReader().feed(typed_head(request, pairs, site))
+        read = RequestReader().feed(typed_head(request, _pairs(headers, subprotocols), site))
     except Refusal as refusal:
         raise ValueError(f"the tunnel refuses this with {refusal.status}: {refusal.text}") from None
     if read is None:  # pragma: no cover - typed_head gives a whole one
@@ -436,14 +433,12 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
     return seen(read, Connection(client_address, *tls, subject, site), request_id, der, time.time())
 
 
-def _events(sock: socket.socket, ws: WSConnection, begun: bytes = b"") -> Generator[Event, None, None]:
+def _events(sock: socket.socket, ws: WSConnection | Frames, begun: bytes) -> Generator[Event, None, None]:
     """What comes, until the other side ends; `begun` has come already."""
     data = begun or sock.recv(65536)
-    while True:
-        ws.receive_data(data or None)
+    while data:
+        ws.receive_data(data)
         yield from ws.events()
-        if not data:
-            return
         data = sock.recv(65536)
 
 
@@ -477,31 +472,35 @@ def _message(data: str | bytes) -> Event:
 _Conversed = tuple[int, CIMultiDictProxy[str], bytes, tuple[str | bytes, ...]]
 
 
-def _conversed(sock: socket.socket, ws: WSConnection, messages: Sequence[str | bytes]) -> _Conversed:
+def _conversed(sock: socket.socket, messages: Sequence[str | bytes]) -> _Conversed:
     """Read the answer to a handshake; send messages and read as many; close. Raises AssertionError."""
-    events = _whole(_events(sock, ws))
-    answer = next(events, None)
-    if isinstance(answer, RejectConnection):
-        body = bytearray()
-        for event in events:
-            assert isinstance(event, RejectData)
+    reading = h11.Connection(h11.CLIENT)
+    asked = [("Host", "localhost"), ("Connection", "Upgrade"), ("Upgrade", "websocket")]
+    reading.send(h11.Request(method="GET", target="/", headers=asked))  # has been sent, in the test's own words
+    head: h11.Response | h11.InformationalResponse | None = None
+    body = bytearray()
+    while not isinstance(event := reading.next_event(), h11.EndOfMessage | h11.PAUSED):
+        if event is h11.NEED_DATA:
+            reading.receive_data(sock.recv(65536))
+        elif isinstance(event, h11.Data):
             body += event.data
-            if event.body_finished:
-                break
-        return answer.status_code, _fields(answer.headers), bytes(body), ()
-    if not isinstance(answer, AcceptConnection):
-        raise AssertionError(f"the tunnel ended the connection without an answer: {answer}")
-    named = [(b"Sec-WebSocket-Protocol", answer.subprotocol.encode())] if answer.subprotocol else []
+        elif isinstance(event, h11.Response | h11.InformationalResponse):
+            head = event
+        else:
+            raise AssertionError(f"the tunnel ended the connection without a whole answer: {event}")
+    assert head is not None
     echoed: list[str | bytes] = []
-    for message in messages:
-        sock.sendall(ws.send(_message(message)))
-        event = next(events, None)
-        assert isinstance(event, Message), event
-        echoed.append(event.data)
-    sock.sendall(ws.send(CloseConnection(1000)))
-    for _ in events:
-        pass
-    return 101, _fields([*answer.extra_headers, *named]), b"", tuple(echoed)
+    if head.status_code == 101:
+        ws = Frames(ConnectionType.CLIENT)
+        events = _whole(_events(sock, ws, reading.trailing_data[0]))
+        for message in messages:
+            sock.sendall(ws.send(_message(message)))
+            reply = next(events, None)
+            assert isinstance(reply, Message), reply
+            echoed.append(reply.data)
+        sock.sendall(ws.send(CloseConnection(1000)))
+        list(events)  # up to the end, which is then the origin's
+    return head.status_code, _fields(head.headers), bytes(body), tuple(echoed)
 
 
 def _arrived(head: bytes) -> OriginRequest:
@@ -514,10 +513,9 @@ def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> CIMultiDictProxy[str]:
     return CIMultiDictProxy(CIMultiDict([(n.decode("latin-1"), v.decode("latin-1")) for n, v in pairs]))
 
 
-def _key(head: bytes) -> bytes:
-    """By which a request is known at its origin: no worker can change it."""
-    found = _Key.search(head)
-    return found[1] if found else b""
+def _pairs(headers: Headers, subprotocols: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [*(headers.items() if isinstance(headers, Mapping) else headers)]
+    return pairs + ([("Sec-WebSocket-Protocol", ", ".join(subprotocols))] if subprotocols else [])
 
 
 def _toml(value: Any) -> str:

@@ -67,6 +67,5 @@ async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest:
 def _variant(env: Env, visitor: str) -> Variant:
     # Not hash(): that is another in each process.
     digest = hashlib.sha256(f"{env.experiment}\n{visitor}".encode()).digest()
-    # The last variants are the small ones: they begin at the top, so that what grows takes from its neighbour only.
     bucket = int.from_bytes(digest[:8]) % 100
     return next(variant for variant in env.variants if bucket < variant.end)

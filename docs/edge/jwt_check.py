@@ -109,7 +109,7 @@ def _subject(token: str, env: Env) -> str:
         audience=env.audience,
         issuer=env.issuer,
         leeway=LEEWAY,
-        options={"require": ["exp", "iss", "aud", "sub"]},
+        options={"require": ["exp", "iss", "aud", "sub"], "enforce_minimum_key_length": True},
     )
     subject: str = claims["sub"]
     if not SUBJECT.fullmatch(subject):

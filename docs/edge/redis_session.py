@@ -71,9 +71,9 @@ async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
         return Reply(401, "sign in first\n")
     try:
         async with asyncio.timeout(LOOK_UP):
-            user: bytes | None = await env.redis.hget(f"session:{sid}", "user")
+            user = await env.redis.hget(f"session:{sid}", "user")
     except (RedisError, OSError, TimeoutError) as error:
-        LOG.warning("%s: no session could be looked up: %s", request.id, error or type(error).__name__)
+        LOG.warning("%s: no session could be looked up: %s", request.id, str(error) or type(error).__name__)
         return Reply(503, "try again\n", {"Retry-After": "1"})
     if not user:
         return Reply(401, "sign in first\n")

@@ -1,9 +1,11 @@
-"""A browser's token: scripts cannot set fields of a WebSocket's handshake, only its subprotocols. So they send it there.
+"""A browser's token: a script cannot set fields of a WebSocket's handshake, so it sends the token as a subprotocol.
+
+In the page::
 
     new WebSocket("wss://chat.example.com/", ["chat", "bearer." + token])
 
 This makes ``Authorization: Bearer TOKEN`` of it for the origin, and takes it out of the subprotocols, which servers
-log and might answer with::
+log and might choose::
 
     [[sites]]
     names = ["chat.example.com"]

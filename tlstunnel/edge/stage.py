@@ -9,9 +9,8 @@ import structlog
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.channel import Channel, ClientGone, Wakeup
-from tlstunnel.edge.values import InvalidReply, Reply, UpgradeRequest, changes, upgrade_request
+from tlstunnel.edge.values import upgrade_request
 from tlstunnel.edge.worker import MOST_LATE, Call, Worker
-from tlstunnel.escaping import printable_traceback
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
@@ -109,37 +108,23 @@ class Edge:
         await self.destinations.close()
 
     def _directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
-        said = call.result
-        if isinstance(said, Reply):
+        made = call.outcome
+        if made is None:
+            self._log_failure("edge worker failed", request_id, exception=call.failure)
+            failure = Refusal(500, "edge: worker failed", "the edge worker failed")
+            return self._failed(request, failure, "failed", refused=call.invalid)
+        if isinstance(made, Refusal):
             self._counted["edge: replied"] += 1
-            raise Refusal(said.status, "edge: reply", "", said.fields(), body=said.content())
-        failure = Refusal(500, "edge: worker failed", "the edge worker failed")
-        if call.error is not None:
-            error, call.error = call.error, None
-            self._log_failure("edge worker failed", request_id, exception=printable_traceback(error))
-            error.__traceback__ = None  # holds every frame, and by them all that the worker had
-            if isinstance(error, InvalidReply):
-                self._counted["edge: failed"] += 1
-                raise failure
-            return self._failed(request, failure, "failed")
-        if not isinstance(said, UpgradeRequest):
-            wanted = "a worker returns the request, request.forward(...) or a Reply"
-            kind = "None" if said is None else f"a {type(said).__name__}"
-            self._log_failure("edge worker failed", request_id, reason=f"{wanted}, not {kind}")
-            return self._failed(request, failure, "failed")
-        changed, edits, address = changes(said)
-        if address is None:
-            return self._counted_as(Directions(changed, edits, "forwarded"))
-        pool = self.destinations.pool(address)
-        return self._counted_as(Directions(changed, edits, "forwarded", pool, address))
+            raise made
+        pool = None if made.address is None else self.destinations.pool(made.address)
+        self._counted["edge: forwarded"] += 1
+        return Directions(made.request, made.edits, "forwarded", pool, made.address)
 
-    def _counted_as(self, directions: Directions) -> Directions:
-        self._counted[f"edge: {directions.saw}"] += 1
-        return directions
-
-    def _failed(self, request: handshake.UpgradeRequest, refusal: Refusal, saw: str) -> Directions:
+    def _failed(
+        self, request: handshake.UpgradeRequest, refusal: Refusal, saw: str, *, refused: bool = False
+    ) -> Directions:
         self._counted[f"edge: {saw}"] += 1
-        if self._forwards:
+        if self._forwards and not refused:
             return Directions(request, NO_EDITS, saw)
         raise refusal
 

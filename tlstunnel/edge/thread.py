@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -140,6 +140,8 @@ class EdgeThread:
         self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
         self._here = asyncio.get_running_loop()
         self.loop = asyncio.new_event_loop()
+        self._executor = ThreadPoolExecutor(thread_name_prefix="edge worker")
+        self.loop.set_default_executor(self._executor)
         self.soon = _Post(self._here, self.loop).send
         """Call a function there; to be called on the tunnels' loop."""
         self.back = _Post(self.loop, self._here).send
@@ -214,6 +216,8 @@ class EdgeThread:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS / 4):
                 await self.loop.shutdown_asyncgens()
+        # What is under way there may take as long as it likes; the process does not wait for it.
+        self._executor.shutdown(wait=False, cancel_futures=True)
         self._ending = True
         self.loop.stop()
 

@@ -19,8 +19,8 @@ from tlstunnel.config import FIELD_NAME, KEPT_FIELD
 from tlstunnel.firewall.facts import Connection, Facts, normal_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.fields import by_name
-from tlstunnel.handshake.forwarding import NO_EDITS, Edits
-from tlstunnel.handshake.refusal import Fields
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits, as_cgi
+from tlstunnel.handshake.refusal import Fields, Refusal
 
 FieldValue = str | Sequence[str]
 """Of a field: its value, or several, each on a line of its own."""
@@ -75,6 +75,7 @@ class UpgradeRequest:
     _facts: Facts = dataclasses.field(kw_only=True, repr=False)
     _edits: Edits = dataclasses.field(kw_only=True, repr=False, default=NO_EDITS)
     _address: OriginAddress | None = dataclasses.field(kw_only=True, repr=False, default=None)
+    _asked: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
 
     @property
     def path(self) -> str:
@@ -178,7 +179,7 @@ class UpgradeRequest:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply:
     """A refusal: `status` from 300 to 599, and a `body` of bytes, or of text, which is then sent as UTF-8.
 
@@ -189,6 +190,7 @@ class Reply:
     status: int
     body: str | bytes = b""
     headers: Mapping[str, FieldValue] = dataclasses.field(default_factory=dict)
+    _answer: Refusal = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.status, int) or isinstance(self.status, bool):
@@ -201,9 +203,12 @@ class Reply:
             raise InvalidReply(f"the body of a reply is text or bytes, not {_kind(self.body)}")
         if self.status == _BODILESS and self.body:
             raise InvalidReply("a reply with the status 304 has no body")
-        self.fields()
+        body = self.body if isinstance(self.body, bytes) else self.body.encode("utf-8", "backslashreplace")
+        # Once, here: whoever changes what was given afterwards changes nothing of it.
+        answer = Refusal(int(self.status), "edge: reply", "", self._fields(), body=bytes(body))
+        object.__setattr__(self, "_answer", answer)
 
-    def fields(self) -> Fields:
+    def _fields(self) -> Fields:
         """The fields to send, the content's type among them."""
         try:
             fields = _fields(self.headers, host=False)
@@ -215,10 +220,6 @@ class Reply:
         typed = b"content-type" in names or self.status == _BODILESS
         return fields if typed else ((b"Content-Type", b"text/plain; charset=utf-8"), *fields)
 
-    def content(self) -> bytes:
-        """The body's bytes."""
-        return self.body if isinstance(self.body, bytes) else self.body.encode("utf-8", "backslashreplace")
-
 
 def upgrade_request(
     request: handshake.UpgradeRequest, connection: Connection, request_id: str, der: bytes | None, now: float
@@ -229,14 +230,31 @@ def upgrade_request(
         tls=TLS(connection.tls_version, connection.tls_cipher, connection.tls_sni, connection.tls_ja4),
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
         _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
+        _asked=request,
     )
 
 
-def changes(request: UpgradeRequest) -> tuple[handshake.UpgradeRequest, Edits, OriginAddress | None]:
+@dataclass(frozen=True, slots=True)
+class Forwarded:
     """What a worker has made of a request: the one for the origin, the edits of its head, where to if it says so."""
-    changed = request._facts.request
+
+    request: handshake.UpgradeRequest
+    edits: Edits
+    address: OriginAddress | None
+
+
+def outcome(said: object, asked: UpgradeRequest) -> Forwarded | Refusal:
+    """What a worker's return value amounts to, in values that nothing of the worker's is in. Raises EdgeError."""
+    if type(said) is Reply:
+        return said._answer
+    if type(said) is not UpgradeRequest:
+        kind = "None" if said is None else f"a {type(said).__name__}"
+        raise EdgeError(f"a worker returns the request, request.forward(...) or a Reply, not {kind}")
+    if said._asked is not asked._asked:
+        raise EdgeError("a worker returns the request that it was asked about, and this is another client's")
+    changed = said._facts.request
     assert isinstance(changed, handshake.UpgradeRequest)
-    return changed, request._edits, request._address
+    return Forwarded(changed, said._edits, said._address)
 
 
 def _address(origin: str) -> OriginAddress:
@@ -284,7 +302,8 @@ def _edits(headers: Mapping[str, FieldValue], remove_headers: Iterable[str]) -> 
 
 def _edited(fields: Fields, edits: Edits) -> Fields:
     """The fields as the worker would see them were it asked again."""
-    kept = [field for field in fields if field[0].lower() not in edits.names]
+    named = edits.names
+    kept = [field for field in fields if as_cgi(field[0]) not in named]
     if edits.host is not None:
         kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]
     return (*kept, *edits.added)

@@ -9,9 +9,10 @@ import structlog
 from tlstunnel.config import WorkerTable
 from tlstunnel.edge.loading import Code, explained, line_in
 from tlstunnel.edge.thread import EdgeThread
-from tlstunnel.edge.values import EdgeError, UpgradeRequest
+from tlstunnel.edge.values import EdgeError, Forwarded, InvalidReply, UpgradeRequest, outcome
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
+from tlstunnel.handshake.refusal import Refusal
 
 SETUP_SECONDS = 30.0
 """What a worker's `setup` may take: a release waits for it (``release.upgrade_timeout`` is as long)."""
@@ -27,35 +28,41 @@ Beyond that it is not asked."""
 class Call:
     """A request on its way through a worker. `done` is called on the tunnels' loop once it is through.
 
-    `result` is then what the worker returned, or `error` what it raised.
+    `outcome` is then what came of it, or `failure` the traceback of what it raised; `invalid` says that a refusal was
+    meant. Whatever runs code of the worker's, its exceptions' texts included, is done in its thread.
     """
 
-    __slots__ = ("_cancelled", "_done", "_task", "_thread", "error", "finished", "result")
+    __slots__ = ("_cancelled", "_done", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
 
-    def __init__(self, thread: EdgeThread, done: Callable[["Call"], None]) -> None:
+    def __init__(self, thread: EdgeThread, request: UpgradeRequest, done: Callable[["Call"], None]) -> None:
         self._thread = thread
+        self._request = request
         self._done = done
         self._task: asyncio.Task[object] | None = None
-        self._cancelled = self.finished = False
-        self.result: object = None
-        self.error: BaseException | None = None
+        self._cancelled = self.finished = self.invalid = False
+        self.outcome: Forwarded | Refusal | None = None
+        self.failure = ""
 
-    def begin(self, worker: "Worker", request: UpgradeRequest) -> None:
+    def begin(self, worker: "Worker") -> None:
         """In the workers' thread."""
         if self._cancelled:
             self._thread.back(self._finish)
             return
-        self._task = self._thread.loop.create_task(worker.fetch(request))
+        self._task = self._thread.loop.create_task(worker.fetch(self._request))
         self._task.add_done_callback(self._through)
 
     def _through(self, task: "asyncio.Task[object]") -> None:
         self._task = None
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is None:
-            self.result = task.result()
-        else:
-            # Without our own frame: the worker's is the first.
-            self.error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        try:
+            if error is not None:
+                # Without our own frame: the worker's is the first.
+                raise error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            self.outcome = outcome(task.result(), self._request)
+        except BaseException as caught:
+            self.invalid = isinstance(caught, InvalidReply)
+            self.failure = _written(caught)
+            caught.__traceback__ = None  # it holds every frame, and by them all that the worker had
         self._thread.back(self._finish)
 
     def _finish(self) -> None:
@@ -70,6 +77,15 @@ class Call:
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+
+def _written(error: BaseException) -> str:
+    """The traceback of what a worker raised, without our own frame; its text may raise, too."""
+    traceback = error.__traceback__
+    try:
+        return printable_traceback(error.with_traceback(traceback and traceback.tb_next))
+    except BaseException as another:
+        return f"{type(error).__name__}, whose text raises {type(another).__name__}"
 
 
 class Worker:
@@ -112,8 +128,8 @@ class Worker:
     def ask(self, request: UpgradeRequest, done: Callable[[Call], None]) -> Call:
         """Begin to ask it; `done` is called on the tunnels' loop."""
         assert self._thread is not None
-        call = Call(self._thread, done)
-        self._thread.soon(call.begin, self, request)
+        call = Call(self._thread, request, done)
+        self._thread.soon(call.begin, self)
         self._thread.watch()
         return call
 

@@ -35,6 +35,11 @@ class Forwarding:
     trusted: bool
 
 
+def as_cgi(name: bytes) -> bytes:
+    """A field's name as CGI and WSGI tell it from others: without regard to case, ``-`` and ``_`` the same."""
+    return name.lower().replace(b"-", b"_")
+
+
 @dataclass(frozen=True, slots=True)
 class Edits:
     """What a site changes of a head: `host` for Host, fields that are `added` last, names (lower case) `removed`.
@@ -49,17 +54,16 @@ class Edits:
     def then(self, later: "Edits") -> "Edits":
         """These, and then `later`, which has the last word."""
         named = later.names
-        kept = tuple(field for field in self.added if field[0].lower() not in named)
+        kept = tuple(field for field in self.added if as_cgi(field[0]) not in named)
         return Edits(later.host or self.host, (*kept, *later.added), self.removed | later.removed)
 
     @property
     def names(self) -> frozenset[bytes]:
-        """Names, in lower case, of which no field stays but those that are added.
+        """Names, as CGI has them, of which no field stays but those that are added.
 
-        In the spelling too that CGI and WSGI take for the same: a client could claim by it what is set here.
+        A client could claim what is set here by another spelling that an origin takes for the same.
         """
-        named = self.removed.union(name.lower() for name, _ in self.added)
-        return named.union(name.replace(b"-", b"_") for name in named)
+        return frozenset({*map(as_cgi, self.removed), *(as_cgi(name) for name, _ in self.added)})
 
 
 NO_EDITS = Edits()
@@ -89,7 +93,7 @@ def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_E
 def _edited(fields: list[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
     """Ours may be edited too: who sets X-Forwarded-Proto means it."""
     named = edits.names
-    kept = [field for field in fields if field[0].lower() not in named]
+    kept = [field for field in fields if as_cgi(field[0]) not in named]
     if edits.host is not None:
         kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]
     return [*kept, *edits.added]

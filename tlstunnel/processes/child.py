@@ -2,10 +2,13 @@
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +24,9 @@ from tlstunnel.readiness import new_loop
 from tlstunnel.record import Journal, configure_logging
 from tlstunnel.service import Service
 from tlstunnel.wanted import Wanted
+
+STUCK_SECONDS = 1.0
+"""What threads have to end once nothing is served any more."""
 
 
 class Child:
@@ -159,6 +165,22 @@ def main() -> None:
     arguments = parser.parse_args()
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_run(arguments.link))
+    _leave()
+
+
+def _leave() -> None:
+    """End, though a thread does not: the interpreter would wait for what an edge worker has left in one, for ever.
+
+    Daemons too: it waits for all threads of executors.
+    """
+    deadline = time.monotonic() + STUCK_SECONDS
+    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
+    for thread in others:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    if stuck := [thread.name for thread in others if thread.is_alive()]:
+        structlog.get_logger().warning("threads that do not end are left", threads=stuck)
+        atexit._run_exitfuncs()
+        os._exit(0)
 
 
 async def _run(link: int) -> None:
