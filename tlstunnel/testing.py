@@ -53,6 +53,7 @@ from wsproto.events import (
 from wsproto.utilities import RemoteProtocolError
 
 from tlstunnel.certificates import issue
+from tlstunnel.cli.shown import inline
 from tlstunnel.edge import ClientCertificate, UpgradeRequest
 from tlstunnel.edge.values import upgrade_request as seen
 from tlstunnel.firewall.facts import Connection
@@ -323,7 +324,7 @@ class EdgeTunnel:
         if self._worker_origins:
             hosts = [one.address if isinstance(one, EdgeOrigin) else one for one in self._worker_origins]
             site["worker_origins"] = [host.partition(":")[0] if host.count(":") == 1 else host for host in hosts]
-        written = "\n".join(f"{name} = {_toml(value)}" for name, value in site.items())
+        written = "\n".join(f"{name} = {inline(value)}" for name, value in site.items())
         file = folder / "tlstunnel.toml"
         file.write_text(f'listen = ["127.0.0.1:0"]\n{self._top}\n[[sites]]\n{written}\n{self._site}\n')
         command = [sys.executable, "-m", "tlstunnel", "start", "--log-format", "json"]
@@ -516,17 +517,3 @@ def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> CIMultiDictProxy[str]:
 def _pairs(headers: Headers, subprotocols: Sequence[str]) -> list[tuple[str, str]]:
     pairs = [*(headers.items() if isinstance(headers, Mapping) else headers)]
     return pairs + ([("Sec-WebSocket-Protocol", ", ".join(subprotocols))] if subprotocols else [])
-
-
-def _toml(value: Any) -> str:
-    """A value as it stands in a configuration."""
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{_toml(str(name))} = {_toml(one)}' for name, one in value.items())} }}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    # What JSON writes is a basic string of TOML, but for DEL, which TOML wants escaped.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -72,7 +72,7 @@ def _table(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
         if value and all(isinstance(one, dict) for one in tables):
             later[name] = value
         else:
-            yield f"{_key(name)} = {_inline(value)}"
+            yield f"{_key(name)} = {inline(value)}"
     for name, value in later.items():
         inner = (*path, _key(name))
         for one in value if isinstance(value, list) else [value]:
@@ -86,11 +86,12 @@ def _key(name: str) -> str:
     return name if _BARE.fullmatch(name) else json.dumps(name)
 
 
-def _inline(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_inline, value))}]"
+def inline(value: Any) -> str:
+    """A value as TOML writes it on one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline, value))}]"
     if isinstance(value, dict):
-        pairs = ", ".join(f"{_key(name)} = {_inline(one)}" for name, one in value.items())
+        pairs = ", ".join(f"{_key(name)} = {inline(one)}" for name, one in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, str):
         # What JSON writes is a basic string of TOML, but for DEL, which TOML wants escaped.
