@@ -1,11 +1,22 @@
 """A tunnel whose site has an edge worker, in a file beside its configuration, asked one handshake after another."""
 
 import json
+import signal
 import ssl
 from collections.abc import Iterable
 from typing import Any
 
-from tests.harness import Answer, Certificate, Header, Tunnel, handshake_request, read_answer, switching_protocols
+from tests.harness import (
+    Answer,
+    Certificate,
+    Header,
+    Record,
+    Tunnel,
+    eventually,
+    handshake_request,
+    read_answer,
+    switching_protocols,
+)
 from tests.promises.firewalled import Outcome, Stage, connect_from, policy
 from tests.promises.wire import read_until_end
 from tests.promises.witness import record_of
@@ -79,3 +90,27 @@ def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Answer) -> Outcome:
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["ended_by"]) == (answer.status, "refused", "tunnel"), record
     return Outcome(answer.status, answer.headers, body, record, b"")
+
+
+def reloaded(tunnel: Tunnel, config: str | None = None) -> list[str]:
+    """Reload it by a signal, which takes less time than the command; give the changes."""
+    if config is not None:
+        written(tunnel, config, tunnel.file.name)
+    return list(_after_hangup(tunnel, "reloaded")["changes"])
+
+
+def not_reloaded(tunnel: Tunnel, config: str | None = None) -> str:
+    """Try to reload it by a signal, in vain; give the reason."""
+    if config is not None:
+        written(tunnel, config, tunnel.file.name)
+    return str(_after_hangup(tunnel, "not reloaded")["reason"])
+
+
+def _after_hangup(tunnel: Tunnel, event: str) -> Record:
+    ended = ("reloaded", "not reloaded")
+    seen = len([record for record in tunnel.records() if record["event"] in ended])
+    tunnel.send_signal(signal.SIGHUP)
+    eventually(lambda: len([record for record in tunnel.records() if record["event"] in ended]) > seen)
+    record = [record for record in tunnel.records() if record["event"] in ended][-1]
+    assert record["event"] == event, record
+    return record

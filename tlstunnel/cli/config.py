@@ -121,7 +121,8 @@ def _summary(config: Config) -> Iterator[str]:
 def _described(site: SiteConfig) -> str:
     default = " (default)" if site.default else ""
     certificate = f", certificate {site.cert}" if site.cert else ""
-    return f"{', '.join(site.names)}{default} -> {_origins(site.origins)}{certificate}"
+    worker = f", worker {site.worker}" if site.worker else ""
+    return f"{', '.join(site.names)}{default} -> {_origins(site.origins)}{certificate}{worker}"
 
 
 def _origins(origins: tuple[OriginConfig, ...]) -> str:
