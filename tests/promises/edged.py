@@ -39,9 +39,7 @@ async def asis(request, env):
 FETCH = 'worker = "worker.py:fetch"\n'
 
 
-def edged(
-    origin: str, certificate: Certificate, code: str, *, top: str = "", site: str = "", **options: Any
-) -> Tunnel:
+def edged(origin: str, certificate: Certificate, code: str, *, top: str = "", site: str = "", **options: Any) -> Tunnel:
     """A tunnel with `policy` whose site has this worker; ``options`` are `Tunnel`'s."""
     config = policy(origin, certificate, top=top, site=FETCH + site)
     tunnel = Tunnel(None, certificate, config=config, **options)

@@ -152,7 +152,12 @@ def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, 
     """Without `worker_origins` there is the declared one alone, as it is written, and no name is even asked for."""
     with Witness() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         port = origin.address.rpartition(":")[2]
-        for where in (f"localhost:{port}", f"[::ffff:127.0.0.1]:{port}", f"wss://{origin.address}", "unknown.example:1"):
+        for where in (
+            f"localhost:{port}",
+            f"[::ffff:127.0.0.1]:{port}",
+            f"wss://{origin.address}",
+            "unknown.example:1",
+        ):
             outcome = asked((origin, tunnel), "/to", [("X-To", where)])
             assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
             assert "neither an origin of the site nor in worker_origins" in outcome.record["detail"]
@@ -166,9 +171,7 @@ def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, 
         ("localhost", ["localhost", "ws://localhost"]),
     ],
 )
-def test_what_is_allowed_is_reached(
-    certificate: Certificate, target: Witness, allowed: str, hosts: list[str]
-) -> None:
+def test_what_is_allowed_is_reached(certificate: Certificate, target: Witness, allowed: str, hosts: list[str]) -> None:
     port = target.address.rpartition(":")[2]
     with edged("127.0.0.1:1", certificate, WORKER, site=f'worker_origins = ["{allowed}"]\n') as tunnel:
         for host in hosts:
@@ -197,7 +200,9 @@ def test_what_is_allowed_changes_with_a_reload(certificate: Certificate, target:
         target.tell(switching_protocols)
         with connect_tls(tunnel) as client:
             assert upgrade(client, "/to", there).status == 101
-        narrower = policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\nworker_origins = ["10.0.0.0/8"]\n')
+        narrower = policy(
+            "127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\nworker_origins = ["10.0.0.0/8"]\n'
+        )
         assert tunnel.reload(narrower) == ["site localhost: changed: worker_origins"]
         statement = target.tell(switching_protocols)
         with connect_tls(tunnel) as client:
@@ -207,7 +212,15 @@ def test_what_is_allowed_changes_with_a_reload(certificate: Certificate, target:
 
 # --- and no other hole ------------------------------------------------------------------------------------------------
 
-HOSTILE = ("a\r\nX-Injected: 1", "a\nX-Injected: 1", "a\rX-Injected: 1", "a\0b", "\r\n\r\nGET / HTTP/1.1\r\n", "a\x1bb", "a\x7f")
+HOSTILE = (
+    "a\r\nX-Injected: 1",
+    "a\nX-Injected: 1",
+    "a\rX-Injected: 1",
+    "a\0b",
+    "\r\n\r\nGET / HTTP/1.1\r\n",
+    "a\x1bb",
+    "a\x7f",
+)
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -257,7 +270,6 @@ def test_what_the_handshake_rests_on_stays(stage: Stage, name: str) -> None:
     assert asked(stage, f"/field?f={name}").status == 500
 
 
-@pytest.mark.xfail(reason="core: Edits.names has two spellings of a name, and CGI takes x-user_id for a third", strict=True)
 @pytest.mark.parametrize("forged", ["X-User_Id", "x_user-ID"])
 def test_what_it_sets_nobody_claims_in_another_spelling(certificate: Certificate, forged: str) -> None:
     """CGI and WSGI take every underscore for a hyphen, and join what is then of one name."""

@@ -1,0 +1,367 @@
+"""Established tunnels, and the handshakes of other sites, go on at their pace whatever a worker does.
+
+Ten tunnels exchange numbered messages all the time, and a site without a worker is asked for one more again and again,
+while workers wait, sleep, compute, raise and leak. `MOST` is what a message or such a handshake may take meanwhile: a
+tunnel that waited for a worker would show the seconds that this takes.
+"""
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.harness import (
+    Certificate,
+    Tunnel,
+    WebsocketsOrigin,
+    client_context,
+    connect_tls,
+    eventually,
+    handshake_request,
+    upgrade,
+)
+from tests.promises.edged import BY_PATH, edged
+from tests.promises.numbered import Numbered
+from tests.promises.wire import read_until_end
+
+TUNNELS = 10
+HELD = 1.6
+"""Seconds that a worker holds its thread."""
+MOST = 0.6
+"""Seconds. The machine's own noise is a tenth of that: three programs share its cores with whoever else."""
+
+WORKER = (
+    BY_PATH
+    + f"""
+import logging, os
+
+kept = []
+log = logging.getLogger(__name__)
+
+
+async def awaits(request, env):
+    await asyncio.sleep({HELD})
+
+
+async def sleeps(request, env):
+    time.sleep({HELD})  # it stands here
+    return request
+
+
+def compute(end):
+    while time.monotonic() < end:
+        sum(range(1000))  # it computes here
+
+
+async def computes(request, env):
+    compute(time.monotonic() + {HELD})
+    return request
+
+
+async def calls_c(request, env):
+    import re
+    re.fullmatch("(a|aa)+b", "a" * 35)  # it searches here
+    return request
+
+
+async def raises(request, env):
+    raise ValueError(request.path)
+
+
+async def tasks(request, env):
+    for _ in range(100):
+        kept.append(asyncio.create_task(asyncio.sleep(3600)))
+    return request
+
+
+async def memory(request, env):
+    kept.append(b"x" * (16 << 20))
+    return request
+
+
+async def references(request, env):
+    kept.append(request)
+    return request
+
+
+async def descriptors(request, env):
+    while True:
+        kept.append(os.open("/dev/null", os.O_RDONLY))
+
+
+class Slow(Exception):
+    def __str__(self):
+        time.sleep({HELD})
+        return "slow"
+
+
+async def slow_text(request, env):
+    raise Slow
+
+
+async def long_text(request, env):
+    raise ValueError("\\x1b" * 4_000_000)
+
+
+class Lazy(dict):
+    def items(self):
+        time.sleep({HELD / 2})
+        return super().items()
+
+
+async def slow_headers(request, env):
+    return Reply(403, "no", Lazy({{"X-Said": "a"}}))
+
+
+async def talks(request, env):
+    for number in range(100_000):
+        log.warning("line %d", number)
+    return request
+
+
+async def in_a_thread(request, env):
+    await asyncio.to_thread(time.sleep, 4)
+    return request
+
+
+async def forever(request, env):
+    while True:
+        time.sleep(0.1)
+"""
+)
+
+
+def line_of(text: str) -> int:
+    """The line of the worker's file that holds this."""
+    return next(number for number, line in enumerate(WORKER.splitlines(), 1) if text in line)
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[WebsocketsOrigin]:
+    with WebsocketsOrigin() as origin:
+        yield origin
+
+
+def _both(origin: WebsocketsOrigin, certificate: Certificate, **options: Any) -> Tunnel:
+    """localhost with a worker, and 127.0.0.1, which a client without SNI means, without."""
+    plain = (
+        f'[[sites]]\nnames = ["127.0.0.1"]\ndefault = true\norigins = ["{origin.address}"]\n'
+        f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
+    )
+    return edged(origin.address, certificate, WORKER, site=plain, measured=True, errors_expected=True, **options)
+
+
+@pytest.fixture(scope="module")
+def started(origin: WebsocketsOrigin, certificate: Certificate) -> Iterator[Tunnel]:
+    with _both(origin, certificate) as tunnel:
+        yield tunnel
+
+
+@pytest.fixture
+def tunnel(started: Tunnel) -> Tunnel:
+    """Once nobody holds the workers' thread any more."""
+    eventually(lambda: _statuses(started, "/", 1) == {101})
+    return started
+
+
+class Beside:
+    """What goes on while a worker does something; `message` and `handshake` are the longest that one took, seconds."""
+
+    def __init__(self, tunnel: Tunnel) -> None:
+        self._tunnel = tunnel
+        self._context = client_context(tunnel)
+        self._over = asyncio.Event()
+        self.message = self.handshake = 0.0
+        self.exchanged = self.opened = 0
+
+    async def while_(self, attack: Callable[[], object]) -> object:
+        """Begin, then call `attack` in a thread, and go on until it is through and each has done something since."""
+        tunnels = [await Numbered.open(self._tunnel.port, self._context) for _ in range(TUNNELS)]
+        beside = [asyncio.ensure_future(self._talk(one)) for one in tunnels]
+        beside.append(asyncio.ensure_future(self._arrive()))
+        try:
+            while not self.opened:
+                await asyncio.sleep(0.01)
+            before, opened = [one.exchanged for one in tunnels], self.opened
+            found = await asyncio.to_thread(attack)
+            while self.opened == opened and not any(task.done() for task in beside):
+                await asyncio.sleep(0.01)
+        finally:
+            self._over.set()
+            await asyncio.gather(*beside)
+        assert all(one.exchanged > count for one, count in zip(tunnels, before, strict=True))
+        await asyncio.gather(*(one.close() for one in tunnels))
+        return found
+
+    async def _talk(self, one: Numbered) -> None:
+        while not self._over.is_set():
+            began = time.monotonic()
+            await one.exchange()
+            self.message = max(self.message, time.monotonic() - began)
+            await asyncio.sleep(0.01)
+
+    async def _arrive(self) -> None:
+        while not self._over.is_set():
+            began = time.monotonic()
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", self._tunnel.port, ssl=self._context, server_hostname="127.0.0.1"
+            )
+            writer.write(handshake_request("/raises", "127.0.0.1"))
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            self.handshake = max(self.handshake, time.monotonic() - began)
+            self.opened += 1
+            writer.transport.abort()
+            await asyncio.sleep(0.01)
+
+
+def _statuses(tunnel: Tunnel, path: str, count: int, at_once: int = 10) -> set[int]:
+    """Ask so many times; how it was answered."""
+    context = client_context(tunnel)
+
+    def one() -> int:
+        with connect_tls(tunnel, context=context) as client:
+            status = upgrade(client, path).status
+            if status != 101:
+                read_until_end(client)
+            return status
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return {each.result() for each in [pool.submit(one) for _ in range(count)]}
+
+
+def _unaffected(tunnel: Tunnel, attack: Callable[[], object]) -> object:
+    async def run() -> object:
+        beside = Beside(tunnel)
+        found = await beside.while_(attack)
+        print(f"the slowest message {beside.message:.3f} s, the slowest handshake {beside.handshake:.3f} s")
+        assert beside.message < MOST
+        assert beside.handshake < MOST
+        return found
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "statuses"),
+    [
+        ("/awaits", 30, {504}),
+        ("/raises", 100, {500}),
+        ("/tasks", 50, {101}),
+        ("/memory", 10, {101}),
+        ("/references", 100, {101}),
+        ("/slow_text", 1, {500, 504}),
+        ("/long_text", 1, {500, 504}),
+        ("/slow_headers", 1, {403, 500, 504}),
+        ("/talks", 1, {101, 504}),
+    ],
+)
+def test_it_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set[int]) -> None:
+    found = _unaffected(tunnel, lambda: _statuses(tunnel, path, count))
+    assert isinstance(found, set)
+    assert found <= statuses
+
+
+@pytest.mark.parametrize(
+    ("path", "stands", "code"),
+    [
+        ("/sleeps", "# it stands here", f"time.sleep({HELD})  # it stands here"),
+        ("/computes", "# it computes here", "sum(range(1000))  # it computes here"),
+    ],
+)
+def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
+    """Its requests are answered by the deadline, and the log names it with the line in which it stands."""
+    seen = len(tunnel.records("edge worker blocks the workers' loop"))
+
+    def attack() -> float:
+        began = time.monotonic()
+        assert _statuses(tunnel, path, 1) == {504}
+        return time.monotonic() - began
+
+    took = _unaffected(tunnel, attack)
+    assert isinstance(took, float)
+    assert took < 1 + MOST
+    named = tunnel.wait_records(seen + 1, "edge worker blocks the workers' loop")[seen]
+    assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
+    where = {f"{tunnel.folder}/worker.py:{line_of(stands)}", f"{tunnel.folder}/worker.py:{line_of(stands) - 1}"}
+    assert named["line"] in where
+    if path == "/sleeps":
+        assert (named["line"], named["code"]) == (f"{tunnel.folder}/worker.py:{line_of(stands)}", code)
+    assert named["seconds"] >= 0.25
+    # It is said once, and that it goes on.
+    tunnel.wait_records(1, "edge worker goes on")
+    assert _statuses(tunnel, "/", 1) == {101}
+    assert len(tunnel.records("edge worker blocks the workers' loop")) == seen + 1
+
+
+@pytest.mark.xfail(reason='core: "Current thread 0x" is not searched for, see the unit test', strict=False)
+def test_it_is_named_when_it_calls_what_holds_the_interpreter(tunnel: Tunnel) -> None:
+    """A regular expression that backtracks holds Python's lock, and so the tunnels too: it is named once it is over."""
+    _statuses(tunnel, "/calls_c", 1)
+    (named,) = tunnel.wait_records(1, "edge worker holds Python's lock", timeout=5)
+    assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
+    assert named["line"] == f"{tunnel.folder}/worker.py:{line_of('# it searches here')}"
+    assert named["code"].endswith("# it searches here")
+    assert named["seconds"] >= 0.25
+
+
+def test_other_requests_of_its_site_meanwhile(tunnel: Tunnel) -> None:
+    """They wait for the one that holds the thread, but no longer than their own deadline."""
+    with ThreadPoolExecutor(1) as pool:
+        holds = pool.submit(_statuses, tunnel, "/sleeps", 1)
+        began = time.monotonic()
+        found = _statuses(tunnel, "/", 20, at_once=20)
+        assert time.monotonic() - began < 1 + 2 * MOST
+        assert found <= {101, 504}
+        assert holds.result() == {504}
+    began = time.monotonic()
+    while 101 not in _statuses(tunnel, "/", 1):
+        assert time.monotonic() - began < HELD + MOST
+
+
+def test_it_leaks_every_descriptor(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    """Then there is none for another connection; but what is established has its own."""
+    with _both(origin, certificate, descriptors=256) as tunnel:
+
+        async def run() -> None:
+            context = client_context(tunnel)
+            tunnels = [await Numbered.open(tunnel.port, context) for _ in range(TUNNELS)]
+            with contextlib.suppress(OSError, AssertionError, ssl.SSLError):
+                await asyncio.to_thread(_statuses, tunnel, "/descriptors", 1)
+            tunnel.wait_record(lambda record: "Too many open files" in str(record))
+            assert tunnel.descriptors() >= 250
+            slowest = 0.0
+            for _ in range(100):
+                began = time.monotonic()
+                await asyncio.gather(*(one.exchange() for one in tunnels))
+                slowest = max(slowest, time.monotonic() - began)
+            assert slowest < MOST
+            await asyncio.gather(*(one.close() for one in tunnels))
+
+        asyncio.run(run())
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _stops_within(origin: WebsocketsOrigin, certificate: Certificate, path: str, seconds: float) -> None:
+    with _both(origin, certificate) as tunnel:
+        assert _statuses(tunnel, path, 1) == {504}
+        began = time.monotonic()
+        assert tunnel.stop() == 0
+        assert time.monotonic() - began < seconds
+
+
+def test_a_process_ends_though_a_worker_does_not(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    _stops_within(origin, certificate, "/forever", 2.5)
+
+
+def test_a_process_ends_though_a_thread_of_a_worker_does_not(
+    origin: WebsocketsOrigin, certificate: Certificate
+) -> None:
+    """What the watchdog recommends: `asyncio.to_thread`. One that sleeps for an hour would hold a release that long."""
+    _stops_within(origin, certificate, "/in_a_thread", 2.5)
