@@ -4,6 +4,7 @@
 """
 
 import difflib
+import json
 import re
 import tomllib
 import typing
@@ -159,8 +160,13 @@ class Headers(dict[str, str]):
 class WorkerTable(dict[str, Any]):
     """What a file says to an edge worker; any of TOML's values. Nobody changes it."""
 
+    @property
+    def canonical(self) -> str:
+        """The same text for the same table, in whatever order it is written."""
+        return json.dumps(self, sort_keys=True, default=str)
+
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(self))
+        return hash(self.canonical)
 
 
 class RuleConfig(_Table, frozen=True):

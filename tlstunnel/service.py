@@ -78,16 +78,21 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded |
     except ConfigurationError as error:
         raise ConfigurationError(f"{wanted.file}: {error}") from None
     test_pair = None
-    if tested(configured):
-        test = issue.ensure(CERTIFICATES)
-        test_pair = test.cert, test.key
-    sites = load_sites(
-        configured,
-        test_pair,
-        before.sites if before is not None else None,
-        resolve_every=config.origin_resolve,
-        workers=workers,
-    )
+    try:
+        if tested(configured):
+            test = issue.ensure(CERTIFICATES)
+            test_pair = test.cert, test.key
+        sites = load_sites(
+            configured,
+            test_pair,
+            before.sites if before is not None else None,
+            resolve_every=config.origin_resolve,
+            workers=workers,
+        )
+    except BaseException:
+        if workers is not None:
+            workers.forget()
+        raise
     return Loaded(config, configured, sites, firewall, workers)
 
 

@@ -391,7 +391,6 @@ def test_a_thread_that_is_held_for_ever_is_replaced(started: Started, notes: Not
         assert _says(tunnel) == "418 two"
 
 
-@pytest.mark.xfail(reason="core: the old workers stay on the thread that was given up", strict=True)
 def test_a_thread_that_is_held_and_a_reload_that_is_refused(started: Started, notes: Notes) -> None:
     """The old one goes on, once it is let go; and the next reload does what it says."""
     with started(HOLD, site='worker_timeout = "300ms"\n', errors_expected=True) as tunnel:
@@ -406,7 +405,6 @@ def test_a_thread_that_is_held_and_a_reload_that_is_refused(started: Started, no
         assert _says(tunnel) == "418 two"
 
 
-@pytest.mark.xfail(reason="core: the thread of a refused reload, which has ended, is taken for the next", strict=True)
 def test_a_refused_first_worker_and_then_a_good_one(
     started: Started, origin: RawOrigin, certificate: Certificate
 ) -> None:
@@ -426,10 +424,7 @@ def test_a_refused_first_worker_and_then_a_good_one(
     [
         "raise ValueError('no')",
         "import sys; sys.exit(1)",
-        pytest.param(
-            "task = asyncio.ensure_future(asyncio.sleep(60)); task.cancel(); await task",
-            marks=pytest.mark.xfail(reason="core: CancelledError out of a teardown is not caught", strict=True),
-        ),
+        "task = asyncio.ensure_future(asyncio.sleep(60)); task.cancel(); await task",
     ],
 )
 def test_a_teardown_that_fails_holds_nothing(started: Started, notes: Notes, ends: str) -> None:

@@ -298,7 +298,6 @@ def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code:
     assert len(tunnel.records("edge worker blocks the workers' loop")) == seen + 1
 
 
-@pytest.mark.xfail(reason='core: "Current thread 0x" is not searched for, see the unit test', strict=False)
 def test_it_is_named_when_it_calls_what_holds_the_interpreter(tunnel: Tunnel) -> None:
     """A regular expression that backtracks holds Python's lock, and so the tunnels too: it is named once it is over."""
     _statuses(tunnel, "/calls_c", 1)

@@ -231,9 +231,6 @@ def test_no_file_and_what_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "asyncio.CancelledError", "GeneratorExit", "Own"])
-@pytest.mark.xfail(
-    reason="core: only Exception and SystemExit are caught at the import; a reload hangs then", strict=True
-)
 def test_whatever_is_raised_at_the_import(file: Path, raised: str) -> None:
     """Nothing of it ends or hangs the process that loads it."""
     file.write_text(f"import asyncio\nclass Own(BaseException): ...\nraise {raised}\n")
@@ -244,7 +241,6 @@ def test_whatever_is_raised_at_the_import(file: Path, raised: str) -> None:
     assert f":3: cannot be imported: {raised.rpartition('.')[2]}" in message
 
 
-@pytest.mark.xfail(reason="core: explained() lets what str() of an exception raises through", strict=True)
 def test_an_exception_without_a_text(file: Path) -> None:
     file.write_text("class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute\n")
     assert ":3: cannot be imported: Mute" in refusal(f"{file}:fetch")
@@ -262,7 +258,6 @@ def _site(reference: str) -> SiteConfig:
     return SiteConfig(worker=reference, origins=(OriginConfig(address=OriginAddress("localhost", 1)),))
 
 
-@pytest.mark.xfail(reason="core: only modules that became workers are forgotten", strict=True)
 @pytest.mark.parametrize("code", ["async def other(request, env): ...\n", "def fetch(request, env): ...\n"])
 def test_one_that_is_no_worker_leaves_no_module(file: Path, code: str) -> None:
     """Each reload that is refused would leave one more."""

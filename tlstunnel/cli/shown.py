@@ -16,8 +16,9 @@ from tlstunnel.config import Config, Duration, Headers, IdleTimeout, Lists, Orig
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"(?i)authorization|cookie|token|secret|password|passphrase|key|credential")
-_SECRET_URL = re.compile(r"://[^/\s]*@")  # a user, and so a password
+_SECRET = re.compile(r"(?i)authorization|cookie|token|secret|passw|pwd|passphrase|key|credential")
+# A URL with a user, and so a password; and what stands in its query, or in a data source's name.
+_SECRET_URL = re.compile(r"(?i)://[^/\s]*@|(?:passw\w*|pwd|secret|token|key)\s*=")
 _DURATION = r"^[0-9]{1,15}(\.[0-9]{1,9})?(ms|s|m|h|d)$"
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 

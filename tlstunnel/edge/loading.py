@@ -5,12 +5,13 @@ import inspect
 import itertools
 import logging
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
@@ -20,6 +21,11 @@ SetUp = Callable[[dict[str, Any]], Awaitable[object]]
 TearDown = Callable[[Any], Awaitable[object]]
 
 LONGEST_REASON = 300
+
+IMPORT_SECONDS = 30.0
+"""What a module has to be executed: a release waits for it (``release.upgrade_timeout`` is as long)."""
+
+T = TypeVar("T")
 
 _numbers = itertools.count(1)
 
@@ -49,6 +55,11 @@ class Loader:
 
     def __init__(self) -> None:
         self._files: dict[str, ModuleType] = {}
+
+    def forget(self) -> None:
+        """Let all go that was executed, where it is not to be used."""
+        for module in self._files.values():
+            sys.modules.pop(module.__name__, None)
 
     def load(self, reference: str) -> Code:
         """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
@@ -92,16 +103,44 @@ def _executed(place: str) -> ModuleType:
         raise ConfigurationError(f"the edge worker {place}{line}: is not Python: {explained(error)}") from None
     sys.modules[name] = module  # dataclasses look for it there
     try:
-        exec(code, module.__dict__)  # noqa: S102 - what a worker is for
-    except (Exception, SystemExit) as error:
+        _within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - what a worker is for
+    except BaseException as error:
         sys.modules.pop(name, None)
+        if isinstance(error, ConfigurationError):
+            raise
         raise _unimportable(place, error, place) from None
     return module
 
 
+def _within(seconds: float, place: str, work: Callable[[], T]) -> T:
+    """Do this in a thread of its own, which is left alone where it does not end.
+
+    Raises what it raises; ConfigurationError.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="edge worker's import", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if done:
+        return done[0]
+    if not failed:
+        raise ConfigurationError(f"the edge worker {place}: its import did not end within {seconds:g} s")
+    raise failed[0]
+
+
 def _imported(name: str) -> ModuleType:
     try:
-        module = importlib.import_module(name)
+        module = _within(IMPORT_SECONDS, name, lambda: importlib.import_module(name))
+    except ConfigurationError:
+        raise
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             hint = (
@@ -109,7 +148,7 @@ def _imported(name: str) -> ModuleType:
             )
             raise ConfigurationError(f"the edge worker {name}: there is no module {error.name}; {hint}") from None
         raise _unimportable(name, error, None) from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise _unimportable(name, error, None) from None
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
@@ -135,7 +174,10 @@ def line_in(error: BaseException, file: str) -> int:
 
 def explained(error: BaseException) -> str:
     """An exception in one line, fit for a terminal."""
-    text = printable(" ".join(str(error).split()))[:LONGEST_REASON]
+    try:
+        text = printable(" ".join(str(error).split())[:LONGEST_REASON])
+    except BaseException as another:
+        text = f"its text raises {type(another).__name__}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -71,21 +71,11 @@ class Edge:
         client: Channel,
     ) -> Directions:
         """Ask the worker, by the deadline of `wakeup`. Raises Refusal; ClientGone when the client does not wait."""
-        worker = self.worker
-        if worker.late >= MOST_LATE:
-            self._log_failure("edge worker not asked", request_id, late=worker.late)
+        if self.worker.late >= MOST_LATE:
+            self._log_failure("edge worker not asked", request_id, late=self.worker.late)
             text = "the edge worker is busy"
             return self._failed(request, Refusal(503, "edge: worker busy", text, RETRY_AFTER), "busy")
-        asked = upgrade_request(request, connection, request_id, der, time.time())
-        abandoned = False
-
-        def through(call: Call) -> None:
-            if abandoned:
-                worker.late -= 1
-            else:
-                wakeup.fire()
-
-        call = worker.ask(asked, through)
+        call = self.worker.ask(upgrade_request(request, connection, request_id, der, time.time()), wakeup.fire)
         try:
             while not call.finished:
                 if client.gone:
@@ -96,11 +86,7 @@ class Edge:
             text = f"the edge worker did not answer within {self.timeout:g} s"
             return self._failed(request, Refusal(504, "edge: worker timed out", text), "timed out")
         finally:
-            worker.through()
-            if not call.finished:
-                abandoned = True
-                worker.late += 1
-                call.cancel()
+            call.leave()
         return self._directions(request, call, request_id)
 
     async def close(self) -> None:

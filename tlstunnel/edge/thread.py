@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -52,6 +52,10 @@ STOP_SECONDS = 1.0
 """What is waited for the thread's end. A worker that blocks it then goes with the process."""
 
 T = TypeVar("T")
+
+
+class TooLate(Exception):
+    """What was to be done in the workers' thread was not done in time."""
 
 
 class Named(Protocol):
@@ -89,8 +93,10 @@ class _Post:
 
     def _go(self) -> None:
         self._going = False
-        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits
+        try:
             self._there.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # it has ended, and nobody waits
+            self._calls.clear()
 
     def _deliver(self) -> None:
         while self._calls:
@@ -125,7 +131,8 @@ class _Stacks:
         written = os.pread(self._fd, MOST_STACKS, 0)
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
-        _, _, stack = written.rpartition(b"Thread 0x%016x" % thread)
+        # "Thread 0x...", or "Current thread 0x..." for the one that had the signal.
+        _, _, stack = written.rpartition(b"hread 0x%016x" % thread)
         lines = (_STACK_LINE.fullmatch(line) for line in stack.partition(b"\n\n")[0].splitlines())
         return [(os.fsdecode(line["file"]), int(line["line"])) for line in lines if line]
 
@@ -147,15 +154,16 @@ class EdgeThread:
         self.back = _Post(self.loop, self._here).send
         """Call a function on the tunnels' loop; to be called there."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
-        self._interval = sys.getswitchinterval()
         self._asked_at = self._looked_at = 0.0
         self._stacks = _stacks()
         self._waits = False
         self._held: tuple[float, str] | None = None
         self._watchers = 0
-        self._ending = False
+        self._ending = self._left = False
+        self.late = 0
+        """Requests that were answered without their worker, which still has them."""
         self._looks: asyncio.TimerHandle | None = None
-        sys.setswitchinterval(min(self._interval, SWITCH_INTERVAL))
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
         self._thread.start()
 
     def _run(self) -> None:
@@ -168,41 +176,43 @@ class EdgeThread:
         self.loop.close()
 
     @property
-    def alive(self) -> bool:
-        """Whether its loop runs."""
-        return self._thread.is_alive()
+    def usable(self) -> bool:
+        """Whether it has not been told to end."""
+        return not self._left
 
     async def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
-        """Have this done there, within so many seconds. Raises what it raises; TimeoutError."""
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Have this done there, within so many seconds. Raises what it raises; TooLate, also after the end."""
+        if self._left:
+            work.close()
+            raise TooLate
+        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
         self.watch()
         try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.wrap_future(future)
+            await asyncio.wait([future], timeout=seconds)
+            if not future.done():
+                raise TooLate
+            return future.result()
         finally:
             self.unwatch()
+            future.cancel()
 
     async def responds(self, seconds: float) -> bool:
         """Whether its loop has a turn within so many seconds."""
         try:
             await self.run(asyncio.sleep(0), seconds)
-        except TimeoutError:
+        except TooLate:
             return False
         return True
 
-    def abandon(self) -> None:
-        """Have it end once nobody holds it any more. What runs there is cancelled."""
+    async def stop(self) -> None:
+        """End it: what runs there is cancelled. Whoever holds it is left alone; it ends then, or with the process."""
         if self._looks is not None:
             self._looks.cancel()
         self._stacks.disarm()
-        self.soon(self._begin_to_end)
-
-    async def stop(self) -> None:
-        """End it, and wait for that. Whoever holds it is left alone, and goes with the process."""
-        self.abandon()
+        if not self._left:
+            self._left = True
+            self.soon(self._begin_to_end)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
-        if not self._thread.is_alive():
-            sys.setswitchinterval(self._interval)
 
     def _begin_to_end(self) -> None:
         self._last = self.loop.create_task(self._end())
@@ -286,11 +296,15 @@ class EdgeThread:
         stack = list(_stack(sys._current_frames().get(self._thread.ident or 0)))
         if not stack:
             return "", "", 0
-        found = next(((frame, one) for frame in stack for one in self.workers if one.stands_in(frame)), None)
-        # What it has called within its own file is nearer; without a worker, whatever is called.
-        file = (stack[0] if found is None else found[0]).f_code.co_filename
-        own = next(frame for frame in stack if frame.f_code.co_filename == file)
-        return "" if found is None else found[1].reference, file, own.f_lineno
+        # The innermost call of a worker's file, also in a task of its own; without one, whatever is called.
+        files = {one.file for one in self.workers}
+        own = next((frame for frame in stack if frame.f_code.co_filename in files), stack[0])
+        file = own.f_code.co_filename
+        # Of several of one file, the one whose function is under way.
+        workers = sorted((one for one in self.workers if one.file == file), key=lambda one: one.reference)
+        called = [one for one in workers if any(map(one.stands_in, stack))]
+        named = [one.reference for one in (*called, *workers)]
+        return named[0] if named else "", file, own.f_lineno
 
 
 def _warn(event: str, worker: str, file: str, line: int, seconds: float, hint: str) -> None:  # noqa: PLR0913, PLR0917

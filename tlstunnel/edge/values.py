@@ -160,6 +160,8 @@ class UpgradeRequest:
         fields = _edited(request.fields, edits)
         offered = request.subprotocols
         if subprotocols is not None:
+            if isinstance(subprotocols, str) or not isinstance(subprotocols, Iterable):
+                raise EdgeError('subprotocols are a list, such as ["chat"]')
             kept = _part(tuple(subprotocols), self.subprotocols)
             fields, offered = _offering(fields, kept), frozenset(kept)
         changed = dataclasses.replace(
@@ -245,8 +247,11 @@ class Forwarded:
 
 def outcome(said: object, asked: UpgradeRequest) -> Forwarded | Refusal:
     """What a worker's return value amounts to, in values that nothing of the worker's is in. Raises EdgeError."""
-    if type(said) is Reply:
-        return said._answer
+    if isinstance(said, Reply):
+        answer = getattr(said, "_answer", None)
+        if type(answer) is not Refusal:
+            raise InvalidReply("a reply is made by Reply(status, body, headers)")
+        return answer
     if type(said) is not UpgradeRequest:
         kind = "None" if said is None else f"a {type(said).__name__}"
         raise EdgeError(f"a worker returns the request, request.forward(...) or a Reply, not {kind}")
@@ -277,6 +282,8 @@ def _target(target: bytes, path: str | None, query: str | Mapping[str, FieldValu
         old_path = quote(path, safe=_PATH_SAFE, errors="surrogatepass").encode("ascii")
     if query is None:
         return old_path + mark + old_query
+    if not isinstance(query, str | Mapping):
+        raise EdgeError(f'a query is a text such as "room=1", or a mapping, not {_kind(query)}')
     if isinstance(query, str):
         if not re.fullmatch(r"[!\"$-~]*", query):
             raise EdgeError("a query is visible ASCII without #; give a mapping to have its values escaped")
@@ -287,7 +294,7 @@ def _target(target: bytes, path: str | None, query: str | Mapping[str, FieldValu
 
 
 def _edits(headers: Mapping[str, FieldValue], remove_headers: Iterable[str]) -> Edits:
-    if isinstance(remove_headers, str):
+    if isinstance(remove_headers, str) or not isinstance(remove_headers, Iterable):
         raise EdgeError('remove_headers is a list of names, such as ["X-Debug"]')
     added = _fields(headers, host=True)
     hosts = [value for name, value in added if name.lower() == b"host"]

@@ -8,7 +8,7 @@ import structlog
 
 from tlstunnel.config import WorkerTable
 from tlstunnel.edge.loading import Code, explained, line_in
-from tlstunnel.edge.thread import EdgeThread
+from tlstunnel.edge.thread import EdgeThread, TooLate
 from tlstunnel.edge.values import EdgeError, Forwarded, InvalidReply, UpgradeRequest, outcome
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
@@ -21,31 +21,31 @@ TEARDOWN_SECONDS = 5.0
 """What its `teardown` may take: the end of the process waits for it."""
 
 MOST_LATE = 1000
-"""Requests that a worker was too late for and still has: one that ignores its cancellation keeps the memory of each.
-Beyond that it is not asked."""
+"""Requests that workers were too late for and still have: one that ignores its cancellation keeps the memory of each.
+Beyond that none is asked."""
 
 
 class Call:
-    """A request on its way through a worker. `done` is called on the tunnels' loop once it is through.
+    """A request on its way through a worker. `done` is called on the tunnels' loop once it is through, unless left.
 
     `outcome` is then what came of it, or `failure` the traceback of what it raised; `invalid` says that a refusal was
     meant. Whatever runs code of the worker's, its exceptions' texts included, is done in its thread.
     """
 
-    __slots__ = ("_cancelled", "_done", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
+    __slots__ = ("_done", "_left", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
 
-    def __init__(self, thread: EdgeThread, request: UpgradeRequest, done: Callable[["Call"], None]) -> None:
+    def __init__(self, thread: EdgeThread, request: UpgradeRequest, done: Callable[[], object]) -> None:
         self._thread = thread
         self._request = request
         self._done = done
         self._task: asyncio.Task[object] | None = None
-        self._cancelled = self.finished = self.invalid = False
+        self._left = self.finished = self.invalid = False
         self.outcome: Forwarded | Refusal | None = None
         self.failure = ""
 
     def begin(self, worker: "Worker") -> None:
         """In the workers' thread."""
-        if self._cancelled:
+        if self._left:
             self._thread.back(self._finish)
             return
         self._task = self._thread.loop.create_task(worker.fetch(self._request))
@@ -67,12 +67,18 @@ class Call:
 
     def _finish(self) -> None:
         self.finished = True
-        self._done(self)
+        if self._left:
+            self._thread.late -= 1
+        else:
+            self._done()
 
-    def cancel(self) -> None:
-        """Have it end as soon as it will."""
-        self._cancelled = True
-        self._thread.soon(self._cancel)
+    def leave(self) -> None:
+        """Wait for it no more; have it end as soon as it will, where it has not. To be called once."""
+        self._thread.unwatch()
+        if not self.finished:
+            self._left = True
+            self._thread.late += 1
+            self._thread.soon(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -89,14 +95,14 @@ def _written(error: BaseException) -> str:
 
 
 class Worker:
-    """The worker that `reference` names, with its `config`: one a process, whichever sites have it."""
+    """The worker that `reference` names, with its `config`, for one configuration; sites may share it."""
 
     def __init__(self, reference: str, config: WorkerTable, code: Code) -> None:
         self.reference = reference
         self.config = config
         self.code = code
-        self.late = 0
         self._env: object = None
+        self._has_env = False
         self._thread: EdgeThread | None = None
         functions = (code.fetch, code.setup, code.teardown)
         self._codes = frozenset(found for one in functions if (found := getattr(one, "__code__", None)) is not None)
@@ -110,9 +116,14 @@ class Worker:
         return self.code.file
 
     @property
-    def thread(self) -> EdgeThread | None:
-        """Where it was set up."""
-        return self._thread
+    def late(self) -> int:
+        """How many requests its thread holds that were answered without it."""
+        assert self._thread is not None
+        return self._thread.late
+
+    def stands_in(self, frame: FrameType) -> bool:
+        """Whether `frame` is of one of its functions."""
+        return frame.f_code in self._codes
 
     async def fetch(self, request: UpgradeRequest) -> object:
         """Ask it. In the workers' thread."""
@@ -121,67 +132,77 @@ class Worker:
         except (SystemExit, KeyboardInterrupt) as error:  # would end the thread's loop
             raise EdgeError(f"an edge worker cannot end the process: {type(error).__name__}") from error
 
-    def stands_in(self, frame: FrameType) -> bool:
-        """Whether `frame` is of one of its functions."""
-        return frame.f_code in self._codes
-
-    def ask(self, request: UpgradeRequest, done: Callable[[Call], None]) -> Call:
-        """Begin to ask it; `done` is called on the tunnels' loop."""
+    def ask(self, request: UpgradeRequest, done: Callable[[], object]) -> Call:
+        """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
         assert self._thread is not None
         call = Call(self._thread, request, done)
         self._thread.soon(call.begin, self)
         self._thread.watch()
         return call
 
-    def through(self) -> None:
-        """To be called once for each that was asked: nobody waits for it any more."""
-        assert self._thread is not None
-        self._thread.unwatch()
-
     async def set_up(self, thread: EdgeThread) -> None:
         """Call its `setup` in `thread`, where it is asked from then on. Raises ConfigurationError."""
         env: object = None
         if self.code.setup is not None:
             try:
-                env = await thread.run(_awaited(self.code.setup, dict(self.config)), SETUP_SECONDS)
-            except TimeoutError:
-                reason = f"its setup did not end within {SETUP_SECONDS:g} s; it stands at {thread.place or 'an await'}"
-                raise ConfigurationError(f"the edge worker {self.reference}: {reason}") from None
-            except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _cancelled_here():
-                    raise
-                line = line_in(error, self.code.file)
-                where = f"{self.code.file}:{line}: " if line else ""
-                reason = f"its setup failed: {where}{explained(error)}"
-                raise ConfigurationError(f"the edge worker {self.reference}: {reason}") from None
-        self._env, self._thread = env, thread
+                env, failure = await thread.run(_called(self.code.setup, dict(self.config), self._told), SETUP_SECONDS)
+            except TooLate:
+                failure = f"did not end within {SETUP_SECONDS:g} s; it stands at {thread.place or 'an await'}"
+            if failure:
+                raise ConfigurationError(f"the edge worker {self.reference}: its setup {failure}")
+        self._stand(env, thread, has_env=True)
+
+    def go_on_from(self, before: "Worker") -> None:
+        """Be asked with what `before` was set up with, which stays its own until `take_over`."""
+        assert before._thread is not None
+        self._stand(before._env, before._thread, has_env=False)
+
+    def take_over(self, before: "Worker") -> None:
+        """Tear down what it goes on with, in the place of `before`."""
+        self._has_env, before._has_env = before._has_env, False
+
+    def _stand(self, env: object, thread: EdgeThread, *, has_env: bool) -> None:
+        self._env, self._thread, self._has_env = env, thread, has_env
         thread.workers.add(self)
 
+    @property
+    def thread(self) -> EdgeThread | None:
+        """Where it is asked; None before it was set up."""
+        return self._thread
+
     async def tear_down(self) -> None:
-        """Call its `teardown`; whatever that raises is logged."""
-        thread = self._thread
-        if thread is not None and thread.alive and self.code.teardown is not None:
-            log = structlog.get_logger()
-            try:
-                await thread.run(_awaited(self.code.teardown, self._env), TEARDOWN_SECONDS)
-            except TimeoutError:
-                log.warning("edge worker: teardown did not end", worker=self.reference, seconds=TEARDOWN_SECONDS)
-            except Exception as error:
-                log.warning("edge worker: teardown failed", worker=self.reference, exception=printable_traceback(error))
+        """Call its `teardown`, if that is its to do; whatever that raises is logged."""
+        thread, teardown = self._thread, self.code.teardown
         if thread is not None:
+            if self._has_env and teardown is not None:
+                log = structlog.get_logger()
+                try:
+                    _, failure = await thread.run(_called(teardown, self._env, printable_traceback), TEARDOWN_SECONDS)
+                except TooLate:
+                    log.warning("edge worker: teardown did not end", worker=self.reference, seconds=TEARDOWN_SECONDS)
+                else:
+                    if failure:
+                        log.warning("edge worker: teardown failed", worker=self.reference, exception=failure)
             thread.workers.discard(self)
-        self._env = None
+        self._env, self._has_env = None, False
         self.code.forget()
 
+    def _told(self, error: BaseException) -> str:
+        line = line_in(error, self.code.file)
+        return f"failed: {f'{self.code.file}:{line}: ' if line else ''}{explained(error)}"
 
-async def _awaited(function: Callable[..., Awaitable[object]], argument: object) -> object:
-    """Call a user's `setup` or `teardown`: one that exits would end the thread's loop."""
+
+async def _called(
+    function: Callable[..., Awaitable[object]], argument: object, told: Callable[[BaseException], str]
+) -> tuple[object, str]:
+    """What a `setup` or `teardown` gives, or what is `told` of its failure: in its thread, as that runs its code.
+
+    It ends normally in any case: some exceptions would end the thread's loop.
+    """
     try:
-        return await function(argument)
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise EdgeError(f"an edge worker cannot end the process: {type(error).__name__}") from error
-
-
-def _cancelled_here() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+        return await function(argument), ""
+    except BaseException as error:
+        try:
+            return None, told(error) or "failed"
+        except BaseException as another:
+            return None, f"failed: {type(error).__name__}, whose text raises {type(another).__name__}"

@@ -33,26 +33,22 @@ class Workers:
         self._counted = counted
         self._before = before
         self._thread: EdgeThread | None = None
-        self._mine: set[Worker] = set()
         self._all: dict[tuple[str, str], Worker] = {}
-        loader = Loader()
+        self._going_on: list[tuple[Worker, Worker]] = []
+        self._loader = Loader()
         for index, site in enumerate(sites):
-            if site.worker is None:
+            if site.worker is None or _key(site) in self._all:
                 continue
-            key = (site.worker, repr(site.worker_config))
-            if key in self._all:
-                continue
-            known = before._all.get(key) if before is not None else None
             try:
-                code = loader.load(site.worker)
+                code = self._loader.load(site.worker)
             except ConfigurationError as error:
-                self._forget()
+                self.forget()
                 raise ConfigurationError(f"sites[{index}].worker: {error}") from None
-            if known is not None and not code.fresh:
-                self._all[key] = known
-            else:
-                worker = self._all[key] = Worker(site.worker, site.worker_config, code)
-                self._mine.add(worker)
+            self._all[_key(site)] = Worker(site.worker, site.worker_config, code)
+
+    def forget(self) -> None:
+        """Let go what was loaded, where nothing comes of it before `start`."""
+        self._loader.forget()
 
     def edge(
         self, site: SiteConfig, pools: Sequence[Pool], resolve_every: float, preface: bytes, tls: "OriginTLS | None"
@@ -62,7 +58,7 @@ class Workers:
             return None
         allowed = Destinations(pools, site.worker_origins, resolve_every=resolve_every, preface=preface, tls=tls)
         return Edge(
-            self._all[site.worker, repr(site.worker_config)],
+            self._all[_key(site)],
             allowed,
             timeout=site.worker_timeout,
             on_error=site.worker_on_error,
@@ -75,46 +71,48 @@ class Workers:
     async def start(self) -> None:
         """Set up those that are new, each in its turn. Raises ConfigurationError, with nothing of theirs left."""
         try:
-            self._thread = await self._usable_thread() if self._all else None
-            for worker in self._all.values():
-                if self._thread is not None and worker.thread is not self._thread:
-                    await worker.set_up(self._thread)
+            self._thread = thread = await self._usable_thread() if self._all else None
+            for key, worker in self._all.items():
+                assert thread is not None
+                known = self._before._all.get(key) if self._before is not None and not worker.code.fresh else None
+                if known is not None and known.thread is thread:
+                    worker.go_on_from(known)
+                    self._going_on.append((worker, known))
+                else:
+                    await worker.set_up(thread)
         except BaseException:
             await self.close()
             raise
 
     async def _usable_thread(self) -> EdgeThread:
         """The thread of before, as long as nobody holds it; another otherwise."""
-        before = self._before
-        thread = before._thread if before is not None else None
-        if thread is not None and await thread.responds(RESPONDS_SECONDS):
+        thread = self._before._thread if self._before is not None else None
+        if thread is None or not thread.usable:
+            return EdgeThread()
+        if await thread.responds(RESPONDS_SECONDS):
             return thread
-        if thread is not None:
-            structlog.get_logger().error("edge: the workers' thread is held; another is started", place=thread.place)
-            thread.abandon()
-        thread = EdgeThread()
-        if before is not None:
-            before._thread = thread  # what goes on is moved to it, whether this one is switched to or not
-        return thread
+        # It goes on to be theirs who have it: whether this configuration is switched to or not is not known yet.
+        structlog.get_logger().error("edge: the workers' thread is held; another is started", place=thread.place)
+        return EdgeThread()
 
     def adopt(self) -> None:
         """Take over from the workers of before, which are closed next: what goes on is this one's to end."""
-        before = self._before
-        if before is None:
-            return
-        shared = before._mine.intersection(self._all.values())
-        self._mine |= shared
-        before._mine -= shared
+        for worker, known in self._going_on:
+            worker.take_over(known)
+        self._going_on = []
         self._before = None
 
     async def close(self) -> None:
         """Tear down those that nobody else has, and end the thread that nobody else uses."""
-        mine, self._mine = self._mine, set()
-        await asyncio.gather(*(worker.tear_down() for worker in mine))
+        self._going_on = []
+        self._before = None
+        await asyncio.gather(*(worker.tear_down() for worker in self._all.values()))
         thread, self._thread = self._thread, None
         if thread is not None and not thread.workers:
             await thread.stop()
 
-    def _forget(self) -> None:
-        for worker in self._mine:
-            worker.code.forget()
+
+def _key(site: SiteConfig) -> tuple[str, str]:
+    """What makes the worker of another site the same."""
+    assert site.worker is not None
+    return site.worker, site.worker_config.canonical
