@@ -131,6 +131,7 @@ def test_a_client_that_goes_on_in_clear_is_an_error(ends: Ends) -> None:
     assert why.startswith("TLS error: ")
 
 
+@pytest.mark.alone
 def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: Ends) -> None:
     """Nobody reads the client's socket then, and epoll tells of its error all the same, and again and again."""
     idle = measured.tunnel.descriptors()
@@ -146,6 +147,7 @@ def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: En
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
+@pytest.mark.alone
 def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: Ends) -> None:
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
@@ -159,6 +161,7 @@ def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: E
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_side_that_never_reads_again_does_not_hold_a_hung_up_tunnel(certificate: Certificate, direction: str) -> None:
     """The sender hangs up with bytes still to deliver: no spin, and after ``timeouts.close`` the end of it."""
@@ -187,6 +190,7 @@ def test_a_reset_by_the_side_that_does_not_read(measured: Ends, side: str) -> No
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_by_the_side_that_had_ended(measured: Ends, side: str) -> None:
     """It sent its end and was to be answered: when it goes now, nobody is left to answer, and the tunnel is over."""

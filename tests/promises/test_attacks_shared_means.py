@@ -7,6 +7,8 @@ import ssl
 import threading
 import time
 
+import pytest
+
 from tests.harness import (
     PATIENCE,
     Certificate,
@@ -23,6 +25,7 @@ from tests.harness import (
 )
 
 
+@pytest.mark.alone
 def test_answer_without_an_end_does_not_take_the_loop(certificate: Certificate) -> None:
     """An origin that answers 200 with a large file, to a client that takes it as fast as it comes."""
 

@@ -7,6 +7,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.harness import (
     Certificate,
     Tunnel,
@@ -121,6 +123,7 @@ class _Churn:
             client.close()
 
 
+@pytest.mark.alone
 def test_ten_thousand_connections_leave_nothing(certificate: Certificate) -> None:
     with (
         contextlib.closing(_Origin()) as origin,

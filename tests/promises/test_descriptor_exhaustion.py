@@ -3,6 +3,8 @@
 import contextlib
 import ssl
 
+import pytest
+
 from tests.harness import (
     PATIENCE,
     Certificate,
@@ -38,6 +40,7 @@ def _echoes(client: ssl.SSLSocket) -> bool:
     return receive_exactly(client, 12) == b"still there?"
 
 
+@pytest.mark.alone
 def test_it_pauses_and_resumes(certificate: Certificate) -> None:
     with (
         RawOrigin(echo_bytes) as origin,
@@ -79,6 +82,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         assert not [record for record in tunnel.records("connection") if record["ended_by"] != "client"]
 
 
+@pytest.mark.alone
 def test_a_crowd_that_only_connects_does_not_use_them_up(certificate: Certificate) -> None:
     """Far more than there are descriptors, at once, silent: when they go, the next one is served."""
     with (

@@ -23,6 +23,7 @@ from tests.harness import (
 )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("clients", [500, pytest.param(5000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_the_rate_of_reconnects_is_bounded(clients: int) -> None:
     """All of them at once come back when they are ended, which is evenly over the time that was given."""

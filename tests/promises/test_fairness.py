@@ -4,6 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.harness import Certificate, eventually
 from tests.promises.ends import Ends, Hands, Pair
 
@@ -18,6 +20,7 @@ tunnel that moved on only when the busy one pauses would show seconds."""
 BULK = bytes(1 << 20)
 
 
+@pytest.mark.alone
 def test_echoes_beside_bulk(certificate: Certificate) -> None:
     with Ends(certificate, measured=True) as ends, Hands() as hands:
         pairs = [ends.open() for _ in range(TUNNELS)]

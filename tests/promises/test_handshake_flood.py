@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 
+import pytest
+
 from tests.harness import (
     Certificate,
     RawOrigin,
@@ -126,6 +128,7 @@ class _GoodClient(threading.Thread):
                 return
 
 
+@pytest.mark.alone
 def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
         context = client_context(tunnel)

@@ -136,6 +136,7 @@ def test_part_of_a_hello_and_the_end_is_the_end(tunnel: Tunnel, connect: Connect
         assert time.monotonic() - began < 8, "10 s is timeouts.tls_handshake: the end was not noticed"
 
 
+@pytest.mark.alone
 def test_ends_within_hellos_leave_no_load_behind(tunnel: Tunnel, connect: Connect) -> None:
     """Seen elsewhere: a level-triggered wait for more of what is only peeked wakes up 375 000 times a second."""
     hello = client_hello()
@@ -147,6 +148,7 @@ def test_ends_within_hellos_leave_no_load_behind(tunnel: Tunnel, connect: Connec
     assert cpu_share(tunnel, 0.5) < 0.1
 
 
+@pytest.mark.alone
 def test_silence_within_a_hello_costs_no_processor_time(tunnel: Tunnel, connect: Connect) -> None:
     hello = client_hello()
     clients = [connect() for _ in range(20)]

@@ -162,6 +162,7 @@ def test_an_upload_is_streamed_whole(tunnel: Tunnel, *, chunked: bool) -> None:
     assert response.read() == f"{len(content)} {sum(content) % 65_521}".encode()
 
 
+@pytest.mark.alone
 def test_a_download_is_streamed_in_bounded_memory(app: str, certificate: Certificate) -> None:
     with policed(app, certificate, site=PASS) as tunnel:
         assert _ask(tunnel, "GET", "/download?mib=1").read()

@@ -42,6 +42,7 @@ def test_off_by_default(certificate: Certificate, settings: str) -> None:
         _ping(pair)
 
 
+@pytest.mark.alone
 def test_a_tunnel_costs_nothing_while_it_is_idle(certificate: Certificate) -> None:
     with Ends(certificate, measured=True) as ends:
         for _ in range(50):

@@ -52,6 +52,7 @@ def _does_not_spin(ends: Ends) -> None:
     assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
+@pytest.mark.alone
 def test_half_a_key_update_of_the_client(ends: Ends, tmp_path: Path) -> None:
     """TLS writes nothing before the other half has come: writability is of no use then, and there all the time."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"))
@@ -67,6 +68,7 @@ def test_half_a_key_update_of_the_client(ends: Ends, tmp_path: Path) -> None:
     assert receive_exactly(origin, 5) == b"after"
 
 
+@pytest.mark.alone
 def test_half_a_key_update_of_the_origin(secure: SecureEnds, tmp_path: Path) -> None:
     secure.origin_context.keylog_filename = str(tmp_path / "keys")
     client, origin = secure.open_secure()
@@ -92,6 +94,7 @@ def test_half_a_key_update_and_the_end(ends: Ends, tmp_path: Path) -> None:
     assert ends.record(client)["ended_by"] == "client"
 
 
+@pytest.mark.alone
 def test_a_key_update_that_cannot_be_answered(ends: Ends, tmp_path: Path) -> None:
     """The client reads nothing, so the answer waits for room, while more of the client's waits to be read."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"), buffers=65_536)

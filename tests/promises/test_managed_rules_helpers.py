@@ -76,6 +76,7 @@ def test_helper_judges_and_leaves_nothing_behind(rules_set: RulesSet) -> None:
     assert descriptors() == before
 
 
+@pytest.mark.alone
 def test_hanging_evaluation_is_killed_and_the_next_is_answered(rules_set: RulesSet) -> None:
     """For real: a regular expression of the user's that backtracks for seconds, and no signal from outside."""
 

@@ -56,6 +56,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_input_is_answered_in_time(name: str) -> None:
     require_crs()

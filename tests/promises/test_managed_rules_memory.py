@@ -65,6 +65,7 @@ def growth(evaluations: int) -> float:
     return grown
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_memory_is_flat_over_20_000_evaluations() -> None:
     require_crs()

@@ -162,6 +162,7 @@ def _request(path: str) -> bytes:
     ).encode()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_slow_reader_holds_the_sender_and_no_memory(measured: SecureEnds, direction: str) -> None:
     with Hands() as hands:
@@ -314,6 +315,7 @@ def test_an_origin_that_goes_on_in_clear_is_an_error(ends: SecureEnds) -> None:
     assert why.startswith("TLS error: ")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_while_the_tunnel_waits_for_the_other(measured: SecureEnds, side: str) -> None:
     """Nobody reads the socket then, and epoll tells of its error all the same, and again and again."""

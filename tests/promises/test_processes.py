@@ -101,6 +101,7 @@ def test_as_many_as_cores_with_auto(origin: RawOrigin, certificate: Certificate)
     assert said.stdout == "1\n"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("processes", "tunnels"), [(1, 200), (2, 3000)])
 def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, processes: int, tunnels: int) -> None:
     """And whoever comes back is served within a second."""

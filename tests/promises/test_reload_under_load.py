@@ -54,6 +54,7 @@ def _run(origin: WebsocketsOrigin, certificate: Certificate, folder: Path, tunne
         assert len(tunnel.records("reloaded")) == reloads
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_numbered_messages_through_reloads(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
     _run(origin, certificate, tmp_path, TUNNELS, RELOADS)
@@ -89,6 +90,7 @@ def _memory(origin: WebsocketsOrigin, certificate: Certificate, folder: Path, wa
         assert abs(tunnel.descriptors() - descriptors) <= 2
 
 
+@pytest.mark.alone
 def test_memory_after_reloads(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
     _memory(origin, certificate, tmp_path, 100, 200)
 

@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Iterator
 
+import pytest
+
 from tests.harness import (
     Certificate,
     RawOrigin,
@@ -50,6 +52,7 @@ def _alive(held: tuple[socket.socket, Handshaker]) -> bool:
         return False
 
 
+@pytest.mark.alone
 def test_trickling_clients_are_ended_while_good_ones_are_served(certificate: Certificate) -> None:
     """In each stage thirty send a byte now and then, and never get anywhere."""
     settings = '[timeouts]\ntls_handshake = "3s"\nrequest = "3s"\n'

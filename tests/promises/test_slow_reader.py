@@ -82,6 +82,7 @@ def _digest(receive: Callable[[], bytes]) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_a_side_that_does_not_read(certificate: Certificate, direction: str) -> None:
     with Ends(certificate, measured=True) as ends, Hands() as hands:

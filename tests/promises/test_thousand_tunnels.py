@@ -36,6 +36,7 @@ def _enough_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.alone
 def test_a_thousand_tunnels(certificate: Certificate) -> None:
     with (
         RawOrigin(echo_bytes) as origin,

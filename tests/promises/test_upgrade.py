@@ -95,6 +95,7 @@ def _through_upgrades(origin: WebsocketsOrigin, certificate: Certificate, versio
         assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_numbered_messages_through_upgrades(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions

@@ -225,6 +225,7 @@ def test_many_reloads_keep_nothing(tmp_path: Path) -> None:
     assert len([each for each in gc.get_objects() if isinstance(each, Certificates)]) <= 2
 
 
+@pytest.mark.alone
 def test_a_thousand_sites_are_small_and_quick(tmp_path: Path) -> None:
     """A tenth of the promise: 30 KiB a site before first use, 5 s for ten thousand (a slow machine: 15)."""
     cert, key = CA.pair(tmp_path, "x")

@@ -278,6 +278,7 @@ def test_only_what_is_read_is_handed_over() -> None:
 # Time.
 
 
+@pytest.mark.alone
 def test_the_slowest_expressions_on_the_largest_requests() -> None:
     """Measured: 7 ms the slowest, which a list of ten words makes of each of 200 cookies. A fault takes seconds."""
     query = b"&".join(b"a%d=%d" % (n, n) for n in range(MAX_QUERY_VALUES))
@@ -299,6 +300,7 @@ def test_the_slowest_expressions_on_the_largest_requests() -> None:
         assert time.process_time() - began < 0.1, text
 
 
+@pytest.mark.alone
 def test_a_regular_expression_has_no_bad_inputs() -> None:
     """A backtracking engine would not come back from these."""
     holds = Expressions().condition('user_agent.regex("^(([a-z])+.)+[A-Z]([a-z])+$") || user_agent.regex("(x+x+)+y")')

@@ -92,6 +92,7 @@ def test_what_is_no_network(text: str) -> None:
         AddressSet([text])
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_networks_are_asked_in_microseconds() -> None:
     source = random.Random(1)
     texts = [f"{source.randrange(1, 224)}.{source.randrange(256)}.{source.randrange(256)}.0/24" for _ in range(50_000)]

@@ -81,6 +81,7 @@ def _longest_run(text: bytes) -> int:
     return longest
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("text", [b"%" * 16_000, b"%2" * 8_000, b"%25" * 5_000, b"%u00" * 4_000, b"%u0041" * 2_600])
 def test_costs_little_whatever_it_gets(text: bytes) -> None:
     """A generous bound: milliseconds would be a mistake in the algorithm."""

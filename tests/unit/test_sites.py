@@ -209,6 +209,7 @@ def test_a_configured_site_asks_for_client_certificates(issued: issue.Issued) ->
     assert found.context.verify_mode is ssl.CERT_OPTIONAL
 
 
+@pytest.mark.alone
 def test_ten_thousand_sites_are_asked_in_microseconds() -> None:
     many = Sites([site(f"h{number}.example.com") for number in range(10_000)], None)
     start = time.process_time()
