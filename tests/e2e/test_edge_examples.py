@@ -454,6 +454,7 @@ def test_clients_that_go_away_leave_nobody_anothers_session() -> None:
                     assert user_of(tunnel.handshake(headers=cookie(name))) == [USERS[name]]
 
 
+@pytest.mark.alone
 def test_while_redis_is_down_or_slow_clients_are_told_to_come_back() -> None:
     server = RedisServer()
     with example("redis_session", config={"url": server.url}) as tunnel:

@@ -389,6 +389,7 @@ def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate
 # --- late -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_late_is_a_504_in_time(refusing: Stage) -> None:
     began = time.monotonic()
     outcome = asked(refusing, "/late")
@@ -399,6 +400,7 @@ def test_late_is_a_504_in_time(refusing: Stage) -> None:
     assert TIMEOUT * 0.9 < took < TIMEOUT + 1, took
 
 
+@pytest.mark.alone
 def test_one_that_swallows_its_cancellation(refusing: Stage) -> None:
     """It is answered in time all the same, and what it says later goes nowhere."""
     began = time.monotonic()

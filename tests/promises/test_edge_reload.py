@@ -443,6 +443,7 @@ def test_a_teardown_that_fails_holds_nothing(started: Started, notes: Notes, end
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_many_reloads_leave_nothing(started: Started, notes: Notes) -> None:
     """No memory, no thread, no descriptor, whether they are refused or not."""
     megabyte = f"DATA = bytearray(os.urandom(1 << 20))\n{worker('one')}".replace("DATA", "import os\nDATA", 1)

@@ -32,6 +32,8 @@ from tests.promises.wire import read_until_end
 TUNNELS = 10
 HELD = 1.6
 """Seconds that a worker holds its thread."""
+pytestmark = pytest.mark.alone
+
 MOST = 0.6
 """Seconds. The machine's own noise is a tenth of that: three programs share its cores with whoever else."""
 

@@ -173,6 +173,7 @@ def test_it_runs_there_and_tells_here() -> None:
     run(work())
 
 
+@pytest.mark.alone
 def test_what_is_raised_there_is_raised_here() -> None:
     async def fails() -> None:
         raise LookupError("there")
@@ -230,6 +231,7 @@ def test_it_goes_on_whatever_stops_its_loop(logged: Logged, how: str) -> None:
     assert len(said) == (how != "stop")
 
 
+@pytest.mark.alone
 def test_stop_ends_what_runs_there() -> None:
     ended: list[str] = []
 
@@ -258,6 +260,7 @@ def test_stop_ends_what_runs_there() -> None:
     run(work())
 
 
+@pytest.mark.alone
 def test_stop_waits_for_nobody_who_holds_it() -> None:
     let_go = threading.Event()
 
@@ -685,6 +688,7 @@ def test_a_setup_that_raises_a_timeout_of_its_own(folder: Path) -> None:
     run(work())
 
 
+@pytest.mark.alone
 def test_a_setup_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "SETUP_SECONDS", 0.3)
 

@@ -58,8 +58,8 @@ class Loader:
 
     def forget(self) -> None:
         """Let all go that was executed, where it is not to be used."""
-        for module in self._files.values():
-            sys.modules.pop(module.__name__, None)
+        while self._files:
+            _discard(self._files.popitem()[1])
 
     def load(self, reference: str) -> Code:
         """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
@@ -105,11 +105,17 @@ def _executed(place: str) -> ModuleType:
     try:
         _within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - what a worker is for
     except BaseException as error:
-        sys.modules.pop(name, None)
+        _discard(module)
         if isinstance(error, ConfigurationError):
             raise
         raise _unimportable(place, error, place) from None
     return module
+
+
+def _discard(module: ModuleType) -> None:
+    """Let go what nobody uses, and what it holds: an exception's frames would keep it until they are collected."""
+    sys.modules.pop(module.__name__, None)
+    vars(module).clear()
 
 
 def _within(seconds: float, place: str, work: Callable[[], T]) -> T:
@@ -133,7 +139,11 @@ def _within(seconds: float, place: str, work: Callable[[], T]) -> T:
         return done[0]
     if not failed:
         raise ConfigurationError(f"the edge worker {place}: its import did not end within {seconds:g} s")
-    raise failed[0]
+    error = failed.pop()
+    try:
+        raise error
+    finally:
+        del error  # it holds this frame, and the worker's: what is refused is to be gone at once
 
 
 def _imported(name: str) -> ModuleType:
@@ -158,6 +168,7 @@ def _imported(name: str) -> ModuleType:
 
 def _unimportable(place: str, error: BaseException, file: str | None) -> ConfigurationError:
     line = line_in(error, file) if file else 0
+    error.__traceback__ = None  # it holds every frame, and by them all that the module had
     where = f"{place}:{line}" if line else place
     return ConfigurationError(f"the edge worker {where}: cannot be imported: {explained(error)}")
 

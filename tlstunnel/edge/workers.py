@@ -1,6 +1,7 @@
 """The workers of one configuration: loaded with it, set up before it is switched to, and what goes on from the last."""
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -107,6 +108,12 @@ class Workers:
         self._going_on = []
         self._before = None
         await asyncio.gather(*(worker.tear_down() for worker in self._all.values()))
+        executed = any(worker.code.fresh for worker in self._all.values())
+        self._all = {}
+        if executed:
+            # A module and its functions hold each other, and with them whatever it has read at its import, which may be
+            # a hundred megabytes at each reload. 4 ms for each 1 000 tunnels of the process.
+            gc.collect()
         thread, self._thread = self._thread, None
         if thread is not None and not thread.workers:
             await thread.stop()
