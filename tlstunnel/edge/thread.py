@@ -35,7 +35,10 @@ leave tunnels a tenth of their messages (`tlstunnel.service` has the measurement
 BLOCKED = 0.25
 """Seconds without a turn of the workers' loop after which whoever holds it is named."""
 
-HELD_CPU = 0.3
+LOOK_SECONDS = 0.1
+"""How often that is looked at while a request is with a worker."""
+
+HELD_CPU = LOOK_SECONDS + BLOCKED
 """Seconds of computing, without a look of ours between, after which the stacks are written down by a signal's handler
 in C: who computes in C, such as a regular expression, holds Python's lock all the time, and when it is over the stack
 is another. The timer costs two system calls, and none while nobody waits for a worker."""
@@ -44,9 +47,6 @@ MOST_STACKS = 1 << 20
 """Bytes of them that are read; faulthandler writes 100 calls of each of 100 threads."""
 
 _STACK_LINE = re.compile(rb'  File "(?P<file>.*)", line (?P<line>[0-9]+) in (?P<function>.*)')
-
-LOOK_SECONDS = 0.1
-"""How often that is looked at while a request is with a worker."""
 
 STOP_SECONDS = 1.0
 """What is waited for the thread's end. A worker that blocks it then goes with the process."""
@@ -287,9 +287,9 @@ class EdgeThread:
 
     @property
     def place(self) -> str:
-        """Where it stands: the worker's name and its line."""
+        """Where it stands, a worker's name and its line; "" where that is in none."""
         worker, file, line = self._place()
-        return f"{worker} {file}:{line}".strip()
+        return f"{worker} {file}:{line}" if worker else ""
 
     def _place(self) -> tuple[str, str, int]:
         """The worker that stands on the stack, and file and line, of its own where that is on the stack too."""

@@ -144,11 +144,13 @@ class Worker:
         """Call its `setup` in `thread`, where it is asked from then on. Raises ConfigurationError."""
         env: object = None
         if self.code.setup is not None:
+            thread.workers.add(self)  # for the watchdog
             try:
                 env, failure = await thread.run(_called(self.code.setup, dict(self.config), self._told), SETUP_SECONDS)
             except TooLate:
                 failure = f"did not end within {SETUP_SECONDS:g} s; it stands at {thread.place or 'an await'}"
             if failure:
+                thread.workers.discard(self)
                 raise ConfigurationError(f"the edge worker {self.reference}: its setup {failure}")
         self._stand(env, thread, has_env=True)
 
