@@ -247,9 +247,11 @@ class Lines:
 
     def _write(self) -> None:
         try:
-            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)).
+            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, as long as they are no
+            # longer: other processes of ours write to the same pipe.
             while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
-                del self._kept[: os.write(self._fd, self._kept[: select.PIPE_BUF])]
+                end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1
+                del self._kept[: os.write(self._fd, self._kept[: end or select.PIPE_BUF])]
                 if self._lost and not self._kept:
                     self._kept += self._lost_line()
             gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))

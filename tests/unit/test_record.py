@@ -4,6 +4,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -15,7 +19,7 @@ from structlog.testing import capture_logs
 
 from tlstunnel import record as recording
 from tlstunnel.escaping import printable
-from tlstunnel.record import Journal, Record, configure_logging
+from tlstunnel.record import Journal, Lines, Record, configure_logging
 
 HOSTILE = '\x1b[2J\r\n{"event":"ready"}\x00\x7f\x9b31m\u202e\u2028"\\ é'
 
@@ -313,3 +317,58 @@ def test_traceback_shows_no_values(style: Literal["text", "json"], capfd: pytest
     err = capfd.readouterr().err
     assert "ZeroDivisionError" in err
     assert "s3cret" not in err
+
+
+def test_processes_with_one_pipe_do_not_mix_their_lines() -> None:
+    """One whose reader is behind keeps lines, and writes a part of them whenever there is room."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as pipe:
+        writers = {name: Lines(pipe) for name in "ab"}
+        for number in range(1000):  # more than a pipe holds
+            for name, lines in writers.items():
+                lines.msg(f"{name} {number} {'-' * (number % 500)} end")
+        received = b""
+        while not received.endswith(b"end\n") or any(lines._kept for lines in writers.values()):
+            received += os.read(reader.fileno(), 5000)
+            for lines in writers.values():
+                lines._write()
+    found = received.decode().splitlines()
+    assert len(found) == 2000
+    for name in writers:
+        own = [line.split() for line in found if line.startswith(name)]
+        assert [int(line[1]) for line in own] == list(range(1000))
+        assert all(line[-1] == "end" for line in own)
+
+
+def test_another_thread_that_never_stops_talking_neither_holds_nor_displaces(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its lines are written in turns, and lost beyond what may wait; ours are there, whole and in order."""
+
+    async def serve() -> float:
+        lines = Lines(sys.stderr)
+        over = threading.Event()
+
+        def talk() -> None:
+            number = 0
+            while not over.is_set():
+                lines.msg(f"other {number} {'x' * 200}")
+                number += 1
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        longest = 0.0
+        for number in range(100):
+            before = time.monotonic()
+            lines.msg(f"own {number}")
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - before)
+        over.set()
+        thread.join()
+        lines.flush()
+        return longest
+
+    longest = asyncio.run(serve())
+    written = capfd.readouterr().err.splitlines()
+    assert [line for line in written if line.startswith("own")] == [f"own {number}" for number in range(100)]
+    numbers = [int(line.split()[1]) for line in written if line.startswith("other")]
+    assert numbers == sorted(numbers)
+    assert longest < 1
