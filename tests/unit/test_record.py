@@ -327,10 +327,11 @@ def test_processes_with_one_pipe_do_not_mix_their_lines() -> None:
         for number in range(1000):  # more than a pipe holds
             for name, lines in writers.items():
                 lines.msg(f"{name} {number} {'-' * (number % 500)} end")
-        received = b""
-        while not received.endswith(b"end\n") or any(lines._kept for lines in writers.values()):
+        received, turns = b"", list(writers.values())
+        while not received.endswith(b"end\n") or any(lines._kept for lines in turns):
             received += os.read(reader.fileno(), 5000)
-            for lines in writers.values():
+            turns.reverse()
+            for lines in turns:
                 lines._write()
     found = received.decode().splitlines()
     assert len(found) == 2000
