@@ -50,4 +50,7 @@ def variants(program: str) -> Iterator[Subject]:
 
 def chosen(seconds: float | None) -> list[Figure]:
     """The figures of ``scripts/bench --edge``."""
-    return [handshakes("resumed", seconds or 1.5), handshakes("full", seconds or 1.5), beside(seconds or 1.5)]
+    seconds = seconds or 1.5
+    # One at a time wakes the workers' thread for each; many share a wake-up.
+    at_once = [handshakes("resumed", seconds, count) for count in (1, 4, 32)]
+    return [*at_once, handshakes("full", seconds), beside(seconds)]

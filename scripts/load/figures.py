@@ -101,14 +101,14 @@ def bulk(direction: str, units: int) -> Figure:
     )
 
 
-def handshakes(kind: str, seconds: float) -> Figure:
-    """TLS handshake, upgrade, 101 and an orderly end, 32 at once; `kind` is full or resumed."""
+def handshakes(kind: str, seconds: float, at_once: int = 32) -> Figure:
+    """TLS handshake, upgrade, 101 and an orderly end, so many at once; `kind` is full or resumed."""
 
     def measure(running: Running) -> dict[str, float]:
         with Load(running) as load:
             load.do("open 1 /echo")  # brings the first session ticket
-            load.do(f"handshakes 32 0.3 {kind}")
-            work = load.measure(f"handshakes 32 {seconds} {kind}")
+            load.do(f"handshakes {at_once} 0.3 {kind}")
+            work = load.measure(f"handshakes {at_once} {seconds} {kind}")
             load.do("close")
         done = work.answer["handshakes"]
         return {
@@ -119,9 +119,9 @@ def handshakes(kind: str, seconds: float) -> Figure:
         } | rest(work)
 
     return Figure(
-        name=f"handshakes-{kind}",
+        name=f"handshakes-{kind}" if at_once == 32 else f"handshakes-{kind}-{at_once}",
         group="handshakes",
-        title=f"TLS + upgrade, {kind} TLS handshakes, 32 at once",
+        title=f"TLS + upgrade, {kind} TLS handshakes, {at_once} at once",
         columns=(
             Column("cpu", "CPU us each", 0),
             Column("rate", "per second", 0, False),

@@ -75,19 +75,24 @@ class _Post:
     """Calls from the thread of one loop into that of another, all of a turn at once.
 
     Each by itself, with its own system call, was picked up before the turn that made it was over: two changes of thread
-    a handshake, where now there are two for all of a turn (docs/performance.md).
+    a handshake, where now there are two for all of a turn (docs/performance.md). One that is `alone` goes at once.
     """
 
-    def __init__(self, here: asyncio.AbstractEventLoop, there: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, here: asyncio.AbstractEventLoop, there: asyncio.AbstractEventLoop, alone: Callable[[], bool]
+    ) -> None:
         self._here = here
         self._there = there
+        self._alone = alone
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._going = False
 
     def send(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call this there, in turn. It must not raise."""
         self._calls.append((function, arguments))
-        if not self._going:
+        if self._alone():
+            self._go()
+        elif not self._going:
             self._going = True
             self._here.call_soon(self._go)
 
@@ -149,9 +154,9 @@ class EdgeThread:
         self.loop = asyncio.new_event_loop()
         self._executor = ThreadPoolExecutor(thread_name_prefix="edge worker")
         self.loop.set_default_executor(self._executor)
-        self.soon = _Post(self._here, self.loop).send
+        self.soon = _Post(self._here, self.loop, self._has_one).send
         """Call a function there; to be called on the tunnels' loop."""
-        self.back = _Post(self.loop, self._here).send
+        self.back = _Post(self.loop, self._here, self._has_one).send
         """Call a function on the tunnels' loop; to be called there."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._asked_at = self._looked_at = 0.0
@@ -174,6 +179,9 @@ class EdgeThread:
             except (SystemExit, KeyboardInterrupt) as error:  # of a task that a worker left behind
                 structlog.get_logger().error("edge: a task tried to end the process", reason=type(error).__name__)
         self.loop.close()
+
+    def _has_one(self) -> bool:
+        return self._watchers <= 1
 
     @property
     def usable(self) -> bool:

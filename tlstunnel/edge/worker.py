@@ -9,7 +9,7 @@ import structlog
 from tlstunnel.config import WorkerTable
 from tlstunnel.edge.loading import Code, explained, line_in
 from tlstunnel.edge.thread import EdgeThread, TooLate
-from tlstunnel.edge.values import EdgeError, Forwarded, InvalidReply, UpgradeRequest, outcome
+from tlstunnel.edge.values import Forwarded, InvalidReply, UpgradeRequest, outcome
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
 from tlstunnel.handshake.refusal import Refusal
@@ -38,7 +38,7 @@ class Call:
         self._thread = thread
         self._request = request
         self._done = done
-        self._task: asyncio.Task[object] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._left = self.finished = self.invalid = False
         self.outcome: Forwarded | Refusal | None = None
         self.failure = ""
@@ -47,22 +47,18 @@ class Call:
         """In the workers' thread."""
         if self._left:
             self._thread.back(self._finish)
-            return
-        self._task = self._thread.loop.create_task(worker.fetch(self._request))
-        self._task.add_done_callback(self._through)
+        else:
+            self._task = self._thread.loop.create_task(self._run(worker))
 
-    def _through(self, task: "asyncio.Task[object]") -> None:
-        self._task = None
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    async def _run(self, worker: "Worker") -> None:
+        """Ask, and tell: from within the task, whose callbacks would be another turn of the loop."""
         try:
-            if error is not None:
-                # Without our own frame: the worker's is the first.
-                raise error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-            self.outcome = outcome(task.result(), self._request)
-        except BaseException as caught:
-            self.invalid = isinstance(caught, InvalidReply)
-            self.failure = _written(caught)
-            caught.__traceback__ = None  # it holds every frame, and by them all that the worker had
+            self.outcome = outcome(await worker.fetch(self._request), self._request)
+        except BaseException as error:  # some would end the thread's loop
+            self.invalid = isinstance(error, InvalidReply)
+            self.failure = _written(error)
+            error.__traceback__ = None  # it holds every frame, and by them all that the worker had
+        self._task = None
         self._thread.back(self._finish)
 
     def _finish(self) -> None:
@@ -83,6 +79,12 @@ class Call:
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            self._task.add_done_callback(self._untold)
+
+    def _untold(self, _: "asyncio.Task[None]") -> None:
+        if self._task is not None:  # it was cancelled before it had begun
+            self._task = None
+            self._thread.back(self._finish)
 
 
 def _written(error: BaseException) -> str:
@@ -125,12 +127,9 @@ class Worker:
         """Whether `frame` is of one of its functions."""
         return frame.f_code in self._codes
 
-    async def fetch(self, request: UpgradeRequest) -> object:
+    def fetch(self, request: UpgradeRequest) -> Awaitable[object]:
         """Ask it. In the workers' thread."""
-        try:
-            return await self.code.fetch(request, self._env)
-        except (SystemExit, KeyboardInterrupt) as error:  # would end the thread's loop
-            raise EdgeError(f"an edge worker cannot end the process: {type(error).__name__}") from error
+        return self.code.fetch(request, self._env)
 
     def ask(self, request: UpgradeRequest, done: Callable[[], object]) -> Call:
         """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
