@@ -277,15 +277,7 @@ class Tunnel:
     async def _judge(self, request: Request, site: Site) -> None:
         """The only look at what the client asks for; after the 101 there is none."""
         record = self._record
-        verdict = await self._serving.firewall.judge(request, self._connection(site), behind=self._trusted)
-        self._lease = verdict.lease
-        record.firewall = verdict.facts()
-        if verdict.refusal is not None:
-            raise verdict.refusal
-
-    def _connection(self, site: Site) -> Connection:
-        record = self._record
-        return Connection(
+        self._known = Connection(
             ip=record.client,
             tls_version=record.tls_version,
             tls_cipher=record.cipher,
@@ -294,6 +286,11 @@ class Tunnel:
             client_subject=self._subject,
             site=site.name,
         )
+        verdict = await self._serving.firewall.judge(request, self._known, behind=self._trusted)
+        self._lease = verdict.lease
+        record.firewall = verdict.facts()
+        if verdict.refusal is not None:
+            raise verdict.refusal
 
     # edge
 
@@ -307,7 +304,7 @@ class Tunnel:
         assert isinstance(self._client.sock, ssl.SSLSocket)
         # Not by its subject, which may be empty: the names of workloads are often in the alternative names alone.
         der = self._client.sock.getpeercert(binary_form=True)
-        directions = await edge.ask(request, self._connection(site), record.id, der, self._wakeup, self._client)
+        directions = await edge.ask(request, self._known, record.id, der, self._wakeup, self._client)
         record.edge, self._edits = directions.saw, directions.edits
         if directions.pool is not None and directions.address is not None:
             self._chosen = directions.pool, directions.address

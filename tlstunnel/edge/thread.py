@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from tlstunnel.escaping import printable
+from tlstunnel.readiness import IN, TunnelLoop, new_loop
 
 SWITCH_INTERVAL = 0.0005
 """Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would
@@ -86,6 +87,12 @@ class _Post:
         self._alone = alone
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._going = False
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
+        if self._fd >= 0 and isinstance(there, TunnelLoop):
+            # Called from within the loop's wait, so that what it makes ready is done in the same turn.
+            there.readiness.register(self._fd, IN, lambda _: self._deliver())
+        elif self._fd >= 0:
+            there.add_reader(self._fd, self._deliver)
 
     def send(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call this there, in turn. It must not raise."""
@@ -99,14 +106,32 @@ class _Post:
     def _go(self) -> None:
         self._going = False
         try:
-            self._there.call_soon_threadsafe(self._deliver)
-        except RuntimeError:  # it has ended, and nobody waits
+            if hasattr(os, "eventfd"):
+                os.eventfd_write(self._fd, 1)
+            else:
+                self._there.call_soon_threadsafe(self._deliver)
+        except (OSError, RuntimeError):  # it has ended, and nobody waits
             self._calls.clear()
 
     def _deliver(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._fd)
         while self._calls:
             function, arguments = self._calls.popleft()
             function(*arguments)
+
+    def close(self) -> None:
+        """Watch for no more; to be called where the calls arrive, or once that loop is closed."""
+        fd, self._fd = self._fd, -1  # before its number is another's
+        if fd < 0:
+            return
+        if not self._there.is_closed():
+            if isinstance(self._there, TunnelLoop):
+                self._there.readiness.unregister(fd)
+            else:
+                self._there.remove_reader(fd)
+        os.close(fd)
 
 
 class _Stacks:
@@ -151,19 +176,21 @@ class EdgeThread:
     def __init__(self) -> None:
         self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
         self._here = asyncio.get_running_loop()
-        self.loop = asyncio.new_event_loop()
+        self._watchers = 0
+        self.loop = new_loop()
         self._executor = ThreadPoolExecutor(thread_name_prefix="edge worker")
         self.loop.set_default_executor(self._executor)
-        self.soon = _Post(self._here, self.loop, self._has_one).send
+        self._there_post = _Post(self._here, self.loop, self._has_one)
+        self._here_post = _Post(self.loop, self._here, self._has_one)
+        self.soon = self._there_post.send
         """Call a function there; to be called on the tunnels' loop."""
-        self.back = _Post(self.loop, self._here, self._has_one).send
+        self.back = self._here_post.send
         """Call a function on the tunnels' loop; to be called there."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._asked_at = self._looked_at = 0.0
         self._stacks = _stacks()
         self._waits = False
         self._held: tuple[float, str] | None = None
-        self._watchers = 0
         self._ending = self._left = False
         self.late = 0
         """Requests that were answered without their worker, which still has them."""
@@ -221,6 +248,9 @@ class EdgeThread:
             self._left = True
             self.soon(self._begin_to_end)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        if not self._thread.is_alive():
+            self._there_post.close()
+            self._here_post.close()
 
     def _begin_to_end(self) -> None:
         self._last = self.loop.create_task(self._end())

@@ -69,13 +69,18 @@ class UpgradeRequest:
 
     method: ClassVar[str] = "GET"
     id: str
-    tls: TLS
     client_certificate: ClientCertificate | None = None
     origin: str | None = None
     _facts: Facts = dataclasses.field(kw_only=True, repr=False)
     _edits: Edits = dataclasses.field(kw_only=True, repr=False, default=NO_EDITS)
     _address: OriginAddress | None = dataclasses.field(kw_only=True, repr=False, default=None)
     _asked: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
+
+    @cached_property
+    def tls(self) -> TLS:
+        """What is known of the client's TLS."""
+        known = self._facts.connection
+        return TLS(known.tls_version, known.tls_cipher, known.tls_sni, known.tls_ja4)
 
     @property
     def path(self) -> str:
@@ -229,7 +234,6 @@ def upgrade_request(
     """What a worker sees of `request`. `der` is the client's certificate, if any; `now` is ``time.time()``."""
     return UpgradeRequest(
         id=request_id,
-        tls=TLS(connection.tls_version, connection.tls_cipher, connection.tls_sni, connection.tls_ja4),
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
         _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
         _asked=request,
