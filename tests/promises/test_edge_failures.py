@@ -229,8 +229,8 @@ def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refu
         ("group", "ExceptionGroup"),
         ("cancels_itself", "CancelledError"),
         ("unknown", "KeyError"),
-        ("exits", "EdgeError: an edge worker cannot end the process: SystemExit"),
-        ("interrupts", "EdgeError: an edge worker cannot end the process: KeyboardInterrupt"),
+        ("exits", "SystemExit: 3"),
+        ("interrupts", "KeyboardInterrupt"),
     ],
 )
 def test_whatever_it_raises(refusing: Stage, how: str, named: str) -> None:

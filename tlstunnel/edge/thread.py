@@ -220,8 +220,8 @@ class EdgeThread:
         if self._left:
             work.close()
             raise TooLate
-        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
         self.watch()
+        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
         try:
             await asyncio.wait([future], timeout=seconds)
             if not future.done():

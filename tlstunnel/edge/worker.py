@@ -135,8 +135,8 @@ class Worker:
         """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
         assert self._thread is not None
         call = Call(self._thread, request, done)
+        self._thread.watch()  # before it can begin: from then on it may hold this thread too
         self._thread.soon(call.begin, self)
-        self._thread.watch()
         return call
 
     async def set_up(self, thread: EdgeThread) -> None:
