@@ -466,6 +466,7 @@ def test_forward_is_not_for_a_refusal_that_is_invalid(forwarding: Stage, how: st
     """A refusal was meant."""
     outcome = asked(forwarding, f"/{how}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
+    assert "forwarded" not in _logged(forwarding[1], outcome)
 
 
 def test_forward_changes_nothing_for_one_that_answers(forwarding: Stage) -> None:

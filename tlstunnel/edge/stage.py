@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 RETRY_AFTER = ((b"Retry-After", b"1"),)
 
+_EVENTS = {"failed": "edge worker failed", "timed out": "edge worker timed out", "busy": "edge worker not asked"}
+"""What the log says of a request that its worker gave nothing for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Directions:
@@ -72,9 +75,8 @@ class Edge:
     ) -> Directions:
         """Ask the worker, by the deadline of `wakeup`. Raises Refusal; ClientGone when the client does not wait."""
         if self.worker.late >= MOST_LATE:
-            self._log_failure("edge worker not asked", request_id, late=self.worker.late)
-            text = "the edge worker is busy"
-            return self._failed(request, Refusal(503, "edge: worker busy", text, RETRY_AFTER), "busy")
+            busy = Refusal(503, "edge: worker busy", "the edge worker is busy", RETRY_AFTER)
+            return self._failed(request, request_id, busy, "busy", late=self.worker.late)
         call = self.worker.ask(upgrade_request(request, connection, request_id, der, time.time()), wakeup.fire)
         try:
             while not call.finished:
@@ -82,9 +84,9 @@ class Edge:
                     raise ClientGone
                 await wakeup.wait()
         except TimeoutError:
-            self._log_failure("edge worker timed out", request_id, seconds=float(self.timeout))
             text = f"the edge worker did not answer within {self.timeout:g} s"
-            return self._failed(request, Refusal(504, "edge: worker timed out", text), "timed out")
+            late = Refusal(504, "edge: worker timed out", text)
+            return self._failed(request, request_id, late, "timed out", seconds=float(self.timeout))
         finally:
             call.leave()
         return self._directions(request, call, request_id)
@@ -96,9 +98,9 @@ class Edge:
     def _directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
         made = call.outcome
         if made is None:
-            self._log_failure("edge worker failed", request_id, exception=call.failure)
             failure = Refusal(500, "edge: worker failed", "the edge worker failed")
-            return self._failed(request, failure, "failed", refused=call.invalid)
+            forwards = self._forwards and not call.invalid
+            return self._failed(request, request_id, failure, "failed", forwards=forwards, exception=call.failure)
         if isinstance(made, Refusal):
             self._counted["edge: replied"] += 1
             raise made
@@ -107,13 +109,20 @@ class Edge:
         return Directions(made.request, made.edits, "forwarded", pool, made.address)
 
     def _failed(
-        self, request: handshake.UpgradeRequest, refusal: Refusal, saw: str, *, refused: bool = False
+        self,
+        request: handshake.UpgradeRequest,
+        request_id: str,
+        refusal: Refusal,
+        saw: str,
+        *,
+        forwards: bool | None = None,
+        **facts: object,
     ) -> Directions:
+        """Let the request go on as it came, where that is wanted, else raise `refusal`; log and count either."""
+        forwards = self._forwards if forwards is None else forwards
+        going = {"forwarded": True} if forwards else {}
+        structlog.get_logger().warning(_EVENTS[saw], id=request_id, worker=self.worker.reference, **facts, **going)
         self._counted[f"edge: {saw}"] += 1
-        if self._forwards and not refused:
-            return Directions(request, NO_EDITS, saw)
-        raise refusal
-
-    def _log_failure(self, event: str, request_id: str, **facts: object) -> None:
-        going = {"forwarded": True} if self._forwards else {}
-        structlog.get_logger().warning(event, id=request_id, worker=self.worker.reference, **facts, **going)
+        if not forwards:
+            raise refusal
+        return Directions(request, NO_EDITS, saw)
