@@ -635,7 +635,7 @@ def test_setup_and_teardown_are_called_once(folder: Path) -> None:
 
     async def work() -> None:
         of = workers(site(reference), site(reference, "b"), site(reference, "c", worker_config=WorkerTable(a=1)))
-        assert len(of) == 2
+        assert len(of._all) == 2
         await of.start()
         notes = globals_of(next(iter(of._all.values())))["notes"]
         assert notes == ["setup", "setup"]

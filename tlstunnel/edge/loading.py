@@ -108,7 +108,7 @@ def _executed(place: str) -> ModuleType:
         _discard(module)
         if isinstance(error, ConfigurationError):
             raise
-        raise _unimportable(place, error, place) from None
+        raise _unimportable(place, error) from None
     return module
 
 
@@ -157,17 +157,17 @@ def _imported(name: str) -> ModuleType:
                 "install it where tlstunnel is, or put its folder into PYTHONPATH; a file is written edge/chat.py:fetch"
             )
             raise ConfigurationError(f"the edge worker {name}: there is no module {error.name}; {hint}") from None
-        raise _unimportable(name, error, None) from None
+        raise _unimportable(name, error) from None
     except BaseException as error:
-        raise _unimportable(name, error, None) from None
+        raise _unimportable(name, error) from None
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)  # as that of a file, whose name is below ours
     return module
 
 
-def _unimportable(place: str, error: BaseException, file: str | None) -> ConfigurationError:
-    line = line_in(error, file) if file else 0
+def _unimportable(place: str, error: BaseException) -> ConfigurationError:
+    line = line_in(error, place)  # a module's name is no file's
     error.__traceback__ = None  # it holds every frame, and by them all that the module had
     where = f"{place}:{line}" if line else place
     return ConfigurationError(f"the edge worker {where}: cannot be imported: {explained(error)}")

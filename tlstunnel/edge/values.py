@@ -19,7 +19,7 @@ from tlstunnel.config import FIELD_NAME, KEPT_FIELD
 from tlstunnel.firewall.facts import Connection, Facts, normal_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.fields import by_name
-from tlstunnel.handshake.forwarding import NO_EDITS, Edits, as_cgi
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits, edited
 from tlstunnel.handshake.refusal import Fields, Refusal
 
 FieldValue = str | Sequence[str]
@@ -162,7 +162,7 @@ class UpgradeRequest:
         assert isinstance(request, handshake.UpgradeRequest)
         address = self._address if origin is None else _address(origin)
         edits = _edits(headers or {}, remove_headers)
-        fields = _edited(request.fields, edits)
+        fields = tuple(edited(request.fields, edits))  # as the worker would see them were it asked again
         offered = request.subprotocols
         if subprotocols is not None:
             if isinstance(subprotocols, str) or not isinstance(subprotocols, Iterable):
@@ -309,15 +309,6 @@ def _edits(headers: Mapping[str, FieldValue], remove_headers: Iterable[str]) -> 
         tuple(field for field in added if field[0].lower() != b"host"),
         frozenset(_name(name, host=False).lower() for name in remove_headers),
     )
-
-
-def _edited(fields: Fields, edits: Edits) -> Fields:
-    """The fields as the worker would see them were it asked again."""
-    named = edits.names
-    kept = [field for field in fields if as_cgi(field[0]) not in named]
-    if edits.host is not None:
-        kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]
-    return (*kept, *edits.added)
 
 
 def _part(kept: tuple[str, ...], offered: tuple[str, ...]) -> tuple[bytes, ...]:

@@ -66,9 +66,6 @@ class Workers:
             counted=self._counted,
         )
 
-    def __len__(self) -> int:
-        return len(self._all)
-
     async def start(self) -> None:
         """Set up those that are new, each in its turn. Raises ConfigurationError, with nothing of theirs left."""
         try:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks
@@ -86,12 +87,12 @@ def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_E
     fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += (*last, *told)
     if edits is not NO_EDITS:
-        fields = _edited(fields, edits)
+        fields = edited(fields, edits)
     return head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
 
 
-def _edited(fields: list[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
-    """Ours may be edited too: who sets X-Forwarded-Proto means it."""
+def edited(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
+    """The fields after `edits`. Ours may be edited too: who sets X-Forwarded-Proto means it."""
     named = edits.names
     kept = [field for field in fields if as_cgi(field[0]) not in named]
     if edits.host is not None:
