@@ -122,7 +122,7 @@ def test_what_does_not_come_is_waited_for_no_longer(tunnel: EdgeTunnel, monkeypa
         AssertionError, match=r"(?s)no record 'nothing' with .* within 0.05 s; its log:.*ready"
     ) as caught:
         tunnel.wait_for("nothing", id="7")
-    assert "tlstunnel/testing.py" not in str(caught.getrepr(style="short", funcargs=False))
+    assert "tlstunnel/testing/" not in str(caught.getrepr(style="short", funcargs=False))
 
 
 def test_a_failing_worker_is_found_in_the_log(tunnel: EdgeTunnel) -> None:
@@ -320,4 +320,4 @@ def test_somebody_elses_project_uses_it_as_a_plugin(tmp_path: Path) -> None:
     assert re.search(r"AssertionError: the tunnel did not start .*\n.*edge worker .*: there is no fetsh in ", said), (
         said
     )
-    assert "tlstunnel/testing.py" not in said, "the report ends where the test stands"
+    assert "tlstunnel/testing/" not in said, "the report ends where the test stands"

@@ -30,7 +30,7 @@ from tests.harness import (
 )
 from tests.harness import read_request as read_request_of
 from tests.promises.ends import READ, Ends, TlsEnd
-from tlstunnel.truncation import is_truncation
+from tlstunnel.tls.truncation import is_truncation
 
 DAY = timedelta(days=1)
 

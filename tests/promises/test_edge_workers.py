@@ -30,7 +30,7 @@ from tests.promises.edged import BY_PATH, asked, edged, told
 from tests.promises.firewalled import Stage
 from tests.promises.wire import ask, parse_response, read_until_end
 from tests.promises.witness import SMUGGLED, Witness, record_of
-from tlstunnel.proxy_protocol import write_v2
+from tlstunnel.sockets.proxy_protocol import write_v2
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 PROXY = "127.0.0.9"

@@ -31,7 +31,7 @@ from tests.harness import (
 from tests.promises.firewalled import policed, policy
 from tests.promises.wire import read_until_end
 from tests.promises.witness import Witness
-from tlstunnel.proxy_protocol import SIGNATURE, read_header, write_v1, write_v2
+from tlstunnel.sockets.proxy_protocol import SIGNATURE, read_header, write_v1, write_v2
 
 REQUIRED = 'proxy_protocol = "required"\ntrusted_proxies = ["127.0.0.1"]\n'
 CLIENT = ("203.0.113.9", 4711)

@@ -35,7 +35,7 @@ from tests.promises.wire import (
 )
 from tests.promises.witness import Witness, record_of
 from tlstunnel.certificates import issue
-from tlstunnel.linger import LINGER_BYTES
+from tlstunnel.sockets.closing import LINGER_BYTES
 
 Stage = tuple[Witness, Tunnel]
 KEY = base64.b64encode(b"sixteen bytes ok").decode()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tlstunnel.changes import changes
 from tlstunnel.config import Config, decode
+from tlstunnel.serving.changes import changes
 
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
 

@@ -21,9 +21,9 @@ from click.testing import CliRunner, Result
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
-from tlstunnel import probe
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.check import steps as probe
 from tlstunnel.cli import check
 from tlstunnel.errors import CertificateError, TlstunnelError
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tlstunnel.changes import changes
 from tlstunnel.cli.config import command
 from tlstunnel.config import Config, SiteConfig, Timeout, WorkerTable, decode, load
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.serving.changes import changes
 
 FOLDER = Path("/etc/tlstunnel")
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'

@@ -17,7 +17,6 @@ from structlog.testing import capture_logs
 
 from tests.handshakes import FIELDS, request
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.channel import Channel, ClientGone, Wakeup
 from tlstunnel.config import OriginConfig, SiteConfig, Timeout, WorkerTable
 from tlstunnel.edge import stage as stages
 from tlstunnel.edge import worker as worker_module
@@ -31,6 +30,7 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
 
 CONNECTION = Connection("198.51.100.7", "TLSv1.3", "c", "localhost", "t", "", "localhost")
 Logged = list[Any]

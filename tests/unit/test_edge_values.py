@@ -19,7 +19,7 @@ from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Switched
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader
-from tlstunnel.sites import SiteEdits
+from tlstunnel.tunnel.sites import SiteEdits
 
 CONNECTION = Connection(
     "198.51.100.7", "TLSv1.3", "TLS_AES_256_GCM_SHA384", "chat.example.com", "t13d", "CN=ann", "chat"

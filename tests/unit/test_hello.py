@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlstunnel import hello
-from tlstunnel.hello import (
+from tlstunnel.tls import hello
+from tlstunnel.tls.hello import (
     MAX_HELLO,
     BadHello,
     ClientHello,

@@ -11,11 +11,11 @@ import pytest
 from tests.harness import Certificate
 from tests.promises.secure import Authority, server_context
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.channel import Channel, Wakeup
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins import tls
 from tlstunnel.origins.tls import Contexts, OriginTLS, OriginTLSFailed, client_context, explain
-from tlstunnel.readiness import readiness
+from tlstunnel.sockets.channel import Channel, Wakeup
+from tlstunnel.sockets.readiness import readiness
 
 
 @pytest.fixture(scope="module")

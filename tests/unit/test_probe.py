@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
-from tlstunnel import probe
 from tlstunnel.certificates import issue
+from tlstunnel.check import steps as probe
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
 

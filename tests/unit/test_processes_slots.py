@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
-from tlstunnel.listeners import Listener
 from tlstunnel.processes.slots import Slot, Slots
+from tlstunnel.sockets.listeners import Listener
 
 ADDRESSES = [ListenAddress("127.0.0.1", port) for port in range(1, 6)]
 

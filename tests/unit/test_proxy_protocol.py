@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlstunnel.proxy_protocol import (
+from tlstunnel.sockets.proxy_protocol import (
     LONGEST_V1,
     MAX_V2,
     SIGNATURE,

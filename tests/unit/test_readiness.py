@@ -10,8 +10,19 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from tlstunnel import readiness as module
-from tlstunnel.readiness import EDGE, ERR, HUP, IN, OUT, RDHUP, AnyReadiness, PortableReadiness, Readiness, readiness
+from tlstunnel.sockets import readiness as module
+from tlstunnel.sockets.readiness import (
+    EDGE,
+    ERR,
+    HUP,
+    IN,
+    OUT,
+    RDHUP,
+    AnyReadiness,
+    PortableReadiness,
+    Readiness,
+    readiness,
+)
 
 Made = type[Readiness] | type[PortableReadiness]
 Pair = tuple[socket.socket, socket.socket]

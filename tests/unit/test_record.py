@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from tlstunnel import record as recording
 from tlstunnel.escaping import printable
-from tlstunnel.record import Journal, Lines, Record, configure_logging
+from tlstunnel.journal import journal as recording
+from tlstunnel.journal.journal import Journal, Lines, Record, configure_logging
 
 HOSTILE = '\x1b[2J\r\n{"event":"ready"}\x00\x7f\x9b31m\u202e\u2028"\\ é'
 

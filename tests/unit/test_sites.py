@@ -12,7 +12,7 @@ from tlstunnel.certificates.store import Certificates
 from tlstunnel.config import OriginConfig, SiteConfig
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins.pool import Pool
-from tlstunnel.sites import Site, Sites, load_sites
+from tlstunnel.tunnel.sites import Site, Sites, load_sites
 
 ADDRESS = OriginConfig(address=OriginAddress.parse("localhost:3000"))
 SERVED = Certificates().serve(())

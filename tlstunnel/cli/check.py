@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from tlstunnel import probe
 from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.check import steps as probe
 from tlstunnel.errors import TlstunnelError
 from tlstunnel.escaping import printable
 

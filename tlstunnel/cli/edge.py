@@ -15,7 +15,6 @@ import click
 import msgspec
 
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.channel import Channel, Deadlines, Wakeup
 from tlstunnel.cli import typed
 from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, worker_reference
 from tlstunnel.edge.stage import Directions
@@ -26,10 +25,11 @@ from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.journal.journal import configure_logging
 from tlstunnel.origins.pool import Pool
-from tlstunnel.readiness import new_loop, readiness
-from tlstunnel.record import configure_logging
-from tlstunnel.sites import edits_of
+from tlstunnel.sockets.channel import Channel, Deadlines, Wakeup
+from tlstunnel.sockets.readiness import new_loop, readiness
+from tlstunnel.tunnel.sites import edits_of
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
 """Where a worker may send while no configuration says it."""

@@ -12,15 +12,15 @@ import structlog
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, read
+from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
 from tlstunnel.errors import ListenError
+from tlstunnel.journal.journal import configure_logging
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning, try_child
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.parent import Options, Parent
 from tlstunnel.processes.slots import Slots, passed
 from tlstunnel.program import shown_as
-from tlstunnel.record import configure_logging
-from tlstunnel.wanted import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """What is left out on a machine without IPv6."""

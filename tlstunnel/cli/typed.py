@@ -9,7 +9,7 @@ import click
 from tlstunnel.config import SiteConfig
 from tlstunnel.handshake.request import Request
 from tlstunnel.handshake.typed import typed_field, typed_head
-from tlstunnel.sites import candidates
+from tlstunnel.tunnel.sites import candidates
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

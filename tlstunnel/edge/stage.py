@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.channel import Channel, ClientGone, Wakeup
 from tlstunnel.edge.values import upgrade_request
 from tlstunnel.edge.worker import MOST_LATE, Call, Worker
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
 
 if TYPE_CHECKING:
     from typing import Literal

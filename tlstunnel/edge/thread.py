@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from tlstunnel.escaping import printable
-from tlstunnel.readiness import IN, TunnelLoop, new_loop
+from tlstunnel.sockets.readiness import IN, TunnelLoop, new_loop
 
 SWITCH_INTERVAL = 0.0005
 """Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would

@@ -6,10 +6,10 @@ import os
 import socket
 from collections.abc import Sequence
 
-from tlstunnel.channel import Channel, ClientGone, Wakeup
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
-from tlstunnel.readiness import AnyReadiness
+from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
+from tlstunnel.sockets.readiness import AnyReadiness
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
 """Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""

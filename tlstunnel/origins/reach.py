@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from tlstunnel.channel import Channel, Wakeup
 from tlstunnel.origins.connect import connect
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLSFailed
-from tlstunnel.readiness import AnyReadiness
+from tlstunnel.sockets.channel import Channel, Wakeup
+from tlstunnel.sockets.readiness import AnyReadiness
 
 
 async def reach(  # noqa: PLR0913, PLR0917 - whom, by what, for whom

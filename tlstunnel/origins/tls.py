@@ -7,10 +7,10 @@ from typing import NoReturn
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import describe
-from tlstunnel.channel import Channel
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins.connect import OriginUnreachable
-from tlstunnel.truncation import is_truncation
+from tlstunnel.sockets.channel import Channel
+from tlstunnel.tls.truncation import is_truncation
 
 EXPIRED = "origin certificate expired"
 NOT_YET_VALID = "origin certificate not valid yet"

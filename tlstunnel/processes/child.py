@@ -16,14 +16,14 @@ import structlog
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
+from tlstunnel.config.invocation import Wanted
 from tlstunnel.errors import ProcessError
-from tlstunnel.listeners import Listener, adopted
+from tlstunnel.journal.journal import Journal, configure_logging
 from tlstunnel.processes.link import FORMAT, Link
 from tlstunnel.program import shown_as
-from tlstunnel.readiness import new_loop
-from tlstunnel.record import Journal, configure_logging
-from tlstunnel.service import Service
-from tlstunnel.wanted import Wanted
+from tlstunnel.serving.service import Service
+from tlstunnel.sockets.listeners import Listener, adopted
+from tlstunnel.sockets.readiness import new_loop
 
 STUCK_SECONDS = 1.0
 """What threads have to end once nothing is served any more."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tlstunnel.config import Config
+from tlstunnel.config.invocation import Wanted
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.link import FORMAT, MOST_FDS, Link
 from tlstunnel.processes.slots import Slot
 from tlstunnel.processes.spawn import spawned
-from tlstunnel.wanted import Wanted
 
 TOLD_SECONDS = 5.0
 """How long anybody waits for a child that is told something: 1 ms is usual, and one that hangs must not hold others."""

@@ -18,6 +18,7 @@ import structlog
 
 from tlstunnel import __version__
 from tlstunnel.config import Config, read
+from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, listened
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import cores, handover
@@ -27,7 +28,6 @@ from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.notify import Notify
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.spawn import spawned
-from tlstunnel.wanted import EVERYWHERE, LOOPBACK, listened
 
 SIGINT_SECONDS = 5.0
 """Over how long SIGINT and `stop` spread the closings: someone waits at a terminal."""

@@ -15,7 +15,7 @@ import structlog
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
-from tlstunnel.listeners import Listener, adopted, listen
+from tlstunnel.sockets.listeners import Listener, adopted, listen
 
 FIRST_PASSED = 3
 """The first descriptor of socket activation (sd_listen_fds(3))."""

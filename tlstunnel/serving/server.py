@@ -12,16 +12,16 @@ from collections.abc import Iterable, Iterator
 import structlog
 
 from tlstunnel.addresses import ListenAddress
-from tlstunnel.channel import Deadlines
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
-from tlstunnel.linger import Partings
-from tlstunnel.listeners import BACKLOG, Listener
-from tlstunnel.readiness import readiness
-from tlstunnel.record import Journal
-from tlstunnel.sites import Sites
-from tlstunnel.splice import Splices
-from tlstunnel.tunnel import Serving, Tunnel
+from tlstunnel.journal.journal import Journal
+from tlstunnel.sockets.channel import Deadlines
+from tlstunnel.sockets.closing import Partings
+from tlstunnel.sockets.listeners import BACKLOG, Listener
+from tlstunnel.sockets.readiness import readiness
+from tlstunnel.tunnel.sites import Sites
+from tlstunnel.tunnel.splice import Splices
+from tlstunnel.tunnel.tunnel import Serving, Tunnel
 
 ACCEPTS_A_TURN = 64
 """Connections accepted before those already here go on; what waits longer waits in the kernel's backlog."""

@@ -11,33 +11,33 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from tlstunnel import hello as tls_hello
-from tlstunnel import proxy_protocol
 from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
 from tlstunnel.certificates.clients import ClientRefused, common_name
-from tlstunnel.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
 from tlstunnel.config import Timeouts
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
-from tlstunnel.exchange import Broken, Exchange
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
-from tlstunnel.linger import LINGER_SECONDS, Partings, reset
+from tlstunnel.journal.journal import Journal, Record
 from tlstunnel.origins.balance import Asking
 from tlstunnel.origins.connect import OriginUnreachable
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import NoOrigin, Pool, forbidden
 from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import OriginTLSFailed, explain
-from tlstunnel.readiness import AnyReadiness
-from tlstunnel.record import Journal, Record
-from tlstunnel.sites import Site, Sites
-from tlstunnel.splice import Splice, Splices
-from tlstunnel.truncation import is_truncation
+from tlstunnel.sockets import proxy_protocol
+from tlstunnel.sockets.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
+from tlstunnel.sockets.closing import LINGER_SECONDS, Partings, reset
+from tlstunnel.sockets.readiness import AnyReadiness
+from tlstunnel.tls import hello as tls_hello
+from tlstunnel.tls.truncation import is_truncation
+from tlstunnel.tunnel.exchange import Broken, Exchange
+from tlstunnel.tunnel.sites import Site, Sites
+from tlstunnel.tunnel.splice import Splice, Splices
 
 if TYPE_CHECKING:
     from tlstunnel.firewall.rate_limits import Lease

@@ -9,7 +9,7 @@ import asyncio
 import socket
 import ssl
 
-from tlstunnel.readiness import EDGE, GONE, IN, OUT, RDHUP, AnyReadiness
+from tlstunnel.sockets.readiness import EDGE, GONE, IN, OUT, RDHUP, AnyReadiness
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 

@@ -38,7 +38,7 @@ from tlstunnel import __version__
 from tlstunnel.certificates.describe import CertificateFacts, facts, read
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
-from tlstunnel.truncation import is_truncation
+from tlstunnel.tls.truncation import is_truncation
 
 # Bytes of an answer's head. Servers send less than 8 KiB as a rule (node's limit for a head is 16 KiB), so a larger one
 # is a fault worth naming; this leaves room to see the cookies of the worst.

@@ -18,7 +18,7 @@ from tlstunnel.handshake.refusal import Fields
 from tlstunnel.handshake.request import Request
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import Contexts, OriginTLS
-from tlstunnel.proxy_protocol import write_local
+from tlstunnel.sockets.proxy_protocol import write_local
 
 if TYPE_CHECKING:  # it brings a library that sites without a worker do without
     from tlstunnel.edge.stage import Edge

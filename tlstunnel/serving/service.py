@@ -15,16 +15,16 @@ import structlog
 
 from tlstunnel.certificates import CERTIFICATES, issue
 from tlstunnel.certificates.watch import Watch
-from tlstunnel.changes import changes
 from tlstunnel.config import Config, SiteConfig
+from tlstunnel.config.invocation import Wanted, configured_sites, tested
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
-from tlstunnel.listeners import Listener
+from tlstunnel.journal.journal import Journal
 from tlstunnel.program import replaced
-from tlstunnel.record import Journal
-from tlstunnel.server import Server
-from tlstunnel.sites import Sites, load_sites
-from tlstunnel.wanted import Wanted, configured_sites, tested
+from tlstunnel.serving.changes import changes
+from tlstunnel.serving.server import Server
+from tlstunnel.sockets.listeners import Listener
+from tlstunnel.tunnel.sites import Sites, load_sites
 
 if TYPE_CHECKING:
     from tlstunnel.edge.workers import Workers

@@ -13,7 +13,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from tlstunnel.readiness import ERR, HUP, IN, AnyReadiness
+from tlstunnel.sockets.readiness import ERR, HUP, IN, AnyReadiness
 
 LINGER_BYTES = 65_536
 LINGER_SECONDS = 1.0

@@ -25,9 +25,9 @@ from typing import Final
 
 import structlog
 
-from tlstunnel.linger import Partings, reset
-from tlstunnel.readiness import EDGE, ERR, HUP, IN, OUT
-from tlstunnel.truncation import is_truncation
+from tlstunnel.sockets.closing import Partings, reset
+from tlstunnel.sockets.readiness import EDGE, ERR, HUP, IN, OUT
+from tlstunnel.tls.truncation import is_truncation
 
 RECORD: Final = 16_384
 """The most that one TLS record carries (RFC 8446 section 5.1), and so that one ``SSLSocket.recv_into`` gives."""

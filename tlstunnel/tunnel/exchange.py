@@ -7,12 +7,12 @@ a response may begin, and a connection be done, before the request's body is who
 import asyncio
 import math
 
-from tlstunnel.channel import Channel, ClientGone, Wakeup
 from tlstunnel.config import Timeouts
 from tlstunnel.handshake.answer import BadAnswer
 from tlstunnel.handshake.passing import BodyReader, PlainAnswerReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest
+from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
 
 
 class Broken(Exception):

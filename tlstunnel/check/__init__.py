@@ -1,0 +1,1 @@
+"""What a client meets at a ``wss://`` URL, step by step."""

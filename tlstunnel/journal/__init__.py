@@ -1,0 +1,1 @@
+"""The log: one record for each connection, and the lines that are written."""

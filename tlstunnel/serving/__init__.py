@@ -1,0 +1,1 @@
+"""What one process serves: loaded, accepted, switched and ended."""

@@ -1,0 +1,1 @@
+"""Sockets and what is waited for on them: readiness, channels, deadlines, listening, closing, the PROXY protocol."""

@@ -1,0 +1,1 @@
+"""TLS on the wire: the ClientHello, and the end of a stream."""

@@ -1,0 +1,1 @@
+"""One connection, from accept to its record: the order of the stages, and the splice."""
