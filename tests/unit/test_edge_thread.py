@@ -30,7 +30,8 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
+from tlstunnel.sockets.channel import Channel, ClientGone
+from tlstunnel.sockets.deadlines import Wakeup
 
 CONNECTION = Connection("198.51.100.7", "TLSv1.3", "c", "localhost", "t", "", "localhost")
 Logged = list[Any]

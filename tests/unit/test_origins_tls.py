@@ -14,7 +14,8 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins import tls
 from tlstunnel.origins.tls import Contexts, OriginTLS, OriginTLSFailed, client_context, explain
-from tlstunnel.sockets.channel import Channel, Wakeup
+from tlstunnel.sockets.channel import Channel
+from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import readiness
 
 

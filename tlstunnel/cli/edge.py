@@ -27,7 +27,8 @@ from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.journal.journal import configure_logging
 from tlstunnel.origins.pool import Pool
-from tlstunnel.sockets.channel import Channel, Deadlines, Wakeup
+from tlstunnel.sockets.channel import Channel
+from tlstunnel.sockets.deadlines import Deadlines, Wakeup
 from tlstunnel.sockets.readiness import new_loop, readiness
 from tlstunnel.tunnel.sites import edits_of
 

@@ -14,7 +14,8 @@ from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
+from tlstunnel.sockets.channel import Channel, ClientGone
+from tlstunnel.sockets.deadlines import Wakeup
 
 if TYPE_CHECKING:
     from typing import Literal

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
-from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
+from tlstunnel.sockets.channel import Channel, ClientGone
+from tlstunnel.sockets.deadlines import Wakeup
+from tlstunnel.sockets.options import tune
 from tlstunnel.sockets.readiness import AnyReadiness
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
@@ -20,14 +22,6 @@ Attempt Delay of RFC 8305 section 5."""
 
 PATIENCE = 1.0
 """Seconds after which another origin is tried beside one that has not answered: it may be far away and well."""
-
-# What SO_KEEPALIVE needs to notice a dead origin within 2 minutes, and how long sent data may stay unacknowledged.
-_NAMED = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000))
-KEEP_ALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _NAMED if hasattr(socket, name)),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-)
 
 _NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)  # of Linux: from the first system call on
 _CONNECTED = frozenset({0, errno.EISCONN})
@@ -41,16 +35,6 @@ class OriginUnreachable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.shortage = shortage
-
-
-def tune(sock: socket.socket) -> None:
-    """Set keep-alive 60/15/4, TCP_USER_TIMEOUT 120 s and TCP_NODELAY on a TCP socket, as far as the system has them.
-
-    On a listening socket: what it accepts inherits them.
-    """
-    set_option = sock.setsockopt
-    for option in KEEP_ALIVE:
-        set_option(*option)
 
 
 async def connect(

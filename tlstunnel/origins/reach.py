@@ -6,7 +6,8 @@ from tlstunnel.origins.connect import connect
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLSFailed
-from tlstunnel.sockets.channel import Channel, Wakeup
+from tlstunnel.sockets.channel import Channel
+from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import AnyReadiness
 
 

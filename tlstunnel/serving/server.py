@@ -15,8 +15,8 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.journal import Journal
-from tlstunnel.sockets.channel import Deadlines
 from tlstunnel.sockets.closing import Partings
+from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
 from tlstunnel.tunnel.sites import Sites

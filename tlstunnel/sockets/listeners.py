@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
-from tlstunnel.origins.connect import tune
+from tlstunnel.sockets.options import tune
 
 BACKLOG = 4096
 """Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn (4096 on Linux)."""

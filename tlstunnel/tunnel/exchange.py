@@ -12,7 +12,8 @@ from tlstunnel.handshake.answer import BadAnswer
 from tlstunnel.handshake.passing import BodyReader, PlainAnswerReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest
-from tlstunnel.sockets.channel import Channel, ClientGone, Wakeup
+from tlstunnel.sockets.channel import Channel, ClientGone
+from tlstunnel.sockets.deadlines import Wakeup
 
 
 class Broken(Exception):

@@ -30,8 +30,9 @@ from tlstunnel.origins.pool import NoOrigin, Pool, forbidden
 from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import OriginTLSFailed, explain
 from tlstunnel.sockets import proxy_protocol
-from tlstunnel.sockets.channel import Channel, ClientGone, Deadlines, Wakeup, address_of
+from tlstunnel.sockets.channel import Channel, ClientGone, address_of
 from tlstunnel.sockets.closing import LINGER_SECONDS, Partings, reset
+from tlstunnel.sockets.deadlines import Deadlines, Wakeup
 from tlstunnel.sockets.readiness import AnyReadiness
 from tlstunnel.tls import hello as tls_hello
 from tlstunnel.tls.truncation import is_truncation
