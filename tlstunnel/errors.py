@@ -1,16 +1,36 @@
 """The errors a person can do something about.
 
-The command line prints each as one line on standard error and leaves with status 1; nothing else is caught there, so
-a traceback always means a fault of ours.
+The command line prints each problem as one line on standard error and exits with status 1. It catches nothing else, so
+a traceback is always a bug in this program.
 """
 
 
 class TlstunnelError(Exception):
-    """What was wrong, where, and what to do, in one line."""
+    """Says in one line what is wrong, where, and what to do."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Every problem, each in one line."""
+        return (str(self),)
 
 
 class ConfigurationError(TlstunnelError):
-    """The configuration file, or a value given on the command line, cannot be used."""
+    """The configuration file, or a value given on the command line, cannot be used.
+
+    It can report several problems at once. ``str()`` joins them with ``"; "``, for a field of the log or a response.
+    """
+
+    def __init__(self, first: str, *more: str) -> None:
+        super().__init__(first, *more)
+        self._problems = (first, *more)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Every problem, each in one line."""
+        return self._problems
+
+    def __str__(self) -> str:
+        return "; ".join(self._problems)
 
 
 class CertificateError(TlstunnelError):
@@ -18,7 +38,7 @@ class CertificateError(TlstunnelError):
 
 
 class ControlError(TlstunnelError):
-    """A running tunnel cannot be found, asked, or does not do what it is asked."""
+    """No running tunnel was found, it does not respond, or it cannot do what it was asked to."""
 
 
 class ListenError(TlstunnelError):
@@ -26,4 +46,4 @@ class ListenError(TlstunnelError):
 
 
 class ProcessError(TlstunnelError):
-    """A process of ours cannot be started, has ended, or does not do what it is asked."""
+    """A child process cannot be started, has ended, or does not do what it was asked to."""

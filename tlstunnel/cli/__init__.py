@@ -59,5 +59,6 @@ def main() -> None:
     try:
         cli(prog_name="tlstunnel")
     except TlstunnelError as error:
-        click.echo(f"tlstunnel: {error}", err=True)
+        for problem in error.problems:
+            click.echo(f"tlstunnel: {problem}", err=True)
         sys.exit(1)
