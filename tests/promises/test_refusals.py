@@ -35,7 +35,7 @@ from tests.promises.wire import (
 )
 from tests.promises.witness import Witness, record_of
 from tlstunnel.certificates import issue
-from tlstunnel.sockets.closing import LINGER_BYTES
+from tlstunnel.sockets.closing import DISCARD_BYTES
 
 Stage = tuple[Witness, Tunnel]
 KEY = base64.b64encode(b"sixteen bytes ok").decode()
@@ -164,7 +164,7 @@ def test_each_refusal_over_the_wire(
 ) -> None:
     origin, tunnel = stage
     statement = origin.tell(switching_protocols)
-    asking = ask if len(request_) <= LINGER_BYTES else _ask_with_more_than_is_drained
+    asking = ask if len(request_) <= DISCARD_BYTES else _ask_with_more_than_is_drained
     response = asking(tunnel, request_)
     _as_all_refusals_are(tunnel, response, status, reason)
     for name, value in fields.items():

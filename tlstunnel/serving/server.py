@@ -15,7 +15,7 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.journal import Journal
-from tlstunnel.sockets.closing import Partings
+from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
@@ -87,8 +87,8 @@ class Server:
         self._journal = journal
         self._log = structlog.get_logger()
         self._readiness = readiness(self._loop)
-        self._partings = Partings(self._readiness, self._loop)
-        self._splices = Splices(self._partings)
+        self._closing = ClosingSockets(self._readiness, self._loop)
+        self._splices = Splices(self._closing)
         self._serving = self._served_with(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
         self._exchanges: set[asyncio.Task[None]] = set()
@@ -123,7 +123,7 @@ class Server:
             loop=self._loop,
             readiness=self._readiness,
             deadlines=Deadlines(self._loop, _precision(config.timeouts, sites.shortest_wait)),
-            partings=self._partings,
+            closing_sockets=self._closing,
             splices=self._splices,
         )
 
@@ -154,7 +154,7 @@ class Server:
         if config.end_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
-                    splice.end("site removed")
+                    splice.drain("site removed")
 
     async def handshakes_done(self) -> None:
         """Wait until every handshake that has begun by now is done, however it ends."""
@@ -177,20 +177,20 @@ class Server:
         self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
         distance = over / max(len(tunnels), 1)
         for place, splice in enumerate(tunnels):
-            self._loop.call_later(distance * (place + random.random()), splice.end, "stopped")  # noqa: S311
+            self._loop.call_later(distance * (place + random.random()), splice.drain, "stopped")  # noqa: S311
         try:
             async with asyncio.timeout(over):
                 await self._idle.wait()
         except TimeoutError:
             for splice in list(self._splices.all):
-                splice.end("stopped")
+                splice.drain("stopped")
             for task in (*self._unfinished, *self._exchanges):
                 self._cancel(task)
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
             await self._idle.wait()
         # Bounded as a whole: one that takes a byte now and then would hold the release for as long as it likes.
         deadline = self._loop.time() + self._serving.timeouts.close
-        while self._partings.open and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
+        while self._closing.open and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.01)
 
     def stop(self) -> None:
@@ -205,7 +205,7 @@ class Server:
         """Release everything, once `stop` or `finish` is through."""
         self.stop()
         await self._idle.wait()
-        self._partings.abort()
+        self._closing.reset_all()
         self._splices.close()
         self._readiness.close()
 
@@ -233,8 +233,8 @@ class Server:
                 continue  # the connection failed before it was accepted (accept(2)); the next may be well
             self._pause = 0.0
             # A connection takes two descriptors, what is being closed has one.
-            while self._partings.open and 2 * self._connections + len(self._partings.open) >= 2 * self._most - 1:
-                self._partings.give_way()
+            while self._closing.open and 2 * self._connections + len(self._closing.open) >= 2 * self._most - 1:
+                self._closing.reset_oldest()
             self._begin(sock, address[0] if isinstance(address, tuple) else "", proxied=proxied)
 
     def _begin(self, sock: socket.socket, peer: str, *, proxied: bool) -> None:

@@ -1,8 +1,9 @@
-"""Closing a socket so that its peer sees what was sent last.
+"""Close a socket so that its peer still receives what was sent last.
 
-Closing with unread input sends RST, and an RST destroys what is still on its way to the peer: in our send buffer and,
-on some systems, in its receive buffer (seen: 485 KB of 5 MB arrived). So the end is sent first, and what the peer
-still sends is thrown away for a moment; and an RST that is meant waits until what came before it has been taken.
+Closing a socket that has unread input sends RST, and an RST destroys what is still on its way to the peer: in our send
+buffer and, on some systems, in the peer's receive buffer (seen: 485 KB of 5 MB arrived). Therefore a graceful close
+sends FIN first and discards what the peer still sends for a moment, and an intended RST waits until the peer has
+received what was sent before it.
 """
 
 import asyncio
@@ -15,156 +16,168 @@ from collections.abc import Callable
 
 from tlstunnel.sockets.readiness import ERR, HUP, IN, AnyReadiness
 
-LINGER_BYTES = 65_536
-LINGER_SECONDS = 1.0
+DISCARD_BYTES = 65_536
+DISCARD_SECONDS = 1.0
+"""How much input of a closing socket is discarded, and for how long, before it is closed although the peer still sends.
 
-FIRST_LOOK, LAST_LOOK = 0.005, 0.25
-"""Seconds between two looks at how much the peer has taken, doubled from the first to the last: nothing tells of it."""
+Apache httpd (2 s between reads, 30 s in total) and nginx (5 s, 30 s) discard longer, but hold a connection for that.
+"""
+
+FIRST_CHECK, LAST_CHECK = 0.005, 0.25
+"""Seconds between two checks of how much the peer has acknowledged. They double from the first to the last: the kernel
+reports no event for it."""
 
 _TCP_CLOSE = b"\x07"  # tcpi_state, the first byte of struct tcp_info
-_ABORT = struct.pack("ii", 1, 0)
+_LINGER_0 = struct.pack("ii", 1, 0)
 
 
 def reset(sock: socket.socket) -> None:
-    """Close `sock` with RST: whatever is still to be sent is thrown away (SO_LINGER with 0 seconds)."""
+    """Close `sock` with RST and discard what is still to be sent (SO_LINGER with 0 seconds)."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
     sock.close()
 
 
-def _plain(sock: socket.socket) -> socket.socket:
-    """The descriptor of `sock` (an ``SSLSocket``, perhaps) as a plain socket; `sock` itself is then of no more use."""
-    raw = socket.socket(fileno=sock.detach())
-    raw.setblocking(False)
-    return raw
+def _detach(sock: socket.socket) -> socket.socket:
+    """Return a plain socket with the descriptor of `sock`, which may be an ``SSLSocket`` and is unusable afterwards."""
+    plain = socket.socket(fileno=sock.detach())
+    plain.setblocking(False)
+    return plain
 
 
-def _untaken(sock: socket.socket) -> int:
-    """How many bytes sent on `sock` its peer may still take (SIOCOUTQ of tcp(7)); 0 where nothing tells."""
+def _unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes sent on `sock` its peer may still acknowledge (SIOCOUTQ, tcp(7)).
+
+    0 for a connection that has failed or where the count is not available.
+    """
     try:
         # A connection that has failed keeps its count.
         if sock.family != socket.AF_UNIX and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _TCP_CLOSE:
             return 0
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4))[0])
-    except (OSError, AttributeError):
+    except OSError:
         return 0
 
 
-class Partings:
+class ClosingSockets:
     """The sockets of this process that are being closed."""
 
     def __init__(self, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop) -> None:
         self.readiness = readiness
         self.loop = loop
-        self.open: dict[_Parting, None] = {}  # oldest first
+        self.open: dict[_ClosingSocket, None] = {}  # oldest first
 
-    def linger(self, sock: socket.socket, patience: float = LINGER_SECONDS) -> None:
-        """Shut down the writing of `sock`, throw away what the peer sends, and close.
+    def close_gracefully(self, sock: socket.socket, timeout: float = DISCARD_SECONDS) -> None:
+        """Send FIN, discard what the peer still sends, and close.
 
-        That is once the peer ends too; or once it has taken everything and 64 KiB were thrown away or 1 s is over; or
-        once it has taken nothing for `patience` seconds. The descriptor must not be registered.
+        The socket is closed when the peer sends its own FIN; or when the peer has acknowledged everything and
+        DISCARD_BYTES were discarded or DISCARD_SECONDS have passed; or when the peer has acknowledged nothing for
+        `timeout` seconds. The descriptor must not be registered with the readiness.
         """
         if sock.fileno() >= 0:
-            _Linger(self, _plain(sock), patience)
+            _GracefulClose(self, _detach(sock), timeout)
 
-    def reset(self, sock: socket.socket, patience: float) -> None:
-        """Close `sock` with RST once its peer has taken what was sent, or has taken nothing for `patience` seconds."""
+    def reset_after_delivery(self, sock: socket.socket, timeout: float) -> None:
+        """Close `sock` with RST once the peer has acknowledged everything, or nothing for `timeout` seconds.
+
+        The descriptor must not be registered with the readiness.
+        """
         if sock.fileno() >= 0:
-            _Reset(self, _plain(sock), patience)
+            _DelayedReset(self, _detach(sock), timeout)
 
-    def give_way(self) -> None:
-        """Close the oldest with RST: its descriptor is needed, and a peer that takes a byte now and then never ends."""
+    def reset_oldest(self) -> None:
+        """Close the oldest with RST, to free its descriptor: a peer that reads a byte at a time can hold it forever."""
         next(iter(self.open)).close(reset)
 
-    def abort(self) -> None:
-        """Close what is left at once, with RST."""
-        for parting in list(self.open):
-            parting.close(reset)
+    def reset_all(self) -> None:
+        """Close all of them with RST, now."""
+        for closing in list(self.open):
+            closing.close(reset)
 
 
-class _Parting:
-    """A socket that is looked at again and again, until `close`."""
+class _ClosingSocket:
+    """A socket that is checked again and again until `close`."""
 
-    __slots__ = ("_deadline", "_look", "_partings", "_patience", "_sock", "_timer", "_was")
+    __slots__ = ("_deadline", "_interval", "_last_count", "_owner", "_sock", "_timeout", "_timer")
 
-    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
-        self._partings = partings
+    def __init__(self, owner: ClosingSockets, sock: socket.socket, timeout: float) -> None:
+        self._owner = owner
         self._sock = sock
-        self._patience = patience
-        self._look = FIRST_LOOK
-        self._was = -1
+        self._timeout = timeout
+        self._interval = FIRST_CHECK
+        self._last_count = -1
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def close(self, close: Callable[[socket.socket], None] = socket.socket.close) -> None:
-        """Close it, in one way or the other."""
+        """Close it with the function `close`: regularly or with RST."""
         if self._timer is not None:
             self._timer.cancel()
-        self._partings.readiness.unregister(self._sock.fileno())
-        self._partings.open.pop(self, None)
+        self._owner.readiness.unregister(self._sock.fileno())
+        self._owner.open.pop(self, None)
         close(self._sock)
 
-    def _taken(self, now: float) -> bool | None:
-        """Whether the peer has taken everything; None once it has not taken a byte for too long."""
-        untaken = _untaken(self._sock)
-        if untaken != self._was:
-            self._was, self._deadline = untaken, now + self._patience
-        return None if now >= self._deadline else not untaken
+    def _is_delivered(self, now: float) -> bool | None:
+        """Return whether the peer has acknowledged everything; None if it has made no progress for the timeout."""
+        count = _unacknowledged(self._sock)
+        if count != self._last_count:
+            self._last_count, self._deadline = count, now + self._timeout
+        return None if now >= self._deadline else not count
 
-    def _look_again(self, look: Callable[[], None]) -> None:
-        self._timer = self._partings.loop.call_later(self._look, look)
-        self._look = min(self._look * 2, LAST_LOOK)
+    def _check_later(self, check: Callable[[], None]) -> None:
+        self._timer = self._owner.loop.call_later(self._interval, check)
+        self._interval = min(self._interval * 2, LAST_CHECK)
 
 
-class _Linger(_Parting):
-    __slots__ = ("_thrown", "_until")
+class _GracefulClose(_ClosingSocket):
+    __slots__ = ("_discard_until", "_discarded")
 
-    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
-        super().__init__(partings, sock, patience)
-        self._thrown = 0
-        self._until = partings.loop.time() + LINGER_SECONDS
+    def __init__(self, owner: ClosingSockets, sock: socket.socket, timeout: float) -> None:
+        super().__init__(owner, sock, timeout)
+        self._discarded = 0
+        self._discard_until = owner.loop.time() + DISCARD_SECONDS
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-        partings.open[self] = None
-        partings.readiness.register(sock.fileno(), IN, self._on_event)
-        self._timer = partings.loop.call_later(LINGER_SECONDS, self._check)
+        owner.open[self] = None
+        owner.readiness.register(sock.fileno(), IN, self._on_event)
+        self._timer = owner.loop.call_later(DISCARD_SECONDS, self._check)
         self._on_event(IN)
 
     def _on_event(self, events: int) -> None:
         try:
-            # A turn's worth and no more, whatever the peer sends.
-            for _ in range(LINGER_BYTES // 16_384):
-                dropped = self._sock.recv(16_384)
-                if not dropped:
+            # Bounded for each wake-up, however much the peer sends.
+            for _ in range(DISCARD_BYTES // 16_384):
+                discarded = self._sock.recv(16_384)
+                if not discarded:
                     return self.close()
-                self._thrown += len(dropped)
+                self._discarded += len(discarded)
         except BlockingIOError:
-            # Both directions shut down is HUP without an error and without an end to read.
+            # When both directions are shut down, there is a HUP without an error and without an end to read.
             if events & (ERR | HUP):
                 self.close()
         except OSError:
             self.close()
         else:
-            if self._thrown >= LINGER_BYTES and not _untaken(self._sock):
+            if self._discarded >= DISCARD_BYTES and not _unacknowledged(self._sock):
                 self.close()
 
     def _check(self) -> None:
-        now = self._partings.loop.time()
-        taken = self._taken(now)
-        if taken is None or (taken and now >= self._until):
+        now = self._owner.loop.time()
+        delivered = self._is_delivered(now)
+        if delivered is None or (delivered and now >= self._discard_until):
             return self.close()
-        self._look_again(self._check)
+        self._check_later(self._check)
 
 
-class _Reset(_Parting):
+class _DelayedReset(_ClosingSocket):
     __slots__ = ()
 
-    def __init__(self, partings: Partings, sock: socket.socket, patience: float) -> None:
-        super().__init__(partings, sock, patience)
-        partings.open[self] = None
+    def __init__(self, owner: ClosingSockets, sock: socket.socket, timeout: float) -> None:
+        super().__init__(owner, sock, timeout)
+        owner.open[self] = None
         self._check()
 
     def _check(self) -> None:
-        if self._taken(self._partings.loop.time()) is False:
-            return self._look_again(self._check)
+        if self._is_delivered(self._owner.loop.time()) is False:
+            return self._check_later(self._check)
         self.close(reset)

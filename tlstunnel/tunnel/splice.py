@@ -25,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from tlstunnel.sockets.closing import Partings, reset
+from tlstunnel.sockets.closing import ClosingSockets, reset
 from tlstunnel.sockets.readiness import EDGE, ERR, HUP, IN, OUT
 from tlstunnel.tls.truncation import is_truncation
 
@@ -406,7 +406,7 @@ class Splice:
         except Exception:
             self.fault()
 
-    def end(self, reason: str) -> None:
+    def drain(self, reason: str) -> None:
         """End the tunnel from our side, once what both sides have sent until now is delivered."""
         if not self.over and not self.draining:
             self.blame(None, reason)
@@ -417,7 +417,7 @@ class Splice:
                     side.on_event(IN)
 
     def cut(self) -> None:
-        """Read no more of either side: one of them did not stop sending after `end`."""
+        """Read no more of either side: one of them did not stop sending after `drain`."""
         if not self.over:
             for side in (self.client, self.origin):
                 if side.flow < ENDS:
@@ -480,14 +480,14 @@ class Splice:
         if self.draining or any(side.failure or side.end == TRUNCATED for side in (self.client, self.origin)):
             # It may have input that nobody has read.
             self.splices.readiness.unregister(sock.fileno())
-            self.splices.partings.linger(sock, self.close_timeout)
+            self.splices.closing_sockets.close_gracefully(sock, self.close_timeout)
         else:
             self.splices.readiness.forget(sock.fileno())
             sock.close()
 
     def _reset(self, sock: socket.socket) -> None:
         self.splices.readiness.unregister(sock.fileno())
-        self.splices.partings.reset(sock, self.close_timeout)
+        self.splices.closing_sockets.reset_after_delivery(sock, self.close_timeout)
 
     def _reset_now(self, sock: socket.socket) -> None:
         self.splices.readiness.unregister(sock.fileno())
@@ -507,10 +507,10 @@ class Splices:
     never touches a timer.
     """
 
-    def __init__(self, partings: Partings) -> None:
-        self.readiness = partings.readiness
-        self.partings = partings
-        self.loop = partings.loop
+    def __init__(self, closing_sockets: ClosingSockets) -> None:
+        self.readiness = closing_sockets.readiness
+        self.closing_sockets = closing_sockets
+        self.loop = closing_sockets.loop
         self.all: dict[Splice, None] = {}  # oldest first
         self._closing: set[Splice] = set()
         self._limited: set[Splice] = set()
@@ -592,7 +592,7 @@ class Splices:
             elif closing and now - splice.since >= splice.close_timeout:
                 splice.abort(STUCK)
             elif not closing and splice.idle_timeout is not None and now - splice.since >= splice.idle_timeout:
-                splice.end(IDLE)
+                splice.drain(IDLE)
         if self._closing:
             self._sweep_in(min(splice.close_timeout for splice in self._closing))
         if self._limited:

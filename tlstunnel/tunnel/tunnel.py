@@ -31,7 +31,7 @@ from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import OriginTLSFailed, explain
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import Channel, ClientGone, address_of
-from tlstunnel.sockets.closing import LINGER_SECONDS, Partings, reset
+from tlstunnel.sockets.closing import DISCARD_SECONDS, ClosingSockets, reset
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup
 from tlstunnel.sockets.readiness import AnyReadiness
 from tlstunnel.tls import hello as tls_hello
@@ -59,7 +59,7 @@ class Serving:
     loop: asyncio.AbstractEventLoop
     readiness: AnyReadiness
     deadlines: Deadlines
-    partings: Partings
+    closing_sockets: ClosingSockets
     splices: Splices
 
     def proxied(self, listener: ListenAddress) -> bool:
@@ -492,7 +492,7 @@ class Tunnel:
         )
         if site.max_age is not None:
             age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - spreads, and hides nothing
-            oldest = serving.loop.call_later(age, splice.end, "max age")
+            oldest = serving.loop.call_later(age, splice.drain, "max age")
         splice.start()
 
     def _answered(self) -> None:
@@ -537,9 +537,9 @@ class Tunnel:
         with contextlib.suppress(OSError):
             socket.socket.send(self._client.sock, dropped.answer)
         self._release()
-        self._serving.partings.linger(self._client.sock)
+        self._serving.closing_sockets.close_gracefully(self._client.sock)
 
-    def _end(self, who: str, why: str, patience: float = LINGER_SECONDS) -> None:
+    def _end(self, who: str, why: str, patience: float = DISCARD_SECONDS) -> None:
         """End with close_notify and FIN, so that what was sent arrives."""
         self._recorded(who, why)
         client = self._client.sock
@@ -548,7 +548,7 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 client.unwrap()
         self._release()
-        self._serving.partings.linger(client, patience)
+        self._serving.closing_sockets.close_gracefully(client, patience)
 
     def _abort(self, who: str, why: str) -> None:
         """End with RST."""
