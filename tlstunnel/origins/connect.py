@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 
+from tlstunnel.backoff import Backoff
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel, ClientGone
@@ -13,8 +14,8 @@ from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.options import tune
 from tlstunnel.sockets.readiness import AnyReadiness
 
-RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.02, 0.5
-"""Pause before a Unix socket is tried again whose backlog is full: unlike TCP, connect(2) does not wait there."""
+RETRIES = Backoff(first=0.02, longest=0.5)
+"""Between attempts at a Unix socket whose backlog is full: unlike TCP, connect(2) does not wait there."""
 
 STAGGER = 0.25
 """Seconds after which the next address of the same name is tried beside one that has not answered: the Connection
@@ -66,15 +67,15 @@ class _Attempts:
         self.under_way: list[tuple[Member, Channel]] = []
 
     async def run(self, members: Sequence[Member], client: Channel) -> tuple[Member, Channel]:
-        pause = RETRY_SECONDS
+        pause = 0.0
         last = len(members) - 1
         for place, member in enumerate(members):
             while (channel := self._begin(member)) is None:
                 # The backlog of a Unix socket is full.
                 if client.gone:
                     raise ClientGone
+                pause = RETRIES.after(pause)
                 await self._wakeup.sleep(pause)
-                pause = min(pause * 2, LONGEST_RETRY_SECONDS)
             if isinstance(channel, Channel):
                 return member, channel
             if self.under_way:

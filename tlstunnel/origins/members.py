@@ -5,12 +5,12 @@ Passive: after `Ejection.failures` failures in a row it is left alone for `Eject
 check says that it is down, it is not asked. Time is a loop's, seconds; nothing here asks the clock.
 """
 
-import random
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlstunnel.addresses import OriginAddress
+from tlstunnel.backoff import Backoff
 from tlstunnel.config import Ejection
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ succeeds brings it back."""
 
 _JITTER = 0.1
 """Part of a delay by which it varies: processes that ejected an origin together do not try it together."""
-
-_chance = random.Random()  # noqa: S311 - spreads, and hides nothing
 
 
 class Use:
@@ -120,8 +118,9 @@ class Member:
             return False  # begun before it was ejected
         if self._failures < ejection.failures:
             return False
-        self._delay = min(self._delay * 2, ejection.longest) if was else float(ejection.delay)
-        self._out_until = now + self._delay * (1 + _JITTER * _chance.random())
+        backoff = Backoff(float(ejection.delay), float(ejection.longest), _JITTER)
+        self._delay = backoff.after(self._delay)
+        self._out_until = now + backoff.spread(self._delay)
         return not was
 
     def given_up(self) -> None:

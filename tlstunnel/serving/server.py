@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import structlog
 
 from tlstunnel.addresses import ListenAddress
+from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.journal import Journal
@@ -29,8 +30,8 @@ ACCEPTS_A_TURN = 64
 SHARE = 10
 """One address may hold this part of the cap on unfinished handshakes: a tenth."""
 
-# Pause after accept ran out of means, seconds; doubled up to the longest. The bounds of Go's net/http.
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
+PAUSES = Backoff(first=0.005, longest=1.0)
+"""Between attempts to accept when out of descriptors or memory. The bounds of Go's net/http."""
 
 RESERVED_DESCRIPTORS = 32
 """Kept for everything that is no connection: listeners, epoll, the resolver's files, a close_notify."""
@@ -286,7 +287,7 @@ class Server:
 
     def _pause_accepting(self, why: str) -> None:
         """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
-        self._pause = min(max(self._pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE)
+        self._pause = PAUSES.after(self._pause)
         self._watch(self._accepted_at, on=False)
         self._journal.sampled("accepting paused", why, connections=self._connections)
         self._paused = self._loop.call_later(self._pause, self._resume_accepting)

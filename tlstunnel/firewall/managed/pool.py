@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from tlstunnel.backoff import Backoff
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed.helper import EVALUATIONS
 from tlstunnel.firewall.managed.messages import (
@@ -40,9 +41,8 @@ LOADING = 30.0
 NEXT_CHILD = 2.0
 """Seconds for a helper to go on with a new child; 0.002 is usual. Beyond that the helper itself is killed."""
 
-SHORTEST_PAUSE = 0.1
-LONGEST_PAUSE = 10.0
-"""Seconds between attempts to start a helper that cannot load, doubled from the one to the other."""
+RESTARTS = Backoff(first=0.1, longest=10.0)
+"""Between attempts to start a helper that cannot load."""
 
 
 class Failure(enum.Enum):
@@ -312,14 +312,14 @@ class _Helper:
 
     async def _start_anew(self, reason: str) -> None:
         self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._reaped()}")
-        pause = SHORTEST_PAUSE
+        pause = 0.0
         while True:
             try:
                 return await self.start()
             except (ConfigurationError, OSError) as error:
+                pause = RESTARTS.after(pause)
                 self.pool.log(f"a helper for managed rules cannot be started, next attempt in {pause:.1f} s: {error}")
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _reaped(self) -> str:
         """Kill the process and its child, and wait for it; says how it ended."""
