@@ -1,0 +1,50 @@
+"""The log's words: each is one text, written as a string wherever it goes."""
+
+import logging
+
+import msgspec
+import pytest
+import structlog
+
+from tlstunnel.journal.events import VARIABLE, EndedBy, Event, Reason, WorkerOutcome, fixed_reason
+
+
+@pytest.mark.parametrize("words", [Event, Reason, EndedBy, WorkerOutcome])
+def test_no_text_is_used_twice(words: type[Event] | type[Reason]) -> None:
+    assert len(words.__members__) == len(set(words.__members__.values()))
+
+
+def test_a_word_is_written_as_its_text_in_both_formats() -> None:
+    assert msgspec.json.encode({"reason": Reason.MAX_AGE}) == b'{"reason":"max age"}'
+    render = structlog.dev.ConsoleRenderer(colors=False, repr_native_str=True)
+    assert "reason='max age'" in render(None, "info", {"event": Event.CONNECTION, "reason": Reason.MAX_AGE})
+    assert logging.Formatter().format(logging.makeLogRecord({"msg": Event.READY})) == "ready"
+
+
+def test_a_word_is_found_by_its_text() -> None:
+    texts: dict[str, int] = {"max age": 1}
+    reasons: dict[str, int] = {Reason.MAX_AGE: 1}
+    assert texts[Reason.MAX_AGE] == reasons["max age"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "fixed"),
+    [
+        ("closed", Reason.CLOSED),
+        (Reason.TLS_TIMED_OUT, Reason.TLS_TIMED_OUT),
+        ("managed rules: guard", Reason.MANAGED_RULES_GUARD),
+        ("TLS error: SSLV3_ALERT_BAD_CERTIFICATE", Reason.TLS_ERROR),
+        ("rule: admin: only from inside", Reason.RULE),
+        ("tls: socket error: No route to host", Reason.TLS_SOCKET_ERROR),
+        ("closed: again", None),
+        ("whatever", None),
+        ("", None),
+    ],
+)
+def test_a_reason_has_a_fixed_part(reason: str, fixed: Reason | None) -> None:
+    assert fixed_reason(reason) is fixed
+
+
+def test_no_fixed_part_is_ambiguous() -> None:
+    for variable in VARIABLE:
+        assert not any(reason.startswith(f"{variable}: ") for reason in Reason)
