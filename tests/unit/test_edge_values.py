@@ -15,10 +15,10 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, UpgradeRequest
 from tlstunnel.edge.values import Forwarded, InvalidReply, outcome, upgrade_request
 from tlstunnel.firewall.facts import Connection, normal_path
-from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Switched
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader
+from tlstunnel.handshake.response import BadResponse, Switched, UpgradeResponseReader
 from tlstunnel.tunnel.sites import SiteEdits
 
 CONNECTION = Connection(
@@ -536,7 +536,7 @@ def test_any_sub_list_in_order_and_no_other(offered: list[str], data: st.DataObj
     found = [value for name, value in fields(after) if name.lower() == b"sec-websocket-protocol"]
     assert found == ([", ".join(part).encode()] if part else [])
     for chosen in {*offered, "never"}:
-        answer = AnswerReader(made(after).request)
+        answer = UpgradeResponseReader(made(after).request)
         said = (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: %b\r\n\r\n"
@@ -545,7 +545,7 @@ def test_any_sub_list_in_order_and_no_other(offered: list[str], data: st.DataObj
         if chosen in part:
             assert isinstance(answer.feed(said), Switched)
         else:
-            with pytest.raises(BadAnswer):
+            with pytest.raises(BadResponse):
                 answer.feed(said)
 
 

@@ -8,7 +8,7 @@ import click
 
 from tlstunnel.config import SiteConfig
 from tlstunnel.handshake.request import Request
-from tlstunnel.handshake.typed import typed_field, typed_head
+from tlstunnel.handshake.text import build_head, parse_field
 from tlstunnel.tunnel.sites import candidates
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -26,11 +26,11 @@ def options(command: Command) -> Command:
 def head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool = False) -> bytes:
     """The whole head of `request`; without a Host field it is for the site. Raises click.BadParameter."""
     try:
-        fields = [typed_field(header) for header in headers]
+        fields = [parse_field(header) for header in headers]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--header") from None
     try:
-        return typed_head(request, fields, site.names[0], plain=plain)
+        return build_head(request, fields, site.names[0], plain=plain)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="request") from None
 

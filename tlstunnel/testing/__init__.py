@@ -59,7 +59,7 @@ from tlstunnel.edge.values import upgrade_request as seen
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
-from tlstunnel.handshake.typed import typed_head
+from tlstunnel.handshake.text import build_head
 
 PATIENCE = 15.0
 """How long anything may take before a test fails: generous, since only a failing test waits for all of it."""
@@ -285,7 +285,7 @@ class EdgeTunnel:
         """
         key = base64.b64encode(secrets.token_bytes(16)).decode()
         fields = [*_pairs(headers, subprotocols), ("Sec-WebSocket-Key", key)]
-        sent = typed_head(f"GET {path}", fields, host)
+        sent = build_head(f"GET {path}", fields, host)
         address = "127.0.0.1", self.port
         with self._asking:
             before = len(self.log)
@@ -424,10 +424,10 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
     What every WebSocket handshake has is added. Raises ValueError: the tunnel would refuse it before the worker.
     """
     try:
-        read = RequestReader().feed(typed_head(request, _pairs(headers, subprotocols), site))
+        read = RequestReader().feed(build_head(request, _pairs(headers, subprotocols), site))
     except Refusal as refusal:
         raise ValueError(f"the tunnel refuses this with {refusal.status}: {refusal.text}") from None
-    if read is None:  # pragma: no cover - typed_head gives a whole one
+    if read is None:  # pragma: no cover - build_head gives a whole one
         raise ValueError("this is no whole request")
     subject, der = (client_certificate.subject, client_certificate.der) if client_certificate else ("", None)
     tls = "TLSv1.3", "TLS_AES_256_GCM_SHA384", read.host, "t13d1516h2_8daaf6152771_02713d6af862"

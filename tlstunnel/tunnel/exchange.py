@@ -8,10 +8,10 @@ import asyncio
 import math
 
 from tlstunnel.config import Timeouts
-from tlstunnel.handshake.answer import BadAnswer
-from tlstunnel.handshake.passing import BodyReader, PlainAnswerReader
+from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest
+from tlstunnel.handshake.response import BadResponse
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 
@@ -46,7 +46,7 @@ class Exchange:
         self._client, self._origin = client, origin
         self._wakeup, self._timeouts = wakeup, timeouts
         self._body = BodyReader(request)
-        self._answer = PlainAnswerReader(request)
+        self._answer = PlainResponseReader(request)
         self._early = early
         self._to_origin, self._to_client = head, b""
         self._uploads = True
@@ -79,7 +79,7 @@ class Exchange:
             if self.status:
                 raise Broken("client", "malformed body", refusal.detail) from None
             raise
-        except BadAnswer as error:
+        except BadResponse as error:
             if self.status:
                 raise Broken("origin", "answer cut short", error.reason) from None
             raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
@@ -99,7 +99,7 @@ class Exchange:
             try:
                 data = self._origin.recv_now()
             except OSError as error:
-                raise BadAnswer(error.strerror or str(error)) from None
+                raise BadResponse(error.strerror or str(error)) from None
             if data is not None:
                 self._to_client, moved = self._answer.feed(data), True
         return moved

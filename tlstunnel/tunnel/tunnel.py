@@ -18,10 +18,10 @@ from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import Firewall
-from tlstunnel.handshake.answer import AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
+from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
 from tlstunnel.journal.journal import Journal, Record
 from tlstunnel.origins.balance import Asking
 from tlstunnel.origins.connect import OriginUnreachable
@@ -366,18 +366,18 @@ class Tunnel:
 
     # answer
 
-    async def _ask(self, request: UpgradeRequest, site: Site) -> tuple[Switched | Declined, AnswerReader]:
+    async def _ask(self, request: UpgradeRequest, site: Site) -> tuple[Switched | Declined, UpgradeResponseReader]:
         """Send the request on, and nothing else of the client's before the origin's 101 has been verified."""
         assert self._origin is not None
         timeout = self._serving.timeouts.origin_answer
         self._wait_at_most(timeout)
-        reader = AnswerReader(request)
+        reader = UpgradeResponseReader(request)
         answer = None
         try:
             await self._origin.send(self._head(request, site))
             while answer is None:
                 answer = reader.feed(await self._origin.recv(unless_gone=self._client))
-        except BadAnswer as error:
+        except BadResponse as error:
             self._failed(error.reason)
             raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
         except TimeoutError:
@@ -398,7 +398,7 @@ class Tunnel:
             edits = edits.then(self._edits)
         return forwarded_head(request, forwarding, edits)
 
-    async def _relay(self, declined: Declined, reader: AnswerReader) -> None:
+    async def _relay(self, declined: Declined, reader: UpgradeResponseReader) -> None:
         """Pass on the origin's own refusal, whole, and end. Time counts from the last byte that got on."""
         record, timeout = self._record, self._serving.timeouts.close
         record.verdict = "pass"
@@ -411,7 +411,7 @@ class Tunnel:
                 # Neither has to wait while both are ready, and others would not get their turn.
                 await asyncio.sleep(0)
                 await self._client.send(await self._more_of(reader))
-        except BadAnswer as error:
+        except BadResponse as error:
             record.detail = error.reason
             return self._abort("origin", "answer cut short")
         except ClientGone:
@@ -421,14 +421,14 @@ class Tunnel:
             return self._abort("tunnel", "answer timed out")
         self._end("origin", "declined", timeout)
 
-    async def _more_of(self, reader: AnswerReader) -> bytes:
+    async def _more_of(self, reader: UpgradeResponseReader) -> bytes:
         assert self._origin is not None
         try:
             data = await self._origin.recv(unless_gone=self._client)
         except TimeoutError:
             raise
         except OSError as error:
-            raise BadAnswer(error.strerror or str(error)) from None
+            raise BadResponse(error.strerror or str(error)) from None
         return reader.body(data)
 
     async def _pass(self, request: PlainRequest, early: bytes, site: Site) -> None:

@@ -20,8 +20,8 @@ from tests.handshakes import (
     start,
     without,
 )
-from tlstunnel.handshake.answer import MAX_ANSWER_HEAD, AnswerReader, BadAnswer, Declined, Switched
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.handshake.response import MAX_RESPONSE_HEAD, BadResponse, Declined, Switched, UpgradeResponseReader
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
@@ -42,27 +42,27 @@ OFFERS = asked(
 
 
 def switched(data: bytes, to: UpgradeRequest = PLAIN) -> Switched:
-    found = AnswerReader(to).feed(data)
+    found = UpgradeResponseReader(to).feed(data)
     assert isinstance(found, Switched)
     return found
 
 
-def answered(reader: AnswerReader, fed: Iterator[bytes]) -> Switched | Declined:
+def answered(reader: UpgradeResponseReader, fed: Iterator[bytes]) -> Switched | Declined:
     """What `reader` gives once it has got as much of `fed` as it needs."""
     return next(found for found in map(reader.feed, fed) if found is not None)
 
 
 def bad(data: bytes, to: UpgradeRequest = PLAIN) -> str:
     """Why the origin's `data`, and then its end, are no answer."""
-    reader = AnswerReader(to)
-    with pytest.raises(BadAnswer) as caught:
+    reader = UpgradeResponseReader(to)
+    with pytest.raises(BadResponse) as caught:
         answered(reader, iter((data, b"")))
     return caught.value.reason
 
 
 def relayed(*data: bytes) -> tuple[Declined, bytes]:
     """What of the origin's `data`, then its end, goes to the client: the answer, and head and body as bytes."""
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     fed = iter((*data, b""))
     found = answered(reader, fed)
     assert isinstance(found, Declined)
@@ -177,7 +177,7 @@ def test_reason_of_a_101(line: bytes, sent: bytes) -> None:
 
 
 def test_byte_by_byte_gives_the_same() -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     *first, last = (bytes((byte,)) for byte in CONTINUE + RIGHT)
     assert [reader.feed(byte) for byte in first] == [None] * len(first)
     assert reader.feed(last) == Switched(RIGHT, b"")
@@ -258,7 +258,7 @@ def test_1xx_before_the_101_is_dropped(before: bytes) -> None:
 
 
 def test_1xx_in_segments_of_their_own_are_dropped() -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     assert reader.feed(CONTINUE) is None
     assert reader.feed(HINTS) is None
     assert reader.feed(RIGHT) == Switched(RIGHT, b"")
@@ -272,12 +272,12 @@ def test_1xx_before_another_status_is_dropped() -> None:
 
 @pytest.mark.parametrize("piece", [1000, 65_536])
 def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     endless = CONTINUE * 10_000
     fed = iter([endless[at : at + piece] for at in range(0, len(endless), piece)])
-    with pytest.raises(BadAnswer, match="too large"):
+    with pytest.raises(BadResponse, match="too large"):
         answered(reader, fed)
-    assert len(b"".join(fed)) >= len(endless) - MAX_ANSWER_HEAD - 2 * piece
+    assert len(b"".join(fed)) >= len(endless) - MAX_RESPONSE_HEAD - 2 * piece
 
 
 # What is no answer.
@@ -363,8 +363,8 @@ def sized(size: int) -> bytes:
 @pytest.mark.parametrize("before", [b"", CONTINUE])
 @pytest.mark.parametrize("over", [-1, 0, 1, 10_000])
 def test_limit_of_the_heads_does_not_depend_on_the_split(over: int, before: bytes, piece: int) -> None:
-    """65 536 bytes for the 1xx and the final head together, as `MAX_ANSWER_HEAD` says."""
-    data = before + sized(MAX_ANSWER_HEAD - len(before) + over) + b"frames"
+    """65 536 bytes for the 1xx and the final head together, as `MAX_RESPONSE_HEAD` says."""
+    data = before + sized(MAX_RESPONSE_HEAD - len(before) + over) + b"frames"
     found = outcome([data[at : at + piece] for at in range(0, len(data), piece)])
     assert found[0] == ("bad" if over > 0 else "switched")
 
@@ -445,7 +445,7 @@ def test_length_delimits_the_body() -> None:
 
 
 def test_length_nought_is_complete_at_once() -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     assert reader.feed(start(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"0")])) is not None
     assert not reader.complete
     assert reader.body(None) == b""
@@ -487,7 +487,7 @@ def test_end_right_behind_the_head_is_an_empty_body() -> None:
 )
 def test_204_and_304_have_no_body(status: int, fields: list[Field]) -> None:
     """RFC 9112 section 6.3, item 1: the empty line ends them, whatever the fields say."""
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     found = reader.feed(start(b"HTTP/1.1 %d x" % status, fields) + b"hello")
     assert isinstance(found, Declined)
     assert reader.body(None) == b""
@@ -512,19 +512,19 @@ def test_response_of_http_1_0_is_relayed_as_1_1() -> None:
     ],
 )
 def test_body_cut_short_is_a_bad_answer(data: bytes) -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     assert isinstance(reader.feed(data), Declined)
     reader.body(None)
-    with pytest.raises(BadAnswer):
+    with pytest.raises(BadResponse):
         reader.body(b"")
     assert not reader.complete
 
 
 @pytest.mark.parametrize("chunk", [b"x\r\n", b"-5\r\n", b"5 5\r\n", b"5\r\nhelloX", b"F" * 21 + b"\r\n"])
 def test_bad_chunk_is_a_bad_answer(chunk: bytes) -> None:
-    reader = AnswerReader(PLAIN)
+    reader = UpgradeResponseReader(PLAIN)
     assert reader.feed(start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + chunk) is not None
-    with pytest.raises(BadAnswer):
+    with pytest.raises(BadResponse):
         reader.body(None)
 
 
@@ -550,7 +550,7 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
     A body that turns out to be bad keeps what was given of it before: that went to the client already, so only the
     verdict is compared.
     """
-    reader, rest = AnswerReader(OFFERS), iter((*fed, b""))
+    reader, rest = UpgradeResponseReader(OFFERS), iter((*fed, b""))
     try:
         found = answered(reader, rest)
         if isinstance(found, Switched):
@@ -558,7 +558,7 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
         out = reader.body(None)
         while not reader.complete:
             out += reader.body(next(rest))
-    except BadAnswer:
+    except BadResponse:
         return ("bad",)
     return "declined", found.status, understood(found.head + out)[1], found.head
 

@@ -13,7 +13,7 @@ _OWN = {
 }
 
 
-def typed_field(text: str) -> FieldText:
+def parse_field(text: str) -> FieldText:
     """Read ``NAME: VALUE``. Raises ValueError."""
     name, colon, value = text.partition(":")
     if not colon or not name.strip():
@@ -21,7 +21,7 @@ def typed_field(text: str) -> FieldText:
     return name.strip(), value.strip()
 
 
-def typed_head(text: str, fields: Iterable[FieldText], host: str, *, plain: bool = False) -> bytes:
+def build_head(text: str, fields: Iterable[FieldText], host: str, *, plain: bool = False) -> bytes:
     """The head of the request that `text` is, with these fields and what every WebSocket handshake has.
 
     `host` is for Host where the fields have none; of a site's wildcard, some name that it covers. A `plain` request is

@@ -23,7 +23,7 @@ from tlstunnel.handshake.fields import (
 from tlstunnel.handshake.refusal import head
 from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 
-MAX_ANSWER_HEAD = 65_536
+MAX_RESPONSE_HEAD = 65_536
 """Bytes of the heads before the final one and of the final one, together. Envoy takes 60 KiB, node 16 KiB."""
 
 _NO_LENGTH = frozenset({b"content-length"})
@@ -45,7 +45,7 @@ _UPGRADE = h11.Request(
 _END = h11.EndOfMessage()
 
 
-class BadAnswer(Exception):
+class BadResponse(Exception):
     """The origin sent what is no answer to this request. `reason` is for the record; nothing goes on to the client."""
 
     def __init__(self, reason: str) -> None:
@@ -64,7 +64,7 @@ class Switched:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Another final response: its status and the head for the client. The body follows from `AnswerReader.body`."""
+    """Another final response: its status and the head for the client. `UpgradeResponseReader.body` reads its body."""
 
     status: int
     head: bytes
@@ -85,7 +85,7 @@ class ResponseReader:
     def _parser(self) -> h11.Connection:
         """h11's parser, made for the first answer that is not a plain 101 in one piece."""
         if self._made is None:
-            self._made = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD)
+            self._made = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_RESPONSE_HEAD)
             self._made.send(_UPGRADE)
             self._made.send(_END)
         return self._made
@@ -102,24 +102,24 @@ class ResponseReader:
                 content = b""
                 self._body.end()
         except BadBody as error:
-            raise BadAnswer(error.reason) from None
+            raise BadResponse(error.reason) from None
         self.complete = self._body.complete
         if not self._chunked:
             return content
         return chunk(content) + (LAST_CHUNK if self.complete else b"")
 
     def _final(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
-        """Take the next bytes; give the final head, or a 101, once it is complete. Raises `BadAnswer`."""
+        """Take the next bytes; give the final head, or a 101, once it is complete. Raises `BadResponse`."""
         if not data:
-            raise BadAnswer("origin closed without an answer")
+            raise BadResponse("origin closed without an answer")
         self._taken += len(data)
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
             self._interim(event)
             event = self._next_event(None)
         self._behind, _ = self._parser.trailing_data
-        if self._taken - (0 if event is h11.NEED_DATA else len(self._behind)) > MAX_ANSWER_HEAD:
-            raise BadAnswer("answer head too large")
+        if self._taken - (0 if event is h11.NEED_DATA else len(self._behind)) > MAX_RESPONSE_HEAD:
+            raise BadResponse("answer head too large")
         if event is h11.NEED_DATA:
             return None
         assert isinstance(event, h11.InformationalResponse | h11.Response)
@@ -139,16 +139,16 @@ class ResponseReader:
                 self._parser.receive_data(data)
             return self._parser.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadAnswer(f"answer is not HTTP: {error}"[:MAX_DETAIL]) from None
+            raise BadResponse(f"answer is not HTTP: {error}"[:MAX_DETAIL]) from None
 
     def _declined(self, event: h11.Response) -> Declined:
         fields = checked_fields(event)
         coded = b"transfer-encoding" in fields
         lengths = fields.get(b"content-length")
         if coded and lengths:
-            raise BadAnswer("answer has both Content-Length and Transfer-Encoding")
+            raise BadResponse("answer has both Content-Length and Transfer-Encoding")
         if coded and event.http_version < b"1.1":  # RFC 9112 section 6.1: its framing is faulty
-            raise BadAnswer("answer of HTTP/1.0 has Transfer-Encoding")
+            raise BadResponse("answer of HTTP/1.0 has Transfer-Encoding")
         dropped = hop_by_hop(fields)
         bodiless = self._has_no_body(event.status_code)
         self._chunked = coded and not bodiless
@@ -170,11 +170,11 @@ class ResponseReader:
         return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
 
-class AnswerReader(ResponseReader):
+class UpgradeResponseReader(ResponseReader):
     """The origin's bytes in, its answer to `request` out.
 
     First `feed` until it gives a `Switched` or a `Declined`. After a `Declined`, `body` gives the body's bytes, framed
-    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadAnswer`.
+    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadResponse`.
     """
 
     def __init__(self, request: UpgradeRequest) -> None:
@@ -182,7 +182,7 @@ class AnswerReader(ResponseReader):
         self._request = request
 
     def feed(self, data: bytes) -> Switched | Declined | None:
-        """Take the next bytes; give the answer once its head is complete. Raises `BadAnswer`."""
+        """Take the next bytes; give the answer once its head is complete. Raises `BadResponse`."""
         if not self._taken and (switched := self._plainly_switched(data)):
             return switched
         event = self._final(data)
@@ -191,7 +191,7 @@ class AnswerReader(ResponseReader):
         if isinstance(event, h11.Response):
             return self._declined(event)
         if event.http_version != b"1.1":
-            raise BadAnswer("101 in another version than HTTP/1.1")
+            raise BadResponse("101 in another version than HTTP/1.1")
         return self._switched(event.reason, checked_fields(event), event.headers.raw_items(), self._behind)
 
     def _plainly_switched(self, data: bytes) -> Switched | None:
@@ -199,7 +199,7 @@ class AnswerReader(ResponseReader):
 
         None leaves the decision to h11: about everything that is not a 101 by the letter, or not whole yet.
         """
-        match = _SWITCHING.match(data, 0, MAX_ANSWER_HEAD)
+        match = _SWITCHING.match(data, 0, MAX_RESPONSE_HEAD)
         if match is None:
             return None
         lines = (line.partition(b":") for line in match[2].split(b"\r\n")[:-1])
@@ -218,23 +218,23 @@ class AnswerReader(ResponseReader):
 
 
 def checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
-    """The fields of an origin's head by name. Raises `BadAnswer` for one that may not go on to a client."""
+    """The fields of an origin's head by name. Raises `BadResponse` for one that may not go on to a client."""
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
-        raise BadAnswer("answer head holds a control character")
+        raise BadResponse("answer head holds a control character")
     return by_name(raw)
 
 
 def _verify(request: UpgradeRequest, fields: ByName) -> None:
     """RFC 6455 section 4.1, the client's six checks of a 101."""
     if [value.lower() for value in tokens(fields, b"upgrade")] != [b"websocket"]:
-        raise BadAnswer("101 without Upgrade: websocket")
+        raise BadResponse("101 without Upgrade: websocket")
     if not has_token(fields, b"connection", b"upgrade"):
-        raise BadAnswer("101 without Connection: Upgrade")
+        raise BadResponse("101 without Connection: Upgrade")
     if fields.get(b"sec-websocket-accept") != [generate_accept_token(request.key)]:
-        raise BadAnswer("101 with a wrong Sec-WebSocket-Accept")
+        raise BadResponse("101 with a wrong Sec-WebSocket-Accept")
     if not extension_names(fields) <= request.extensions:
-        raise BadAnswer("101 with an extension that was not asked for")
+        raise BadResponse("101 with an extension that was not asked for")
     subprotocols = fields.get(b"sec-websocket-protocol", ())
     if len(subprotocols) > 1 or not request.subprotocols.issuperset(subprotocols):
-        raise BadAnswer("101 with a subprotocol that was not asked for")
+        raise BadResponse("101 with a subprotocol that was not asked for")

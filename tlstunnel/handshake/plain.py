@@ -6,11 +6,11 @@ comes behind its body is thrown away here, so that nothing reaches an origin tha
 
 import h11
 
-from tlstunnel.handshake.answer import BadAnswer, ResponseReader, checked_fields
 from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, chunk
 from tlstunnel.handshake.fields import hop_by_hop
 from tlstunnel.handshake.refusal import Refusal, head
 from tlstunnel.handshake.request import PlainRequest
+from tlstunnel.handshake.response import BadResponse, ResponseReader, checked_fields
 
 _LENGTH = frozenset({b"content-length"})
 
@@ -46,10 +46,10 @@ class BodyReader:
         return chunk(content) + (LAST_CHUNK if self.complete else b"")
 
 
-class PlainAnswerReader(ResponseReader):
+class PlainResponseReader(ResponseReader):
     """The origin's bytes in, the response to `request` for the client out, until `complete`.
 
-    `status` is that of the final response once `feed` has given a byte of it: before, a `BadAnswer` can still be
+    `status` is that of the final response once `feed` has given a byte of it: before, a `BadResponse` can still be
     answered with a 502; after it the client must see the response break off.
     """
 
@@ -60,7 +60,7 @@ class PlainAnswerReader(ResponseReader):
         self._interims = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes (``b""``: the origin's end); give what goes to the client. Raises `BadAnswer`."""
+        """Take the next bytes (``b""``: the origin's end); give what goes to the client. Raises `BadResponse`."""
         if self.status:
             return self.body(data)
         event = self._final(data)
@@ -68,7 +68,7 @@ class PlainAnswerReader(ResponseReader):
         if event is None:
             return out
         if isinstance(event, h11.InformationalResponse):
-            raise BadAnswer("101 to a request that asks for no upgrade")
+            raise BadResponse("101 to a request that asks for no upgrade")
         declined = self._declined(event)
         out += declined.head + self.body(None)
         self.status = declined.status

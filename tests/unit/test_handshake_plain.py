@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, pieces, request, splits, start, without
 from tlstunnel.addresses import Networks
-from tlstunnel.handshake.answer import MAX_ANSWER_HEAD, BadAnswer
 from tlstunnel.handshake.body import MAX_CHUNK_LINE, MAX_TRAILER, BadBody, Chunked
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
-from tlstunnel.handshake.passing import BodyReader, PlainAnswerReader
+from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import MAX_LENGTH, PlainRequest, Request, RequestReader, UpgradeRequest
+from tlstunnel.handshake.response import MAX_RESPONSE_HEAD, BadResponse
 
 HOST: Field = (b"Host", b"chat.example.com")
 CHUNKED: Field = (b"Transfer-Encoding", b"chunked")
@@ -86,7 +86,7 @@ def served(data: bytes) -> tuple[h11.Request, bytes]:
     return head, body
 
 
-def fed(reader: BodyReader | PlainAnswerReader, data: bytes, size: int) -> bytes:
+def fed(reader: BodyReader | PlainResponseReader, data: bytes, size: int) -> bytes:
     return b"".join([reader.feed(data[at : at + size]) for at in range(0, len(data), size)])
 
 
@@ -520,9 +520,9 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
 
 
-def relayed(*data: bytes, to: PlainRequest = GET) -> tuple[PlainAnswerReader, bytes]:
+def relayed(*data: bytes, to: PlainRequest = GET) -> tuple[PlainResponseReader, bytes]:
     """What of the origin's `data`, then its end, goes to the client."""
-    reader, out = PlainAnswerReader(to), b""
+    reader, out = PlainResponseReader(to), b""
     for piece in (*data, b""):
         if reader.complete:
             break
@@ -533,8 +533,8 @@ def relayed(*data: bytes, to: PlainRequest = GET) -> tuple[PlainAnswerReader, by
 
 def bad(*data: bytes, to: PlainRequest = GET) -> tuple[int, str]:
     """The status that went to the client before the answer turned out bad, and why it is."""
-    reader = PlainAnswerReader(to)
-    with pytest.raises(BadAnswer) as caught:
+    reader = PlainResponseReader(to)
+    with pytest.raises(BadResponse) as caught:
         list(map(reader.feed, (*data, b"")))
     return reader.status, caught.value.reason
 
@@ -588,7 +588,7 @@ def test_hop_by_hop_fields_of_a_response_end_here(fields: tuple[Field, ...]) -> 
 
 
 def test_1xx_are_passed_on_at_once() -> None:
-    reader = PlainAnswerReader(GET)
+    reader = PlainResponseReader(GET)
     assert reader.feed(CONTINUE) == CONTINUE
     assert reader.feed(HINTS + b"HTTP/1.1 102") == HINTS
     assert reader.status == 0
@@ -600,7 +600,7 @@ def test_1xx_are_passed_on_at_once() -> None:
 
 def test_1xx_go_on_without_framing_and_hop_by_hop_fields() -> None:
     fields = [(b"Content-Length", b"9"), CHUNKED, (b"Connection", b"close, X-Private"), (b"X-Private", b"1")]
-    assert PlainAnswerReader(GET).feed(start(b"HTTP/1.0 103 x", fields)) == b"HTTP/1.1 103 x\r\n\r\n"
+    assert PlainResponseReader(GET).feed(start(b"HTTP/1.0 103 x", fields)) == b"HTTP/1.1 103 x\r\n\r\n"
 
 
 @pytest.mark.parametrize("before", [b"", CONTINUE, HINTS])
@@ -621,9 +621,9 @@ def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
 
 @pytest.mark.parametrize("size", [1000, 65_536, 100_000])
 def test_head_too_large_is_a_bad_answer(size: int) -> None:
-    reader = PlainAnswerReader(GET)
-    with pytest.raises(BadAnswer):
-        fed(reader, start(b"HTTP/1.1 200 OK", [(b"X", b"a" * MAX_ANSWER_HEAD)]), size)
+    reader = PlainResponseReader(GET)
+    with pytest.raises(BadResponse):
+        fed(reader, start(b"HTTP/1.1 200 OK", [(b"X", b"a" * MAX_RESPONSE_HEAD)]), size)
     assert reader.status == 0
 
 
@@ -636,7 +636,7 @@ def test_response_to_head_has_no_body(status: int, fields: list[Field]) -> None:
     """RFC 9112 section 6.3, item 1. Content-Length stays: it is that of the response to a GET."""
     data = start(b"HTTP/1.1 %d x" % status, fields)
     for behind in (b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n"):
-        reader = PlainAnswerReader(HEAD)
+        reader = PlainResponseReader(HEAD)
         out = reader.feed(data + behind)
         assert reader.complete
         assert out == start(b"HTTP/1.1 %d x" % status, [*(f for f in fields if f is not CHUNKED), CLOSE])
@@ -648,7 +648,7 @@ def test_response_to_head_has_no_body(status: int, fields: list[Field]) -> None:
 @pytest.mark.parametrize("to", [GET, HEAD], ids=["GET", "HEAD"])
 def test_204_and_304_have_no_body(status: int, fields: list[Field], to: PlainRequest) -> None:
     """Nor has a 204 a length (RFC 9110 section 8.6)."""
-    reader = PlainAnswerReader(to)
+    reader = PlainResponseReader(to)
     out = reader.feed(start(b"HTTP/1.1 %d x" % status, fields) + b"hello")
     assert reader.complete
     kept = [] if status == 204 else [field for field in fields if field is not CHUNKED]
@@ -661,7 +661,7 @@ def test_length_delimits_the_response() -> None:
 
 
 def test_chunks_of_the_response_are_framed_anew_and_streamed() -> None:
-    reader = PlainAnswerReader(GET)
+    reader = PlainResponseReader(GET)
     head = reader.feed(start(b"HTTP/1.1 200 OK", [CHUNKED, (b"Trailer", b"X-Sum")]))
     assert head == start(b"HTTP/1.1 200 OK", [CHUNKED, CLOSE])
     first = reader.feed(b"5;a\r\nhel")
@@ -692,10 +692,10 @@ def test_end_delimits_the_response(version: bytes) -> None:
     ],
 )
 def test_response_cut_short_is_never_made_whole(data: bytes) -> None:
-    reader = PlainAnswerReader(GET)
+    reader = PlainResponseReader(GET)
     out = reader.feed(data)
     assert reader.status == 200
-    with pytest.raises(BadAnswer, match="cut short"):
+    with pytest.raises(BadResponse, match="cut short"):
         reader.feed(b"")
     assert not reader.complete
     with pytest.raises(http.client.HTTPException):
@@ -829,13 +829,13 @@ RESPONSES = (
 
 
 def answered(fed: list[bytes], to: PlainRequest) -> tuple[object, ...]:
-    reader, out = PlainAnswerReader(to), b""
+    reader, out = PlainResponseReader(to), b""
     try:
         for piece in (*fed, b""):
             if reader.complete:
                 break
             out += reader.feed(piece)
-    except BadAnswer:
+    except BadResponse:
         return ("bad",)
     assert reader.complete
     client = h11.Connection(h11.CLIENT)
