@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from tests.corpus.corpus import Sample, upgrade_request
 from tests.harness import missing
 from tlstunnel.config import SiteManagedRules, Timeout
-from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.firewall.facts import Facts, gather
 from tlstunnel.firewall.managed.messages import Subject
 from tlstunnel.firewall.managed.modsecurity import LIBRARY
 from tlstunnel.firewall.managed.pool import Pool
 from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS, build
 from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import UpgradeRequest
 
 UNHURRIED = Timeout(10)

@@ -27,13 +27,15 @@ from tlstunnel.edge.values import Forwarded, UpgradeRequest, upgrade_request
 from tlstunnel.edge.worker import Call, Worker
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 
-CONNECTION = Connection("198.51.100.7", "TLSv1.3", "c", "localhost", "t", "", "localhost")
+CONNECTION = Connection(
+    ip="198.51.100.7", tls_version="TLSv1.3", tls_cipher="c", tls_sni="localhost", tls_ja4="t", site="localhost"
+)
 Logged = list[Any]
 
 NOTES = "import asyncio, threading, time\nnotes = []\nlet_go = threading.Event()\n"

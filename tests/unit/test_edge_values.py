@@ -14,7 +14,8 @@ from tests.handshakes import FIELDS, KEY, Field, request, without
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, UpgradeRequest
 from tlstunnel.edge.values import Forwarded, InvalidReply, outcome, upgrade_request
-from tlstunnel.firewall.facts import Connection, normal_path
+from tlstunnel.firewall.facts import normal_path
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader
@@ -22,7 +23,13 @@ from tlstunnel.handshake.response import BadResponse, Switched, UpgradeResponseR
 from tlstunnel.tunnel.sites import SiteEdits
 
 CONNECTION = Connection(
-    "198.51.100.7", "TLSv1.3", "TLS_AES_256_GCM_SHA384", "chat.example.com", "t13d", "CN=ann", "chat"
+    ip="198.51.100.7",
+    tls_version="TLSv1.3",
+    tls_cipher="TLS_AES_256_GCM_SHA384",
+    tls_sni="chat.example.com",
+    tls_ja4="t13d",
+    client_subject="CN=ann",
+    site="chat",
 )
 ID = "0123456789abcdef"
 OURS = (
@@ -100,7 +107,7 @@ def test_every_property() -> None:
 
 
 def test_what_there_is_not() -> None:
-    nobody = Connection("", "TLSv1.2", "c", "", "", "", "*")
+    nobody = Connection(ip="", tls_version="TLSv1.2", tls_cipher="c", site="*")
     given = asked(line=b"GET / HTTP/1.1", connection=nobody)
     assert (given.client_address, given.tls.server_name, given.client_certificate) == ("", "", None)
     assert (dict(given.query), dict(given.cookies), given.subprotocols) == ({}, {}, ())
@@ -108,7 +115,7 @@ def test_what_there_is_not() -> None:
 
 
 def test_a_mapped_address_is_the_ipv4_one() -> None:
-    assert asked(connection=CONNECTION._replace(ip="::ffff:192.0.2.1")).client_address == "192.0.2.1"
+    assert asked(connection=dataclasses.replace(CONNECTION, ip="::ffff:192.0.2.1")).client_address == "192.0.2.1"
 
 
 def test_headers_by_any_case_and_repeated_ones_kept() -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from tests.handshakes import Field, request, without
 from tlstunnel.firewall.cross_site import OriginCheck, canonical_origin
-from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.firewall.facts import Facts, gather
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import RequestReader
 
 NAMES = ("chat.example.com", "*.tenants.example.com")
@@ -16,7 +17,7 @@ def facts(*origins: bytes, host: bytes = b"chat.example.com") -> Facts:
     fields: tuple[Field, ...] = ((b"Host", host), *without(b"Host"), *((b"Origin", origin) for origin in origins))
     found = RequestReader().feed(request(fields))
     assert found is not None
-    return gather(found, Connection("192.0.2.1", "", "", "", "", "", ""), strict_path=True, now=0)
+    return gather(found, Connection(ip="192.0.2.1"), strict_path=True, now=0)
 
 
 def allowed(check: OriginCheck, *origins: bytes, host: bytes = b"chat.example.com") -> bool:

@@ -1,5 +1,6 @@
 """Expressions: what they may say, what is told about wrong ones, and that no request makes them fail or slow."""
 
+import dataclasses
 import logging
 import re
 import time
@@ -18,19 +19,28 @@ from tlstunnel.firewall.expressions import (
     Expressions,
 )
 from tlstunnel.firewall.facts import FIELDS as NAMES
-from tlstunnel.firewall.facts import MAX_COOKIES, MAX_QUERY_VALUES, Connection, Facts, gather
+from tlstunnel.firewall.facts import MAX_COOKIES, MAX_QUERY_VALUES, Facts, gather
 from tlstunnel.firewall.lists import NamedLists
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 
-CONNECTION = Connection("192.0.2.1", "TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example.com", "t13d", "CN=a", "*")
+CONNECTION = Connection(
+    ip="192.0.2.1",
+    tls_version="TLSv1.3",
+    tls_cipher="TLS_AES_128_GCM_SHA256",
+    tls_sni="chat.example.com",
+    tls_ja4="t13d",
+    client_subject="CN=a",
+    site="*",
+)
 LISTS = NamedLists({"office": ["198.51.100.0/24", "alice"], "botnets": ["192.0.2.0/24"]})
 
 
 def facts(target: bytes = b"/", *added: Field, ip: str = "192.0.2.1", now: float = 1_767_225_600.0) -> Facts:
     found = RequestReader().feed(request((*FIELDS, *added), b"GET %b HTTP/1.1" % target))
     assert found is not None
-    connection = CONNECTION._replace(ip=ip)
+    connection = dataclasses.replace(CONNECTION, ip=ip)
     return gather(found, connection, strict_path=False, now=now)
 
 

@@ -1,5 +1,6 @@
 """What rules see of a request: each field, and the one form of a path, whatever a client writes."""
 
+import dataclasses
 from datetime import UTC, datetime
 from urllib.parse import quote, unquote
 
@@ -14,11 +15,11 @@ from tlstunnel.firewall.facts import (
     MAX_COOKIES,
     MAX_ELEMENTS,
     MAX_QUERY_VALUES,
-    Connection,
     Facts,
     gather,
     normal_path,
 )
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 
@@ -36,7 +37,7 @@ CONNECTION = Connection(
 def facts(target: bytes = b"/", *added: Field, strict: bool = True, ip: str = "192.0.2.1") -> Facts:
     found = RequestReader().feed(request((*PLAIN, *added), b"GET %b HTTP/1.1" % target))
     assert found is not None
-    connection = CONNECTION._replace(ip=ip)
+    connection = dataclasses.replace(CONNECTION, ip=ip)
     return gather(found, connection, strict_path=strict, now=1_767_225_600.5)
 
 

@@ -14,12 +14,13 @@ from tlstunnel.config import RateLimitConfig, Timeout
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.counters import Answer, MemoryCounters, Question
 from tlstunnel.firewall.expressions import Expressions
-from tlstunnel.firewall.facts import Connection, Facts, gather
+from tlstunnel.firewall.facts import Facts, gather
 from tlstunnel.firewall.rate_limits import (
     LimitsOutcome,
     LimitTrace,
     RateLimits,
 )
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 

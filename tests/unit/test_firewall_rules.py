@@ -12,12 +12,20 @@ from tests.handshakes import KEY, Field, request
 from tlstunnel.config import RuleConfig, decode
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.expressions import Expressions
-from tlstunnel.firewall.facts import FIELDS, Connection, Facts, gather
+from tlstunnel.firewall.facts import FIELDS, Facts, gather
 from tlstunnel.firewall.lists import NamedLists
 from tlstunnel.firewall.rules import Rules, RulesOutcome, RuleTrace
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 
-CONNECTION = Connection("192.0.2.1", "TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example.com", "t13d", "", "*")
+CONNECTION = Connection(
+    ip="192.0.2.1",
+    tls_version="TLSv1.3",
+    tls_cipher="TLS_AES_128_GCM_SHA256",
+    tls_sni="chat.example.com",
+    tls_ja4="t13d",
+    site="*",
+)
 CHROMIUM: tuple[Field, ...] = (
     (b"Host", b"chat.example.com"),
     (b"Connection", b"Upgrade"),

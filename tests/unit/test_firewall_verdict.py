@@ -9,8 +9,8 @@ import pytest
 
 from tests.corpus.stage import plain_request, require_libmodsecurity
 from tlstunnel.config import decode
-from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import PASSED, Firewall, Verdict
+from tlstunnel.handshake.connection import Connection
 
 T = TypeVar("T")
 SITE = '[[sites]]\nnames = ["chat.example"]\norigins = ["localhost:3000"]\n'
@@ -32,7 +32,7 @@ def with_firewall(text: str, folder: Path, then: Any) -> Any:
 def ask(
     firewall: Firewall, target: str = "/", *headers: str, ip: str = "192.0.2.1", behind: bool = False
 ) -> Coroutine[Any, Any, Verdict]:
-    connection = Connection(ip, "TLSv1.3", "", "chat.example", "", "", "chat.example")
+    connection = Connection(ip=ip, tls_version="TLSv1.3", tls_sni="chat.example", site="chat.example")
     return firewall.judge(plain_request(target, *headers), connection, behind=behind)
 
 

@@ -21,7 +21,7 @@ from tlstunnel.edge.stage import Directions
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.facts import Connection
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
@@ -143,7 +143,9 @@ async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
         deadlines = Deadlines(loop, 0.01)
         deadlines.add(wakeup)
         client = Channel(ours, readiness(loop), wakeup)
-        connection = Connection(ip, "TLSv1.3", "TLS_AES_128_GCM_SHA256", request.host, "", "", site.names[0])
+        connection = Connection(
+            ip=ip, tls_version="TLSv1.3", tls_cipher="TLS_AES_128_GCM_SHA256", tls_sni=request.host, site=site.names[0]
+        )
         began = time.perf_counter()
         try:
             directions = await edge.ask(request, connection, REQUEST_ID, None, wakeup, client)

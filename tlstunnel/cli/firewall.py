@@ -1,6 +1,7 @@
 """``tlstunnel firewall``: see what the firewall makes of a request, without sending one."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,12 @@ from tlstunnel.cli import typed
 from tlstunnel.config import Config, load
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.managed.families import family
 from tlstunnel.firewall.managed.messages import Match
 from tlstunnel.firewall.rate_limits import LimitTrace
 from tlstunnel.firewall.rules import RuleTrace
 from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 
@@ -72,7 +73,7 @@ def explain(  # noqa: PLR0913 - the command's options
     # What the log would say of this request is in what is shown here.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
-    connection = Connection(ip, tls_version, "", "", ja4, "", "")
+    connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
     head = typed.head(request, headers, config.sites[0], plain=plain)
     site, verdict = asyncio.run(_judged(config, file, head, connection, trace))
     if as_json:
@@ -101,7 +102,7 @@ async def _judged(
         raise ConfigurationError(f"{file}: {error}") from None
     await firewall.start()
     try:
-        connection = connection._replace(tls_sni=request.host, site=site.names[0])
+        connection = dataclasses.replace(connection, tls_sni=request.host, site=site.names[0])
         return site.names[0], await firewall.judge(request, connection, trace, behind=True)
     finally:
         await firewall.close()

@@ -10,8 +10,8 @@ import structlog
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge.values import upgrade_request
 from tlstunnel.edge.worker import MOST_LATE, Call, Worker
-from tlstunnel.firewall.facts import Connection
 from tlstunnel.handshake import request as handshake
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.sockets.channel import Channel, ClientGone

@@ -16,8 +16,9 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy
 
 from tlstunnel.addresses import OriginAddress, quoted
 from tlstunnel.config import FIELD_NAME, KEPT_FIELD
-from tlstunnel.firewall.facts import Connection, Facts, normal_path
+from tlstunnel.firewall.facts import Facts, normal_path
 from tlstunnel.handshake import request as handshake
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import by_name
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits, edited
 from tlstunnel.handshake.refusal import Fields, Refusal

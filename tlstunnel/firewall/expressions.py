@@ -24,11 +24,11 @@ from tlstunnel.firewall.facts import (
     MAX_COOKIES,
     MAX_ELEMENTS,
     MAX_QUERY_VALUES,
-    Connection,
     Facts,
     gather,
 )
 from tlstunnel.firewall.lists import AddressSet, NamedLists
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import MAX_FIELDS, UpgradeRequest
 
 MAX_EXPRESSION = 8192
@@ -505,7 +505,9 @@ def _sample() -> Facts:
         extensions=frozenset(),
         by_name=fields,
     )
-    connection = Connection("192.0.2.1", "TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example.com", "", "", "*")
+    connection = Connection(
+        ip="192.0.2.1", tls_version="TLSv1.3", tls_cipher="TLS_AES_128_GCM_SHA256", tls_sni="chat.example.com", site="*"
+    )
     return gather(request, connection, strict_path=True, now=1_767_225_600.0)
 
 

@@ -4,8 +4,8 @@ import re
 from datetime import UTC, datetime
 from functools import cached_property
 from ipaddress import IPv6Address
-from typing import NamedTuple
 
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import tokens
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
@@ -21,22 +21,6 @@ MAX_ELEMENTS = 64
 
 _ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-
-
-class Connection(NamedTuple):
-    """What is known of the client before its request; what is not known is "".
-
-    `ip` is the client's address as the tunnel believes it, `tls_version` such as ``TLSv1.3``, `site` the first of the
-    site's names.
-    """
-
-    ip: str
-    tls_version: str
-    tls_cipher: str
-    tls_sni: str
-    tls_ja4: str
-    client_subject: str
-    site: str
 
 
 class Facts:

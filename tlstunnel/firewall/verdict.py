@@ -20,8 +20,9 @@ from tlstunnel.config import Config, Mode, SiteConfig
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.cross_site import OriginCheck
-from tlstunnel.firewall.facts import Connection, Facts, gather, refuse_ambiguous
+from tlstunnel.firewall.facts import Facts, gather, refuse_ambiguous
 from tlstunnel.firewall.lists import AddressLists, NamedLists
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
 from tlstunnel.program import replaced

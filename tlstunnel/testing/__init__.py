@@ -56,7 +56,7 @@ from tlstunnel.certificates import issue
 from tlstunnel.cli.shown import inline
 from tlstunnel.edge import ClientCertificate, UpgradeRequest
 from tlstunnel.edge.values import upgrade_request as seen
-from tlstunnel.firewall.facts import Connection
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.handshake.text import build_head
@@ -430,8 +430,16 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
     if read is None:  # pragma: no cover - build_head gives a whole one
         raise ValueError("this is no whole request")
     subject, der = (client_certificate.subject, client_certificate.der) if client_certificate else ("", None)
-    tls = "TLSv1.3", "TLS_AES_256_GCM_SHA384", read.host, "t13d1516h2_8daaf6152771_02713d6af862"
-    return seen(read, Connection(client_address, *tls, subject, site), request_id, der, time.time())
+    connection = Connection(
+        ip=client_address,
+        tls_version="TLSv1.3",
+        tls_cipher="TLS_AES_256_GCM_SHA384",
+        tls_sni=read.host,
+        tls_ja4="t13d1516h2_8daaf6152771_02713d6af862",
+        client_subject=subject,
+        site=site,
+    )
+    return seen(read, connection, request_id, der, time.time())
 
 
 def _events(sock: socket.socket, ws: WSConnection | Frames, begun: bytes) -> Generator[Event, None, None]:

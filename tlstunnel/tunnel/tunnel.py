@@ -16,8 +16,8 @@ from tlstunnel.certificates.clients import ClientRefused, common_name
 from tlstunnel.config import Timeouts
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.facts import Connection
 from tlstunnel.firewall.verdict import Firewall
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, client_address, forwarded_head, given_id
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
