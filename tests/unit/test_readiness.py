@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import select
+import selectors
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,6 +22,7 @@ from tlstunnel.sockets.readiness import (
     AnyReadiness,
     PortableReadiness,
     Readiness,
+    TunnelLoop,
     readiness,
 )
 
@@ -557,6 +559,73 @@ def test_look_that_was_due_is_dropped_with_its_watch(
         assert events == []
 
     run(PortableReadiness, test)
+
+
+# What asyncio itself watches, in the same epoll.
+
+
+@pytest.fixture
+def selector() -> Iterator[selectors.BaseSelector]:
+    with contextlib.closing(module._Selector(Readiness())) as made:
+        yield made
+
+
+def test_asyncio_finds_what_it_registered_by_file_object_and_by_descriptor(
+    selector: selectors.BaseSelector, pairs: Callable[[], Pair]
+) -> None:
+    """As `add_reader` and `remove_reader` look for it since Python 3.13, where a listener is given as an object."""
+    near, far = pairs()
+    assert selector.get_map().get(near) is None
+    key = selector.register(near, selectors.EVENT_READ, "reader")
+    assert selector.get_map().get(near) == key
+    assert selector.get_map()[near.fileno()] == key
+    assert selector.get_key(near) == selector.get_key(near.fileno()) == key
+    changed = selector.modify(near, selectors.EVENT_READ | selectors.EVENT_WRITE, "both")
+    assert selector.get_map().get(near) == changed
+    assert selector.get_map().get(far) is None
+    assert list(selector.get_map()) == [near.fileno()]
+    assert len(selector.get_map()) == 1
+    assert selector.unregister(near) == changed
+    assert selector.get_map().get(near) is None
+    with pytest.raises(KeyError):
+        selector.get_key(near)
+
+
+def test_asyncio_finds_a_file_object_that_was_closed(
+    selector: selectors.BaseSelector, pairs: Callable[[], Pair]
+) -> None:
+    """As with the selectors of the standard library: the reader of a listener can still be removed."""
+    near, far = pairs()
+    key = selector.register(near, selectors.EVENT_READ)
+    near.close()
+    far.close()
+    assert selector.get_map().get(near) == key
+    assert selector.get_map().get(far) is None
+    selector.unregister(near)
+    assert len(selector.get_map()) == 0
+    assert selector.select(0) == []
+
+
+def test_reader_of_a_listener_is_replaced_and_removed() -> None:
+    """What every reload does, given the listener's socket rather than its descriptor."""
+    first: list[None] = []
+    second: list[None] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+            loop.add_reader(listener, first.append, None)
+            loop.add_reader(listener, second.append, None)
+            await until(lambda: second)
+            assert loop.remove_reader(listener)
+            assert not loop.remove_reader(listener)
+            second.clear()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert first == second == []
+
+    with asyncio.Runner(loop_factory=TunnelLoop, debug=True) as runner:
+        runner.run(main())
 
 
 # Which one there is.

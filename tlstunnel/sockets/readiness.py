@@ -10,7 +10,7 @@ import contextlib
 import math
 import select
 import selectors
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -102,8 +102,35 @@ class Readiness:
         return others
 
 
+class _KeysByFile(Mapping[Any, selectors.SelectorKey]):
+    """The keys of a `_Selector`, found by file object or by descriptor.
+
+    The selectors of the standard library have such a map, and since Python 3.13 asyncio relies on it: `add_reader` and
+    `remove_reader` look in ``get_map()`` for the object they were given.
+    """
+
+    def __init__(self) -> None:
+        self.by_descriptor: dict[int, selectors.SelectorKey] = {}
+
+    def descriptor(self, fileobj: Any) -> int:
+        """Return the descriptor of a file object: for a closed one, that with which it was registered, or -1."""
+        fd: int = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd < 0:
+            return next((key.fd for key in self.by_descriptor.values() if key.fileobj is fileobj), -1)
+        return fd
+
+    def __getitem__(self, fileobj: Any) -> selectors.SelectorKey:
+        return self.by_descriptor[self.descriptor(fileobj)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.by_descriptor)
+
+    def __len__(self) -> int:
+        return len(self.by_descriptor)
+
+
 class _Selector(selectors.BaseSelector):
-    """What asyncio itself watches (listeners, signals, the resolver's pipe), in the epoll of the tunnels.
+    """Lets asyncio wait for its own files (listeners, signals, the resolver's pipe) in the epoll of the tunnels.
 
     Nested, with asyncio waiting for that epoll's descriptor, a message that comes alone took four ``epoll_wait`` and a
     ``Handle`` where one does (docs/performance.md).
@@ -112,22 +139,23 @@ class _Selector(selectors.BaseSelector):
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
         self._epoll = readiness._epoll
-        self._keys: dict[int, selectors.SelectorKey] = {}
+        self._map = _KeysByFile()
+        self._keys = self._map.by_descriptor
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = self._map.descriptor(fileobj)
         self._epoll.register(fd, _epoll_events(events))
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        key = self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
+        key = self._keys.pop(self._map.descriptor(fileobj))
         with contextlib.suppress(OSError):
             self._epoll.unregister(key.fd)
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = self._map.descriptor(fileobj)
         if events != self._keys[fd].events:
             self._epoll.modify(fd, _epoll_events(events))
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
@@ -148,10 +176,7 @@ class _Selector(selectors.BaseSelector):
         self._epoll.close()
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        return self._keys
-
-    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys[fileobj if isinstance(fileobj, int) else fileobj.fileno()]
+        return self._map
 
 
 def _epoll_events(events: int) -> int:
