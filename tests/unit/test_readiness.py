@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import select
 import selectors
 import socket
 import struct
@@ -19,24 +18,12 @@ from tlstunnel.sockets.readiness import (
     IN,
     OUT,
     RDHUP,
-    AnyReadiness,
-    PortableReadiness,
     Readiness,
     TunnelLoop,
     readiness,
 )
 
-Made = type[Readiness] | type[PortableReadiness]
 Pair = tuple[socket.socket, socket.socket]
-
-only_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll here")
-
-
-@pytest.fixture(params=[pytest.param(Readiness, marks=only_epoll), PortableReadiness])
-def made(request: pytest.FixtureRequest) -> Made:
-    """Both kinds: what holds for one holds for the other."""
-    kind: Made = request.param
-    return kind
 
 
 @pytest.fixture
@@ -54,14 +41,14 @@ def pairs() -> Iterator[Callable[[], Pair]]:
         yield pair
 
 
-def run(made: Made, test: Callable[[AnyReadiness], Awaitable[None]]) -> None:
+def run(test: Callable[[Readiness], Awaitable[None]]) -> None:
     """Run `test`, and see that nothing fails where only the loop would say so."""
     faults: list[object] = []
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: faults.append(context))
-        watched = made(loop)
+        watched = Readiness(loop)
         try:
             await test(watched)
         finally:
@@ -77,7 +64,7 @@ async def until(condition: Callable[[], object], seconds: float = 10) -> None:
             await asyncio.sleep(0)
 
 
-async def some_turns(watched: AnyReadiness) -> None:
+async def some_turns(watched: Readiness) -> None:
     """Let ten wake-ups pass."""
     turns = 0
 
@@ -93,14 +80,11 @@ async def some_turns(watched: AnyReadiness) -> None:
         watched.unregister(reader.fileno())
 
 
-# What both do.
-
-
-def test_handler_is_called_as_long_as_there_is_something_to_read(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_is_called_as_long_as_there_is_something_to_read(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), IN, events.append)
         await some_turns(watched)
         assert events == []
@@ -113,15 +97,15 @@ def test_handler_is_called_as_long_as_there_is_something_to_read(made: Made, pai
         await some_turns(watched)
         assert events == []
 
-    run(made, test)
+    run(test)
 
 
-def test_handler_is_called_when_there_is_room_to_write(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_is_called_when_there_is_room_to_write(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
     sent = 0
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         nonlocal sent
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -134,10 +118,10 @@ def test_handler_is_called_when_there_is_room_to_write(made: Made, pairs: Callab
         await until(lambda: events)
         assert set(events) == {OUT}
 
-    run(made, test)
+    run(test)
 
 
-def test_both_directions_can_be_watched(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_both_directions_can_be_watched(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     seen = 0
 
@@ -145,15 +129,15 @@ def test_both_directions_can_be_watched(made: Made, pairs: Callable[[], Pair]) -
         nonlocal seen
         seen |= events
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         far.send(b"x")
         watched.register(near.fileno(), IN | OUT, note)
         await until(lambda: seen == IN | OUT)
 
-    run(made, test)
+    run(test)
 
 
-def test_end_of_the_peer_is_readable(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_end_of_the_peer_is_readable(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     seen = 0
 
@@ -161,20 +145,20 @@ def test_end_of_the_peer_is_readable(made: Made, pairs: Callable[[], Pair]) -> N
         nonlocal seen
         seen |= events
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), IN, note)
         far.close()
         await until(lambda: seen & IN)
         assert near.recv(1) == b""
 
-    run(made, test)
+    run(test)
 
 
-def test_modify_changes_what_is_watched(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_modify_changes_what_is_watched(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         far.send(b"x")
         watched.register(near.fileno(), IN, events.append)
         await until(lambda: events)
@@ -190,15 +174,15 @@ def test_modify_changes_what_is_watched(made: Made, pairs: Callable[[], Pair]) -
         await until(lambda: events)
         assert set(events) == {IN}
 
-    run(made, test)
+    run(test)
 
 
-def test_modify_may_change_the_handler(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_modify_may_change_the_handler(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     first: list[int] = []
     second: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         far.send(b"x")
         watched.register(near.fileno(), IN, first.append)
         watched.modify(near.fileno(), IN, second.append)
@@ -206,42 +190,42 @@ def test_modify_may_change_the_handler(made: Made, pairs: Callable[[], Pair]) ->
         assert first == []
         assert len(watched) == 1
 
-    run(made, test)
+    run(test)
 
 
-def test_unregistered_is_not_called(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_unregistered_is_not_called(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         far.send(b"x")
         watched.register(near.fileno(), IN | OUT, events.append)
         watched.unregister(near.fileno())
         await some_turns(watched)
         assert events == []
 
-    run(made, test)
+    run(test)
 
 
-def test_what_is_not_watched_can_be_unregistered(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_what_is_not_watched_can_be_unregistered(pairs: Callable[[], Pair]) -> None:
     near, _ = pairs()
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.unregister(near.fileno())
         watched.register(near.fileno(), IN, print)
         watched.unregister(near.fileno())
         watched.unregister(near.fileno())
         assert len(watched) == 0
 
-    run(made, test)
+    run(test)
 
 
-def test_closed_socket_can_be_unregistered_and_its_descriptor_used_again(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_closed_socket_can_be_unregistered_and_its_descriptor_used_again(pairs: Callable[[], Pair]) -> None:
     near, _ = pairs()
     stale: list[int] = []
     fresh: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         fd = near.fileno()
         watched.register(fd, IN, stale.append)
         near.close()
@@ -253,14 +237,14 @@ def test_closed_socket_can_be_unregistered_and_its_descriptor_used_again(made: M
         await until(lambda: fresh)
         assert stale == []
 
-    run(made, test)
+    run(test)
 
 
-def test_handler_may_unregister_itself(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_may_unregister_itself(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     calls = 0
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         def once(_: int) -> None:
             nonlocal calls
             calls += 1
@@ -271,14 +255,14 @@ def test_handler_may_unregister_itself(made: Made, pairs: Callable[[], Pair]) ->
         await some_turns(watched)
         assert calls == 1
 
-    run(made, test)
+    run(test)
 
 
-def test_handler_may_close_a_socket_that_is_ready_too(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_may_close_a_socket_that_is_ready_too(pairs: Callable[[], Pair]) -> None:
     ready = [pairs() for _ in range(2)]
     called: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         def handler(own: int) -> Callable[[int], None]:
             def close_the_other(_: int) -> None:
                 called.append(own)
@@ -297,14 +281,14 @@ def test_handler_may_close_a_socket_that_is_ready_too(made: Made, pairs: Callabl
         assert len(called) == 1
         assert logs == []
 
-    run(made, test)
+    run(test)
 
 
-def test_handler_may_register_another(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_may_register_another(pairs: Callable[[], Pair]) -> None:
     (near, far), (other, _) = pairs(), pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         def begin(_: int) -> None:
             watched.unregister(near.fileno())
             watched.register(other.fileno(), OUT, events.append)
@@ -313,15 +297,15 @@ def test_handler_may_register_another(made: Made, pairs: Callable[[], Pair]) -> 
         watched.register(near.fileno(), IN, begin)
         await until(lambda: events)
 
-    run(made, test)
+    run(test)
 
 
-def test_handler_that_raises_loses_only_itself(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_handler_that_raises_loses_only_itself(pairs: Callable[[], Pair]) -> None:
     (near, far), (other, other_far) = pairs(), pairs()
     calls = 0
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         def fault(_: int) -> None:
             nonlocal calls
             calls += 1
@@ -339,11 +323,11 @@ def test_handler_that_raises_loses_only_itself(made: Made, pairs: Callable[[], P
         assert len(watched) == 1
         assert [line["event"] for line in logs] == ["handler failed"]
 
-    run(made, test)
+    run(test)
 
 
-def test_length_is_how_many_are_watched(made: Made, pairs: Callable[[], Pair]) -> None:
-    async def test(watched: AnyReadiness) -> None:
+def test_length_is_how_many_are_watched(pairs: Callable[[], Pair]) -> None:
+    async def test(watched: Readiness) -> None:
         socks = [pairs()[0] for _ in range(3)]
         for number, sock in enumerate(socks, 1):
             watched.register(sock.fileno(), IN, print)
@@ -353,16 +337,16 @@ def test_length_is_how_many_are_watched(made: Made, pairs: Callable[[], Pair]) -
         watched.unregister(socks[0].fileno())
         assert len(watched) == 2
 
-    run(made, test)
+    run(test)
 
 
-def test_nothing_is_called_after_close(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_nothing_is_called_after_close(pairs: Callable[[], Pair]) -> None:
     ready = [pairs() for _ in range(3)]
     events: list[int] = []
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        watched, others = made(loop), PortableReadiness(loop)
+        watched, others = Readiness(loop), Readiness(loop)
         for near, far in ready:
             far.send(b"x")
             watched.register(near.fileno(), IN | OUT, events.append)
@@ -374,40 +358,39 @@ def test_nothing_is_called_after_close(made: Made, pairs: Callable[[], Pair]) ->
     asyncio.run(main(), debug=True)
 
 
-def test_edge_is_told_once(made: Made, pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 3600.0)
+def test_edge_is_told_once(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         far.send(b"x")
         watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
         await some_turns(watched)
         assert events == [IN]
 
-    run(made, test)
+    run(test)
 
 
-def test_edge_is_told_again_with_new_bytes(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_edge_is_told_again_with_new_bytes(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
         for _ in range(3):
             events.clear()
             far.send(b"x")
             await until(lambda: events)
 
-    run(made, test)
+    run(test)
 
 
-def test_edge_is_told_after_modify(made: Made, pairs: Callable[[], Pair]) -> None:
+def test_edge_is_told_after_modify(pairs: Callable[[], Pair]) -> None:
     """EPOLL_CTL_MOD looks anew: who waits for room to write learns of it at once."""
     near, _ = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
         await some_turns(watched)
         assert events == []
@@ -415,13 +398,9 @@ def test_edge_is_told_after_modify(made: Made, pairs: Callable[[], Pair]) -> Non
         await until(lambda: events)
         assert set(events) == {OUT}
 
-    run(made, test)
+    run(test)
 
 
-# What only epoll does.
-
-
-@only_epoll
 @pytest.mark.parametrize("mask", [0, OUT, IN])
 def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
     """Paused (mask 0) as well: whoever ignores them there spins."""
@@ -431,7 +410,7 @@ def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
         nonlocal seen
         seen |= events
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             near = socket.create_connection(listener.getsockname())
             far, _ = listener.accept()
@@ -442,10 +421,9 @@ def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
             await until(lambda: seen & (ERR | HUP) == ERR | HUP)
             watched.unregister(near.fileno())
 
-    run(Readiness, test)
+    run(test)
 
 
-@only_epoll
 def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     seen = 0
@@ -454,27 +432,14 @@ def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
         nonlocal seen
         seen |= events
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), EDGE | IN | RDHUP, note)
         far.shutdown(socket.SHUT_WR)
         await until(lambda: seen & RDHUP)
 
-    run(Readiness, test)
+    run(test)
 
 
-@only_epoll
-def test_bits_are_those_of_the_system() -> None:
-    assert [IN, OUT, ERR, HUP, RDHUP, EDGE] == [
-        select.EPOLLIN,
-        select.EPOLLOUT,
-        select.EPOLLERR,
-        select.EPOLLHUP,
-        select.EPOLLRDHUP,
-        select.EPOLLET,
-    ]
-
-
-@only_epoll
 def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
     pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,7 +447,7 @@ def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
     ready = [pairs() for _ in range(6)]
     log: list[int | str] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         loop = asyncio.get_running_loop()
 
         def tick() -> None:
@@ -498,67 +463,21 @@ def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
         loop.call_soon(tick)
         await until(lambda: {near.fileno() for near, _ in ready} <= set(log))
 
-    run(Readiness, test)
+    run(test)
     served = "".join("." if entry == "loop" else "x" for entry in log).split(".")
     assert max(len(turn) for turn in served) == 2
 
 
-@only_epoll
 def test_idle_costs_no_wake_up(pairs: Callable[[], Pair]) -> None:
     near, _ = pairs()
     events: list[int] = []
 
-    async def test(watched: AnyReadiness) -> None:
+    async def test(watched: Readiness) -> None:
         watched.register(near.fileno(), IN | RDHUP, events.append)
         await asyncio.sleep(0.05)
         assert events == []
 
-    run(Readiness, test)
-
-
-# What only the portable one does.
-
-
-def test_edge_without_epoll_is_a_look_from_time_to_time(
-    pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 0.001)
-    near, far = pairs()
-    times: list[float] = []
-
-    async def test(watched: AnyReadiness) -> None:
-        far.send(b"x")
-        loop = asyncio.get_running_loop()
-        watched.register(near.fileno(), EDGE | IN, lambda _: times.append(loop.time()))
-        await until(lambda: len(times) >= 4)
-
-    run(PortableReadiness, test)
-    assert times[3] - times[0] >= 3 * 0.001 * 0.9
-
-
-@pytest.mark.parametrize("change", ["unregister", "modify"])
-def test_look_that_was_due_is_dropped_with_its_watch(
-    change: str, pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PortableReadiness, "EDGE_PAUSE", 0.001)
-    near, far = pairs()
-    events: list[int] = []
-
-    async def test(watched: AnyReadiness) -> None:
-        far.send(b"x")
-        watched.register(near.fileno(), EDGE | IN, events.append)
-        await until(lambda: events)
-        if change == "unregister":
-            watched.unregister(near.fileno())
-        else:
-            watched.modify(near.fileno(), 0)
-        events.clear()
-        due = asyncio.get_running_loop().time() + 0.02
-        await until(lambda: asyncio.get_running_loop().time() > due)
-        await some_turns(watched)
-        assert events == []
-
-    run(PortableReadiness, test)
+    run(test)
 
 
 # What asyncio itself watches, in the same epoll.
@@ -631,19 +550,17 @@ def test_reader_of_a_listener_is_replaced_and_removed() -> None:
 # Which one there is.
 
 
-@only_epoll
-def test_epoll_where_there_is_one() -> None:
-    async def main() -> None:
-        found = readiness(asyncio.get_running_loop())
-        assert isinstance(found, Readiness)
-        found.close()
+def test_the_loop_of_the_tunnels_has_one_and_any_other_gets_one() -> None:
+    async def own() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, TunnelLoop)
+        assert readiness(loop) is loop.readiness
 
-    asyncio.run(main())
+    async def foreign() -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.closing(readiness(loop)) as first, contextlib.closing(readiness(loop)) as second:
+            assert first is not second
 
-
-def test_portable_where_there_is_no_epoll(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        monkeypatch.delattr(select, "epoll", raising=False)
-        assert isinstance(readiness(asyncio.get_running_loop()), PortableReadiness)
-
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
+        runner.run(own())
+    asyncio.run(foreign())

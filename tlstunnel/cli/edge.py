@@ -29,7 +29,7 @@ from tlstunnel.journal.journal import configure_logging
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup
-from tlstunnel.sockets.readiness import new_loop, readiness
+from tlstunnel.sockets.readiness import TunnelLoop, readiness
 from tlstunnel.tunnel.sites import edits_of
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
@@ -96,7 +96,7 @@ def run(  # noqa: PLR0913 - the command's options
         )
     site = _with_worker(site, worker, worker_config)
     configure_logging("text")
-    with asyncio.Runner(loop_factory=new_loop) as runner:
+    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
         outcome = runner.run(_asked(site, asked, ip))
     if as_json:
         click.echo(json.dumps(_as_json(outcome)))

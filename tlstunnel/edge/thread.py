@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -27,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from tlstunnel.escaping import printable
-from tlstunnel.sockets.readiness import IN, TunnelLoop, new_loop
+from tlstunnel.sockets.readiness import IN, TunnelLoop
 
 SWITCH_INTERVAL = 0.0005
 """Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would
@@ -87,11 +86,11 @@ class _Post:
         self._alone = alone
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._going = False
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
-        if self._fd >= 0 and isinstance(there, TunnelLoop):
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if isinstance(there, TunnelLoop):
             # Called from within the loop's wait, so that what it makes ready is done in the same turn.
             there.readiness.register(self._fd, IN, lambda _: self._deliver())
-        elif self._fd >= 0:
+        else:
             there.add_reader(self._fd, self._deliver)
 
     def send(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -106,11 +105,8 @@ class _Post:
     def _go(self) -> None:
         self._going = False
         try:
-            if hasattr(os, "eventfd"):
-                os.eventfd_write(self._fd, 1)
-            else:
-                self._there.call_soon_threadsafe(self._deliver)
-        except (OSError, RuntimeError):  # it has ended, and nobody waits
+            os.eventfd_write(self._fd, 1)
+        except OSError:  # it has ended, and nobody waits
             self._calls.clear()
 
     def _deliver(self) -> None:
@@ -141,11 +137,7 @@ class _Stacks:
     """
 
     def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):
-            self._fd = os.memfd_create("tlstunnel-stacks", os.MFD_CLOEXEC)
-        else:
-            with tempfile.TemporaryFile() as file:
-                self._fd = os.dup(file.fileno())
+        self._fd = os.memfd_create("tlstunnel-stacks", os.MFD_CLOEXEC)
         faulthandler.register(signal.SIGVTALRM, self._fd, all_threads=True)
 
     def arm(self) -> None:
@@ -177,7 +169,7 @@ class EdgeThread:
         self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
         self._here = asyncio.get_running_loop()
         self._watchers = 0
-        self.loop = new_loop()
+        self.loop = TunnelLoop()
         self._executor = ThreadPoolExecutor(thread_name_prefix="edge worker")
         self.loop.set_default_executor(self._executor)
         self._there_post = _Post(self._here, self.loop, self._has_one)

@@ -12,7 +12,7 @@ from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.options import tune
-from tlstunnel.sockets.readiness import AnyReadiness
+from tlstunnel.sockets.readiness import Readiness
 
 RETRIES = Backoff(first=0.02, longest=0.5)
 """Between attempts at a Unix socket whose backlog is full: unlike TCP, connect(2) does not wait there."""
@@ -24,7 +24,6 @@ Attempt Delay of RFC 8305 section 5."""
 PATIENCE = 1.0
 """Seconds after which another origin is tried beside one that has not answered: it may be far away and well."""
 
-_NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)  # of Linux: from the first system call on
 _CONNECTED = frozenset({0, errno.EISCONN})
 _UNDER_WAY = frozenset({errno.EALREADY, errno.EINPROGRESS})
 
@@ -39,7 +38,7 @@ class OriginUnreachable(Exception):
 
 
 async def connect(
-    pool: Pool, members: Sequence[Member], readiness: AnyReadiness, wakeup: Wakeup, client: Channel
+    pool: Pool, members: Sequence[Member], readiness: Readiness, wakeup: Wakeup, client: Channel
 ) -> tuple[Member, Channel]:
     """Connect to the first of `members` that takes it, by the deadline of `wakeup`; that one is counted as taken.
 
@@ -59,7 +58,7 @@ async def connect(
 class _Attempts:
     """Connections that are being made; `under_way` are those whose end is not known yet."""
 
-    def __init__(self, pool: Pool, readiness: AnyReadiness, wakeup: Wakeup) -> None:
+    def __init__(self, pool: Pool, readiness: Readiness, wakeup: Wakeup) -> None:
         self._pool = pool
         self._readiness = readiness
         self._wakeup = wakeup
@@ -92,14 +91,12 @@ class _Attempts:
         None where the backlog of a Unix socket has no room.
         """
         try:
-            sock = socket.socket(member.family, socket.SOCK_STREAM | _NON_BLOCKING)
+            sock = socket.socket(member.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             raise OriginUnreachable(f"{member.text}: {error.strerror}", shortage=True) from None
         code = errno.EAGAIN
         member.taken()
         try:
-            if not _NON_BLOCKING:
-                sock.setblocking(False)
             if member.family != socket.AF_UNIX:
                 tune(sock)
             code = sock.connect_ex(member.address)

@@ -8,14 +8,14 @@ from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
-from tlstunnel.sockets.readiness import AnyReadiness
+from tlstunnel.sockets.readiness import Readiness
 
 
 async def reach(  # noqa: PLR0913, PLR0917 - whom, by what, for whom
     pool: Pool,
     members: Sequence[Member],
     preface: bytes,
-    readiness: AnyReadiness,
+    readiness: Readiness,
     wakeup: Wakeup,
     client: Channel,
 ) -> tuple[Member, Channel]:

@@ -23,7 +23,7 @@ from tlstunnel.processes.link import FORMAT, Link
 from tlstunnel.program import shown_as
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopted
-from tlstunnel.sockets.readiness import new_loop
+from tlstunnel.sockets.readiness import TunnelLoop
 
 STUCK_SECONDS = 1.0
 """What threads have to end once nothing is served any more."""
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tlstunnel child")
     parser.add_argument("--link", type=int, required=True)
     arguments = parser.parse_args()
-    with asyncio.Runner(loop_factory=new_loop) as runner:
+    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
         runner.run(_run(arguments.link))
     _leave()
 

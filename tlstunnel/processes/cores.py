@@ -13,8 +13,7 @@ def usable(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
     Quotas of both versions: ``cpu.max`` (Linux, admin-guide/cgroup-v2) and ``cpu.cfs_quota_us`` (scheduler/sched-bwc).
     A quota of one and a half cores is two: a process more uses what one alone cannot.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root, own))]))
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -99,11 +98,7 @@ class Handover:
     def passed_on(self, probe: int | None = None) -> int:
         """Write it into a file in memory; give its descriptor."""
         text = json.dumps({"format": FORMAT, **asdict(self), "probe": probe}).encode()
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("tlstunnel-handover", os.MFD_CLOEXEC)
-        else:
-            with tempfile.TemporaryFile() as file:
-                fd = os.dup(file.fileno())
+        fd = os.memfd_create("tlstunnel-handover", os.MFD_CLOEXEC)
         with os.fdopen(os.dup(fd), "wb") as file:
             file.write(text)
         os.lseek(fd, 0, os.SEEK_SET)

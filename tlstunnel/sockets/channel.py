@@ -9,7 +9,7 @@ import socket
 import ssl
 
 from tlstunnel.sockets.deadlines import Wakeup
-from tlstunnel.sockets.readiness import EDGE, GONE, IN, OUT, RDHUP, AnyReadiness
+from tlstunnel.sockets.readiness import EDGE, GONE, IN, OUT, RDHUP, Readiness
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 
@@ -30,7 +30,7 @@ class Channel:
 
     __slots__ = ("_readiness", "_wakeup", "fd", "gone", "sock")
 
-    def __init__(self, sock: socket.socket, readiness: AnyReadiness, wakeup: Wakeup) -> None:
+    def __init__(self, sock: socket.socket, readiness: Readiness, wakeup: Wakeup) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.gone = False

@@ -14,7 +14,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from tlstunnel.sockets.readiness import ERR, HUP, IN, AnyReadiness
+from tlstunnel.sockets.readiness import ERR, HUP, IN, Readiness
 
 DISCARD_BYTES = 65_536
 DISCARD_SECONDS = 1.0
@@ -62,7 +62,7 @@ def _unacknowledged(sock: socket.socket) -> int:
 class ClosingSockets:
     """The sockets of this process that are being closed."""
 
-    def __init__(self, readiness: AnyReadiness, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, readiness: Readiness, loop: asyncio.AbstractEventLoop) -> None:
         self.readiness = readiness
         self.loop = loop
         self.open: dict[_ClosingSocket, None] = {}  # oldest first

@@ -18,13 +18,13 @@ import structlog
 Handler = Callable[[int], None]
 """Called with the events that came, as epoll's bits."""
 
-IN = 0x001
-OUT = 0x004
-ERR = 0x008
-HUP = 0x010
-RDHUP = 0x2000
-EDGE = 1 << 31
-"""The bits of epoll_ctl(2), the same on every Linux; named here since ``select`` has them only where epoll is."""
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+ERR = select.EPOLLERR
+HUP = select.EPOLLHUP
+RDHUP = select.EPOLLRDHUP
+EDGE = select.EPOLLET
+"""The bits of epoll_ctl(2)."""
 
 GONE = ERR | HUP | RDHUP
 """The peer has sent its last byte, or the connection has failed."""
@@ -191,81 +191,6 @@ class TunnelLoop(asyncio.SelectorEventLoop):
         super().__init__(_Selector(self.readiness))
 
 
-class PortableReadiness:
-    """The same by ``loop.add_reader``, for systems without epoll: slower, and an edge is a look every 10 ms."""
-
-    __slots__ = ("_loop", "_watched")
-
-    EDGE_PAUSE = 0.01
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._watched: dict[int, tuple[int, Handler]] = {}
-
-    def register(self, fd: int, events: int, handler: Handler) -> None:
-        """As `Readiness.register`."""
-        self._watched[fd] = (events, handler)
-        self._watch(fd)
-
-    def modify(self, fd: int, events: int, handler: Handler | None = None) -> None:
-        """As `Readiness.modify`."""
-        self._ignore(fd)
-        self._watched[fd] = (events, handler or self._watched[fd][1])
-        self._watch(fd)
-
-    def unregister(self, fd: int) -> None:
-        """As `Readiness.unregister`."""
-        if self._watched.pop(fd, None) is not None:
-            self._ignore(fd)
-
-    forget = unregister
-
-    def __len__(self) -> int:
-        return len(self._watched)
-
-    def close(self) -> None:
-        """As `Readiness.close`."""
-        for fd in list(self._watched):
-            self.unregister(fd)
-
-    def _watch(self, fd: int) -> None:
-        events, _ = self._watched[fd]
-        if events & IN:
-            self._loop.add_reader(fd, self._fire, fd, IN)
-        if events & OUT:
-            self._loop.add_writer(fd, self._fire, fd, OUT)
-
-    def _ignore(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        self._loop.remove_writer(fd)
-
-    def _fire(self, fd: int, event: int) -> None:
-        # A handle of what is no longer watched has been cancelled.
-        watched = events, handler = self._watched[fd]
-        if events & EDGE:
-            self._ignore(fd)
-            self._loop.call_later(self.EDGE_PAUSE, self._watch_again, fd, watched)
-        try:
-            handler(event)
-        except Exception:
-            structlog.get_logger().exception("handler failed", fd=fd)
-            self.unregister(fd)
-
-    def _watch_again(self, fd: int, watched: tuple[int, Handler]) -> None:
-        if self._watched.get(fd) is watched:
-            self._watch(fd)
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """The loop to serve tunnels with."""
-    return TunnelLoop() if hasattr(select, "epoll") else asyncio.new_event_loop()
-
-
-def readiness(loop: asyncio.AbstractEventLoop) -> "Readiness | PortableReadiness":
-    """The readiness of `loop`, or the one that this system has in a loop that is not ours."""
-    if isinstance(loop, TunnelLoop):
-        return loop.readiness
-    return Readiness(loop) if hasattr(select, "epoll") else PortableReadiness(loop)
-
-
-AnyReadiness = Readiness | PortableReadiness
+def readiness(loop: asyncio.AbstractEventLoop) -> Readiness:
+    """Return the readiness of a `TunnelLoop`; for any other loop, a new one that the loop watches."""
+    return loop.readiness if isinstance(loop, TunnelLoop) else Readiness(loop)

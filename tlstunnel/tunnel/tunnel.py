@@ -33,7 +33,7 @@ from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import Channel, ClientGone, address_of
 from tlstunnel.sockets.closing import DISCARD_SECONDS, ClosingSockets, reset
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup
-from tlstunnel.sockets.readiness import AnyReadiness
+from tlstunnel.sockets.readiness import Readiness
 from tlstunnel.tls import hello as tls_hello
 from tlstunnel.tls.truncation import is_truncation
 from tlstunnel.tunnel.exchange import Broken, Exchange
@@ -57,7 +57,7 @@ class Serving:
     journal: Journal
     firewall: Firewall
     loop: asyncio.AbstractEventLoop
-    readiness: AnyReadiness
+    readiness: Readiness
     deadlines: Deadlines
     closing_sockets: ClosingSockets
     splices: Splices
