@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from tlstunnel.sockets import readiness as module
 from tlstunnel.sockets.readiness import (
-    EDGE,
+    EDGE_TRIGGERED,
     ERR,
     HUP,
     IN,
@@ -364,7 +364,7 @@ def test_edge_is_told_once(pairs: Callable[[], Pair]) -> None:
 
     async def test(watched: Readiness) -> None:
         far.send(b"x")
-        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        watched.register(near.fileno(), EDGE_TRIGGERED | IN | RDHUP, events.append)
         await some_turns(watched)
         assert events == [IN]
 
@@ -376,7 +376,7 @@ def test_edge_is_told_again_with_new_bytes(pairs: Callable[[], Pair]) -> None:
     events: list[int] = []
 
     async def test(watched: Readiness) -> None:
-        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        watched.register(near.fileno(), EDGE_TRIGGERED | IN | RDHUP, events.append)
         for _ in range(3):
             events.clear()
             far.send(b"x")
@@ -391,10 +391,10 @@ def test_edge_is_told_after_modify(pairs: Callable[[], Pair]) -> None:
     events: list[int] = []
 
     async def test(watched: Readiness) -> None:
-        watched.register(near.fileno(), EDGE | IN | RDHUP, events.append)
+        watched.register(near.fileno(), EDGE_TRIGGERED | IN | RDHUP, events.append)
         await some_turns(watched)
         assert events == []
-        watched.modify(near.fileno(), EDGE | IN | OUT | RDHUP)
+        watched.modify(near.fileno(), EDGE_TRIGGERED | IN | OUT | RDHUP)
         await until(lambda: events)
         assert set(events) == {OUT}
 
@@ -433,7 +433,7 @@ def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
         seen |= events
 
     async def test(watched: Readiness) -> None:
-        watched.register(near.fileno(), EDGE | IN | RDHUP, note)
+        watched.register(near.fileno(), EDGE_TRIGGERED | IN | RDHUP, note)
         far.shutdown(socket.SHUT_WR)
         await until(lambda: seen & RDHUP)
 

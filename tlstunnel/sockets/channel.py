@@ -9,7 +9,7 @@ import socket
 import ssl
 
 from tlstunnel.sockets.deadlines import Wakeup
-from tlstunnel.sockets.readiness import EDGE, GONE, IN, OUT, RDHUP, Readiness
+from tlstunnel.sockets.readiness import EDGE_TRIGGERED, GONE, IN, OUT, RDHUP, Readiness
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 
@@ -36,7 +36,7 @@ class Channel:
         self.gone = False
         self._readiness = readiness
         self._wakeup = wakeup
-        readiness.register(self.fd, EDGE | IN | RDHUP, self._on_event)
+        readiness.register(self.fd, EDGE_TRIGGERED | IN | RDHUP, self._on_event)
 
     def _on_event(self, events: int) -> None:
         if events & GONE:
@@ -119,7 +119,7 @@ class Channel:
 
     def ask_for_writing(self) -> None:
         """Let writability be an event too."""
-        self._readiness.modify(self.fd, EDGE | IN | OUT | RDHUP)
+        self._readiness.modify(self.fd, EDGE_TRIGGERED | IN | OUT | RDHUP)
 
     async def do_handshake(self, unless_gone: "Channel | None" = None) -> ssl.SSLSocket:
         """The TLS handshake, on a socket that is an ``SSLSocket`` by now. Raises ClientGone once `unless_gone` is."""

@@ -23,7 +23,7 @@ OUT = select.EPOLLOUT
 ERR = select.EPOLLERR
 HUP = select.EPOLLHUP
 RDHUP = select.EPOLLRDHUP
-EDGE = select.EPOLLET
+EDGE_TRIGGERED = select.EPOLLET
 """The bits of epoll_ctl(2)."""
 
 GONE = ERR | HUP | RDHUP
@@ -50,7 +50,10 @@ class Readiness:
             loop.add_reader(self._epoll.fileno(), self.turn, 0)
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
-        """Call `handler` whenever one of `events` (or ERR or HUP, always) holds for `fd`; with EDGE, once a change."""
+        """Call `handler` whenever one of `events` (or ERR or HUP, always) holds for `fd`.
+
+        With EDGE_TRIGGERED it is called once for each change.
+        """
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
 

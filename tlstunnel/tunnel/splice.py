@@ -26,7 +26,7 @@ from typing import Final
 import structlog
 
 from tlstunnel.sockets.closing import ClosingSockets, reset
-from tlstunnel.sockets.readiness import EDGE, ERR, HUP, IN, OUT
+from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT
 from tlstunnel.tls.truncation import is_truncation
 
 RECORD: Final = 16_384
@@ -72,7 +72,7 @@ class _Side:
         self.end = ""
         self.failure: OSError | None = None
         self.wants = 0  # IN or OUT where TLS has a message of its own to read or write before anything else
-        self._watched = EDGE  # what it is registered for before
+        self._watched = EDGE_TRIGGERED  # what it is registered for before
 
     def on_event(self, events: int) -> None:
         """Move what has come from here to the other side."""
