@@ -1,0 +1,1 @@
+"""What a process counts, and the sums over all processes."""

@@ -1,0 +1,99 @@
+"""The metrics, in one table: names, kinds, labels and help. `docs/metrics.md` lists them, and a test compares the two.
+
+Names and labels are part of the public interface. They follow Prometheus' conventions: the unit is in the name, a
+counter's ends in ``_total``. No label has a value that a client chose, so the number of series stays small.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric: one value for each combination of values of its `labels`."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    labels: tuple[str, ...]
+    help: str
+
+
+FAMILIES: dict[str, Family] = {}
+"""All families by name, in the order in which they are shown."""
+
+
+def _family(kind: Literal["counter", "gauge"], name: str, labels: tuple[str, ...], text: str) -> Family:
+    FAMILIES[name] = family = Family(name, kind, labels, text)
+    return family
+
+
+def _counter(name: str, *labels: str, text: str) -> Family:
+    return _family("counter", name, labels, text)
+
+
+CONNECTIONS_ACCEPTED = _counter("tlstunnel_connections_accepted_total", text="Connections accepted from listeners.")
+CONNECTIONS_NOT_ACCEPTED = _counter(
+    "tlstunnel_connections_not_accepted_total",
+    "reason",
+    text="Connections closed as soon as they were accepted: address lists, PROXY protocol from an untrusted address.",
+)
+ACCEPT_PAUSES = _counter(
+    "tlstunnel_accept_pauses_total", "reason", text="Times that accepting paused for lack of descriptors or memory."
+)
+HANDSHAKES_EVICTED = _counter(
+    "tlstunnel_unfinished_handshakes_evicted_total",
+    text="Connections closed before their handshake was complete, to make room for newer ones.",
+)
+TLS_HANDSHAKES_FAILED = _counter(
+    "tlstunnel_tls_handshakes_failed_total",
+    "reason",
+    text="Connections that ended before their TLS handshake was complete.",
+)
+CONNECTIONS = _counter(
+    "tlstunnel_connections_total",
+    "site",
+    "ended_by",
+    "reason",
+    text="Connections with a complete TLS handshake, counted when they end: one for each connection record.",
+)
+TUNNELS_OPENED = _counter("tlstunnel_tunnels_opened_total", "site", text="WebSocket handshakes that opened a tunnel.")
+BYTES = _counter(
+    "tlstunnel_bytes_total",
+    "site",
+    "direction",
+    text="Bytes moved by tunnels, without TLS and HTTP: up from clients to origins, down from origins to clients.",
+)
+FIREWALL_CHECKS_FAILED = _counter(
+    "tlstunnel_firewall_checks_failed_total",
+    "site",
+    "reason",
+    "mode",
+    text="Requests that address lists or the check of the web origin refused, or in mode log would have refused.",
+)
+RULES = _counter(
+    "tlstunnel_firewall_rules_total", "site", "rule", "outcome", text="Firewall rules that matched or failed."
+)
+RATE_LIMITS = _counter(
+    "tlstunnel_firewall_rate_limits_total",
+    "site",
+    "limit",
+    "outcome",
+    "mode",
+    text="Requests that a rate limit applied to, by outcome.",
+)
+MANAGED_RULES = _counter(
+    "tlstunnel_firewall_managed_rules_total",
+    "site",
+    "outcome",
+    text="Requests that managed rules evaluated, by outcome.",
+)
+MANAGED_RULE_MATCHES = _counter(
+    "tlstunnel_firewall_managed_rule_matches_total", "rule", text="Requests that a managed rule matched, by its id."
+)
+EDGE_REQUESTS = _counter(
+    "tlstunnel_edge_requests_total", "worker", "outcome", text="Requests given to an edge worker, by outcome."
+)
+TUNNELS = _family("gauge", "tlstunnel_tunnels", ("site",), "Tunnels that are open.")
+UNFINISHED_HANDSHAKES = _family(
+    "gauge", "tlstunnel_unfinished_handshakes", (), "Connections whose handshake is not complete."
+)
