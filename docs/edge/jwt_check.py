@@ -6,7 +6,7 @@ Needs ``PyJWT[crypto]`` where tlstunnel is installed::
     names = ["chat.example.com"]
     origins = ["10.0.0.5:3000"]
     worker = "edge/jwt_check.py:fetch"
-    allowed_origins = ["same"]
+    web_origins = ["same"]
     max_age = "1h"
 
     [sites.worker_config]
@@ -16,7 +16,7 @@ Needs ``PyJWT[crypto]`` where tlstunnel is installed::
     cookie = "token"
     reload_every = 5
 
-The token comes in ``Authorization: Bearer``, or in the cookie. ``allowed_origins`` belongs to the cookie: a browser
+The token comes in ``Authorization: Bearer``, or in the cookie. ``web_origins`` belongs to the cookie: a browser
 sends it with the WebSocket of any page. ``max_age`` because a tunnel outlives the token that opened it.
 
 The origin gets the token's subject as ``X-User``, and no ``X-User`` of the client's. Replace the file by a rename, and

@@ -7,10 +7,10 @@ Needs ``redis`` (redis-py) where tlstunnel is installed::
     origins = ["10.0.0.5:3000"]
     worker = "edge/redis_session.py:fetch"
     worker_config = { url = "redis://10.0.0.20:6379/0", cookie = "sid" }
-    allowed_origins = ["same"]
+    web_origins = ["same"]
 
 The application does ``HSET session:SID user USER`` and ``EXPIRE session:SID 3600``. The origin gets USER as ``X-User``,
-percent-encoded where it is no visible ASCII, and no ``X-User`` of the client's. ``allowed_origins`` because a browser
+percent-encoded where it is no visible ASCII, and no ``X-User`` of the client's. ``web_origins`` because a browser
 sends the cookie with the WebSocket of any page.
 
 When Redis is down or slow, the answer is a 503 within half a second: nobody gets in without a session, and clients

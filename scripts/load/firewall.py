@@ -57,7 +57,7 @@ timeout = "1s"
 
 POLICIES = {
     "no policy": "",
-    "origin check": 'allowed_origins = ["same", "https://localhost"]\norigins_mode = "log"\n',
+    "origin check": 'web_origins = ["same", "https://localhost"]\nweb_origins_mode = "log"\n',
     "10 rules": rules(10),
     "100 rules": rules(100),
     "10 regexes": rules(10, (REGEX,)),

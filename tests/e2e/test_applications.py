@@ -34,7 +34,7 @@ from tests.promises.firewalled import policed
 CLIENTS = REPOSITORY / "tests" / "clients"
 SLOW = 2 * PATIENCE * 1000
 """Milliseconds for what waits until JupyterLab has started in the browser, or its kernel in Python."""
-SITE = 'http = "pass"\nallowed_origins = ["same"]\n'
+SITE = 'http = "pass"\nweb_origins = ["same"]\n'
 
 NOTEBOOK = {
     "cells": [{"cell_type": "code", "id": "a", "execution_count": None, "metadata": {}, "outputs": [], "source": ""}],

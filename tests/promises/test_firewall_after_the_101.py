@@ -45,8 +45,8 @@ block_for = "1d"
 """
 
 SITE = """
-allowed_origins = ["same"]
-require_origin = true
+web_origins = ["same"]
+require_web_origin = true
 
 [sites.managed_rules]
 owasp_crs = true

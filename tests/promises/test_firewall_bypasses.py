@@ -12,7 +12,7 @@ from tests.promises.firewalled import Outcome, Stage, judged, policed
 from tests.promises.witness import Witness
 
 SITE = """
-allowed_origins = ["same"]
+web_origins = ["same"]
 
 [[sites.rules]]
 name = "admin"

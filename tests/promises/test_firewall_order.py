@@ -25,7 +25,7 @@ action = "block"
 
 SITE = f"""
 block_addresses = ["{BLOCKED_BY_THE_SITE}"]
-allowed_origins = ["same"]
+web_origins = ["same"]
 
 [[sites.rules]]
 name = "admins of the site"
@@ -271,8 +271,8 @@ mode = "log"
 LOGGED_SITE = f"""
 block_addresses = ["{BLOCKED_BY_ALL}"]
 addresses_mode = "log"
-allowed_origins = ["same"]
-origins_mode = "log"
+web_origins = ["same"]
+web_origins_mode = "log"
 
 [[sites.rules]]
 name = "skips"

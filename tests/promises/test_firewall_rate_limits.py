@@ -196,7 +196,7 @@ def test_an_origin_that_is_silent_keeps_no_tunnel_counted(certificate: Certifica
         while sock.recv(65_536):
             pass
 
-    top = '[timeouts]\norigin_answer = "150ms"\n'
+    top = '[timeouts]\norigin_response = "150ms"\n'
     with RawOrigin(silent) as origin, policed(origin.address, certificate, top=top, site=TWO) as tunnel:
         assert _statuses(tunnel, 4) == [504] * 4
 

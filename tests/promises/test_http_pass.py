@@ -331,7 +331,7 @@ def test_expect_100_continue_reaches_the_client(tunnel: Tunnel) -> None:
 @pytest.mark.parametrize(
     ("timeouts", "sent", "status"),
     [
-        ('timeouts.origin_answer = "200ms"', b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 504),
+        ('timeouts.origin_response = "200ms"', b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 504),
         ('timeouts.request = "200ms"', b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc", 408),
     ],
 )

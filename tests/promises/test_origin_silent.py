@@ -24,7 +24,7 @@ from tests.harness import (
 from tests.promises.wire import ABRUPT_ENDS, ask, read_until_end
 from tests.promises.witness import SMUGGLED, Witness, record_of
 
-SETTINGS = '[timeouts]\norigin_answer = "1s"\nclose = "300ms"\n'
+SETTINGS = '[timeouts]\norigin_response = "1s"\nclose = "300ms"\n'
 Stage = tuple[Witness, Tunnel]
 
 
@@ -89,7 +89,7 @@ def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> 
 
 
 def test_a_client_that_leaves_a_silent_origin_takes_its_connection_along(certificate: Certificate) -> None:
-    """The 30 s of origin_answer are not waited out: the harness would not wait that long."""
+    """The 30 s of origin_response are not waited out: the harness would not wait that long."""
     with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
         for leave in (socket.socket.close, reset):
             statement = origin.tell(b"")

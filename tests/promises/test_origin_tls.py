@@ -406,7 +406,7 @@ def test_what_is_wrong_with_a_certificate_is_in_the_record(
             assert (record["status"], record["reason"]) == (502, reason)
             assert f"localhost:{origin.port}" in record["detail"]
             assert word in record["detail"]
-        with Tunnel(certificate=certificate, config=site(certificate, address, 'verify = "off"')) as t:
+        with Tunnel(certificate=certificate, config=site(certificate, address, 'origin_verify = "off"')) as t:
             _works(t)
 
 

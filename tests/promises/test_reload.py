@@ -135,11 +135,11 @@ def _two(origin: WebsocketsOrigin, certificate: Certificate, top: str = "") -> s
     return policy(origin.address, certificate, top=top) + other + pair
 
 
-@pytest.mark.parametrize("end_removed", [False, True])
+@pytest.mark.parametrize("drain_removed", [False, True])
 def test_tunnels_of_a_site_that_is_gone(
-    origin: WebsocketsOrigin, certificate: Certificate, *, end_removed: bool
+    origin: WebsocketsOrigin, certificate: Certificate, *, drain_removed: bool
 ) -> None:
-    top = f"end_removed = {str(end_removed).lower()}"
+    top = f"drain_removed = {str(drain_removed).lower()}"
     with Tunnel(None, certificate, config=_two(origin, certificate, top)) as tunnel, connect_tls(tunnel) as stays:
         assert upgrade(stays).status == 101
         plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE)
@@ -156,7 +156,7 @@ def test_tunnels_of_a_site_that_is_gone(
                 ),
             ):
                 pass
-            if end_removed:
+            if drain_removed:
                 assert has_ended(goes)
                 tunnel.wait_record(lambda record: record.get("reason") == "site removed")
             else:

@@ -199,10 +199,10 @@ def test_a_process_that_is_started_again_is_of_the_version_that_runs(
         assert upgraded(tunnel) == "1.0.0 -> 2.0.0, generation 2"
 
 
-def test_the_end_of_linger_ends_old_tunnels(
+def test_the_end_of_drain_after_ends_old_tunnels(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    release = 'linger = "1s"\ndrain_over = "1s"'
+    release = 'drain_after = "1s"\ndrain_over = "1s"'
     with _started(origin, certificate, versions, release) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
         upgraded(tunnel)

@@ -33,7 +33,7 @@ def site(name: str, more: str = "") -> str:
         ("", "[managed_rules]\nprocesses = 2\n", ["managed_rules.processes: 1 -> 2"]),
         ("", '[log]\nformat = "json"\n', ["log.format: text -> json; this takes effect at the next start"]),
         ("", 'trusted_proxies = ["10.0.0.0/8"]\n', ["trusted_proxies: changed"]),
-        ("", "end_removed = true\n", ["end_removed: changed"]),
+        ("", "drain_removed = true\n", ["drain_removed: changed"]),
         ("", site("a.example"), ["site a.example: added"]),
         (site("a.example"), "", ["site a.example: removed"]),
         (site("a.example") + site("b.example"), site("b.example") + site("a.example"), []),

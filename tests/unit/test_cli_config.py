@@ -41,7 +41,7 @@ def test_an_empty_file_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.stdout.splitlines() == [
         "listen    what start is told, or its default",
         "site      none here: any name, to the origin that start is told, or its echo",
-        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_answer 30s, idle off, close 30s",
+        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle off, close 30s",
         "ok",
     ]
     assert result.stderr == ""
@@ -53,7 +53,7 @@ def test_the_summary(tmp_path: Path) -> None:
     file.write_text(
         'listen = ["127.0.0.1:8443", "[::1]:8443"]\ntimeouts.idle = "15m"\n'
         f'{SITE}names = ["chat.example", "*.chat.example"]\ndefault = true\ncert = "chat.pem"\nkey = "chat-key.pem"\n'
-        f'allowed_origins = ["same"]\n{SITE}names = ["b.example"]\nallowed_origins = []\n'
+        f'web_origins = ["same"]\n{SITE}names = ["b.example"]\nweb_origins = []\n'
     )
     result = check(str(file))
     assert result.exit_code == 0
@@ -61,7 +61,7 @@ def test_the_summary(tmp_path: Path) -> None:
         "listen    127.0.0.1:8443, [::1]:8443",
         f"site      chat.example, *.chat.example (default) -> localhost:3000, certificate {tmp_path}/chat.pem",
         "site      b.example -> localhost:3000",
-        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_answer 30s, idle 15m, close 30s",
+        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle 15m, close 30s",
         "ok",
     ]
     assert result.stderr == ""
@@ -85,7 +85,7 @@ def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
     pair(tmp_path, "old", days=3)
     file = tmp_path / "t.toml"
-    file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\nallowed_origins = ["same"]\n')
+    file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\nweb_origins = ["same"]\n')
     result = check(str(file))
     assert result.exit_code == 0
     assert result.stdout.endswith("\nok\n")
@@ -97,19 +97,19 @@ def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
 def test_each_site_that_any_page_may_connect_to_is_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text(
-        f'{SITE}names = ["a.example"]\n{SITE}names = ["b.example"]\nallowed_origins = ["same"]\n'
-        f'{SITE}names = ["c.example"]\norigins_mode = "log"\n'
+        f'{SITE}names = ["a.example"]\n{SITE}names = ["b.example"]\nweb_origins = ["same"]\n'
+        f'{SITE}names = ["c.example"]\nweb_origins_mode = "log"\n'
     )
     result = check(str(file))
     assert result.exit_code == 0
     assert result.stdout.endswith("\nok\n")
     first, third = result.stderr.splitlines()
-    assert first.startswith(f"tlstunnel: {file}: sites[0]: warning: without allowed_origins any web page may connect")
-    assert 'write allowed_origins = ["same"]' in first
-    assert third.startswith(f"tlstunnel: {file}: sites[2]: warning: without allowed_origins ")
+    assert first.startswith(f"tlstunnel: {file}: sites[0]: warning: without web_origins any web page may connect")
+    assert 'write web_origins = ["same"]' in first
+    assert third.startswith(f"tlstunnel: {file}: sites[2]: warning: without web_origins ")
 
 
-SAME = f'{SITE}names = ["chat.example"]\nallowed_origins = ["same"]\n'
+SAME = f'{SITE}names = ["chat.example"]\nweb_origins = ["same"]\n'
 RULE = 'name = "no admins"\naction = "block"\n'
 
 # what is wrong: the file, and what the one line must say, in this order

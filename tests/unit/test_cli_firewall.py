@@ -29,7 +29,7 @@ action = "block"
 names = ["chat.example", "*.chat.example"]
 origins = ["localhost:3000"]
 block_addresses = ["198.51.100.7"]
-allowed_origins = ["same"]
+web_origins = ["same"]
 
 [[sites.rules]]
 name = "rooms"
@@ -48,7 +48,7 @@ limit = "1/hour"
 [[sites]]
 names = ["other.example"]
 origins = ["localhost:3001"]
-allowed_origins = []
+web_origins = []
 """
 
 

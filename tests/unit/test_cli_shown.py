@@ -32,7 +32,7 @@ def test_what_is_shown_loads_as_the_same(file: Path) -> None:
     shown = run("show", str(file))
     assert decode(shown, Path("/elsewhere"), "shown") == load(file)
     # Defaults are said too.
-    for key in ("drain_wait", "max_age_jitter", "strict_path", "weight", "on_error", "end_removed"):
+    for key in ("drain_wait", "max_age_jitter", "strict_path", "weight", "on_error", "drain_removed"):
         assert f"\n{key} = " in shown
 
 

@@ -67,7 +67,7 @@ def test_an_empty_file_gives_the_defaults() -> None:
         tls_handshake=Timeout(10),
         request=Timeout(10),
         origin_connect=Timeout(5),
-        origin_answer=Timeout(30),
+        origin_response=Timeout(30),
         idle=None,
         close=Timeout(30),
     )
@@ -89,7 +89,7 @@ def test_every_key_arrives() -> None:
         timeouts.tls_handshake = "1s"
         timeouts.request = "2s"
         timeouts.origin_connect = "3s"
-        timeouts.origin_answer = "4s"
+        timeouts.origin_response = "4s"
         timeouts.idle = "5m"
         timeouts.close = "6s"
         limits.unfinished_handshakes = 10
@@ -112,7 +112,7 @@ def test_every_key_arrives() -> None:
             tls_handshake=Timeout(1),
             request=Timeout(2),
             origin_connect=Timeout(3),
-            origin_answer=Timeout(4),
+            origin_response=Timeout(4),
             idle=IdleTimeout(300),
             close=Timeout(6),
         ),
@@ -163,9 +163,9 @@ def test_every_key_of_the_firewall_arrives() -> None:
         allow_addresses = ["10.0.0.0/8"]
         block_addresses = ["@bot-nets"]
         addresses_mode = "log"
-        allowed_origins = ["same"]
-        require_origin = true
-        origins_mode = "log"
+        web_origins = ["same"]
+        require_web_origin = true
+        web_origins_mode = "log"
         strict_path = false
         [[sites.rules]]
         name = "first"
@@ -217,9 +217,9 @@ def test_every_key_of_the_firewall_arrives() -> None:
             allow_addresses=("10.0.0.0/8",),
             block_addresses=("@bot-nets",),
             addresses_mode="log",
-            allowed_origins=("same",),
-            require_origin=True,
-            origins_mode="log",
+            web_origins=("same",),
+            require_web_origin=True,
+            web_origins_mode="log",
             strict_path=False,
             rules=(RuleConfig(name="first", when="true", action="skip", skip=("managed_rules", "rate_limits")),),
             rate_limits=(RateLimitConfig(name="many", limit="1/second"),),
@@ -255,8 +255,8 @@ def test_every_key_of_the_firewall_arrives() -> None:
         ("capacitor://localhost", "capacitor://localhost"),
     ],
 )
-def test_allowed_origins_have_the_form_that_browsers_send(text: str, origin: str) -> None:
-    assert decoded(f'{SITE}allowed_origins = ["{text}"]').sites[0].allowed_origins == (origin,)
+def test_web_origins_have_the_form_that_browsers_send(text: str, origin: str) -> None:
+    assert decoded(f'{SITE}web_origins = ["{text}"]').sites[0].web_origins == (origin,)
 
 
 def test_idle_can_be_off() -> None:
@@ -312,7 +312,7 @@ def test_what_is_no_duration(text: str) -> None:
         (f"{SITE}{SITE}cret = 'a'", 't.toml:5: sites[1]: unknown key "cret"; did you mean "cert"?'),
         (
             "[release]\nx = 1",
-            't.toml:2: release: unknown key "x"; the keys here are linger, drain_wait, drain_over, upgrade_timeout',
+            't.toml:2: release: unknown key "x"; the keys here are drain_after, drain_wait, drain_over, upgrade_t',
         ),
         ('"a\\nb` - at `$.log" = 1', 't.toml:1: unknown key "a\\nb` - at `$.log"; the keys here are listen,'),
         ("sites = [1, {x = 1}]", 't.toml:1: sites[1]: unknown key "x"; the keys here are names,'),
@@ -396,7 +396,10 @@ def test_what_is_no_duration(text: str) -> None:
         ('proxy_protocol = "required"', "proxy_protocol: nobody may connect: name the proxies"),
         ('proxy_protocol_listen = ["127.0.0.1:1"]', "proxy_protocol_listen[0]: 127.0.0.1:1 is not among listen"),
         (f'{SITE}origin_ca = "a"', "sites[0].origin_ca: this is about origins with TLS, wss://, and there is none"),
-        (f'{SITE}verify = "off"', "sites[0].verify: this is about origins with TLS, wss://, and there is none"),
+        (
+            f'{SITE}origin_verify = "off"',
+            "sites[0].origin_verify: this is about origins with TLS, wss://, and there is none",
+        ),
         (f'{SITE}balance = "random"', 'sites[0].balance: expected "round_robin", "least_tunnels", "hash:ip", '),
         (f'{SITE}balance = "hash:header:"', "sites[0].balance: expected "),
         (
@@ -405,7 +408,7 @@ def test_what_is_no_duration(text: str) -> None:
         ),
         (f'{SITE}health = {{ path = "/x" }}', 'sites[0].health.path: a path goes with type = "websocket" or "http"'),
         (f'{SITE}health = {{ type = "http", path = "x" }}', "sites[0].health.path: expected a path such as"),
-        (f'{SITE}ejection = {{ delay = "2m" }}', "sites[0].ejection.longest: shorter than delay, which is 2m"),
+        (f'{SITE}ejection = {{ delay = "2m" }}', "sites[0].ejection.max_delay: shorter than delay, which is 2m"),
         (f"{SITE}routes = {{}}", "sites[0].routes: expected an array of tables, got a table; write [[sites.routes]]"),
         (f'{SITE}[[sites.routes]]\npath = "/a"', "sites[0].routes[0].origins: expected at least one origin"),
         (f'{SITE}[[sites.routes]]\norigins = ["a:1"]', "sites[0].routes[0]: the key path is missing"),
@@ -468,13 +471,16 @@ def test_what_is_no_duration(text: str) -> None:
             't.toml:4: sites[0].allow_addresses[0]: there is no list "bot"; did you mean "@bots"?',
         ),
         (f"{SITE}block_addresses = ['10.0.0.1/8']", 'block_addresses[0]: "10.0.0.1/8" has bits set behind the /8'),
-        (f"{SITE}allowed_origins = ['a.example']", 'allowed_origins[0]: "a.example" is not an origin, such as'),
-        (f"{SITE}allowed_origins = ['https://a/']", '"https://a/" has a path; an origin is scheme, host and port'),
-        (f"{SITE}allowed_origins = ['app://a/b']", '"app://a/b" is not an origin: scheme, host and port'),
-        (f"{SITE}allowed_origins = ['https://*']", '"https://*" would let every site in; leave allowed_origins out'),
-        (f"{SITE}allowed_origins = ['https://a:65536']", '"65536" in "https://a:65536" is not a port'),
-        (f"{SITE}allowed_origins = ['https://a b']", '"a b" is not a host name'),
-        (f"{SITE}require_origin = true", "sites[0].require_origin: require_origin needs allowed_origins, such as"),
+        (f"{SITE}web_origins = ['a.example']", 'web_origins[0]: "a.example" is not an origin, such as'),
+        (f"{SITE}web_origins = ['https://a/']", '"https://a/" has a path; an origin is scheme, host and port'),
+        (f"{SITE}web_origins = ['app://a/b']", '"app://a/b" is not an origin: scheme, host and port'),
+        (f"{SITE}web_origins = ['https://*']", '"https://*" would let every site in; leave web_origins out'),
+        (f"{SITE}web_origins = ['https://a:65536']", '"65536" in "https://a:65536" is not a port'),
+        (f"{SITE}web_origins = ['https://a b']", '"a b" is not a host name'),
+        (
+            f"{SITE}require_web_origin = true",
+            "sites[0].require_web_origin: require_web_origin needs web_origins, such as",
+        ),
         (f"{SITE}managed_rules = {{}}", "t.toml:3: sites[0].managed_rules: no rules; write owasp_crs = true, or"),
         (
             f"{SITE}managed_rules = {{rules = ''}}",
@@ -586,7 +592,7 @@ fields: dict[str, st.SearchStrategy[Any]] = {
             {"origins": st.one_of(st.just(["localhost:3000"]), values)},
             optional={
                 **dict.fromkeys(("names", "default", "cert", "key", "other"), values),
-                **dict.fromkeys(("allowed_origins", "block_addresses"), st.lists(values, max_size=2)),
+                **dict.fromkeys(("web_origins", "block_addresses"), st.lists(values, max_size=2)),
                 "managed_rules": st.dictionaries(st.sampled_from(SiteManagedRules.__struct_fields__), values),
                 "rules": values,
             },

@@ -287,7 +287,7 @@ def test_the_documentation_has_the_keys() -> None:
 
 
 def _checked(tmp_path: Path, worker: str | None) -> tuple[int, str]:
-    (tmp_path / "t.toml").write_text(f'{SITE}allowed_origins = []\nworker = "worker.py:fetch"\n')
+    (tmp_path / "t.toml").write_text(f'{SITE}web_origins = []\nworker = "worker.py:fetch"\n')
     if worker is not None:
         (tmp_path / "worker.py").write_text(worker)
     result = CliRunner().invoke(command, ["check", str(tmp_path / "t.toml")])

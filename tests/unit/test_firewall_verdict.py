@@ -106,9 +106,9 @@ names = ["chat.example"]
 origins = ["localhost:3000"]
 block_addresses = ["192.0.2.1"]
 addresses_mode = "log"
-allowed_origins = ["same"]
-require_origin = true
-origins_mode = "log"
+web_origins = ["same"]
+require_web_origin = true
+web_origins_mode = "log"
 [[sites.rules]]
 name = "each"
 when = 'path == "/"'

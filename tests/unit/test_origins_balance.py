@@ -84,7 +84,7 @@ def test_what_a_hash_is_over() -> None:
     assert first("hash:cookie:sid") == first("hash:header:X-User") == first("hash:ip")
 
 
-EJECTION = Ejection(failures=3, delay=Timeout(1), longest=Timeout(4))
+EJECTION = Ejection(failures=3, delay=Timeout(1), max_delay=Timeout(4))
 
 
 def test_three_failures_in_a_row_eject_and_one_at_a_time_may_try() -> None:

@@ -14,12 +14,12 @@ from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.errors import CertificateError, ConfigurationError
 
 OPEN_TO_ALL = (
-    "without allowed_origins any web page may connect, with the cookies of whoever looks at it;"
-    ' write allowed_origins = ["same"], or the origins of your pages'
+    "without web_origins any web page may connect, with the cookies of whoever looks at it;"
+    ' write web_origins = ["same"], or the origins of your pages'
 )
 
 UNVERIFIED = (
-    'verify = "off": whoever is on the way to its origins can read and change everything; give origin_ca instead'
+    'origin_verify = "off": whoever is on the way to its origins can read and change everything; give origin_ca instead'
 )
 
 
@@ -63,9 +63,9 @@ def check(file: Path) -> None:
     if problems:
         raise SystemExit(1)
     for index, site in enumerate(config.sites):
-        if site.allowed_origins is None:
+        if site.web_origins is None:
             click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {OPEN_TO_ALL}", err=True)
-        if site.verify == "off":
+        if site.origin_verify == "off":
             click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {UNVERIFIED}", err=True)
     for line in _summary(config):
         click.echo(line)

@@ -13,8 +13,8 @@ def command(*, control: Path | None, as_json: bool) -> None:
     """Go on with the code that is installed now, with the configuration and the certificates as they are now.
 
     The new code is tried first, whole but for accepting. Where it does not start, nothing is changed: the exit status
-    is 1. Then it serves what connects, and the old processes finish their tunnels for up to release.linger. Nobody is
-    disconnected.
+    is 1. Then it serves what connects, and the old processes finish their tunnels for up to release.drain_after. Nobody
+    is disconnected.
     """
     if answer := answered(control, "upgrade", as_json=as_json):
         click.echo(f"{answer['before']} -> {answer['version']}, generation {answer['generation']}")

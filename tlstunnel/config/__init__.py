@@ -106,7 +106,7 @@ class Timeouts(_Table, frozen=True):
     tls_handshake: Timeout = Timeout(10)
     request: Timeout = Timeout(10)
     origin_connect: Timeout = Timeout(5)
-    origin_answer: Timeout = Timeout(30)
+    origin_response: Timeout = Timeout(30)
     idle: IdleTimeout | None = None
     close: Timeout = Timeout(30)
 
@@ -120,7 +120,7 @@ class Limits(_Table, frozen=True):
 class Release(_Table, frozen=True):
     """How tunnels end when this process is asked to leave."""
 
-    linger: IdleTimeout | None = IdleTimeout(86_400)
+    drain_after: IdleTimeout | None = IdleTimeout(86_400)
     drain_wait: Duration = Duration(0)
     drain_over: Duration = Duration(60)
     upgrade_timeout: Timeout = Timeout(30)
@@ -240,11 +240,11 @@ class OriginConfig(_Table, frozen=True):
 
 
 class Ejection(_Table, frozen=True):
-    """After how many failures in a row an origin is left alone, and for how long: doubled up to ``longest``."""
+    """After how many failures in a row an origin is left alone, and for how long: doubled up to ``max_delay``."""
 
     failures: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
     delay: Timeout = Timeout(1)
-    longest: Timeout = Timeout(60)
+    max_delay: Timeout = Timeout(60)
 
 
 class Health(_Table, frozen=True):
@@ -271,7 +271,7 @@ class SiteConfig(_Table, frozen=True):
 
     ``names`` are as ``addresses.canonical_name`` gives them, ``cert`` and ``key`` absolute and either both None or
     both set, ``balance`` one of those that ``origins/balance.py`` has. Address lists hold networks in their shortest
-    form and ``@NAME`` of lists that exist; ``allowed_origins`` is None where origins are not looked at, else ``same``,
+    form and ``@NAME`` of lists that exist; ``web_origins`` is None where origins are not looked at, else ``same``,
     ``null``, or scheme, host and any port that is not the scheme's, such as ``https://*.example.com:8443``.
     ``worker`` is ``FILE:FUNCTION``, the file's path absolute and ending in ``.py``, or ``PACKAGE.MODULE:FUNCTION``;
     ``worker_origins`` are networks in their shortest form, and names as ``addresses.canonical_name`` gives them.
@@ -298,7 +298,7 @@ class SiteConfig(_Table, frozen=True):
     origin_name: str | None = None
     origin_cert: Path | None = None
     origin_key: Path | None = None
-    verify: Literal["on", "off"] = "on"
+    origin_verify: Literal["on", "off"] = "on"
     origin_host: str = "keep"
     set_headers: Headers = Headers()
     remove_headers: tuple[str, ...] = ()
@@ -308,9 +308,9 @@ class SiteConfig(_Table, frozen=True):
     allow_addresses: tuple[str, ...] = ()
     block_addresses: tuple[str, ...] = ()
     addresses_mode: Mode = "block"
-    allowed_origins: tuple[str, ...] | None = None
-    require_origin: bool = False
-    origins_mode: Mode = "block"
+    web_origins: tuple[str, ...] | None = None
+    require_web_origin: bool = False
+    web_origins_mode: Mode = "block"
     strict_path: bool = True
     http: Literal["refuse", "pass"] = "refuse"
     rules: tuple[RuleConfig, ...] = ()
@@ -355,8 +355,8 @@ class Config(_Table, frozen=True):
     managed_rules: ManagedRules = ManagedRules()
     proxy_protocol: Literal["off", "required"] = "off"
     proxy_protocol_listen: tuple[ListenAddress, ...] = ()
-    origin_resolve: Timeout = Timeout(30)
-    end_removed: bool = False
+    resolve_interval: Timeout = Timeout(30)
+    drain_removed: bool = False
     sites: tuple[SiteConfig, ...] = ()
 
 
@@ -471,7 +471,7 @@ def _read_addresses(document: dict[str, Any], folder: Path) -> None:
         _refuse_single_brackets(site, path, "routes")
         for route, route_path in _tables(site.get("routes"), (*path, "routes")):
             _read_origins(route, route_path, folder)
-        _read_each(site, path, "allowed_origins", _web_origin, "https://chat.example.com")
+        _read_each(site, path, "web_origins", _web_origin, "https://chat.example.com")
         _read_worker(site, path, folder)
         _read_policy(site, path, lists)
         for managed, managed_path in _tables(site.get("managed_rules"), (*path, "managed_rules")):
@@ -622,7 +622,7 @@ def _network_or_list(lists: Lists, text: str) -> str:
 
 
 def _web_origin(text: str) -> str:
-    """Give an entry of ``allowed_origins`` the form in which browsers send origins (RFC 6454 section 6.2).
+    """Give an entry of ``web_origins`` the form in which browsers send origins (RFC 6454 section 6.2).
 
     Raises ValueError.
     """
@@ -641,7 +641,7 @@ def _web_origin(text: str) -> str:
     if "/" in host:
         raise ValueError(f"{quoted(text)} has a path; an origin is scheme, host and port, and nothing behind them")
     if host == "*":
-        raise ValueError(f"{quoted(text)} would let every site in; leave allowed_origins out to look at no origin")
+        raise ValueError(f"{quoted(text)} would let every site in; leave web_origins out to look at no origin")
     name = canonical_name(host)
     name = f"[{name}]" if ":" in name else name
     return f"{scheme}://{name}" + (f":{int(port)}" if port and int(port) != WEB_PORTS[scheme] else "")
@@ -784,8 +784,8 @@ def _refuse_unsound_rule(rule: RuleConfig, path: _Path) -> None:
 
 def _refuse_idle(site: SiteConfig, path: _Path) -> None:
     """Refuse what a person believes to be a protection, and is none."""
-    if site.allowed_origins is None and site.require_origin:
-        raise _MisfitError((*path, "require_origin"), 'require_origin needs allowed_origins, such as ["same"]')
+    if site.web_origins is None and site.require_web_origin:
+        raise _MisfitError((*path, "require_web_origin"), 'require_web_origin needs web_origins, such as ["same"]')
     managed = site.managed_rules
     if managed and not managed.owasp_crs and managed.rules is None:
         raise _MisfitError((*path, "managed_rules"), "no rules; write owasp_crs = true, or rules = with a file of them")
@@ -865,10 +865,10 @@ def _refuse_unsound_trust(site: SiteConfig, path: _Path) -> None:
         for key in ("origin_ca", "origin_name", "origin_cert", "origin_key"):
             if getattr(site, key) is not None:
                 raise _MisfitError((*path, key), "this is about origins with TLS, wss://, and there is none")
-        if site.verify == "off":
-            raise _MisfitError((*path, "verify"), "this is about origins with TLS, wss://, and there is none")
-    if site.verify == "off" and site.origin_ca is not None:
-        raise _MisfitError((*path, "verify"), 'with "off" nobody looks at origin_ca; leave one of them out')
+        if site.origin_verify == "off":
+            raise _MisfitError((*path, "origin_verify"), "this is about origins with TLS, wss://, and there is none")
+    if site.origin_verify == "off" and site.origin_ca is not None:
+        raise _MisfitError((*path, "origin_verify"), 'with "off" nobody looks at origin_ca; leave one of them out')
     if (site.origin_cert is None) != (site.origin_key is None):
         missing = "origin_key" if site.origin_key is None else "origin_cert"
         raise _MisfitError(path, f"origin_cert and origin_key go together; write {missing} = too")
@@ -914,8 +914,8 @@ def _refuse_unsound_origins(table: SiteConfig | RouteConfig, path: _Path) -> Non
             )
         if health.type == "tcp" and health.path != "/":
             raise _MisfitError((*path, "health", "path"), 'a path goes with type = "websocket" or "http" only')
-    if table.ejection.longest < table.ejection.delay:
-        raise _MisfitError((*path, "ejection", "longest"), f"shorter than delay, which is {table.ejection.delay}")
+    if table.ejection.max_delay < table.ejection.delay:
+        raise _MisfitError((*path, "ejection", "max_delay"), f"shorter than delay, which is {table.ejection.delay}")
 
 
 def _refuse_shared(sites: tuple[SiteConfig, ...]) -> None:

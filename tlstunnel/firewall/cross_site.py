@@ -22,7 +22,7 @@ _PORT_OF_HOST = re.compile(rb".*:([0-9]+)", re.DOTALL)
 class OriginCheck:
     """The origins that a site lets in.
 
-    `allowed` are entries of ``allowed_origins`` as the configuration gives them, `names` the site's own. `required`
+    `allowed` are entries of ``web_origins`` as the configuration gives them, `names` the site's own. `required`
     refuses requests without the field too, which are not a browser's.
     """
 

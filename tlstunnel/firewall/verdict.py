@@ -96,7 +96,7 @@ class Policy:
     addresses: AddressLists | None
     addresses_mode: Mode
     origins: OriginCheck | None
-    origins_mode: Mode
+    web_origins_mode: Mode
     rules: "Rules | None" = None
     limits: "RateLimits | None" = None
     managed: "ManagedRulesStage | None" = None
@@ -143,16 +143,16 @@ class Firewall:
         self._policies = {site.names[0]: self._policy(index, site) for index, site in enumerate(sites)}
 
     def _policy(self, index: int, site: SiteConfig) -> Policy:
-        checked = site.allowed_origins is not None or site.require_origin
+        checked = site.web_origins is not None or site.require_web_origin
         rules, limits, managed = self._stages.of(index, site) if self._stages else (None, None, None)
         return Policy(
             strict_path=site.strict_path,
             addresses=_addresses(site, self._lists),
             addresses_mode=site.addresses_mode,
-            origins=OriginCheck(site.allowed_origins or (), site.names, required=site.require_origin)
+            origins=OriginCheck(site.web_origins or (), site.names, required=site.require_web_origin)
             if checked
             else None,
-            origins_mode=site.origins_mode,
+            web_origins_mode=site.web_origins_mode,
             rules=rules,
             limits=limits,
             managed=managed,
@@ -209,7 +209,7 @@ class Firewall:
         for refusal, name, mode in (
             (self._global_objection(facts, trace) if behind else None, "addresses", self._addresses_mode),
             (self._address_objection(policy, facts, trace), "addresses", policy.addresses_mode),
-            (self._origin_objection(policy, facts, trace), "origin", policy.origins_mode),
+            (self._origin_objection(policy, facts, trace), "origin", policy.web_origins_mode),
         ):
             if refusal is not None:
                 self.counted[f"{refusal.reason}{': logged' if mode == 'log' else ''}"] += 1

@@ -1,8 +1,8 @@
 """One address of an origin, and what is known of how it does: how many tunnels it has, whether it may be asked.
 
 Passive: after `Ejection.failures` failures in a row it is left alone for `Ejection.delay`, doubled each time up to
-`Ejection.longest`; then one handshake tries it, and one only, until that has shown how it is. Active: while its health
-check says that it is down, it is not asked. Time is a loop's, seconds; nothing here asks the clock.
+`Ejection.max_delay`; then one handshake tries it, and one only, until that has shown how it is. Active: while its
+health check says that it is down, it is not asked. Time is a loop's, seconds; nothing here asks the clock.
 """
 
 import socket
@@ -118,7 +118,7 @@ class Member:
             return False  # begun before it was ejected
         if self._failures < ejection.failures:
             return False
-        backoff = Backoff(float(ejection.delay), float(ejection.longest), _JITTER)
+        backoff = Backoff(float(ejection.delay), float(ejection.max_delay), _JITTER)
         self._delay = backoff.after(self._delay)
         self._out_until = now + backoff.spread(self._delay)
         return not was

@@ -175,7 +175,7 @@ class Parent:
         for child in old:
             if not child.finishing:
                 child.finishing = True
-                await child.tell("finish", linger=release.linger, over=release.drain_over)
+                await child.tell("finish", linger=release.drain_after, over=release.drain_over)
         if self._before is not None:
             self._log.info("upgraded", version=__version__, before=self._before.version, generation=self._generation)
             self._answer_upgrade(version=__version__, before=self._before.version, generation=self._generation)
@@ -387,7 +387,7 @@ class Parent:
             if child.place > count:
                 child.finishing = True
                 await self._assign()
-                await child.tell("finish", linger=release.linger, over=release.drain_over)
+                await child.tell("finish", linger=release.drain_after, over=release.drain_over)
 
     def _refuse_when_ending(self) -> None:
         if self._ending:

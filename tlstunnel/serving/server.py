@@ -152,7 +152,7 @@ class Server:
         """
         self._serving = self._served_with(config, sites, firewall)
         self._unfinished.cap = config.limits.unfinished_handshakes
-        if config.end_removed:
+        if config.drain_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
                     splice.drain("site removed")
@@ -309,7 +309,7 @@ def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:
 def _precision(timeouts: Timeouts, of_workers: float) -> float:
     """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
     shortest = min(
-        timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_answer, of_workers
+        timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_response, of_workers
     )
     return max(min(shortest / 10, 0.25), 0.01)
 

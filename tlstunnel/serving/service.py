@@ -34,7 +34,9 @@ REPLACED = (
     " it was started: tlstunnel upgrade goes on with what is there now"
 )
 
-UNVERIFIED = "whoever is on the way to them can read and change everything; give origin_ca instead of verify = off"
+UNVERIFIED = (
+    "whoever is on the way to them can read and change everything; give origin_ca instead of origin_verify = off"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded |
             configured,
             test_pair,
             before.sites if before is not None else None,
-            resolve_every=config.origin_resolve,
+            resolve_every=config.resolve_interval,
             workers=workers,
         )
     except BaseException:
@@ -224,7 +226,7 @@ class Service:
 
     def _warn(self) -> None:
         for site in () if self._quiet else self._loaded.configured:
-            if site.verify == "off":
+            if site.origin_verify == "off":
                 self._log.warning("origins not verified", site=site.names[0], hint=UNVERIFIED)
 
     def _begin(self, work: Any) -> None:

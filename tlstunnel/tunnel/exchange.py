@@ -134,7 +134,7 @@ class Exchange:
         if self.status:
             return timeouts.idle or math.inf
         if self._to_origin or self._body.complete or not self._uploads:
-            return timeouts.origin_answer
+            return timeouts.origin_response
         return timeouts.request
 
     def _late(self) -> Exception:

@@ -242,7 +242,9 @@ def _origin_tls(site: SiteConfig, contexts: Contexts) -> OriginTLS | None:
     pools = (site.origins, *(route.origins for route in site.routes))
     if not site.worker_origins and not any(origin.address.tls for origins in pools for origin in origins):
         return None
-    context = contexts.get(ca=site.origin_ca, cert=site.origin_cert, key=site.origin_key, verify=site.verify == "on")
+    context = contexts.get(
+        ca=site.origin_ca, cert=site.origin_cert, key=site.origin_key, verify=site.origin_verify == "on"
+    )
     return OriginTLS(context, site.origin_name)
 
 

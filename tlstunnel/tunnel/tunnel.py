@@ -369,7 +369,7 @@ class Tunnel:
     async def _ask(self, request: UpgradeRequest, site: Site) -> tuple[Switched | Declined, UpgradeResponseReader]:
         """Send the request on, and nothing else of the client's before the origin's 101 has been verified."""
         assert self._origin is not None
-        timeout = self._serving.timeouts.origin_answer
+        timeout = self._serving.timeouts.origin_response
         self._wait_at_most(timeout)
         reader = UpgradeResponseReader(request)
         answer = None
