@@ -25,7 +25,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
-from tlstunnel.journal.journal import configure_logging
+from tlstunnel.journal.lines import configure_logging
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup

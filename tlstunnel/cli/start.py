@@ -14,7 +14,7 @@ from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, read
 from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
 from tlstunnel.errors import ListenError
-from tlstunnel.journal.journal import configure_logging
+from tlstunnel.journal.lines import configure_logging
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning, try_child
 from tlstunnel.processes.handover import Handover

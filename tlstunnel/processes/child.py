@@ -18,7 +18,8 @@ from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.config.invocation import Wanted
 from tlstunnel.errors import ProcessError
-from tlstunnel.journal.journal import Journal, configure_logging
+from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.lines import configure_logging
 from tlstunnel.processes.link import FORMAT, Link
 from tlstunnel.program import shown_as
 from tlstunnel.serving.service import Service

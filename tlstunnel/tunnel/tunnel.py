@@ -22,7 +22,8 @@ from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, client_address,
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
-from tlstunnel.journal.journal import Journal, Record
+from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.record import Record
 from tlstunnel.origins.balance import Asking
 from tlstunnel.origins.connect import OriginUnreachable
 from tlstunnel.origins.members import Member

@@ -1,0 +1,218 @@
+"""The lines of the log: a writer that never blocks, and the configuration of structlog and logging."""
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+import msgspec
+import structlog
+
+from tlstunnel.escaping import printable, printable_traceback
+
+MOST_KEPT = 4 << 20
+"""Bytes of log lines kept for a reader that is behind: some ten thousand records."""
+
+MOST_ELSEWHERE = MOST_KEPT // 4
+"""Bytes that other threads may have waiting: what they say is not to displace the records."""
+
+TURN = 16_384
+"""Bytes of them that are written before tunnels have their turn."""
+
+
+class _Elsewhere:
+    """Lines of other threads (edge workers have one), until the thread that writes them takes them."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque()
+        self._lock = threading.Lock()  # between those who put: who takes never waits
+        self._put = self._got = self._lost = 0
+        self._told = False
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def put(self, line: bytes) -> bool:
+        """Keep a line, or lose it where too much waits; say whether somebody has to be told that there are some."""
+        with self._lock:
+            if self._put - self._got + len(line) > MOST_ELSEWHERE:
+                self._lost += 1
+                return False
+            self._put += len(line)
+            self._lines.append(line)
+            first, self._told = not self._told, True
+            return first
+
+    def get(self) -> tuple[list[bytes], int, bool]:
+        """Some lines, how many were lost, and whether there are more; if not, `put` tells of the next."""
+        lines: list[bytes] = []
+        size = 0
+        while self._lines and size < TURN:
+            lines.append(self._lines.popleft())
+            size += len(lines[-1])
+        self._got += size
+        lost, self._lost = self._lost, 0
+        self._told = False
+        more = bool(self._lines)
+        self._told = self._told or more
+        return lines, lost, more
+
+
+class Lines:
+    """Writes log lines to `stream` without ever waiting or failing: the loop that logs serves every tunnel.
+
+    A pipe that nobody reads would hold all tunnels, and one without a reader, or a full disk, would raise in the midst
+    of closing a connection (both seen). So what does not go at once is kept, up to 4 MiB, and written as the reader
+    reads; lines beyond that are lost, counted, and the count is said in a line of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._fd = stream.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLOUT)
+        self._kept = bytearray()
+        self._lost = 0
+        self._watched_by: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.get_ident()
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+        self._elsewhere = _Elsewhere()
+
+    def msg(self, message: str) -> None:
+        """Write `message` as a line, as soon as that is possible without waiting. From any thread."""
+        line = message.encode("utf-8", "backslashreplace") + b"\n"
+        if self._loop is not None and threading.get_ident() != self._thread:
+            if self._elsewhere.put(line):
+                with contextlib.suppress(RuntimeError):  # the loop has ended; `flush` takes it
+                    self._loop.call_soon_threadsafe(self._take)
+            return
+        self._keep(line, 1)
+
+    def _keep(self, lines: bytes, count: int) -> None:
+        if len(self._kept) + len(lines) > MOST_KEPT:
+            self._lost += count
+            return
+        self._kept += lines
+        self._write()
+        if self._kept and self._watched_by is None:
+            with contextlib.suppress(RuntimeError, OSError):  # no loop yet; a file, for which nothing can be awaited
+                loop = asyncio.get_running_loop()
+                loop.add_writer(self._fd, self._write)
+                self._watched_by = loop
+
+    def _take(self) -> None:
+        """Take a turn's part of what other threads said: one that never stops talking must not hold the tunnels."""
+        lines, lost, more = self._elsewhere.get()
+        self._lost += lost
+        if lines:
+            self._keep(b"".join(lines), len(lines))
+        if more and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon(self._take)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
+
+    def flush(self, seconds: float = 1.0) -> None:
+        """At the end, when nobody is kept waiting: give the reader so long to take what is kept."""
+        deadline = time.monotonic() + seconds
+        while self._elsewhere and time.monotonic() < deadline:
+            self._take()
+        while self._kept and (left := deadline - time.monotonic()) > 0:
+            self._poll.poll(left * 1000)
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, as long as they are no
+            # longer: other processes of ours write to the same pipe.
+            while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
+                end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1
+                del self._kept[: os.write(self._fd, self._kept[: end or select.PIPE_BUF])]
+                if self._lost and not self._kept:
+                    self._kept += self._lost_line()
+            gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
+        except OSError:
+            gone = True
+        if gone:
+            self._lost += self._kept.count(b"\n")
+            self._kept.clear()
+        if not self._kept and self._watched_by is not None:
+            self._watched_by.remove_writer(self._fd)
+            self._watched_by = None
+
+    def _lost_line(self) -> bytes:
+        lost, self._lost = self._lost, 0
+        return msgspec.json.encode({"event": "log lines lost", "level": "warning", "lost": lost}) + b"\n"
+
+
+_json_lines: Lines | None = None
+"""Where records go without structlog, which takes as long for one as all else of it, and adds nothing to it."""
+
+
+def write_info(log: Any, event: str, facts: dict[str, Any]) -> None:
+    """Write a line of level info: by `log`, or in JSON directly (see `_json_lines`), which changes `facts`."""
+    if _json_lines is None:
+        log.info(event, **facts)
+    else:
+        facts["event"] = event
+        _json_lines.msg(_as_json(None, "info", facts))
+
+
+def configure_logging(style: Literal["text", "json"]) -> None:
+    """Log to standard error, one line an event: for people, or one JSON object. See `Lines` for what may be lost."""
+    global _json_lines  # noqa: PLW0603 - as structlog's own configuration, of the process
+    lines = Lines(sys.stderr)
+    _json_lines = lines if style == "json" else None
+    atexit.register(lines.flush)
+    processors: list[structlog.typing.Processor]
+    if style == "json":
+        processors = [_as_json]
+    else:
+        processors = [
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            # repr of strings: whatever is not printable is escaped also here.
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=structlog.dev.plain_traceback
+            ),
+        ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=lambda *_: lines,
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
+    # What edge workers say is wanted from INFO on.
+    logging.getLogger("tlstunnel.edge").setLevel(logging.INFO)
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=str)
+
+
+def _as_json(logger: Any, level: str, event: structlog.typing.EventDict) -> str:
+    """One JSON object of an event. structlog's own chain of four for it took three times as long."""
+    if "exc_info" in event:
+        event = structlog.processors.format_exc_info(logger, level, event)
+    event["level"] = "error" if level == "exception" else level
+    event["timestamp"] = datetime.now(UTC)
+    return _ENCODER.encode(event).decode()
+
+
+class _Forward(logging.Handler):
+    """What libraries (asyncio, mostly) say by the standard library's logging, as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        traced = {} if error is None else {"exception": printable_traceback(error)}
+        structlog.get_logger().log(record.levelno, printable(record.getMessage()), logger=record.name, **traced)
