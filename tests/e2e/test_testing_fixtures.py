@@ -117,7 +117,7 @@ def test_a_plain_request_reaches_the_origin_too(tunnel: EdgeTunnel) -> None:
 
 
 def test_what_does_not_come_is_waited_for_no_longer(tunnel: EdgeTunnel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlstunnel.testing.PATIENCE", 0.05)
+    monkeypatch.setattr("tlstunnel.testing.program.TIMEOUT", 0.05)
     with pytest.raises(
         AssertionError, match=r"(?s)no record 'nothing' with .* within 0.05 s; its log:.*ready"
     ) as caught:
@@ -177,7 +177,7 @@ def test_a_tunnel_that_does_not_end_well_fails_the_test(worker: str) -> None:
         with EdgeTunnel(f"{worker}:fetch") as tunnel:
             with contextlib.suppress(AssertionError, OSError):  # the process that serves may be quicker
                 tunnel.handshake("/end")
-            tunnel._process.wait()
+            tunnel._program.process.wait()
 
     with pytest.raises(AssertionError, match=r"(?s)the tunnel exited with -9; its log:\n.*ready"):
         test()
@@ -186,7 +186,7 @@ def test_a_tunnel_that_does_not_end_well_fails_the_test(worker: str) -> None:
 def test_an_error_of_the_test_goes_before_the_tunnels(worker: str) -> None:
     def test() -> None:
         with EdgeTunnel(f"{worker}:fetch") as tunnel:
-            tunnel._process.kill()
+            tunnel._program.process.kill()
             raise KeyError("of the test")
 
     with pytest.raises(KeyError, match="of the test"):
