@@ -8,7 +8,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from tests.harness import PATIENCE, left_behind, marked, require
+from tests.harness import PATIENCE, require
+from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 _OPTIONS = [
     "--no-sandbox",  # root has none
@@ -26,7 +27,7 @@ def browser_page(home: Path, ca: Path) -> Iterator[Page]:
     """An empty page; whatever is waited for on it fails after `PATIENCE`. Its end leaves no process."""
     chromium = require("chromium")
     _trust(home, ca)
-    mark, environment = marked({"HOME": str(home), "PATH": os.environ["PATH"]})
+    mark, environment = mark_environment({"HOME": str(home), "PATH": os.environ["PATH"]})
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=_OPTIONS, env={**environment})
@@ -37,7 +38,7 @@ def browser_page(home: Path, ca: Path) -> Iterator[Page]:
             finally:
                 browser.close()
     finally:
-        orphans = left_behind(mark)
+        orphans = kill_left_behind(mark)
     assert orphans == []
 
 

@@ -1,4 +1,6 @@
-"""The one place from which tests start things: the tunnel itself, origins behind it, clients in front of it.
+"""What tests start: the tunnel, origins behind it, clients in front of it.
+
+Programs, their logs and raw origins are those of `tlstunnel.testing`; this adds what only our own tests need.
 
 A test reads::
 
@@ -8,7 +10,7 @@ A test reads::
         record = tunnel.wait_records(1)[0]
 
 Leaving the ``with`` stops the tunnel and fails the test if it did not exit with 0, left a process, wrote a line that
-is not JSON (a traceback, a warning) or logged an error. Time-outs are in seconds, sizes in bytes.
+is not JSON (a traceback, a warning) or logged an error. Timeouts are in seconds, sizes in bytes.
 """
 
 import asyncio
@@ -42,14 +44,16 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as WebsocketsRequest
 from websockets.typing import Subprotocol
 
+from tlstunnel.testing import origin as origins
+from tlstunnel.testing import program as programs
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "tlstunnel")
-PATIENCE = 15.0
-"""How long anything may take before a test gives up: generous, since only a failing test waits for all of it."""
+PATIENCE = programs.TIMEOUT
 
 T = TypeVar("T")
-Record = dict[str, Any]
-"""One log line of the tunnel, decoded."""
+Record = programs.Record
+RawOrigin = origins.RawOrigin
 Header = tuple[str, str]
 
 _ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
@@ -100,38 +104,6 @@ def child_environment(*, measured: bool = False) -> dict[str, str]:
     return environment
 
 
-_MARK = "TLSTUNNEL_TEST_MARK"
-
-
-def marked(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """Give an environment a mark by which `left_behind` finds every process that inherits it, and both."""
-    mark = secrets.token_hex(8)
-    return mark, {**environment, _MARK: mark}
-
-
-def left_behind(mark: str, grace: float = 5.0) -> list[str]:
-    """Return the command lines of the processes with ``mark`` that have not ended by themselves, having killed them.
-
-    Unlike a process group or a session, an environment is not left by daemons.
-    """
-    deadline = time.monotonic() + grace
-    while (found := _processes(mark)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return list(found.values())
-
-
-def _processes(mark: str) -> dict[int, str]:
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            if f"{_MARK}={mark}\0".encode() in (folder / "environ").read_bytes():
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-    return found
-
-
 def serving(parent: int) -> list[int]:
     """The children of a tunnel's parent that serve, or still finish what they served: their pids, in order."""
     found = []
@@ -177,7 +149,8 @@ class Tunnel:
         self.folder = Path(self._folder.name)
         self._errors_expected = errors_expected
         own = {"RUNTIME_DIRECTORY": str(self.folder / "run")}
-        self._mark, self._environment = marked(child_environment(measured=measured) | own | dict(environment or {}))
+        self._environment = child_environment(measured=measured) | own | dict(environment or {})
+        self._program = programs.Program()
         self._command = [*PROGRAM, "start", "--log-format", "json"]
         if descriptors is not None:
             # prlimit from util-linux and not preexec_fn, which is not safe in a process with threads.
@@ -192,27 +165,10 @@ class Tunnel:
             if origin is not None:
                 self._command.append(origin)
         self._command += arguments
-        self._lines: list[str] = []
-        self._records: list[Record] = []
-        self._noise: list[str] = []
-        self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
         """Start it and wait until it is ready."""
-        self._process = subprocess.Popen(
-            self._command,
-            cwd=self.folder,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="backslashreplace",
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read_log, name="tunnel-log", daemon=True)
-        self._reader.start()
+        self._program.start(self._command, environment=self._environment, folder=self.folder)
         try:
             self.wait_record(lambda record: record["event"] == "ready")
         except BaseException:
@@ -232,9 +188,10 @@ class Tunnel:
         if error is not None:
             print(f"the tunnel's log ({' '.join(self._command)}):\n{self.log}", file=sys.stderr)
             return
-        faults = list(self._noise)
+        faults = [line for line in self._program.strays if not _SLOW.fullmatch(line)]
+        faults += [str(record) for record in self.records() if _has_traceback(record)]
         if not self._errors_expected:
-            faults += [str(record) for record in self._records if record.get("level") in ("error", "critical")]
+            faults += [str(record) for record in self.records() if record.get("level") in ("error", "critical")]
         faults += [f"it left a process: {command}" for command in orphans]
         if status is None:
             faults.append("it did not end when asked to")
@@ -264,7 +221,7 @@ class Tunnel:
         """Run a command that a running tunnel answers, such as ``reload``; return the lines that it printed."""
         done = subprocess.run(
             [*PROGRAM, command, "--control", str(self.control), *options],
-            env=self._environment,
+            env=self._program.environment,
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -278,7 +235,7 @@ class Tunnel:
         """Begin a command that a running tunnel answers, without waiting for it."""
         return subprocess.Popen(
             [*PROGRAM, command, "--control", str(self.control)],
-            env=self._environment,
+            env=self._program.environment,
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -293,7 +250,7 @@ class Tunnel:
     @property
     def parent(self) -> int:
         """The process that was started, which serves nothing: its pid."""
-        return self._process.pid
+        return self._program.process.pid
 
     @property
     def pids(self) -> list[int]:
@@ -329,40 +286,31 @@ class Tunnel:
     @property
     def log(self) -> str:
         """All it wrote so far."""
-        with self._changed:
-            return "".join(self._lines)
+        return self._program.text
 
     def records(self, event: str | None = None) -> list[Record]:
-        """The log records so far, all or those of one event, oldest first."""
-        with self._changed:
-            return [record for record in self._records if event is None or record.get("event") == event]
+        """Return the log records so far, all or those of one event, oldest first."""
+        return self._program.records() if event is None else self._program.records(event=event)
 
     def wait_record(self, matches: Callable[[Record], bool], timeout: float = PATIENCE) -> Record:
-        """Return the first record that ``matches``, past or to come."""
-        return self._wait(lambda: [record for record in self._records if matches(record)], 1, timeout)[0]
+        """Return the first record for which `matches` is true, past or future."""
+        return self._wait(lambda: [record for record in self.records() if matches(record)], 1, timeout)[0]
 
     def wait_records(self, count: int = 1, event: str = "connection", timeout: float = PATIENCE) -> list[Record]:
-        """Return the records of ``event`` when there are at least ``count``."""
-        return self._wait(lambda: [record for record in self._records if record["event"] == event], count, timeout)
+        """Return the records of `event` when there are at least `count`."""
+        return self._wait(lambda: self.records(event), count, timeout)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal and do not wait."""
-        self._process.send_signal(number)
+        self._program.process.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGINT, timeout: float = PATIENCE) -> int:
-        """Send it a signal and return its exit status; harmless when it has ended already."""
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-        return self.wait(timeout)
+        """Send it a signal unless it has exited already; return its exit status."""
+        return self._program.stop(number, timeout)
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Wait for its end and return its exit status."""
-        try:
-            status = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"the tunnel had not ended after {timeout} s; its log:\n{self.log}") from None
-        self._reader.join(PATIENCE)
-        return status
+        """Wait until it has exited; return its exit status."""
+        return self._program.wait(timeout)
 
     def rss(self) -> int:
         """Resident memory, bytes."""
@@ -391,50 +339,19 @@ class Tunnel:
                 return int(line.split()[1])
         raise AssertionError(f"/proc/{self.pid}/status has no {name}")
 
-    def _read_log(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            try:
-                record = json.loads(line)
-                assert isinstance(record, dict)
-                assert "event" in record
-            except (ValueError, AssertionError):
-                record = None
-            with self._changed:
-                self._lines.append(line)
-                slow = record is None and _SLOW.fullmatch(line.rstrip("\n"))
-                # An edge worker's own failure is no fault of the tunnel.
-                ours = record is None or not str(record["event"]).startswith("edge worker")
-                if (record is None and not slow) or (ours and "Traceback (most recent call last)" in line):
-                    self._noise.append(line.rstrip("\n"))
-                if record is not None:
-                    self._records.append(record)
-                self._changed.notify_all()
-        with self._changed:
-            self._changed.notify_all()
-
     def _wait(self, find: Callable[[], list[Record]], count: int, timeout: float) -> list[Record]:
-        deadline = time.monotonic() + timeout
-        with self._changed:
-            while len(found := find()) < count:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._reader.is_alive():
-                    why = f"{timeout} s passed" if self._reader.is_alive() else "the tunnel ended"
-                    raise AssertionError(f"{why}; {len(found)} of {count} records; its log:\n{''.join(self._lines)}")
-                self._changed.wait(min(left, 0.5))
-        return found
+        return self._program.wait_until(find, f"fewer than {count} records", count=count, timeout=timeout)
 
     def _end(self) -> list[str]:
-        """Make sure that nothing is left; return what was, beside the process itself."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        orphans = left_behind(self._mark)
-        self._reader.join(PATIENCE)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        """Kill what is left of it, delete its folder, and return the processes that it left behind."""
+        orphans = self._program.end()
         self._folder.cleanup()
         return orphans
+
+
+def _has_traceback(record: Record) -> bool:
+    """Whether a record has a traceback; an edge worker's own failure is not the tunnel's fault."""
+    return not record["event"].startswith("edge worker") and "Traceback (most recent call last)" in str(record)
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
@@ -587,85 +504,6 @@ def accept_upgrade(sock: socket.socket, headers: Iterable[Header] = ()) -> Reque
     request = read_request(sock)
     sock.sendall(switching_protocols(request, headers))
     return request
-
-
-class RawOrigin:
-    """A TCP (or, with ``path``, Unix) server that runs ``handler(sock)`` in a thread for each connection.
-
-    The socket is closed when the handler returns. What a handler raises fails the test at the end of the ``with``,
-    but for `ConnectionError`: a peer that goes away is usually the test's subject. ``port`` asks for a certain port,
-    to start again where an earlier one stood.
-    """
-
-    def __init__(
-        self, handler: Callable[[socket.socket], None], *, port: int = 0, path: Path | None = None, backlog: int = 1024
-    ) -> None:
-        self._handler = handler
-        self._failures: list[BaseException] = []
-        self._sockets: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-        self.connections = 0
-        """Accepted so far."""
-        if path is None:
-            self._listener = socket.create_server(("127.0.0.1", port), backlog=backlog)
-            self.port: int = self._listener.getsockname()[1]
-            self.address = f"127.0.0.1:{self.port}"
-        else:
-            self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(str(path))
-            self._listener.listen(backlog)
-            self.address = f"unix:{path}"
-
-    def __enter__(self) -> Self:
-        self._acceptor = threading.Thread(target=self._accept, name="origin-accept", daemon=True)
-        self._acceptor.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(); closing alone does not
-        self._listener.close()
-        self._acceptor.join(PATIENCE)
-        with self._lock:
-            for sock in self._sockets:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        deadline = time.monotonic() + PATIENCE
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if error is None and self._failures:
-            raise self._failures[0]
-        if error is None:
-            assert not any(thread.is_alive() for thread in self._threads), "an origin's handler does not end"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._run, args=(sock,), name="origin-connection", daemon=True)
-            with self._lock:
-                self.connections += 1
-                self._sockets.add(sock)
-                self._threads = [other for other in self._threads if other.is_alive()]
-                self._threads.append(thread)
-                thread.start()
-
-    def _run(self, sock: socket.socket) -> None:
-        try:
-            self._handler(sock)
-        except ConnectionError:
-            pass
-        except BaseException as error:  # raised again in the test's own thread
-            self._failures.append(error)
-        finally:
-            with self._lock:
-                self._sockets.discard(sock)
-            sock.close()
 
 
 def echo_bytes(sock: socket.socket) -> None:

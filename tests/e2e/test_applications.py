@@ -17,19 +17,9 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import browser_page
-from tests.harness import (
-    PATIENCE,
-    REPOSITORY,
-    Certificate,
-    Record,
-    Tunnel,
-    eventually,
-    left_behind,
-    marked,
-    missing,
-    require,
-)
+from tests.harness import PATIENCE, REPOSITORY, Certificate, Record, Tunnel, eventually, missing, require
 from tests.promises.firewalled import policed
+from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 CLIENTS = REPOSITORY / "tests" / "clients"
 SLOW = 2 * PATIENCE * 1000
@@ -53,7 +43,7 @@ def _application(
     Fails when it does not end with 0, or leaves a process.
     """
     log = folder / "output.txt"
-    mark, inherited = marked(os.environ | dict(environment or {}))
+    mark, inherited = mark_environment(os.environ | dict(environment or {}))
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -71,11 +61,11 @@ def _application(
         process.send_signal(signal.SIGTERM)
         status = process.wait(PATIENCE)
     except BaseException:
-        left_behind(mark, grace=0)
+        kill_left_behind(mark, grace=0)
         print(f"the application's output ({' '.join(command)}):\n{log.read_text()}")
         raise
     finally:
-        orphans = left_behind(mark)
+        orphans = kill_left_behind(mark)
         process.wait()
     assert (status, orphans) == (0, []), log.read_text()
 

@@ -15,7 +15,8 @@ from typing import IO
 import pytest
 from websockets.sync.client import connect
 
-from tests.harness import REPOSITORY, eventually, left_behind, marked
+from tests.harness import REPOSITORY, eventually
+from tlstunnel.testing.program import kill_left_behind, mark_environment, start_process
 
 DEMO = REPOSITORY / "scripts" / "demo"
 LAST_LINE = "Ctrl-C ends it. Its log:"
@@ -30,21 +31,20 @@ def _free_port() -> int:
 @contextmanager
 def _demo(port: int) -> Iterator[subprocess.Popen[str]]:
     """It uses the virtual environment that the tests run in; at its end, nothing that it started may be left."""
-    mark, environment = marked(os.environ | {"TLSTUNNEL_VENV": sys.prefix})
-    process = subprocess.Popen(
+    mark, environment = mark_environment(os.environ | {"TLSTUNNEL_VENV": sys.prefix})
+    process = start_process(
         [DEMO, "--port", str(port)],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
     try:
         yield process
     finally:
         ended = process.poll() is not None
-        orphans = left_behind(mark, grace=2.0 if ended else 0.0)
+        orphans = kill_left_behind(mark, grace=2.0 if ended else 0.0)
         process.wait()
         assert process.stdout is not None
         process.stdout.close()

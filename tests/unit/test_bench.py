@@ -11,20 +11,21 @@ import pytest
 
 from scripts.load import budgets, gate, report
 from scripts.load.running import BenchError
-from tests.harness import REPOSITORY, child_environment, left_behind, marked, missing, require
+from tests.harness import REPOSITORY, child_environment, missing, require
+from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 VERSIONS = gate.Versions("3.11.7", "OpenSSL 3.0", "valgrind-3.19.0", "HAProxy 2.6", "6.1", "a processor")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run it with the tunnel of this Python, and see that it leaves no process behind."""
-    mark, environment = marked(child_environment(measured=True))
+    mark, environment = mark_environment(child_environment(measured=True))
     environment["TLSTUNNEL_VENV"] = str(Path(sys.executable).parent.parent)
     command = [sys.executable, str(REPOSITORY / "scripts" / "bench"), *arguments]
     try:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     finally:
-        orphans = left_behind(mark)
+        orphans = kill_left_behind(mark)
         assert not orphans, orphans
 
 
