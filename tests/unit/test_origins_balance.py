@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.corpus.corpus import upgrade_request
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection, Timeout
-from tlstunnel.origins.balance import Asking, order_by
+from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.origins.balance import order_by
 from tlstunnel.origins.members import CHECKS_DOWN, Member, Use
 
 
@@ -19,16 +20,16 @@ def member(text: str, weight: int = 1, **more: object) -> Member:
     return Member(address, socket.AF_INET, ("192.0.2.1", 80), Use(), weight=weight, **more)  # type: ignore[arg-type]
 
 
-def asking(ip: str = "192.0.2.9", *headers: str) -> Asking:
+def asking(ip: str = "192.0.2.9", *headers: str) -> tuple[str, UpgradeRequest]:
     own = ["Host: a", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
-    return Asking(ip, upgrade_request("/", [*own, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *headers]))
+    return ip, upgrade_request("/", [*own, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *headers])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8))
 def test_round_robin_is_exact_over_a_cycle(weights: list[int]) -> None:
     members = [member(f"o{index}", weight) for index, weight in enumerate(weights)]
     order = order_by("round_robin")
-    counts = Counter(order(members, asking())[0].text for _ in range(sum(weights) * 3))
+    counts = Counter(order(members, *asking())[0].text for _ in range(sum(weights) * 3))
     assert counts == {f"o{index}:80": weight * 3 for index, weight in enumerate(weights)}
 
 
@@ -37,7 +38,7 @@ def test_an_order_has_each_member_once(places: list[int], balance: str) -> None:
     members = [member(f"o{place}", place + 1) for place in places]
     order = order_by(balance)
     for _ in range(4):
-        assert sorted(one.text for one in order(members, asking())) == sorted(one.text for one in members)
+        assert sorted(one.text for one in order(members, *asking())) == sorted(one.text for one in members)
 
 
 def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
@@ -45,7 +46,7 @@ def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
     members[0].tunnels = 10
     order = order_by("least_tunnels")
     for _ in range(60):
-        order(members, asking())[0].taken()
+        order(members, *asking())[0].take()
     assert [one.tunnels for one in members] == [14, 42, 14]
 
 
@@ -53,29 +54,29 @@ def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
     members = [member("a:1"), member("b:1", 2), member("c:1"), member("d:1")]
     order = order_by("hash:ip")
     clients = [f"10.{number // 250}.{number % 250}.1" for number in range(20_000)]
-    before = {ip: order(members, asking(ip))[0].text for ip in clients}
+    before = {ip: order(members, *asking(ip))[0].text for ip in clients}
     counts = Counter(before.values())
     for text, part in (("a:1", 0.2), ("b:1", 0.4), ("c:1", 0.2), ("d:1", 0.2)):
         assert counts[text] == pytest.approx(part * len(clients), rel=0.05)
-    after = {ip: order(members[:2] + members[3:], asking(ip)) for ip in clients}
+    after = {ip: order(members[:2] + members[3:], *asking(ip)) for ip in clients}
     assert all(after[ip][0].text == text for ip, text in before.items() if text != "c:1")
     # Whoever loses its origin goes to the one that would have been asked next.
     for ip in clients[:200]:
-        assert [one.text for one in order(members, asking(ip)) if one.text != "c:1"] == [one.text for one in after[ip]]
+        assert [one.text for one in order(members, *asking(ip)) if one.text != "c:1"] == [one.text for one in after[ip]]
 
 
 def test_rendezvous_agrees_between_processes_and_pools() -> None:
     members = [member(f"{name}.example:3000") for name in "abcdef"]
     order = order_by("hash:header:X-User")
     # Taken once: whoever changes this moves everybody's clients at the next release.
-    assert [order(members, asking("", f"X-User: {n}"))[0].text[0] for n in range(12)] == list("aeeaeaacedbd")
+    assert [order(members, *asking("", f"X-User: {n}"))[0].text[0] for n in range(12)] == list("aeeaeaacedbd")
 
 
 def test_what_a_hash_is_over() -> None:
     members = [member(f"o{number}") for number in range(50)]
 
     def first(balance: str, *headers: str, ip: str = "192.0.2.9") -> str:
-        return order_by(balance)(members, asking(ip, *headers))[0].text
+        return order_by(balance)(members, *asking(ip, *headers))[0].text
 
     assert first("hash:cookie:sid", "Cookie: a=b; sid=1") == first("hash:cookie:sid", "Cookie: sid=1", ip="192.0.2.1")
     assert first("hash:cookie:sid", "Cookie: sid=1") != first("hash:cookie:sid", "Cookie: sid=2")
@@ -89,50 +90,50 @@ EJECTION = Ejection(failures=3, delay=Timeout(1), max_delay=Timeout(4))
 
 def test_three_failures_in_a_row_eject_and_one_at_a_time_may_try() -> None:
     one = member("a")
-    assert not one.failed(0, EJECTION)
-    assert not one.failed(0, EJECTION)
-    one.succeeded()
-    assert [one.failed(0, EJECTION) for _ in range(3)] == [False, False, True]
+    assert not one.record_failure(0, EJECTION)
+    assert not one.record_failure(0, EJECTION)
+    one.record_success()
+    assert [one.record_failure(0, EJECTION) for _ in range(3)] == [False, False, True]
     assert not one.usable(0.99)
     assert one.usable(1.11)
-    one.taken()
+    one.take()
     assert not one.usable(1.2)
     # What had begun before the ejection says nothing new, and the trial's end counts.
-    one.given_up()
+    one.abandon_trial()
     assert one.usable(1.2)
-    one.taken()
-    assert one.succeeded()
+    one.take()
+    assert one.record_success()
     assert one.usable(1.2)
 
 
 def test_each_failed_trial_doubles_the_delay_up_to_the_longest() -> None:
     one, now = member("a"), 0.0
     for _ in range(3):
-        one.failed(now, EJECTION)
+        one.record_failure(now, EJECTION)
     for delay in (1.0, 2.0, 4.0, 4.0):
         assert not one.usable(now + delay * 0.999)
         now += delay * 1.1
         assert one.usable(now)
-        one.taken()
-        assert not one.failed(now, EJECTION)
+        one.take()
+        assert not one.record_failure(now, EJECTION)
     assert one.usable(now + 1.5, soonest=1.0)
     assert not one.usable(now + 1.5)
 
 
 def test_late_failures_of_many_at_once_eject_once_and_do_not_lengthen_it() -> None:
     one = member("a")
-    assert [one.failed(0, EJECTION) for _ in range(100)].count(True) == 1
+    assert [one.record_failure(0, EJECTION) for _ in range(100)].count(True) == 1
     assert one.usable(1.11)
 
 
 def test_health_checks() -> None:
     one = member("a")
-    changes = [one.checked(well=False) for _ in range(CHECKS_DOWN + 1)]
+    changes = [one.record_check(healthy=False) for _ in range(CHECKS_DOWN + 1)]
     assert changes == [False] * (CHECKS_DOWN - 1) + [True, False]
     assert not one.usable(0)
     for _ in range(3):
-        one.failed(0, EJECTION)
-    assert one.checked(well=True)
+        one.record_failure(0, EJECTION)
+    assert one.record_check(healthy=True)
     assert one.usable(0)
 
 
@@ -141,7 +142,7 @@ def test_an_origin_is_full_over_all_its_addresses() -> None:
     first = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.1", 1), use, most=2)
     second = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.2", 1), use, most=2)
     found = []
-    for step in (first.taken, second.taken, first.released):
+    for step in (first.take, second.take, first.release):
         step()
         found.append((first.full, second.full))
     assert found == [(False, False), (True, True), (False, False)]

@@ -13,7 +13,8 @@ from tests.promises.secure import Authority, server_context
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins import tls
-from tlstunnel.origins.tls import Contexts, OriginTLS, OriginTLSFailed, client_context, explain
+from tlstunnel.origins.errors import OriginTLSFailed
+from tlstunnel.origins.tls import Contexts, OriginTLS, client_context, explain
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import readiness

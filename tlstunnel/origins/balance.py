@@ -1,28 +1,18 @@
-"""Which origin a handshake asks, and whom it asks next should that one fail. Pure: members in, an order out."""
+"""Balance modes: which origin a handshake tries first, and which next if that one fails. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 from tlstunnel.handshake.request import Request
 from tlstunnel.origins.members import Member
 
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """Who asks for what: the client's address, and its request."""
-
-    ip: str
-    request: Request
-
-
-Order = Callable[[Sequence[Member], Asking], list[Member]]
-"""Puts members that may be asked into the order in which to ask them."""
+Order = Callable[[Sequence[Member], str, Request], list[Member]]
+"""Puts members into the order in which to try them, for a client's IP address and its request."""
 
 
 def order_by(balance: str) -> Order:
-    """The order that a configuration's ``balance`` names."""
+    """Return the order that a configuration's ``balance`` names."""
     if balance == "round_robin":
         return round_robin
     if balance == "least_tunnels":
@@ -30,14 +20,14 @@ def order_by(balance: str) -> Order:
     kind, _, name = balance.removeprefix("hash:").partition(":")
     wanted = name.encode("ascii")
     if kind == "header":
-        return lambda members, asking: rendezvous(members, _field(asking, wanted.lower()))
+        return lambda members, ip, request: rendezvous(members, _read_field(ip, request, wanted.lower()))
     if kind == "cookie":
-        return lambda members, asking: rendezvous(members, _cookie(asking, wanted))
-    return lambda members, asking: rendezvous(members, asking.ip.encode())
+        return lambda members, ip, request: rendezvous(members, _read_cookie(ip, request, wanted))
+    return lambda members, ip, request: rendezvous(members, ip.encode())
 
 
-def round_robin(members: Sequence[Member], _: Asking) -> list[Member]:
-    """Smooth weighted round robin, nginx's: whoever has waited longest for its weight comes first."""
+def round_robin(members: Sequence[Member], _ip: str, _request: Request) -> list[Member]:
+    """Smooth weighted round robin, as in nginx: the member that has waited longest for its weight comes first."""
     if len(members) < 2:
         return list(members)
     total = 0
@@ -49,13 +39,13 @@ def round_robin(members: Sequence[Member], _: Asking) -> list[Member]:
     return order
 
 
-def least_tunnels(members: Sequence[Member], asking: Asking) -> list[Member]:
-    """Fewest tunnels for its weight first, in turn where several have as few."""
-    return sorted(round_robin(members, asking), key=lambda member: (member.tunnels + 1) / member.weight)
+def least_tunnels(members: Sequence[Member], ip: str, request: Request) -> list[Member]:
+    """The member with the fewest tunnels for its weight first; round robin among equal ones."""
+    return sorted(round_robin(members, ip, request), key=lambda member: (member.tunnels + 1) / member.weight)
 
 
 def rendezvous(members: Sequence[Member], key: bytes) -> list[Member]:
-    """Weighted rendezvous hashing: every process agrees, and one origin less moves only its own clients.
+    """Weighted rendezvous hashing: all processes agree, and removing an origin moves only its own clients.
 
     Thaler and Ravishankar 1998; weights by Schindelhauer and Schomaker 2005: ``-weight / log(hash)``.
     """
@@ -69,14 +59,14 @@ def _score(member: Member, key: bytes) -> float:
     return member.weight / math.log((int.from_bytes(digest) + 0.5) / 2.0**64)
 
 
-def _field(asking: Asking, name: bytes) -> bytes:
-    values = asking.request.by_name.get(name)
-    return b"\n".join(values) if values else asking.ip.encode()
+def _read_field(ip: str, request: Request, name: bytes) -> bytes:
+    values = request.by_name.get(name)
+    return b"\n".join(values) if values else ip.encode()
 
 
-def _cookie(asking: Asking, wanted: bytes) -> bytes:
-    for pair in b";".join(asking.request.by_name.get(b"cookie", ())).split(b";"):
+def _read_cookie(ip: str, request: Request, wanted: bytes) -> bytes:
+    for pair in b";".join(request.by_name.get(b"cookie", ())).split(b";"):
         name, equals, value = pair.partition(b"=")
         if equals and name.strip(b" \t") == wanted:
             return value.strip(b" \t")
-    return asking.ip.encode()
+    return ip.encode()

@@ -1,4 +1,4 @@
-"""Connecting to the first of several origins that takes it, the next asked while a slow one still may (RFC 8305)."""
+"""Connect to the first of several members that accepts, trying the next beside a slow one (RFC 8305)."""
 
 import asyncio
 import errno
@@ -7,7 +7,9 @@ import socket
 from collections.abc import Sequence
 
 from tlstunnel.backoff import Backoff
+from tlstunnel.origins.errors import OriginUnreachable
 from tlstunnel.origins.members import Member
+from tlstunnel.origins.place import Place
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
@@ -18,116 +20,97 @@ RETRIES = Backoff(first=0.02, longest=0.5)
 """Between attempts at a Unix socket whose backlog is full: unlike TCP, connect(2) does not wait there."""
 
 STAGGER = 0.25
-"""Seconds after which the next address of the same name is tried beside one that has not answered: the Connection
+"""Seconds after which the next address of the same name is tried beside one that has not accepted: the Connection
 Attempt Delay of RFC 8305 section 5."""
 
-PATIENCE = 1.0
-"""Seconds after which another origin is tried beside one that has not answered: it may be far away and well."""
+ORIGIN_STAGGER = 1.0
+"""Seconds after which another origin is tried beside one that has not accepted: it may be far away and healthy."""
 
 _CONNECTED = frozenset({0, errno.EISCONN})
-_UNDER_WAY = frozenset({errno.EALREADY, errno.EINPROGRESS})
-
-
-class OriginUnreachable(Exception):
-    """No connection to an origin. `shortage` says that we are the reason: no descriptor, port or memory left."""
-
-    def __init__(self, reason: str, *, shortage: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.shortage = shortage
+_IN_PROGRESS = frozenset({errno.EALREADY, errno.EINPROGRESS})
 
 
 async def connect(
     pool: Pool, members: Sequence[Member], readiness: Readiness, wakeup: Wakeup, client: Channel
-) -> tuple[Member, Channel]:
-    """Connect to the first of `members` that takes it, by the deadline of `wakeup`; that one is counted as taken.
+) -> tuple[Place, Channel]:
+    """Connect to the first of `members` that accepts before the deadline of `wakeup`; return the place there.
 
-    Raises OriginUnreachable, TimeoutError, or ClientGone when the client does not wait for it.
+    Raises OriginUnreachable; TimeoutError; ClientGone when the client does not wait.
     """
     attempts = _Attempts(pool, readiness, wakeup)
     try:
         return await attempts.run(members, client)
     except TimeoutError:
-        for member, _ in attempts.under_way:
-            pool.failed(member, "did not take the connection in time")
+        for place, _ in attempts.in_progress:
+            place.record_failure("did not take the connection in time")
         raise
     finally:
         attempts.close()
 
 
 class _Attempts:
-    """Connections that are being made; `under_way` are those whose end is not known yet."""
+    """The attempts to connect for one request; `in_progress` are those without a result."""
 
     def __init__(self, pool: Pool, readiness: Readiness, wakeup: Wakeup) -> None:
         self._pool = pool
         self._readiness = readiness
         self._wakeup = wakeup
         self._failure: OriginUnreachable | None = None
-        self.under_way: list[tuple[Member, Channel]] = []
+        self.in_progress: list[tuple[Place, Channel]] = []
 
-    async def run(self, members: Sequence[Member], client: Channel) -> tuple[Member, Channel]:
+    async def run(self, members: Sequence[Member], client: Channel) -> tuple[Place, Channel]:
         pause = 0.0
         last = len(members) - 1
-        for place, member in enumerate(members):
-            while (channel := self._begin(member)) is None:
+        for index, member in enumerate(members):
+            while (connected := self._begin(member)) is None:
                 # The backlog of a Unix socket is full.
                 if client.gone:
                     raise ClientGone
                 pause = RETRIES.after(pause)
                 await self._wakeup.sleep(pause)
-            if isinstance(channel, Channel):
-                return member, channel
-            if self.under_way:
+            if not isinstance(connected, bool):
+                return connected
+            if self.in_progress:
                 seconds = None
-                if place < last:
-                    seconds = STAGGER if members[place + 1].text == member.text else PATIENCE
-                if connected := await self._wait(seconds, client):
-                    return connected
+                if index < last:
+                    seconds = STAGGER if members[index + 1].text == member.text else ORIGIN_STAGGER
+                if first := await self._wait(seconds, client):
+                    return first
         raise self._failure or OriginUnreachable("no origin took the connection")
 
-    def _begin(self, member: Member) -> "Channel | bool | None":
-        """Begin to connect: the channel where that is done at once, True where it is under way or has failed.
+    def _begin(self, member: Member) -> "tuple[Place, Channel] | bool | None":
+        """Begin to connect. Return the connection if it is made at once, True if it is in progress or has failed.
 
-        None where the backlog of a Unix socket has no room.
+        None if the backlog of a Unix socket is full.
         """
         try:
             sock = socket.socket(member.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             raise OriginUnreachable(f"{member.text}: {error.strerror}", shortage=True) from None
-        code = errno.EAGAIN
-        member.taken()
-        try:
-            if member.family != socket.AF_UNIX:
-                tune(sock)
-            code = sock.connect_ex(member.address)
-            if code == errno.EINPROGRESS:
-                # Asked again, connect(2) says how it went: an origin on this machine is connected by now.
-                code = sock.connect_ex(member.address)
-        except OSError as error:
-            code = error.errno or errno.EIO
-        finally:
-            if code not in _CONNECTED and code not in _UNDER_WAY:
-                sock.close()
-                if code != errno.EAGAIN:
-                    self._failed(member, code)
-                member.given_up()
-                member.released()
-        if code == errno.EAGAIN:
-            return None
-        if code not in _CONNECTED and code not in _UNDER_WAY:
+        place = Place(self._pool, member)
+        code = _begin_to_connect(sock, member)
+        if code in _CONNECTED or code in _IN_PROGRESS:
+            try:
+                channel = Channel(sock, self._readiness, self._wakeup)
+            except BaseException:
+                place.close()
+                raise
+            if code in _CONNECTED:
+                return place, channel
+            self.in_progress.append((place, channel))
+            channel.ask_for_writing()
             return True
-        channel = Channel(sock, self._readiness, self._wakeup)
-        if code in _CONNECTED:
-            return channel
-        channel.ask_for_writing()
-        self.under_way.append((member, channel))
-        return True
+        sock.close()
+        if code != errno.EAGAIN:
+            self._record_failure(place, code)
+        place.close()
+        return None if code == errno.EAGAIN else True
 
-    async def _wait(self, seconds: float | None, client: Channel) -> tuple[Member, Channel] | None:
-        """Wait until one is connected, or all have failed, or for so long."""
+    async def _wait(self, seconds: float | None, client: Channel) -> tuple[Place, Channel] | None:
+        """Wait until one is connected, all have failed, or `seconds` have passed."""
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
-        while self.under_way:
+        while self.in_progress:
             if client.gone:
                 raise ClientGone
             if until is None:
@@ -136,37 +119,50 @@ class _Attempts:
                 await self._wakeup.sleep(left)
             else:
                 return None
-            for attempt in list(self.under_way):
-                member, channel = attempt
-                code = channel.sock.connect_ex(member.address)
-                if code in _UNDER_WAY:
+            for attempt in list(self.in_progress):
+                place, channel = attempt
+                code = channel.sock.connect_ex(place.member.address)
+                if code in _IN_PROGRESS:
                     continue
-                self.under_way.remove(attempt)
+                self.in_progress.remove(attempt)
                 if code in _CONNECTED:
-                    # What has happened until now was connecting: HUP holds for a socket that is not connected yet.
+                    # Events until now were about connecting: HUP is reported for a socket that is not connected yet.
                     channel.gone = False
                     return attempt
-                self._failed(member, code)
-                _end(attempt)
+                self._record_failure(place, code)
+                _close(attempt)
         return None
 
-    def _failed(self, member: Member, code: int) -> None:
+    def _record_failure(self, place: Place, code: int) -> None:
         reason = os.strerror(code)
         shortage = code == errno.EADDRNOTAVAIL
-        self._failure = OriginUnreachable(f"{member.text}: {reason}", shortage=shortage)
+        self._failure = OriginUnreachable(f"{place.member.text}: {reason}", shortage=shortage)
         if not shortage:
-            self._pool.failed(member, reason)
+            place.record_failure(reason)
 
     def close(self) -> None:
-        """End those whose end nobody waits for."""
-        for attempt in self.under_way:
-            _end(attempt)
-        self.under_way.clear()
+        """Close the attempts that are no longer needed."""
+        for attempt in self.in_progress:
+            _close(attempt)
+        self.in_progress.clear()
 
 
-def _end(attempt: tuple[Member, Channel]) -> None:
-    member, channel = attempt
+def _begin_to_connect(sock: socket.socket, member: Member) -> int:
+    """Return an error number: 0 once connected, one of `_IN_PROGRESS` while that is open."""
+    try:
+        if member.family != socket.AF_UNIX:
+            tune(sock)
+        code = sock.connect_ex(member.address)
+        if code == errno.EINPROGRESS:
+            # A second connect(2) reports the result: an origin on this machine is connected by now.
+            code = sock.connect_ex(member.address)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return code
+
+
+def _close(attempt: tuple[Place, Channel]) -> None:
+    place, channel = attempt
     channel.release()
     channel.sock.close()
-    member.released()
-    member.given_up()
+    place.close()

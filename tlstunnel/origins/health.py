@@ -1,4 +1,4 @@
-"""Active health checks: each origin is asked at an interval, whether anybody needs it or not."""
+"""Active health checks: each member of a pool is checked at an interval, also while it has no traffic."""
 
 import asyncio
 import base64
@@ -15,35 +15,35 @@ from tlstunnel.config import Health
 from tlstunnel.origins.members import Member
 
 MAX_HEAD = 65_536
-"""Bytes of an answer's head that are read."""
+"""Bytes of a response's head that are read."""
 
 
-class Checked(Protocol):
-    """What is checked: the members of a pool, which is told the results."""
+class CheckedPool(Protocol):
+    """What health checks need of a pool."""
 
-    async def known(self) -> Sequence[Member]:
-        """The members to ask."""
+    async def resolve(self) -> Sequence[Member]:
+        """Return the members to check."""
 
-    def checked(self, member: Member, failure: str) -> None:
-        """Take a result: what is wrong with a member, or ""."""
+    def record_check(self, member: Member, failure: str) -> None:
+        """Record a result: what failed, or "" if the check succeeded."""
 
 
 class Checks:
-    """Asks all members of a pool at once, each interval; a tenth of it is chance, so that checks spread."""
+    """Checks all members of a pool at once, each interval; the interval varies by a tenth, so that checks spread."""
 
-    def __init__(self, health: Health, pool: Checked, preface: bytes = b"") -> None:
+    def __init__(self, health: Health, pool: CheckedPool, preface: bytes = b"") -> None:
         self._health = health
         self._preface = preface
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """End."""
+        """Stop."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -51,29 +51,29 @@ class Checks:
     async def _run(self) -> None:
         while True:
             try:
-                members = list(await self._pool.known())
-                results = await asyncio.gather(*(failure_of(member, self._health, self._preface) for member in members))
+                members = list(await self._pool.resolve())
+                results = await asyncio.gather(*(check(member, self._health, self._preface) for member in members))
                 for member, failure in zip(members, results, strict=True):
-                    self._pool.checked(member, failure)
+                    self._pool.record_check(member, failure)
             except Exception:
                 structlog.get_logger().exception("health check failed")
             await asyncio.sleep(self._health.interval * (0.95 + 0.1 * random.random()))  # noqa: S311
 
 
-async def failure_of(member: Member, health: Health, preface: bytes = b"") -> str:
-    """Check one member, `preface` being sent first; give what is wrong with it, or ""."""
+async def check(member: Member, health: Health, preface: bytes = b"") -> str:
+    """Check one member, sending `preface` first; return what failed, or ""."""
     try:
         async with asyncio.timeout(health.timeout):
-            return await _asked(member, health, preface)
+            return await _connect_and_check(member, health, preface)
     except TimeoutError:
-        return f"no answer within {health.timeout}"
+        return f"no response within {health.timeout}"
     except OSError as error:
         return error.strerror or str(error)
     except (h11.RemoteProtocolError, ValueError) as error:
-        return f"the answer is not HTTP: {error}"[:200]
+        return f"the response is not HTTP: {error}"[:200]
 
 
-async def _asked(member: Member, health: Health, preface: bytes) -> str:
+async def _connect_and_check(member: Member, health: Health, preface: bytes) -> str:
     address = member.address
     if isinstance(address, str):
         reader, writer = await asyncio.open_unix_connection(address)
@@ -87,12 +87,12 @@ async def _asked(member: Member, health: Health, preface: bytes) -> str:
     try:
         if health.type == "tcp":
             return ""
-        return await _answered(reader, writer, member.text, health)
+        return await _send_request(reader, writer, member.text, health)
     finally:
         writer.close()
 
 
-async def _answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, health: Health) -> str:
+async def _send_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, health: Health) -> str:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
     key = base64.b64encode(os.urandom(16))
     host = "localhost" if host.startswith("unix:") else host.removeprefix("wss://")
@@ -116,14 +116,14 @@ async def _answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
         if isinstance(event, h11.InformationalResponse) and event.status_code != 101:
             continue
         if not isinstance(event, h11.Response | h11.InformationalResponse):
-            return "no answer"
-        return _judged(event, key, health)
+            return "no response"
+        return _check_response(event, key, health)
 
 
-def _judged(answer: h11.Response | h11.InformationalResponse, key: bytes, health: Health) -> str:
+def _check_response(response: h11.Response | h11.InformationalResponse, key: bytes, health: Health) -> str:
     if health.type == "http":
-        return "" if 200 <= answer.status_code < 400 else f"status {answer.status_code}"
-    if answer.status_code != 101:
-        return f"status {answer.status_code} instead of 101"
-    accept = [value for name, value in answer.headers if name == b"sec-websocket-accept"]
+        return "" if 200 <= response.status_code < 400 else f"status {response.status_code}"
+    if response.status_code != 101:
+        return f"status {response.status_code} instead of 101"
+    accept = [value for name, value in response.headers if name == b"sec-websocket-accept"]
     return "" if accept == [generate_accept_token(key)] else "a wrong Sec-WebSocket-Accept"

@@ -1,20 +1,17 @@
-"""One address of an origin, and what is known of how it does: how many tunnels it has, whether it may be asked.
+"""One address of an origin and its state: how many tunnels it has, and whether it may be tried.
 
-Passive: after `Ejection.failures` failures in a row it is left alone for `Ejection.delay`, doubled each time up to
-`Ejection.max_delay`; then one handshake tries it, and one only, until that has shown how it is. Active: while its
-health check says that it is down, it is not asked. Time is a loop's, seconds; nothing here asks the clock.
+Passive checks: after `Ejection.failures` failures in a row it is ejected for `Ejection.delay`, doubled each time up to
+`Ejection.max_delay`; then one handshake tries it, and only one until the result is known. Active checks: while its
+health check fails, it is not tried. All times are seconds of a loop's clock; nothing here reads the clock.
 """
 
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Ejection
-
-if TYPE_CHECKING:
-    from tlstunnel.origins.tls import OriginTLS
+from tlstunnel.origins.tls import OriginTLS
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
 
@@ -27,19 +24,22 @@ _JITTER = 0.1
 
 
 class Use:
-    """What an origin as written has, over all its addresses: the tunnels, and the handshakes on their way to one."""
+    """The tunnels of an origin as configured, over all its addresses, and the handshakes that may become one."""
 
     __slots__ = ("tunnels",)
 
     def __init__(self) -> None:
         self.tunnels = 0
 
+    def __repr__(self) -> str:
+        return f"<Use {self.tunnels} tunnels>"
 
-@dataclass(eq=False, slots=True)
+
+@dataclass(eq=False, slots=True, repr=False)
 class Member:
-    """`address` of an `origin`, spoken to by `tls` if that is not None.
+    """One `address` of an `origin`, reached with `tls` if that is not None.
 
-    It outlives reloads that keep that origin and that address.
+    It survives reloads that keep that origin and that address.
     """
 
     origin: OriginAddress
@@ -50,7 +50,7 @@ class Member:
     weight: int = 1
     backup: bool = False
     most: int | None = None
-    tls: "OriginTLS | None" = None
+    tls: OriginTLS | None = None
     current: float = 0.0  # of smooth weighted round robin
     _failures: int = 0
     _delay: float = 0.0
@@ -58,64 +58,73 @@ class Member:
     _trial: bool = False
     _checks_failed: int = 0
 
+    def __repr__(self) -> str:
+        state = "down" if self.checked_down else "ejected" if self.ejected else "up"
+        return f"<Member {self.text} at {self.address_text}: {state}, {self.tunnels} tunnels>"
+
     @property
     def text(self) -> str:
-        """The origin as it is written."""
+        """The origin as it is written in the configuration."""
         return str(self.origin)
 
     @property
+    def address_text(self) -> str:
+        """The IP address, or the path of a Unix socket."""
+        return self.address if isinstance(self.address, str) else str(self.address[0])
+
+    @property
     def key(self) -> tuple[str, str]:
-        """What makes it the same member in another pool."""
+        """What identifies the same member in another pool."""
         return self.text, str(self.address)
 
     @property
     def full(self) -> bool:
-        """Whether its origin has as many tunnels as it may."""
+        """Whether its origin has as many tunnels as it may have."""
         return self.most is not None and self.use.tunnels >= self.most
 
     @property
     def ejected(self) -> bool:
-        """Whether it has failed too often and has not shown since that it is well."""
+        """Whether it has failed too often and has not succeeded since."""
         return self._delay > 0
 
     @property
     def checked_down(self) -> bool:
-        """Whether its health check says that it is down."""
+        """Whether it is down according to its health check."""
         return self._checks_failed >= CHECKS_DOWN
 
     def usable(self, now: float, soonest: float | None = None) -> bool:
-        """Whether a handshake may ask it. `soonest` bounds the delay where there is nobody else to ask."""
+        """Return whether a handshake may try it. `soonest` bounds the delay where there is no other member to try."""
         if self.checked_down:
             return False
         return not self.ejected or (not self._trial and now >= self.back_at(soonest))
 
     def back_at(self, soonest: float | None = None) -> float:
-        """When it may be tried again."""
+        """Return when it may be tried again."""
         return self._out_until if soonest is None else min(self._out_until, self._out_until - self._delay + soonest)
 
-    def taken(self) -> None:
-        """Count a handshake that begins to ask it."""
+    def take(self) -> None:
+        """Count an attempt to use it."""
         self.tunnels += 1
         self.use.tunnels += 1
         self._trial = self.ejected
 
-    def released(self) -> None:
-        """Count down when its tunnel, or what was to become one, has ended."""
+    def release(self) -> None:
+        """Count down when the tunnel of an attempt, or the attempt itself, has ended."""
         self.tunnels -= 1
         self.use.tunnels -= 1
 
-    def succeeded(self) -> bool:
-        """It has answered; say whether it had been ejected."""
+    def record_success(self) -> bool:
+        """Record a valid response; return whether the member had been ejected."""
         was = self.ejected
         self._failures, self._delay, self._trial = 0, 0.0, False
         return was
 
-    def failed(self, now: float, ejection: Ejection) -> bool:
-        """It could not be reached, or gave no answer; say whether that has ejected it just now."""
+    def record_failure(self, now: float, ejection: Ejection) -> bool:
+        """Record that it could not be reached or sent no valid response; return whether that ejects it."""
         self._failures += 1
         was, trial, self._trial = self.ejected, self._trial, False
         if was and not trial:
-            return False  # begun before it was ejected
+            return False  # the attempt began before the ejection
         if self._failures < ejection.failures:
             return False
         backoff = Backoff(float(ejection.delay), float(ejection.max_delay), _JITTER)
@@ -123,14 +132,14 @@ class Member:
         self._out_until = now + backoff.spread(self._delay)
         return not was
 
-    def given_up(self) -> None:
-        """Who asked it went before it showed anything: another may try."""
+    def abandon_trial(self) -> None:
+        """Let another attempt try it: this one ended before it had a result."""
         self._trial = False
 
-    def checked(self, *, well: bool) -> bool:
-        """Take a health check's result; say whether that has changed whether it is down."""
+    def record_check(self, *, healthy: bool) -> bool:
+        """Record the result of a health check; return whether that has brought the member up or down."""
         was = self.checked_down
-        self._checks_failed = 0 if well else self._checks_failed + 1
-        if well and was:
-            self.succeeded()
+        self._checks_failed = 0 if healthy else self._checks_failed + 1
+        if healthy and was:
+            self.record_success()
         return was != self.checked_down

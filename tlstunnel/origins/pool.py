@@ -1,54 +1,33 @@
-"""The origins of a site or of one of its routes: their addresses, and who is asked in which order."""
+"""The origins of a site or of one of its routes: their addresses, and the order in which to try them."""
 
 import asyncio
 import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import structlog
 
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
-from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.origins.balance import Asking, order_by
+from tlstunnel.handshake.request import Request
+from tlstunnel.origins.balance import order_by
+from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import Member, SocketAddress, Use
-
-if TYPE_CHECKING:
-    from tlstunnel.origins.tls import OriginTLS
+from tlstunnel.origins.tls import OriginTLS
 
 FIRST_TRY_AGAIN = 1.0
-"""Seconds after which an ejected origin may be tried again while all others are out too, whatever its own delay is."""
+"""Seconds after which an ejected origin may be tried again while all others are out too, if its delay is longer."""
 
 _EJECTION = Ejection()
 
 Address = tuple[socket.AddressFamily, SocketAddress]
 
 
-class NoOrigin(Exception):
-    """Nobody can be asked. `reason` is for the log; `retry_after`, in seconds, None where the name is not known.
-
-    `forbidden` says that the name is known, and stands for no address that is allowed.
-    """
-
-    def __init__(self, reason: str, retry_after: int | None = None, *, forbidden: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.retry_after = retry_after
-        self.forbidden = forbidden
-
-
-def forbidden(reason: str) -> Refusal:
-    """The refusal of an origin that an edge worker has chosen and may not have."""
-    text = "the edge worker chose an origin that it may not have"
-    return Refusal(502, "edge: origin not allowed", text, detail=reason)
-
-
 @dataclass(slots=True)
 class _Origin:
-    """One origin as written, and its members."""
+    """One origin as configured, and its members."""
 
     config: OriginConfig
     use: Use
@@ -64,23 +43,24 @@ class _Origin:
 
 
 class Pool:
-    """The origins that are asked together. `resolve_every` is how long the addresses of a name are used, seconds.
+    """A group of origins that share requests.
 
-    Every address of a name is a member. A name is asked for when it is first needed, and again beside the handshakes
-    once its addresses are old; those of before are used until there are new ones. `preface` goes before what a health
-    check asks; `tls` is how the ``wss://`` ones are spoken to. Of a name's addresses only those `within` are asked,
-    where that is not None.
+    Every address of a name is a member. A name is resolved when it is first needed, and again beside the handshakes
+    once its addresses are older than `resolve_every` seconds; the old addresses are used until there are new ones.
+    Health checks send `preface` first. `tls` is how to connect to the ``wss://`` origins. If `within` is not None, only
+    the addresses in it are used.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - a table of the configuration
+    def __init__(  # noqa: PLR0913 - the keys of a configuration's table
         self,
         origins: Sequence[OriginConfig],
+        *,
         balance: str = "round_robin",
         ejection: Ejection = _EJECTION,
         health: Health | None = None,
         resolve_every: float = 30.0,
         preface: bytes = b"",
-        tls: "OriginTLS | None" = None,
+        tls: OriginTLS | None = None,
         within: Networks | None = None,
     ) -> None:
         self._tls = tls
@@ -92,19 +72,22 @@ class Pool:
         self._log = structlog.get_logger()
         self.members: list[Member] = []
         self.name = self._origins[0].text if len(origins) == 1 else ""
-        """What is asked, as far as that is known before anybody is chosen."""
+        """The only origin; empty if there are several."""
         self._checks = None if health is None else Checks(health, self, preface)
         for origin in self._origins:
-            if (known := _literal(origin.config)) is not None:
-                self._learned(origin, [known])
+            if (known := _parse_literal(origin.config)) is not None:
+                self._set_addresses(origin, [known])
                 origin.fresh_until = math.inf
-        # The one case that nearly everybody has: nothing to resolve, nobody to choose from.
+        # The most common case: nothing to resolve, and nothing to choose from.
         self._only = self.members[0] if len(self.members) == len(origins) == 1 else None
         if self._only is not None and (self._only.most is not None or health is not None):
             self._only = None
 
+    def __repr__(self) -> str:
+        return f"<Pool {', '.join(origin.text for origin in self._origins)}: {len(self.members)} members>"
+
     def adopt(self, old: "Pool") -> None:
-        """Go on with the members of `old` where this one has them too: their tunnels and failures stay counted."""
+        """Take over the members of `old` that this pool has too, with their counts of tunnels and failures."""
         before = {member.key: member for member in old.members}
         uses = {origin.text: origin for origin in old._origins}
         for origin in self._origins:
@@ -112,21 +95,23 @@ class Pool:
                 origin.use = known.use
                 if origin.fresh_until != math.inf:
                     origin.fresh_until = known.fresh_until
-                    self._learned(origin, [(member.family, member.address) for member in known.members], before)
+                    self._set_addresses(origin, [(member.family, member.address) for member in known.members], before)
                 else:
-                    self._learned(origin, [(member.family, member.address) for member in origin.members], before)
+                    self._set_addresses(origin, [(member.family, member.address) for member in origin.members], before)
         if self._only is not None:
             self._only = self.members[0]
 
     def has(self, address: OriginAddress) -> bool:
-        """Whether one of the origins is there."""
+        """Return whether one of the origins has this address."""
         return any(origin.config.address == address for origin in self._origins)
 
-    async def order(self, asking: Asking, deadline: float, chosen: OriginAddress | None = None) -> list[Member]:
-        """Those that may be asked, in the order in which to ask them; at least one. `deadline` is a loop time.
+    async def order(
+        self, ip: str, request: Request, deadline: float, chosen: OriginAddress | None = None
+    ) -> list[Member]:
+        """Return the members to try for this request of the client `ip`, in this order; at least one.
 
-        Only the origin at `chosen`, which the pool has, where that is not None. Raises NoOrigin, or TimeoutError when a
-        name is not known by then.
+        If `chosen` is not None, only members of the origin with that address, which the pool has. Raises NoOrigin, and
+        TimeoutError if no name is resolved by `deadline`, a time of the loop.
         """
         if self._only is not None:
             return [self._only]
@@ -138,21 +123,21 @@ class Pool:
                 origin.resolving = loop.create_task(self._resolve(origin))
         waited_for = [o.resolving for o in origins if not o.members and o.resolving is not None]
         if waited_for and not any(origin.members for origin in origins):
-            # One question for all who wait; one who gives up does not end it.
+            # One look-up for all that wait; one that gives up does not cancel it.
             async with asyncio.timeout_at(deadline):
                 await asyncio.shield(asyncio.gather(*waited_for))
-        return self._ordered(asking, loop.time(), origins)
+        return self._order_usable(ip, request, loop.time(), origins)
 
-    def _ordered(self, asking: Asking, now: float, origins: Sequence[_Origin]) -> list[Member]:
+    def _order_usable(self, ip: str, request: Request, now: float, origins: Sequence[_Origin]) -> list[Member]:
         members = [member for origin in origins for member in origin.members]
         if not members:
             failures = "; ".join(origin.failure for origin in origins)
-            raise NoOrigin(failures, forbidden=any(origin.forbidden for origin in origins))
+            raise OriginNotAllowed(failures) if any(origin.forbidden for origin in origins) else NoOrigin(failures)
         able = [member for member in members if member.usable(now)]
         if not able:
             able = [member for member in members if member.usable(now, FIRST_TRY_AGAIN)]
         if not able and len(origins) == 1:
-            # Who has no other origin loses nothing by asking: a restarted origin is there at once.
+            # With one origin, trying it costs nothing, and finds a restarted one at once.
             able = [member for member in members if not member.checked_down]
         if not able:
             waits = [member.back_at(FIRST_TRY_AGAIN) - now for member in members if not member.checked_down]
@@ -163,33 +148,33 @@ class Pool:
             raise NoOrigin("all origins have as many tunnels as they may", 1)
         primary = [member for member in free if not member.backup]
         backup = [member for member in free if member.backup]
-        return [*self._order(primary, asking), *self._order(backup, asking)]
+        return [*self._order(primary, ip, request), *self._order(backup, ip, request)]
 
-    def succeeded(self, member: Member) -> None:
-        """`member` has answered."""
-        if member.succeeded():
-            self._log.info("origin is back", origin=member.text, address=_shown(member))
+    def record_success(self, member: Member) -> None:
+        """Record that `member` sent a valid response."""
+        if member.record_success():
+            self._log.info("origin is back", origin=member.text, address=member.address_text)
 
-    def failed(self, member: Member, why: str) -> None:
-        """`member` could not be reached, or gave no answer."""
-        if member.failed(asyncio.get_running_loop().time(), self._ejection) and len(self.members) > 1:
-            self._log.warning("origin ejected", origin=member.text, address=_shown(member), reason=why)
+    def record_failure(self, member: Member, reason: str) -> None:
+        """Record that `member` could not be reached, or sent no valid response."""
+        if member.record_failure(asyncio.get_running_loop().time(), self._ejection) and len(self.members) > 1:
+            self._log.warning("origin ejected", origin=member.text, address=member.address_text, reason=reason)
 
-    def checked(self, member: Member, failure: str) -> None:
-        """A health check of `member` has ended, with a failure or with ""."""
-        if member.checked(well=not failure):
+    def record_check(self, member: Member, failure: str) -> None:
+        """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
+        if member.record_check(healthy=not failure):
             if failure:
-                self._log.warning("origin is down", origin=member.text, address=_shown(member), reason=failure)
+                self._log.warning("origin is down", origin=member.text, address=member.address_text, reason=failure)
             else:
-                self._log.info("origin is up", origin=member.text, address=_shown(member))
+                self._log.info("origin is up", origin=member.text, address=member.address_text)
 
     def start(self) -> None:
-        """Begin the health checks, if there are any."""
+        """Start the health checks, if there are any."""
         if self._checks is not None:
             self._checks.start()
 
-    async def known(self) -> Sequence[Member]:
-        """The members, those of names looked up where they are old: for the health checks."""
+    async def resolve(self) -> Sequence[Member]:
+        """Resolve the names whose addresses are old, and return the members: for the health checks."""
         loop = asyncio.get_running_loop()
         for origin in self._origins:
             if loop.time() >= origin.fresh_until and origin.resolving is None:
@@ -199,7 +184,7 @@ class Pool:
         return self.members
 
     async def close(self) -> None:
-        """End the health checks and the look-ups."""
+        """Stop the health checks and the look-ups."""
         if self._checks is not None:
             await self._checks.close()
         for origin in self._origins:
@@ -216,19 +201,19 @@ class Pool:
             origin.forbidden = bool(found) and not allowed
             if origin.forbidden:
                 origin.failure = f"{origin.text}: none of its addresses is in worker_origins"
-            self._learned(origin, allowed)
+            self._set_addresses(origin, allowed)
         except OSError as error:
             origin.failure = f"{origin.text}: cannot be resolved: {error.strerror or error}"
         finally:
             origin.resolving = None
-        # Failed or not: a resolver that is down is not asked at each handshake that has an answer of before.
+        # Also after a failure: with old addresses in use, not every handshake should query a resolver that is down.
         if origin.members:
             origin.fresh_until = loop.time() + self._resolve_every
 
-    def _learned(
+    def _set_addresses(
         self, origin: _Origin, addresses: Sequence[Address], before: dict[tuple[str, str], Member] | None = None
     ) -> None:
-        """Give `origin` a member for each address, those of before where there are any."""
+        """Give `origin` one member for each address, and reuse the members it had."""
         config = origin.config
         known = {member.key: member for member in origin.members} if before is None else before
         members = []
@@ -243,8 +228,8 @@ class Pool:
         self.members = [member for one in self._origins for member in one.members]
 
 
-def _literal(config: OriginConfig) -> Address | None:
-    """The address that the configuration itself holds; None for a name."""
+def _parse_literal(config: OriginConfig) -> Address | None:
+    """Return the address in the configuration; None for a name."""
     address = config.address
     if address.path is not None:
         return socket.AF_UNIX, address.path
@@ -257,8 +242,3 @@ def _literal(config: OriginConfig) -> Address | None:
         return None
     family, _, _, _, where = found[0]
     return family, where
-
-
-def _shown(member: Member) -> str:
-    address = member.address
-    return address if isinstance(address, str) else str(address[0])

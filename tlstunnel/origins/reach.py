@@ -1,50 +1,52 @@
-"""Reaching an origin: connected, and for ``wss://`` with TLS on it; the next one where either fails."""
+"""Reach an origin: connect, and for ``wss://`` make the TLS handshake; try the next member where either fails."""
 
 from collections.abc import Sequence
 
 from tlstunnel.origins.connect import connect
+from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.origins.members import Member
+from tlstunnel.origins.place import Place
 from tlstunnel.origins.pool import Pool
-from tlstunnel.origins.tls import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import Readiness
 
 
-async def reach(  # noqa: PLR0913, PLR0917 - whom, by what, for whom
+async def reach(  # noqa: PLR0913 - which members, over what, for which client
     pool: Pool,
     members: Sequence[Member],
+    *,
     preface: bytes,
     readiness: Readiness,
     wakeup: Wakeup,
     client: Channel,
-) -> tuple[Member, Channel]:
-    """Reach the first of `members` that can be, by the deadline of `wakeup`; that one is counted as taken.
+) -> tuple[Place, Channel]:
+    """Reach the first of `members` that can be reached before the deadline of `wakeup`; return the place there.
 
-    `preface`, a PROXY header or nothing, goes before TLS. No byte of a request has been sent then.
-    Raises OriginUnreachable, OriginTLSFailed among it; TimeoutError; ClientGone when the client does not wait for it.
+    `preface`, a PROXY header or nothing, is sent before TLS. No byte of a request has been sent when this returns.
+    Raises OriginUnreachable, or its subclass OriginTLSFailed; TimeoutError; ClientGone when the client does not wait.
     """
     while True:
-        member, channel = await connect(pool, members, readiness, wakeup, client)
-        if member.tls is None and not preface:
-            return member, channel
+        place, channel = await connect(pool, members, readiness, wakeup, client)
+        tls = place.member.tls
+        if tls is None and not preface:
+            return place, channel
         try:
             if preface:
                 await channel.send(preface)
-            if member.tls is not None:
-                await member.tls.begin(channel, member.origin, client)
+            if tls is not None:
+                await tls.begin(channel, place.member.origin, client)
         except OriginTLSFailed as error:
-            pool.failed(member, error.reason)
-            member.released()
-            members = members[members.index(member) + 1 :]
+            place.record_failure(error.reason)
+            place.close()
+            members = members[members.index(place.member) + 1 :]
             if not members:
                 raise
         except BaseException:
-            member.given_up()
-            member.released()
+            place.close()
             if channel.sock.fileno() >= 0:
                 channel.release()
                 channel.sock.close()
             raise
         else:
-            return member, channel
+            return place, channel

@@ -8,7 +8,7 @@ from typing import NoReturn
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
-from tlstunnel.origins.connect import OriginUnreachable
+from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.tls.truncation import is_truncation
 
@@ -59,17 +59,6 @@ SESSION_SECONDS = 600.0
 
 RETRY_SECONDS = 1.0
 """The least time between two sessions taken from connections to one origin."""
-
-
-class OriginTLSFailed(OriginUnreachable):
-    """The TLS handshake with an origin failed before a byte of the request was sent.
-
-    `kind` is a short fixed text for the record; `reason` names the origin and says it in words.
-    """
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 class OriginTLS:

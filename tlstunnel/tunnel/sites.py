@@ -249,4 +249,12 @@ def _origin_tls(site: SiteConfig, contexts: Contexts) -> OriginTLS | None:
 
 
 def _pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes, tls: OriginTLS | None) -> Pool:
-    return Pool(table.origins, table.balance, table.ejection, table.health, resolve_every, preface, tls)
+    return Pool(
+        table.origins,
+        balance=table.balance,
+        ejection=table.ejection,
+        health=table.health,
+        resolve_every=resolve_every,
+        preface=preface,
+        tls=tls,
+    )

@@ -24,12 +24,11 @@ from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, Up
 from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
-from tlstunnel.origins.balance import Asking
-from tlstunnel.origins.connect import OriginUnreachable
-from tlstunnel.origins.members import Member
-from tlstunnel.origins.pool import NoOrigin, Pool, forbidden
+from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed, OriginTLSFailed, OriginUnreachable
+from tlstunnel.origins.place import Place
+from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.reach import reach
-from tlstunnel.origins.tls import OriginTLSFailed, explain
+from tlstunnel.origins.tls import explain
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import Channel, ClientGone, address_of
 from tlstunnel.sockets.closing import DISCARD_SECONDS, ClosingSockets, reset
@@ -98,7 +97,7 @@ class Tunnel:
         serving.deadlines.add(self._wakeup)
         self._client = Channel(sock, serving.readiness, self._wakeup)
         self._origin: Channel | None = None
-        self._asked: tuple[Pool, Member] | None = None
+        self._place: Place | None = None
         self._lease: Lease | None = None
         self._edits = NO_EDITS
         self._chosen: tuple[Pool, OriginAddress] | None = None
@@ -107,7 +106,7 @@ class Tunnel:
         self._subject = self._refused_client = ""
         self._trusted = not proxied and bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
 
-    async def run(  # noqa: C901, PLR0912 - what each stage fails with, in one place
+    async def run(  # noqa: PLR0912 - what each stage fails with, in one place
         self, on_end: Callable[[], None], on_exchange: Callable[[], None]
     ) -> None:
         """Serve the connection up to the splice, which then lives without this task, or up to its refusal.
@@ -152,8 +151,6 @@ class Tunnel:
             self._abort("tunnel", "internal error")
         finally:
             if not spliced:
-                if self._asked is not None:
-                    self._asked[1].given_up()
                 self._give_back()
                 on_end()
 
@@ -322,15 +319,19 @@ class Tunnel:
         record.origin = str(chosen or pool.name)
         several = False
         try:
-            members = await pool.order(Asking(record.client, request), self._wakeup.deadline, chosen)
+            members = await pool.order(record.client, request, self._wakeup.deadline, chosen)
             record.origin, several = members[0].text, members[-1].text != members[0].text
             header = b"" if site.edits.proxy_header == "off" else self._proxy_header(site.edits.proxy_header)
             readiness, wakeup = self._serving.readiness, self._wakeup
-            member, self._origin = await reach(pool, members, header, readiness, wakeup, self._client)
-            self._asked, record.origin = (pool, member), member.text
+            self._place, self._origin = await reach(
+                pool, members, preface=header, readiness=readiness, wakeup=wakeup, client=self._client
+            )
+            record.origin = self._place.member.text
+        except OriginNotAllowed as error:
+            from tlstunnel.edge.destinations import refuse_destination  # noqa: PLC0415
+
+            raise refuse_destination(error.reason) from None
         except NoOrigin as error:
-            if error.forbidden:
-                raise forbidden(error.reason) from None
             if error.retry_after is None:
                 raise Refusal(
                     502, "origin unreachable", "the origin could not be reached", detail=error.reason
@@ -497,23 +498,22 @@ class Tunnel:
         splice.start()
 
     def _answered(self) -> None:
-        assert self._asked is not None
-        pool, member = self._asked
-        pool.succeeded(member)
+        assert self._place is not None
+        member = self._place.member
+        self._place.record_success()
         if member.tls is not None and self._origin is not None:
             member.tls.remember(self._origin, member.origin)
 
     def _failed(self, why: str) -> None:
-        assert self._asked is not None
-        pool, member = self._asked
-        pool.failed(member, printable(why))
+        assert self._place is not None
+        self._place.record_failure(why)
 
     def _give_back(self) -> None:
         """What was counted for this connection counts no more."""
         if self._lease is not None:
             self._lease.release()
-        if self._asked is not None:
-            self._asked[1].released()
+        if self._place is not None:
+            self._place.close()
 
     def _wait_at_most(self, seconds: float) -> None:
         self._wakeup.deadline = self._serving.loop.time() + seconds

@@ -1,0 +1,47 @@
+"""Why a request cannot reach an origin. Each is raised before any byte of the request has been sent.
+
+OriginError
+ +-- NoOrigin               no member of the pool may be tried
+ |    +-- OriginNotAllowed  its name resolves to no allowed address
+ +-- OriginUnreachable      no connection
+      +-- OriginTLSFailed   a connection, but no TLS on it
+"""
+
+
+class OriginError(Exception):
+    """The base of all. `reason` is for the log."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class NoOrigin(OriginError):
+    """No member may be tried. `retry_after` is in seconds; None if the pool knows no address at all."""
+
+    def __init__(self, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class OriginNotAllowed(NoOrigin):
+    """The origin's name resolves, but to none of the addresses that the pool is limited to."""
+
+
+class OriginUnreachable(OriginError):
+    """No connection to an origin. `shortage` means that we are the cause: no descriptor, port or memory is left."""
+
+    def __init__(self, reason: str, *, shortage: bool = False) -> None:
+        super().__init__(reason)
+        self.shortage = shortage
+
+
+class OriginTLSFailed(OriginUnreachable):
+    """The TLS handshake with an origin failed.
+
+    `kind` is a short fixed text for the record; `reason` names the origin and explains the failure.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
