@@ -1,17 +1,96 @@
-"""Bytes both ways between a TLS client and its origin: never parsed, held back or reordered.
+"""Move bytes both ways between a TLS client and its origin, without parsing, holding back or reordering them.
 
-A splice has two sides, each with its socket and with what comes from it:
+# Theory of operation
 
-    client (TLS)  --  flow, moved  ->  unsent  --  origin (plain or TLS)
-    client (TLS)  --  unsent  <-  flow, moved  --  origin (plain or TLS)
+A splice has two *sides*, the client (TLS) and the origin (plain or TLS), and two *flows*, one in each direction. A side
+owns its socket, the state of the flow that begins at it (`flow`), and the bytes that its socket has not taken yet
+(`unsent`), which belong to the flow that ends at it:
 
-What comes from a side FLOWS; or WAITS for the other side to take it, and is not read meanwhile, so that memory is
-bounded by one turn's read; or ENDS: the side has said its last, and what is left is being delivered; or has ENDED: the
-end was passed on, or the other side takes no more. When both have ENDED, so has the tunnel. Reading is the only source
-of truth about a side: an error or a hang-up is believed when a read shows it, so after everything that came before it.
+    client.sock  -- read -->  client.flow  -- send -->  origin.sock        waiting: origin.unsent
+    client.sock  <-- send --  origin.flow  <-- read --  origin.sock        waiting: client.unsent
 
-The hot path is `on_event`, once for a TLS side and once for a plain one. Readiness is level-triggered and asked anew
-only when a flow changes state: a message costs no ``epoll_ctl``.
+Everything happens in `on_event`, which the readiness calls for a descriptor that is ready: read from this side, send to
+the other. There is no queue, no task and no timer for each tunnel.
+
+## What OpenSSL does
+
+- A read returns at most one record (16 KiB of data). Python does not turn on read-ahead, so OpenSSL takes one record at
+  a time from the kernel, and our buffer has room for all of it. No data is therefore hidden in OpenSSL: a descriptor
+  that is not readable has nothing for us. Only reads before the splice may leave some behind, hence `start`.
+- A send of several records that fills the socket raises SSLWantWriteError although some of them have been sent. The
+  same bytes must be offered again; the address may differ. They count as `moved` when OpenSSL has taken them all.
+- A read may have to write first (the response to a KeyUpdate, RFC 8446 section 4.6.3), and a send may have to read
+  first. Until then neither of the two makes progress.
+- close_notify ends one direction: after the peer's, we may still send. `unwrap()` sends ours but then reads until the
+  peer's, which destroys data that is still coming; `CloseNotify` explains how we avoid that.
+- After a FIN without close_notify, and after any other failure, OpenSSL sends nothing more on that connection.
+
+## What Linux does
+
+- Data that arrived before a RST is still returned by reads; the error comes after it. So a read is the only source of
+  truth about a side: errors and hang-ups that epoll reports are left for the read to find.
+- A send that fails takes the socket's error with it, and the next read finds a regular end. So a side remembers that
+  error (`send_error`), and its end is then reported as a reset.
+- epoll reports ERR and HUP even if nobody asked for them, again and again.
+
+## The states of a flow, from side A to side B
+
+    state     meaning                                       A is read  A is watched for  B is watched for
+    FLOWING   B.sock took everything                        yes        IN
+    PAUSED    B.unsent is not empty, or TLS has a need      no                           OUT
+    ENDING    A sends no more; B.unsent or the end itself   no                           OUT
+              is still to be sent to B
+    ENDED     the end was passed on, or B takes no more     no
+
+The states only move downwards, except that PAUSED returns to FLOWING. A side whose TLS has a need (`tls_need`) is
+watched for that event alone.
+
+    state    event                                          action                                        next
+    FLOWING  A is readable, B takes all of it               count it                                      FLOWING
+    FLOWING  B takes a part of it, or nothing               B.unsent is the rest                          PAUSED
+    FLOWING  the same, B's TLS must read first              and B.tls_need is IN, B's flow pauses too     PAUSED
+    FLOWING  reading A: TLS must write first                A.tls_need is OUT                             PAUSED
+    FLOWING  reading A: FIN (plain), close_notify (TLS)     A has closed                                  ENDING
+    FLOWING  reading A: FIN without close_notify            A is truncated; nothing more is sent to A:    ENDING
+                                                            drop A.unsent, B's flow is ENDED
+    FLOWING  reading A: RST, TLS error, other error         the same, and the splice aborts               ENDING
+    FLOWING  nothing to read, and the splice drains         we close it                                   ENDING
+    PAUSED   B.unsent was sent, neither TLS has a need      if draining, read A at once                   FLOWING
+    PAUSED,  A hangs up, and is not read now                stop watching A; if it has an error, handle   same
+    ENDING                                                  it as a failed send to A
+    ENDING   B.unsent is empty, B's TLS has no need         send B the end (a FIN, close_notify and FIN), ENDED
+                                                            if the splice does not abort
+    any      a send to B fails                              drop B.unsent; B itself may be read on: what  ENDED
+                                                            it sent before is delivered. If B's flow is
+                                                            ENDED already, the splice aborts
+    FLOWING, draining for `close_timeout`                   we close it: A did not stop sending           ENDING
+    PAUSED
+    both ENDED                                              close both sockets: gracefully, or with RST
+                                                            once everything was delivered if aborting
+    any      `abort`, `close_timeout`, a bug                close both sockets with RST now
+
+## Invariants
+
+1. *Order and completeness.* What A sent reaches B's socket in order, and an end is passed on only after all of it.
+   Bytes are dropped only towards a side to which a send, or whose connection, has failed.
+2. *Bounded memory.* A is read only while its flow is FLOWING, so nothing is added to an `unsent` that is not empty. It
+   holds at most TURN bytes, or what the splice began with. All splices share one read buffer: a handler sends what it
+   read, or copies it, before it returns.
+3. *Half-close.* An end is passed on while the other flow goes on. A truncation is passed on as one, as a FIN without
+   close_notify; a reset is passed on as RST, behind everything that came before it.
+4. *No spinning.* Readiness is level-triggered, so a side is only ever watched for what will be acted on; a side that
+   hung up and is not read now is not watched at all.
+5. *No stalling.* Whatever changes a flow, `unsent` or `tls_need` calls `advance`, which passes on what is due and
+   adjusts what is watched. A message that is taken whole changes none of them and costs no ``epoll_ctl``.
+6. *Ending.* `close_timeout` runs from the moment a flow is ENDING, a paused side hangs up, or the splice drains. It
+   restarts with each byte that a socket takes or a peer acknowledges. A drain delivers what has arrived by then, and
+   reads on for at most `close_timeout` if a side does not stop sending.
+7. *Once.* `ended_by` and `reason` name the first event that ended a flow or drained the splice; `abort` overrides them
+   unless that was the tunnel's own decision. `on_end` is called once, after both sockets are closed or handed over to
+   `ClosingSockets`; the splice has no sides any more then.
+
+The hot path is `on_event` up to the successful send, written out once for a plain side and once for a TLS side: a
+call costs as much as a check. In it, FLOWING must be 0.
 """
 
 import asyncio
@@ -21,107 +100,120 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Final
 
 import structlog
 
+from tlstunnel.journal.events import EndedBy, Event, Reason
 from tlstunnel.sockets.closing import ClosingSockets, reset
 from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT
+from tlstunnel.tls.close_notify import CloseNotify
 from tlstunnel.tls.truncation import is_truncation
 
 RECORD: Final = 16_384
-"""The most that one TLS record carries (RFC 8446 section 5.1), and so that one ``SSLSocket.recv_into`` gives."""
+"""Bytes of data that one TLS record carries at most (RFC 8446 section 5.1), and so one ``SSLSocket.recv_into``."""
 
 TURN: Final = 262_144
-"""The most that a tunnel reads in one direction at one wake-up, bytes: no tunnel starves the others."""
+"""Bytes that are read from one side at one wake-up at most: no tunnel starves the others."""
 
-FLOWS, WAITS, ENDS, ENDED = range(4)
 
-CLOSED = "closed"
-TRUNCATED = "truncated"
-RESET = "reset"
-IDLE = "idle timeout"
-STUCK = "close timeout"
-FAULT = "internal error"
+class Flow(IntEnum):
+    """The state of what one side sends, on its way to the other. See the table above."""
 
-# One buffer for all tunnels: what a handler reads it writes, or copies aside, before the next handler runs.
+    FLOWING = 0
+    PAUSED = 1
+    ENDING = 2
+    ENDED = 3
+
+
+# Globals: an attribute of the enum is slower.
+FLOWING, PAUSED, ENDING, ENDED = Flow
+
+# One buffer for all tunnels: a handler sends what it reads, or copies it, before the next handler runs.
 _BUFFER = bytearray(TURN)
 _VIEW = memoryview(_BUFFER)
 
-_WANT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_NOT_WATCHED = -1
 _BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked in struct tcp_info, linux/tcp.h
 
 
 class _Side:
-    """One of the two sockets, what comes from it, and what is still to be sent to it.
+    """One of the two sockets, the state of the flow that begins at it, and what is still to be sent to it.
 
-    `moved` counts the bytes from here that the other side's socket took, `unsent` are those for here that this socket
-    has not taken yet. `end` says how it ended what it sends; `failure` why it takes no more, while its own last words
-    may still be on their way to us.
+    `moved` counts the bytes of its flow that the other side's socket took. `unsent` is what its own socket has not
+    taken yet. `tls_need` is IN or OUT if TLS must read or write before anything else can happen here. `end` says how
+    its peer ended what it sends, and is empty if we ended it. `send_error` is why it takes no more.
     """
 
-    __slots__ = ("_sink", "_splice", "_watched", "end", "failure", "flow", "moved", "sock", "unsent", "wants")
+    __slots__ = ("_sink", "_splice", "_watched_for", "end", "flow", "moved", "send_error", "sock", "tls_need", "unsent")
 
     def __init__(self, splice: "Splice", sock: socket.socket, sink: socket.socket, unsent: bytes) -> None:
         self._splice = splice
         self._sink = sink  # the other side's socket
         self.sock = sock
         self.unsent = unsent
-        self.flow = FLOWS
+        self.flow = FLOWING
         self.moved = 0
         self.end = ""
-        self.failure: OSError | None = None
-        self.wants = 0  # IN or OUT where TLS has a message of its own to read or write before anything else
-        self._watched = EDGE_TRIGGERED  # what it is registered for before
+        self.send_error: OSError | None = None
+        self.tls_need = 0
+        self._watched_for = EDGE_TRIGGERED  # as the channel registered it
 
     def on_event(self, events: int) -> None:
-        """Move what has come from here to the other side."""
+        """Read what has come from this side and send it to the other."""
         raise NotImplementedError
 
-    # What is not the hot path: waiting, ending, failing.
+    # Outside the hot path: pausing, ending, failing.
 
     @property
     def _other(self) -> "_Side":
         splice = self._splice
         return splice.origin if splice.client is self else splice.client
 
-    def _may_be_read(self, events: int) -> bool:
-        splice = self._splice
-        if events & (self.wants or OUT):
-            self.wants = 0
-            self.flush()
-            splice.settle()
-        if self.flow == FLOWS:
-            return True
-        if events & (ERR | HUP) and not splice.over:
-            # It has hung up and is not to be read yet, and epoll tells of that unasked, again and again.
-            splice.splices.readiness.unregister(self.sock.fileno())
-            self._watched = -1
-            splice.splices.closing(splice)
-            if error := _error_of(self.sock):
-                self._takes_no_more(error)
+    def has_decrypted_data(self) -> bool:
+        """Return whether data waits that no readiness announces."""
         return False
 
-    def _is_behind(self, rest: bytes, why: OSError) -> None:
-        """The other side's socket did not take `rest` of what came from here."""
+    def _handle_other_events(self, events: int) -> bool:
+        """Handle everything but IN on a side that flows. Return whether it is to be read now."""
+        splice = self._splice
+        if events & (self.tls_need or OUT):
+            self.tls_need = 0
+            self.flush()
+            splice.advance()
+        if self.flow == FLOWING:
+            return True
+        if events & (ERR | HUP) and not splice.closed:
+            # It hung up and is not to be read yet; epoll would report that again and again.
+            splice.splices.readiness.unregister(self.sock.fileno())
+            self._watched_for = _NOT_WATCHED
+            splice.splices.start_close_timeout(splice)
+            if error := _take_error(self.sock):
+                self._fail_sending(error)
+        return False
+
+    def _pause(self, rest: bytes, error: OSError) -> None:
+        """Handle that the other side's socket did not take `rest` of what came from this one."""
         other = self._other
-        if not isinstance(why, _WANT):
-            return other._takes_no_more(why)
+        if not isinstance(error, _WOULD_BLOCK):
+            return other._fail_sending(error)
         # OpenSSL may have sent a part of what it was offered, and must be offered the same again.
         other.unsent = rest
-        self.flow = WAITS
-        if isinstance(why, ssl.SSLWantReadError):
-            other._must_first(IN)
-        self._splice.settle()
+        self.flow = PAUSED
+        if isinstance(error, ssl.SSLWantReadError):
+            other._wait_for_tls(IN)
+        self._splice.advance()
 
-    def _must_first(self, wants: int) -> None:
-        """Wait for `wants` alone: asked for anything else, a readiness that is of no use would come for ever."""
-        self.wants = wants
-        if self.flow == FLOWS:
-            self.flow = WAITS
+    def _wait_for_tls(self, need: int) -> None:
+        """Wait for `need` alone: readiness for anything else would be reported forever without being of use."""
+        self.tls_need = need
+        if self.flow == FLOWING:
+            self.flow = PAUSED
 
     def flush(self) -> None:
-        """Send what is unsent, as far as it goes, and go on with what had to wait for that."""
+        """Send as much of what is unsent as the socket takes, and resume the flows that waited for that."""
         other = self._other
         if self.unsent:
             rest = memoryview(self.unsent)
@@ -131,88 +223,88 @@ class _Side:
                     other.moved += sent
                     rest = rest[sent:]
             except ssl.SSLWantReadError:
-                self._must_first(IN)
-            except _WANT:
+                self._wait_for_tls(IN)
+            except _WOULD_BLOCK:
                 pass
             except OSError as error:
-                return self._takes_no_more(error)
+                return self._fail_sending(error)
             self.unsent = bytes(rest)
-        if self.flow == WAITS and not other.unsent and not self.wants:
-            self.flow = FLOWS
-        if other.flow == WAITS and not self.unsent and not other.wants:
-            other.flow = FLOWS
-            if self._splice.draining:
+        if self.flow == PAUSED and not other.unsent and not self.tls_need:
+            self.flow = FLOWING
+        if other.flow == PAUSED and not self.unsent and not other.tls_need:
+            other.flow = FLOWING
+            if self._splice.draining_since:
                 other.on_event(IN)
 
-    def ended(self, why: str) -> None:
-        """It sends no more: `CLOSED` is the end that it meant, or that we make; all others are failures."""
+    def end_flow(self, reason: str) -> None:
+        """End what this side sends. CLOSED: the peer meant it, or we end it; any other reason is a failure."""
         splice = self._splice
-        if splice.over:
+        if splice.closed:
             return
-        splice.blame(self, why)
-        if why != CLOSED:
-            # Reset, or a FIN without close_notify, after which OpenSSL writes nothing more.
+        splice.set_reason(self, reason)
+        if reason != Reason.CLOSED:
+            # A reset, or a FIN without close_notify: nothing more can be sent to this side.
             self.unsent = b""
             self._other.flow = ENDED
-            splice.aborting |= why != TRUNCATED
-        if why != CLOSED or not splice.draining:
-            self.end = why
-        self.flow = ENDS
-        splice.settle()
+            splice.aborting |= reason != Reason.TRUNCATED
+        if reason != Reason.CLOSED or not splice.draining_since:
+            self.end = reason
+        self.flow = ENDING
+        splice.advance()
 
-    def _takes_no_more(self, error: OSError) -> None:
-        """A write to it failed: what it sent before is still delivered, and then shows why."""
+    def _fail_sending(self, error: OSError) -> None:
+        """Handle that a send to this side failed. What it sent before is still delivered; its end then shows why."""
         other = self._other
-        self.failure = error
+        self.send_error = error
         self.unsent = b""
         other.flow = ENDED
-        self.wants = 0
-        if self.flow == WAITS and not other.unsent:
-            self.flow = FLOWS
+        self.tls_need = 0
+        if self.flow == PAUSED and not other.unsent:
+            self.flow = FLOWING
         self._splice.aborting |= self.flow == ENDED
-        self._splice.settle()
+        self._splice.advance()
 
-    def take_end(self) -> bool:
-        """Send it the other side's end, while it may go on sending; whether that is done."""
+    def send_end(self) -> bool:
+        """Send the end of the other side's flow; this side may go on sending. Return whether all of it is sent."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         return True
 
-    def watch(self) -> None:
-        """Watch for what is needed now."""
-        events = self.wants
+    def update_watch(self) -> None:
+        """Watch the descriptor for exactly what can be acted on now."""
+        events = self.tls_need
         if not events:
-            writes = self.unsent or self._other.flow == ENDS
-            events = (IN if self.flow == FLOWS else 0) | (OUT if writes else 0)
-        if self._watched < 0:
+            sends = self.unsent or self._other.flow == ENDING
+            events = (IN if self.flow == FLOWING else 0) | (OUT if sends else 0)
+        if self._watched_for == _NOT_WATCHED:
             if not events:
                 return
             self._splice.splices.readiness.register(self.sock.fileno(), events, self.on_event)
-        elif self._watched != events:
+        elif self._watched_for != events:
             self._splice.splices.readiness.modify(self.sock.fileno(), events, self.on_event)
-        self._watched = events
+        self._watched_for = events
 
 
-class _Plain(_Side):
-    """A side without TLS: an end is a FIN."""
+class _PlainSide(_Side):
+    """A side without TLS. Its end is a FIN."""
 
     __slots__ = ()
 
     def on_event(self, events: int) -> None:
-        """Move what has come from here to the other side."""
+        """Read what has come from this side and send it to the other."""
         try:
-            if (self.flow or events != IN) and not self._may_be_read(events):
+            if (self.flow or events != IN) and not self._handle_other_events(events):
                 return
             try:
                 n = self.sock.recv_into(_BUFFER)
             except BlockingIOError:
-                if self._splice.draining:
-                    self.ended(CLOSED)
+                if self._splice.draining_since:
+                    self.end_flow(Reason.CLOSED)
                 return
             except OSError as error:
-                return self._read_end(_why(error))
+                return self._end_flow_after_read(_reason_of(error))
             if not n:
-                return self._read_end(CLOSED)
+                return self._end_flow_after_read(Reason.CLOSED)
             sent, failure = 0, None
             try:
                 while sent < n:
@@ -221,31 +313,31 @@ class _Plain(_Side):
                 failure = error
             self.moved += sent
             if failure is not None:
-                self._is_behind(bytes(_VIEW[sent:n]), failure)
+                self._pause(bytes(_VIEW[sent:n]), failure)
         except Exception:
-            self._splice.fault()
+            self._splice.fail()
 
-    def _read_end(self, why: str) -> None:
-        if self.failure is not None and not self._splice.draining:
-            # The write that failed took the socket's error with it: without one, a reset reads as an end.
-            why = _why(self.failure)
-        self.ended(why)
+    def _end_flow_after_read(self, reason: str) -> None:
+        if self.send_error is not None and not self._splice.draining_since:
+            # The failed send took the socket's error with it: without it, a reset reads as a regular end.
+            reason = _reason_of(self.send_error)
+        self.end_flow(reason)
 
 
-class _Secure(_Side):
-    """A side with TLS: an end is close_notify, and a FIN without it a truncation (RFC 8446 section 6.1)."""
+class _TlsSide(_Side):
+    """A side with TLS. Its end is close_notify; a FIN without it is a truncation (RFC 8446 section 6.1)."""
 
-    __slots__ = ("_notify",)
+    __slots__ = ("_close_notify",)
     sock: ssl.SSLSocket
 
     def __init__(self, splice: "Splice", sock: ssl.SSLSocket, sink: socket.socket, unsent: bytes) -> None:
         super().__init__(splice, sock, sink, unsent)
-        self._notify = b""  # what the socket has not taken of close_notify
+        self._close_notify = b""  # what the socket has not taken of the record
 
     def on_event(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
-        """Move what has come from here to the other side."""
+        """Read what has come from this side and send it to the other."""
         try:
-            if (self.flow or events != IN) and not self._may_be_read(events):
+            if (self.flow or events != IN) and not self._handle_other_events(events):
                 return
             n, end = 0, ""
             try:
@@ -254,12 +346,12 @@ class _Secure(_Side):
                     k = self.sock.recv_into(_VIEW[n:], RECORD)
                     n += k
                 if not k:
-                    end = CLOSED
+                    end = Reason.CLOSED
             except ssl.SSLWantReadError:
-                if self._splice.draining:
-                    end = CLOSED
+                if self._splice.draining_since:
+                    end = Reason.CLOSED
             except OSError as error:
-                end = self._read_end(error)
+                end = self._interpret_read_error(error)
             if n:
                 sent, failure = 0, None
                 try:
@@ -269,59 +361,63 @@ class _Secure(_Side):
                     failure = error
                 self.moved += sent
                 if failure is not None:
-                    self._is_behind(bytes(_VIEW[sent:n]), failure)
+                    self._pause(bytes(_VIEW[sent:n]), failure)
             if end:
-                self.ended(end)
+                self.end_flow(end)
         except Exception:
-            self._splice.fault()
+            self._splice.fail()
 
-    def _read_end(self, error: OSError) -> str:
-        """Why `error` ends what it sends, or "" when it does not."""
+    def _interpret_read_error(self, error: OSError) -> str:
+        """Return why `error` ends what this side sends, or "" if it does not."""
         if isinstance(error, ssl.SSLWantWriteError):
-            self._must_first(OUT)
-            self._splice.settle()
+            self._wait_for_tls(OUT)
+            self._splice.advance()
             return ""
         if isinstance(error, ssl.SSLZeroReturnError):
-            return CLOSED  # OpenSSL's word for the end when our own close_notify has been sent
-        why = _why(error)
-        # The write that failed took the socket's error with it: without one, a reset reads as a truncation.
-        return RESET if why == TRUNCATED and self.failure is not None else why
+            return Reason.CLOSED  # what OpenSSL raises at the end when our own close_notify has been sent
+        reason = _reason_of(error)
+        # The failed send took the socket's error with it: without it, a reset reads as a truncation.
+        return Reason.RESET if reason == Reason.TRUNCATED and self.send_error is not None else reason
 
-    def take_end(self) -> bool:
-        """Send it close_notify and FIN. But a truncation is passed on as one: what follows is a FIN alone."""
-        other = self._other
+    def has_decrypted_data(self) -> bool:
+        """Return whether OpenSSL has decrypted data that nobody has read."""
+        return bool(self.sock.pending())
+
+    def send_end(self) -> bool:
+        """Send close_notify and FIN; after a truncation nothing: closing the socket sends a FIN alone."""
         try:
-            if other.end == TRUNCATED:
+            if self._other.end == Reason.TRUNCATED:
                 return True
-            if self.end == CLOSED:
-                self.sock.unwrap()  # its own close_notify has been read: this only sends
+            if self.end == Reason.CLOSED:
+                self.sock.unwrap()  # the peer's close_notify has been read: this only sends
             elif not self._send_close_notify():
                 return False
             if self.flow != ENDED:  # else it is closed next
-                socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        except _WANT:
+                self._splice.splices.close_notify.shut_down_below(self.sock)
+        except _WOULD_BLOCK:
             return False
         except OSError as error:
-            self.failure = error
+            self.send_error = error
         return True
 
     def _send_close_notify(self) -> bool:
-        """Send it without reading, for the side may be sending; whether all of it is sent."""
-        if not self._notify:
-            self._notify = self._splice.splices.close_notify(self.sock)
+        """Send it without reading, since the peer may still be sending. Return whether all of it is sent."""
+        close_notify = self._splice.splices.close_notify
+        if not self._close_notify:
+            self._close_notify = close_notify.take_record(self.sock)
         with contextlib.suppress(BlockingIOError):
-            # The record is made: it goes to the socket below the TLS.
-            self._notify = self._notify[socket.socket.send(self.sock, self._notify) :]
-        return not self._notify
+            self._close_notify = self._close_notify[close_notify.send_below(self.sock, self._close_notify) :]
+        return not self._close_notify
 
 
 class Splice:
-    """Two connected non-blocking sockets, spliced until both sides have ended. The origin's may be a TLS socket too.
+    """Two connected non-blocking sockets, spliced until both flows have ended.
 
-    `to_client` and `to_origin` go first: the 101, of `head` bytes, and what came behind either head. `idle_timeout` is
-    the longest time without a byte, seconds, or None; `site` is what the tunnel belongs to. `up` and `down` count the
-    bytes that the sockets took, the head left out. `on_end` is called once, when `ended_by` ("client",
-    "origin" or "tunnel") and `reason` are settled and both sockets are closed or closing.
+    `client` is a TLS socket, `origin` a plain or a TLS one. Both must be registered with the readiness of `splices`.
+    `to_client` and `to_origin` are sent first: the 101, whose head has `head` bytes, and what came after either head.
+    `close_timeout` and `idle_timeout` (None: no limit) are seconds without progress. `site` is the name of the site
+    that the tunnel belongs to. `on_end` is called once, when `ended_by` and `reason` are final and both sockets are
+    closed or being closed.
     """
 
     __slots__ = (
@@ -329,18 +425,18 @@ class Splice:
         "aborting",
         "client",
         "close_timeout",
-        "draining",
+        "draining_since",
         "ended_by",
         "idle_timeout",
+        "last_progress",
+        "last_progress_at",
         "origin",
         "reason",
-        "seen",
-        "since",
         "site",
         "splices",
     )
 
-    def __init__(  # noqa: PLR0913 - two sides, what they start with, and whom to tell
+    def __init__(  # noqa: PLR0913 - two sides, what they begin with, their limits, and the callback
         self,
         splices: "Splices",
         client: ssl.SSLSocket,
@@ -355,111 +451,118 @@ class Splice:
         on_end: "Callable[[Splice], None]",
     ) -> None:
         self.splices = splices
-        self.client: _Side = _Secure(self, client, origin, to_client)
+        self.client: _Side = _TlsSide(self, client, origin, to_client)
         self.origin: _Side = (
-            _Secure(self, origin, client, to_origin)
+            _TlsSide(self, origin, client, to_origin)
             if isinstance(origin, ssl.SSLSocket)
-            else _Plain(self, origin, client, to_origin)
+            else _PlainSide(self, origin, client, to_origin)
         )
         if to_origin:
-            self.client.flow = WAITS
+            self.client.flow = PAUSED
         if to_client:
-            self.origin.flow = WAITS
+            self.origin.flow = PAUSED
         self.origin.moved = -head
         self._on_end: Callable[[Splice], None] | None = on_end
         self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
         self.site = site
-        self.seen: tuple[int, int, int] | None = None  # what had moved at the last sweep
-        self.since = 0.0
+        self.last_progress: tuple[int, int, int] | None = None  # as `progress` returned it at the last sweep
+        self.last_progress_at = 0.0
         self.ended_by = self.reason = ""
         self.aborting = False
-        self.draining = 0.0  # since when, in the loop's time
+        self.draining_since = 0.0  # of the loop's time; 0 if it does not drain
 
     @property
     def up(self) -> int:
-        """Bytes from the client that the origin's socket took."""
+        """Bytes from the client that the origin's socket took, without the request's head."""
         return self.client.moved
 
     @property
     def down(self) -> int:
-        """Bytes from the origin that the client's socket took."""
+        """Bytes from the origin that the client's socket took, without the head of the 101."""
         return self.origin.moved
 
     @property
-    def over(self) -> bool:
-        """Whether it has ended; it has no sides any more then."""
+    def closed(self) -> bool:
+        """Whether both sockets are closed or being closed; it has no sides any more then."""
         return self._on_end is None
 
     def start(self) -> None:
-        """Take both descriptors over from the handlers they have, and begin."""
+        """Replace the handlers of both descriptors, and begin."""
         self.splices.add(self)
         sides = self.client, self.origin
         try:
             for side in sides:
-                if not self.over:
+                if not self.closed:
                     side.flush()
-            self.settle()
+            self.advance()
             for side in sides:
-                # What OpenSSL has decrypted already gives no readiness.
-                if side.flow == FLOWS and isinstance(side.sock, ssl.SSLSocket) and side.sock.pending():
+                if side.flow == FLOWING and side.has_decrypted_data():
                     side.on_event(IN)
         except Exception:
-            self.fault()
+            self.fail()
 
     def drain(self, reason: str) -> None:
-        """End the tunnel from our side, once what both sides have sent until now is delivered."""
-        if not self.over and not self.draining:
-            self.blame(None, reason)
-            self.draining = self.splices.loop.time()
-            self.splices.closing(self)
+        """End the tunnel from our side, once everything that both sides have sent until now is delivered."""
+        if not self.closed and not self.draining_since:
+            self.set_reason(None, reason)
+            self.draining_since = self.splices.loop.time()
+            self.splices.start_close_timeout(self)
             for side in (self.client, self.origin):
-                if side.flow == FLOWS:
+                if side.flow == FLOWING:
                     side.on_event(IN)
 
-    def cut(self) -> None:
-        """Read no more of either side: one of them did not stop sending after `drain`."""
-        if not self.over:
+    def stop_reading(self) -> None:
+        """End both flows although a side is still sending, long after `drain`."""
+        if not self.closed:
             for side in (self.client, self.origin):
-                if side.flow < ENDS:
-                    side.ended(CLOSED)
+                if side.flow < ENDING:
+                    side.end_flow(Reason.CLOSED)
 
     def abort(self, reason: str) -> None:
-        """End the tunnel at once, with RST to both sides, whatever was still to be delivered."""
-        if not self.over:
-            if self.ended_by != "tunnel":
-                self.ended_by, self.reason = "tunnel", reason
-            self._finish(self._reset_now)
+        """End the tunnel at once, with RST to both sides; what was still to be delivered is discarded."""
+        if not self.closed:
+            if self.ended_by != EndedBy.TUNNEL:
+                self.ended_by, self.reason = EndedBy.TUNNEL, reason
+            self._close(self._reset)
 
-    def settle(self) -> None:
-        """Pass on the ends that are due, finish if that was all, and watch for what each side needs now."""
-        if self.over:
+    def advance(self) -> None:
+        """Pass on the ends that are due; then close if both flows have ended, else watch for what is needed next."""
+        if self.closed:
             return
         client, origin = self.client, self.origin
         for side, sink in ((client, origin), (origin, client)):
-            # Where the tunnel is about to end with RST, that is the end.
-            if side.flow == ENDS and not sink.unsent and not sink.wants and (self.aborting or sink.take_end()):
+            # If the tunnel is about to end with RST, that is the end.
+            if side.flow == ENDING and not sink.unsent and not sink.tls_need and (self.aborting or sink.send_end()):
                 side.flow = ENDED
         if client.flow == origin.flow == ENDED:
-            return self._finish(self._reset if self.aborting else self._linger)
-        if client.flow >= ENDS or origin.flow >= ENDS:
-            self.splices.closing(self)
-        client.watch()
-        origin.watch()
+            return self._close(self._reset_after_delivery if self.aborting else self._close_gracefully)
+        if client.flow >= ENDING or origin.flow >= ENDING:
+            self.splices.start_close_timeout(self)
+        client.update_watch()
+        origin.update_watch()
 
-    def blame(self, side: _Side | None, why: str) -> None:
-        """Say who (None: the tunnel) ended it and why, unless somebody did before."""
+    def set_reason(self, side: _Side | None, reason: str) -> None:
+        """Set who ended the tunnel (None: the tunnel itself) and why, unless that is known already."""
         if not self.reason:
-            self.ended_by = "tunnel" if side is None else "client" if side is self.client else "origin"
-            self.reason = why
+            self.ended_by = (
+                EndedBy.TUNNEL if side is None else EndedBy.CLIENT if side is self.client else EndedBy.ORIGIN
+            )
+            self.reason = reason
 
-    def fault(self) -> None:
-        """End it for an error of ours, the one that is being handled."""
-        structlog.get_logger().exception("splice failed")
-        if not self.over:
-            self.blame(None, FAULT)
-            self._finish(self._reset_now)
+    def fail(self) -> None:
+        """End the tunnel because of a bug: the exception that is being handled."""
+        structlog.get_logger().exception(Event.SPLICE_FAILED)
+        if not self.closed:
+            self.set_reason(None, Reason.INTERNAL_ERROR)
+            self._close(self._reset)
 
-    def _finish(self, close: Callable[[socket.socket], None]) -> None:
+    def progress(self) -> tuple[int, int, int]:
+        """Return what changes with every byte that gets on: what the sockets took, what the peers acknowledged."""
+        if self.closed:
+            return 0, 0, 0
+        return self.up + self.down, _acknowledged(self.client.sock), _acknowledged(self.origin.sock)
+
+    def _close(self, close: Callable[[socket.socket], None]) -> None:
         on_end, self._on_end = self._on_end, None
         if on_end is None:
             return
@@ -467,43 +570,38 @@ class Splice:
         self.splices.discard(self)
         for side in sides:
             side.flow = ENDED
-            if side.failure is not None:
-                self.blame(side, RESET)
+            if side.send_error is not None:
+                self.set_reason(side, Reason.RESET)
         for side in sides:
             close(side.sock)
         on_end(self)
-        # Or the collector would have to find them: they know us.
+        # They refer to the splice, and it to them: without this, only the garbage collector would free the tunnel.
         del self.client, self.origin
 
-    def _linger(self, sock: socket.socket) -> None:
-        """Close one of the sockets after both sides have ended well."""
-        if self.draining or any(side.failure or side.end == TRUNCATED for side in (self.client, self.origin)):
-            # It may have input that nobody has read.
+    def _close_gracefully(self, sock: socket.socket) -> None:
+        """Close `sock`; gracefully if it may have input that nobody has read, which a plain close answers with RST."""
+        if self.draining_since or any(
+            side.send_error or side.end == Reason.TRUNCATED for side in (self.client, self.origin)
+        ):
             self.splices.readiness.unregister(sock.fileno())
             self.splices.closing_sockets.close_gracefully(sock, self.close_timeout)
         else:
             self.splices.readiness.forget(sock.fileno())
             sock.close()
 
-    def _reset(self, sock: socket.socket) -> None:
+    def _reset_after_delivery(self, sock: socket.socket) -> None:
         self.splices.readiness.unregister(sock.fileno())
         self.splices.closing_sockets.reset_after_delivery(sock, self.close_timeout)
 
-    def _reset_now(self, sock: socket.socket) -> None:
+    def _reset(self, sock: socket.socket) -> None:
         self.splices.readiness.unregister(sock.fileno())
         reset(sock)
 
-    def moved(self) -> tuple[int, int, int]:
-        """What changes whenever a byte gets on: what the sockets took, and what the peers acknowledged."""
-        if self.over:
-            return 0, 0, 0
-        return self.up + self.down, _acknowledged(self.client.sock), _acknowledged(self.origin.sock)
-
 
 class Splices:
-    """The splices of this process, and the one sweep that ends those that do not get on.
+    """The splices of this process, and the one sweep that ends those without progress.
 
-    A sweep instead of a timer a splice: an idle tunnel costs no CPU unless it has an `idle_timeout`, and a message
+    A sweep instead of a timer for each: an idle tunnel costs no CPU time unless it has an `idle_timeout`, and a message
     never touches a timer.
     """
 
@@ -511,68 +609,42 @@ class Splices:
         self.readiness = closing_sockets.readiness
         self.closing_sockets = closing_sockets
         self.loop = closing_sockets.loop
+        self.close_notify = CloseNotify()
         self.all: dict[Splice, None] = {}  # oldest first
-        self._closing: set[Splice] = set()
-        self._limited: set[Splice] = set()
+        self._closing: set[Splice] = set()  # those with a running close_timeout
+        self._with_idle_timeout: set[Splice] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._trap, self._trapped = socket.socketpair()
-        self._trap.setblocking(False)
-        self._trapped.setblocking(False)
-        # Taken beforehand: when descriptors run out, tunnels must still be able to end well.
-        self._spare = os.dup(self._trap.fileno())
 
     def add(self, splice: Splice) -> None:
-        """Count `splice` among the running ones."""
+        """Add a splice that begins."""
         self.all[splice] = None
         if splice.idle_timeout is not None:
-            self._limited.add(splice)
-            splice.since = self.loop.time()
-            self._sweep_in(splice.idle_timeout)
+            self._with_idle_timeout.add(splice)
+            splice.last_progress_at = self.loop.time()
+            self._sweep_within(splice.idle_timeout)
 
     def discard(self, splice: Splice) -> None:
-        """Forget `splice`."""
+        """Remove a splice that has ended."""
         self.all.pop(splice, None)
         self._closing.discard(splice)
-        self._limited.discard(splice)
+        self._with_idle_timeout.discard(splice)
 
-    def closing(self, splice: Splice) -> None:
-        """Give `splice` its `close_timeout` without progress from now on."""
+    def start_close_timeout(self, splice: Splice) -> None:
+        """Abort `splice` when it makes no progress for its `close_timeout`. Does nothing if that runs already."""
         if splice not in self._closing:
             self._closing.add(splice)
-            splice.seen, splice.since = None, self.loop.time()
-            self._sweep_in(splice.close_timeout)
+            splice.last_progress, splice.last_progress_at = None, self.loop.time()
+            self._sweep_within(splice.close_timeout)
 
     def close(self) -> None:
-        """Release what the splices share; none may be running."""
+        """Release what the splices share. None may be running."""
         if self._timer is not None:
             self._timer.cancel()
-        self._trap.close()
-        self._trapped.close()
-        os.close(self._spare)
+        self.close_notify.close()
 
-    def close_notify(self, sock: ssl.SSLSocket) -> bytes:
-        """The close_notify record of `sock`, taken from OpenSSL without a byte being sent or read.
-
-        ``unwrap()`` sends the record and then reads: application data that waits in the socket is lost by it, and the
-        connection with it (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). So OpenSSL's descriptor is
-        for that moment one end of a socket pair, in which the record is caught and nothing is to be read.
-
-        Raises OSError when TLS has failed.
-        """
-        fd = sock.fileno()
-        os.dup2(fd, self._spare, inheritable=False)
-        os.dup2(self._trap.fileno(), fd, inheritable=False)
-        try:
-            sock.unwrap()
-        except ssl.SSLWantReadError:
-            pass
-        finally:
-            os.dup2(self._spare, fd, inheritable=False)
-            os.dup2(self._trap.fileno(), self._spare, inheritable=False)
-        return self._trapped.recv(RECORD)
-
-    def _sweep_in(self, limit: float) -> None:
-        when = self.loop.time() + min(max(limit / 4, 0.05), 5.0)
+    def _sweep_within(self, timeout: float) -> None:
+        """Sweep soon enough for `timeout`: after a quarter of it, between 50 ms and 5 s."""
+        when = self.loop.time() + min(max(timeout / 4, 0.05), 5.0)
         if self._timer is not None:
             if self._timer.when() <= when:
                 return
@@ -582,49 +654,50 @@ class Splices:
     def _sweep(self) -> None:
         self._timer = None
         now = self.loop.time()
-        for splice in self._closing | self._limited:
+        for splice in self._closing | self._with_idle_timeout:
             closing = splice in self._closing
-            if splice.draining and now - splice.draining >= splice.close_timeout:
-                splice.cut()
-            moved = splice.moved()
-            if moved != splice.seen:
-                splice.seen, splice.since = moved, now
-            elif closing and now - splice.since >= splice.close_timeout:
-                splice.abort(STUCK)
-            elif not closing and splice.idle_timeout is not None and now - splice.since >= splice.idle_timeout:
-                splice.drain(IDLE)
+            if splice.draining_since and now - splice.draining_since >= splice.close_timeout:
+                splice.stop_reading()
+            progress = splice.progress()
+            if progress != splice.last_progress:
+                splice.last_progress, splice.last_progress_at = progress, now
+            elif closing and now - splice.last_progress_at >= splice.close_timeout:
+                splice.abort(Reason.CLOSE_TIMEOUT)
+            elif (
+                not closing and splice.idle_timeout is not None and now - splice.last_progress_at >= splice.idle_timeout
+            ):
+                splice.drain(Reason.IDLE_TIMEOUT)
         if self._closing:
-            self._sweep_in(min(splice.close_timeout for splice in self._closing))
-        if self._limited:
-            self._sweep_in(min(splice.idle_timeout or 0.0 for splice in self._limited))
+            self._sweep_within(min(splice.close_timeout for splice in self._closing))
+        if self._with_idle_timeout:
+            self._sweep_within(min(splice.idle_timeout or 0.0 for splice in self._with_idle_timeout))
 
 
-def _error_of(sock: socket.socket) -> OSError | None:
-    """The error that a hung up socket has, which this takes from it; None for one that has just ended."""
+def _take_error(sock: socket.socket) -> OSError | None:
+    """Return the error of a socket that hung up, which clears it; None if it has just ended."""
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return OSError(code, os.strerror(code)) if code else None
 
 
-def _why(error: OSError) -> str:
-    """What `error` says of the end of a side, for the record."""
+def _reason_of(error: OSError) -> str:
+    """Return the reason that the record gives for `error`."""
     if is_truncation(error):
-        return TRUNCATED
+        return Reason.TRUNCATED
     if isinstance(error, ssl.SSLEOFError):
-        return RESET
+        return Reason.RESET
     if isinstance(error, ssl.SSLError):
-        return f"TLS error: {error.reason or error.strerror or 'unknown'}"
+        return f"{Reason.TLS_ERROR}: {error.reason or error.strerror or 'unknown'}"
     if isinstance(error, BrokenPipeError):
-        # The side had ended before it refused more: EPIPE, not ECONNRESET, is what Linux says then.
-        return CLOSED
+        # The side had ended before it refused more: Linux then says EPIPE, not ECONNRESET.
+        return Reason.CLOSED
     if isinstance(error, ConnectionResetError):
-        return RESET
+        return Reason.RESET
     return error.strerror or str(error)
 
 
 def _acknowledged(sock: socket.socket) -> int:
-    """How many bytes the peer of `sock` has acknowledged; 0 where the system does not tell."""
+    """Return how many bytes the peer of `sock` has acknowledged; 0 for a Unix socket or a closed one."""
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
-        return int(_BYTES_ACKED.unpack(info)[0])
-    except (OSError, AttributeError, struct.error):
+        return int(_BYTES_ACKED.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size))[0])
+    except (OSError, struct.error):
         return 0

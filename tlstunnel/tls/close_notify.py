@@ -1,0 +1,55 @@
+"""Send close_notify on a TLS connection whose peer may still be sending (RFC 8446 section 6.1)."""
+
+import os
+import socket
+import ssl
+
+_MAX_RECORD = 16_384
+
+
+class CloseNotify:
+    """What a half-close of TLS needs and ``ssl`` does not offer: the record alone, and the socket beneath TLS.
+
+    ``SSLSocket.unwrap()`` sends close_notify and then reads until the peer's: application data that waits in the socket
+    is lost by it, and the connection with it (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). Therefore
+    `take_record` replaces the descriptor below OpenSSL, by dup2(2) and for the duration of that call, with one end of a
+    socket pair. It catches the record, and there is nothing to read in it.
+    """
+
+    def __init__(self) -> None:
+        self._trap, self._caught = socket.socketpair()
+        self._trap.setblocking(False)
+        self._caught.setblocking(False)
+        # Reserved in advance: tunnels must still be able to end well when the process runs out of descriptors.
+        self._spare = os.dup(self._trap.fileno())
+
+    def take_record(self, sock: ssl.SSLSocket) -> bytes:
+        """Return the close_notify record of `sock`; nothing is sent to the peer or read from it.
+
+        OpenSSL regards it as sent and encrypts nothing more for `sock`. Raises OSError if TLS has failed.
+        """
+        fd = sock.fileno()
+        os.dup2(fd, self._spare, inheritable=False)
+        os.dup2(self._trap.fileno(), fd, inheritable=False)
+        try:
+            sock.unwrap()
+        except ssl.SSLWantReadError:
+            pass
+        finally:
+            os.dup2(self._spare, fd, inheritable=False)
+            os.dup2(self._trap.fileno(), self._spare, inheritable=False)
+        return self._caught.recv(_MAX_RECORD)
+
+    def send_below(self, sock: ssl.SSLSocket, record: bytes) -> int:
+        """Send bytes that are a TLS record already. Return how many the socket took. Raises OSError."""
+        return socket.socket.send(sock, record)
+
+    def shut_down_below(self, sock: ssl.SSLSocket) -> None:
+        """Send FIN and keep the TLS state, which ``SSLSocket.shutdown`` drops. Raises OSError."""
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Release the descriptors."""
+        self._trap.close()
+        self._caught.close()
+        os.close(self._spare)
