@@ -55,7 +55,7 @@ watched for that event alone.
                                                             drop A.unsent, B's flow is ENDED
     FLOWING  reading A: RST, TLS error, other error         the same, and the splice aborts               ENDING
     FLOWING  nothing to read, and the splice drains         we close it                                   ENDING
-    PAUSED   B.unsent was sent, neither TLS has a need      if draining, read A at once                   FLOWING
+    PAUSED   B.unsent was sent, A's TLS has no need         if draining, read A until nothing is left     FLOWING
     PAUSED,  A hangs up, and is not read now                stop watching A; if it has an error, handle   same
     ENDING                                                  it as a failed send to A
     ENDING   B.unsent is empty, B's TLS has no need         send B the end (a FIN, close_notify and FIN), ENDED
@@ -230,11 +230,24 @@ class _Side:
                 return self._fail_sending(error)
             self.unsent = bytes(rest)
         if self.flow == PAUSED and not other.unsent and not self.tls_need:
-            self.flow = FLOWING
+            self._resume()
         if other.flow == PAUSED and not self.unsent and not other.tls_need:
-            other.flow = FLOWING
-            if self._splice.draining_since:
-                other.on_event(IN)
+            other._resume()
+
+    def _resume(self) -> None:
+        self.flow = FLOWING
+        if self._splice.draining_since:
+            self._splice.splices.loop.call_soon(self.read_until_empty)
+
+    def read_until_empty(self) -> None:
+        """Read turn by turn, if it flows, until nothing is left: while the splice drains, that ends the flow.
+
+        Readiness does not report that nothing is left.
+        """
+        if self.flow == FLOWING:
+            self.on_event(IN)
+        if self.flow == FLOWING:
+            self._splice.splices.loop.call_soon(self.read_until_empty)
 
     def end_flow(self, reason: str) -> None:
         """End what this side sends. CLOSED: the peer meant it, or we end it; any other reason is a failure."""
@@ -508,8 +521,7 @@ class Splice:
             self.draining_since = self.splices.loop.time()
             self.splices.start_close_timeout(self)
             for side in (self.client, self.origin):
-                if side.flow == FLOWING:
-                    side.on_event(IN)
+                side.read_until_empty()
 
     def stop_reading(self) -> None:
         """End both flows although a side is still sending, long after `drain`."""

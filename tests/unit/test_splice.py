@@ -1,0 +1,928 @@
+"""The splice, driven by a script of events instead of a network.
+
+The sockets, the readiness, the clock and close_notify are fakes, as strict as what they stand for: Linux's sockets (an
+error is reported once, and after the data), OpenSSL's (the same bytes after a blocked send, no send after a failure)
+and epoll (level-triggered; ERR and HUP always). Each test of the first part is a row of the table in `splice.py`.
+"""
+
+import errno
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from tlstunnel.sockets.closing import ClosingSockets
+from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT, Handler, Readiness
+from tlstunnel.tls.close_notify import CloseNotify
+from tlstunnel.tunnel.splice import RECORD, TURN, Flow, Splice, Splices
+
+UNLIMITED = 1 << 40
+CLOSE_NOTIFY = b"<close_notify>"
+MOST_CALLS = 200  # of handlers, for one step of a script: more of them is a busy loop
+
+
+class FakeSocket:
+    """A connected non-blocking socket. The test is its peer: it feeds, ends, opens the window, and looks at `sent`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.incoming = bytearray()
+        self.fed = bytearray()
+        self.sent = bytearray()
+        self.window = UNLIMITED  # bytes that it still takes
+        self.peer_ended = False
+        self.error = 0
+        self.broken = False  # the connection is reset
+        self.has_fin = False  # ours was sent
+        self.how_closed = ""
+        self.may_be_read: Callable[[], bool] = lambda: True
+        self.lingers = False
+
+    # What the peer does.
+
+    def feed(self, data: bytes) -> None:
+        self.incoming += data
+        self.fed += data
+
+    def end(self) -> None:
+        self.peer_ended = True
+
+    def reset(self) -> None:
+        self.broken, self.error = True, errno.ECONNRESET
+
+    # What the splice uses.
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        assert not self.how_closed
+        assert self.may_be_read()
+        if not self.incoming:
+            return self.nothing_to_read()
+        data = self.incoming[: nbytes or len(buffer)]
+        del self.incoming[: len(data)]
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+    def nothing_to_read(self) -> int:
+        if self.error:
+            raise self.taken_error()
+        if self.broken or self.peer_ended:
+            return 0
+        raise BlockingIOError
+
+    def taken_error(self) -> OSError:
+        code, self.error = self.error, 0
+        return ConnectionResetError(code, "reset")
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        assert not self.how_closed
+        assert not self.has_fin
+        if self.broken:
+            raise self.taken_error() if self.error else BrokenPipeError(errno.EPIPE, "broken pipe")
+        if not self.window:
+            raise BlockingIOError
+        return self.take(bytes(data))
+
+    def take(self, data: bytes) -> int:
+        taken = data[: self.window]
+        self.window -= len(taken)
+        self.sent += taken
+        return len(taken)
+
+    def shutdown(self, how: int) -> None:
+        assert how == socket.SHUT_WR
+        self.has_fin = True
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> int:
+        if (level, option) != (socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(errno.ENOPROTOOPT, "not a TCP socket")
+        code, self.error = self.error, 0
+        return code
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        assert (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER)
+        self.lingers = True
+
+    def close(self) -> None:
+        self.closed_by("reset" if self.lingers else "close")
+
+    def closed_by(self, how: str) -> None:
+        assert not self.how_closed
+        self.how_closed = how
+
+    # What epoll reports.
+
+    def events(self) -> int:
+        events = IN if self.incoming or self.peer_ended or self.broken else 0
+        events |= OUT if self.window or self.broken else 0
+        events |= HUP if self.broken or (self.peer_ended and self.has_fin) else 0
+        return events | (ERR if self.error else 0)
+
+
+class FakePlain(FakeSocket, socket.socket):  # type: ignore[misc] # signatures of fewer types
+    """A socket without TLS."""
+
+    __repr__ = object.__repr__
+
+
+class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of fewer types
+    """A socket with TLS: `end` is close_notify, `truncate` a FIN without it."""
+
+    __repr__ = object.__repr__
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self.truncated = False
+        self.failed = self.send_failed = False  # for OpenSSL
+        self.blocked = b""  # what a send that would block was offered
+        self.progress = 0  # how much of that was sent all the same
+        self.must_read = False  # before it can send
+        self.can_read_it = False
+        self.must_write = False  # before it can be read
+        self.end_was_read = False
+        self.record_taken = False  # of our close_notify
+        self.below = b""  # what was sent beneath TLS
+        self.decrypted = 0
+
+    def truncate(self) -> None:
+        self.truncated = True
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        assert not self.failed
+        assert nbytes == RECORD
+        self.did_tls()
+        if self.must_write:
+            if not self.window:
+                raise ssl.SSLWantWriteError
+            self.must_write = False
+        self.decrypted = 0
+        return super().recv_into(buffer, nbytes, flags)
+
+    def nothing_to_read(self) -> int:
+        if self.error:
+            self.failed = True
+            raise self.taken_error()
+        if self.truncated or self.broken:
+            self.failed = True
+            error = ssl.SSLError(8, "EOF occurred in violation of protocol")
+            error.reason = "UNEXPECTED_EOF_WHILE_READING"
+            raise error
+        if self.peer_ended:
+            self.end_was_read = True
+            if self.record_taken:
+                raise ssl.SSLZeroReturnError
+            return 0
+        raise ssl.SSLWantReadError
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        assert not self.failed
+        assert not self.send_failed
+        assert not self.record_taken
+        data = bytes(data)
+        assert data.startswith(self.blocked)
+        self.did_tls()
+        if self.broken:
+            self.send_failed = True
+            return super().send(data, flags)
+        if self.must_read:
+            self.blocked = data
+            raise ssl.SSLWantReadError
+        self.progress += self.take(data[self.progress :])
+        if self.progress < len(data):
+            self.blocked = data
+            raise ssl.SSLWantWriteError
+        self.blocked, self.progress = b"", 0
+        return len(data)
+
+    def did_tls(self) -> None:
+        if self.can_read_it:
+            self.must_read = self.can_read_it = False
+
+    def pending(self) -> int:
+        return self.decrypted
+
+    def unwrap(self) -> socket.socket:
+        assert self.end_was_read, "it would read on, to the peer's end"
+        assert not self.record_taken
+        if not self.window:
+            raise ssl.SSLWantWriteError
+        self.record_taken = True
+        self.below = CLOSE_NOTIFY
+        return self
+
+    def shutdown(self, how: int) -> None:
+        raise AssertionError("this drops the TLS state")
+
+    def events(self) -> int:
+        return super().events() | (IN if self.truncated or self.can_read_it else 0)
+
+
+class FakeCloseNotify(CloseNotify):
+    def __init__(self) -> None:
+        pass
+
+    def take_record(self, sock: ssl.SSLSocket) -> bytes:
+        assert isinstance(sock, FakeTls)
+        assert not sock.record_taken
+        assert not sock.failed
+        assert not sock.blocked
+        sock.record_taken = True
+        return CLOSE_NOTIFY
+
+    def send_below(self, sock: ssl.SSLSocket, record: bytes) -> int:
+        assert isinstance(sock, FakeTls)
+        if sock.broken:
+            raise BrokenPipeError
+        if not sock.window:
+            raise BlockingIOError
+        taken = record[: sock.window]
+        sock.window -= len(taken)
+        sock.below += taken
+        return len(taken)
+
+    def shut_down_below(self, sock: ssl.SSLSocket) -> None:
+        assert isinstance(sock, FakeTls)
+        sock.has_fin = True
+
+    def close(self) -> None:
+        pass
+
+
+class FakeReadiness(Readiness):
+    def __init__(self) -> None:
+        self.watched: dict[int, int] = {}
+        self.handlers: dict[int, Handler] = {}
+        self.changes = 0
+
+    def register(self, fd: int, events: int, handler: Handler) -> None:
+        assert fd not in self.watched
+        self.watched[fd], self.handlers[fd] = events, handler
+        self.changes += 1
+
+    def modify(self, fd: int, events: int, handler: Handler | None = None) -> None:
+        assert fd in self.watched
+        self.watched[fd] = events
+        if handler is not None:
+            self.handlers[fd] = handler
+        self.changes += 1
+
+    def unregister(self, fd: int) -> None:
+        self.watched.pop(fd, None)
+
+    forget = unregister
+
+
+class FakeTimer:
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.at, self.call, self.cancelled = when, call, False
+
+    def when(self) -> float:
+        return self.at
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeLoop:
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[FakeTimer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Callable[[], None]) -> FakeTimer:
+        self.timers.append(FakeTimer(when, call))
+        return self.timers[-1]
+
+    def call_soon(self, call: Callable[..., None], *args: Any) -> FakeTimer:
+        return self.call_at(self.now, lambda: call(*args))
+
+    def due(self, until: float) -> list[FakeTimer]:
+        self.timers = [timer for timer in self.timers if not timer.cancelled]
+        return sorted((timer for timer in self.timers if timer.at <= until), key=lambda timer: timer.at)
+
+
+class FakeClosing(ClosingSockets):
+    def close_gracefully(self, sock: socket.socket, timeout: float = 0) -> None:
+        self.closes(sock, "graceful close")
+
+    def reset_after_delivery(self, sock: socket.socket, timeout: float) -> None:
+        self.closes(sock, "reset after delivery")
+
+    def closes(self, sock: socket.socket, how: str) -> None:
+        assert sock.fileno() not in cast(FakeReadiness, self.readiness).watched
+        cast(FakeSocket, sock).closed_by(how)
+
+
+class Playbook:
+    """A splice and its two peers. Each method is a step of the script; then everything happens that can happen."""
+
+    CLOSE_TIMEOUT = 10.0
+
+    def __init__(
+        self,
+        *,
+        tls_origin: bool = False,
+        to_client: bytes = b"",
+        to_origin: bytes = b"",
+        head: int = 0,
+        idle_timeout: float | None = None,
+    ) -> None:
+        self.loop = FakeLoop()
+        self.readiness = FakeReadiness()
+        self.splices = Splices(FakeClosing(self.readiness, cast(Any, self.loop)))
+        self.splices.close_notify.close()
+        self.splices.close_notify = FakeCloseNotify()
+        self.client = FakeTls(3)
+        self.origin: FakeTls | FakePlain = FakeTls(4) if tls_origin else FakePlain(4)
+        self.ends: list[Splice] = []
+        self.started_with = {3: to_client, 4: to_origin}
+        self.counted = 0, 0
+        for sock in (self.client, self.origin):
+            self.readiness.register(sock.descriptor, EDGE_TRIGGERED, lambda _: None)
+        self.splice = Splice(
+            self.splices,
+            self.client,
+            self.origin,
+            to_client=to_client,
+            to_origin=to_origin,
+            head=head,
+            close_timeout=self.CLOSE_TIMEOUT,
+            idle_timeout=idle_timeout,
+            site="site",
+            on_end=self._on_end,
+        )
+        self.client.may_be_read = lambda: self.splice.client.flow == Flow.FLOWING
+        self.origin.may_be_read = lambda: self.splice.origin.flow == Flow.FLOWING
+
+    def _on_end(self, splice: Splice) -> None:
+        self.ends.append(splice)
+        self.counted = splice.up, splice.down
+
+    def start(self) -> "Playbook":
+        self.splice.start()
+        self.run()
+        return self
+
+    def run(self) -> None:
+        """Call handlers until nothing is ready."""
+        for _ in range(MOST_CALLS):
+            if not self._call_one():
+                return
+        raise AssertionError("a busy loop")
+
+    def _call_one(self) -> bool:
+        for timer in self.loop.due(self.loop.now):
+            timer.cancel()
+            timer.call()
+            return True
+        for sock in (self.client, self.origin):
+            watched = self.readiness.watched.get(sock.descriptor)
+            if watched is not None and (events := sock.events() & (watched | ERR | HUP)):
+                self.readiness.handlers[sock.descriptor](events)
+                return True
+        return False
+
+    def pass_time(self, seconds: float) -> None:
+        until = self.loop.now + seconds
+        while due := self.loop.due(until):
+            self.loop.now = max(due[0].at, self.loop.now)
+            self.run()
+        self.loop.now = until
+
+    def ended(self) -> tuple[str, str]:
+        assert self.ends == [self.splice]
+        assert self.client.how_closed
+        assert self.origin.how_closed
+        assert not self.readiness.watched
+        return self.splice.ended_by, self.splice.reason
+
+
+both_origins = pytest.mark.parametrize("tls_origin", [False, True], ids=["plain origin", "TLS origin"])
+
+
+# A row of the table each: FLOWING
+
+
+@both_origins
+def test_what_is_taken_whole_flows_and_changes_nothing(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    before = play.readiness.changes
+    play.client.feed(b"up")
+    play.origin.feed(b"down")
+    play.run()
+    assert play.origin.sent == b"up"
+    assert play.client.sent == b"down"
+    assert (play.splice.up, play.splice.down) == (2, 4)
+    assert play.readiness.changes == before
+    assert play.readiness.watched == {3: IN, 4: IN}
+
+
+@both_origins
+def test_a_side_is_paused_until_the_other_has_taken_what_it_sent(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.origin.window = 3
+    play.client.feed(b"abcdef")
+    play.run()
+    play.client.feed(b"ghi")
+    play.run()
+    assert play.origin.sent == b"abc"
+    assert play.splice.client.flow == Flow.PAUSED
+    assert play.readiness.watched == {3: 0, 4: IN | OUT}
+    play.origin.feed(b"the other flow goes on")
+    play.run()
+    assert play.client.sent == b"the other flow goes on"
+    play.origin.window = UNLIMITED
+    play.run()
+    assert play.origin.sent == b"abcdefghi"
+    assert play.readiness.watched == {3: IN, 4: IN}
+    assert play.splice.up == 9
+
+
+def test_memory_is_bounded_by_one_turn() -> None:
+    play = Playbook().start()
+    play.client.window = play.origin.window = 0
+    for sock in (play.client, play.origin):
+        sock.feed(bytes(3 * TURN))
+    play.run()
+    assert len(play.splice.client.unsent) <= TURN
+    assert len(play.splice.origin.unsent) <= TURN
+    assert len(play.client.incoming) >= 2 * TURN
+    assert len(play.origin.incoming) >= 2 * TURN
+
+
+def test_tls_that_must_read_before_it_sends_is_watched_for_that_alone() -> None:
+    play = Playbook().start()
+    play.client.must_read = True
+    play.origin.feed(b"down")
+    play.run()
+    assert play.splice.origin.flow == play.splice.client.flow == Flow.PAUSED
+    assert play.readiness.watched == {3: IN, 4: 0}
+    play.client.can_read_it = True
+    play.run()
+    assert play.client.sent == b"down"
+    assert play.readiness.watched == {3: IN, 4: IN}
+
+
+def test_tls_that_must_write_before_it_is_read_is_watched_for_that_alone() -> None:
+    play = Playbook().start()
+    play.client.must_write, play.client.window = True, 0
+    play.client.feed(b"up")
+    play.run()
+    assert play.readiness.watched == {3: OUT, 4: IN}
+    assert not play.origin.sent
+    play.client.window = UNLIMITED
+    play.run()
+    assert play.origin.sent == b"up"
+    assert play.readiness.watched == {3: IN, 4: IN}
+
+
+@both_origins
+def test_an_end_of_the_client_is_passed_on_and_the_other_flow_goes_on(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.client.feed(b"last")
+    play.client.end()
+    play.run()
+    assert play.origin.sent == b"last"
+    assert play.origin.has_fin
+    if isinstance(play.origin, FakeTls):
+        assert play.origin.below == CLOSE_NOTIFY
+    assert not play.client.has_fin
+    play.origin.feed(b"return traffic")
+    play.run()
+    assert play.client.sent == b"return traffic"
+    play.origin.end()
+    play.run()
+    assert play.ended() == ("client", "closed")
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.client.how_closed == play.origin.how_closed == "close"
+
+
+@both_origins
+def test_an_end_of_the_origin_is_passed_on_and_the_other_flow_goes_on(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.origin.feed(b"last")
+    play.origin.end()
+    play.run()
+    assert play.client.sent == b"last"
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.client.has_fin
+    play.client.feed(b"return traffic")
+    play.run()
+    assert play.origin.sent == b"return traffic"
+    play.client.end()
+    play.run()
+    assert play.ended() == ("origin", "closed")
+
+
+def test_a_close_notify_that_does_not_fit_is_sent_in_pieces_and_once() -> None:
+    play = Playbook().start()
+    play.origin.end()
+    play.client.window = 5
+    play.run()
+    assert play.client.below == CLOSE_NOTIFY[:5]
+    assert not play.client.has_fin
+    play.client.window = UNLIMITED
+    play.run()
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.client.has_fin
+
+
+@both_origins
+def test_a_truncation_is_passed_on_as_one(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.client.feed(b"not the last")
+    play.client.truncate()
+    play.origin.feed(b"lost, as OpenSSL sends nothing more")
+    play.run()
+    assert play.ended() == ("client", "truncated")
+    assert play.origin.sent == b"not the last"
+    # A FIN without close_notify follows from this.
+    assert play.origin.how_closed == play.client.how_closed == "graceful close"
+    if isinstance(play.origin, FakeTls):
+        assert not play.origin.record_taken
+
+
+@pytest.mark.parametrize("side", ["client", "origin"])
+def test_a_reset_is_passed_on_behind_what_came_before_it(side: str) -> None:
+    play = Playbook().start()
+    sender, receiver = (play.client, play.origin) if side == "client" else (play.origin, play.client)
+    receiver.window = 2
+    sender.feed(b"before")
+    sender.reset()
+    play.run()
+    assert receiver.sent == b"be"
+    receiver.window = UNLIMITED
+    play.run()
+    assert receiver.sent == b"before"
+    assert play.ended() == (side, "reset")
+    assert receiver.how_closed == sender.how_closed == "reset after delivery"
+    assert not receiver.has_fin
+
+
+def test_a_tls_error_says_which() -> None:
+    play = Playbook().start()
+
+    def fail() -> int:
+        play.client.failed = True
+        error = ssl.SSLError(1, "[SSL] bad record mac")
+        error.reason = "BAD_RECORD_MAC"
+        raise error
+
+    play.client.nothing_to_read = fail  # type: ignore[method-assign]
+    play.client.can_read_it = True
+    play.run()
+    assert play.ended() == ("client", "TLS error: BAD_RECORD_MAC")
+
+
+# PAUSED and ENDING
+
+
+def test_a_hang_up_of_a_paused_side_is_watched_no_more_and_read_later() -> None:
+    play = Playbook().start()
+    play.origin.window = 0
+    play.client.feed(b"first")
+    play.run()
+    play.client.feed(b"last")
+    play.client.reset()
+    play.run()
+    assert play.readiness.watched == {4: OUT}
+    play.origin.window = UNLIMITED
+    play.run()
+    assert play.origin.sent == b"firstlast"
+    assert play.ended() == ("client", "reset")
+    assert play.origin.how_closed == "reset after delivery"
+
+
+def test_an_end_waits_for_what_is_unsent() -> None:
+    play = Playbook().start()
+    play.origin.window = 1
+    play.client.feed(b"abc")
+    play.run()
+    play.client.end()
+    play.run()
+    assert not play.origin.has_fin
+    play.origin.window = 1
+    play.run()
+    assert not play.origin.has_fin
+    play.origin.window = 1
+    play.run()
+    assert play.origin.sent == b"abc"
+    assert play.origin.has_fin
+
+
+@both_origins
+def test_a_side_that_takes_no_more_is_read_to_its_end(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.origin.reset()
+    play.readiness.watched[4] = 0  # the client's message is handled first
+    play.origin.feed(b"why it ended")
+    play.client.feed(b"up")
+    hits = play.client.events() & IN
+    play.readiness.handlers[3](hits)
+    play.run()
+    assert play.client.sent == b"why it ended"
+    assert play.ended() == ("origin", "reset")
+    assert play.client.how_closed == "reset after delivery"
+
+
+def test_a_failed_send_to_a_side_that_has_ended_aborts() -> None:
+    play = Playbook().start()
+    play.origin.end()
+    play.run()
+    play.origin.reset()
+    play.client.feed(b"up")
+    play.run()
+    assert play.ended() == ("origin", "closed")
+    assert play.client.how_closed == play.origin.how_closed == "reset after delivery"
+
+
+# Beginning
+
+
+@both_origins
+def test_what_it_begins_with_is_sent_first(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin, to_client=b"101 and more", to_origin=b"early", head=3)
+    play.client.window = 5
+    play.client.feed(b" later")
+    play.origin.feed(b", later")
+    play.start()
+    assert play.origin.sent == b"early later"
+    assert play.client.sent == b"101 a"
+    play.client.window = UNLIMITED
+    play.run()
+    assert play.client.sent == b"101 and more, later"
+    assert (play.splice.up, play.splice.down) == (11, 16)
+
+
+def test_what_openssl_has_decrypted_before_is_read_at_the_start() -> None:
+    play = Playbook()
+    play.client.feed(b"decrypted")
+    play.client.decrypted = len(play.client.incoming)
+    play.client.events = lambda: OUT  # type: ignore[method-assign]
+    play.start()
+    assert play.origin.sent == b"decrypted"
+
+
+# Ending from our side
+
+
+@both_origins
+def test_a_drain_ends_an_idle_tunnel_at_once(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.splice.drain("drained")
+    assert play.ended() == ("tunnel", "drained")
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.client.how_closed == play.origin.how_closed == "graceful close"
+
+
+@both_origins
+def test_a_drain_delivers_what_has_arrived_and_then_ends(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.client.feed(b"up" * TURN)
+    play.origin.feed(b"down" * TURN)
+    play.splice.drain("drained")
+    play.run()
+    assert play.origin.sent == b"up" * TURN
+    assert play.client.sent == b"down" * TURN
+    assert play.ended() == ("tunnel", "drained")
+
+
+@both_origins
+def test_a_drain_waits_for_a_slow_side(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.origin.window = 0
+    play.client.feed(b"abc")
+    play.run()
+    play.client.feed(b"def")
+    play.splice.drain("drained")
+    play.pass_time(play.CLOSE_TIMEOUT * 0.9)
+    assert not play.ends
+    play.origin.window = UNLIMITED
+    play.run()
+    assert play.origin.sent == b"abcdef"
+    assert play.ended() == ("tunnel", "drained")
+
+
+def test_a_drain_ends_a_side_that_does_not_stop_sending() -> None:
+    play = Playbook().start()
+    play.origin.window = 0
+    play.client.feed(b"x")
+    play.run()
+    play.splice.drain("drained")
+    for _ in range(30):
+        play.client.feed(b"x")
+        play.origin.window = 1
+        play.pass_time(0.5)
+    assert play.splice.reason == "drained"
+    play.origin.window = UNLIMITED
+    play.run()
+    assert play.ended() == ("tunnel", "drained")
+    assert play.client.incoming, "it was read no more"
+
+
+def test_an_abort_resets_both_now() -> None:
+    play = Playbook().start()
+    play.origin.window = 0
+    play.client.feed(b"lost")
+    play.run()
+    play.splice.abort("stopped")
+    assert play.ended() == ("tunnel", "stopped")
+    assert play.client.how_closed == play.origin.how_closed == "reset"
+    play.splice.abort("again")
+    play.splice.drain("again")
+    assert play.ended() == ("tunnel", "stopped")
+
+
+def test_the_first_reason_stays() -> None:
+    play = Playbook().start()
+    play.origin.window = 0
+    play.client.feed(b"abc")
+    play.run()
+    play.splice.drain("max age")
+    play.splice.drain("stopped")
+    play.client.reset()
+    play.origin.window = UNLIMITED
+    play.run()
+    assert play.ended() == ("tunnel", "max age")
+
+
+# Time
+
+
+def test_a_half_closed_tunnel_without_progress_is_aborted() -> None:
+    play = Playbook().start()
+    play.client.end()
+    play.run()
+    play.pass_time(play.CLOSE_TIMEOUT - 1)
+    assert not play.ends
+    play.origin.feed(b"progress")
+    play.run()
+    play.pass_time(play.CLOSE_TIMEOUT - 1)
+    assert not play.ends
+    play.pass_time(play.CLOSE_TIMEOUT)
+    assert play.ended() == ("tunnel", "close timeout")
+    assert play.client.how_closed == play.origin.how_closed == "reset"
+
+
+def test_an_idle_tunnel_is_drained() -> None:
+    play = Playbook(idle_timeout=60).start()
+    play.pass_time(50)
+    play.client.feed(b"up")
+    play.run()
+    play.pass_time(55)
+    assert not play.ends
+    play.pass_time(20)
+    assert play.ended() == ("tunnel", "idle timeout")
+
+
+def test_without_an_idle_timeout_there_is_no_timer() -> None:
+    play = Playbook().start()
+    assert not play.loop.timers
+    play.client.feed(b"up")
+    play.run()
+    assert not play.loop.timers
+
+
+# Bugs
+
+
+@pytest.mark.parametrize("side", ["client", "origin"])
+def test_a_bug_ends_its_own_tunnel(side: str) -> None:
+    play = Playbook().start()
+    sock = play.client if side == "client" else play.origin
+
+    def fail(*_: Any) -> int:
+        raise RuntimeError("a bug")
+
+    sock.recv_into = fail  # type: ignore[method-assign, assignment]
+    sock.feed(b"x")
+    with capture_logs() as logs:
+        play.run()
+    assert play.ended() == ("tunnel", "internal error")
+    assert [line["event"] for line in logs] == ["splice failed"]
+    assert play.client.how_closed == play.origin.how_closed == "reset"
+
+
+# Any script
+
+SIDES = st.sampled_from(["client", "origin"])
+SIZES = st.sampled_from([1, 7, 100, RECORD, RECORD + 1, TURN, TURN + 5])
+ORDERLY = st.one_of(
+    st.tuples(st.just("feed"), SIDES, SIZES),
+    st.tuples(st.just("window"), SIDES, st.sampled_from([0, 1, 50, RECORD, UNLIMITED])),
+    st.tuples(st.just("end"), SIDES, st.just(0)),
+    st.tuples(st.just("must read"), SIDES, st.just(0)),
+    st.tuples(st.just("can read it"), SIDES, st.just(0)),
+    st.tuples(st.just("must write"), SIDES, st.just(0)),
+)
+ANY = st.one_of(
+    ORDERLY,
+    st.tuples(st.sampled_from(["truncate", "reset"]), SIDES, st.just(0)),
+    st.tuples(st.sampled_from(["drain", "abort"]), SIDES, st.just(0)),
+    st.tuples(st.just("pass time"), SIDES, st.sampled_from([1, 6, 20])),
+)
+STARTS = st.fixed_dictionaries(
+    {
+        "tls_origin": st.booleans(),
+        "to_client": st.sampled_from([b"", b"101"]),
+        "to_origin": st.sampled_from([b"", b"e"]),
+    }
+)
+
+_numbered = bytes(range(251)) * 2100
+
+
+def _do(play: Playbook, step: tuple[str, str, int]) -> None:
+    """Do one step, if it is possible now."""
+    what, side, number = step
+    sock = play.client if side == "client" else play.origin
+    gone = sock.peer_ended or sock.broken or getattr(sock, "truncated", False)
+    must_read = getattr(sock, "must_read", False)  # what comes next is for TLS, not for us
+    match what:
+        case "feed" if not gone and not must_read:
+            at = len(sock.fed) % 251
+            sock.feed(_numbered[at : at + number])
+        case "window":
+            sock.window = number
+        case "end" if not gone and not must_read:
+            sock.end()
+        case "reset":
+            sock.reset()
+        case "truncate" if isinstance(sock, FakeTls) and not gone and not must_read:
+            sock.truncate()
+        case "must read" if isinstance(sock, FakeTls) and not gone and not sock.incoming:
+            sock.must_read = True
+        case "can read it" if isinstance(sock, FakeTls):
+            sock.can_read_it = sock.must_read
+        case "must write" if isinstance(sock, FakeTls) and not gone:
+            sock.must_write = True
+        case "drain":
+            play.splice.drain("drained")
+        case "abort":
+            play.splice.abort("stopped")
+        case "pass time":
+            play.pass_time(number)
+    play.run()
+    _check(play)
+
+
+def _check(play: Playbook) -> None:
+    """What holds at every moment."""
+    for sock, other in ((play.client, play.origin), (play.origin, play.client)):
+        assert (play.started_with[sock.descriptor] + other.fed).startswith(sock.sent), "in order, nothing left out"
+    assert len(play.ends) <= 1
+    assert play.splice.closed == bool(play.ends)
+    if not play.ends:
+        assert len(play.splice.client.unsent) <= TURN + 1
+        assert len(play.splice.origin.unsent) <= TURN + 1
+        assert play.splice in play.splices.all
+
+
+def _open_up(play: Playbook) -> None:
+    """Let both peers take everything."""
+    for sock in (play.client, play.origin):
+        sock.window = UNLIMITED
+        if isinstance(sock, FakeTls):
+            sock.can_read_it = sock.must_read
+    play.run()
+
+
+@settings(max_examples=300, deadline=None)
+@given(STARTS, st.lists(ORDERLY, max_size=25))
+def test_an_orderly_script_loses_no_byte(start: dict[str, Any], script: list[tuple[str, str, int]]) -> None:
+    play = Playbook(**start).start()
+    for step in script:
+        _do(play, step)
+    _open_up(play)
+    for sock in (play.client, play.origin):
+        sock.end()
+    play.run()
+    _open_up(play)
+    assert play.origin.sent == start["to_origin"] + play.client.fed
+    assert play.client.sent == start["to_client"] + play.origin.fed
+    assert play.ended()[1] == "closed"
+    assert play.client.how_closed == play.origin.how_closed == "close"
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.counted == (len(play.origin.sent), len(play.client.sent))
+
+
+@settings(max_examples=500, deadline=None)
+@given(STARTS, st.lists(ANY, max_size=25))
+def test_any_script_ends_once_and_never_spins(start: dict[str, Any], script: list[tuple[str, str, int]]) -> None:
+    play = Playbook(**start).start()
+    for step in script:
+        _do(play, step)
+    play.splice.drain("drained")
+    play.pass_time(10 * play.CLOSE_TIMEOUT)
+    _check(play)
+    play.ended()
+    assert not play.splices.all
