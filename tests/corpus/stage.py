@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS, build
 from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.metrics.registry import Registry
 
 UNHURRIED = Timeout(10)
 """A deadline for tests that are about verdicts: no busy machine is to make one late."""
@@ -80,7 +80,7 @@ def judged(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, M
     rules_set = build(settings)
 
     async def ask(pool: Pool) -> dict[str, ManagedOutcome]:
-        stage = ManagedRulesStage(pool, rules_set.name, settings, Counter())
+        stage = ManagedRulesStage(pool, rules_set.name, settings, Registry())
         return {sample.name: await stage.judge(facts(sample.request)) for sample in samples}
 
     return with_pool(Pool([rules_set]), ask)

@@ -119,7 +119,7 @@ def test_endings_are_spread_out(certificate: Certificate) -> None:
         assert set(order[:3]) <= set(range(6)), order
         assert set(order[-3:]) <= set(range(6, 12)), order
         records = tunnel.records("connection")
-        assert [(record["ended_by"], record["reason"]) for record in records] == [("tunnel", "stopped")] * 12
+        assert [(record["ended_by"], record["reason"]) for record in records] == [("tunnel", "drained")] * 12
         assert _at(records[-1]) - _at(records[0]) > 1.5
         assert tunnel.records()[-1]["event"] == "stopped"
 

@@ -18,7 +18,7 @@ def test_openssl_is_refused(certificate: Certificate, offered: str) -> None:
             [*command, "-groups", offered], input="", capture_output=True, text=True, timeout=30, check=False
         )
         assert "alert handshake failure" in done.stderr
-        record = tunnel.wait_records(1, "no handshake")[0]
+        record = tunnel.wait_records(1, "no TLS handshake")[0]
         assert record["reason"] == "hello: key exchange over a finite field"
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101

@@ -172,7 +172,7 @@ AMBIGUOUS = [
 @pytest.mark.parametrize("target", AMBIGUOUS)
 def test_what_can_be_read_in_two_ways_is_a_400(stage: Stage, target: str) -> None:
     outcome = judged(stage, target)
-    assert (outcome.status, outcome.reason) == (400, "target")
+    assert (outcome.status, outcome.reason) == (400, "ambiguous target")
 
 
 @pytest.mark.parametrize("target", ["/x\\admin", "\\admin", "/adm\0in", "/adm\xedn", "/ad\tmin", "/ad min", "admin"])
@@ -237,7 +237,7 @@ def test_more_values_than_rules_run_over_are_refused_and_not_left_out(stage: Sta
     """127 in front of the one that is meant are seen through; more are a 400."""
     _seen(judged(stage, "/chat?" + "q=x&" * 127 + "q=union+select"), "query")
     outcome = judged(stage, "/chat?" + "q=x&" * 128 + "q=union+select")
-    assert (outcome.status, outcome.reason) == (400, "query")
+    assert (outcome.status, outcome.reason) == (400, "too many query values")
 
 
 # --- fields ----------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_right_key_beside_a_wrong_one_is_not_the_right_key(stage: Stage) -> No
 )
 def test_no_other_origin_looks_like_ours(stage: Stage, headers: list[tuple[str, str]]) -> None:
     outcome = judged(stage, headers=headers)
-    assert (outcome.status, outcome.reason) == (403, "origin")
+    assert (outcome.status, outcome.reason) == (403, "web origin not allowed")
 
 
 @pytest.mark.parametrize(
@@ -339,6 +339,6 @@ def test_more_cookies_or_offers_than_are_looked_at_are_refused(stage: Stage) -> 
     many = "; ".join(f"c{number}=" for number in range(199))
     _seen(judged(stage, headers=[("Cookie", f"{many}; role=admin")]), "cookie")
     outcome = judged(stage, headers=[("Cookie", f"{many}; x=y; role=admin")])
-    assert (outcome.status, outcome.reason) == (400, "cookies")
+    assert (outcome.status, outcome.reason) == (400, "too many cookies")
     outcome = judged(stage, headers=[("Sec-WebSocket-Protocol", ",".join(["a"] * 65))])
     assert (outcome.status, outcome.reason) == (400, "too many elements")

@@ -78,7 +78,7 @@ def test_a_list_that_changes_is_followed_and_the_tunnels_stay(tunnel: Tunnel, fi
     _write(closed, "/attic\n/cellar\n")
     eventually(lambda: _status(tunnel, "/cellar") == 404)
     assert _status(tunnel, "/hall") == 101
-    assert {record["list"] for record in tunnel.records("list read again")} == {"botnets", "closed"}
+    assert {record["list"] for record in tunnel.records("list reloaded")} == {"botnets", "closed"}
 
 
 @pytest.mark.parametrize("how", ["words", "gone"])
@@ -89,7 +89,7 @@ def test_a_list_that_breaks_stays_as_it_was_and_is_told(tunnel: Tunnel, file: Pa
         _write(file, "127.0.0.0/8\nthis is no network\n")
     else:
         file.unlink()
-    (told,) = tunnel.wait_records(1, "list not read")
+    (told,) = tunnel.wait_records(1, "list not reloaded")
     assert str(file) in told["reason"]
     assert told["level"] == "warning"
     assert _status(tunnel) == 403

@@ -113,8 +113,8 @@ def _closed_at_accept(tunnel: Tunnel, ip: str) -> None:
 
 
 OFFENCES: dict[str, tuple[int, str]] = {
-    "addresses": (403, "blocked address"),
-    "origin": (403, "origin"),
+    "addresses": (403, "address blocked"),
+    "origin": (403, "web origin not allowed"),
     "rules": (403, "rule: admins of all sites"),
     "rate limits": (429, "rate limit: users"),
     "managed rules": (403, "managed rules"),
@@ -157,7 +157,7 @@ def test_the_list_of_all_sites_closes_before_tls(stage: Stage) -> None:
     for _ in range(3):
         _closed_at_accept(tunnel, BLOCKED_BY_ALL)
     line = tunnel.wait_record(lambda record: record["event"] == "not accepted")
-    assert (line["reason"], line["client"], line["level"]) == ("blocked address", BLOCKED_BY_ALL, "warning")
+    assert (line["reason"], line["client"], line["level"]) == ("address blocked", BLOCKED_BY_ALL, "warning")
     assert judged(stage).status == 101  # whatever there was to be logged of them has been
     assert len(tunnel.records("not accepted")) == 1
     assert not [record for record in tunnel.records() if record.get("client") == BLOCKED_BY_ALL and record != line]
@@ -306,7 +306,7 @@ def test_with_mode_log_everywhere_all_passes_and_the_record_says_what_would_not_
         clean = judged((origin, tunnel), "/chat?x=good")
         assert not tunnel.records("not accepted")
     assert (first.status, again.status, clean.status) == (101, 101, 101)
-    rules_and_before = ["addresses", "origin", "admins", "skips"]
+    rules_and_before = ["addresses", "web origin", "admins", "skips"]
     assert first.record["logged"] == [*rules_and_before, "managed rules"]
     assert again.record["logged"] == [*rules_and_before, "all", "users", "managed rules"]
     assert again.record["managed_rules"]["matches"] == [{"id": 1001, "message": "bad x"}]
@@ -345,10 +345,10 @@ def behind(certificate: Certificate) -> Iterator[Stage]:
     ("claimed", "reason"),
     [
         ("192.0.2.1", ""),
-        ("203.0.113.9", "blocked address"),  # of all sites, though at accept it was the proxy's
-        ("::ffff:203.0.113.9", "blocked address"),
-        ("::ffff:cb00:7109", "blocked address"),
-        ("192.0.2.1, 203.0.113.9", "blocked address"),
+        ("203.0.113.9", "address blocked"),  # of all sites, though at accept it was the proxy's
+        ("::ffff:203.0.113.9", "address blocked"),
+        ("::ffff:cb00:7109", "address blocked"),
+        ("192.0.2.1, 203.0.113.9", "address blocked"),
         ("203.0.113.9, 192.0.2.1", ""),  # what the client has put there itself
         ("198.51.100.1", "address not allowed"),
         ("192.0.2.66", "rule: one of them"),

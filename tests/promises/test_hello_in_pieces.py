@@ -179,7 +179,7 @@ def test_half_a_hello_is_closed_after_timeouts_tls_handshake(certificate: Certif
         assert time.monotonic() - began >= 0.9
         if trickle:
             assert time.monotonic() - began < 4, "it got time for its bytes"
-        failed = tunnel.wait_records(1, "no handshake")[0]
+        failed = tunnel.wait_records(1, "no TLS handshake")[0]
         assert failed["reason"] == "hello: timed out"
 
 
@@ -190,4 +190,4 @@ def test_half_a_tls_handshake_is_closed_in_the_same_time(certificate: Certificat
         client.sendall(client_hello())
         assert len(receive_all(client)) > 500, "the server's flight came, and then the end"
         assert time.monotonic() - began >= 0.9
-        assert tunnel.wait_records(1, "no handshake")[0]["reason"] == "tls: timed out"
+        assert tunnel.wait_records(1, "no TLS handshake")[0]["reason"] == "tls: timed out"

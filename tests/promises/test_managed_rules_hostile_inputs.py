@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections import Counter
 from urllib.parse import quote
 
 import pytest
@@ -13,6 +12,8 @@ from tlstunnel.config import SiteManagedRules, Timeout
 from tlstunnel.firewall.managed.pool import Pool
 from tlstunnel.firewall.managed.rules_sets import build
 from tlstunnel.firewall.managed.verdict import PENALTY, ManagedOutcome, ManagedRulesStage
+from tlstunnel.metrics.families import MANAGED_RULES
+from tlstunnel.metrics.registry import Registry
 
 LONGEST = 0.1
 ATTEMPTS = 3
@@ -65,7 +66,7 @@ def test_hostile_input_is_answered_in_time(name: str) -> None:
     hostile, ordinary = plain_request(HOSTILE[name][0], *HOSTILE[name][1]), plain_request("/chat?room=1")
 
     async def ask(pool: Pool) -> tuple[list[float], list[float], ManagedOutcome]:
-        stage = ManagedRulesStage(pool, rules_set.name, settings, Counter())
+        stage = ManagedRulesStage(pool, rules_set.name, settings, Registry())
         first, second = [], []
         for attempt in range(ATTEMPTS):
             began = time.perf_counter()
@@ -88,12 +89,12 @@ def test_an_address_that_was_late_is_not_evaluated_again_for_a_while() -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True, timeout=Timeout(0.5))
     rules_set = build(settings)
-    counters: Counter[str] = Counter()
+    metrics = Registry()
     now = 0.0
 
     async def ask(pool: Pool) -> None:
         nonlocal now
-        stage = ManagedRulesStage(pool, rules_set.name, settings, counters, clock=lambda: now)
+        stage = ManagedRulesStage(pool, rules_set.name, settings, metrics, clock=lambda: now)
         request = plain_request("/chat")
         os.kill(pool.pids()[0], signal.SIGSTOP)
         late = await stage.judge(facts(request, "2001:db8::1"))
@@ -106,4 +107,5 @@ def test_an_address_that_was_late_is_not_evaluated_again_for_a_while() -> None:
         assert not (await stage.judge(facts(request, "2001:db8::1"))).failure
 
     with_pool(Pool([rules_set]), ask)
-    assert (counters["managed rules: late"], counters["managed rules: late before"]) == (1, 1)
+    outcomes = {outcome: count for (_, outcome), count in metrics[MANAGED_RULES].values.items()}
+    assert (outcomes["late"], outcomes["late before"]) == (1, 1)

@@ -98,7 +98,7 @@ def test_who_sends_no_header_is_closed(origin: Witness, certificate: Certificate
     with policed(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
         plain.sendall(sent)
         assert read_until_end(plain) == b""
-        record = tunnel.wait_records(1, "no handshake")[0]
+        record = tunnel.wait_records(1, "no TLS handshake")[0]
         assert record["reason"].startswith("PROXY header: ")
 
 
@@ -108,7 +108,7 @@ def test_a_stranger_is_closed_whatever_it_says(origin: Witness, certificate: Cer
             with contextlib.suppress(OSError):
                 plain.sendall(write_v2(CLIENT, SERVER))
             assert read_until_end(plain) == b""
-        assert tunnel.wait_records(1, "not accepted")[0]["reason"] == "no trusted proxy"
+        assert tunnel.wait_records(1, "not accepted")[0]["reason"] == "untrusted proxy"
 
 
 def test_only_on_some_listeners(origin: Witness, certificate: Certificate) -> None:

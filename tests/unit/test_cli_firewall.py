@@ -89,7 +89,7 @@ def test_every_stage_of_a_request_that_passes(file: Path) -> None:
         "target its path is /attic/",
         "addresses of all sites may come",
         "addresses of the site may come",
-        "origin https://chat.example may connect",
+        "web origin https://chat.example may connect",
         "rules none of them decides",
         "no admins: not matched (block); path='/attic/'",
         "rooms: not matched (log); path='/attic/', query={'debug': ['1']}",
@@ -107,27 +107,27 @@ def test_what_was_not_reached_says_so(file: Path) -> None:
         "rules not asked",
         "rate limits not asked",
         "managed rules not asked",
-        "verdict 403 Forbidden: origin",
+        "verdict 403 Forbidden: web origin not allowed",
     ]
 
 
 @pytest.mark.parametrize(
     ("request_line", "options", "status", "reason", "stages"),
     [
-        ("GET /%2e%2fx", (), 400, "target", ["target"]),
+        ("GET /%2e%2fx", (), 400, "ambiguous target", ["target"]),
         (
             "GET /",
             ("--ip", "203.0.113.9"),
             403,
-            "blocked address",
-            ["target", "addresses of all sites", "addresses of the site", "origin"],
+            "address blocked",
+            ["target", "addresses of all sites", "addresses of the site", "web origin"],
         ),
         (
             "GET /",
             ("--ip", "198.51.100.7"),
             403,
-            "blocked address",
-            ["target", "addresses of all sites", "addresses of the site", "origin"],
+            "address blocked",
+            ["target", "addresses of all sites", "addresses of the site", "web origin"],
         ),
         ("GET /%61dmin", (), 403, "rule", ["rules"]),
         ("POST /", (), 405, "method", []),
@@ -155,7 +155,7 @@ def test_a_rule_that_matches_is_named_with_what_it_saw(file: Path) -> None:
 def test_the_host_field_chooses_the_site(file: Path) -> None:
     assert told(file, "GET /", "--header", "Host: a.chat.example:8443")["site"] == "chat.example"
     found = told(file, "GET /", "--header", "Host: other.example", "--header", "Origin: https://x.example")
-    assert (found["site"], found["reason"]) == ("other.example", "origin")
+    assert (found["site"], found["reason"]) == ("other.example", "web origin not allowed")
 
 
 def test_what_the_request_holds_is_escaped(file: Path) -> None:

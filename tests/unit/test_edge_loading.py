@@ -4,7 +4,6 @@ import importlib
 import os
 import py_compile
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tlstunnel.config import OriginConfig, SiteConfig
 from tlstunnel.edge.loading import Loader, explained, line_in
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.metrics.registry import Registry
 
 GOOD = "async def fetch(request, env):\n    return request\n"
 
@@ -264,14 +264,14 @@ def test_one_that_is_no_worker_leaves_no_module(file: Path, code: str) -> None:
     before = ours()
     file.write_text(code)
     with pytest.raises(ConfigurationError, match=r"sites\[0\].worker: the edge worker"):
-        Workers([_site(f"{file}:fetch")], Counter())
+        Workers([_site(f"{file}:fetch")], Registry())
     assert ours() == before
 
 
 def test_the_second_that_is_wrong_leaves_nothing_of_the_first(file: Path) -> None:
     before = ours()
     with pytest.raises(ConfigurationError, match=r"sites\[1\].worker: the edge worker .*none.py"):
-        Workers([_site(f"{file}:fetch"), _site(f"{file.parent}/none.py:fetch")], Counter())
+        Workers([_site(f"{file}:fetch"), _site(f"{file.parent}/none.py:fetch")], Registry())
     assert ours() == before
 
 

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,6 +29,8 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.metrics.families import EDGE_REQUESTS
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 
@@ -85,7 +86,7 @@ def site(reference: str | None, name: str = "localhost", **more: Any) -> SiteCon
 
 
 def workers(*sites: SiteConfig, before: Workers | None = None) -> Workers:
-    return Workers(sites, Counter(), before)
+    return Workers(sites, Registry(), before)
 
 
 def only(of: Workers) -> Worker:
@@ -504,14 +505,14 @@ class _Client:
     gone = False
 
 
-def _edge(of: Workers, timeout: float, on_error: Any = "refuse", counted: Counter[str] | None = None) -> Edge:
+def _edge(of: Workers, timeout: float, on_error: Any = "refuse", metrics: Registry | None = None) -> Edge:
     configured = site("x:fetch", worker_timeout=Timeout(timeout), worker_on_error=on_error)
     return Edge(
         only(of),
         None,  # type: ignore[arg-type]
         timeout=configured.worker_timeout,
         on_error=configured.worker_on_error,
-        counted=counted if counted is not None else Counter(),
+        metrics=metrics if metrics is not None else Registry(),
     )
 
 
@@ -541,8 +542,8 @@ def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pyte
     async def work() -> None:
         of = workers(site(written(folder, "file", code)))
         await of.start()
-        counted: Counter[str] = Counter()
-        edge, module = _edge(of, 0.05, counted=counted), globals_of(only(of))
+        metrics = Registry()
+        edge, module = _edge(of, 0.05, metrics=metrics), globals_of(only(of))
         for _ in range(5):
             with pytest.raises(Refusal) as late:
                 await _ask(edge, seconds=0.05)
@@ -552,16 +553,17 @@ def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pyte
             await _ask(edge)
         assert (busy.value.status, busy.value.reason) == (503, "edge: worker busy")
         assert len(module["notes"]) == 5
-        forwarded = await _ask(_edge(of, 0.05, "forward", counted))
+        forwarded = await _ask(_edge(of, 0.05, "forward", metrics))
         assert (forwarded.saw, forwarded.pool) == ("busy", None)
         module["let_go"].set()
         await until(lambda: only(of).late == 0)
         assert (await _ask(edge, seconds=5)).saw == "forwarded"
-        assert counted == {"edge: timed out": 5, "edge: busy": 2, "edge: forwarded": 1}
+        outcomes = {outcome: count for (_, outcome), count in metrics[EDGE_REQUESTS].values.items()}
+        assert outcomes == {"timed out": 5, "busy": 2, "forwarded": 1}
         await of.close()
 
     run(work())
-    assert [record["late"] for record in logged if record["event"] == "edge worker not asked"] == [5, 5]
+    assert [record["late"] for record in logged if record["event"] == "edge worker busy"] == [5, 5]
 
 
 def test_a_call_that_is_cancelled_before_it_has_begun_never_begins(folder: Path) -> None:

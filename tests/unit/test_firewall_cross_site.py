@@ -132,7 +132,7 @@ def test_a_request_without_origin_is_no_browsers() -> None:
     assert allowed(OriginCheck(["same"], NAMES))
     refusal = OriginCheck(["same"], NAMES, required=True).refusal(facts())
     assert refusal is not None
-    assert (refusal.status, refusal.reason) == (403, "no origin")
+    assert (refusal.status, refusal.reason) == (403, "web origin missing")
     assert allowed(OriginCheck(["same"], NAMES, required=True), b"https://chat.example.com")
 
 

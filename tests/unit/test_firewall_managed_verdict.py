@@ -1,7 +1,6 @@
 """What a score, a guard's objection and a failure mean for a site."""
 
 import asyncio
-from collections import Counter
 from typing import Literal
 
 import pytest
@@ -14,6 +13,8 @@ from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
 from tlstunnel.firewall.managed.pool import Failure, Pool
 from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
 from tlstunnel.handshake.refusal import render
+from tlstunnel.metrics.families import MANAGED_RULE_MATCHES, MANAGED_RULES
+from tlstunnel.metrics.registry import Registry
 
 SQLI, XSS = Match(942100, "SQL", 2, "a"), Match(941100, "XSS", 2, "b")
 HOSTILE = "/?x=" + "$(" * 100
@@ -34,17 +35,21 @@ class Answers(Pool):
 
 def judge(
     result: Evaluation | Failure, settings: SiteManagedRules, target: str = "/?x=1"
-) -> tuple[ManagedOutcome, Counter[str]]:
-    counters: Counter[str] = Counter()
-    stage = ManagedRulesStage(Answers(result), "set", settings, counters)
-    return asyncio.run(stage.judge(facts(plain_request(target)))), counters
+) -> tuple[ManagedOutcome, dict[str, int]]:
+    """What comes of it, and how often each outcome and each rule was counted."""
+    metrics = Registry()
+    stage = ManagedRulesStage(Answers(result), "set", settings, metrics)
+    outcome = asyncio.run(stage.judge(facts(plain_request(target))))
+    outcomes = {labels[-1]: count for labels, count in metrics[MANAGED_RULES].values.items()}
+    matches = {rule: count for (rule,), count in metrics[MANAGED_RULE_MATCHES].values.items()}
+    return outcome, outcomes | matches
 
 
 def test_pool_is_asked_with_what_was_sent() -> None:
     pool = Answers(Evaluation(0))
     trace: list[object] = []
     request = plain_request("/%61?x=%31", "User-Agent: T")
-    stage = ManagedRulesStage(pool, "set", SiteManagedRules(), Counter())
+    stage = ManagedRulesStage(pool, "set", SiteManagedRules(), Registry())
     outcome = asyncio.run(stage.judge(facts(request, "::ffff:203.0.113.7"), trace))
     assert pool.asked == [("set", Subject("203.0.113.7", b"/%61?x=%31", request.fields), 0.05)]
     assert trace == [outcome] == [ManagedOutcome()]
@@ -55,8 +60,8 @@ def test_threshold(score: int, blocked: bool) -> None:
     outcome, counters = judge(Evaluation(score, (SQLI, XSS, SQLI)), SiteManagedRules())
     assert (outcome.score, outcome.rule_ids) == (score, (942100, 941100))
     assert outcome.families == ("SQL injection", "cross-site scripting")
-    assert counters["managed rule: 942100: matched"] == counters["managed rule: 941100: matched"] == 1
-    assert counters["managed rules: blocked"] == blocked
+    assert counters["942100"] == counters["941100"] == 1
+    assert counters == {"blocked" if blocked else "passed": 1, "942100": 1, "941100": 1}
     if blocked:
         assert outcome.refusal is not None
         assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
@@ -81,21 +86,21 @@ def test_mode_log_refuses_nothing() -> None:
         assert outcome.refusal is None
         assert outcome.logged == ("managed rules",)
         assert outcome.matches == (SQLI,)
-        assert counters["managed rules: logged"] == 1
+        assert counters["logged"] == 1
     outcome, counters = judge(Evaluation(0), settings, HOSTILE)
     assert (outcome.refusal, outcome.logged) == (None, ("managed rules: guard",))
-    assert counters["managed rules: guard"] == 1
+    assert counters["guard"] == 1
     for failure in Failure:
         outcome, counters = judge(failure, settings)
         assert (outcome.refusal, outcome.logged, outcome.failure) == (None, (), failure.value)
-        assert counters[f"managed rules: {failure.value}"] == 1
+        assert counters[failure.value] == 1
 
 
 @pytest.mark.parametrize("on_failure", ["block", "allow"])
 @pytest.mark.parametrize("failure", list(Failure))
 def test_failure_is_what_the_site_says(failure: Failure, on_failure: Literal["block", "allow"]) -> None:
     outcome, counters = judge(failure, SiteManagedRules(on_failure=on_failure))
-    assert counters == {f"managed rules: {failure.value}": 1}
+    assert counters == {failure.value: 1}
     assert outcome.failure == failure.value
     if on_failure == "allow":
         assert outcome.refusal is None

@@ -23,6 +23,8 @@ from tlstunnel.firewall.rate_limits import (
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
+from tlstunnel.metrics.families import RATE_LIMITS
+from tlstunnel.metrics.registry import Registry
 
 
 class Clock:
@@ -193,7 +195,9 @@ def test_when() -> None:
 def test_who_is_blocked_is_whatever_they_ask() -> None:
     clock = Clock()
     counting = limits(
-        config(when='path == "/login"', block_for=Timeout(600)), counters=MemoryCounters(clock=clock), counted=Counter()
+        config(when='path == "/login"', block_for=Timeout(600)),
+        counters=MemoryCounters(clock=clock),
+        metrics=Registry(),
     )
     assert passes(counting, facts())
     assert passes(counting, facts(target=b"/login"))
@@ -208,10 +212,10 @@ def test_who_is_blocked_is_whatever_they_ask() -> None:
 def test_a_when_without_an_answer_holds_and_is_reported_once_a_minute() -> None:
     clock = Clock()
     told: list[tuple[str, str]] = []
-    counted: Counter[str] = Counter()
+    metrics = Registry()
     counting = limits(
         config("tiers", when='headers["x-tier"] != "gold"'),
-        counted=counted,
+        metrics=metrics,
         report=lambda name, why: told.append((name, why)),
         clock=clock,
     )
@@ -220,7 +224,7 @@ def test_a_when_without_an_answer_holds_and_is_reported_once_a_minute() -> None:
     assert passes(counting, facts())
     assert not passes(counting, facts())
     assert told == [("tiers", 'there is no key "x-tier"')]
-    assert counted["rate limit: tiers: when failed"] == 2
+    assert metrics[RATE_LIMITS]["", "tiers", "condition failed", "block"] == 2
     assert not passes(counting, facts((b"X-Tier", b"silver")))
     assert passes(counting, facts((b"X-Tier", b"gold")))
     clock.now += 60
@@ -411,9 +415,9 @@ def test_exact_under_200_clients_at_once(strategy: str) -> None:
 
 
 def test_what_only_logs_counts_and_refuses_nothing() -> None:
-    counted: Counter[str] = Counter()
+    metrics = Registry()
     counting = limits(
-        config(mode="log", limit="2/minute"), config("open", None, mode="log", max_tunnels=3), counted=counted
+        config(mode="log", limit="2/minute"), config("open", None, mode="log", max_tunnels=3), metrics=metrics
     )
     outcomes = [judged(counting, facts()) for _ in range(5)]
     assert all(outcome.refusal is None and outcome.limit == "" for outcome in outcomes)
@@ -421,20 +425,24 @@ def test_what_only_logs_counts_and_refuses_nothing() -> None:
     for outcome in outcomes:
         outcome.lease.release()
     assert judged(counting, facts()).logged == ("a",)
-    assert counted == {
-        "rate limit: a: asked": 6,
-        "rate limit: a: over, let through": 4,
-        "rate limit: open: asked": 6,
-        "rate limit: open: too many tunnels, let through": 2,
+    assert metrics[RATE_LIMITS].values == {
+        ("", "a", "passed", "log"): 2,
+        ("", "a", "over", "log"): 4,
+        ("", "open", "passed", "log"): 4,
+        ("", "open", "too many tunnels", "log"): 2,
     }
 
 
 def test_counters_say_what_was_over() -> None:
-    counted: Counter[str] = Counter()
-    counting = limits(config(block_for=Timeout(60)), config("never", when='path == "/other"'), counted=counted)
+    metrics = Registry()
+    counting = limits(config(block_for=Timeout(60)), config("never", when='path == "/other"'), metrics=metrics)
     for _ in range(4):
         judged(counting, facts())
-    assert counted == {"rate limit: a: asked": 4, "rate limit: a: over": 1, "rate limit: a: blocked": 2}
+    assert metrics[RATE_LIMITS].values == {
+        ("", "a", "passed", "block"): 1,
+        ("", "a", "over", "block"): 1,
+        ("", "a", "blocked", "block"): 2,
+    }
 
 
 def test_who_is_refused_uses_up_no_other_limit() -> None:
@@ -448,9 +456,9 @@ def test_who_is_refused_uses_up_no_other_limit() -> None:
 
 def test_joined_limits_are_asked_at_once() -> None:
     counters = MemoryCounters(clock=Clock())
-    counted: Counter[str] = Counter()
-    everywhere = limits(config(limit="2/minute"), counters=counters, counted=counted)
-    site = limits(config(), counters=counters, scope="chat.example.com", counted=counted)
+    metrics = Registry()
+    everywhere = limits(config(limit="2/minute"), counters=counters, metrics=metrics)
+    site = limits(config(), counters=counters, scope="chat.example.com", metrics=metrics)
     both = everywhere + site
     assert (len(everywhere), len(site), len(both)) == (1, 1, 2)
     assert passes(both, facts())

@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ from tlstunnel.firewall.lists import NamedLists
 from tlstunnel.firewall.rules import Rules, RulesOutcome, RuleTrace
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
+from tlstunnel.metrics.families import RULES
+from tlstunnel.metrics.registry import Registry
 
 CONNECTION = Connection(
     ip="192.0.2.1",
@@ -133,11 +134,11 @@ def test_a_rule_that_fails_can_block(action: Action) -> None:
 
 
 def test_counters() -> None:
-    counted: Counter[str] = Counter()
-    found = rules(rule("a", "log"), rule("b", "log", when=FAILING), rule("c"), rule("d"), counted=counted)
+    metrics = Registry()
+    found = rules(rule("a", "log"), rule("b", "log", when=FAILING), rule("c"), rule("d"), metrics=metrics)
     for _ in range(3):
         found.judge(facts())
-    assert counted == {"rule: a: matched": 3, "rule: b: failed": 3, "rule: c: matched": 3}
+    assert metrics[RULES].values == {("*", "a", "matched"): 3, ("*", "b", "failed"): 3, ("*", "c", "matched"): 3}
 
 
 def test_failures_are_reported_once_a_minute_for_each_rule() -> None:
@@ -162,16 +163,16 @@ def test_failures_are_reported_once_a_minute_for_each_rule() -> None:
 
 
 def test_joined_rules_are_asked_in_order_and_share_their_counters() -> None:
-    counted: Counter[str] = Counter()
+    metrics = Registry()
     expressions = Expressions()
-    everywhere = Rules([rule("a", "log"), rule("b", "allow", 'path == "/ok"')], expressions, counted=counted)
-    here = Rules([rule("c", when='host == "chat.example.com"')], expressions, counted=counted)
+    everywhere = Rules([rule("a", "log"), rule("b", "allow", 'path == "/ok"')], expressions, metrics=metrics)
+    here = Rules([rule("c", when='host == "chat.example.com"')], expressions, metrics=metrics)
     joined = everywhere + here
     assert (len(everywhere), len(here), len(joined)) == (2, 1, 3)
     assert joined.judge(facts()).rule == "c"
     assert joined.judge(facts(b"/ok")).rule == "b"
     assert everywhere.judge(facts()).rule == ""
-    assert counted == {"rule: a: matched": 3, "rule: b: matched": 1, "rule: c: matched": 1}
+    assert metrics[RULES].values == {("*", "a", "matched"): 3, ("*", "b", "matched"): 1, ("*", "c", "matched"): 1}
 
 
 def test_a_wrong_rule_is_named_with_the_place() -> None:

@@ -4,8 +4,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from tlstunnel.journal import journal as recording
+from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
+from tlstunnel.metrics.families import (
+    BYTES,
+    CONNECTIONS,
+    CONNECTIONS_NOT_ACCEPTED,
+    TLS_HANDSHAKES_FAILED,
+    TUNNELS_OPENED,
+)
 
 
 def filled() -> Record:
@@ -90,7 +98,7 @@ def test_opening_is_counted_only_by_default() -> None:
         journal.opened(filled())
         journal.opened(filled())
     assert logs == []
-    assert journal.counters["opened"] == 2
+    assert journal.metrics[TUNNELS_OPENED].values == {("chat.example.com",): 2}
 
 
 def test_ends_are_counted_by_who_and_why() -> None:
@@ -100,7 +108,39 @@ def test_ends_are_counted_by_who_and_why() -> None:
         for record in (filled(), other, filled()):
             journal.ended(record)
     assert len(logs) == 3
-    assert journal.counters == {"ended: client: closed": 2, "ended: origin: reset": 1}
+    site = "chat.example.com"
+    assert journal.metrics[CONNECTIONS].values == {(site, "client", "closed"): 2, (site, "origin", "reset"): 1}
+
+
+def test_only_the_fixed_part_of_a_reason_is_counted() -> None:
+    journal = Journal()
+    for reason in ("TLS error: BAD_RECORD_MAC", "TLS error: DECRYPTION_FAILED", "rule: a", "of some other release"):
+        record = filled()
+        record.reason = reason
+        with capture_logs() as logs:
+            journal.ended(record)
+        assert logs[0]["reason"] == reason
+    counted = {reason: count for (_, _, reason), count in journal.metrics[CONNECTIONS].values.items()}
+    assert counted == {"TLS error": 2, "rule": 1, "other": 1}
+
+
+def test_bytes_are_counted_at_the_end() -> None:
+    journal = Journal()
+    with capture_logs():
+        journal.ended(filled(), up=12, down=345)
+        journal.ended(filled(), up=1)
+    site = "chat.example.com"
+    assert journal.metrics[BYTES].values == {(site, "up"): 13, (site, "down"): 345}
+
+
+def test_listeners_get_each_record_once_it_is_whole() -> None:
+    journal, record = Journal(), filled()
+    heard: list[tuple[Record, int, int]] = []
+    journal.listeners.append(lambda one: heard.append((one, one.up, one.down)))
+    with capture_logs():
+        journal.failed(filled(), Reason.TLS_TIMED_OUT)
+        journal.ended(record, 1, 2)
+    assert heard == [(record, 1, 2)]
 
 
 # Samples.
@@ -113,27 +153,27 @@ def test_failures_before_a_request_are_counted_and_one_is_logged() -> None:
             journal.failed(Record("a", "192.0.2.1"), "tls: handshake failed", "NO_SHARED_CIPHER")
     assert logs == [
         {
-            "event": "no handshake",
+            "event": "no TLS handshake",
             "log_level": "warning",
             "reason": "tls: handshake failed",
-            "unsaid": 0,
+            "suppressed": 0,
             "client": "192.0.2.1",
             "detail": "NO_SHARED_CIPHER",
         }
     ]
-    assert journal.counters == {"tls: handshake failed": 1000}
+    assert journal.metrics[TLS_HANDSHAKES_FAILED].values == {("tls: handshake failed",): 1000}
 
 
 def test_later_sample_says_how_many_were_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal()
     with capture_logs() as logs:
         for _ in range(5):
-            journal.sampled("no handshake", "hello: timed out")
+            journal.not_accepted("192.0.2.1", Reason.UNTRUSTED_PROXY)
         monkeypatch.setattr(recording, "SAMPLE_SECONDS", 0.0)
-        journal.sampled("no handshake", "hello: timed out")
-        journal.sampled("no handshake", "hello: timed out")
-    assert [line["unsaid"] for line in logs] == [0, 4, 0]
-    assert journal.counters == {"hello: timed out": 7}
+        journal.not_accepted("192.0.2.1", Reason.UNTRUSTED_PROXY)
+        journal.not_accepted("192.0.2.1", Reason.UNTRUSTED_PROXY)
+    assert [line["suppressed"] for line in logs] == [0, 4, 0]
+    assert journal.metrics[CONNECTIONS_NOT_ACCEPTED].values == {("untrusted proxy",): 7}
 
 
 def test_each_kind_is_sampled_alone() -> None:
@@ -148,5 +188,5 @@ def test_sample_names_the_sni_where_there_is_one() -> None:
     record = Record("a", "192.0.2.1")
     record.sni = "nobody.example.com"
     with capture_logs() as logs:
-        Journal().failed(record, "hello: no site of this name")
+        Journal().failed(record, "hello: no site for this name")
     assert logs[0]["sni"] == "nobody.example.com"

@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from tlstunnel.escaping import printable
+from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import Lines, configure_logging
 from tlstunnel.journal.record import Record
@@ -64,7 +65,7 @@ FACTS = {
 def test_json_is_one_object_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("json"):
         Journal().ended(filled(), up=1, down=2)
-        Journal().sampled("accepting paused", "no descriptors left", connections=3)
+        Journal().accepting_paused(Reason.OUT_OF_DESCRIPTORS, connections=3)
     out, err = capfd.readouterr()
     first, second = (json.loads(line) for line in err.splitlines())
     assert out == ""
@@ -76,7 +77,7 @@ def test_json_is_one_object_a_line(capfd: pytest.CaptureFixture[str]) -> None:
 def test_text_is_one_line_an_event(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("text"):
         Journal().ended(filled())
-        Journal().sampled("accepting paused", "no descriptors left")
+        Journal().accepting_paused(Reason.OUT_OF_DESCRIPTORS, connections=3)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "connection" in lines[0]

@@ -1,7 +1,6 @@
 """``tlstunnel config``: look at a configuration file without starting anything."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,8 +102,9 @@ def _load_workers(config: Config) -> None:
     """Load the code of edge workers, as a start would; none is set up. Raises ConfigurationError."""
     if any(site.worker for site in config.sites):
         from tlstunnel.edge.workers import Workers  # noqa: PLC0415 - as above
+        from tlstunnel.metrics.registry import Registry  # noqa: PLC0415 - as above
 
-        Workers(config.sites, Counter())
+        Workers(config.sites, Registry())
 
 
 def _summary(config: Config) -> Iterator[str]:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,6 +25,7 @@ from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.journal.lines import configure_logging
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup
@@ -128,7 +128,7 @@ def _with_worker(site: SiteConfig, worker: str, worker_config: str | None) -> Si
 async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
     """Ask it by the same code, with a client that waits. Raises ConfigurationError: it cannot be loaded or set up."""
     try:
-        workers = Workers([site], Counter())
+        workers = Workers([site], Registry())
     except ConfigurationError as error:
         raise ConfigurationError(str(error).removeprefix("sites[0].worker: ")) from None
     await workers.start()

@@ -31,7 +31,7 @@ STAGES = (
     "target",
     "addresses of all sites",
     "addresses of the site",
-    "origin",
+    "web origin",
     "rules",
     "rate limits",
     "managed rules",

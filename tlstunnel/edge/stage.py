@@ -1,7 +1,6 @@
 """The edge stage: a site's worker is asked about an upgrade request; directions come of it, or a refusal."""
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,9 @@ from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Event, Reason, WorkerOutcome
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 
 RETRY_AFTER = ((b"Retry-After", b"1"),)
 
-_EVENTS = {"failed": "edge worker failed", "timed out": "edge worker timed out", "busy": "edge worker not asked"}
+_EVENTS = {
+    WorkerOutcome.FAILED: Event.WORKER_FAILED,
+    WorkerOutcome.TIMED_OUT: Event.WORKER_TIMED_OUT,
+    WorkerOutcome.BUSY: Event.WORKER_BUSY,
+}
 """What the log says of a request that its worker gave nothing for."""
 
 
@@ -38,7 +44,7 @@ class Directions:
 
     request: handshake.UpgradeRequest
     edits: Edits
-    saw: str
+    saw: WorkerOutcome
     pool: "Pool | None" = None
     address: OriginAddress | None = None
 
@@ -57,13 +63,13 @@ class Edge:
         *,
         timeout: float,
         on_error: "Literal['refuse', 'forward']",
-        counted: Counter[str],
+        metrics: Registry,
     ) -> None:
         self.worker = worker
         self.destinations = destinations
         self.timeout = timeout
         self._forwards = on_error == "forward"
-        self._counted = counted
+        self._counts = metrics[families.EDGE_REQUESTS]
 
     async def ask(  # noqa: PLR0913, PLR0917 - a request, who asks, and what to wait by
         self,
@@ -76,8 +82,8 @@ class Edge:
     ) -> Directions:
         """Ask the worker, by the deadline of `wakeup`. Raises Refusal; ClientGone when the client does not wait."""
         if self.worker.late >= MOST_LATE:
-            busy = Refusal(503, "edge: worker busy", "the edge worker is busy", RETRY_AFTER)
-            return self._failed(request, request_id, busy, "busy", late=self.worker.late)
+            busy = Refusal(503, Reason.WORKER_BUSY, "the edge worker is busy", RETRY_AFTER)
+            return self._failed(request, request_id, busy, WorkerOutcome.BUSY, late=self.worker.late)
         call = self.worker.ask(upgrade_request(request, connection, request_id, der, time.time()), wakeup.fire)
         try:
             while not call.finished:
@@ -86,8 +92,8 @@ class Edge:
                 await wakeup.wait()
         except TimeoutError:
             text = f"the edge worker did not answer within {self.timeout:g} s"
-            late = Refusal(504, "edge: worker timed out", text)
-            return self._failed(request, request_id, late, "timed out", seconds=float(self.timeout))
+            late = Refusal(504, Reason.WORKER_TIMED_OUT, text)
+            return self._failed(request, request_id, late, WorkerOutcome.TIMED_OUT, seconds=float(self.timeout))
         finally:
             call.leave()
         return self._directions(request, call, request_id)
@@ -96,25 +102,30 @@ class Edge:
         """End the look-ups of names that its worker has chosen."""
         await self.destinations.close()
 
+    def _count(self, outcome: WorkerOutcome) -> None:
+        self._counts.add(self.worker.reference, outcome)
+
     def _directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
         made = call.outcome
         if made is None:
-            failure = Refusal(500, "edge: worker failed", "the edge worker failed")
+            failure = Refusal(500, Reason.WORKER_FAILED, "the edge worker failed")
             forwards = self._forwards and not call.invalid
-            return self._failed(request, request_id, failure, "failed", forwards=forwards, exception=call.failure)
+            return self._failed(
+                request, request_id, failure, WorkerOutcome.FAILED, forwards=forwards, exception=call.failure
+            )
         if isinstance(made, Refusal):
-            self._counted["edge: replied"] += 1
+            self._count(WorkerOutcome.REPLIED)
             raise made
         pool = None if made.address is None else self.destinations.pool(made.address)
-        self._counted["edge: forwarded"] += 1
-        return Directions(made.request, made.edits, "forwarded", pool, made.address)
+        self._count(WorkerOutcome.FORWARDED)
+        return Directions(made.request, made.edits, WorkerOutcome.FORWARDED, pool, made.address)
 
     def _failed(
         self,
         request: handshake.UpgradeRequest,
         request_id: str,
         refusal: Refusal,
-        saw: str,
+        saw: WorkerOutcome,
         *,
         forwards: bool | None = None,
         **facts: object,
@@ -123,7 +134,7 @@ class Edge:
         forwards = self._forwards if forwards is None else forwards
         going = {"forwarded": True} if forwards else {}
         structlog.get_logger().warning(_EVENTS[saw], id=request_id, worker=self.worker.reference, **facts, **going)
-        self._counted[f"edge: {saw}"] += 1
+        self._count(saw)
         if not forwards:
             raise refusal
         return Directions(request, NO_EDITS, saw)

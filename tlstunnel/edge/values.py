@@ -22,6 +22,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import by_name
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits, edited
 from tlstunnel.handshake.refusal import Fields, Refusal
+from tlstunnel.journal.events import Reason
 
 FieldValue = str | Sequence[str]
 """Of a field: its value, or several, each on a line of its own."""
@@ -213,7 +214,7 @@ class Reply:
             raise InvalidReply("a reply with the status 304 has no body")
         body = self.body if isinstance(self.body, bytes) else self.body.encode("utf-8", "backslashreplace")
         # Once, here: whoever changes what was given afterwards changes nothing of it.
-        answer = Refusal(int(self.status), "edge: reply", "", self._fields(), body=bytes(body))
+        answer = Refusal(int(self.status), Reason.WORKER_REPLY, "", self._fields(), body=bytes(body))
         object.__setattr__(self, "_answer", answer)
 
     def _fields(self) -> Fields:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from tlstunnel.edge.stage import Edge
 from tlstunnel.edge.thread import EdgeThread
 from tlstunnel.edge.worker import Worker
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ RESPONDS_SECONDS = 2.0
 class Workers:
     """The workers of `sites`. Those that are imported go on from the workers `before`, where nothing of them changed.
 
-    `counted` counts what comes of asking them. To be made in any thread. Raises ConfigurationError.
+    `metrics` count what comes of calling them. To be made in any thread. Raises ConfigurationError.
     """
 
-    def __init__(self, sites: Sequence[SiteConfig], counted: Counter[str], before: "Workers | None" = None) -> None:
-        self._counted = counted
+    def __init__(self, sites: Sequence[SiteConfig], metrics: Registry, before: "Workers | None" = None) -> None:
+        self._metrics = metrics
         self._before = before
         self._thread: EdgeThread | None = None
         self._all: dict[tuple[str, str], Worker] = {}
@@ -63,7 +63,7 @@ class Workers:
             allowed,
             timeout=site.worker_timeout,
             on_error=site.worker_on_error,
-            counted=self._counted,
+            metrics=self._metrics,
         )
 
     async def start(self) -> None:

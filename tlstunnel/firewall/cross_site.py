@@ -13,6 +13,7 @@ from tlstunnel.config import WEB_PORTS
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import UpgradeRequest
+from tlstunnel.journal.events import Reason
 
 # RFC 6454 section 7.1: one serialized origin, and nothing behind its port.
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#@\\\s:]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
@@ -42,9 +43,11 @@ class OriginCheck:
         if not values:
             # Browsers send none when they load a page.
             required = self._required and isinstance(facts.request, UpgradeRequest)
-            return _refused("no origin", "a request without an Origin field is refused here") if required else None
+            if not required:
+                return None
+            return _refused(Reason.WEB_ORIGIN_MISSING, "a request without an Origin field is refused here")
         if len(values) > 1:
-            return _refused("origin", "there must be one Origin field", "several Origin fields")
+            return _refused(Reason.WEB_ORIGIN_NOT_ALLOWED, "there must be one Origin field", "several Origin fields")
         # Browsers send the canonical form, so this is all that it takes for most of those that may come.
         sent = values[0].decode("latin-1")
         if sent in self._exact:
@@ -52,7 +55,7 @@ class OriginCheck:
         origin = canonical_origin(values[0])
         if origin and self._allows(origin, facts):
             return None
-        return _refused("origin", "pages of this origin may not connect here", sent)
+        return _refused(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this origin may not connect here", sent)
 
     def _allows(self, origin: str, facts: Facts) -> bool:
         if origin in self._exact:
@@ -112,5 +115,5 @@ def _split(authority: str) -> tuple[str, str]:
     return host, port
 
 
-def _refused(reason: str, text: str, detail: str = "") -> Refusal:
+def _refused(reason: Reason, text: str, detail: str = "") -> Refusal:
     return Refusal(403, reason, text, detail=detail)

@@ -9,6 +9,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import tokens
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
+from tlstunnel.journal.events import Reason
 
 MAX_QUERY_VALUES = 128
 """Values of a query. PHP takes 1000, ModSecurity's recommended settings 1000, the guard of managed rules 64."""
@@ -146,12 +147,12 @@ def gather(request: Request, connection: Connection, *, strict_path: bool, now: 
     fields = request.by_name
     raw_path, _, query = request.target.partition(b"?")
     if query.count(b"&") >= MAX_QUERY_VALUES:
-        raise Refusal(400, "query", f"the query has more than {MAX_QUERY_VALUES} values")
+        raise Refusal(400, Reason.TOO_MANY_QUERY_VALUES, f"the query has more than {MAX_QUERY_VALUES} values")
     if sum(value.count(b";") + 1 for value in fields.get(b"cookie", ())) > MAX_COOKIES:
-        raise Refusal(400, "cookies", f"the request has more than {MAX_COOKIES} cookies")
+        raise Refusal(400, Reason.TOO_MANY_COOKIES, f"the request has more than {MAX_COOKIES} cookies")
     for name in (b"sec-websocket-protocol", b"sec-websocket-extensions"):
         if sum(value.count(b",") + 1 for value in fields.get(name, ())) > MAX_ELEMENTS:
-            raise Refusal(400, "too many elements", f"{name.decode()} has more than {MAX_ELEMENTS} elements")
+            raise Refusal(400, Reason.TOO_MANY_ELEMENTS, f"{name.decode()} has more than {MAX_ELEMENTS} elements")
     if strict_path:
         refuse_ambiguous(request.target)
     return Facts(request, connection, normal_path(raw_path), now)
@@ -221,7 +222,7 @@ def _refuse_no_text(decoded: bytes) -> None:
 
 
 def _ambiguous(text: str) -> Refusal:
-    return Refusal(400, "target", text)
+    return Refusal(400, Reason.AMBIGUOUS_TARGET, text)
 
 
 def _decoded(text: bytes) -> str:

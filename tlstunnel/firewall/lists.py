@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tlstunnel.addresses import Networks, quoted
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.journal.events import Reason
 
 MAX_FILE = 64 << 20
 """Bytes of a list's file: two million IPv6 networks. A larger one is a slip."""
@@ -180,16 +181,16 @@ class AddressLists:
         self._allow = _members(allow, lists)
         self._block = _members(block, lists)
 
-    def objection(self, ip: str) -> str:
-        """Why `ip` may not come, or "". To be blocked goes before being allowed.
+    def objection(self, ip: str) -> Reason | None:
+        """Return why `ip` may not connect, or None. An address that is both blocked and allowed is blocked.
 
-        "", the address of a client that has none (a Unix socket's), is in no list: where some are allowed, it is not.
+        "", the address of a client of a Unix socket, is in no list: where only some are allowed, it is not.
         """
         if any(ip in members for members in self._block):
-            return "blocked address"
+            return Reason.ADDRESS_BLOCKED
         if self._allow and not any(ip in members for members in self._allow):
-            return "address not allowed"
-        return ""
+            return Reason.ADDRESS_NOT_ALLOWED
+        return None
 
 
 def _members(entries: Sequence[str], lists: NamedLists) -> tuple[AddressSet | NamedList, ...]:

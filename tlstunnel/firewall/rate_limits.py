@@ -13,7 +13,6 @@ import difflib
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -31,6 +30,9 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.counters import Answer, Counters, Over, Question, Strategy
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Reason
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
 
 MOST_REMEMBERED = 1_000
 """The largest number of a moving window: it keeps the time of each request, 8 bytes, as long as the window."""
@@ -64,6 +66,14 @@ CompileWhen = Callable[[str, Callable[[str], None]], Callable[[Facts], bool]]
 Raises ConfigurationError for what is none. The condition raises nothing; where it has no answer, it tells the function
 why.
 """
+
+_OUTCOMES: dict[Over, str] = {
+    "": "passed",
+    "limit": "over",
+    "tunnels": "too many tunnels",
+    "blocked": "blocked",
+}
+"""What came of a limit, in metrics and in words."""
 
 _Reader = Callable[[Facts], str | None]
 
@@ -116,8 +126,8 @@ class RateLimits:
 
     A request is counted by all of them or by none (`Counters.ask`): one that is refused uses up no other limit. Limits
     of `scope`, a site's name or "" for those of all sites, share counters with no other scope; ``+`` joins those of
-    two. `counted` gets a count for each limit and what it said; `report` is told the name of a limit whose `when` gave
-    no answer, and why, once a minute for each. Raises ConfigurationError, which names the limit.
+    two. `metrics` count the outcome of each limit; `report` is called with the name of a limit whose `when` could not
+    be evaluated, and why, once a minute for each. Raises ConfigurationError, which names the limit.
     """
 
     def __init__(  # noqa: PLR0913 - what it is made of, and whom to tell
@@ -127,12 +137,12 @@ class RateLimits:
         compile_when: CompileWhen,
         *,
         scope: str = "",
-        counted: Counter[str] | None = None,
+        metrics: Registry | None = None,
         report: Callable[[str, str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._counters = counters
-        self._counted = Counter() if counted is None else counted
+        self._counts = (Registry() if metrics is None else metrics)[families.RATE_LIMITS]
         self._report = report
         self._clock = clock
         self._limits = tuple(_Limit(config, scope, compile_when, self._failed) for config in configs)
@@ -165,9 +175,8 @@ class RateLimits:
         logged: list[str] = []
         taken: list[str] = []
         for (limit, question), answer in zip(asked, answers, strict=True):
-            self._counted[limit.asked] += 1
+            self._counts.add(facts.site, limit.name, _OUTCOMES[answer.over], limit.mode)
             if answer.over:
-                self._counted[f"rate limit: {limit.name}: {limit.word(answer.over)}"] += 1
                 if limit.enforced:
                     over.append((limit, answer))
                 else:
@@ -178,8 +187,8 @@ class RateLimits:
             return LimitsOutcome(_refusal(over), over[0][0].name, Lease(self._counters), tuple(logged))
         return LimitsOutcome(None, "", Lease(self._counters, taken), tuple(logged))
 
-    def _failed(self, limit: "_Limit", why: str) -> None:
-        self._counted[f"rate limit: {limit.name}: when failed"] += 1
+    def _failed(self, limit: "_Limit", site: str, why: str) -> None:
+        self._counts.add(site, limit.name, "condition failed", limit.mode)
         now = self._clock()
         if self._report and now >= limit.report_from:
             limit.report_from = now + REPORT_SECONDS
@@ -194,13 +203,13 @@ class _Limit:
         config: RateLimitConfig,
         scope: str,
         compile_when: CompileWhen,
-        failed: Callable[["_Limit", str], None],
+        failed: Callable[["_Limit", str, str], None],
     ) -> None:
         self.report_from = -math.inf
         self._failed = failed
         self._no_answer = ""
         self.name = config.name
-        self.asked = f"rate limit: {config.name}: asked"
+        self.mode = config.mode
         self.enforced = config.mode == "block"
         self._strategy: Strategy = config.strategy
         self._block_for = float(config.block_for or 0)
@@ -229,15 +238,15 @@ class _Limit:
         if self._when(facts):
             return True
         if self._no_answer:
-            self._failed(self, self._no_answer)
+            self._failed(self, facts.site, self._no_answer)
         return bool(self._no_answer)
 
     def _when_failed(self, why: str) -> None:
         self._no_answer = why
 
     def word(self, over: Over) -> str:
-        """What was exceeded, as counters have it."""
-        word = {"limit": "over", "tunnels": "too many tunnels", "blocked": "blocked"}[over]
+        """Return what was exceeded, for the log and `firewall explain`."""
+        word = _OUTCOMES[over]
         return word if self.enforced else f"{word}, let through"
 
     def question(self, facts: Facts) -> Question | None:
@@ -289,7 +298,7 @@ def _refusal(over: list[tuple[_Limit, Answer]]) -> Refusal:
     what = "too many tunnels are open" if tunnels else "too many handshakes"
     return Refusal(
         429,
-        f"rate limit: {limit.name}",
+        f"{Reason.RATE_LIMIT}: {limit.name}",
         f"{what}; try again in {wait} s",
         (
             (b"Retry-After", b"%d" % wait),

@@ -1,7 +1,6 @@
 """Rules: what the owner of a site says of a request, in expressions, one after the other."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.expressions import EvaluationError, Expression, ExpressionError, Expressions, Scope
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Reason
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
 
 REPORT_SECONDS = 60.0
 """How often the same rule's failures are reported: a client that makes a rule fail must not fill the log."""
@@ -54,14 +56,12 @@ class RuleTrace:
 class _Rule:
     config: RuleConfig
     expression: Expression
-    matched: str
-    failed: str
 
 
 class Rules:
     """Rules in order. ``+`` joins those of all sites and those of one.
 
-    `counted` gets a count for each rule that matched or failed; `report` is told the name and the error of a rule that
+    `metrics` count each rule that matched or failed; `report` is called with the name and the error of a rule that
     failed, once a minute for each. Raises ConfigurationError, which names the rule and the place in its expression.
     """
 
@@ -70,12 +70,12 @@ class Rules:
         configs: Iterable[RuleConfig],
         expressions: Expressions,
         *,
-        counted: Counter[str] | None = None,
+        metrics: Registry | None = None,
         report: Callable[[str, str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._expressions = expressions
-        self._counted = Counter() if counted is None else counted
+        self._counts = (Registry() if metrics is None else metrics)[families.RULES]
         self._report = report
         self._clock = clock
         self._reported: dict[_Rule, float] = {}
@@ -101,7 +101,7 @@ class Rules:
         context = self._scope.context(facts)
         for rule in self._rules:
             asked += 1
-            matched, error = self._asked(rule, context)
+            matched, error = self._evaluate(rule, context, facts.site)
             if trace is not None:
                 trace.append(
                     _traced(rule, facts, "failed" if error else "matched" if matched else "not matched", error)
@@ -119,19 +119,19 @@ class Rules:
             trace += (_traced(rule, facts, "not asked", "") for rule in self._rules[asked:])
         return RulesOutcome(refusal, name, skip, tuple(logged))
 
-    def _asked(self, rule: _Rule, context: cel.Context) -> tuple[bool, str]:
-        """Whether the rule matches, and why it gave no answer."""
+    def _evaluate(self, rule: _Rule, context: cel.Context, site: str) -> tuple[bool, str]:
+        """Return whether the rule matches, and the error if it could not be evaluated."""
         try:
             matched = rule.expression.evaluate(context)
         except EvaluationError as error:
-            self._failed(rule, str(error))
+            self._failed(rule, str(error), site)
             return False, str(error)
         if matched:
-            self._counted[rule.matched] += 1
+            self._counts.add(site, rule.config.name, "matched")
         return matched, ""
 
-    def _failed(self, rule: _Rule, error: str) -> None:
-        self._counted[rule.failed] += 1
+    def _failed(self, rule: _Rule, error: str, site: str) -> None:
+        self._counts.add(site, rule.config.name, "failed")
         now = self._clock()
         if self._report and now - self._reported.get(rule, -REPORT_SECONDS) >= REPORT_SECONDS:
             self._reported[rule] = now
@@ -146,8 +146,7 @@ def _compiled(config: RuleConfig, expressions: Expressions) -> _Rule:
         expression = expressions.compile(config.when)
     except ExpressionError as error:
         raise ConfigurationError(f"rule {quoted(config.name)}: when: {error}") from None
-    name = f"rule: {config.name}"
-    return _Rule(config, expression, f"{name}: matched", f"{name}: failed")
+    return _Rule(config, expression)
 
 
 def _effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
@@ -161,7 +160,7 @@ def _effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
 
 def _refusal(config: RuleConfig, error: str) -> Refusal:
     text = "a rule of this site refuses the request" if config.body is None else config.body
-    return Refusal(config.status, f"rule: {config.name}", text, detail=error)
+    return Refusal(config.status, f"{Reason.RULE}: {config.name}", text, detail=error)
 
 
 def _traced(

@@ -4,7 +4,6 @@ A module of its own, imported where a configuration has such a stage: the librar
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
@@ -20,6 +19,8 @@ from tlstunnel.firewall.managed.rules_sets import build
 from tlstunnel.firewall.managed.verdict import ManagedRulesStage
 from tlstunnel.firewall.rate_limits import RateLimits
 from tlstunnel.firewall.rules import Rules
+from tlstunnel.journal.events import Event
+from tlstunnel.metrics.registry import Registry
 
 
 class Stages:
@@ -33,10 +34,10 @@ class Stages:
         config: Config,
         sites: Sequence[SiteConfig],
         lists: NamedLists,
-        counted: Counter[str],
+        metrics: Registry,
         counters: Counters | None = None,
     ) -> None:
-        self._counted = counted
+        self._metrics = metrics
         self.counters: Counters = MemoryCounters() if counters is None else counters
         self._expressions = Expressions(lists)
         self._common_rules = self._rules(config.rules)
@@ -56,19 +57,19 @@ class Stages:
             limits = self._common_limits + self._limits(site.rate_limits, site.names[0])
         managed = None
         if self.pool is not None and site.managed_rules is not None:
-            managed = ManagedRulesStage(self.pool, self._sets[index].name, site.managed_rules, self._counted)
+            managed = ManagedRulesStage(self.pool, self._sets[index].name, site.managed_rules, self._metrics)
         return rules if len(rules) else None, limits if len(limits) else None, managed
 
     def _rules(self, configs: Sequence[RuleConfig]) -> Rules:
-        return Rules(configs, self._expressions, counted=self._counted, report=_reporter("rule failed", "rule"))
+        return Rules(configs, self._expressions, metrics=self._metrics, report=_reporter(Event.RULE_FAILED, "rule"))
 
     def _limits(self, configs: Sequence[RateLimitConfig], scope: str) -> RateLimits:
-        report = _reporter("when of a rate limit failed", "rate_limit")
+        report = _reporter(Event.RATE_LIMIT_CONDITION_FAILED, "rate_limit")
         condition = self._expressions.condition
-        return RateLimits(configs, self.counters, condition, scope=scope, counted=self._counted, report=report)
+        return RateLimits(configs, self.counters, condition, scope=scope, metrics=self._metrics, report=report)
 
 
-def _reporter(event: str, what: str) -> Callable[[str, str], None]:
+def _reporter(event: Event, what: str) -> Callable[[str, str], None]:
     def report(name: str, error: str) -> None:
         structlog.get_logger().warning(event, **{what: name}, reason=printable(error))
 
@@ -76,7 +77,7 @@ def _reporter(event: str, what: str) -> Callable[[str, str], None]:
 
 
 def _said(sentence: str) -> None:
-    structlog.get_logger().warning("managed rules", reason=sentence)
+    structlog.get_logger().warning(Event.MANAGED_RULES, reason=sentence)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,9 @@ from tlstunnel.firewall.lists import AddressLists, NamedLists
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
+from tlstunnel.journal.events import Event, Reason
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import replaced
 
 if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
@@ -110,7 +112,7 @@ class Policy:
 class Firewall:
     """The policies of all sites, and what they share: lists, counters, the helpers of the managed rules.
 
-    `counted` receives a count for whatever matched, was exceeded or failed. `counters` are those of the firewall that
+    `metrics` count whatever matched, was exceeded or failed. `counters` are those of the firewall that
     this one takes the place of: what rate limits have counted, and the tunnels that are open, go on to count. None
     begins at nothing. Raises ConfigurationError.
     """
@@ -120,10 +122,11 @@ class Firewall:
         config: Config,
         sites: Sequence[SiteConfig] | None = None,
         *,
-        counted: Counter[str] | None = None,
+        metrics: Registry | None = None,
         counters: "Counters | None" = None,
     ) -> None:
-        self.counted: Counter[str] = Counter() if counted is None else counted
+        self.metrics = metrics = Registry() if metrics is None else metrics
+        self._failed_checks = metrics[families.FIREWALL_CHECKS_FAILED]
         self._log = structlog.get_logger()
         self._lists = NamedLists(config.lists)
         self._watched = any(isinstance(source, str) for source in config.lists.values())
@@ -138,7 +141,7 @@ class Firewall:
                 raise ConfigurationError(REPLACED)
             from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
 
-            self._stages = Made(config, sites, self._lists, self.counted, counters)
+            self._stages = Made(config, sites, self._lists, metrics, counters)
             self.counters = self._stages.counters
         self._policies = {site.names[0]: self._policy(index, site) for index, site in enumerate(sites)}
 
@@ -174,13 +177,13 @@ class Firewall:
         if self._stages is not None and self._stages.pool is not None:
             await self._stages.pool.close()
 
-    def objection(self, ip: str) -> str:
-        """Why a connection from `ip` is not taken, by the lists of all sites, or "". Costs some microseconds."""
-        if self._addresses is None or not (objection := self._addresses.objection(ip)):
-            return ""
+    def objection(self, ip: str) -> Reason | None:
+        """Return why no connection from `ip` is accepted, by the lists of all sites, or None. Takes microseconds."""
+        if self._addresses is None or (objection := self._addresses.objection(ip)) is None:
+            return None
         if self._addresses_mode == "log":
-            self.counted[f"{objection}: logged"] += 1
-            return ""
+            self._failed_checks.add("", objection, "log")
+            return None
         return objection
 
     async def judge(
@@ -209,10 +212,10 @@ class Firewall:
         for refusal, name, mode in (
             (self._global_objection(facts, trace) if behind else None, "addresses", self._addresses_mode),
             (self._address_objection(policy, facts, trace), "addresses", policy.addresses_mode),
-            (self._origin_objection(policy, facts, trace), "origin", policy.web_origins_mode),
+            (self._origin_objection(policy, facts, trace), "web origin", policy.web_origins_mode),
         ):
             if refusal is not None:
-                self.counted[f"{refusal.reason}{': logged' if mode == 'log' else ''}"] += 1
+                self._failed_checks.add(facts.site, refusal.reason, mode)
                 if mode == "block":
                     return Verdict(refusal, logged=tuple(logged))
                 logged.append(name)
@@ -275,7 +278,7 @@ class Firewall:
         if policy.origins is None:
             return None
         refusal = policy.origins.refusal(facts)
-        _traced(trace, "origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} may connect")
+        _traced(trace, "web origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} may connect")
         return refusal
 
     async def _refresh(self) -> None:
@@ -284,9 +287,9 @@ class Firewall:
             # In a thread: 100 000 new networks take a tenth of a second.
             refreshed = await asyncio.to_thread(self._lists.refresh)
             for name in refreshed.lists:
-                self._log.info("list read again", list=name)
+                self._log.info(Event.LIST_RELOADED, list=name)
             for error in refreshed.errors:
-                self._log.warning("list not read", reason=error)
+                self._log.warning(Event.LIST_NOT_RELOADED, reason=error)
 
 
 def _addresses(config: Config | SiteConfig, lists: NamedLists) -> AddressLists | None:
@@ -295,7 +298,7 @@ def _addresses(config: Config | SiteConfig, lists: NamedLists) -> AddressLists |
     return AddressLists(config.allow_addresses, config.block_addresses, lists)
 
 
-def _address_refusal(objection: str) -> Refusal | None:
+def _address_refusal(objection: Reason | None) -> Refusal | None:
     return Refusal(403, objection, "this address may not connect") if objection else None
 
 

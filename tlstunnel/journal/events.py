@@ -46,10 +46,10 @@ class Event(Word):
     PARENT_EXITED = "parent exited"
     THREADS_ABANDONED = "threads abandoned"
 
-    # Draining
+    # The end
     DRAIN_REQUESTED = "drain requested"
     DRAINING = "draining"
-    DRAINED = "drained"
+    STOPPED = "stopped"
 
     # Certificates
     CERTIFICATES = "certificates"

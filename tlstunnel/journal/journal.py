@@ -1,57 +1,87 @@
 """The journal: one record for each connection, and counts and samples of what is too common for that."""
 
 import time
-from collections import Counter
+from collections.abc import Callable
 
 import structlog
 
 from tlstunnel.escaping import printable
+from tlstunnel.journal.events import Event, Reason, fixed_reason
 from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.record import Record
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import OTHER, Registry
 
 SAMPLE_SECONDS = 10.0
-"""Failures before the TLS handshake is done are counted, and at most one line of each kind is logged in this time."""
+"""Of what is sampled, at most one line for each reason is logged in this time."""
 
 
 class Journal:
-    """Where records go. `counters` counts what ended how, under names such as ``tls: timed out``."""
+    """Logs and counts connections.
 
-    def __init__(self, *, opened: bool = False) -> None:
-        self.counters: Counter[str] = Counter()
+    `metrics` are those of the process. With `opened`, a tunnel is logged also when it begins. Each of `listeners` is
+    called with every record when its connection has ended; it must neither wait nor raise.
+    """
+
+    def __init__(self, metrics: Registry | None = None, *, opened: bool = False) -> None:
+        self.metrics = metrics = Registry() if metrics is None else metrics
+        self.listeners: list[Callable[[Record], None]] = []
         self._log = structlog.get_logger()
         self._opened = opened
         self._sampled: dict[str, tuple[float, int]] = {}
+        self._connections = metrics[families.CONNECTIONS]
+        self._tunnels = metrics[families.TUNNELS_OPENED]
+        self._bytes = metrics[families.BYTES]
+        self._failed = metrics[families.TLS_HANDSHAKES_FAILED]
+        self._not_accepted = metrics[families.CONNECTIONS_NOT_ACCEPTED]
+        self._pauses = metrics[families.ACCEPT_PAUSES]
 
     def opened(self, record: Record) -> None:
-        """A tunnel has begun: a line if the configuration asks for one."""
-        self.counters["opened"] += 1
+        """Count a tunnel that begins, and log it if the configuration says so."""
+        self._tunnels.add(record.site)
         if self._opened:
-            self._log.info("opened", **record.facts())
+            self._log.info(Event.OPENED, **record.facts())
 
     def ended(self, record: Record, up: int = 0, down: int = 0) -> None:
-        """A connection has ended: its one record. `up` and `down` are the bytes moved behind the heads."""
-        self.counters[f"ended: {record.ended_by}: {record.reason}"] += 1
+        """Log and count a connection that has ended. `up` and `down` are the bytes moved behind the heads."""
+        self._connections.add(record.site, record.ended_by, fixed_reason(record.reason) or OTHER)
+        if up:
+            self._bytes.increase(up, record.site, "up")
+        if down:
+            self._bytes.increase(down, record.site, "down")
+        record.up, record.down = up, down
         facts = record.facts()
         facts["up"], facts["down"] = up, down
         facts["seconds"] = round(time.monotonic() - record.started, 3)
         facts["ended_by"], facts["reason"] = record.ended_by, record.reason
-        write_info(self._log, "connection", facts)
+        write_info(self._log, Event.CONNECTION, facts)
+        for listener in self.listeners:
+            listener(record)
 
-    def failed(self, record: Record, why: str, detail: str = "") -> None:
-        """A connection ended before there was a request to record: counted, and a sample logged.
+    def failed(self, record: Record, reason: str, detail: str = "") -> None:
+        """Count a connection that ended before its TLS handshake was complete, and log a sample of such connections.
 
-        A flood of half-open connections must not become a flood of lines.
+        Anyone who can connect can do that thousands of times a second, which must not fill the log.
         """
+        self._failed.add(fixed_reason(reason) or OTHER)
         facts = {"sni": record.sni} if record.sni else {}
-        self.sampled("no handshake", why, client=record.client, detail=printable(detail), **facts)
+        self._sample(Event.NO_TLS_HANDSHAKE, reason, client=record.client, detail=printable(detail), **facts)
 
-    def sampled(self, event: str, why: str, **facts: object) -> None:
-        """Count `why`, and log it unless that was done in the last 10 s; `unsaid` is how often it was not logged."""
-        self.counters[why] += 1
+    def not_accepted(self, client: str, reason: Reason) -> None:
+        """Count a connection that is closed because of its address, and log a sample of such connections."""
+        self._not_accepted.add(reason)
+        self._sample(Event.NOT_ACCEPTED, reason, client=client)
+
+    def accepting_paused(self, reason: Reason, connections: int) -> None:
+        """Count and log a sample of the pauses of accepting; `connections` is how many there are."""
+        self._pauses.add(reason)
+        self._sample(Event.ACCEPTING_PAUSED, reason, connections=connections)
+
+    def _sample(self, event: Event, reason: str, **facts: object) -> None:
         now = time.monotonic()
-        last, unsaid = self._sampled.get(why, (float("-inf"), 0))
+        last, suppressed = self._sampled.get(reason, (float("-inf"), 0))
         if now - last < SAMPLE_SECONDS:
-            self._sampled[why] = (last, unsaid + 1)
+            self._sampled[reason] = (last, suppressed + 1)
             return
-        self._sampled[why] = (now, 0)
-        self._log.warning(event, reason=why, unsaid=unsaid, **facts)
+        self._sampled[reason] = (now, 0)
+        self._log.warning(event, reason=reason, suppressed=suppressed, **facts)

@@ -1,50 +1,45 @@
 """The record of a connection: what is known of it, filled in stage by stage."""
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 _NOTHING: dict[str, Any] = {}
 
 
+@dataclass(slots=True, eq=False)
 class Record:
-    """What is known of one connection; filled in stage by stage, logged at its end.
+    """What is known of one connection; logged at its end. `docs/log.md` describes the fields.
 
-    Strings that a client chose are as `printable` gives them. Times are of ``time.monotonic``, seconds.
+    Strings that a client chose are as `printable` returns them. `started` is of ``time.monotonic``, seconds.
     """
 
-    __slots__ = (
-        "cipher",
-        "client",
-        "detail",
-        "edge",
-        "ended_by",
-        "firewall",
-        "id",
-        "ja4",
-        "origin",
-        "path",
-        "peer",
-        "reason",
-        "site",
-        "sni",
-        "started",
-        "status",
-        "tls_version",
-        "verdict",
-    )
+    id: str
+    peer: str
+    client: str = ""
+    site: str = ""
+    sni: str = ""
+    ja4: str = ""
+    tls_version: str = ""
+    cipher: str = ""
+    path: str = ""
+    status: int = 0
+    verdict: str = ""
+    origin: str = ""
+    edge: str = ""
+    detail: str = ""
+    firewall: dict[str, Any] = field(default_factory=lambda: _NOTHING)
+    up: int = 0
+    down: int = 0
+    ended_by: str = ""
+    reason: str = ""
+    started: float = field(default_factory=time.monotonic)
 
-    def __init__(self, request_id: str, peer: str) -> None:
-        self.id = request_id
-        self.peer = self.client = peer
-        self.started = time.monotonic()
-        self.site = self.sni = self.ja4 = self.tls_version = self.cipher = self.path = self.origin = ""
-        self.status = 0
-        self.verdict = self.edge = ""
-        self.firewall: dict[str, Any] = _NOTHING
-        self.ended_by = self.reason = self.detail = ""
+    def __post_init__(self) -> None:
+        self.client = self.client or self.peer
 
     def facts(self) -> dict[str, Any]:
-        """The fields of a log line, without those that are empty and only sometimes there."""
+        """Return the fields of a log line that are known when a tunnel begins; some only where they are not empty."""
         facts: dict[str, Any] = {
             "id": self.id,
             "client": self.client,

@@ -15,7 +15,10 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
+from tlstunnel.journal.events import Event, Reason
 from tlstunnel.journal.journal import Journal
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Collected
 from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
@@ -39,7 +42,12 @@ RESERVED_DESCRIPTORS = 32
 MOST_DESCRIPTORS = 1 << 20
 """What counts where there is no limit: fs.nr_open of Linux."""
 
-_NO_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SHORTAGES = {
+    errno.EMFILE: Reason.OUT_OF_DESCRIPTORS,
+    errno.ENFILE: Reason.OUT_OF_DESCRIPTORS,
+    errno.ENOBUFS: Reason.OUT_OF_MEMORY,
+    errno.ENOMEM: Reason.OUT_OF_MEMORY,
+}
 
 
 class Unfinished:
@@ -92,6 +100,9 @@ class Server:
         self._splices = Splices(self._closing)
         self._serving = self._served_with(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
+        self._accepted = journal.metrics[families.CONNECTIONS_ACCEPTED]
+        self._evicted = journal.metrics[families.HANDSHAKES_EVICTED]
+        journal.metrics.collect(self._collect)
         self._exchanges: set[asyncio.Task[None]] = set()
         self._connections = 0
         self._most = (_descriptors() - RESERVED_DESCRIPTORS) // 2
@@ -112,6 +123,18 @@ class Server:
     def unfinished(self) -> int:
         """Connections whose handshake is not done yet."""
         return len(self._unfinished)
+
+    def _collect(self) -> Collected:
+        """Return what can be read off the tunnels that are open, for a snapshot of the metrics."""
+        sites: dict[str, tuple[int, int, int]] = {}
+        for splice in self._splices.all:
+            tunnels, up, down = sites.get(splice.site, (0, 0, 0))
+            sites[splice.site] = tunnels + 1, up + splice.up, down + max(splice.down, 0)
+        yield families.UNFINISHED_HANDSHAKES, (), len(self._unfinished)
+        for site, (tunnels, up, down) in sites.items():
+            yield families.TUNNELS, (site,), tunnels
+            yield families.BYTES, (site, "up"), up
+            yield families.BYTES, (site, "down"), down
 
     def _served_with(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
         return Serving(
@@ -155,7 +178,7 @@ class Server:
         if config.drain_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
-                    splice.drain("site removed")
+                    splice.drain(Reason.SITE_REMOVED)
 
     async def handshakes_done(self) -> None:
         """Wait until every handshake that has begun by now is done, however it ends."""
@@ -175,16 +198,16 @@ class Server:
             async with asyncio.timeout(linger):
                 await self._idle.wait()
         tunnels = list(self._splices.all)
-        self._log.info("draining", tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
+        self._log.info(Event.DRAINING, tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
         distance = over / max(len(tunnels), 1)
         for place, splice in enumerate(tunnels):
-            self._loop.call_later(distance * (place + random.random()), splice.drain, "stopped")  # noqa: S311
+            self._loop.call_later(distance * (place + random.random()), splice.drain, Reason.DRAINED)  # noqa: S311
         try:
             async with asyncio.timeout(over):
                 await self._idle.wait()
         except TimeoutError:
             for splice in list(self._splices.all):
-                splice.drain("stopped")
+                splice.drain(Reason.DRAINED)
             for task in (*self._unfinished, *self._exchanges):
                 self._cancel(task)
             # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
@@ -198,7 +221,7 @@ class Server:
         """End everything at once."""
         self.accept(())
         for splice in list(self._splices.all):
-            splice.abort("stopped")
+            splice.abort(Reason.STOPPED)
         for task in (*self._unfinished, *self._exchanges):
             self._cancel(task)
 
@@ -223,14 +246,14 @@ class Server:
         proxied = self._serving.proxied(listener.written)
         for _ in range(ACCEPTS_A_TURN):
             if self._connections >= self._most:
-                return self._pause_accepting("no descriptors left for another connection")
+                return self._pause_accepting(Reason.OUT_OF_DESCRIPTORS)
             try:
                 sock, address = listener.sock.accept()
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno in _NO_MEANS:
-                    return self._pause_accepting(error.strerror or str(error))
+                if error.errno in _SHORTAGES:
+                    return self._pause_accepting(_SHORTAGES[error.errno])
                 continue  # the connection failed before it was accepted (accept(2)); the next may be well
             self._pause = 0.0
             # A connection takes two descriptors, what is being closed has one.
@@ -239,12 +262,13 @@ class Server:
             self._begin(sock, address[0] if isinstance(address, tuple) else "", proxied=proxied)
 
     def _begin(self, sock: socket.socket, peer: str, *, proxied: bool) -> None:
+        self._accepted.add()
         if proxied and peer and peer not in self._serving.trusted_proxies:
-            self._journal.sampled("not accepted", "no trusted proxy", client=peer)
+            self._journal.not_accepted(peer, Reason.UNTRUSTED_PROXY)
             return sock.close()
         if objection := self._serving.firewall.objection(peer):
             # Before anything is paid for it: no TLS, no task, and a sample in the log at most.
-            self._journal.sampled("not accepted", objection, client=peer)
+            self._journal.not_accepted(peer, objection)
             return sock.close()
         sock.setblocking(False)
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
@@ -254,7 +278,7 @@ class Server:
         task.add_done_callback(self._unfinished.discard)
         goes = self._unfinished.add(task, self._address_counted(peer))
         if goes is not None:
-            self._journal.counters["unfinished handshakes: closed for another"] += 1
+            self._evicted.add()
             self._unfinished.discard(goes)
             self._cancel(goes)
 
@@ -285,11 +309,11 @@ class Server:
             return socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8].hex()
         return peer
 
-    def _pause_accepting(self, why: str) -> None:
+    def _pause_accepting(self, reason: Reason) -> None:
         """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
         self._pause = PAUSES.after(self._pause)
         self._watch(self._accepted_at, on=False)
-        self._journal.sampled("accepting paused", why, connections=self._connections)
+        self._journal.accepting_paused(reason, self._connections)
         self._paused = self._loop.call_later(self._pause, self._resume_accepting)
 
     def _resume_accepting(self) -> None:

@@ -6,7 +6,6 @@ thousand sites take seconds. A change that fails changes nothing.
 
 import asyncio
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ from tlstunnel.config import Config, SiteConfig
 from tlstunnel.config.invocation import Wanted, configured_sites, tested
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
+from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import replaced
 from tlstunnel.serving.changes import changes
 from tlstunnel.serving.server import Server
@@ -67,7 +68,7 @@ class Loaded:
             await self.workers.close()
 
 
-def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded | None = None) -> Loaded:
+def load(wanted: Wanted, config: Config, metrics: Registry, before: Loaded | None = None) -> Loaded:
     """Make what `config` describes, going on with what there is of `before`.
 
     Raises ConfigurationError or CertificateError.
@@ -75,8 +76,8 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded |
     configured = configured_sites(wanted, config)
     try:
         counters = before.firewall.counters if before is not None else None
-        firewall = Firewall(config, configured, counted=counted, counters=counters)
-        workers = load_workers(configured, counted, before.workers if before is not None else None)
+        firewall = Firewall(config, configured, metrics=metrics, counters=counters)
+        workers = load_workers(configured, metrics, before.workers if before is not None else None)
     except ConfigurationError as error:
         raise ConfigurationError(f"{wanted.file}: {error}") from None
     test_pair = None
@@ -99,7 +100,7 @@ def load(wanted: Wanted, config: Config, counted: Counter[str], before: Loaded |
 
 
 def load_workers(
-    configured: Iterable[SiteConfig], counted: Counter[str], before: "Workers | None" = None
+    configured: Iterable[SiteConfig], metrics: Registry, before: "Workers | None" = None
 ) -> "Workers | None":
     """The edge workers of these sites, None where there is none and was none. Raises ConfigurationError."""
     configured = tuple(configured)
@@ -110,7 +111,7 @@ def load_workers(
     # It brings a library that tunnels without a worker do without.
     from tlstunnel.edge.workers import Workers as Made  # noqa: PLC0415
 
-    return Made(configured, counted, before)
+    return Made(configured, metrics, before)
 
 
 class Service:
@@ -217,7 +218,7 @@ class Service:
 
     def _load(self, text: str | None, before: Loaded | None) -> Loaded:
         config = self._wanted.configuration(text)
-        return load(self._wanted, config, self._journal.counters, before)
+        return load(self._wanted, config, self._journal.metrics, before)
 
     async def _retire(self, before: Loaded) -> None:
         """Close what was served with before once nobody asks it any more."""
@@ -227,7 +228,7 @@ class Service:
     def _warn(self) -> None:
         for site in () if self._quiet else self._loaded.configured:
             if site.origin_verify == "off":
-                self._log.warning("origins not verified", site=site.names[0], hint=UNVERIFIED)
+                self._log.warning(Event.ORIGINS_NOT_VERIFIED, site=site.names[0], hint=UNVERIFIED)
 
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -1,7 +1,7 @@
 """The managed rules' part of a verdict: the guard, the evaluation, and what a score or a failure means for a site."""
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,6 +14,9 @@ from tlstunnel.firewall.managed.families import family
 from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
 from tlstunnel.firewall.managed.pool import Failure, Pool
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Reason
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
 
 PENALTY = 10.0
 """Seconds for which an address (a /64 of IPv6) whose request was late is not evaluated again: a request that makes
@@ -56,8 +59,7 @@ class ManagedOutcome:
 class ManagedRulesStage:
     """A site's managed rules: its settings, and the name of its rules set in a pool that others use too.
 
-    `counters` is counted under ``managed rules: blocked`` (``logged``, ``guard``, ``late``, ...) and ``managed rule:
-    ID: matched``.
+    `metrics` count the outcome of each evaluation, and the rules that matched.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class ManagedRulesStage:
         pool: Pool,
         rules_set: str,
         settings: SiteManagedRules,
-        counters: Counter[str],
+        metrics: Registry,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._rules_set = rules_set
         self._settings = settings
-        self._counters = counters
+        self._outcomes = metrics[families.MANAGED_RULES]
+        self._matches = metrics[families.MANAGED_RULE_MATCHES]
         self._penalties = _Penalties(clock)
 
     async def judge(self, facts: Facts, trace: list[object] | None = None) -> ManagedOutcome:
@@ -84,43 +87,44 @@ class ManagedRulesStage:
     async def _judged(self, facts: Facts) -> ManagedOutcome:
         request = facts.request
         if objection := guard.objection(request.target, request.fields):
-            return self._objected(objection)
+            return self._objected(objection, facts.site)
         if self._penalties.holds(facts.ip):
-            return self._failed("late before")
+            return self._failed("late before", facts.site)
         subject = Subject(facts.ip, request.target, request.fields, request.method)
         result = await self._pool.judge(self._rules_set, subject, self._settings.timeout)
         if isinstance(result, Failure):
             if result is Failure.LATE:
                 self._penalties.add(facts.ip)
-            return self._failed(result.value)
-        return self._evaluated(result)
+            return self._failed(result.value, facts.site)
+        return self._evaluated(result, facts.site)
 
-    def _objected(self, objection: str) -> ManagedOutcome:
+    def _objected(self, objection: str, site: str) -> ManagedOutcome:
         """What the guard stops is refused as an attack, not as a fault of ours, whatever ``on_failure`` says."""
-        self._counters["managed rules: guard"] += 1
+        self._outcomes.add(site, "guard")
         if self._settings.mode == "log":
-            return ManagedOutcome(objection=objection, logged=("managed rules: guard",))
-        refusal = Refusal(403, "managed rules: guard", _BLOCKED, detail=objection)
+            return ManagedOutcome(objection=objection, logged=(Reason.MANAGED_RULES_GUARD,))
+        refusal = Refusal(403, Reason.MANAGED_RULES_GUARD, _BLOCKED, detail=objection)
         return ManagedOutcome(refusal, objection=objection)
 
-    def _failed(self, failure: str) -> ManagedOutcome:
-        self._counters[f"managed rules: {failure}"] += 1
+    def _failed(self, failure: str, site: str) -> ManagedOutcome:
+        self._outcomes.add(site, failure)
         if self._settings.mode == "log" or self._settings.on_failure == "allow":
             return ManagedOutcome(failure=failure)
-        return ManagedOutcome(Refusal(503, "managed rules: failure", _UNAVAILABLE, detail=failure), failure=failure)
+        return ManagedOutcome(Refusal(503, Reason.MANAGED_RULES_FAILURE, _UNAVAILABLE, detail=failure), failure=failure)
 
-    def _evaluated(self, evaluation: Evaluation) -> ManagedOutcome:
+    def _evaluated(self, evaluation: Evaluation, site: str) -> ManagedOutcome:
         for number in {match.id for match in evaluation.matches}:
-            self._counters[f"managed rule: {number}: matched"] += 1
+            self._matches.add(str(number))
         found = ManagedOutcome(None, evaluation.score, evaluation.matches, evaluation.denied_by)
         if evaluation.score < self._settings.threshold and not evaluation.denied_by:
+            self._outcomes.add(site, "passed")
             return found
         if self._settings.mode == "log":
-            self._counters["managed rules: logged"] += 1
-            return ManagedOutcome(None, found.score, found.matches, found.denied_by, logged=("managed rules",))
-        self._counters["managed rules: blocked"] += 1
+            self._outcomes.add(site, "logged")
+            return ManagedOutcome(None, found.score, found.matches, found.denied_by, logged=(Reason.MANAGED_RULES,))
+        self._outcomes.add(site, "blocked")
         status = _status(evaluation.status) if evaluation.denied_by else 403
-        refusal = Refusal(status, "managed rules", _BLOCKED, detail=_told(evaluation))
+        refusal = Refusal(status, Reason.MANAGED_RULES, _BLOCKED, detail=_told(evaluation))
         return ManagedOutcome(refusal, found.score, found.matches, found.denied_by)
 
 
