@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from tlstunnel.addresses import ListenAddress, Networks, OriginAddress
 from tlstunnel.config import (
+    MAX_PROBLEMS,
     CertificateConfig,
     Config,
     Duration,
     Ejection,
     Health,
-    IdleTimeout,
     Limits,
     Lists,
     Log,
@@ -35,6 +35,7 @@ from tlstunnel.config import (
     decode,
     load,
 )
+from tlstunnel.config.tables import Table
 from tlstunnel.errors import ConfigurationError
 
 FOLDER = Path("/etc/tlstunnel")
@@ -113,7 +114,7 @@ def test_every_key_arrives() -> None:
             request=Timeout(2),
             origin_connect=Timeout(3),
             origin_response=Timeout(4),
-            idle=IdleTimeout(300),
+            idle=Timeout(300),
             close=Timeout(6),
         ),
         limits=Limits(unfinished_handshakes=10),
@@ -259,8 +260,12 @@ def test_web_origins_have_the_form_that_browsers_send(text: str, origin: str) ->
     assert decoded(f'{SITE}web_origins = ["{text}"]').sites[0].web_origins == (origin,)
 
 
-def test_idle_can_be_off() -> None:
+def test_some_durations_can_be_off() -> None:
     assert decoded('timeouts.idle = "off"').timeouts.idle is None
+    assert decoded('release.drain_after = "off"').release.drain_after is None
+    assert decoded(f'{SITE}max_age = "off"').sites[0].max_age is None
+    for key in ("request", "close", "origin_response"):
+        assert refusal(f'timeouts.{key} = "off"').startswith(f"t.toml:1: timeouts.{key}: expected a duration such as")
 
 
 def test_a_relative_folder_gives_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,18 +326,27 @@ def test_what_is_no_duration(text: str) -> None:
         ("[log]\nopened = 1", "t.toml:2: log.opened: expected true or false, got 1"),
         ("[log]\nopened = 'yes'", 't.toml:2: log.opened: expected true or false, got "yes"'),
         ("[log]\nformat = 'xml'", 't.toml:2: log.format: expected "text" or "json", got "xml"'),
-        ("[log]\nformat = 1979-05-27", "t.toml:2: log.format: expected a string, got 1979-05-27"),
+        ("[log]\nformat = 1979-05-27", 't.toml:2: log.format: expected "text" or "json", got 1979-05-27'),
         ("[timeouts]\nrequest = 10", 't.toml:2: timeouts.request: expected a duration such as "10s", got 10'),
         ("[timeouts]\nrequest = nan", 't.toml:2: timeouts.request: expected a duration such as "10s", got nan'),
         ("[timeouts]\nrequest = {}", 't.toml:2: timeouts.request: expected a duration such as "10s", got a table'),
         ("[timeouts]\nrequest = '10'", 't.toml:2: timeouts.request: expected a duration such as "10s", got "10"'),
-        ("[timeouts]\nidle = false", 't.toml:2: timeouts.idle: expected a duration such as "15m", or "off", got false'),
-        ("[timeouts]\nidle = 'never'", 'expected a duration such as "15m", or "off", got "never"'),
-        ("limits.unfinished_handshakes = '9'", 'unfinished_handshakes: expected a whole number, got "9"'),
-        ("limits.unfinished_handshakes = 10.0", "unfinished_handshakes: expected a whole number, got 10.0"),
-        ("limits.unfinished_handshakes = 9", "unfinished_handshakes: expected a whole number >= 10, got 9"),
-        ("limits.unfinished_handshakes = 1000001", "expected a whole number <= 1000000, got 1000001"),
-        ("limits.unfinished_handshakes = 0x" + "f" * 5000, "<= 1000000, got a number of more than 64 bits"),
+        ("[timeouts]\nidle = false", 't.toml:2: timeouts.idle: expected "off" or a duration such as "10s", got false'),
+        ("[timeouts]\nidle = 'never'", 'expected "off" or a duration such as "10s", got "never"'),
+        (
+            "limits.unfinished_handshakes = '9'",
+            'unfinished_handshakes: expected a whole number from 10 to 1000000, got "9"',
+        ),
+        (
+            "limits.unfinished_handshakes = 10.0",
+            "unfinished_handshakes: expected a whole number from 10 to 1000000, got 10.0",
+        ),
+        (
+            "limits.unfinished_handshakes = 9",
+            "unfinished_handshakes: expected a whole number from 10 to 1000000, got 9",
+        ),
+        ("limits.unfinished_handshakes = 1000001", "expected a whole number from 10 to 1000000, got 1000001"),
+        ("limits.unfinished_handshakes = 0x" + "f" * 5000, "to 1000000, got a number of more than 64 bits"),
         ("listen = '127.0.0.1:8443'", 't.toml:1: listen: expected an array such as ["127.0.0.1:8443"], got "127'),
         ("listen = [8443]", 't.toml:1: listen[0]: expected a string such as "127.0.0.1:8443", got 8443'),
         ("trusted_proxies = {}", 't.toml:1: trusted_proxies: expected an array such as ["10.0.0.0/8"], got a table'),
@@ -348,8 +362,8 @@ def test_what_is_no_duration(text: str) -> None:
             "[timeouts]\nclose = '0s'",
             't.toml:2: timeouts.close: expected a duration such as "10s", longer than zero, got',
         ),
-        ("[timeouts]\nidle = '0s'", 'expected a duration such as "15m", or "off", longer than zero, got "0s"'),
-        ("[timeouts]\nclose = '367d'", 'expected a duration such as "10s", of 366 days at most, got "367d"'),
+        ("[timeouts]\nidle = '0s'", 'expected "off" or a duration such as "10s", longer than zero, got "0s"'),
+        ("[timeouts]\nclose = '367d'", 'expected a duration such as "10s", of at most 366 days, got "367d"'),
         ('listen = [\n"127.0.0.1:1", # one\n\n"8443"\n]', 't.toml:4: listen[1]: "8443" names no host'),
         ('trusted_proxies = [ # 1\n"::1",\n"10.0.0.1/8"\n]', "t.toml:3: trusted_proxies[1]: "),
         ('[[sites]]\nnames = ["a b"]', 't.toml:2: sites[0].names[0]: "a b" is not a host name'),
@@ -358,47 +372,56 @@ def test_what_is_no_duration(text: str) -> None:
             't.toml:2: sites[0].origins[0]: "https://a": an origin is host:port, ws://host:port, wss://',
         ),
         # Contradictions.
-        ('listen = ["[::1]:1", "[0::1]:1"]', "t.toml:1: listen[1]: [::1]:1 stands here twice"),
+        ('listen = ["[::1]:1", "[0::1]:1"]', "t.toml:1: listen[1]: [::1]:1 is listed twice"),
         ("[[sites]]\nnames = []", "t.toml:2: sites[0].names: expected at least one name"),
         ("\n[[sites]]\n", "t.toml:2: sites[0].origins: expected at least one origin, such as"),
         ("[[sites]]\norigins = []", "t.toml:2: sites[0].origins: expected at least one origin, such as"),
         (
             '[[sites]]\norigins = ["a:1", "b:1", "A:1"]',
-            "t.toml:2: sites[0].origins[2]: a:1 is origins[0] already; give it",
+            "t.toml:2: sites[0].origins[2]: a:1 is origins[0] already; to send it more",
         ),
         ("[[sites]]\norigins = [{ weight = 2 }]", "t.toml:2: sites[0].origins[0]: the key address is missing"),
         ("[[sites]]\norigins = [{ address = 5 }]", "sites[0].origins[0].address: expected a string such as"),
         ('[[sites]]\norigins = [{ address = "a:1", wieght = 2 }]', 'unknown key "wieght"; did you mean "weight"?'),
-        ('[[sites]]\norigins = [{ address = "a:1", weight = 0 }]', "weight: expected a whole number >= 1, got 0"),
-        ('[[sites]]\norigins = [{ address = "a:1", backup = true }]', "sites[0].origins: every origin is a backup"),
-        (f'{SITE}client_allow = ["cn:a"]', "sites[0].client_allow: this needs client_ca"),
-        (f'{SITE}client_auth = "request"', "sites[0].client_auth: this needs client_ca"),
+        (
+            '[[sites]]\norigins = [{ address = "a:1", weight = 0 }]',
+            "weight: expected a whole number from 1 to 1000, got 0",
+        ),
+        (
+            '[[sites]]\norigins = [{ address = "a:1", backup = true }]',
+            "sites[0].origins: at least one origin must not be a backup",
+        ),
+        (f'{SITE}client_allow = ["cn:a"]', "sites[0].client_allow: requires client_ca"),
+        (f'{SITE}client_auth = "request"', "sites[0].client_auth: requires client_ca"),
         (
             f'{SITE}client_ca = "a"\nclient_allow = ["a"]',
             'client_allow[0]: expected "cn:NAME", "dns:NAME" or "uri:URI"',
         ),
-        (f'{SITE}client_subject_header = "Host"', "client_subject_header: Host belongs to the handshake"),
-        (f'{SITE}passphrase_env = "A"', "sites[0]: a passphrase needs its key"),
+        (f'{SITE}client_subject_header = "Host"', "client_subject_header: Host cannot be changed"),
+        (f'{SITE}passphrase_env = "A"', "sites[0].passphrase_env: requires key"),
         (f'{SITE}[[sites.certificates]]\ncert = "a"', "sites[0].certificates[0]: the key key is missing"),
         (f'{SITE}origin_host = "a b"', 'sites[0].origin_host: expected "keep", "origin" or a host name, got "a b"'),
         (f'{SITE}origin_host = "*"', "sites[0].origin_host: expected "),
-        (f'{SITE}max_age_jitter = "1s"', "sites[0].max_age_jitter: this goes with max_age only"),
-        (f'{SITE}max_age = "never"', 'sites[0].max_age: expected a duration such as "15m", or "off"'),
+        (f'{SITE}max_age_jitter = "1s"', "sites[0].max_age_jitter: requires max_age"),
+        (f'{SITE}max_age = "never"', 'sites[0].max_age: expected "off" or a duration such as "10s"'),
         (f"{SITE}set_headers = []", "sites[0].set_headers: expected a table such as"),
         (
             f'{SITE}set_headers = {{ Host = "a" }}',
-            "set_headers: Host belongs to the handshake or to the connection; orig",
+            "set_headers: Host cannot be changed: the handshake or the connection depends on it; use origin_host",
         ),
-        (f'{SITE}set_headers = {{ "A B" = "a" }}', "set_headers: expected the name of a field, such as X-Site"),
-        (f'{SITE}set_headers = {{ A = "a\\r\\nB: c" }}', "set_headers.A: expected a text of printable characters"),
-        (f'{SITE}remove_headers = ["Sec-WebSocket-Key"]', "remove_headers[0]: Sec-WebSocket-Key belongs to the hand"),
+        (f'{SITE}set_headers = {{ "A B" = "a" }}', "set_headers: expected a header name such as X-Site"),
+        (f'{SITE}set_headers = {{ A = "a\\r\\nB: c" }}', "set_headers.A: expected printable ASCII characters"),
+        (
+            f'{SITE}remove_headers = ["Sec-WebSocket-Key"]',
+            "remove_headers[0]: Sec-WebSocket-Key cannot be changed: the hand",
+        ),
         (f'{SITE}send_proxy_protocol = "v3"', 'expected "off", "v1", "v2" or "v2-tls", got "v3"'),
-        ('proxy_protocol = "required"', "proxy_protocol: nobody may connect: name the proxies"),
-        ('proxy_protocol_listen = ["127.0.0.1:1"]', "proxy_protocol_listen[0]: 127.0.0.1:1 is not among listen"),
-        (f'{SITE}origin_ca = "a"', "sites[0].origin_ca: this is about origins with TLS, wss://, and there is none"),
+        ('proxy_protocol = "required"', "proxy_protocol: every connection would be refused: list the proxies"),
+        ('proxy_protocol_listen = ["127.0.0.1:1"]', "proxy_protocol_listen[0]: 127.0.0.1:1 is not in listen"),
+        (f'{SITE}origin_ca = "a"', "sites[0].origin_ca: applies to origins with TLS (wss://) only"),
         (
             f'{SITE}origin_verify = "off"',
-            "sites[0].origin_verify: this is about origins with TLS, wss://, and there is none",
+            "sites[0].origin_verify: applies to origins with TLS (wss://) only",
         ),
         (f'{SITE}balance = "random"', 'sites[0].balance: expected "round_robin", "least_tunnels", "hash:ip", '),
         (f'{SITE}balance = "hash:header:"', "sites[0].balance: expected "),
@@ -406,31 +429,31 @@ def test_what_is_no_duration(text: str) -> None:
             f'{SITE}health = {{ type = "ping" }}',
             'sites[0].health.type: expected "tcp", "websocket" or "http", got "ping"',
         ),
-        (f'{SITE}health = {{ path = "/x" }}', 'sites[0].health.path: a path goes with type = "websocket" or "http"'),
+        (f'{SITE}health = {{ path = "/x" }}', 'sites[0].health.path: requires type = "websocket" or type = "http"'),
         (f'{SITE}health = {{ type = "http", path = "x" }}', "sites[0].health.path: expected a path such as"),
-        (f'{SITE}ejection = {{ delay = "2m" }}', "sites[0].ejection.max_delay: shorter than delay, which is 2m"),
+        (f'{SITE}ejection = {{ delay = "2m" }}', "sites[0].ejection.max_delay: must not be shorter than delay (2m)"),
         (f"{SITE}routes = {{}}", "sites[0].routes: expected an array of tables, got a table; write [[sites.routes]]"),
         (f'{SITE}[[sites.routes]]\npath = "/a"', "sites[0].routes[0].origins: expected at least one origin"),
         (f'{SITE}[[sites.routes]]\norigins = ["a:1"]', "sites[0].routes[0]: the key path is missing"),
         (f'{SITE}[[sites.routes]]\npath = "a"\norigins = ["a:1"]', "routes[0].path: expected the beginning of a"),
         (
             f'{SITE}routes = [{{ path = "/a", origins = ["a:1"] }}, {{ path = "/ab", origins = ["a:1"] }}]',
-            "sites[0].routes[1].path: this route is never taken",
+            "sites[0].routes[1].path: this route is never used: routes[0] matches first",
         ),
-        (f"{SITE}cert = 'a'", "t.toml:3: sites[0].cert: a certificate needs its key"),
-        (f"{SITE}key = 'a'", "t.toml:3: sites[0].key: a key needs its certificate"),
+        (f"{SITE}cert = 'a'", "t.toml:3: sites[0].cert: requires key"),
+        (f"{SITE}key = 'a'", "t.toml:3: sites[0].key: requires cert"),
         (
             f"{SITE}names = ['A.b']\n{SITE}names = [\n'c.d',\n'a.b.',\n]",
-            't.toml:8: sites[1].names[1]: "a.b" is a name of sites[0] already',
+            't.toml:8: sites[1].names[1]: sites[0] already has the name "a.b"',
         ),
-        (f"{SITE}names = ['a', 'a']", 't.toml:3: sites[0].names[1]: "a" is a name of sites[0] already'),
+        (f"{SITE}names = ['a', 'a']", 't.toml:3: sites[0].names[1]: sites[0] already has the name "a"'),
         (
             SITE + SITE,
-            't.toml:3: sites[1].names[0]: "*" is a name of sites[0] already, and of every site without names',
+            't.toml:3: sites[1].names[0]: sites[0] already has the name "*", like every site without names',
         ),
         (
             f"{SITE}default = true\n{SITE}names=['a']\n{SITE}names=['b']\ndefault = true",
-            "t.toml:10: sites[2].default: sites[0] is the default already; there can be one",
+            "t.toml:10: sites[2].default: sites[0] is the default already; there can be only one",
         ),
         # The firewall.
         ("[rules]", "t.toml:1: rules: expected an array of tables, got a table; write [[rules]], in double brackets"),
@@ -443,45 +466,66 @@ def test_what_is_no_duration(text: str) -> None:
             rule("action = 'deny'"),
             't.toml:4: rules[0].action: expected "block", "allow", "log" or "skip", got "deny"',
         ),
-        (rule("action = 'skip'"), "t.toml:4: rules[0].action: say what is skipped: skip = ["),
-        (rule("action = 'log'\nskip = ['rate_limits']"), 't.toml:5: rules[0].skip: skip goes with action = "skip"'),
+        (rule("action = 'skip'"), "t.toml:4: rules[0].action: requires skip, such as skip = ["),
+        (rule("action = 'log'\nskip = ['rate_limits']"), 't.toml:5: rules[0].skip: requires action = "skip"'),
         (rule("action = 'skip'\nskip = ['rules']"), 'rules[0].skip[0]: expected "rate_limits" or "managed_rules", got'),
-        (rule("action = 'block'\nstatus = 399"), "rules[0].status: expected a whole number >= 400, got 399"),
-        (rule("action = 'block'\nstatus = 499"), "rules[0].status: 499 is no status of HTTP; 403 is the usual one"),
-        (rule("action = 'allow'\nstatus = 404"), 'rules[0].status: status goes with action = "block" or on_error ='),
-        (rule("action = 'log'\nbody = ''"), 'rules[0].body: body goes with action = "block" or on_error = "block"'),
-        (rule(f"action = 'block'\nbody = '{'a' * 4097}'"), "rules[0].body: expected a text of at most 4096 characters"),
-        (rule("action = 'log'") * 2, 't.toml:6: rules[1].name: "a" is the name of rules[0] already'),
-        ("rules = [{name = '', when = '', action = 'log'}]", "rules[0].name: a name has 1 to 100 printable characters"),
-        ("rules = [{name = \"a\\n\", when = '', action = 'log'}]", 'printable characters, not "a\\n"'),
+        (rule("action = 'block'\nstatus = 399"), "rules[0].status: expected a whole number from 400 to 599, got 399"),
+        (
+            rule("action = 'block'\nstatus = 499"),
+            "rules[0].status: 499 is not an HTTP status code; the usual one is 403",
+        ),
+        (rule("action = 'allow'\nstatus = 404"), 'rules[0].status: requires action = "block" or on_error ='),
+        (rule("action = 'log'\nbody = ''"), 'rules[0].body: requires action = "block" or on_error = "block"'),
+        (rule(f"action = 'block'\nbody = '{'a' * 4097}'"), "rules[0].body: expected at most 4096 characters, got 4097"),
+        (rule("action = 'log'") * 2, 't.toml:6: rules[1].name: rules[0] already has the name "a"'),
+        (
+            "rules = [{name = '', when = '', action = 'log'}]",
+            "rules[0].name: expected a name of 1 to 100 printable characters",
+        ),
+        ("rules = [{name = \"a\\n\", when = '', action = 'log'}]", 'printable characters, got "a\\n"'),
         (
             "[[rate_limits]]\nname = 'a'",
             "t.toml:1: rate_limits[0]: a rate limit needs limit or max_tunnels, such as limit",
         ),
-        ("[[rate_limits]]\nname = 'a'\nmax_tunnels = 1\nblock_for = '1m'", "t.toml:4: rate_limits[0].block_for: block"),
-        ("[[rate_limits]]\nname = 'a'\nmax_tunnels = '1'", 'max_tunnels: expected a whole number, got "1"'),
+        (
+            "[[rate_limits]]\nname = 'a'\nmax_tunnels = 1\nblock_for = '1m'",
+            "t.toml:4: rate_limits[0].block_for: requires limit",
+        ),
+        (
+            "[[rate_limits]]\nname = 'a'\nmax_tunnels = '1'",
+            'max_tunnels: expected a whole number from 1 to 1000000, got "1"',
+        ),
         ("lists = 1", "t.toml:1: lists: expected a table such as { partners = "),
-        ("lists = {'a b' = 'x'}", 't.toml:1: lists: "a b" is no name of a list'),
+        ("lists = {'a b' = 'x'}", 't.toml:1: lists: "a b" is not a valid name of a list'),
         ("lists = {a = 1}", "t.toml:1: lists.a: expected the path of a text file, or an array of entries, got 1"),
         ("lists = {a = ''}", 't.toml:1: lists.a: expected the path of a text file, got ""'),
         ("lists = {a = [1]}", 't.toml:1: lists.a[0]: expected a string such as "10.0.0.0/8", got 1'),
-        ("block_addresses = ['@a']", 't.toml:1: block_addresses[0]: there is no list "a"; lists = '),
+        ("block_addresses = ['@a']", 't.toml:1: block_addresses[0]: there is no list "a"; define it in [lists]'),
         (
             f"lists = {{bots = 'a'}}\n{SITE}allow_addresses = ['@bot']",
             't.toml:4: sites[0].allow_addresses[0]: there is no list "bot"; did you mean "@bots"?',
         ),
         (f"{SITE}block_addresses = ['10.0.0.1/8']", 'block_addresses[0]: "10.0.0.1/8" has bits set behind the /8'),
-        (f"{SITE}web_origins = ['a.example']", 'web_origins[0]: "a.example" is not an origin, such as'),
-        (f"{SITE}web_origins = ['https://a/']", '"https://a/" has a path; an origin is scheme, host and port'),
-        (f"{SITE}web_origins = ['app://a/b']", '"app://a/b" is not an origin: scheme, host and port'),
-        (f"{SITE}web_origins = ['https://*']", '"https://*" would let every site in; leave web_origins out'),
+        (f"{SITE}web_origins = ['a.example']", 'web_origins[0]: "a.example" is not a web origin such as'),
+        (f"{SITE}web_origins = ['https://a/']", '"https://a/" has a path; a web origin is scheme, host and port'),
+        (
+            f"{SITE}web_origins = ['app://a/b']",
+            '"app://a/b" has more than it may: a web origin is scheme, host and port',
+        ),
+        (
+            f"{SITE}web_origins = ['https://*']",
+            '"https://*" would allow every web page; to allow all, leave web_origins out',
+        ),
         (f"{SITE}web_origins = ['https://a:65536']", '"65536" in "https://a:65536" is not a port'),
         (f"{SITE}web_origins = ['https://a b']", '"a b" is not a host name'),
         (
             f"{SITE}require_web_origin = true",
-            "sites[0].require_web_origin: require_web_origin needs web_origins, such as",
+            "sites[0].require_web_origin: requires web_origins, such as",
         ),
-        (f"{SITE}managed_rules = {{}}", "t.toml:3: sites[0].managed_rules: no rules; write owasp_crs = true, or"),
+        (
+            f"{SITE}managed_rules = {{}}",
+            "t.toml:3: sites[0].managed_rules: no rules are enabled; set owasp_crs = true, or",
+        ),
         (
             f"{SITE}managed_rules = {{rules = ''}}",
             "managed_rules.rules: expected the path of a file of rules, or a glob",
@@ -495,11 +539,121 @@ def test_what_is_no_duration(text: str) -> None:
         ("listen = [\n", "t.toml:1: not TOML: "),
         ("a = 1\na = 2", "t.toml:2: not TOML: cannot overwrite a value"),
         ("a = " + "[" * 100_000, "t.toml: arrays or tables are nested too deeply"),
-        ("a = " + "1" * 5000, "t.toml: a number has thousands of digits"),
+        ("a = " + "1" * 5000, "t.toml: a number has too many digits"),
     ],
 )
 def test_what_is_said(text: str, message: str) -> None:
     assert message in refusal(text)
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        decoded(text)
+    return list(caught.value.problems)
+
+
+def test_every_problem_is_reported_in_the_order_of_the_lines() -> None:
+    text = """\
+listen = ["8443", "127.0.0.1:1", "127.0.0.1:1"]
+proxy_protocol = "required"
+prosesses = 2
+[timeouts]
+request = "soon"
+close = 3
+[[rules]]
+when = "true"
+action = "skip"
+[[sites]]
+names = ["a.example", "b example", "c example"]
+origins = ["localhost:3000", "localhost", { address = "a:1", weight = 0 }]
+cert = "a.pem"
+require_web_origin = true
+[[sites]]
+names = ["d.example"]
+origins = []
+balance = "random"
+max_age_jitter = "1s"
+block_addresses = ["@nowhere"]
+[[sites]]
+names = ["e.example", "d.example"]
+origins = ["localhost:3000"]
+default = "yes"
+"""
+    places = [re.sub(r"^t\.toml:|: [^:]* .*$", "", problem) for problem in problems(text)]
+    assert places == [
+        "1: listen[0]",
+        "2: proxy_protocol",
+        "3",
+        "5: timeouts.request",
+        "6: timeouts.close",
+        "7: rules[0]",
+        "9: rules[0].action",
+        "11: sites[0].names[1]",
+        "11: sites[0].names[2]",
+        "12: sites[0].origins[1]",
+        "12: sites[0].origins[2].weight",
+        "13: sites[0].cert",
+        "14: sites[0].require_web_origin",
+        "17: sites[1].origins",
+        "18: sites[1].balance",
+        "19: sites[1].max_age_jitter",
+        "20: sites[1].block_addresses[0]",
+        "22: sites[2].names[1]",
+        "24: sites[2].default",
+    ]
+
+
+def test_what_depends_on_a_wrong_value_is_not_judged() -> None:
+    """The key is there, so it is not called missing; nor is its default compared with anything."""
+    assert len(problems(f"{SITE}cert = 1\nkey = 'a'")) == 1
+    assert len(problems(f"{SITE}max_age = 'never'\nmax_age_jitter = '1s'")) == 1
+    assert len(problems("[[sites]]\norigins = ['localhost']\norigin_ca = 'a'")) == 1
+    assert len(problems("proxy_protocol = 'required'\ntrusted_proxies = ['a']")) == 1
+    assert len(problems(f"{SITE}allowed_origins = ['same']\nrequire_web_origin = true")) == 1
+    assert len(problems(f"lists = 1\n{SITE}block_addresses = ['@a']")) == 1
+
+
+def test_a_file_full_of_problems_is_not_reported_whole() -> None:
+    found = problems("".join(f"key{number} = 1\n" for number in range(200)))
+    assert len(found) == MAX_PROBLEMS + 1
+    assert found[-1] == f"t.toml: {200 - MAX_PROBLEMS} more problems"
+
+
+TABLE_TEXTS: dict[type[Table], tuple[str, str]] = {
+    Config: ("", ""),
+    Timeouts: ("[timeouts]\n", "timeouts: "),
+    Release: ("[release]\n", "release: "),
+    SiteConfig: (SITE, "sites[0]: "),
+    Ejection: (f"{SITE}[sites.ejection]\n", "sites[0].ejection: "),
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new"),
+    [(table, old, new) for table in TABLE_TEXTS for old, new in table.renamed.items()],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(table: type[Table], old: str, new: str) -> None:
+    before, place = TABLE_TEXTS[table]
+    text = f'{before}{old} = "10s"'
+    line = text.count("\n") + 1
+    assert problems(text) == [f't.toml:{line}: {place}unknown key "{old}"; it was renamed to "{new}"']
+    assert new in table.__struct_fields__
+    assert old not in table.__struct_fields__
+
+
+def test_every_renamed_key_is_known() -> None:
+    assert {old: new for table in TABLE_TEXTS for old, new in table.renamed.items()} == {
+        "origin_resolve": "resolve_interval",
+        "end_removed": "drain_removed",
+        "origin_answer": "origin_response",
+        "linger": "drain_after",
+        "allowed_origins": "web_origins",
+        "require_origin": "require_web_origin",
+        "origins_mode": "web_origins_mode",
+        "verify": "origin_verify",
+        "longest": "max_delay",
+    }
+    assert {table for table in Table.__subclasses__() if table.renamed} == set(TABLE_TEXTS)
 
 
 @pytest.mark.parametrize("before", ["", "\n# log.opened = 1\n", "log.format = 'text'\nlimits = {}\n"])
@@ -606,16 +760,16 @@ documents = st.one_of(st.fixed_dictionaries({}, optional=fields), st.dictionarie
 @given(document=documents)
 def test_no_document_raises_anything_else(document: dict[str, Any]) -> None:
     text = "\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in document.items())
-    messages = []
+    messages: list[str] = []
     try:
         config = decoded(text)
     except ConfigurationError as error:
-        messages.append(str(error))
+        messages.extend(error.problems)
     else:
         assert isinstance(config, Config)
         hash(config)
     for message in messages:
-        assert re.match(r"t\.toml:[0-9]+: ", message)
+        assert re.match(r"t\.toml:[0-9]+: |t\.toml: [0-9]+ more problems", message)
         assert len(message.splitlines()) == 1
 
 

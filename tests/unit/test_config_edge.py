@@ -176,7 +176,7 @@ def test_no_on_error(written: str) -> None:
 def test_keys_without_a_worker(line: str) -> None:
     message = refusal(f"{SITE}{line}\n")
     key = line.partition(" ")[0]
-    assert f"sites[0].{key}: this goes with worker only" in message
+    assert f"sites[0].{key}: requires worker" in message
     assert ":3" in message or "line 3" in message
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.shown import schema as json_schema
-from tlstunnel.cli.shown import toml
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
+from tlstunnel.config.rendering import render_schema, render_toml
 from tlstunnel.errors import CertificateError, ConfigurationError
 
 OPEN_TO_ALL = (
@@ -77,14 +76,14 @@ def show(file: Path) -> None:
 
     Paths are absolute. Fields for origins whose names look like secrets are hidden.
     """
-    for line in toml(load(file)):
+    for line in render_toml(load(file)):
         click.echo(line)
 
 
 @command.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration file, by which editors complete and check it."""
-    click.echo(json.dumps(json_schema(), indent=2))
+    click.echo(json.dumps(render_schema(), indent=2))
 
 
 def _load_certificate(site: SiteConfig) -> str | None:

@@ -15,7 +15,7 @@ import msgspec
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.cli import typed
-from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, worker_reference
+from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, parse_worker_reference
 from tlstunnel.edge.stage import Directions
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
@@ -113,7 +113,7 @@ def _example() -> OriginAddress:
 
 def _with_worker(site: SiteConfig, worker: str, worker_config: str | None) -> SiteConfig:
     try:
-        reference = worker_reference(worker, Path.cwd())
+        reference = parse_worker_reference(worker, Path.cwd())
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="FILE:FUNCTION") from None
     changed: dict[str, Any] = {"worker": reference}

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tlstunnel.certificates import issue
-from tlstunnel.cli.shown import inline
+from tlstunnel.config.rendering import render_value
 from tlstunnel.testing.client import Answer, Headers, converse, make_handshake
 from tlstunnel.testing.origin import EdgeOrigin, OriginRequest
 from tlstunnel.testing.program import TIMEOUT, Program, Record
@@ -181,7 +181,7 @@ class EdgeTunnel:
         if self._worker_origins:
             hosts = [_address(one) for one in self._worker_origins]
             site["worker_origins"] = [host.partition(":")[0] if host.count(":") == 1 else host for host in hosts]
-        text = "\n".join(f"{name} = {inline(value)}" for name, value in site.items())
+        text = "\n".join(f"{name} = {render_value(value)}" for name, value in site.items())
         file = folder / "tlstunnel.toml"
         file.write_text(f'listen = ["127.0.0.1:0"]\n{self._top}\n[[sites]]\n{text}\n{self._site}\n')
         return file
