@@ -332,9 +332,7 @@ def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:
 
 def _precision(timeouts: Timeouts, of_workers: float) -> float:
     """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
-    shortest = min(
-        timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_response, of_workers
-    )
+    shortest = min(timeouts.shortest, of_workers)
     return max(min(shortest / 10, 0.25), 0.01)
 
 
