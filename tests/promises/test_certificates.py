@@ -128,7 +128,7 @@ def test_an_expired_certificate_is_a_warning_at_the_start(
     authority.pair(tmp_path, "a", start=NOW - 9 * DAY, end=NOW - DAY)
     authority.pair(tmp_path, "b", end=NOW + 5 * DAY)
     with serving(site(origin, tmp_path), site(origin, tmp_path, name="b.example", stem="b")) as tunnel:
-        reasons = [record["reason"] for record in tunnel.wait_records(2, "certificate")]
+        reasons = [record["reason"] for record in tunnel.wait_records(2, "certificate warning")]
         assert any("a.pem" in reason and "expired" in reason for reason in reasons)
         assert any("b.pem" in reason and re.search(r"\b[45] days", reason) for reason in reasons)
         (days,) = tunnel.wait_records(1, "certificates")

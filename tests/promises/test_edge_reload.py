@@ -382,7 +382,7 @@ def test_a_thread_that_is_held_for_ever_is_replaced(started: Started, notes: Not
         assert _says(tunnel).startswith("504 ")
         written(tunnel, worker("two"))
         reloaded(tunnel)
-        (record,) = tunnel.records("edge: the workers' thread is held; another is started")
+        (record,) = tunnel.records("edge thread replaced")
         assert f"{tunnel.folder}/worker.py:" in record["place"]
         assert _says(tunnel) == "418 two"
         _echoes(client)
@@ -432,11 +432,11 @@ def test_a_teardown_that_fails_holds_nothing(started: Started, notes: Notes, end
     code = worker("one").replace('note("one teardown", env["version"])', f'note("one teardown"); {ends}')
     with started(code) as tunnel:
         reloaded(tunnel)
-        record = tunnel.wait_record(lambda record: record["event"] == "edge worker: teardown failed", timeout=5)
+        record = tunnel.wait_record(lambda record: record["event"] == "edge worker teardown failed", timeout=5)
         assert record["worker"].endswith("worker.py:fetch")
         assert _says(tunnel) == "418 one"
         assert tunnel.stop() == 0
-        assert len(tunnel.records("edge worker: teardown failed")) == 2
+        assert len(tunnel.records("edge worker teardown failed")) == 2
         assert len(notes.pids("one teardown")) == 2
 
 

@@ -277,7 +277,7 @@ def test_it_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set
 )
 def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
     """Its requests are answered by the deadline, and the log names it with the line in which it stands."""
-    seen = len(tunnel.records("edge worker blocks the workers' loop"))
+    seen = len(tunnel.records("edge worker blocks the event loop"))
 
     def attack() -> float:
         began = time.monotonic()
@@ -287,7 +287,7 @@ def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code:
     took = _unaffected(tunnel, attack)
     assert isinstance(took, float)
     assert took < 1 + MOST
-    named = tunnel.wait_records(seen + 1, "edge worker blocks the workers' loop")[seen]
+    named = tunnel.wait_records(seen + 1, "edge worker blocks the event loop")[seen]
     assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
     where = {f"{tunnel.folder}/worker.py:{line_of(stands)}", f"{tunnel.folder}/worker.py:{line_of(stands) - 1}"}
     assert named["line"] in where
@@ -295,15 +295,15 @@ def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code:
         assert (named["line"], named["code"]) == (f"{tunnel.folder}/worker.py:{line_of(stands)}", code)
     assert named["seconds"] >= 0.25
     # It is said once, and that it goes on.
-    tunnel.wait_records(1, "edge worker goes on")
+    tunnel.wait_records(1, "edge worker resumed")
     assert _statuses(tunnel, "/", 1) == {101}
-    assert len(tunnel.records("edge worker blocks the workers' loop")) == seen + 1
+    assert len(tunnel.records("edge worker blocks the event loop")) == seen + 1
 
 
 def test_it_is_named_when_it_calls_what_holds_the_interpreter(tunnel: Tunnel) -> None:
     """A regular expression that backtracks holds Python's lock, and so the tunnels too: it is named once it is over."""
     _statuses(tunnel, "/calls_c", 1)
-    (named,) = tunnel.wait_records(1, "edge worker holds Python's lock", timeout=5)
+    (named,) = tunnel.wait_records(1, "edge worker holds the GIL", timeout=5)
     assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
     assert named["line"] == f"{tunnel.folder}/worker.py:{line_of('# it searches here')}"
     assert named["code"].endswith("# it searches here")

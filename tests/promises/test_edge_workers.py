@@ -500,4 +500,4 @@ def test_a_wss_origin_of_its_choice(certificate: Certificate, tmp_path: Path) ->
         assert tunnel.wait_records()[0]["origin"] == where
         refused = ask(tunnel, handshake_request(f"/to?where={where}"))
         assert refused.status == 502
-        assert record_of(tunnel, refused.headers)["reason"] == "origin certificate of unknown issuer"
+        assert record_of(tunnel, refused.headers)["reason"] == "origin certificate from unknown issuer"

@@ -385,7 +385,7 @@ def _works(tunnel: Tunnel) -> str:
 
 PROBLEMS: dict[str, tuple[Callable[[Authority], Certificate], str]] = {
     "origin certificate expired": (lambda by: by.issue("localhost", begins=-2 * DAY, ends=-DAY), "has expired"),
-    "origin certificate not valid yet": (lambda by: by.issue("localhost", begins=DAY, ends=2 * DAY), "not valid yet"),
+    "origin certificate not yet valid": (lambda by: by.issue("localhost", begins=DAY, ends=2 * DAY), "not valid yet"),
     "origin certificate for another name": (lambda by: by.issue("other.example"), "localhost"),
     "origin certificate self-signed": (lambda by: by.issue("localhost", self_signed=True), "self-signed"),
 }
@@ -418,7 +418,7 @@ def test_an_issuer_that_is_not_trusted(certificate: Certificate, authority: Auth
         for settings in (f'origin_ca = "{other.file}"', ""):  # the system's store does not know it either
             with Tunnel(certificate=certificate, config=site(certificate, address, settings)) as tunnel:
                 assert refused(tunnel).startswith(b"HTTP/1.1 502 ")
-                assert tunnel.wait_records(1)[0]["reason"] == "origin certificate of unknown issuer"
+                assert tunnel.wait_records(1)[0]["reason"] == "origin certificate from unknown issuer"
 
 
 def test_a_self_signed_certificate_may_be_trusted_itself(certificate: Certificate, authority: Authority) -> None:
@@ -495,7 +495,7 @@ def _alert(sock: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("handler", "reason", "word"),
     [
-        (_http_in_clear, "origin speaks no TLS", "no TLS"),
+        (_http_in_clear, "origin does not speak TLS", "no TLS"),
         (_closes, "origin TLS failed", "ended"),
         (_alert, "origin TLS failed", "unrecognized name"),
     ],

@@ -142,7 +142,7 @@ def test_an_origin_that_refuses_costs_no_handshake(origins: list[Origin], certif
         origins[0].revive()
         # Within the delay of a second or a few, doubled by what failed meanwhile.
         eventually(lambda: name_of(tunnel) == b"a", timeout=20)
-        tunnel.wait_records(1, "origin is back")
+        tunnel.wait_records(1, "origin restored")
         assert Counter(name_of(tunnel) for _ in range(30)) == {b"a": 10, b"b": 10, b"c": 10}
 
 
@@ -294,11 +294,11 @@ def test_health_checks_take_an_origin_out_before_anybody_asks_it(
             assert {name_of(tunnel) for _ in range(4)} == {b"s", b"a"}
             assert eventually(lambda: "/health" in origins[0].heads)
             broken.touch()
-            record = tunnel.wait_records(1, "origin is down")[0]
+            record = tunnel.wait_records(1, "origin down")[0]
             assert (record["origin"], record["reason"]) == (raw.address, "status 500 instead of 101")
             assert {name_of(tunnel) for _ in range(6)} == {b"a"}
             broken.unlink()
-            tunnel.wait_records(1, "origin is up")
+            tunnel.wait_records(1, "origin up")
             assert {name_of(tunnel) for _ in range(4)} == {b"s", b"a"}
             # A reload leaves one check an origin behind, not two.
             tunnel.reload()

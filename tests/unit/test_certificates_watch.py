@@ -62,7 +62,7 @@ def test_a_new_pair_is_served_and_told_of(tmp_path: Path, log: list[Line]) -> No
     assert log == []
     CA.pair(tmp_path, "x", end=NOW + 60 * DAY + DAY / 2)
     assert site.look()
-    assert [line["news"] for line in log] == [f"{site.cert}: a new certificate is served, with 60 days left"]
+    assert [line["detail"] for line in log] == [f"{site.cert}: a new certificate is served, with 60 days left"]
     assert not site.look(3)
     assert len(log) == 1
 
@@ -188,7 +188,7 @@ def test_authorities_and_lists_are_watched(tmp_path: Path, log: list[Line]) -> N
     revoked = CA.sign(new_key())
     crl.write_bytes(CA.revoking(revoked).public_bytes(Encoding.PEM))
     assert site.look()
-    assert [line["news"] for line in log] == [f"{ca}: new authorities or revocation lists decide about clients"]
+    assert [line["detail"] for line in log] == [f"{ca}: new authorities or revocation lists decide about clients"]
     crl.write_bytes(CA.revoking(end=NOW - DAY).public_bytes(Encoding.PEM))
     assert not site.look(2)
     assert [reason.startswith(f"{crl}: a list was to be replaced") for reason in warnings(log)] == [True]

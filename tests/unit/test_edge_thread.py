@@ -231,7 +231,7 @@ def test_it_goes_on_whatever_stops_its_loop(logged: Logged, how: str) -> None:
             assert alive(edge)
 
     run(work())
-    said = [record for record in logged if record["event"] == "edge: a task tried to end the process"]
+    said = [record for record in logged if record["event"] == "edge task tried to exit the process"]
     assert len(said) == (how != "stop")
 
 
@@ -290,8 +290,8 @@ def test_stop_waits_for_nobody_who_holds_it() -> None:
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------
 
-BLOCKS = "edge worker blocks the workers' loop"
-LOCKS = "edge worker holds Python's lock"
+BLOCKS = "edge worker blocks the event loop"
+LOCKS = "edge worker holds the GIL"
 
 
 async def _watched(reference: str, logged: Logged, event: str, seconds: float = 8.0) -> Any:
@@ -406,12 +406,12 @@ def test_who_computes_in_c_is_named_beside_a_newer_thread(folder: Path, logged: 
 def test_it_is_named_once_and_that_it_goes_on(folder: Path, logged: Logged) -> None:
     async def work() -> None:
         reference = written(folder, "file", "async def fetch(request, env):\n    time.sleep(1)\n    return request\n")
-        await _watched(reference, logged, "edge worker goes on")
+        await _watched(reference, logged, "edge worker resumed")
 
     run(work())
     events = [record["event"] for record in logged]
-    assert events == [BLOCKS, "edge worker goes on"]
-    assert 0.8 < logged[1]["held"] < 3
+    assert events == [BLOCKS, "edge worker resumed"]
+    assert 0.8 < logged[1]["seconds"] < 3
 
 
 def test_setup_is_watched_too(folder: Path, logged: Logged) -> None:
@@ -419,7 +419,7 @@ def test_setup_is_watched_too(folder: Path, logged: Logged) -> None:
         code = "async def setup(config):\n" + SLEEPS + FETCH + RETURNS
         of = workers(site(written(folder, "file", code)))
         await of.start()
-        await until(lambda: "edge worker goes on" in [record["event"] for record in logged])
+        await until(lambda: "edge worker resumed" in [record["event"] for record in logged])
         await of.close()
 
     run(work())
@@ -733,11 +733,11 @@ def test_the_second_setup_that_fails_has_the_first_torn_down(folder: Path) -> No
 @pytest.mark.parametrize(
     ("code", "event"),
     [
-        ("raise ValueError('no')", "edge worker: teardown failed"),
-        ("import sys; sys.exit(1)", "edge worker: teardown failed"),
-        ("await asyncio.sleep(60)", "edge worker: teardown did not end"),
-        ("time.sleep(0.6)", "edge worker: teardown did not end"),
-        ("raise asyncio.CancelledError", "edge worker: teardown failed"),
+        ("raise ValueError('no')", "edge worker teardown failed"),
+        ("import sys; sys.exit(1)", "edge worker teardown failed"),
+        ("await asyncio.sleep(60)", "edge worker teardown timed out"),
+        ("time.sleep(0.6)", "edge worker teardown timed out"),
+        ("raise asyncio.CancelledError", "edge worker teardown failed"),
     ],
 )
 def test_a_teardown_that_fails_holds_nobody(
@@ -880,7 +880,7 @@ def test_a_thread_that_is_held_is_replaced(folder: Path, logged: Logged) -> None
         await two.close()
 
     run(work())
-    assert "edge: the workers' thread is held; another is started" in [record["event"] for record in logged]
+    assert "edge thread replaced" in [record["event"] for record in logged]
 
 
 def test_a_request_that_is_in_flight_when_the_thread_is_replaced(folder: Path) -> None:

@@ -12,6 +12,7 @@ from tests.harness import Certificate
 from tests.promises.secure import Authority, server_context
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.errors import CertificateError
+from tlstunnel.journal.events import Reason
 from tlstunnel.origins import tls
 from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.origins.tls import Contexts, OriginTLS, client_context, explain
@@ -193,7 +194,7 @@ def test_a_failure_closes_the_socket_and_says_which(authority: Authority) -> Non
         asyncio.run(_once(OriginTLS(client_context(ca=authority.file)), server.address))
     serving.join()
     server.close()
-    assert caught.value.kind == tls.WRONG_NAME
+    assert caught.value.kind == Reason.ORIGIN_WRONG_NAME
     assert caught.value.reason.startswith(f"localhost:{server.address.port}: ")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from tlstunnel.certificates.store import Certificates, Seen, Source
+from tlstunnel.journal.events import Event
 
 ROUND = 2.0
 """Seconds in which every file is looked at once, as long as they are few."""
@@ -72,7 +73,7 @@ class Watch:
                 self._refused(complaint)
             elif changed:
                 certificates.renewed(seen.source)
-                self._log.info("certificate replaced", news=seen.source.value.news(datetime.now(UTC)))
+                self._log.info(Event.CERTIFICATE_REPLACED, detail=seen.source.value.news(datetime.now(UTC)))
                 self._warn([seen.source.value.warning(datetime.now(UTC))])
 
     def tell_of_age(self, now: datetime) -> None:
@@ -82,7 +83,7 @@ class Watch:
         pairs = list(self._certificates.pairs())
         if pairs:
             first = min(pairs, key=lambda pair: pair.not_after)
-            self._log.info("certificates", count=len(pairs), first=str(first.cert), days_left=first.days_left(now))
+            self._log.info(Event.CERTIFICATES, count=len(pairs), first=str(first.cert), days_left=first.days_left(now))
         self._warn(self._certificates.warnings(now))
 
     async def _run(self) -> None:
@@ -95,7 +96,7 @@ class Watch:
             try:
                 await self._round()
             except Exception:
-                self._log.exception("looking at certificates failed")
+                self._log.exception(Event.CERTIFICATE_CHECK_FAILED)
                 await asyncio.sleep(ROUND)
 
     async def _round(self) -> None:
@@ -113,15 +114,15 @@ class Watch:
             await self.look(some)
 
     def _refused(self, complaint: str) -> None:
-        self._log.warning("certificate not replaced", reason=complaint, hint="the one before goes on being served")
+        self._log.warning(Event.CERTIFICATE_NOT_REPLACED, reason=complaint, hint="the previous one is still served")
 
     def _warn(self, warnings: Sequence[str | None]) -> None:
         new = [warning for warning in warnings if warning and warning not in self._told]
         self._told.update(new)
         for warning in new[:MOST_TOLD]:
-            self._log.warning("certificate", reason=warning)
+            self._log.warning(Event.CERTIFICATE_WARNING, reason=warning)
         if len(new) > MOST_TOLD:
-            self._log.warning("certificate", reason=f"{len(new) - MOST_TOLD} more are of that kind")
+            self._log.warning(Event.CERTIFICATE_WARNING, reason=f"{len(new) - MOST_TOLD} more are of that kind")
 
 
 def _seen(sources: Sequence[Source[Any]]) -> list[Seen[Any]]:

@@ -26,6 +26,7 @@ from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
+from tlstunnel.journal.events import Reason
 
 STAGES = (
     "target",
@@ -91,7 +92,7 @@ async def _judged(
         assert request is not None  # the head is whole
         site = typed.site_of(config.sites, request)
         if site is None:
-            return "", Verdict(Refusal(421, "misdirected", "the Host field is no name of any site"))
+            return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field is no name of any site"))
         if site.http == "refuse":
             RequestReader().feed(head)
     except Refusal as refusal:

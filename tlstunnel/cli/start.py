@@ -14,6 +14,7 @@ from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, read
 from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
 from tlstunnel.errors import ListenError
+from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning, try_child
@@ -112,7 +113,7 @@ def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> S
         gone = slots.settle(slots.open(addresses, 1, OPTIONAL), addresses)
     except ListenError as error:
         # The probe could: somebody was quicker. To end now would end what is served.
-        structlog.get_logger().error("upgrade: the listeners are those of before", reason=str(error))
+        structlog.get_logger().error(Event.UPGRADE_LISTENERS_KEPT, reason=str(error))
         return slots
     for slot in gone:
         slot.listener.remove()
@@ -137,7 +138,7 @@ def _echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
     if handed is not None and handed.echo is not None:
         return stack.enter_context(contextlib.closing(EchoOrigin.restored(handed.echo)))
     echo = stack.enter_context(contextlib.closing(EchoOrigin.start()))
-    structlog.get_logger().info("embedded echo origin", address=f"127.0.0.1:{echo.port}")
+    structlog.get_logger().info(Event.ECHO_ORIGIN, address=f"127.0.0.1:{echo.port}")
     return echo
 
 
@@ -151,4 +152,4 @@ def _complete(wanted: Wanted, config: Config, *, tell: bool) -> None:
     test = issue.ensure(CERTIFICATES)
     if tell:
         hint = "clients trust it with this CA"
-        structlog.get_logger().info("test certificate", cert=str(test.cert), ca=str(test.ca), hint=hint)
+        structlog.get_logger().info(Event.TEST_CERTIFICATE, cert=str(test.cert), ca=str(test.ca), hint=hint)

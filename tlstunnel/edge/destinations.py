@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import OriginConfig
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Reason
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLS
 
@@ -17,7 +18,7 @@ least recently used is dropped."""
 def refuse_destination(reason: str) -> Refusal:
     """Return the refusal for an origin that the worker chose and may not choose; `reason` is for the log."""
     text = "the edge worker chose an origin that it may not have"
-    return Refusal(502, "edge: origin not allowed", text, detail=reason)
+    return Refusal(502, Reason.WORKER_ORIGIN, text, detail=reason)
 
 
 class Destinations:

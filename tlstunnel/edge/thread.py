@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from tlstunnel.escaping import printable
+from tlstunnel.journal.events import Event
 from tlstunnel.sockets.readiness import IN, TunnelLoop
 
 SWITCH_INTERVAL = 0.0005
@@ -196,7 +197,7 @@ class EdgeThread:
             try:
                 self.loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:  # of a task that a worker left behind
-                structlog.get_logger().error("edge: a task tried to end the process", reason=type(error).__name__)
+                structlog.get_logger().error(Event.EDGE_TASK_EXITED, reason=type(error).__name__)
         self.loop.close()
 
     def _has_one(self) -> bool:
@@ -297,14 +298,14 @@ class EdgeThread:
         if self._held is not None:
             (since, worker), self._held = self._held, None
             structlog.get_logger().warning(
-                "edge worker goes on", worker=worker, held=round(time.monotonic() - since, 2)
+                Event.WORKER_RESUMED, worker=worker, seconds=round(time.monotonic() - since, 2)
             )
 
     def _name(self, seconds: float) -> None:
         worker, file, line = self._place()
         self._held = time.monotonic() - seconds, worker
         hint = "await what waits, and compute elsewhere: asyncio.to_thread"
-        _warn("edge worker blocks the workers' loop", worker, file, line, seconds, hint)
+        _warn(Event.WORKER_BLOCKING, worker, file, line, seconds, hint)
 
     def _name_holder(self, seconds: float) -> None:
         """No turn here either: somebody held Python's lock."""
@@ -313,7 +314,7 @@ class EdgeThread:
         if found is not None:
             worker, file, line = found
             hint = "every tunnel waited: it computes in C with Python's lock; another library, or another process"
-            _warn("edge worker holds Python's lock", worker.reference, file, line, seconds, hint)
+            _warn(Event.WORKER_HOLDS_GIL, worker.reference, file, line, seconds, hint)
 
     @property
     def place(self) -> str:
@@ -337,7 +338,7 @@ class EdgeThread:
         return named[0] if named else "", file, own.f_lineno
 
 
-def _warn(event: str, worker: str, file: str, line: int, seconds: float, hint: str) -> None:  # noqa: PLR0913, PLR0917
+def _warn(event: Event, worker: str, file: str, line: int, seconds: float, hint: str) -> None:  # noqa: PLR0913, PLR0917
     linecache.checkcache(file)
     code = printable(linecache.getline(file, line).strip())
     place = f"{file}:{line}"

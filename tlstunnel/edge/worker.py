@@ -13,6 +13,7 @@ from tlstunnel.edge.values import Forwarded, InvalidReply, UpgradeRequest, outco
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
 from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.journal.events import Event
 
 SETUP_SECONDS = 30.0
 """What a worker's `setup` may take: a release waits for it (``release.upgrade_timeout`` is as long)."""
@@ -180,10 +181,10 @@ class Worker:
                 try:
                     _, failure = await thread.run(_called(teardown, self._env, printable_traceback), TEARDOWN_SECONDS)
                 except TooLate:
-                    log.warning("edge worker: teardown did not end", worker=self.reference, seconds=TEARDOWN_SECONDS)
+                    log.warning(Event.WORKER_TEARDOWN_TIMED_OUT, worker=self.reference, seconds=TEARDOWN_SECONDS)
                 else:
                     if failure:
-                        log.warning("edge worker: teardown failed", worker=self.reference, exception=failure)
+                        log.warning(Event.WORKER_TEARDOWN_FAILED, worker=self.reference, exception=failure)
             thread.workers.discard(self)
         self._env, self._has_env = None, False
         self.code.forget()

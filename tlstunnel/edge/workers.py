@@ -14,6 +14,7 @@ from tlstunnel.edge.stage import Edge
 from tlstunnel.edge.thread import EdgeThread
 from tlstunnel.edge.worker import Worker
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
 
@@ -90,7 +91,7 @@ class Workers:
         if await thread.responds(RESPONDS_SECONDS):
             return thread
         # It goes on to be theirs who have it: whether this configuration is switched to or not is not known yet.
-        structlog.get_logger().error("edge: the workers' thread is held; another is started", place=thread.place)
+        structlog.get_logger().error(Event.EDGE_THREAD_REPLACED, place=thread.place)
         return EdgeThread()
 
     def adopt(self) -> None:

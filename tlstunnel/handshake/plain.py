@@ -11,6 +11,7 @@ from tlstunnel.handshake.fields import hop_by_hop
 from tlstunnel.handshake.refusal import Refusal, head
 from tlstunnel.handshake.request import PlainRequest
 from tlstunnel.handshake.response import BadResponse, ResponseReader, checked_fields
+from tlstunnel.journal.events import Reason
 
 _LENGTH = frozenset({b"content-length"})
 
@@ -40,7 +41,7 @@ class BodyReader:
         try:
             content = self._body.take(data)
         except BadBody as error:
-            raise Refusal(400, "body", "the body is not framed as RFC 9112 says", detail=error.reason) from None
+            raise Refusal(400, Reason.BODY, "the body is not framed as RFC 9112 says", detail=error.reason) from None
         if not self._chunked:
             return content
         return chunk(content) + (LAST_CHUNK if self.complete else b"")

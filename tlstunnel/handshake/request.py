@@ -16,6 +16,7 @@ import h11
 
 from tlstunnel.handshake.fields import ByName, by_name, extension_names, has_control, has_token, tokens
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
+from tlstunnel.journal.events import Reason
 
 MAX_HEAD = 16_384
 """Bytes of a request head. nginx takes 4 buffers of 8 KiB, HAProxy 16 KiB, node 16 KiB, Apache 8 KiB a line."""
@@ -145,22 +146,22 @@ class RequestReader(Generic[_R]):
         buffer = self._head
         # No method starts so; a TLS record inside the TLS does, and would never complete a line.
         if buffer and not 0x21 <= buffer[0] < 0x7F:
-            raise _bad("malformed head", "the request does not start with a method")
+            raise _bad(Reason.MALFORMED_HEAD, "the request does not start with a method")
         start = self._scanned
         end = buffer.find(b"\r\n\r\n", max(start - 3, 0), MAX_HEAD)
         self._scanned = min(len(buffer), MAX_HEAD) if end < 0 else end + 4
         # An LF that begins the new bytes belongs to the CR that ended the last.
         lines = buffer[start - 1 if buffer[start - 1 : start] == b"\r" else start : self._scanned]
         if lines.count(b"\n") != lines.count(b"\r\n"):
-            raise _bad("bare LF", "a line ends with LF instead of CRLF")
+            raise _bad(Reason.BARE_LF, "a line ends with LF instead of CRLF")
         if end >= 0:
             return end + 4
         if len(buffer) >= MAX_HEAD:
-            raise Refusal(431, "head too large", f"the request head has more than {MAX_HEAD} bytes")
+            raise Refusal(431, Reason.HEAD_TOO_LARGE, f"the request head has more than {MAX_HEAD} bytes")
         return None
 
 
-def _bad(reason: str, text: str, detail: str = "") -> Refusal:
+def _bad(reason: Reason, text: str, detail: str = "") -> Refusal:
     return Refusal(400, reason, text, detail=detail)
 
 
@@ -184,18 +185,18 @@ def by_the_letter(data: bytes) -> tuple[_Head, ByName] | None:
 def by_h11(data: bytes) -> tuple[_Head, ByName]:
     """Read a whole head. Raises `Refusal`."""
     if has_control(data):
-        raise _bad("control character", "the request head holds a control character")
+        raise _bad(Reason.CONTROL_CHARACTER, "the request head holds a control character")
     if b"\r\n " in data or b"\r\n\t" in data:
-        raise _bad("folded field", "a field is folded over several lines (RFC 9112 section 5.2)")
+        raise _bad(Reason.FOLDED_FIELD, "a field is folded over several lines (RFC 9112 section 5.2)")
     # The request line and the empty line are no fields.
     if data.count(b"\r\n") - 2 > MAX_FIELDS:
-        raise Refusal(431, "too many fields", f"the request has more than {MAX_FIELDS} fields")
+        raise Refusal(431, Reason.TOO_MANY_FIELDS, f"the request has more than {MAX_FIELDS} fields")
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
     try:
         parser.receive_data(data)
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
-        raise _bad("malformed head", "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]) from None
+        raise _bad(Reason.MALFORMED_HEAD, "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]) from None
     assert isinstance(event, h11.Request)  # the head is complete
     raw = tuple(event.headers.raw_items())
     return _Head(event.method, event.target, event.http_version, raw), by_name(raw)
@@ -242,12 +243,12 @@ def _host(authority: bytes) -> str:
 
 def _http_1_1(request: _Head, _: ByName) -> None:
     if request.http_version != b"1.1":
-        raise Refusal(505, "HTTP version", "only HTTP/1.1 is spoken here")
+        raise Refusal(505, Reason.HTTP_VERSION, "only HTTP/1.1 is spoken here")
 
 
 def _get(request: _Head, _: ByName) -> None:
     if request.method != b"GET":
-        raise Refusal(405, "method", "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
+        raise Refusal(405, Reason.METHOD, "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
 
 
 def _passed_method(request: _Head, _: ByName) -> None:
@@ -256,15 +257,15 @@ def _passed_method(request: _Head, _: ByName) -> None:
     Nor small letters: methods differ by case, some origins take them for the same, and rules could be passed by.
     """
     if not _METHOD.fullmatch(request.method):
-        raise Refusal(405, "method", "this method is not passed on", ALLOWED)
+        raise Refusal(405, Reason.METHOD, "this method is not passed on", ALLOWED)
 
 
 def _origin_form(request: _Head, _: ByName) -> None:
     """RFC 9112 section 3.2.1; h11 has seen to it that the target is visible ASCII."""
     if not request.target.startswith(b"/"):
-        raise _bad("target form", "the request target must be a path")
+        raise _bad(Reason.TARGET_FORM, "the request target must be a path")
     if b"#" in request.target:
-        raise _bad("target form", "the request target holds a fragment")
+        raise _bad(Reason.TARGET_FORM, "the request target holds a fragment")
 
 
 def is_authority(value: bytes) -> bool:
@@ -281,50 +282,50 @@ def _one_host(_: _Head, fields: ByName) -> None:
     hosts = fields.get(b"host", ())
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
-        raise _bad("Host", "there must be one valid Host field")
+        raise _bad(Reason.HOST, "there must be one valid Host field")
     if match["ipv6"]:
         try:
             IPv6Address(match["ipv6"].decode())
         except AddressValueError:
-            raise _bad("Host", "the address in Host is not an IPv6 address") from None
+            raise _bad(Reason.HOST, "the address in Host is not an IPv6 address") from None
     if match["port"] and int(match["port"]) > 65_535:
-        raise _bad("Host", "the port in Host is too large")
+        raise _bad(Reason.HOST, "the port in Host is too large")
 
 
 def _no_body(_: _Head, fields: ByName) -> None:
     """A body would be read as WebSocket frames by whoever overlooks its length: request smuggling."""
     if b"transfer-encoding" in fields or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
-        raise _bad("body", "a WebSocket handshake has no body")
+        raise _bad(Reason.BODY, "a WebSocket handshake has no body")
 
 
 def _one_framing(_: _Head, fields: ByName) -> None:
     """RFC 9112 section 6.3: two readers may disagree on where the body ends. h11 has checked each field by itself."""
     lengths = fields.get(b"content-length")
     if lengths and b"transfer-encoding" in fields:
-        raise _bad("body", "the request has both Content-Length and Transfer-Encoding")
+        raise _bad(Reason.BODY, "the request has both Content-Length and Transfer-Encoding")
     if lengths and int(lengths[0]) > MAX_LENGTH:
-        raise _bad("body", "Content-Length is too large")
+        raise _bad(Reason.BODY, "Content-Length is too large")
 
 
 def _upgrade(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, items 3 and 4."""
     if not has_token(fields, b"upgrade", b"websocket"):
-        raise Refusal(426, "no upgrade", "this is a WebSocket endpoint: connect with wss://", UPGRADE)
+        raise Refusal(426, Reason.NO_UPGRADE, "this is a WebSocket endpoint: connect with wss://", UPGRADE)
     if not has_token(fields, b"connection", b"upgrade"):
-        raise _bad("Connection", "Upgrade without Connection: Upgrade")
+        raise _bad(Reason.CONNECTION_FIELD, "Upgrade without Connection: Upgrade")
 
 
 def _version_13(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that lets another version by can be made a raw pipe."""
     if fields.get(b"sec-websocket-version") != [b"13"]:
-        raise Refusal(426, "WebSocket version", "only WebSocket version 13 is spoken here", VERSION_13)
+        raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is spoken here", VERSION_13)
 
 
 def _one_key(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 5: base64 that decodes to 16 bytes."""
     keys = fields.get(b"sec-websocket-key", ())
     if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
-        raise _bad("Sec-WebSocket-Key", "there must be one Sec-WebSocket-Key of 16 bytes in base64")
+        raise _bad(Reason.KEY_FIELD, "there must be one Sec-WebSocket-Key of 16 bytes in base64")
 
 
 _CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (

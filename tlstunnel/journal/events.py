@@ -63,6 +63,7 @@ class Event(Word):
     ORIGIN_RESTORED = "origin restored"
     ORIGIN_DOWN = "origin down"
     ORIGIN_UP = "origin up"
+    HEALTH_CHECK_FAILED = "health check failed"
 
     # The firewall
     LIST_RELOADED = "list reloaded"

@@ -7,6 +7,8 @@ OriginError
       +-- OriginTLSFailed   a connection, but no TLS on it
 """
 
+from tlstunnel.journal.events import Reason
+
 
 class OriginError(Exception):
     """The base of all. `reason` is for the log."""
@@ -39,9 +41,9 @@ class OriginUnreachable(OriginError):
 class OriginTLSFailed(OriginUnreachable):
     """The TLS handshake with an origin failed.
 
-    `kind` is a short fixed text for the record; `reason` names the origin and explains the failure.
+    `kind` is for the record; `reason` names the origin and explains the failure.
     """
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: Reason, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind

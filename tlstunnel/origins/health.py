@@ -12,6 +12,7 @@ import structlog
 from wsproto.utilities import generate_accept_token
 
 from tlstunnel.config import Health
+from tlstunnel.journal.events import Event
 from tlstunnel.origins.members import Member
 
 MAX_HEAD = 65_536
@@ -56,7 +57,7 @@ class Checks:
                 for member, failure in zip(members, results, strict=True):
                     self._pool.record_check(member, failure)
             except Exception:
-                structlog.get_logger().exception("health check failed")
+                structlog.get_logger().exception(Event.HEALTH_CHECK_FAILED)
             await asyncio.sleep(self._health.interval * (0.95 + 0.1 * random.random()))  # noqa: S311
 
 

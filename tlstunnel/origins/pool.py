@@ -11,6 +11,7 @@ import structlog
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
 from tlstunnel.handshake.request import Request
+from tlstunnel.journal.events import Event
 from tlstunnel.origins.balance import order_by
 from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
@@ -153,20 +154,20 @@ class Pool:
     def record_success(self, member: Member) -> None:
         """Record that `member` sent a valid response."""
         if member.record_success():
-            self._log.info("origin is back", origin=member.text, address=member.address_text)
+            self._log.info(Event.ORIGIN_RESTORED, origin=member.text, address=member.address_text)
 
     def record_failure(self, member: Member, reason: str) -> None:
         """Record that `member` could not be reached, or sent no valid response."""
         if member.record_failure(asyncio.get_running_loop().time(), self._ejection) and len(self.members) > 1:
-            self._log.warning("origin ejected", origin=member.text, address=member.address_text, reason=reason)
+            self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
 
     def record_check(self, member: Member, failure: str) -> None:
         """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
         if member.record_check(healthy=not failure):
             if failure:
-                self._log.warning("origin is down", origin=member.text, address=member.address_text, reason=failure)
+                self._log.warning(Event.ORIGIN_DOWN, origin=member.text, address=member.address_text, reason=failure)
             else:
-                self._log.info("origin is up", origin=member.text, address=member.address_text)
+                self._log.info(Event.ORIGIN_UP, origin=member.text, address=member.address_text)
 
     def start(self) -> None:
         """Start the health checks, if there are any."""

@@ -8,29 +8,27 @@ from typing import NoReturn
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
+from tlstunnel.journal.events import Reason
 from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.tls.truncation import is_truncation
 
-EXPIRED = "origin certificate expired"
-NOT_YET_VALID = "origin certificate not valid yet"
-WRONG_NAME = "origin certificate for another name"
-SELF_SIGNED = "origin certificate self-signed"
-UNKNOWN_ISSUER = "origin certificate of unknown issuer"
-NOT_TRUSTED = "origin certificate not trusted"
-NO_TLS = "origin speaks no TLS"
-FAILED = "origin TLS failed"
-
 # X509_V_ERR_... of OpenSSL's x509_vfy.h: what it is in the record, and what to do about it.
 _VERDICTS = {
-    9: (NOT_YET_VALID, "its certificate, or one of its chain, is not valid yet; is this machine's clock right?"),
-    10: (EXPIRED, "its certificate, or one of its chain, has expired; renew it"),
-    18: (SELF_SIGNED, "its certificate is self-signed; if it is the right one, give it as origin_ca"),
-    19: (UNKNOWN_ISSUER, "its chain ends at a root that is not trusted here; give that root as origin_ca"),
-    20: (UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
-    21: (UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
-    62: (WRONG_NAME, "its certificate is for another name; say which in origin_name"),
-    64: (WRONG_NAME, "its certificate is not for this IP address; say the name it has in origin_name"),
+    9: (
+        Reason.ORIGIN_NOT_YET_VALID,
+        "its certificate, or one of its chain, is not valid yet; is this machine's clock right?",
+    ),
+    10: (Reason.ORIGIN_EXPIRED, "its certificate, or one of its chain, has expired; renew it"),
+    18: (Reason.ORIGIN_SELF_SIGNED, "its certificate is self-signed; if it is the right one, give it as origin_ca"),
+    19: (
+        Reason.ORIGIN_UNKNOWN_ISSUER,
+        "its chain ends at a root that is not trusted here; give that root as origin_ca",
+    ),
+    20: (Reason.ORIGIN_UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
+    21: (Reason.ORIGIN_UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
+    62: (Reason.ORIGIN_WRONG_NAME, "its certificate is for another name; say which in origin_name"),
+    64: (Reason.ORIGIN_WRONG_NAME, "its certificate is not for this IP address; say the name it has in origin_name"),
 }
 
 # What OpenSSL, of one version or another, says of bytes that are no TLS record.
@@ -194,7 +192,7 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
 def explain(error: OSError) -> str:
     """Say for a person why what was received from an origin, or sent to it, failed, within or without TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        _, words = _VERDICTS.get(error.verify_code, (NOT_TRUSTED, "its certificate is not trusted"))
+        _, words = _VERDICTS.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, "its certificate is not trusted"))
         return f"{words} ({str(error.verify_message).rstrip('.')})"
     if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
         return "it ended the connection without a word of TLS"
@@ -210,10 +208,11 @@ def explain(error: OSError) -> str:
     return f"TLS error: {name}"
 
 
-def _kind(error: OSError) -> str:
+def _kind(error: OSError) -> Reason:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _VERDICTS.get(error.verify_code, (NOT_TRUSTED, ""))[0]
-    return NO_TLS if isinstance(error, ssl.SSLError) and _name_of(error) in _NOT_TLS else FAILED
+        return _VERDICTS.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, ""))[0]
+    no_tls = isinstance(error, ssl.SSLError) and _name_of(error) in _NOT_TLS
+    return Reason.ORIGIN_NO_TLS if no_tls else Reason.ORIGIN_TLS_FAILED
 
 
 def _name_of(error: OSError) -> str:

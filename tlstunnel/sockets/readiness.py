@@ -15,6 +15,8 @@ from typing import Any
 
 import structlog
 
+from tlstunnel.journal.events import Event
+
 Handler = Callable[[int], None]
 """Called with the events that came, as epoll's bits."""
 
@@ -100,7 +102,7 @@ class Readiness:
             try:
                 handler(events)
             except Exception:
-                structlog.get_logger().exception("handler failed", fd=fd)
+                structlog.get_logger().exception(Event.HANDLER_FAILED, fd=fd)
                 self.unregister(fd)
         return others
 

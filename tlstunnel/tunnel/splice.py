@@ -704,7 +704,7 @@ def _reason_of(error: OSError) -> str:
         return Reason.CLOSED
     if isinstance(error, ConnectionResetError):
         return Reason.RESET
-    return error.strerror or str(error)
+    return f"{Reason.SOCKET_ERROR}: {error.strerror or error}"
 
 
 def _acknowledged(sock: socket.socket) -> int:
