@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import structlog
 
 from tlstunnel.addresses import OriginAddress
+from tlstunnel.edge.destinations import Destinations, refuse_destination
 from tlstunnel.edge.values import upgrade_request
 from tlstunnel.edge.worker import MOST_LATE, Call, Worker
 from tlstunnel.handshake import request as handshake
@@ -16,14 +17,9 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Event, Reason, WorkerOutcome
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
-
-if TYPE_CHECKING:
-    from typing import Literal
-
-    from tlstunnel.edge.destinations import Destinations
-    from tlstunnel.origins.pool import Pool
 
 RETRY_AFTER = ((b"Retry-After", b"1"),)
 
@@ -45,8 +41,12 @@ class Directions:
     request: handshake.UpgradeRequest
     edits: Edits
     saw: WorkerOutcome
-    pool: "Pool | None" = None
+    pool: Pool | None = None
     address: OriginAddress | None = None
+
+    def refuse(self, reason: str) -> Refusal:
+        """Return the refusal if the origin's name resolves to an address that the worker may not choose."""
+        return refuse_destination(reason)
 
 
 class Edge:
@@ -59,10 +59,10 @@ class Edge:
     def __init__(
         self,
         worker: Worker,
-        destinations: "Destinations",
+        destinations: Destinations,
         *,
         timeout: float,
-        on_error: "Literal['refuse', 'forward']",
+        on_error: Literal["refuse", "forward"],
         metrics: Registry,
     ) -> None:
         self.worker = worker

@@ -23,9 +23,10 @@ from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
+from tlstunnel.tunnel.serving import Serving
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splices
-from tlstunnel.tunnel.tunnel import Serving, Tunnel
+from tlstunnel.tunnel.tunnel import Tunnel
 
 ACCEPTS_A_TURN = 64
 """Connections accepted before those already here go on; what waits longer waits in the kernel's backlog."""

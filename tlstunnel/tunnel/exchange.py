@@ -8,12 +8,46 @@ import asyncio
 import math
 
 from tlstunnel.config import Timeouts
+from tlstunnel.escaping import printable
 from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest
 from tlstunnel.handshake.response import BadResponse
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
+from tlstunnel.tunnel.ends import End
+from tlstunnel.tunnel.origin import record_success, render_head
+from tlstunnel.tunnel.turn import Turn
+
+
+async def pass_on(turn: Turn) -> End:
+    """Pass a plain request on to the origin, and the response back. Raises Refusal; ClientGone."""
+    record, timeouts = turn.record, turn.client.serving.timeouts
+    assert isinstance(turn.request, PlainRequest)
+    assert turn.place is not None
+    assert turn.origin is not None
+    exchange = Exchange(
+        turn.request,
+        turn.client.channel,
+        turn.origin,
+        head=render_head(turn),
+        early=turn.early,
+        wakeup=turn.client.wakeup,
+        timeouts=timeouts,
+    )
+    try:
+        await exchange.run()
+    except Refusal as refusal:
+        if refusal.status >= 500:
+            turn.place.record_failure(refusal.detail or refusal.reason)
+        raise
+    except Broken as broken:
+        record.status, record.verdict, record.detail = exchange.status, "pass", printable(broken.detail)
+        # With RST: close_notify would make a part look whole.
+        return End(broken.who, broken.why, reset=True)
+    record.status, record.verdict = exchange.status, "pass"
+    record_success(turn)
+    return End("origin", "answered", timeout=timeouts.close)
 
 
 class Broken(Exception):

@@ -1,0 +1,110 @@
+"""The stages of a connection before its first request: PROXY header, hello, choice of the site, TLS handshake."""
+
+import ssl
+
+from tlstunnel.certificates.clients import ClientRefused
+from tlstunnel.errors import CertificateError
+from tlstunnel.escaping import printable
+from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.sockets import proxy_protocol
+from tlstunnel.sockets.channel import ClientGone
+from tlstunnel.tls import hello as tls_hello
+from tlstunnel.tls.truncation import is_truncation
+from tlstunnel.tunnel.client import Client
+from tlstunnel.tunnel.ends import Dropped
+from tlstunnel.tunnel.sites import Site
+
+TLS_1_2 = 0x0303
+
+_PLAIN_HTTP = render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://"), None)
+"""Without an id: it is counted, and not logged each time."""
+
+
+async def read_proxy_header(client: Client) -> None:
+    """Read the PROXY header and nothing more. The client's address in it is believed. Raises Dropped."""
+    channel = client.channel
+    try:
+        data = await channel.peek(proxy_protocol.MAX_V2, 0)
+        while (header := proxy_protocol.read_header(data)) is None:
+            data = await channel.peek(proxy_protocol.MAX_V2, proxy_protocol.bytes_needed(data) - 1)
+        await channel.take(header.length)
+    except proxy_protocol.BadHeader as error:
+        raise Dropped("PROXY header: malformed", detail=error.reason) from None
+    except ClientGone:
+        raise Dropped("PROXY header: client gone") from None
+    except TimeoutError:
+        raise Dropped("PROXY header: timed out") from None
+    if header.source is not None:
+        client.peer = header.source
+        if objection := client.serving.firewall.objection(header.source):
+            raise Dropped(objection)
+
+
+async def read_hello(client: Client) -> tls_hello.ClientHello:
+    """Read the ClientHello, and leave it in the socket: OpenSSL needs all of it. Raises Dropped."""
+    channel = client.channel
+    try:
+        data = await channel.peek(tls_hello.MAX_HELLO, 0)
+        while (hello := tls_hello.read_client_hello(data)) is None:
+            data = await channel.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
+    except tls_hello.PlainHTTP:
+        raise Dropped("hello: plain HTTP", _PLAIN_HTTP) from None
+    except tls_hello.NotTLS:
+        raise Dropped("hello: not TLS") from None
+    except tls_hello.BadHello as error:
+        raise Dropped(f"hello: {error.reason}", tls_hello.alert(error.alert)) from None
+    except ClientGone:
+        raise Dropped("hello: client gone") from None
+    except TimeoutError:
+        raise Dropped("hello: timed out") from None
+    return hello
+
+
+def choose_site(client: Client, hello: tls_hello.ClientHello) -> Site:
+    """Choose the site by the hello. Raises Dropped for what cannot be served, before any cryptography is paid for."""
+    client.sni, client.ja4 = printable(hello.server_name or ""), hello.ja4
+    if not any(version >= TLS_1_2 for version in hello.versions):
+        raise Dropped("hello: no TLS 1.2 or 1.3", tls_hello.alert(tls_hello.PROTOCOL_VERSION))
+    # One over ffdhe8192 takes 160 ms, in which no tunnel moves on (docs/tls.md); no client needs any.
+    if hello.finite_field:
+        raise Dropped("hello: key exchange over a finite field", tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
+    # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
+    if hello.alpn and b"http/1.1" not in hello.alpn:
+        raise Dropped("hello: no common ALPN protocol", tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))
+    site = client.serving.sites.choose(hello.server_name)
+    if site is None:
+        raise Dropped("hello: no site of this name", tls_hello.alert(tls_hello.UNRECOGNIZED_NAME))
+    client.site = site
+    return site
+
+
+async def accept_tls(client: Client, site: Site) -> None:
+    """Make the TLS handshake, before the deadline that holds since the connection was accepted. Raises Dropped."""
+    channel = client.channel
+    try:
+        context = site.context
+    except CertificateError as error:
+        raise Dropped("tls: out of means", detail=str(error)) from None
+    channel.sock = context.wrap_socket(
+        channel.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+    )
+    try:
+        sock = await channel.do_handshake()
+    except TimeoutError:
+        raise Dropped("tls: timed out") from None
+    except ssl.SSLError as error:
+        if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
+            raise Dropped("tls: client gone") from None
+        raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
+    except OSError as error:
+        raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
+    try:
+        client.subject = site.client_subject(sock)
+    except ClientRefused as refused:
+        # The client gets it as the response to its request: TLS 1.3 has no alert for it any more.
+        client.certificate_refusal = str(refused)
+    if site.edge is not None:
+        # Whatever the subject, which may be empty: workloads often have their names in the subjectAltName alone.
+        client.certificate = sock.getpeercert(binary_form=True)
+    cipher = sock.cipher()
+    client.tls_version, client.cipher = sock.version() or "", cipher[0] if cipher else ""

@@ -1,0 +1,119 @@
+"""How a connection ends without a tunnel: the bytes that the client gets, the record, and how its socket is closed."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from dataclasses import dataclass
+
+import structlog
+
+from tlstunnel.escaping import printable
+from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.journal.record import Record
+from tlstunnel.sockets.channel import ClientGone
+from tlstunnel.sockets.closing import DISCARD_SECONDS, reset
+from tlstunnel.tunnel.client import Client
+from tlstunnel.tunnel.turn import Turn
+
+
+class Dropped(Exception):
+    """The connection ends before there is HTTP over TLS: `response`, an alert or nothing, is sent, then FIN."""
+
+    def __init__(self, reason: str, response: bytes = b"", detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.response = response
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a turn ended, and how its connection is closed.
+
+    `ended_by` and `reason` are for the record. With `reset`, the connection is closed with RST; otherwise with
+    close_notify and FIN, and the client has `timeout` seconds without progress to read what was sent.
+    """
+
+    ended_by: str
+    reason: str
+    reset: bool = False
+    timeout: float = DISCARD_SECONDS
+
+
+async def end_with_error(client: Client, turn: Turn | None, error: BaseException) -> None:
+    """End a connection because a stage raised `error`; `turn` is None before its first request."""
+    if isinstance(error, Dropped):
+        return drop(client, error)
+    if isinstance(error, Refusal) and turn is not None:
+        return await refuse(turn, error)
+    if isinstance(error, ClientGone):
+        end = End("client", "gone before the handshake was done")
+    elif isinstance(error, asyncio.CancelledError):
+        end = End("tunnel", "closed before the handshake was done", reset=True)
+    elif isinstance(error, ssl.SSLError):
+        end = End("client", f"TLS error: {error.reason or error.strerror}", reset=True)
+    elif isinstance(error, OSError):
+        end = End("client", error.strerror or str(error), reset=True)
+    else:
+        about = {"id": turn.record.id} if turn is not None else {"client": client.peer}
+        structlog.get_logger().error("tunnel failed", **about, exc_info=error)
+        end = End("tunnel", "internal error", reset=True)
+    finish(client, turn, end)
+
+
+def drop(client: Client, dropped: Dropped) -> None:
+    """End a connection that sent no request: it is counted and sampled, not recorded."""
+    client.serving.journal.failed(_record_failure(client), dropped.reason, dropped.detail)
+    # An alert fits into the buffer of a socket to which nothing was sent yet, or the client is gone.
+    with contextlib.suppress(OSError):
+        socket.socket.send(client.channel.sock, dropped.response)
+    client.release()
+    client.serving.closing_sockets.close_gracefully(client.channel.sock)
+
+
+async def refuse(turn: Turn, refusal: Refusal) -> None:
+    """Send the client a refusal and end the connection."""
+    client, record = turn.client, turn.record
+    record.status, record.verdict, record.detail = refusal.status, "refused", printable(refusal.detail)
+    client.set_timeout(client.serving.timeouts.close)
+    try:
+        await client.channel.send(render(refusal, record.id))
+    except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
+        record.detail = record.detail or printable(str(error))
+        return finish(client, turn, End("tunnel", refusal.reason, reset=True))
+    finish(client, turn, End("tunnel", refusal.reason))
+
+
+def finish(client: Client, turn: Turn | None, end: End) -> None:
+    """Record the end of a turn, or of a connection before its first, and close the connection."""
+    if turn is not None:
+        write_record(turn, end)
+        turn.close()
+    else:
+        client.serving.journal.failed(_record_failure(client), f"tls: {end.reason}")
+    close_connection(client, end)
+
+
+def write_record(turn: Turn, end: End) -> None:
+    """Write the record of a turn."""
+    turn.record.ended_by, turn.record.reason = end.ended_by, end.reason
+    turn.client.serving.journal.ended(turn.record)
+
+
+def close_connection(client: Client, end: End) -> None:
+    """Close a connection with what `end` says."""
+    sock = client.channel.sock
+    if end.reset:
+        client.release()
+        return reset(sock)
+    if isinstance(sock, ssl.SSLSocket):
+        # It sends close_notify and then wants the client's, which is not waited for.
+        with contextlib.suppress(OSError):
+            sock.unwrap()
+    client.release()
+    client.serving.closing_sockets.close_gracefully(sock, end.timeout)
+
+
+def _record_failure(client: Client) -> Record:
+    return Record(id="", peer=client.peer, sni=client.sni)

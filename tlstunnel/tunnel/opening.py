@@ -1,0 +1,50 @@
+"""The last stage of a handshake: the verified 101 opens the tunnel, and its splice takes both sockets over."""
+
+import asyncio
+import random
+import ssl
+from collections.abc import Callable
+
+from tlstunnel.handshake.response import Switched
+from tlstunnel.tunnel.splice import Splice
+from tlstunnel.tunnel.turn import Turn
+
+
+def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> None:
+    """Start the splice. It lives without this connection's task; at its end the turn is closed and `on_end` called."""
+    client, origin, record, site = turn.client, turn.origin, turn.record, turn.site
+    sock, serving = client.channel.sock, client.serving
+    assert origin is not None
+    assert isinstance(sock, ssl.SSLSocket)
+    serving.deadlines.discard(client.wakeup)
+    record.verdict = "pass"
+    serving.journal.opened(record)
+
+    max_age: asyncio.TimerHandle | None = None
+
+    def end(splice: Splice) -> None:
+        if max_age is not None:
+            max_age.cancel()
+        record.ended_by, record.reason = splice.ended_by, splice.reason
+        serving.journal.ended(record, splice.up, max(splice.down, 0))
+        turn.close()
+        on_end()
+
+    splice = Splice(
+        serving.splices,
+        sock,
+        origin.sock,
+        to_client=response.head + response.leftover,
+        to_origin=turn.early,
+        head=len(response.head),
+        close_timeout=serving.timeouts.close,
+        idle_timeout=serving.timeouts.idle,
+        site=record.site,
+        on_end=end,
+    )
+    turn.origin = None  # from here on it is the splice that closes it
+    turn.forget_request()
+    if site.max_age is not None:
+        age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - it only spreads
+        max_age = serving.loop.call_later(age, splice.drain, "max age")
+    splice.start()

@@ -1,0 +1,78 @@
+"""The stages of a request before an origin is involved: reading it, the firewall, the edge worker."""
+
+from tlstunnel.escaping import printable
+from tlstunnel.handshake.connection import Connection
+from tlstunnel.handshake.forwarding import client_address, given_id
+from tlstunnel.handshake.refusal import Refusal
+from tlstunnel.handshake.request import PlainRequest, RequestReader
+from tlstunnel.sockets.channel import ClientGone
+from tlstunnel.tunnel.turn import Turn
+
+
+async def read_request(turn: Turn) -> None:
+    """Read the request; what came behind the head of an upgrade request waits for the 101.
+
+    Raises Refusal; ClientGone.
+    """
+    client, record = turn.client, turn.record
+    serving = client.serving
+    timeout = serving.timeouts.request
+    client.set_timeout(timeout)
+    reader = RequestReader(turn.site.passes)
+    request = None
+    try:
+        while request is None:
+            data = await client.channel.recv()
+            if not data:
+                raise ClientGone
+            request = reader.feed(data)
+    except TimeoutError:
+        raise Refusal(408, "request timed out", f"no complete request within {timeout:g} s") from None
+    finally:
+        # Without the query: that is where people put tokens.
+        record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
+    if client.trusted:
+        record.client = client_address(request, client.peer, serving.trusted_proxies)
+        record.id = given_id(request) or record.id
+    if client.certificate_refusal:
+        raise Refusal(403, "client certificate", client.certificate_refusal)
+    # A site's certificate must not lead to what another site has the closer name, and its own rules, for.
+    if serving.sites.choose(request.host) is not turn.site:
+        raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
+    turn.request, turn.early = request, reader.leftover
+
+
+async def judge(turn: Turn) -> None:
+    """Ask the firewall about the request; after the 101 nothing is inspected. Raises Refusal."""
+    client, record = turn.client, turn.record
+    assert turn.request is not None
+    turn.connection = Connection(
+        ip=record.client,
+        tls_version=client.tls_version,
+        tls_cipher=client.cipher,
+        tls_sni=client.sni,
+        tls_ja4=client.ja4,
+        client_subject=client.subject,
+        site=turn.site.name,
+    )
+    turn.verdict = verdict = await client.serving.firewall.judge(turn.request, turn.connection, behind=client.trusted)
+    record.firewall = verdict.facts()
+    if verdict.refusal is not None:
+        raise verdict.refusal
+
+
+async def call_worker(turn: Turn) -> None:
+    """Let the site's edge worker change an upgrade request, choose its origin, or refuse it.
+
+    Raises Refusal; ClientGone when the client does not wait.
+    """
+    client, request, edge = turn.client, turn.request, turn.site.edge
+    if edge is None or isinstance(request, PlainRequest):
+        return
+    assert request is not None
+    assert turn.connection is not None
+    client.set_timeout(edge.timeout)
+    turn.directions = directions = await edge.ask(
+        request, turn.connection, turn.record.id, client.certificate, client.wakeup, client.channel
+    )
+    turn.request, turn.record.edge = directions.request, directions.saw

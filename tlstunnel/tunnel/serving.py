@@ -1,0 +1,35 @@
+"""What a connection is served with."""
+
+import asyncio
+from dataclasses import dataclass
+
+from tlstunnel.addresses import ListenAddress, Networks
+from tlstunnel.config import Timeouts
+from tlstunnel.firewall.verdict import Firewall
+from tlstunnel.journal.journal import Journal
+from tlstunnel.sockets.closing import ClosingSockets
+from tlstunnel.sockets.deadlines import Deadlines
+from tlstunnel.sockets.readiness import Readiness
+from tlstunnel.tunnel.sites import Sites
+from tlstunnel.tunnel.splice import Splices
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The configuration in force when a connection was accepted, and what all connections of the process share."""
+
+    sites: Sites
+    timeouts: Timeouts
+    trusted_proxies: Networks
+    proxied_on: frozenset[ListenAddress] | None
+    journal: Journal
+    firewall: Firewall
+    loop: asyncio.AbstractEventLoop
+    readiness: Readiness
+    deadlines: Deadlines
+    closing_sockets: ClosingSockets
+    splices: Splices
+
+    def proxied(self, listener: ListenAddress) -> bool:
+        """Return whether connections of this listener must begin with a PROXY header."""
+        return self.proxied_on is None or listener in self.proxied_on

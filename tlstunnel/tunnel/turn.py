@@ -1,0 +1,88 @@
+"""One request and its response: what the tunnel knows of it, and what it holds until the end."""
+
+import random
+from typing import TYPE_CHECKING
+
+from tlstunnel.firewall.verdict import Verdict
+from tlstunnel.handshake.connection import Connection
+from tlstunnel.handshake.request import Request
+from tlstunnel.journal.record import Record
+from tlstunnel.origins.place import Place
+from tlstunnel.sockets.channel import Channel
+from tlstunnel.tunnel.client import Client
+
+if TYPE_CHECKING:  # it imports a library that sites without a worker do not need
+    from tlstunnel.edge.stage import Directions
+
+_ids = random.Random()  # noqa: S311 - an id must be unique, not secret
+
+
+class Turn:
+    """One request of `client`, whose TLS handshake is done; `started` is a time of the loop.
+
+    The stages fill it in: `request` and `early`, the bytes that came behind its head; `connection`, what the firewall
+    and the edge see; then `verdict`, `directions`, and with `place` and `origin` the connection to an origin. Whoever
+    makes a turn calls `close` in the end, whatever happened.
+    """
+
+    __slots__ = (
+        "client",
+        "closed",
+        "connection",
+        "directions",
+        "early",
+        "origin",
+        "place",
+        "record",
+        "request",
+        "site",
+        "verdict",
+    )
+
+    def __init__(self, client: Client, started: float) -> None:
+        assert client.site is not None
+        self.client = client
+        self.site = client.site
+        self.record = Record(
+            id=f"{_ids.getrandbits(64):016x}",
+            peer=client.peer,
+            site=client.site.name,
+            sni=client.sni,
+            ja4=client.ja4,
+            tls_version=client.tls_version,
+            cipher=client.cipher,
+            started=started,
+        )
+        self.request: Request | None = None
+        self.early = b""
+        self.connection: Connection | None = None
+        self.verdict: Verdict | None = None
+        self.directions: Directions | None = None
+        self.place: Place | None = None
+        self.origin: Channel | None = None
+        self.closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"at {self.place}" if self.place is not None else "without a place"
+        return f"<Turn {self.record.id} of {self.client}: {state}>"
+
+    def forget_request(self) -> None:
+        """Free what is not needed while the tunnel is open: thousands of them are held for hours."""
+        self.request = self.connection = self.directions = None
+        self.early = b""
+
+    def close(self) -> None:
+        """Return what the request holds: its lease, its place, and the connection to its origin unless spliced.
+
+        They are returned once, however often this is called.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        if self.verdict is not None and self.verdict.lease is not None:
+            self.verdict.lease.release()
+        if self.place is not None:
+            self.place.close()
+        if self.origin is not None:
+            self.origin.release()
+            self.origin.sock.close()
