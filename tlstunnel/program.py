@@ -41,7 +41,7 @@ def _files() -> Iterator[tuple[str, int, int]]:
 _AT_START = frozenset(_files())
 
 
-def replaced() -> bool:
+def is_package_replaced() -> bool:
     """Whether a module that is imported now could be of another version than those that have been: 2 ms."""
     try:
         return frozenset(_files()) != _AT_START
@@ -49,7 +49,7 @@ def replaced() -> bool:
         return True
 
 
-def as_started() -> list[str]:
+def starting_command() -> list[str]:
     """The command by which this process was started, absolute, with no link of its path resolved.
 
     So a link that was pointed at another virtual environment takes effect. To be called before anything changes the
@@ -77,7 +77,7 @@ def module_environment() -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *([before] if before else [])])}
 
 
-def shown_as(name: str) -> None:
+def set_process_name(name: str) -> None:
     """Let `top` and `ps -o comm` show that name, of at most 15 bytes (proc_pid_comm(5))."""
     comm = Path("/proc/self/comm")
     if comm.exists():

@@ -10,7 +10,7 @@ import pytest
 from tlstunnel import __version__
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.handover import FORMAT, VARIABLE, Handover
-from tlstunnel.program import as_started, module_command, module_environment
+from tlstunnel.program import module_command, module_environment, starting_command
 
 STATE = Handover(
     version="1.2.3",
@@ -82,13 +82,13 @@ def test_a_link_on_the_way_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PWD", str(folder))
         monkeypatch.setattr(sys, "argv", [argument, "start", "--x"])
-        assert as_started() == [str(tmp_path / "current" / "bin" / "tlstunnel"), "start", "--x"]
+        assert starting_command() == [str(tmp_path / "current" / "bin" / "tlstunnel"), "start", "--x"]
 
 
 def test_a_module_is_started_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/tlstunnel/__main__.py", "start"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "tlstunnel", "start"])
-    assert as_started() == [sys.executable, "-X", "dev", "-m", "tlstunnel", "start"]
+    assert starting_command() == [sys.executable, "-X", "dev", "-m", "tlstunnel", "start"]
 
 
 def test_children_run_this_package() -> None:

@@ -12,7 +12,14 @@ import structlog
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, read
-from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, Wanted, configured_sites, listened, tested
+from tlstunnel.config.invocation import (
+    EVERYWHERE,
+    LOOPBACK,
+    Invocation,
+    addresses_to_listen_on,
+    sites_to_serve,
+    uses_test_certificate,
+)
 from tlstunnel.errors import ListenError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
@@ -21,7 +28,7 @@ from tlstunnel.processes.children import Beginning, try_child
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.parent import Options, Parent
 from tlstunnel.processes.slots import Slots, passed
-from tlstunnel.program import shown_as
+from tlstunnel.program import set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """What is left out on a machine without IPv6."""
@@ -64,10 +71,10 @@ def command(  # noqa: PLR0913 - the command's options
     localhost in certs/, and listens on this machine only.
     """
     handed = Handover.received()
-    shown_as("tlstunnel")
+    set_process_name("tlstunnel")
     text = handed.config if handed is not None else read(config_file) if config_file else None
     listen = _parsed(listen_texts)
-    config = Wanted(config_file).configuration(text)
+    config = Invocation(config_file).configuration(text)
     if config.sites and (origin or cert or key):
         raise click.UsageError(f"{config_file} has [[sites]]: ORIGIN, --cert and --key belong there")
     if bool(cert) != bool(key):
@@ -77,16 +84,16 @@ def command(  # noqa: PLR0913 - the command's options
     style = log_format or config.log.format
     configure_logging(style)
     if handed is not None and handed.probe is not None:
-        wanted = Wanted(config_file, origin, handed.echo["port"] if handed.echo else None, cert, key, listen)
+        wanted = Invocation(config_file, origin, handed.echo["port"] if handed.echo else None, cert, key, listen)
         _complete(wanted, config, tell=False)
         given = tuple(map(ListenAddress.parse, handed.slots["passed"]))
-        Slots.try_to_open(listened(wanted, config, given), handed.slots, OPTIONAL)
+        Slots.try_to_open(addresses_to_listen_on(wanted, config, given), handed.slots, OPTIONAL)
         asyncio.run(try_child(Beginning(wanted, text, config, style)))
         os.write(handed.probe, __version__.encode())
         return
     with contextlib.ExitStack() as stack:
         echo = None if config.sites or origin is not None else _echo(handed, stack)
-        wanted = Wanted(config_file, origin, echo.port if echo else None, cert, key, listen)
+        wanted = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen)
         _complete(wanted, config, tell=handed is None)
         beginning = Beginning(wanted, text, config, style)
         options = Options(control, processes)
@@ -104,11 +111,11 @@ async def _run(
 def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> Slots:
     if handed is None:
         slots = Slots(passed())
-        addresses = listened(beginning.wanted, beginning.config, slots.passed)
+        addresses = addresses_to_listen_on(beginning.wanted, beginning.config, slots.passed)
         slots.settle(slots.open(addresses, options.count(beginning.config), OPTIONAL), addresses)
         return slots
     slots = Slots.restored(handed.slots)
-    addresses = listened(beginning.wanted, beginning.config, slots.passed)
+    addresses = addresses_to_listen_on(beginning.wanted, beginning.config, slots.passed)
     try:
         gone = slots.settle(slots.open(addresses, 1, OPTIONAL), addresses)
     except ListenError as error:
@@ -142,9 +149,9 @@ def _echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
     return echo
 
 
-def _complete(wanted: Wanted, config: Config, *, tell: bool) -> None:
+def _complete(wanted: Invocation, config: Config, *, tell: bool) -> None:
     """Make the test certificate where it is wanted; in one process, for children would each make their own."""
-    if not tested(configured_sites(wanted, config)):
+    if not uses_test_certificate(sites_to_serve(wanted, config)):
         return
     # Only here: cryptography takes memory, of which the parent needs little.
     from tlstunnel.certificates import CERTIFICATES, issue  # noqa: PLC0415

@@ -15,7 +15,7 @@ EVERYWHERE = (ListenAddress("0.0.0.0", PORT), ListenAddress("::", PORT))  # noqa
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Invocation:
     """What the command line asked for.
 
     `origin` is as it was written, and None where the file has the sites; `echo` is the port of the embedded origin in
@@ -65,7 +65,7 @@ class Wanted:
         return cls(file, said["origin"], said["echo"], cert, key, listen)
 
 
-def configured_sites(wanted: Wanted, config: Config) -> tuple[SiteConfig, ...]:
+def sites_to_serve(wanted: Invocation, config: Config) -> tuple[SiteConfig, ...]:
     """The sites of the file, or the one of the command line. Raises ConfigurationError."""
     site = wanted.site
     if config.sites and site is not None:
@@ -78,15 +78,17 @@ def configured_sites(wanted: Wanted, config: Config) -> tuple[SiteConfig, ...]:
     return configured
 
 
-def tested(configured: Iterable[SiteConfig]) -> bool:
+def uses_test_certificate(configured: Iterable[SiteConfig]) -> bool:
     """Whether one of them has the test certificate, for want of one of its own."""
     return any(not site.pairs for site in configured)
 
 
-def listened(wanted: Wanted, config: Config, passed: tuple[ListenAddress, ...] = ()) -> tuple[ListenAddress, ...]:
+def addresses_to_listen_on(
+    wanted: Invocation, config: Config, passed: tuple[ListenAddress, ...] = ()
+) -> tuple[ListenAddress, ...]:
     """Where to listen: what was asked for and `passed` by socket activation, else this machine only with a test pair.
 
     Raises ConfigurationError.
     """
-    default = LOOPBACK if tested(configured_sites(wanted, config)) else EVERYWHERE
+    default = LOOPBACK if uses_test_certificate(sites_to_serve(wanted, config)) else EVERYWHERE
     return tuple(dict.fromkeys((*(wanted.listen or config.listen), *passed))) or default

@@ -27,7 +27,7 @@ from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Event, Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.program import replaced
+from tlstunnel.program import is_package_replaced
 
 if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
     from tlstunnel.firewall.counters import Counters
@@ -137,7 +137,7 @@ class Firewall:
         self.counters = counters
         sites = config.sites if sites is None else sites
         if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
-            if "tlstunnel.firewall.stages" not in sys.modules and replaced():
+            if "tlstunnel.firewall.stages" not in sys.modules and is_package_replaced():
                 raise ConfigurationError(REPLACED)
             from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
 

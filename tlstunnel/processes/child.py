@@ -16,12 +16,12 @@ import structlog
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
-from tlstunnel.config.invocation import Wanted
+from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.processes.link import FORMAT, Link
-from tlstunnel.program import shown_as
+from tlstunnel.program import set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopted
 from tlstunnel.sockets.readiness import TunnelLoop
@@ -80,9 +80,9 @@ class Child:
                 f"the package on disk, {__version__}, speaks another language ({FORMAT}) than the running tunnel"
                 f" ({request['format']}): it was replaced; run tlstunnel upgrade"
             )
-        shown_as(request["name"])
+        set_process_name(request["name"])
         configure_logging(request["log_format"])
-        wanted = Wanted.from_json(request["wanted"])
+        wanted = Invocation.from_json(request["wanted"])
         service = Service(wanted, Journal(opened=request["opened"]), quiet=request["quiet"])
         await service.begin(request["config"])
         self._service = service

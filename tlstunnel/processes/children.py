@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tlstunnel.config import Config
-from tlstunnel.config.invocation import Wanted
+from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.link import FORMAT, MOST_FDS, Link
 from tlstunnel.processes.slots import Slot
@@ -26,7 +26,7 @@ TOLD_SECONDS = 5.0
 class Beginning:
     """What a child begins with: `text` is the file's, of which `config` was made."""
 
-    wanted: Wanted
+    wanted: Invocation
     text: str | None
     config: Config
     log_format: str

@@ -20,14 +20,14 @@ from typing import Any, Self
 from tlstunnel import __version__
 from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.processes.control import ControlSocket, Handler
-from tlstunnel.program import as_started
+from tlstunnel.program import starting_command
 
 FORMAT = 1
 
 VARIABLE = "TLSTUNNEL_HANDOVER"
 """The environment variable that names the descriptor of the file."""
 
-COMMAND = as_started()
+COMMAND = starting_command()
 """At import, which is before anything could change the working directory."""
 
 MOST_SAID = 20

@@ -18,7 +18,7 @@ import structlog
 
 from tlstunnel import __version__
 from tlstunnel.config import Config, read
-from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, listened
+from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, addresses_to_listen_on
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import cores, handover
@@ -334,7 +334,7 @@ class Parent:
     async def _reload(self) -> list[str]:
         text = self._read()
         config = await asyncio.to_thread(self._beginning.wanted.configuration, text)
-        addresses = listened(self._beginning.wanted, config, self._slots.passed)
+        addresses = addresses_to_listen_on(self._beginning.wanted, config, self._slots.passed)
         children = self._serving()
         prepared = await asyncio.gather(
             *(child.ask("prepare", PREPARE_SECONDS, config=text) for child in children), return_exceptions=True

@@ -15,13 +15,13 @@ import structlog
 from tlstunnel.certificates import CERTIFICATES, issue
 from tlstunnel.certificates.watch import Watch
 from tlstunnel.config import Config, SiteConfig
-from tlstunnel.config.invocation import Wanted, configured_sites, tested
+from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.program import replaced
+from tlstunnel.program import is_package_replaced
 from tlstunnel.serving.changes import changes
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
@@ -68,12 +68,12 @@ class Loaded:
             await self.workers.close()
 
 
-def load(wanted: Wanted, config: Config, metrics: Registry, before: Loaded | None = None) -> Loaded:
+def load(wanted: Invocation, config: Config, metrics: Registry, before: Loaded | None = None) -> Loaded:
     """Make what `config` describes, going on with what there is of `before`.
 
     Raises ConfigurationError or CertificateError.
     """
-    configured = configured_sites(wanted, config)
+    configured = sites_to_serve(wanted, config)
     try:
         counters = before.firewall.counters if before is not None else None
         firewall = Firewall(config, configured, metrics=metrics, counters=counters)
@@ -82,7 +82,7 @@ def load(wanted: Wanted, config: Config, metrics: Registry, before: Loaded | Non
         raise ConfigurationError(f"{wanted.file}: {error}") from None
     test_pair = None
     try:
-        if tested(configured):
+        if uses_test_certificate(configured):
             test = issue.ensure(CERTIFICATES)
             test_pair = test.cert, test.key
         sites = load_sites(
@@ -106,7 +106,7 @@ def load_workers(
     configured = tuple(configured)
     if before is None and not any(site.worker for site in configured):
         return None
-    if "tlstunnel.edge.workers" not in sys.modules and replaced():
+    if "tlstunnel.edge.workers" not in sys.modules and is_package_replaced():
         raise ConfigurationError(REPLACED)
     # It brings a library that tunnels without a worker do without.
     from tlstunnel.edge.workers import Workers as Made  # noqa: PLC0415
@@ -117,7 +117,7 @@ def load_workers(
 class Service:
     """Serves what `wanted` asks for, in the running loop. Told by whoever holds the listening sockets."""
 
-    def __init__(self, wanted: Wanted, journal: Journal, *, quiet: bool = False) -> None:
+    def __init__(self, wanted: Invocation, journal: Journal, *, quiet: bool = False) -> None:
         self._wanted = wanted
         self._journal = journal
         self._quiet = quiet
