@@ -1,19 +1,22 @@
-"""How this program was started, how the same is started again, and whether it is still what is on the disk."""
+"""How this program was started, how to start it again, and whether its package on disk was replaced since."""
 
+import importlib
 import importlib.util
 import os
 import site
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import tlstunnel
+from tlstunnel.errors import ConfigurationError
 
 
 def _python() -> str:
-    """Where the interpreter of this process really is: `sys.executable`, links to its virtual environment resolved.
+    """Return the path of this process's interpreter: `sys.executable`, with links to its virtual environment resolved.
 
-    The environment's own link to the interpreter is not: by it Python knows the environment (PEP 405).
+    The environment's own link to the interpreter is kept: Python finds the environment by it (PEP 405).
     """
     try:
         inside = Path(sys.executable).relative_to(sys.prefix)
@@ -22,12 +25,12 @@ def _python() -> str:
     return str(Path(sys.prefix).resolve() / inside)
 
 
-# All as they are at the start: a link that is pointed elsewhere later is for the next upgrade.
+# Read once, at the start: a link that is changed later takes effect with the next upgrade.
 PYTHON = _python()
 PACKAGE = Path(tlstunnel.__file__).resolve().parent
 
 IMPORTED_LATER = ("cel", "re2", "limits", "multidict")
-"""What rules need, 18 MiB of it, and what edge workers need: imported when a configuration has them."""
+"""Libraries that rules (18 MiB) and edge workers need. They are imported when a configuration has such a part."""
 
 
 def _files() -> Iterator[tuple[str, int, int]]:
@@ -42,17 +45,31 @@ _AT_START = frozenset(_files())
 
 
 def is_package_replaced() -> bool:
-    """Whether a module that is imported now could be of another version than those that have been: 2 ms."""
+    """Return whether a module imported now could be of another release than the modules imported so far. Takes 2 ms."""
     try:
         return frozenset(_files()) != _AT_START
     except OSError:
         return True
 
 
-def starting_command() -> list[str]:
-    """The command by which this process was started, absolute, with no link of its path resolved.
+def import_when_needed(module: str, needed_for: str) -> ModuleType:
+    """Import a module whose libraries most configurations do without.
 
-    So a link that was pointed at another virtual environment takes effect. To be called before anything changes the
+    Raises ConfigurationError if the module is not imported yet and the package on disk was replaced since the start:
+    modules of two releases do not work together.
+    """
+    if module not in sys.modules and is_package_replaced():
+        raise ConfigurationError(
+            f"{needed_for} need modules that this process has not imported yet, and the package on disk was replaced"
+            " since the process started; run tlstunnel upgrade"
+        )
+    return importlib.import_module(module)
+
+
+def starting_command() -> list[str]:
+    """Return the command that started this process, as an absolute path with its links kept.
+
+    A link that now points to another virtual environment therefore takes effect. Call this before anything changes the
     working directory.
     """
     script = sys.argv[0]
@@ -63,12 +80,12 @@ def starting_command() -> list[str]:
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command of a module of this package, by this interpreter."""
+    """Return the command that runs a module of this package with this interpreter."""
     return [PYTHON, "-P", "-m", module, *arguments]
 
 
 def module_environment() -> Mapping[str, str]:
-    """The environment in which `module_command` finds the package that this process runs, whatever a link says now."""
+    """Return the environment in which `module_command` finds this process's package, even if links have changed."""
     folder = PACKAGE.parent
     installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
     if folder in installed:
@@ -78,14 +95,14 @@ def module_environment() -> Mapping[str, str]:
 
 
 def set_process_name(name: str) -> None:
-    """Let `top` and `ps -o comm` show that name, of at most 15 bytes (proc_pid_comm(5))."""
+    """Set the name that `top` and `ps -o comm` show; the kernel keeps its first 15 bytes (proc_pid_comm(5))."""
     comm = Path("/proc/self/comm")
     if comm.exists():
         comm.write_text(name)
 
 
 def _absolute(path: str) -> str:
-    """As seen from the working directory under the name that the shell has for it, links kept."""
+    """Make a path absolute by the shell's name of the working directory, which keeps its links."""
     folder = os.environ.get("PWD", "")
     try:
         same = Path(folder).samefile(Path.cwd())

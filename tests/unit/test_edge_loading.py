@@ -275,6 +275,19 @@ def test_the_second_that_is_wrong_leaves_nothing_of_the_first(file: Path) -> Non
     assert ours() == before
 
 
+def test_every_worker_that_is_wrong_is_reported_and_executed_once(file: Path) -> None:
+    log = file.with_name("executed")
+    file.write_text(f"import os\nos.mkdir({str(log)!r})\nraise ValueError\n")
+    with pytest.raises(ConfigurationError) as caught:
+        Workers([_site(f"{file}:a"), _site(f"{file}:b"), _site("no.such.module:fetch")], Registry())
+    first, second, third = caught.value.problems
+    assert first.startswith("sites[0].worker: ")
+    assert second == first.replace("sites[0]", "sites[1]")
+    assert third.startswith("sites[2].worker: ")
+    assert log.is_dir()
+    assert "ValueError" in second
+
+
 def test_explained_is_one_line() -> None:
     assert explained(ValueError(" a\n\tb ")) == "ValueError: a b"
     assert explained(ValueError()) == "ValueError"

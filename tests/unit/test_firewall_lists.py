@@ -152,7 +152,7 @@ def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, content: bytes, mes
     file.write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
         NamedLists({"a": str(file)})
-    assert str(caught.value).startswith(f"{file}{message}")
+    assert str(caught.value).startswith(f"lists.a: {file}{message}")
 
 
 def test_a_wrong_entry_of_the_configuration_is_told_with_its_place() -> None:
@@ -254,3 +254,22 @@ def test_a_list_of_addresses_holds_nothing_else() -> None:
         ConfigurationError, match=r'lists\.a: "word" is not a network, and the list is used for address'
     ):
         AddressLists(("@a",), (), NamedLists({"a": ["word", "10.0.0.1"]}))
+
+
+def test_every_wrong_entry_of_every_list_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("10.0.0.0/33\n10.0.0.0/8\n10.0.0.1/8\n")
+    with pytest.raises(ConfigurationError) as caught:
+        NamedLists({"a": ["10.0.0.0/8", "::/129", "::/130"], "b": str(file), "c": str(tmp_path / "none.txt")})
+    places = ["lists.a[1]: ", "lists.a[2]: ", f"lists.b: {file}:1: ", f"lists.b: {file}:3: ", "lists.c: "]
+    for problem, place in zip(caught.value.problems, places, strict=True):
+        assert problem.startswith(place)
+
+
+def test_a_file_of_another_kind_does_not_fill_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("10.0.0.0/33\n" * 1000)
+    with pytest.raises(ConfigurationError) as caught:
+        NamedLists({"a": str(file)})
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[-1] == "lists.a: 980 more entries are wrong"

@@ -116,3 +116,16 @@ def test_nothing_is_found_in_the_whole_of_crs() -> None:
     require_crs()
     files = sorted((DEBIAN_CRS / "rules").glob("REQUEST-*.conf"))
     lint.check([file for file in files if "IP-REPUTATION" not in file.name], {})  # that one asks the DNS
+
+
+def test_every_fault_of_every_file_is_reported(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.conf", tmp_path / "b.conf"
+    first.write_text('SecRule ARGS "@nothing x" "id:1,phase:1,deny"\nSecRemoteRules x y\n')
+    second.write_text('SecRule ARGS "@rx (" "id:2,phase:1,deny,chain"\nSecRule ARGS "@rx x" "t:none"\n')
+    with pytest.raises(ConfigurationError) as caught:
+        lint.check([first, second], {})
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [
+        f"{first}:1",
+        f"{first}:2",
+        f"{second}:1",
+    ]

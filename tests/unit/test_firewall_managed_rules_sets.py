@@ -222,20 +222,26 @@ def test_own_rules_are_linted_against_crs_and_us(tmp_path: Path) -> None:
 def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(settings: SiteManagedRules) -> str:
         with pytest.raises(ConfigurationError) as caught:
-            build(settings, "sites[0].managed_rules")
+            build(settings)
         return str(caught.value)
 
-    assert said(SiteManagedRules()) == (
-        "sites[0].managed_rules: nothing to do: write owasp_crs = true, or name files with rules ="
-    )
+    assert said(SiteManagedRules()) == "no rules: write owasp_crs = true, or name files with rules ="
     assert said(SiteManagedRules(rules=str(tmp_path / "*.conf"))).endswith('*.conf" matches no file')
     folder = tmp_path / "crs"
-    assert f'sites[0].managed_rules.crs: "{folder}" is no folder' in said(SiteManagedRules(owasp_crs=True, crs=folder))
+    assert f'crs: "{folder}" is not a folder' in said(SiteManagedRules(owasp_crs=True, crs=folder))
     (folder / "rules").mkdir(parents=True)
-    assert "is no folder of a CRS release; install Debian's package modsecurity-crs" in said(
+    assert "is not the folder of a CRS release; install Debian's package modsecurity-crs" in said(
         SiteManagedRules(owasp_crs=True, crs=folder)
     )
     (folder / "rules" / "REQUEST-901-INITIALIZATION.conf").write_text("")
-    assert "holds neither crs-setup.conf nor its .example" in said(SiteManagedRules(owasp_crs=True, crs=folder))
+    assert "has neither crs-setup.conf nor crs-setup.conf.example" in said(SiteManagedRules(owasp_crs=True, crs=folder))
     monkeypatch.setattr(rules_sets, "DEBIAN_CRS", tmp_path / "none")
     assert "install Debian's package modsecurity-crs, or name the folder" in said(SiteManagedRules(owasp_crs=True))
+
+
+def test_all_that_is_missing_is_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        build(SiteManagedRules(owasp_crs=True, crs=tmp_path / "crs", rules=str(tmp_path / "*.conf")))
+    crs, rules = caught.value.problems
+    assert crs.startswith("crs: ")
+    assert rules.startswith("rules: ")

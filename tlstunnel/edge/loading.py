@@ -51,13 +51,14 @@ class Code:
 
 
 class Loader:
-    """Loads the workers of one configuration: each file is executed once, however many functions of it are workers."""
+    """Loads the workers of one configuration: each file is executed once, however many workers it has."""
 
     def __init__(self) -> None:
         self._files: dict[str, ModuleType] = {}
+        self._broken: dict[str, str] = {}
 
     def forget(self) -> None:
-        """Let all go that was executed, where it is not to be used."""
+        """Discard every module that was executed, if none of them is used."""
         while self._files:
             _discard(self._files.popitem()[1])
 
@@ -65,11 +66,7 @@ class Loader:
         """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
         place, _, name = reference.rpartition(":")
         is_file = place.endswith(".py")
-        if is_file:
-            module = self._files.get(place) or _executed(place)
-            self._files[place] = module
-        else:
-            module = _imported(place)
+        module = self._execute(place) if is_file else _imported(place)
         fetch = getattr(module, name, None)
         if fetch is None:
             raise ConfigurationError(f"the edge worker {reference}: there is no {name} in {place}")
@@ -81,6 +78,19 @@ class Loader:
             _refuse_other(teardown, 1, "async def teardown(env)", reference)
         file = getattr(module, "__file__", None) or ""
         return Code(fetch, setup, teardown, file, module.__name__ if is_file else "")
+
+    def _execute(self, place: str) -> ModuleType:
+        """Execute a file, unless that was done: one that fails is not executed again for its next worker."""
+        if place in self._broken:
+            raise ConfigurationError(self._broken[place])
+        module = self._files.get(place)
+        if module is None:
+            try:
+                module = self._files[place] = _executed(place)
+            except ConfigurationError as error:
+                self._broken[place] = str(error)
+                raise
+        return module
 
 
 def _executed(place: str) -> ModuleType:

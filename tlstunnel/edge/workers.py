@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from tlstunnel.config import SiteConfig
+from tlstunnel.config.problems import Problems
 from tlstunnel.edge.destinations import Destinations
 from tlstunnel.edge.loading import Loader
 from tlstunnel.edge.stage import Edge
 from tlstunnel.edge.thread import EdgeThread
 from tlstunnel.edge.worker import Worker
-from tlstunnel.errors import ConfigurationError
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
@@ -26,9 +26,10 @@ RESPONDS_SECONDS = 2.0
 
 
 class Workers:
-    """The workers of `sites`. Those that are imported go on from the workers `before`, where nothing of them changed.
+    """The workers of `sites`. Imported workers continue from those of `before` where nothing about them has changed.
 
-    `metrics` count what comes of calling them. To be made in any thread. Raises ConfigurationError.
+    `metrics` count the outcomes of calls. May be created in any thread. Raises InvalidConfiguration with the problem
+    of every worker that cannot be loaded.
     """
 
     def __init__(self, sites: Sequence[SiteConfig], metrics: Registry, before: "Workers | None" = None) -> None:
@@ -38,18 +39,19 @@ class Workers:
         self._all: dict[tuple[str, str], Worker] = {}
         self._going_on: list[tuple[Worker, Worker]] = []
         self._loader = Loader()
+        problems = Problems()
         for index, site in enumerate(sites):
             if site.worker is None or _key(site) in self._all:
                 continue
-            try:
-                code = self._loader.load(site.worker)
-            except ConfigurationError as error:
-                self.forget()
-                raise ConfigurationError(f"sites[{index}].worker: {error}") from None
-            self._all[_key(site)] = Worker(site.worker, site.worker_config, code)
+            with problems.collect("sites", index, "worker"):
+                self._all[_key(site)] = Worker(site.worker, site.worker_config, self._loader.load(site.worker))
+        if problems.found:
+            self.forget()
+            problems.raise_found()
 
     def forget(self) -> None:
-        """Let go what was loaded, where nothing comes of it before `start`."""
+        """Discard what was loaded, if it is never started."""
+        self._all = {}
         self._loader.forget()
 
     def edge(

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlstunnel.addresses import Networks, quoted
+from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.journal.events import Reason
 
 MAX_FILE = 64 << 20
 """Bytes of a list's file: two million IPv6 networks. A larger one is a slip."""
+
+MOST_REPORTED = 20
+"""Wrong entries of one list that are reported one by one: a file of another kind would fill the terminal."""
 
 MAX_ENTRY = 1024
 """Characters of an entry."""
@@ -85,8 +89,7 @@ class NamedList:
         if isinstance(source, str):
             self.refresh()
         else:
-            entries = [(f"lists.{name}[{index}]", entry) for index, entry in enumerate(source)]
-            self._content = _content(entries, networks_only=False)
+            self._content = _content(enumerate(source), networks_only=False)
 
     def __contains__(self, value: object) -> bool:
         content = self._content
@@ -137,10 +140,15 @@ class Refreshed:
 
 
 class NamedLists:
-    """All lists of a configuration, by name. Raises ConfigurationError."""
+    """All lists of a configuration, by name. Raises InvalidConfiguration with every problem."""
 
     def __init__(self, sources: Mapping[str, str | Sequence[str]] | None = None) -> None:
-        self._lists = {name: NamedList(name, source) for name, source in (sources or {}).items()}
+        self._lists: dict[str, NamedList] = {}
+        problems = Problems()
+        for name, source in (sources or {}).items():
+            with problems.collect("lists", name):
+                self._lists[name] = NamedList(name, source)
+        problems.raise_found()
 
     def __getitem__(self, name: str) -> NamedList:
         return self._lists[name]
@@ -201,7 +209,7 @@ def _members(entries: Sequence[str], lists: NamedLists) -> tuple[AddressSet | Na
     return (*([AddressSet(networks)] if networks else []), *named)
 
 
-def _lines(file: Path, data: bytes) -> Iterable[tuple[str, str]]:
+def _lines(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
     """Give the entries of a file with their places, without comments and empty lines."""
     try:
         text = data.decode("utf-8-sig")
@@ -214,21 +222,33 @@ def _lines(file: Path, data: bytes) -> Iterable[tuple[str, str]]:
             yield f"{file}:{number}", entry
 
 
-def _content(entries: Iterable[tuple[str, str]], *, networks_only: bool) -> _Content:
+def _content(entries: Iterable[tuple[str | int, str]], *, networks_only: bool) -> _Content:
+    """Read entries, each with its place: a file's line, or an index. Raises InvalidConfiguration."""
     networks, words = [], []
+    problems: list[Problem] = []
     for place, entry in entries:
         try:
             _range(entry)
         except ValueError as error:
             if networks_only or _MEANT_AS_NETWORK.fullmatch(entry):
-                raise ConfigurationError(f"{place}: {error}") from None
-            if not entry.isprintable() or len(entry) > MAX_ENTRY:
+                problems.append(_problem(place, str(error)))
+            elif not entry.isprintable() or len(entry) > MAX_ENTRY:
                 reason = f"an entry has at most {MAX_ENTRY} characters, all printable"
-                raise ConfigurationError(f"{place}: {quoted(entry)}: {reason}") from None
-            words.append(entry)
+                problems.append(_problem(place, f"{quoted(entry)}: {reason}"))
+            else:
+                words.append(entry)
         else:
             networks.append(entry)
+    if len(problems) > MOST_REPORTED:
+        more = len(problems) - MOST_REPORTED
+        problems[MOST_REPORTED:] = [Problem((), f"{more} more entries are wrong")]
+    if problems:
+        raise InvalidConfiguration(*problems)
     return _Content(AddressSet(networks), frozenset(words))
+
+
+def _problem(place: str | int, reason: str) -> Problem:
+    return Problem((place,), reason) if isinstance(place, int) else Problem((), f"{place}: {reason}")
 
 
 def _merged(ranges: list[tuple[int, int]]) -> _Ranges:

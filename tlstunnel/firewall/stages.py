@@ -1,19 +1,22 @@
-"""The stages that need libraries of their own (CEL, limits, libmodsecurity), made from the configuration.
+"""The stages that need libraries of their own (CEL, limits, libmodsecurity), built from the configuration.
 
-A module of its own, imported where a configuration has such a stage: the libraries take as long to import as all else.
+This module is imported only when a configuration has such a stage: its libraries take as long to import as all else.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import structlog
 
 from tlstunnel.config import Config, RateLimitConfig, RuleConfig, SiteConfig
+from tlstunnel.config.problems import Problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.counters import Counters, MemoryCounters
 from tlstunnel.firewall.expressions import Expressions
 from tlstunnel.firewall.lists import NamedLists
+from tlstunnel.firewall.managed.messages import RulesSet
 from tlstunnel.firewall.managed.pool import Pool
 from tlstunnel.firewall.managed.rules_sets import build
 from tlstunnel.firewall.managed.verdict import ManagedRulesStage
@@ -22,11 +25,19 @@ from tlstunnel.firewall.rules import Rules
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 
+SiteStages = tuple[Rules | None, RateLimits | None, ManagedRulesStage | None]
+"""The rules, rate limits and managed rules of a site; None for a stage that has nothing to do."""
+
+Config_ = TypeVar("Config_", RuleConfig, RateLimitConfig)
+Built = TypeVar("Built")
+Stage = TypeVar("Stage", Rules, RateLimits)
+
 
 class Stages:
-    """Rules, rate limits and managed rules of all sites. `pool` is None where no site has managed rules.
+    """Rules, rate limits and managed rules of all sites. `pool` is None if no site has managed rules.
 
-    Raises ConfigurationError, which names the site and the rule.
+    `of_sites` has the stages of each site by its index; the rules and limits of all sites come before its own. Raises
+    InvalidConfiguration with every problem.
     """
 
     def __init__(
@@ -40,25 +51,44 @@ class Stages:
         self._metrics = metrics
         self.counters: Counters = MemoryCounters() if counters is None else counters
         self._expressions = Expressions(lists)
-        self._common_rules = self._rules(config.rules)
-        self._common_limits = self._limits(config.rate_limits, "")
-        self._sets = {
-            index: build(site.managed_rules, f"sites[{index}].managed_rules")
-            for index, site in enumerate(sites)
-            if site.managed_rules is not None
-        }
-        own = config.managed_rules
-        self.pool = Pool(list(self._sets.values()), own.processes, own.queue, log=_said) if self._sets else None
+        problems = Problems()
+        rules = _collect(self._rules, config.rules, problems, "rules")
+        limits = _collect(partial(self._limits, scope=""), config.rate_limits, problems, "rate_limits")
+        own = []
+        sets: dict[int, RulesSet] = {}
+        for index, site in enumerate(sites):
+            own.append(self._own(index, site, problems))
+            if site.managed_rules is not None:
+                with problems.collect("sites", index, "managed_rules"):
+                    sets[index] = build(site.managed_rules)
+        problems.raise_found()
+        helpers = config.managed_rules
+        self.pool = Pool(list(sets.values()), helpers.processes, helpers.queue, log=_warn) if sets else None
+        self.of_sites: tuple[SiteStages, ...] = tuple(
+            self._joined(site, (rules, limits), own[index], sets.get(index)) for index, site in enumerate(sites)
+        )
 
-    def of(self, index: int, site: SiteConfig) -> tuple[Rules | None, RateLimits | None, ManagedRulesStage | None]:
-        """The stages of the site of this index, those of all sites before its own; None where there is nothing."""
-        with _place(f"sites[{index}] ({site.names[0]})"):
-            rules = self._common_rules + self._rules(site.rules)
-            limits = self._common_limits + self._limits(site.rate_limits, site.names[0])
+    def _own(self, index: int, site: SiteConfig, problems: Problems) -> tuple[Rules | None, RateLimits | None]:
+        """Build the rules and limits of one site. Its problems name it: an index alone is hard to find in a file."""
+        name = f"site {site.names[0]}, "
+        path = ("sites", index)
+        limits = partial(self._limits, scope=site.names[0])
+        return (
+            _collect(self._rules, site.rules, problems, *path, "rules", name=name),
+            _collect(limits, site.rate_limits, problems, *path, "rate_limits", name=name),
+        )
+
+    def _joined(
+        self,
+        site: SiteConfig,
+        common: tuple[Rules | None, RateLimits | None],
+        own: tuple[Rules | None, RateLimits | None],
+        rules_set: RulesSet | None,
+    ) -> SiteStages:
         managed = None
-        if self.pool is not None and site.managed_rules is not None:
-            managed = ManagedRulesStage(self.pool, self._sets[index].name, site.managed_rules, self._metrics)
-        return rules if len(rules) else None, limits if len(limits) else None, managed
+        if self.pool is not None and site.managed_rules is not None and rules_set is not None:
+            managed = ManagedRulesStage(self.pool, rules_set.name, site.managed_rules, self._metrics)
+        return _sum(common[0], own[0]), _sum(common[1], own[1]), managed
 
     def _rules(self, configs: Sequence[RuleConfig]) -> Rules:
         return Rules(configs, self._expressions, metrics=self._metrics, report=_reporter(Event.RULE_FAILED, "rule"))
@@ -76,14 +106,34 @@ def _reporter(event: Event, what: str) -> Callable[[str, str], None]:
     return report
 
 
-def _said(sentence: str) -> None:
-    structlog.get_logger().warning(Event.MANAGED_RULES, reason=sentence)
-
-
-@contextlib.contextmanager
-def _place(place: str) -> Iterator[None]:
-    """Say whose it was that could not be read."""
+def _collect(
+    build: Callable[[Sequence[Config_]], Built],
+    configs: Sequence[Config_],
+    problems: Problems,
+    *path: str | int,
+    name: str = "",
+) -> Built | None:
+    """Build what `configs` describe; None without any. If that fails, build each alone, to find all that are wrong."""
+    if not configs:
+        return None
     try:
-        yield
+        return build(configs)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{place}: {error}") from None
+        whole = error
+    before = len(problems.found)
+    for index, config in enumerate(configs):
+        try:
+            build((config,))
+        except ConfigurationError as error:
+            problems.add(f"{name}{error}", *path, index)
+    if len(problems.found) == before:  # they do not go together
+        problems.add(f"{name}{whole}", *path)
+    return None
+
+
+def _sum(first: Stage | None, second: Stage | None) -> Stage | None:
+    return first + second if first is not None and second is not None else first if first is not None else second
+
+
+def _warn(sentence: str) -> None:
+    structlog.get_logger().warning(Event.MANAGED_RULES, reason=sentence)

@@ -7,7 +7,6 @@ The lists of all sites also act at accept (`Firewall.objection`). What comes aft
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from tlstunnel.config import Config, Mode, SiteConfig
-from tlstunnel.errors import ConfigurationError
+from tlstunnel.config.problems import Problems
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.cross_site import OriginCheck
 from tlstunnel.firewall.facts import Facts, gather, refuse_ambiguous
@@ -27,7 +26,7 @@ from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Event, Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.program import is_package_replaced
+from tlstunnel.program import import_when_needed
 
 if TYPE_CHECKING:  # they bring libraries that most configurations do without: see stages.py
     from tlstunnel.firewall.counters import Counters
@@ -35,11 +34,6 @@ if TYPE_CHECKING:  # they bring libraries that most configurations do without: s
     from tlstunnel.firewall.rate_limits import Lease, RateLimits
     from tlstunnel.firewall.rules import Rules
     from tlstunnel.firewall.stages import Stages
-
-REPLACED = (
-    "rules, rate limits and managed rules need modules that this process has not imported yet, and the package on the"
-    " disk was replaced since it was started: tlstunnel upgrade goes on with what is there now"
-)
 
 REFRESH_SECONDS = 1.0
 """How often the files of lists are looked at."""
@@ -112,9 +106,9 @@ class Policy:
 class Firewall:
     """The policies of all sites, and what they share: lists, counters, the helpers of the managed rules.
 
-    `metrics` count whatever matched, was exceeded or failed. `counters` are those of the firewall that
-    this one takes the place of: what rate limits have counted, and the tunnels that are open, go on to count. None
-    begins at nothing. Raises ConfigurationError.
+    `metrics` count what matched, was exceeded or failed. `counters` are those of the
+    firewall that this one replaces, so that requests and open tunnels stay counted; None starts at zero. Raises
+    InvalidConfiguration with every problem of the lists, rules, limits and managed rules.
     """
 
     def __init__(
@@ -128,26 +122,31 @@ class Firewall:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self._failed_checks = metrics[families.FIREWALL_CHECKS_FAILED]
         self._log = structlog.get_logger()
-        self._lists = NamedLists(config.lists)
         self._watched = any(isinstance(source, str) for source in config.lists.values())
-        self._addresses = _addresses(config, self._lists)
+        self._addresses: AddressLists | None = None
         self._addresses_mode: Mode = config.addresses_mode
         self._refreshing: asyncio.Task[None] | None = None
         self._stages: Stages | None = None
+        self._policies: dict[str, Policy] = {}
         self.counters = counters
         sites = config.sites if sites is None else sites
+        problems = Problems()
+        self._lists = _load_lists(config, problems)
+        with problems.collect():
+            self._addresses = _addresses(config, self._lists)
         if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
-            if "tlstunnel.firewall.stages" not in sys.modules and is_package_replaced():
-                raise ConfigurationError(REPLACED)
-            from tlstunnel.firewall.stages import Stages as Made  # noqa: PLC0415 - see there
-
-            self._stages = Made(config, sites, self._lists, metrics, counters)
-            self.counters = self._stages.counters
-        self._policies = {site.names[0]: self._policy(index, site) for index, site in enumerate(sites)}
+            with problems.collect():
+                stages = import_when_needed("tlstunnel.firewall.stages", "rules, rate limits and managed rules")
+                self._stages = stages.Stages(config, sites, self._lists, metrics, counters)
+                self.counters = self._stages.counters
+        for index, site in enumerate(sites):
+            with problems.collect():
+                self._policies[site.names[0]] = self._policy(index, site)
+        problems.raise_found()
 
     def _policy(self, index: int, site: SiteConfig) -> Policy:
         checked = site.web_origins is not None or site.require_web_origin
-        rules, limits, managed = self._stages.of(index, site) if self._stages else (None, None, None)
+        rules, limits, managed = self._stages.of_sites[index] if self._stages else (None, None, None)
         return Policy(
             strict_path=site.strict_path,
             addresses=_addresses(site, self._lists),
@@ -290,6 +289,13 @@ class Firewall:
                 self._log.info(Event.LIST_RELOADED, list=name)
             for error in refreshed.errors:
                 self._log.warning(Event.LIST_NOT_RELOADED, reason=error)
+
+
+def _load_lists(config: Config, problems: Problems) -> NamedLists:
+    """Load the lists; if one is wrong, return empty ones, so that the rules that use them can be checked."""
+    with problems.collect():
+        return NamedLists(config.lists)
+    return NamedLists(dict.fromkeys(config.lists, ()))
 
 
 def _addresses(config: Config | SiteConfig, lists: NamedLists) -> AddressLists | None:

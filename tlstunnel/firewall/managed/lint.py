@@ -38,6 +38,8 @@ _OUT_OF_REACH = {
     "exec": "rules cannot run programs",
 }
 
+_NOWHERE = "the chain leads nowhere: another SecRule must follow, or remove the action chain"
+
 _WORD = re.compile(r'(?:"((?:\\.|[^"\\])*)"|([^\s"]+))(?=\s|$)', re.DOTALL)
 _OPERATOR = re.compile(r"(!?)\s*@(\w+)\s*(.*)", re.DOTALL)
 _ACTION = re.compile(r"((?:\\.|[^,'\\]|'(?:\\.|[^'\\])*')*)(?:,|$)", re.DOTALL)
@@ -67,44 +69,71 @@ class _Fault(Exception):
 def check(files: Iterable[Path], known: Mapping[int, str]) -> None:
     """Lint files of rules, in loading order; `known` are ids that are taken, and by what.
 
-    Raises ConfigurationError, its message ``FILE:LINE: ...``.
+    Raises ConfigurationError with every problem, each ``FILE:LINE: ...``.
     """
     ids = dict(known)
-    for path in files:
-        try:
-            if path.stat().st_size > MAX_FILE:
-                raise ConfigurationError(f"{path}: has more than {MAX_FILE} bytes; it does not look like rules")
-            text = path.read_text("utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigurationError(f"{path}: the file is not UTF-8") from None
-        try:
-            _check_text(text, str(path), ids, pcre2_fault)
-        except _Fault as fault:
-            raise ConfigurationError(f"{path}:{fault.line}: {fault.reason}") from None
+    problems = [problem for path in files for problem in _problems_of(path, ids)]
+    if problems:
+        raise ConfigurationError(*problems)
 
 
-def _check_text(text: str, file: str, ids: dict[int, str], fault_of: RegexFault) -> None:
+def _problems_of(path: Path, ids: dict[int, str]) -> list[str]:
+    try:
+        if path.stat().st_size > MAX_FILE:
+            return [f"{path}: has more than {MAX_FILE} bytes; it does not look like rules"]
+        text = path.read_text("utf-8")
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    except UnicodeDecodeError:
+        return [f"{path}: the file is not UTF-8"]
+    return [f"{path}:{fault.line}: {fault.reason}" for fault in _faults(text, str(path), ids)]
+
+
+def _faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
     if text and not text.endswith("\n"):
         # libmodsecurity's parser would go on in the next file, and name that one.
-        raise _Fault(text.count("\n") + 1, "the last line does not end; put a newline behind it")
+        return [_Fault(text.count("\n") + 1, "the last line does not end; put a newline behind it")]
+    faults: list[_Fault] = []
     chain: _Directive | None = None
-    for directive in _directives(text):
-        if directive.name in _OUT_OF_REACH:
-            raise _Fault(directive.line, f"{directive.name}: {_OUT_OF_REACH[directive.name]}")
-        if chain and directive.name != "secrule":
-            break
-        if directive.name == "secrule":
-            _check_operator(directive, fault_of)
-        if directive.name not in ("secrule", "secaction"):
-            continue
-        actions = _actions(directive)
-        if not chain:
-            _check_id(directive, actions, file, ids)
-        chain = directive if "chain" in actions else None
+    try:
+        for directive in _directives(text):
+            if chain and directive.name != "secrule" and directive.name not in _OUT_OF_REACH:
+                faults.append(_Fault(chain.line, _NOWHERE))
+                chain = None
+            try:
+                chain = _check_directive(directive, chain, file, ids)
+            except _Fault as fault:
+                faults.append(fault)
+                chain = directive if _is_chained(directive) else None
+    except _Fault as fault:  # the text cannot be split any further
+        return [*faults, fault]
     if chain:
-        raise _Fault(chain.line, "the chain leads nowhere: another SecRule must follow, or remove the action chain")
+        faults.append(_Fault(chain.line, _NOWHERE))
+    return faults
+
+
+def _is_chained(directive: _Directive) -> bool:
+    """Return whether the next rule continues this one, which has a fault."""
+    try:
+        return directive.name in ("secrule", "secaction") and "chain" in _actions(directive)
+    except _Fault:
+        return False
+
+
+def _check_directive(
+    directive: _Directive, chain: _Directive | None, file: str, ids: dict[int, str]
+) -> _Directive | None:
+    """Check one directive; return it if the next one continues its chain. Raises _Fault."""
+    if directive.name in _OUT_OF_REACH:
+        raise _Fault(directive.line, f"{directive.name}: {_OUT_OF_REACH[directive.name]}")
+    if directive.name == "secrule":
+        _check_operator(directive, pcre2_fault)
+    if directive.name not in ("secrule", "secaction"):
+        return chain
+    actions = _actions(directive)
+    if not chain:
+        _check_id(directive, actions, file, ids)
+    return directive if "chain" in actions else None
 
 
 def _directives(text: str) -> Iterator[_Directive]:

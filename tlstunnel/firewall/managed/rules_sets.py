@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tlstunnel.addresses import quoted
 from tlstunnel.config import SiteManagedRules
+from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import lint
 from tlstunnel.firewall.managed.messages import RulesSet, Step
@@ -59,17 +60,28 @@ class _Crs:
         return (*self.setup, *self.before, self.initialization, *self.rules, *self.after)
 
 
-def build(settings: SiteManagedRules, place: str = "managed_rules") -> RulesSet:
-    """Make the rules set of a site's settings; `place`, such as ``sites[0].managed_rules``, begins errors' messages.
+def build(settings: SiteManagedRules) -> RulesSet:
+    """Build the rules set of a site's settings.
 
-    Reads CRS's folder and lints the user's rules. Raises ConfigurationError.
+    Reads CRS's folder and lints the user's rules. Raises InvalidConfiguration with every problem.
     """
-    crs = _found(settings.crs, place) if settings.owasp_crs else None
-    own = _own_files(settings.rules, place) if settings.rules is not None else ()
-    if crs is None and not own:
-        raise ConfigurationError(f"{place}: nothing to do: write owasp_crs = true, or name files with rules =")
-    known = _ids(crs) if crs else {}
-    lint.check(own, known | dict.fromkeys(OUR_IDS, "tlstunnel's own settings"))
+    problems = Problems()
+    crs: _Crs | None = None
+    own: tuple[Path, ...] = ()
+    if settings.owasp_crs:
+        with problems.collect():
+            crs = _found(settings.crs)
+    if settings.rules is not None:
+        with problems.collect("rules"):
+            own = _own_files(settings.rules)
+    if not settings.owasp_crs and settings.rules is None:
+        problems.add("no rules: write owasp_crs = true, or name files with rules =")
+    known: dict[int, str] = {}
+    with problems.collect():
+        known = _ids(crs) if crs else {}
+    with problems.collect("rules"):
+        lint.check(own, known | dict.fromkeys(OUR_IDS, "tlstunnel's own settings"))
+    problems.raise_found()
     ours = () if _LOG4SHELL_OF_CRS in known else (_LOG4SHELL,)
     steps = tuple(_steps(settings, crs, ours, own))
     digest = blake2b("\0".join(f"{step.text}\0{step.file}" for step in steps).encode(), digest_size=16)
@@ -134,19 +146,19 @@ def _extensions(crs: _Crs) -> list[str]:
     return [f'SecRule &TX:restricted_extensions "@eq 0" "{actions}"']
 
 
-def _found(folder: Path | None, place: str) -> _Crs:
+def _found(folder: Path | None) -> _Crs:
     hint = "install Debian's package modsecurity-crs, or name the folder of a CRS release with crs ="
     if folder is None:
         folder = DEBIAN_CRS
         if not folder.is_dir():
-            raise ConfigurationError(f"{place}: OWASP CRS is not at {folder}; {hint}")
+            raise ConfigurationError(f"OWASP CRS is not at {folder}; {hint}")
     if not folder.is_dir():
-        raise ConfigurationError(f"{place}.crs: {quoted(str(folder))} is no folder; {hint}")
+        raise _wrong_folder(f"{quoted(str(folder))} is not a folder; {hint}")
     initialization = folder / "rules" / "REQUEST-901-INITIALIZATION.conf"
     if not initialization.is_file():
-        raise ConfigurationError(
-            f"{place}.crs: {quoted(str(folder))} holds no rules/REQUEST-901-INITIALIZATION.conf, so it is no folder of"
-            f" a CRS release; {hint}"
+        raise _wrong_folder(
+            f"{quoted(str(folder))} has no rules/REQUEST-901-INITIALIZATION.conf, so it is not the folder of a CRS"
+            f" release; {hint}"
         )
     debian = folder == DEBIAN_CRS
     candidates = [folder / "crs-setup.conf", folder / "crs-setup.conf.example"]
@@ -154,7 +166,7 @@ def _found(folder: Path | None, place: str) -> _Crs:
         candidates.insert(0, DEBIAN_SETUP / "crs-setup.conf")
     setup = next((path for path in candidates if path.is_file()), None)
     if setup is None:
-        raise ConfigurationError(f"{place}.crs: {quoted(str(folder))} holds neither crs-setup.conf nor its .example")
+        raise _wrong_folder(f"{quoted(str(folder))} has neither crs-setup.conf nor crs-setup.conf.example")
     rules = sorted((folder / "rules").glob("REQUEST-*.conf"))
     # Rules of responses judge what a tunnel never sees; but their last file is where exclusions are kept.
     after = sorted((folder / "rules").glob("RESPONSE-999-*.conf"))
@@ -172,11 +184,15 @@ def _found(folder: Path | None, place: str) -> _Crs:
     )
 
 
-def _own_files(pattern: str, place: str) -> tuple[Path, ...]:
+def _wrong_folder(reason: str) -> InvalidConfiguration:
+    return InvalidConfiguration(Problem(("crs",), reason))
+
+
+def _own_files(pattern: str) -> tuple[Path, ...]:
     found = tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207 (the pattern is absolute)
     files = tuple(path for path in found if path.is_file())
     if not files:
-        raise ConfigurationError(f"{place}.rules: {quoted(pattern)} matches no file")
+        raise ConfigurationError(f"{quoted(pattern)} matches no file")
     return files
 
 
