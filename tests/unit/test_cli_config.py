@@ -4,21 +4,40 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 
-from tlstunnel.cli import cli, main
+from tlstunnel.cli import main
 
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
 
 
 def check(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["config", "check", *arguments], catch_exceptions=False)
+    """Run it as the program does, which prints problems."""
+
+    @click.command(context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def program(words: tuple[str, ...]) -> None:
+        sys.argv = ["tlstunnel", *words]
+        main()
+
+    before = sys.argv
+    try:
+        return CliRunner().invoke(program, ["config", "check", *arguments], catch_exceptions=False)
+    finally:
+        sys.argv = before
 
 
 def pair(folder: Path, name: str, days: int = 90) -> None:
@@ -78,8 +97,8 @@ def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     missing, unmatched = result.stderr.splitlines()
-    assert missing.startswith(f"tlstunnel: {file}: sites[1]: {tmp_path}/none.pem: ")
-    assert unmatched.startswith(f"tlstunnel: {file}: sites[2]: {tmp_path}/b-key.pem: ")
+    assert missing.startswith(f"tlstunnel: {file}: sites[1].cert: {tmp_path}/none.pem: ")
+    assert unmatched.startswith(f"tlstunnel: {file}: sites[2].key: {tmp_path}/b-key.pem: ")
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
@@ -189,7 +208,9 @@ def test_problems_of_the_policy_and_of_certificates_are_told_together(tmp_path: 
     result = check(str(file))
     assert result.exit_code == 1
     assert result.stdout == ""
-    certificate, policy = result.stderr.splitlines()
+    certificate, key, policy = result.stderr.splitlines()
+    assert "sites[0].cert: " in certificate
+    assert "sites[0].key: " in key
     assert "none.pem" in certificate
     assert "no admins" in policy
 
@@ -205,3 +226,46 @@ def test_a_wrong_file_is_one_line_and_status_1(
     assert caught.value.code == 1
     expected = 'tlstunnel: tlstunnel.toml:2: timeouts.request: expected a duration such as "10s", got 10\n'
     assert capsys.readouterr() == ("", expected)
+
+
+def locked_pair(folder: Path, name: str, passphrase: bytes) -> None:
+    pair(folder, name)
+    file = folder / f"{name}-key.pem"
+    key = load_pem_private_key(file.read_bytes(), None)
+    file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase)))
+
+
+def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
+    """The shipped systemd unit runs `config check` before `start`, which accepts it."""
+    locked_pair(tmp_path, "chat", b"secret")
+    (tmp_path / "passphrase").write_text("secret\n")
+    file = tmp_path / "t.toml"
+    file.write_text(f'{SAME}cert = "chat.pem"\nkey = "chat-key.pem"\npassphrase_file = "passphrase"\n')
+    result = check(str(file))
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+MISSING_FILES = {
+    "certificates": ('certificates = [{ cert = "none.pem", key = "none-key.pem" }]', ("cert", "key")),
+    "client_ca": ('client_ca = "none.pem"', ("client_ca",)),
+    "client_crl": ('client_ca = "none.pem"\nclient_crl = "none.crl"', ("client_ca", "client_crl")),
+    "origin_ca": ('origins = ["wss://localhost:3000"]\norigin_ca = "none.pem"', ("origin_ca",)),
+    "origin_cert": (
+        'origins = ["wss://localhost:3000"]\norigin_cert = "none.pem"\norigin_key = "none-key.pem"',
+        ("origin_cert", "origin_key"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "keys"), MISSING_FILES.values(), ids=MISSING_FILES.keys())
+def test_files_that_do_not_exist(tmp_path: Path, text: str, keys: tuple[str, ...]) -> None:
+    file = tmp_path / "t.toml"
+    origins = "" if "origins" in text else 'origins = ["localhost:3000"]\n'
+    file.write_text(f'[[sites]]\nweb_origins = ["same"]\n{origins}{text}\n')
+    result = check(str(file))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    for line, key in zip(result.stderr.splitlines(), keys, strict=True):
+        assert f"{key}: {tmp_path}/none" in line
+        assert line.endswith("No such file or directory")

@@ -10,9 +10,10 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.store import Certificates
 from tlstunnel.config import OriginConfig, SiteConfig
-from tlstunnel.errors import CertificateError
+from tlstunnel.errors import ConfigurationError
 from tlstunnel.origins.pool import Pool
-from tlstunnel.tunnel.sites import Site, Sites, load_sites
+from tlstunnel.serving.sites import build_sites
+from tlstunnel.tunnel.sites import Site, Sites
 
 ADDRESS = OriginConfig(address=OriginAddress.parse("localhost:3000"))
 SERVED = Certificates().serve(())
@@ -122,7 +123,7 @@ def test_host_must_be_one_of_the_sites_names(names: tuple[str, ...], host: str, 
 
 def test_sites_of_a_configuration(issued: issue.Issued) -> None:
     other = OriginConfig(address=OriginAddress.parse("unix:/run/chat.sock"))
-    sites = load_sites(
+    sites = build_sites(
         [
             SiteConfig(
                 names=("chat.example.com", "*.chat.example.com"),
@@ -147,7 +148,7 @@ def test_sites_of_a_configuration(issued: issue.Issued) -> None:
 
 
 def test_site_without_names_serves_any(issued: issue.Issued) -> None:
-    sites = load_sites([SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))])
+    sites = build_sites([SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))])
     found = sites.choose(None)
     assert found is not None
     assert found is sites.choose("anything.example")
@@ -155,32 +156,32 @@ def test_site_without_names_serves_any(issued: issue.Issued) -> None:
 
 
 def test_site_without_certificate_is_served_with_the_test_pair(issued: issue.Issued) -> None:
-    assert load_sites([SiteConfig(origins=(ADDRESS,))], (issued.cert, issued.key)).choose(None) is not None
+    assert build_sites([SiteConfig(origins=(ADDRESS,))], (issued.cert, issued.key)).choose(None) is not None
 
 
 def test_own_certificate_comes_before_the_test_pair(issued: issue.Issued) -> None:
     config = [SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))]
-    assert load_sites(config, (Path("/nowhere"), Path("/nowhere"))).choose(None) is not None
+    assert build_sites(config, (Path("/nowhere"), Path("/nowhere"))).choose(None) is not None
 
 
 def test_certificate_that_cannot_be_read_is_named(issued: issue.Issued, tmp_path: Path) -> None:
     missing = tmp_path / "missing.pem"
-    with pytest.raises(CertificateError, match=r"missing\.pem"):
-        load_sites([SiteConfig(cert=missing, key=issued.key, origins=(ADDRESS,))])
+    with pytest.raises(ConfigurationError, match=r"missing\.pem"):
+        build_sites([SiteConfig(cert=missing, key=issued.key, origins=(ADDRESS,))])
 
 
 def test_site_without_any_certificate_cannot_be_served() -> None:
-    with pytest.raises(CertificateError):
-        load_sites([SiteConfig(origins=(ADDRESS,))])
+    with pytest.raises(ConfigurationError):
+        build_sites([SiteConfig(origins=(ADDRESS,))])
 
 
 def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued) -> None:
     config = [SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))]
-    before = load_sites(config)
+    before = build_sites(config)
     first = before.choose(None)
     assert first is not None
     context = first.context
-    after = load_sites(config, None, before)
+    after = build_sites(config, None, before)
     after.certificates.begin()
     second = after.choose(None)
     assert second is not None
@@ -191,20 +192,20 @@ def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued
 def test_certificates_that_are_broken_since_go_on(tmp_path: Path) -> None:
     made = issue.create([], tmp_path)
     config = [SiteConfig(cert=made.cert, key=made.key, origins=(ADDRESS,))]
-    before = load_sites(config)
+    before = build_sites(config)
     made.key.unlink()
-    after = load_sites(config, None, before)
+    after = build_sites(config, None, before)
     assert after.choose("localhost") is not None
     assert after.certificates.complaints() == [f"{made.key}: cannot be read: No such file or directory"]
-    with pytest.raises(CertificateError, match="cannot be read"):
-        load_sites(config)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        build_sites(config)
 
 
 def test_a_configured_site_asks_for_client_certificates(issued: issue.Issued) -> None:
     configured = SiteConfig(
         cert=issued.cert, key=issued.key, origins=(ADDRESS,), client_ca=issued.ca, client_auth="request"
     )
-    found = load_sites([configured]).choose(None)
+    found = build_sites([configured]).choose(None)
     assert found is not None
     assert found.context.verify_mode is ssl.CERT_OPTIONAL
 

@@ -121,6 +121,24 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
     )
 
 
+def find_problems(files: ClientFiles) -> list[tuple[str, str]]:
+    """Return each problem of files that were refused, with the key of the configuration that it is about."""
+    found = []
+    for key, path, read in (("client_ca", files.ca, describe.read), ("client_crl", files.crl, _read_lists)):
+        if path is None:
+            continue
+        try:
+            read(path)
+        except CertificateError as error:
+            found.append((key, str(error)))
+    if not found:
+        try:
+            read_policy(files)
+        except CertificateError as error:
+            found.append(("client_ca" if files.crl is None else "client_crl", str(error)))
+    return found
+
+
 def _read_lists(path: Path) -> list[x509.CertificateRevocationList]:
     """Read revocation lists: PEM, or one in DER, which is what authorities publish (RFC 5280 section 4.2.1.13)."""
     data = describe.read_bytes(path)

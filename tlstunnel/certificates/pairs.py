@@ -114,6 +114,28 @@ def read_pair(files: PairFiles) -> Pair:
     )
 
 
+def find_problems(files: PairFiles) -> list[tuple[str, str]]:
+    """Return each problem of a pair that was refused, with the key of the configuration that it is about."""
+    found = []
+    try:
+        describe.read(files.cert)
+    except CertificateError as error:
+        found.append(("cert", str(error)))
+    source = "passphrase_env" if files.passphrase_file is None else "passphrase_file"
+    try:
+        passphrase = _passphrase(files)
+        source = "key"
+        describe.read_key(files.key, passphrase)
+    except CertificateError as error:
+        found.append((source, str(error)))
+    if not found:
+        try:
+            read_pair(files)
+        except CertificateError as error:
+            found.append(("key" if str(error).startswith(f"{files.key}: ") else "cert", str(error)))
+    return found
+
+
 def validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
     """Say that a certificate is expired, not valid yet, or has fewer than 21 days left; all times aware."""
     if now < not_before:

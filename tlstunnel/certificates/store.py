@@ -292,9 +292,9 @@ class Certificates:
         key = (pairs, clients)
         if (known := self._served.get(key)) is not None:
             return known
-        pair_sources = [self._pair(files, before) for files in pairs]
+        pair_sources = [self.read_pair(files, before) for files in pairs]
         self._refuse_doubles(pair_sources)
-        client_source = self._client(clients, before) if clients is not None else None
+        client_source = self.read_clients(clients, before) if clients is not None else None
         served = self._served[key] = Served(self.contexts, pair_sources, client_source)
         for source in (*pair_sources, *([client_source] if client_source is not None else ())):
             source.users.append(served)
@@ -328,13 +328,15 @@ class Certificates:
             self.contexts.forget(served.digest)
             served.refresh()
 
-    def _pair(self, files: PairFiles, before: "Certificates | None") -> PairSource:
+    def read_pair(self, files: PairFiles, before: "Certificates | None" = None) -> PairSource:
+        """Read a pair, unless it is known, here or in the store `before`. Raises CertificateError."""
         source = self._pairs.get(files)
         if source is None:
             source = self._pairs[files] = PairSource(files, before._pairs.get(files) if before else None)
         return source
 
-    def _client(self, files: ClientFiles, before: "Certificates | None") -> ClientSource:
+    def read_clients(self, files: ClientFiles, before: "Certificates | None" = None) -> ClientSource:
+        """Read a client policy, unless it is known, here or in the store `before`. Raises CertificateError."""
         source = self._clients.get(files)
         if source is None:
             source = self._clients[files] = ClientSource(files, before._clients.get(files) if before else None)

@@ -1,24 +1,20 @@
 """``tlstunnel config``: look at a configuration file without starting anything."""
 
+import asyncio
 import json
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.config.rendering import render_schema, render_toml
-from tlstunnel.errors import CertificateError, ConfigurationError
 
-OPEN_TO_ALL = (
-    "without web_origins any web page may connect, with the cookies of whoever looks at it;"
-    ' write web_origins = ["same"], or the origins of your pages'
-)
-
-UNVERIFIED = (
-    'origin_verify = "off": whoever is on the way to its origins can read and change everything; give origin_ca instead'
-)
+if TYPE_CHECKING:
+    from tlstunnel.serving.loading import Loaded
 
 
 @click.group()
@@ -29,44 +25,31 @@ def command() -> None:
 @command.command()
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def check(file: Path) -> None:
-    """Check FILE, its policy, and the certificates, lists and edge workers that it names.
+    """Check FILE, and the certificates, lists, rules and edge workers that it names, as a start would.
 
-    FILE is tlstunnel.toml where it is left out. Nothing is started; no address is looked up or listened on. The modules
-    of edge workers are executed, as a start would.
+    FILE is tlstunnel.toml if it is left out. Every problem is reported. No address is looked up or listened on. The
+    modules of edge workers are executed; their setup is not called.
     """
-    config = load(file)
-    problems = 0
-    for index, site in enumerate(config.sites):
-        try:
-            warning = _load_certificate(site)
-        except CertificateError as error:
-            problems += 1
-            click.echo(f"tlstunnel: {file}: sites[{index}]: {error}", err=True)
-        else:
-            if warning:
-                click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {warning}", err=True)
-    try:
-        # Only here, for the same reason as the certificates.
-        from tlstunnel.firewall.verdict import Firewall  # noqa: PLC0415
+    # Imported here: it brings libraries that the other commands do without.
+    from tlstunnel.serving.loading import Description, load  # noqa: PLC0415
 
-        Firewall(config)
-    except ConfigurationError as error:
-        problems += 1
-        click.echo(f"tlstunnel: {file}: {error}", err=True)
-    try:
-        _load_workers(config)
-    except ConfigurationError as error:
-        problems += 1
-        click.echo(f"tlstunnel: {file}: {error}", err=True)
-    if problems:
-        raise SystemExit(1)
-    for index, site in enumerate(config.sites):
-        if site.web_origins is None:
-            click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {OPEN_TO_ALL}", err=True)
-        if site.origin_verify == "off":
-            click.echo(f"tlstunnel: {file}: sites[{index}]: warning: {UNVERIFIED}", err=True)
-    for line in _summary(config):
+    description = Description.of_file(file)
+    # A start creates the test certificate in the folder where it runs, which need not be this one.
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(description, test_folder=Path(folder))
+    asyncio.run(_try_helpers(loaded))
+    for warning in (*loaded.certificate_warnings(datetime.now(UTC)), *loaded.warnings()):
+        click.echo(f"tlstunnel: {description.place(warning.path)}: warning: {warning.hint}", err=True)
+    for line in _summary(description.config):
         click.echo(line)
+
+
+async def _try_helpers(loaded: "Loaded") -> None:
+    """Start the helpers of the managed rules and stop them: only libmodsecurity finds some mistakes."""
+    try:
+        await loaded.start_firewall()
+    finally:
+        await loaded.close()
 
 
 @command.command()
@@ -84,26 +67,6 @@ def show(file: Path) -> None:
 def schema() -> None:
     """Print the JSON Schema of a configuration file, by which editors complete and check it."""
     click.echo(json.dumps(render_schema(), indent=2))
-
-
-def _load_certificate(site: SiteConfig) -> str | None:
-    """Load the site's pair as the server would, and give what is to be said about its dates, if anything."""
-    if not (site.cert and site.key):
-        return None
-    # Only here: it brings OpenSSL and cryptography, which a file without certificates does not need.
-    from tlstunnel.certificates.serving import expiry_warning, server_context  # noqa: PLC0415
-
-    server_context(site.cert, site.key)
-    return expiry_warning(site.cert, datetime.now(UTC))
-
-
-def _load_workers(config: Config) -> None:
-    """Load the code of edge workers, as a start would; none is set up. Raises ConfigurationError."""
-    if any(site.worker for site in config.sites):
-        from tlstunnel.edge.workers import Workers  # noqa: PLC0415 - as above
-        from tlstunnel.metrics.registry import Registry  # noqa: PLC0415 - as above
-
-        Workers(config.sites, Registry())
 
 
 def _summary(config: Config) -> Iterator[str]:

@@ -17,7 +17,6 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.cli import typed
 from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, parse_worker_reference
 from tlstunnel.edge.stage import Directions
-from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.connection import Connection
@@ -25,12 +24,11 @@ from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.journal.lines import configure_logging
-from tlstunnel.metrics.registry import Registry
-from tlstunnel.origins.pool import Pool
+from tlstunnel.serving.loading import Description, load_workers
+from tlstunnel.serving.sites import build_edits, build_pool
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Deadlines, Wakeup
 from tlstunnel.sockets.readiness import TunnelLoop, readiness
-from tlstunnel.tunnel.sites import edits_of
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
 """Where a worker may send while no configuration says it."""
@@ -127,16 +125,13 @@ def _with_worker(site: SiteConfig, worker: str, worker_config: str | None) -> Si
 
 async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
     """Ask it by the same code, with a client that waits. Raises ConfigurationError: it cannot be loaded or set up."""
-    try:
-        workers = Workers([site], Registry())
-    except ConfigurationError as error:
-        raise ConfigurationError(str(error).removeprefix("sites[0].worker: ")) from None
+    workers = load_workers(Description(Config(), (site,)))
     await workers.start()
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
-        pools = [Pool(site.origins), *(Pool(route.origins) for route in site.routes)]
+        pools = [build_pool(site, 30.0, b"", None), *(build_pool(route, 30.0, b"", None) for route in site.routes)]
         edge = workers.edge(site, pools, 30.0, b"", None)
         assert edge is not None
         wakeup = Wakeup(loop, loop.time() + edge.timeout)
@@ -164,7 +159,7 @@ async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
 
 def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str) -> Outcome:
     origin = str(directions.address or "")
-    edits = edits_of(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
+    edits = build_edits(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
     head = forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
     return Outcome(directions.saw, seconds, origin, head)
 

@@ -15,18 +15,18 @@ import click
 import structlog
 
 from tlstunnel.cli import typed
-from tlstunnel.config import Config, load
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.managed.families import family
 from tlstunnel.firewall.managed.messages import Match
 from tlstunnel.firewall.rate_limits import LimitTrace
 from tlstunnel.firewall.rules import RuleTrace
-from tlstunnel.firewall.verdict import Firewall, Stage, Verdict
+from tlstunnel.firewall.verdict import Stage, Verdict
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.journal.events import Reason
+from tlstunnel.serving.loading import Description, load_firewall
 
 STAGES = (
     "target",
@@ -67,16 +67,16 @@ def explain(  # noqa: PLR0913 - the command's options
     The Host field chooses the site; without one it is the first site's name. What every WebSocket handshake has
     (Upgrade, Sec-WebSocket-Key, ...) is added. Counters begin at nothing; no origin is asked.
     """
-    config = load(file)
-    if not config.sites:
+    description = Description.of_file(file)
+    if not description.sites:
         raise ConfigurationError(f"{file}: there are no [[sites]], and so no policy to explain")
     typed.refuse_no_address(ip)
     # What the log would say of this request is in what is shown here.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
     connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
-    head = typed.head(request, headers, config.sites[0], plain=plain)
-    site, verdict = asyncio.run(_judged(config, file, head, connection, trace))
+    head = typed.head(request, headers, description.sites[0], plain=plain)
+    site, verdict = asyncio.run(_judge(description, head, connection, trace))
     if as_json:
         click.echo(json.dumps(_as_json(site, verdict, trace), default=_plain, ensure_ascii=True))
     else:
@@ -84,23 +84,21 @@ def explain(  # noqa: PLR0913 - the command's options
             click.echo(line)
 
 
-async def _judged(
-    config: Config, file: Path, head: bytes, connection: Connection, trace: list[Stage]
+async def _judge(
+    description: Description, head: bytes, connection: Connection, trace: list[Stage]
 ) -> tuple[str, Verdict]:
+    """Return the name of the request's site, "" without one, and the verdict. Raises ConfigurationError."""
     try:
         request = RequestReader(True).feed(head)
         assert request is not None  # the head is whole
-        site = typed.site_of(config.sites, request)
+        site = typed.site_of(description.sites, request)
         if site is None:
             return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field is no name of any site"))
         if site.http == "refuse":
             RequestReader().feed(head)
     except Refusal as refusal:
         return "", Verdict(refusal)
-    try:
-        firewall = Firewall(config)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{file}: {error}") from None
+    firewall = load_firewall(description)
     await firewall.start()
     try:
         connection = dataclasses.replace(connection, tls_sni=request.host, site=site.names[0])

@@ -1,4 +1,4 @@
-"""What the command line asked for, and what that and the configuration file amount to together."""
+"""The command line of `start`, and what it and the configuration file say together."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from tlstunnel.errors import ConfigurationError
 
 PORT = 8443
 LOOPBACK = (ListenAddress("127.0.0.1", PORT), ListenAddress("::1", PORT))
-EVERYWHERE = (ListenAddress("0.0.0.0", PORT), ListenAddress("::", PORT))  # noqa: S104 - with a certificate of its own
+EVERYWHERE = (ListenAddress("0.0.0.0", PORT), ListenAddress("::", PORT))  # noqa: S104 - only with a certificate of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What the command line asked for.
+    """What the command line of `start` says.
 
-    `origin` is as it was written, and None where the file has the sites; `echo` is the port of the embedded origin in
-    its place. `listen` is empty where the file, or the default, says it.
+    `origin` is as written, and None if the file has the sites; `echo` is the port of the embedded echo origin that
+    replaces it. `listen` is empty if the file or the default decides.
     """
 
     file: Path | None = None
@@ -31,7 +31,7 @@ class Invocation:
 
     @property
     def site(self) -> SiteConfig | None:
-        """The site of the command line. Raises ValueError: `origin` is no address."""
+        """The site of the command line. Raises ValueError if `origin` is not an address."""
         if self.echo is not None:
             address = OriginAddress("127.0.0.1", self.echo, text="echo")
         elif self.origin is not None:
@@ -41,13 +41,13 @@ class Invocation:
         return SiteConfig(origins=(OriginConfig(address=address),), cert=self.cert, key=self.key)
 
     def configuration(self, text: str | None) -> Config:
-        """What the text of the file says; the default without one. Raises ConfigurationError."""
+        """Decode `text`, the content of the file; None gives the defaults. Raises ConfigurationError."""
         if self.file is None or text is None:
             return Config()
         return decode(text, self.file.parent, str(self.file))
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` makes the same of, in another process."""
+        """Return what `from_json` reads in another process."""
         return {
             "file": str(self.file) if self.file else None,
             "origin": self.origin,
@@ -58,37 +58,35 @@ class Invocation:
         }
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Raise KeyError, ValueError: said by another program."""
-        file, cert, key = (Path(said[name]) if said[name] else None for name in ("file", "cert", "key"))
-        listen = tuple(ListenAddress.parse(text) for text in said["listen"])
-        return cls(file, said["origin"], said["echo"], cert, key, listen)
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read what `as_json` returned. Raises KeyError or ValueError if another release wrote it."""
+        file, cert, key = (Path(fields[name]) if fields[name] else None for name in ("file", "cert", "key"))
+        listen = tuple(ListenAddress.parse(text) for text in fields["listen"])
+        return cls(file, fields["origin"], fields["echo"], cert, key, listen)
 
 
-def sites_to_serve(wanted: Invocation, config: Config) -> tuple[SiteConfig, ...]:
-    """The sites of the file, or the one of the command line. Raises ConfigurationError."""
-    site = wanted.site
+def sites_to_serve(invocation: Invocation, config: Config) -> tuple[SiteConfig, ...]:
+    """Return the sites of the file, or the one of the command line. Raises ConfigurationError."""
+    site = invocation.site
     if config.sites and site is not None:
-        raise ConfigurationError(
-            f"{wanted.file} has [[sites]] now, and this tunnel was started with an origin of its own"
-        )
-    configured = config.sites or ((site,) if site is not None else ())
-    if not configured:
-        raise ConfigurationError(f"{wanted.file}: there are no [[sites]] any more")
-    return configured
+        raise ConfigurationError(f"{invocation.file} has [[sites]] now, but this tunnel was started with an ORIGIN")
+    sites = config.sites or ((site,) if site is not None else ())
+    if not sites:
+        raise ConfigurationError(f"{invocation.file} has no [[sites]] any more")
+    return sites
 
 
-def uses_test_certificate(configured: Iterable[SiteConfig]) -> bool:
-    """Whether one of them has the test certificate, for want of one of its own."""
-    return any(not site.pairs for site in configured)
+def uses_test_certificate(sites: Iterable[SiteConfig]) -> bool:
+    """Return whether a site has no certificate of its own, and so is served with the test certificate."""
+    return any(not site.pairs for site in sites)
 
 
 def addresses_to_listen_on(
-    wanted: Invocation, config: Config, passed: tuple[ListenAddress, ...] = ()
+    invocation: Invocation, config: Config, passed: tuple[ListenAddress, ...] = ()
 ) -> tuple[ListenAddress, ...]:
-    """Where to listen: what was asked for and `passed` by socket activation, else this machine only with a test pair.
+    """Return the addresses of the command line, else of the file, and those `passed` by socket activation.
 
-    Raises ConfigurationError.
+    Without any, port 8443: on loopback only if the test certificate is used. Raises ConfigurationError.
     """
-    default = LOOPBACK if uses_test_certificate(sites_to_serve(wanted, config)) else EVERYWHERE
-    return tuple(dict.fromkeys((*(wanted.listen or config.listen), *passed))) or default
+    default = LOOPBACK if uses_test_certificate(sites_to_serve(invocation, config)) else EVERYWHERE
+    return tuple(dict.fromkeys((*(invocation.listen or config.listen), *passed))) or default

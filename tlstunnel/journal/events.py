@@ -31,6 +31,7 @@ class Event(Word):
     ECHO_ORIGIN = "embedded echo origin"
     TEST_CERTIFICATE = "test certificate"
     ORIGINS_NOT_VERIFIED = "origins not verified"
+    OPEN_TO_WEB_PAGES = "open to web pages"
     RELOADED = "reloaded"
     NOT_RELOADED = "not reloaded"
 

@@ -82,10 +82,9 @@ class Child:
             )
         set_process_name(request["name"])
         configure_logging(request["log_format"])
-        wanted = Invocation.from_json(request["wanted"])
-        service = Service(wanted, Journal(opened=request["opened"]), quiet=request["quiet"])
-        await service.begin(request["config"])
-        self._service = service
+        invocation = Invocation.from_json(request["wanted"])
+        journal = Journal(opened=request["opened"])
+        self._service = await Service.begin(invocation, request["config"], journal, quiet=request["quiet"])
         return {"version": __version__}
 
     async def _take(self, request: Mapping[str, Any], descriptors: list[int]) -> Mapping[str, Any]:

@@ -1,160 +1,75 @@
-"""What one process serves: how it is made, how it is replaced while tunnels run, and how it ends.
+"""What one process serves: how it is loaded, how a reload replaces it while tunnels run, and how it ends.
 
-What is served is made whole and checked before anything is switched (`load`), off the loop that serves tunnels: ten
+Everything is loaded and checked before anything is switched, in a thread beside the loop that serves tunnels: ten
 thousand sites take seconds. A change that fails changes nothing.
 """
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Self
 
 import structlog
 
-from tlstunnel.certificates import CERTIFICATES, issue
 from tlstunnel.certificates.watch import Watch
-from tlstunnel.config import Config, SiteConfig
-from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
-from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.verdict import Firewall
-from tlstunnel.journal.events import Event
+from tlstunnel.config.invocation import Invocation
 from tlstunnel.journal.journal import Journal
-from tlstunnel.metrics.registry import Registry
-from tlstunnel.program import is_package_replaced
 from tlstunnel.serving.changes import changes
+from tlstunnel.serving.loading import Description, Loaded, load
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
-from tlstunnel.tunnel.sites import Sites, load_sites
 
-if TYPE_CHECKING:
-    from tlstunnel.edge.workers import Workers
-
-REPLACED = (
-    "edge workers need modules that this process has not imported yet, and the package on the disk was replaced since"
-    " it was started: tlstunnel upgrade goes on with what is there now"
-)
-
-UNVERIFIED = (
-    "whoever is on the way to them can read and change everything; give origin_ca instead of origin_verify = off"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Everything that serving takes, whole and checked."""
-
-    config: Config
-    configured: tuple[SiteConfig, ...]
-    sites: Sites
-    firewall: Firewall
-    workers: "Workers | None" = None
-
-    async def start(self) -> None:
-        """Start what runs beside. Raises ConfigurationError, with nothing of it running."""
-        await self.firewall.start()
-        try:
-            if self.workers is not None:
-                await self.workers.start()
-        except BaseException:
-            await self.firewall.close()
-            raise
-
-    async def close(self) -> None:
-        """End it, but for what another goes on with."""
-        await self.firewall.close()
-        await self.sites.close()
-        if self.workers is not None:
-            await self.workers.close()
-
-
-def load(wanted: Invocation, config: Config, metrics: Registry, before: Loaded | None = None) -> Loaded:
-    """Make what `config` describes, going on with what there is of `before`.
-
-    Raises ConfigurationError or CertificateError.
-    """
-    configured = sites_to_serve(wanted, config)
-    try:
-        counters = before.firewall.counters if before is not None else None
-        firewall = Firewall(config, configured, metrics=metrics, counters=counters)
-        workers = load_workers(configured, metrics, before.workers if before is not None else None)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{wanted.file}: {error}") from None
-    test_pair = None
-    try:
-        if uses_test_certificate(configured):
-            test = issue.ensure(CERTIFICATES)
-            test_pair = test.cert, test.key
-        sites = load_sites(
-            configured,
-            test_pair,
-            before.sites if before is not None else None,
-            resolve_every=config.resolve_interval,
-            workers=workers,
-        )
-    except BaseException:
-        if workers is not None:
-            workers.forget()
-        raise
-    return Loaded(config, configured, sites, firewall, workers)
-
-
-def load_workers(
-    configured: Iterable[SiteConfig], metrics: Registry, before: "Workers | None" = None
-) -> "Workers | None":
-    """The edge workers of these sites, None where there is none and was none. Raises ConfigurationError."""
-    configured = tuple(configured)
-    if before is None and not any(site.worker for site in configured):
-        return None
-    if "tlstunnel.edge.workers" not in sys.modules and is_package_replaced():
-        raise ConfigurationError(REPLACED)
-    # It brings a library that tunnels without a worker do without.
-    from tlstunnel.edge.workers import Workers as Made  # noqa: PLC0415
-
-    return Made(configured, metrics, before)
+MOST_WARNINGS = 100
+"""Warnings of one configuration that get a line of their own; the rest is a number."""
 
 
 class Service:
-    """Serves what `wanted` asks for, in the running loop. Told by whoever holds the listening sockets."""
+    """Serves a configuration in the running loop. The holder of the listening sockets controls it.
 
-    def __init__(self, wanted: Invocation, journal: Journal, *, quiet: bool = False) -> None:
-        self._wanted = wanted
+    `begin` creates one. `quiet` leaves warnings to another process, which has the same configuration.
+    """
+
+    def __init__(self, invocation: Invocation, journal: Journal, loaded: Loaded, *, quiet: bool = False) -> None:
+        self._invocation = invocation
         self._journal = journal
         self._quiet = quiet
         self._log = structlog.get_logger()
-        self._beside: set[asyncio.Task[Any]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
+        self._loaded = loaded
+        self._server = Server(loaded.config, loaded.sites, loaded.firewall, journal)
+        self._watch = Watch(loaded.sites.certificates, quiet=quiet)
         self._prepared: Loaded | None = None
         self._end: asyncio.Task[None] | None = None
 
-    async def begin(self, text: str | None) -> None:
-        """Load, and be ready without accepting. Raises ConfigurationError or CertificateError."""
-        loaded = await self._load_beside(text, None)
+    @classmethod
+    async def begin(cls, invocation: Invocation, text: str | None, journal: Journal, *, quiet: bool = False) -> Self:
+        """Load the configuration in `text` and be ready, without accepting. Raises ConfigurationError."""
+        loaded = await _load_beside(invocation, text, journal, None)
         await loaded.start()
-        self._loaded = loaded
-        self._server = Server(loaded.config, loaded.sites, loaded.firewall, self._journal)
+        service = cls(invocation, journal, loaded, quiet=quiet)
         loaded.sites.start()
-        self._watch = Watch(loaded.sites.certificates, quiet=self._quiet)
-        self._watch.start()
-        self._warn()
+        service._watch.start()
+        service._warn()
+        return service
 
     def accept(self, listeners: Iterable[Listener]) -> None:
-        """Accept at these from now on, and at no others."""
+        """Accept at these listeners from now on, and at no others."""
         self._server.accept(() if self.ending else listeners)
 
     def leave(self, listener: Listener) -> None:
-        """Close this one, having accepted what waits there."""
+        """Accept the connections that wait at this listener, then close it."""
         self._server.leave(listener)
 
     async def prepare(self, text: str | None) -> list[str]:
-        """Load again, to switch to it by `commit`; give what is different. Raises what `load` raises."""
+        """Load the configuration in `text` for `commit`; return what is different. Raises ConfigurationError."""
         await self.abandon()
-        loaded = await self._load_beside(text, self._loaded)
+        loaded = await _load_beside(self._invocation, text, self._journal, self._loaded)
         await loaded.start()
         self._prepared = loaded
         return [*changes(self._loaded.config, loaded.config), *loaded.sites.certificates.complaints()]
 
     def commit(self) -> None:
-        """Serve what connects from now on with what was prepared. No tunnel is touched."""
+        """Serve new connections with what was prepared. Open tunnels are not touched."""
         loaded, self._prepared = self._prepared, None
         if loaded is None:
             return
@@ -166,10 +81,10 @@ class Service:
         self._watch.follow(loaded.sites.certificates)
         self._server.switch(loaded.config, loaded.sites, loaded.firewall)
         self._warn()
-        self._begin(self._retire(before))
+        self._run_beside(self._retire(before))
 
     async def abandon(self) -> None:
-        """Forget what was prepared."""
+        """Discard what was prepared."""
         loaded, self._prepared = self._prepared, None
         if loaded is not None:
             await loaded.close()
@@ -191,11 +106,11 @@ class Service:
         self._end.add_done_callback(lambda task: None if task.cancelled() else done())
 
     def status(self) -> dict[str, int]:
-        """What there is of what costs."""
+        """Return how many tunnels and unfinished handshakes there are."""
         return {"tunnels": self._server.tunnels, "handshakes": self._server.unfinished}
 
     async def close(self) -> None:
-        """Release everything; what is left of tunnels ends at once."""
+        """Release everything; tunnels that are still open end at once."""
         if self._end is not None:
             self._end.cancel()
         await self._server.close()
@@ -204,33 +119,36 @@ class Service:
         await self._loaded.close()
         await self._watch.close()
 
-    async def _load_beside(self, text: str | None, before: Loaded | None) -> Loaded:
-        """Load in a thread. With Python's 5 ms for each turn of a thread, tunnels would get a tenth of theirs.
-
-        10 000 sites: 658 round trips a second meanwhile, 9 426 with 0.5 ms, of 9 023 without a load (one run each).
-        """
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(interval, 0.0005))
-        try:
-            return await asyncio.to_thread(self._load, text, before)
-        finally:
-            sys.setswitchinterval(interval)
-
-    def _load(self, text: str | None, before: Loaded | None) -> Loaded:
-        config = self._wanted.configuration(text)
-        return load(self._wanted, config, self._journal.metrics, before)
-
     async def _retire(self, before: Loaded) -> None:
-        """Close what was served with before once nobody asks it any more."""
+        """Close the previous configuration once no handshake uses it any more."""
         await self._server.handshakes_done()
         await before.close()
 
     def _warn(self) -> None:
-        for site in () if self._quiet else self._loaded.configured:
-            if site.origin_verify == "off":
-                self._log.warning(Event.ORIGINS_NOT_VERIFIED, site=site.names[0], hint=UNVERIFIED)
+        warnings = [] if self._quiet else self._loaded.warnings()
+        for warning in warnings[:MOST_WARNINGS]:
+            self._log.warning(warning.kind, site=warning.site, hint=warning.hint)
+        if len(warnings) > MOST_WARNINGS:
+            self._log.warning(warnings[-1].kind, more_sites=len(warnings) - MOST_WARNINGS)
 
-    def _begin(self, work: Any) -> None:
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+
+
+async def _load_beside(invocation: Invocation, text: str | None, journal: Journal, before: Loaded | None) -> Loaded:
+    """Load in a thread. With Python's 5 ms for each turn of a thread, tunnels would get a tenth of their time.
+
+    With 10 000 sites: 658 round trips a second during a load, 9 426 with 0.5 ms, 9 023 without a load (one run each).
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(min(interval, 0.0005))
+    try:
+        return await asyncio.to_thread(_load, invocation, text, journal, before)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _load(invocation: Invocation, text: str | None, journal: Journal, before: Loaded | None) -> Loaded:
+    return load(Description.of_invocation(invocation, text), journal.metrics, before)

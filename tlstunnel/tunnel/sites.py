@@ -4,25 +4,17 @@ import math
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlstunnel.certificates.clients import ClientFiles
-from tlstunnel.certificates.pairs import PairFiles
 from tlstunnel.certificates.store import Certificates, Served
-from tlstunnel.config import RouteConfig, SiteConfig
-from tlstunnel.errors import CertificateError
 from tlstunnel.firewall.facts import normal_path
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Fields
 from tlstunnel.handshake.request import Request
 from tlstunnel.origins.pool import Pool
-from tlstunnel.origins.tls import Contexts, OriginTLS
-from tlstunnel.sockets.proxy_protocol import write_local
 
 if TYPE_CHECKING:  # it brings a library that sites without a worker do without
     from tlstunnel.edge.stage import Edge
-    from tlstunnel.edge.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +29,7 @@ class SiteEdits:
 
     def of(self, origin: str, subject: str) -> Edits:
         """The edits of a head for `origin`, as it is written, from a client whose certificate has this `subject`."""
-        if self is _NONE:
+        if self is NO_EDITS_OF_SITE:
             return NO_EDITS
         origin = origin.removeprefix("wss://")
         host = None if self.host == "keep" else (origin if self.host == "origin" else self.host).encode("ascii")
@@ -50,7 +42,7 @@ class SiteEdits:
         return Edits(host, (*self.added, *own), self.removed | {self.subject_header.lower()})
 
 
-_NONE = SiteEdits()
+NO_EDITS_OF_SITE = SiteEdits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +61,7 @@ class Site:
     pool: Pool
     routes: tuple[tuple[str, Pool], ...] = ()
     passes: bool = False
-    edits: SiteEdits = _NONE
+    edits: SiteEdits = NO_EDITS_OF_SITE
     max_age: float | None = None
     max_age_jitter: float = 0.0
     edge: "Edge | None" = None
@@ -116,6 +108,9 @@ class Sites:
             for path, pool in site.routes:
                 yield (site.name, path), pool
 
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
     def start(self) -> None:
         """Begin the health checks."""
         for _, pool in self.pools:
@@ -159,102 +154,3 @@ def candidates(host: str) -> tuple[str, str, str]:
     """The names that can stand for `host`, the closest first. A wildcard covers one label (RFC 9525 section 6.3)."""
     _, _, parent = host.partition(".")
     return host, f"*.{parent}", "*"
-
-
-def load_sites(
-    configured: Sequence[SiteConfig],
-    test_pair: tuple[Path, Path] | None = None,
-    before: Sites | None = None,
-    *,
-    resolve_every: float = 30.0,
-    workers: "Workers | None" = None,
-) -> Sites:
-    """Make the sites of a configuration, `test_pair` (certificate, key) serving those without a certificate.
-
-    `workers` are those of the same configuration, None where no site has one.
-
-    What `before` has read of files that are still the same is not read again, and what it serves goes on when its
-    files are no good any more: `certificates.complaints` then says so. Takes 0.2 ms a site; may run in any thread.
-    Raises CertificateError, also where a site has neither certificate nor `test_pair`.
-    """
-    certificates = Certificates(before.certificates.contexts if before is not None else None)
-    contexts = Contexts()
-    sites = []
-    default = None
-    for site in configured:
-        served = certificates.serve(
-            _pair_files(site, test_pair), _client_files(site), before.certificates if before is not None else None
-        )
-        tls = _origin_tls(site, contexts)
-        version = site.send_proxy_protocol
-        preface = b"" if version == "off" else write_local(version)
-        pool = _pool(site, resolve_every, preface, tls)
-        routes = tuple((route.path, _pool(route, resolve_every, preface, tls)) for route in site.routes)
-        pools = (pool, *(one for _, one in routes))
-        made = Site(
-            frozenset(site.names),
-            site.names[0],
-            served,
-            pool,
-            routes,
-            passes=site.http == "pass",
-            edits=edits_of(site),
-            max_age=site.max_age,
-            max_age_jitter=site.max_age_jitter,
-            edge=workers.edge(site, pools, resolve_every, preface, tls) if workers is not None else None,
-        )
-        sites.append(made)
-        if site.default:
-            default = made
-    return Sites(sites, default, certificates)
-
-
-def _pair_files(site: SiteConfig, test_pair: tuple[Path, Path] | None) -> tuple[PairFiles, ...]:
-    if several := site.pairs:
-        return tuple(PairFiles(pair.cert, pair.key, pair.passphrase_file, pair.passphrase_env) for pair in several)
-    if test_pair is None:
-        raise CertificateError(f"the site {site.names[0]} has no certificate; give it one with cert = and key =")
-    return (PairFiles(*test_pair),)
-
-
-def _client_files(site: SiteConfig) -> ClientFiles | None:
-    if site.client_ca is None:
-        return None
-    return ClientFiles(
-        ca=site.client_ca, crl=site.client_crl, required=site.client_auth == "require", allow=site.client_allow
-    )
-
-
-def edits_of(site: SiteConfig) -> SiteEdits:
-    """What a site changes of each head."""
-    made = SiteEdits(
-        site.origin_host,
-        tuple((name.encode("ascii"), value.encode("ascii")) for name, value in site.set_headers.items()),
-        frozenset(name.lower().encode("ascii") for name in site.remove_headers),
-        site.send_proxy_protocol,
-        site.client_subject_header.encode("ascii") if site.client_ca is not None else b"",
-    )
-    return _NONE if made == _NONE else made
-
-
-def _origin_tls(site: SiteConfig, contexts: Contexts) -> OriginTLS | None:
-    """How the site's ``wss://`` origins are spoken to; None where there can be none. Raises CertificateError."""
-    pools = (site.origins, *(route.origins for route in site.routes))
-    if not site.worker_origins and not any(origin.address.tls for origins in pools for origin in origins):
-        return None
-    context = contexts.get(
-        ca=site.origin_ca, cert=site.origin_cert, key=site.origin_key, verify=site.origin_verify == "on"
-    )
-    return OriginTLS(context, site.origin_name)
-
-
-def _pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes, tls: OriginTLS | None) -> Pool:
-    return Pool(
-        table.origins,
-        balance=table.balance,
-        ejection=table.ejection,
-        health=table.health,
-        resolve_every=resolve_every,
-        preface=preface,
-        tls=tls,
-    )

@@ -1,0 +1,241 @@
+"""The loader: builds what a configuration describes, as a whole or a part of it, and reports every problem.
+
+`start`, `reload`, the probe of an upgrade, `config check`, `firewall explain` and `edge run` all use it, so that they
+accept and reject the same files. Nothing that is in service changes before everything is built.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from tlstunnel.certificates import CERTIFICATES, issue
+from tlstunnel.config import Config, SiteConfig, decode, read
+from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
+from tlstunnel.config.problems import InvalidConfiguration, KeyPath, Problem, Problems, render_path
+from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.verdict import Firewall
+from tlstunnel.journal.events import Event
+from tlstunnel.metrics.registry import Registry
+from tlstunnel.program import import_when_needed
+from tlstunnel.serving.sites import build_sites
+from tlstunnel.tunnel.sites import Sites
+
+if TYPE_CHECKING:
+    from tlstunnel.edge.workers import Workers
+
+_HINTS = {
+    Event.OPEN_TO_WEB_PAGES: (
+        "without web_origins any web page may connect, with the cookies of its visitor;"
+        ' write web_origins = ["same"], or the origins of your pages'
+    ),
+    Event.ORIGINS_NOT_VERIFIED: (
+        'origin_verify = "off": an attacker between here and the origins can read and change everything; use origin_ca'
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A decoded configuration, the sites to serve, and the file it came from, for messages.
+
+    The `sites` are the file's, or the one of the command line.
+    """
+
+    config: Config
+    sites: tuple[SiteConfig, ...]
+    file: Path | None = None
+
+    @classmethod
+    def of_file(cls, file: Path) -> Self:
+        """Read and decode a file. Raises ConfigurationError."""
+        config = decode(read(file), file.parent, str(file))
+        return cls(config, config.sites, file)
+
+    @classmethod
+    def of_invocation(cls, invocation: Invocation, text: str | None) -> Self:
+        """Decode the text of the invocation's file, None without one. Raises ConfigurationError."""
+        config = invocation.configuration(text)
+        return cls(config, sites_to_serve(invocation, config), invocation.file)
+
+    def error(self, found: Sequence[Problem]) -> ConfigurationError:
+        """Return the error that reports these problems, at least one."""
+        first, *more = dict.fromkeys(map(self._render, found))
+        return ConfigurationError(first, *more)
+
+    def place(self, path: KeyPath) -> str:
+        """Return where the key at `path` is: ``FILE: KEY``. Empty for the site of the command line."""
+        if self.file is None or (path[:1] == ("sites",) and not self.config.sites):
+            return ""
+        return ": ".join(filter(None, (str(self.file), render_path(path))))
+
+    def _render(self, problem: Problem) -> str:
+        return ": ".join(filter(None, (self.place(problem.path), problem.reason)))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWarning:
+    """Something that works but should be changed: its kind, the key, the site's first name, and what to do."""
+
+    kind: Event
+    path: KeyPath
+    site: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that serving needs, complete and checked."""
+
+    description: Description
+    sites: Sites
+    firewall: Firewall
+    workers: "Workers | None" = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration that it was built from."""
+        return self.description.config
+
+    def warnings(self) -> list[LoadWarning]:
+        """Return what should be changed in the configuration."""
+        # The hints name keys of a file; the command line has none of them.
+        return [warning for index, site in enumerate(self.config.sites) for warning in _site_warnings(index, site)]
+
+    def certificate_warnings(self, now: datetime) -> list[LoadWarning]:
+        """Return what expires soon, or has expired, for each site."""
+        found = []
+        for index, site in enumerate(self.sites):
+            hints = [pair.warning(now) for pair in site.served.pairs]
+            if site.served.clients is not None:
+                hints.append(site.served.clients.warning(now))
+            found += [
+                LoadWarning(Event.CERTIFICATE_WARNING, ("sites", index), site.name, hint)
+                for hint in hints
+                if hint is not None
+            ]
+        return found
+
+    async def start_firewall(self) -> None:
+        """Start the helpers of the firewall. Raises ConfigurationError."""
+        problems = Problems()
+        with problems.collect():
+            await self.firewall.start()
+        if problems.found:
+            raise self.description.error(problems.found)
+
+    async def start(self) -> None:
+        """Start the helpers of the firewall, and set up the workers.
+
+        Raises ConfigurationError with every problem; nothing is left running then.
+        """
+        problems = Problems()
+        with problems.collect():
+            await self.firewall.start()
+        try:
+            if self.workers is not None:
+                with problems.collect():
+                    await self.workers.start()
+        except BaseException:
+            await self.firewall.close()
+            raise
+        if problems.found:
+            await self.firewall.close()
+            if self.workers is not None:
+                await self.workers.close()
+            raise self.description.error(problems.found)
+
+    async def close(self) -> None:
+        """Stop what was started, except what a later configuration has taken over."""
+        await self.firewall.close()
+        await self.sites.close()
+        if self.workers is not None:
+            await self.workers.close()
+
+
+def load(
+    description: Description,
+    metrics: Registry | None = None,
+    before: Loaded | None = None,
+    test_folder: Path = CERTIFICATES,
+) -> Loaded:
+    """Build everything that `description` describes.
+
+    It takes over what is still valid of `before`. The test certificate, if a site needs one, is in `test_folder`, and
+    is created there if necessary. Raises ConfigurationError with every problem.
+    """
+    metrics = Registry() if metrics is None else metrics
+    problems, of_sites = Problems(), Problems()
+    firewall: Firewall | None = None
+    sites: Sites | None = None
+    workers: Workers | None = None
+    with problems.collect():
+        counters = before.firewall.counters if before is not None else None
+        firewall = Firewall(description.config, description.sites, metrics=metrics, counters=counters)
+    with problems.collect():
+        workers = _build_workers(description.sites, metrics, before.workers if before is not None else None)
+    try:
+        with of_sites.collect():
+            sites = build_sites(
+                description.sites,
+                _test_pair(description.sites, test_folder),
+                before.sites if before is not None else None,
+                resolve_every=description.config.resolve_interval,
+                workers=workers if not problems.found else None,
+            )
+        found = (*of_sites.found, *problems.found)
+        if firewall is None or sites is None or found:
+            raise description.error(sorted(found, key=_position))
+    except BaseException:
+        if workers is not None:
+            workers.forget()
+        raise
+    return Loaded(description, sites, firewall, workers)
+
+
+def load_firewall(description: Description) -> Firewall:
+    """Build the firewall alone. Raises ConfigurationError with every problem of it."""
+    try:
+        return Firewall(description.config, description.sites)
+    except InvalidConfiguration as error:
+        raise description.error(error.found) from None
+
+
+def load_workers(description: Description) -> "Workers":
+    """Load the edge workers alone. Raises ConfigurationError with every problem of them."""
+    try:
+        workers = _build_workers(description.sites, Registry())
+    except InvalidConfiguration as error:
+        raise description.error(error.found) from None
+    assert workers is not None, "a site has a worker"
+    return workers
+
+
+def _build_workers(sites: Sequence[SiteConfig], metrics: Registry, before: "Workers | None" = None) -> "Workers | None":
+    if before is None and not any(site.worker for site in sites):
+        return None
+    made: Workers = import_when_needed("tlstunnel.edge.workers", "edge workers").Workers(sites, metrics, before)
+    return made
+
+
+def _test_pair(sites: Sequence[SiteConfig], folder: Path) -> tuple[Path, Path] | None:
+    if not uses_test_certificate(sites):
+        return None
+    test = issue.ensure(folder)
+    return test.cert, test.key
+
+
+def _position(problem: Problem) -> int:
+    """Return a key that sorts problems by site, those of no site first."""
+    _, index, *_ = (*problem.path, -1, -1)
+    return index if problem.path[:1] == ("sites",) and isinstance(index, int) else -1
+
+
+def _site_warnings(index: int, site: SiteConfig) -> list[LoadWarning]:
+    kinds = []
+    if site.web_origins is None:
+        kinds.append(Event.OPEN_TO_WEB_PAGES)
+    if site.origin_verify == "off":
+        kinds.append(Event.ORIGINS_NOT_VERIFIED)
+    return [LoadWarning(kind, ("sites", index), site.names[0], _HINTS[kind]) for kind in kinds]
