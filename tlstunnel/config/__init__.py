@@ -7,7 +7,7 @@ its values and its checks. ``docs/configuration.md`` describes every key.
 from pathlib import Path
 
 from tlstunnel.config.certificates import CertificateConfig
-from tlstunnel.config.document import Lines, parse, read, render_path
+from tlstunnel.config.document import find_lines, parse, read, render_path
 from tlstunnel.config.durations import Duration, OffOr, Timeout
 from tlstunnel.config.edge import WorkerTable, parse_worker_reference
 from tlstunnel.config.firewall import (
@@ -86,12 +86,11 @@ def decode(text: str, folder: Path, source: str) -> Config:
 
 
 def _render_problems(problems: list[Problem], text: str, source: str) -> list[str]:
-    lines = Lines(text)
-    found = sorted(
-        ((lines.find(problem.place), problem) for problem in problems[:MAX_PROBLEMS]), key=lambda pair: pair[0]
-    )
+    reported = problems[:MAX_PROBLEMS]
+    lines = find_lines(text, [problem.place for problem in reported])
+    found = sorted(zip(lines, reported, strict=True), key=lambda pair: pair[0])
     rendered = [f"{source}:{line}: {_render_problem(problem)}" for line, problem in found]
-    rest = len(problems) - len(rendered)
+    rest = len(problems) - len(reported)
     return [*rendered, f"{source}: {rest} more problems"] if rest else rendered
 
 

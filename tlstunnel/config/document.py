@@ -2,9 +2,7 @@
 
 import re
 import tomllib
-from bisect import bisect_left
-from contextlib import suppress
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,38 +46,125 @@ def render_path(path: KeyPath) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
-class Lines:
-    """Finds the lines of values in the text of a TOML document.
+def find_lines(text: str, paths: Sequence[KeyPath]) -> list[int]:
+    """Return the line on which each value begins, or the innermost table around it that the document has.
 
-    tomllib keeps no positions. But a prefix of whole lines is TOML again (inside an array, once the array is closed),
-    so a binary search finds the first line without which the value is missing. This costs some parses, only when there
-    is a problem to report.
+    ``text`` is valid TOML. tomllib keeps no positions, so this reads the text once more, only to report a problem.
     """
+    known = _Positions(text).lines
+    return [next(known[path[:end]] for end in range(len(path), -1, -1) if path[:end] in known) for path in paths]
+
+
+_TOKEN = re.compile(
+    r'''(?P<string>"""(?:\\.|[^\\])*?"{3,5}|"(?:\\.|[^"\\\n])*"|'''
+    r"""'''.*?'{3,5}|'[^'\n]*')"""
+    r"|(?P<mark>[\[\]{},=.\n])|(?P<space>[ \t\r]+|#[^\n]*)|(?P<bare>[^\s\[\]{},=.#\"']+)",
+    re.DOTALL,
+)
+_END = ("", "end", 0)
+
+
+class _Positions:
+    """The lines on which the keys and items of a valid TOML document begin."""
 
     def __init__(self, text: str) -> None:
-        self._lines = text.split("\n")
-        self._parse = cache(self._parse_lines)
+        self.lines: dict[KeyPath, int] = {(): 1}
+        self._tokens = _tokenize(text)
+        self._text, self._kind, self._line = next(self._tokens, _END)
+        # The last index of each array of tables so far.
+        self._last: dict[KeyPath, int] = {}
+        self._read_document()
 
-    def find(self, path: KeyPath) -> int:
-        """Return the line on which the value at the path begins, or the innermost table around it that exists."""
-        while not self._has(len(self._lines), path):
-            path = path[:-1]
-        counts = range(1, len(self._lines) + 1)
-        return bisect_left(counts, True, key=lambda count: self._has(count, path)) + 1
+    def _advance(self) -> None:
+        self._text, self._kind, self._line = next(self._tokens, _END)
 
-    def _has(self, count: int, path: KeyPath) -> bool:
-        found: Any = self._parse(count)
-        try:
-            for step in path:
-                found = found[step]
-        except LookupError:
-            return False
-        return True
+    def _skip(self, marks: str) -> None:
+        while self._kind == "mark" and self._text in marks:
+            self._advance()
 
-    def _parse_lines(self, count: int) -> dict[str, Any]:
-        """Parse the first ``count`` lines, or as many more as it takes to end what the last of them began."""
-        for end in range(count, len(self._lines)):
-            for closing in ("\n", "\n]"):  # the line's end is needed too: the line may end in CR
-                with suppress(ValueError):
-                    return tomllib.loads("\n".join(self._lines[:end]) + closing)
-        return tomllib.loads("\n".join(self._lines))
+    def _read_document(self) -> None:
+        table: KeyPath = ()
+        self._skip("\n")
+        while self._kind != "end":
+            if self._kind == "mark" and self._text == "[":
+                table = self._read_header()
+            else:
+                self._read_pair(table)
+            self._skip("\n")
+
+    def _read_header(self) -> KeyPath:
+        """Read ``[table]`` or ``[[table]]``; return its path."""
+        line = self._line
+        self._advance()
+        is_array = self._text == "["
+        self._skip("[")
+        *outer, last = self._read_key()
+        self._skip("]")
+        path: KeyPath = ()
+        for step in outer:
+            path = self._inner((*path, step), line)
+        path = (*path, last)
+        if is_array:
+            self._last[path] = self._last.get(path, -1) + 1
+        return self._inner(path, line)
+
+    def _inner(self, path: KeyPath, line: int) -> KeyPath:
+        """Return the path of a table, or of the last table of an array."""
+        self.lines.setdefault(path, line)
+        if path in self._last:
+            path = (*path, self._last[path])
+            self.lines.setdefault(path, line)
+        return path
+
+    def _read_key(self) -> list[str]:
+        steps = []
+        while self._kind in ("bare", "string"):
+            quoted = self._kind == "string"
+            steps.append(next(iter(tomllib.loads(f"{self._text} = 0"))) if quoted else self._text)
+            self._advance()
+            self._skip(".")
+        return steps
+
+    def _read_pair(self, table: KeyPath) -> None:
+        line = self._line
+        for step in self._read_key():
+            table = (*table, step)
+            self.lines.setdefault(table, line)
+        self._skip("=")
+        self._read_value(table)
+
+    def _read_value(self, path: KeyPath) -> None:
+        if self._kind == "mark" and self._text == "[":
+            self._advance()
+            self._read_items(path)
+        elif self._kind == "mark" and self._text == "{":
+            self._advance()
+            self._skip("\n")
+            while not (self._kind == "mark" and self._text == "}"):
+                self._read_pair(path)
+                self._skip(",\n")
+            self._advance()
+        elif self._kind == "string":
+            self._advance()
+        else:  # a number or a date, which may have several words
+            while self._kind == "bare" or self._text == ".":
+                self._advance()
+
+    def _read_items(self, path: KeyPath) -> None:
+        self._skip("\n")
+        index = 0
+        while not (self._kind == "mark" and self._text == "]"):
+            self.lines[*path, index] = self._line
+            self._read_value((*path, index))
+            self._skip(",\n")
+            index += 1
+        self._advance()
+
+
+def _tokenize(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield the text, the kind and the line of each token."""
+    line = 1
+    for match in _TOKEN.finditer(text):
+        if match.lastgroup != "space":
+            yield match[0], match.lastgroup or "", line
+        line += match[0].count("\n")
