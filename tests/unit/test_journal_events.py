@@ -1,12 +1,44 @@
 """The log's words: each is one text, written as a string wherever it goes."""
 
 import logging
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
 import structlog
 
 from tlstunnel.journal.events import VARIABLE, EndedBy, Event, Reason, WorkerOutcome, fixed_reason
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "log.md").read_text()
+PLACEHOLDER = re.compile(r": [A-Z]+$")
+"""Of what varies: the document writes it in capitals."""
+
+
+def columns(title: str) -> set[str]:
+    """The texts in the columns of this title (its first word), in all tables of the document."""
+    found: set[str] = set()
+    column: int | None = None
+    for line in DOCUMENT.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            column = None
+        elif column is None:
+            titles = [cell.replace("`", "").split()[0] for cell in cells]
+            column = titles.index(title) if title in titles else -1
+        elif column >= 0:
+            found |= {PLACEHOLDER.sub("", text) for text in re.findall(r"`([^`]+)`", cells[column])}
+    return found
+
+
+@pytest.mark.parametrize(("title", "words"), [("event", Event), ("reason", Reason), ("ended_by", EndedBy)])
+def test_the_document_has_these_words_and_no_others(title: str, words: type[Event] | type[Reason]) -> None:
+    assert columns(title) - {"logger"} == {str(word) for word in words}
+
+
+@pytest.mark.parametrize("reason", sorted(VARIABLE))
+def test_the_document_says_which_reasons_vary(reason: Reason) -> None:
+    assert re.search(rf"`{reason}: [A-Z]+`", DOCUMENT)
 
 
 @pytest.mark.parametrize("words", [Event, Reason, EndedBy, WorkerOutcome])
