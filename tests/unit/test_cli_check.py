@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
+from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.describe import CertificateFacts
 from tlstunnel.check import steps as probe
@@ -62,7 +63,7 @@ def test_text(url: str, issued: issue.Issued) -> None:
     assert all(line.endswith(" ms") for line in steps[:-1])
     assert len({line.rindex(" ms") for line in steps[:-1]}) == 1
     assert re.match(r"dns +localhost -> .*127\.0\.0\.1", lines[0])
-    assert re.match(r"tls +TLSv1\.3 TLS_\S+ X25519, ALPN none +", lines[2])
+    assert re.match(rf"tls +TLSv1\.3 TLS_\S+ {PREFERRED_GROUP}, ALPN none +", lines[2])
     assert "CN=localhost; names localhost, 127.0.0.1, ::1; 39" in lines[3]
     assert re.match(r"handshake +101 Switching Protocols +", lines[5])
     assert "           subprotocol chat" in lines

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
+from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
 from tlstunnel.check import steps as probe
 from tlstunnel.errors import CertificateError
@@ -190,7 +191,7 @@ def test_every_step_of_a_good_server(good_server: int, trust: probe.Trust) -> No
     assert isinstance(tcp, probe.TcpFacts)
     assert tcp.address == f"127.0.0.1:{good_server}"
     assert isinstance(tls, probe.TlsFacts)
-    assert (tls.version, tls.group, tls.alpn, tls.unreadable) == ("TLSv1.3", "X25519", "http/1.1", 0)
+    assert (tls.version, tls.group, tls.alpn, tls.unreadable) == ("TLSv1.3", PREFERRED_GROUP, "http/1.1", 0)
     assert tls.cipher is not None
     assert tls.cipher.startswith("TLS_")
     assert [certificate.is_ca for certificate in tls.chain] == [False, True]
@@ -224,7 +225,7 @@ def test_an_abandoned_probe_closes_its_connection(issued: issue.Issued, trust: p
 @pytest.mark.parametrize(
     ("version", "curve", "name"),
     [
-        (ssl.TLSVersion.TLSv1_3, "prime256v1", "secp256r1"),  # a HelloRetryRequest: the client's guess is X25519
+        (ssl.TLSVersion.TLSv1_3, "prime256v1", "secp256r1"),  # a HelloRetryRequest: no client here guesses it
         (ssl.TLSVersion.TLSv1_3, "X25519", "X25519"),
         (ssl.TLSVersion.TLSv1_2, "secp384r1", "secp384r1"),
     ],
@@ -888,7 +889,9 @@ def server_hello(extensions: bytes) -> bytes:
 
 def test_groups_by_hand() -> None:
     versions = bytes.fromhex("002b00020304")
-    assert probe.group(server_hello(versions + bytes.fromhex("0033000411ec0000"))) == "X25519MLKEM768"
+    hybrids = {"11eb": "SecP256r1MLKEM768", "11ec": "X25519MLKEM768", "11ed": "SecP384r1MLKEM1024"}
+    for code, name in hybrids.items():
+        assert probe.group(server_hello(versions + bytes.fromhex(f"00330004{code}0000"))) == name
     assert probe.group(server_hello(versions + bytes.fromhex("00330004fafa0000"))) == "0xfafa"
     assert probe.group(server_hello(versions)) is None
     assert probe.group(server_hello(versions) + handshake_record(12, b"\x03\x00\x18")) == "secp384r1"

@@ -43,10 +43,11 @@ _ALPN = b"\x00\x10"
 _SUPPORTED_VERSIONS = b"\x00\x2b"
 _KEY_SHARE = b"\x00\x33"
 
-# RFC 8446 section 4.2.7: secp256r1, secp384r1, secp521r1, x25519, x448. OpenSSL has all of them and prefers any to a
-# finite field.
+# RFC 8446 section 4.2.7: secp256r1, secp384r1, secp521r1, x25519, x448. Every OpenSSL has them and prefers each to a
+# finite field. The hybrids of a curve and ML-KEM (11eb, 11ec, 11ed) do not count: OpenSSL before 3.5 lacks them, and
+# takes the finite field of a client that offers nothing else.
 _CURVES = frozenset(("0017", "0018", "0019", "001d", "001e"))
-_FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and those kept for others of the kind
+_FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and those reserved for others
 
 _KIND_AND_LENGTH = struct.Struct(">2sH").unpack_from
 
