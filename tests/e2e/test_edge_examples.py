@@ -32,7 +32,7 @@ from tests.harness import PATIENCE, REPOSITORY, RawOrigin, eventually, handshake
 from tlstunnel.cli.config import command
 from tlstunnel.edge import Reply, UpgradeRequest
 from tlstunnel.edge.loading import Code, Loader
-from tlstunnel.testing import Answer, EdgeOrigin, EdgeTunnel, upgrade_request
+from tlstunnel.testing import EdgeOrigin, EdgeTunnel, HandshakeResult, upgrade_request
 
 EXAMPLES = sorted((REPOSITORY / "docs" / "edge").glob("*.py"))
 ISSUER, AUDIENCE = "https://login.example.com/", "chat"
@@ -68,11 +68,11 @@ def asked(code: Code, request: UpgradeRequest, config: dict[str, Any]) -> object
     return asyncio.run(ask())
 
 
-def refused(answer: Answer, status: int) -> bool:
+def refused(answer: HandshakeResult, status: int) -> bool:
     return (answer.status, answer.request, answer.record["reason"]) == (status, None, "edge: reply")
 
 
-def user_of(answer: Answer) -> list[str]:
+def user_of(answer: HandshakeResult) -> list[str]:
     """Who the origin is told that it is, by whichever name."""
     assert answer.request is not None, answer
     return [value for name, value in answer.request.headers.items() if name.lower().replace("_", "-") == "x-user"]

@@ -6,8 +6,8 @@ In a `conftest.py` or a test module::
 
     def test_a_client_without_a_session_is_refused(edge_tunnel):
         tunnel = edge_tunnel("edge/chat.py:fetch", config={"sessions": "redis://localhost:6379/0"})
-        answer = tunnel.handshake("/chat", headers={"Cookie": "sid=1"})
-        assert (answer.status, answer.request) == (401, None)
+        result = tunnel.handshake("/chat", headers={"Cookie": "sid=1"})
+        assert (result.status, result.request) == (401, None)
 
 `EdgeTunnel` and `EdgeOrigin` are context managers too, for a fixture of your own that lasts for a whole module.
 `upgrade_request` is for a test of the function alone.
@@ -15,16 +15,16 @@ In a `conftest.py` or a test module::
 PYTEST_DONT_REWRITE: without this word pytest warns when a test module imports from here before `pytest_plugins`.
 """
 
-from tlstunnel.testing.client import Answer, Headers, upgrade_request
+from tlstunnel.testing.client import HandshakeResult, Headers, upgrade_request
 from tlstunnel.testing.fixtures import edge_origin, edge_tunnel
 from tlstunnel.testing.origin import EdgeOrigin, OriginRequest
 from tlstunnel.testing.program import Record
 from tlstunnel.testing.tunnel import EdgeTunnel
 
 __all__ = [
-    "Answer",
     "EdgeOrigin",
     "EdgeTunnel",
+    "HandshakeResult",
     "Headers",
     "OriginRequest",
     "Record",

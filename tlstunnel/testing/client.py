@@ -28,7 +28,7 @@ Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HandshakeResult:
     """The result of one handshake.
 
     `body` is that of a refusal. `request` is what reached an origin, or None. `record` is the tunnel's log record of

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from tlstunnel.certificates import issue
 from tlstunnel.config.rendering import render_value
-from tlstunnel.testing.client import Answer, Headers, converse, make_handshake
+from tlstunnel.testing.client import HandshakeResult, Headers, converse, make_handshake
 from tlstunnel.testing.origin import EdgeOrigin, OriginRequest
 from tlstunnel.testing.program import TIMEOUT, Program, Record
 
@@ -135,7 +135,7 @@ class EdgeTunnel:
         messages: Sequence[str | bytes] = (),
         host: str = "localhost",
         client_address: str = "127.0.0.1",
-    ) -> Answer:
+    ) -> HandshakeResult:
         """Do one real handshake. If a tunnel opens, send `messages`, wait for as many in return, and close it.
 
         `path` may have a query. `host` is one of the site's names. `client_address` is any address of 127.0.0.0/8; each
@@ -159,7 +159,7 @@ class EdgeTunnel:
             )[0]
         reached = next((one for one in self._requests() if one.headers.get("Sec-WebSocket-Key") == sent.key), None)
         body = received.body.decode("utf-8", "replace")
-        return Answer(received.status, received.headers, body, reached, record, received.messages)
+        return HandshakeResult(received.status, received.headers, body, reached, record, received.messages)
 
     def _requests(self) -> Iterator[OriginRequest]:
         for origin in (*self._origins, *self._worker_origins):
