@@ -1,4 +1,4 @@
-"""A/B tests: a part of the visitors, by a hash of their cookie, goes to another origin, and always the same part.
+"""A/B tests: send a share of the visitors to another origin, chosen by a hash of their cookie.
 
     [[sites]]
     names = ["chat.example.com"]
@@ -15,10 +15,10 @@
         { name = "new", percent = 10, origin = "10.0.1.5:3000" },
     ]
 
-Who has no cookie gets the first variant. The origin gets the variant's name as ``X-Variant``, and none of the client's.
-Another `experiment` divides the visitors in another way; a percentage that grows keeps those who are in it already,
-where there are two variants. A visitor can choose the cookie, and so the variant: this protects nothing, which is why
-``worker_on_error`` may be "forward".
+A visitor always gets the same variant; without a cookie, it is the first one. The origin gets the variant's name in
+``X-Variant``, and never the client's own field. Another `experiment` divides the visitors differently. With two
+variants, raising a percentage keeps the visitors who are in it already. Visitors can choose the cookie, and so the
+variant: this protects nothing, which is why ``worker_on_error`` may be "forward".
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tlstunnel.edge import UpgradeRequest
 
 @dataclass(frozen=True)
 class Variant:
-    """Where a part of the visitors goes: those whose bucket is below `end`, and not below the one before."""
+    """The origin for a share of the visitors: those whose bucket is below `end`, and not below the previous one."""
 
     name: str
     origin: str
@@ -48,11 +48,11 @@ class Env:
 
 
 async def setup(config: dict[str, Any]) -> Env:
-    """Read the experiment. What is wrong with it refuses the configuration."""
+    """Read the experiment. An exception here makes the configuration invalid."""
     variants = config["variants"]
     ends = list(accumulate(variant["percent"] for variant in variants))
     if not ends or ends[-1] != 100 or any(variant["percent"] < 0 for variant in variants):
-        raise ValueError("the percentages of the variants have to make 100 together")
+        raise ValueError("the percentages of the variants must add up to 100")
     made = (Variant(one["name"], one["origin"], end) for one, end in zip(variants, ends, strict=True))
     return Env(config["experiment"], config["cookie"], tuple(made))
 
@@ -65,7 +65,7 @@ async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest:
 
 
 def _variant(env: Env, visitor: str) -> Variant:
-    # Not hash(): that is another in each process.
+    # Not hash(), which differs in each process.
     digest = hashlib.sha256(f"{env.experiment}\n{visitor}".encode()).digest()
     bucket = int.from_bytes(digest[:8]) % 100
     return next(variant for variant in env.variants if bucket < variant.end)

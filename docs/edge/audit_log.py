@@ -1,16 +1,16 @@
-"""An audit log: one line of JSON for each handshake that the firewall lets pass, before the origin is asked.
+"""An audit log: one line of JSON for each handshake that passes the firewall, before it goes to the origin.
 
     [[sites]]
     names = ["chat.example.com"]
     origins = ["10.0.0.5:3000"]
     worker = "edge/audit_log.py:fetch"
 
-The line is the `event` of a line in the tunnel's log, whose `logger` ends in "audit": by that it is told from what else
-is logged there. The connection's own record, with the same `id`, says what came of it.
+The line is the `event` of a line in the tunnel's log whose `logger` ends in "audit". Select it by that. The
+connection's own record, with the same `id`, has the result.
 
-Nothing is in it that is likely to be a secret: no cookie, no Authorization, no query, no subprotocol. What the client
-chose is percent-encoded where it could break the line, and cut. The tunnel does not wait for the log's reader: lines
-that it does not take are lost, and counted (``log lines lost``).
+The line leaves out what is likely to be a secret: cookies, Authorization, the query, subprotocols. What the client
+chose is percent-encoded if it could break the line, and cut. The tunnel does not wait for the log's reader: lines
+that it does not read are lost, and counted (``log lines lost``).
 """
 
 import json
@@ -21,7 +21,7 @@ from tlstunnel.edge import UpgradeRequest
 
 AUDIT = logging.getLogger(f"{__name__}.audit")
 LONGEST = 200
-SAFE = " !#$&'()*+,/:;<=>?@[]^_`{|}~"  # all visible ASCII but the quote, the backslash and the per cent sign
+SAFE = " !#$&'()*+,/:;<=>?@[]^_`{|}~"  # visible ASCII without quote, backslash and percent sign
 
 
 async def fetch(request: UpgradeRequest, env: None) -> UpgradeRequest:

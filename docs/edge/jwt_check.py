@@ -1,4 +1,4 @@
-"""Sign-in by a JSON Web Token (RFC 7519): its signature by the keys of a JWKS file, and who it is from, for and until.
+"""Sign-in with a JSON Web Token (RFC 7519): checks its signature, issuer, audience and expiry. Keys are in a JWKS file.
 
 Needs ``PyJWT[crypto]`` where tlstunnel is installed::
 
@@ -16,12 +16,13 @@ Needs ``PyJWT[crypto]`` where tlstunnel is installed::
     cookie = "token"
     reload_every = 5
 
-The token comes in ``Authorization: Bearer``, or in the cookie. ``web_origins`` belongs to the cookie: a browser
-sends it with the WebSocket of any page. ``max_age`` because a tunnel outlives the token that opened it.
+The token is in ``Authorization: Bearer`` or in the cookie. The cookie needs ``web_origins``: browsers send it with the
+WebSocket of any page. ``max_age`` is there because a tunnel outlives the token that opened it.
 
-The origin gets the token's subject as ``X-User``, and no ``X-User`` of the client's. Replace the file by a rename, and
-its keys are used within ``reload_every`` seconds; while it cannot be read, those of before are. Of two cookies of the
-name, the first counts: the origin has to go by ``X-User``, and not by the cookie.
+The origin gets the token's subject in ``X-User``, and never the client's own field. Replace the file by renaming a
+new one over it, and the new keys are used within ``reload_every`` seconds. While the file cannot be read, the
+previous keys stay in use. If the cookie occurs twice, the first one counts: the origin has to rely on ``X-User``, not
+on the cookie.
 """
 
 import asyncio
@@ -35,10 +36,10 @@ import jwt
 
 from tlstunnel.edge import Reply, UpgradeRequest
 
-# Never taken from the token: "none" would need no key, and HS256 would take a public key for a shared secret.
+# Never the algorithm in the token: "none" needs no key, and HS256 would use a public key as a shared secret.
 ALGORITHMS = ("RS256", "PS256", "ES256", "ES384", "EdDSA")
-LEEWAY = 10  # seconds that the issuer's clock and this one may differ
-# OpenID Connect Core section 2. What is none could not stand in a field, or would mean something else there.
+LEEWAY = 10  # seconds by which the issuer's clock may differ from this one
+# OpenID Connect Core section 2. Other values cannot be in a field, or would mean something else there.
 SUBJECT = re.compile(r"[!-~]{1,255}")
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ Keys = dict[str | None, jwt.PyJWK]
 
 @dataclass
 class Env:
-    """What a request is checked by. `stamp` tells whether the file is still the one that the keys are from."""
+    """What requests are checked with. `stamp` identifies the version of the file that the keys are from."""
 
     file: Path
     issuer: str
@@ -60,7 +61,7 @@ class Env:
 
 
 async def setup(config: dict[str, Any]) -> Env:
-    """Read the keys, and keep looking after their file. One that cannot be read refuses the configuration."""
+    """Read the keys, and watch their file. If it cannot be read, the configuration is invalid."""
     file = Path(config["jwks"])
     stamp = await asyncio.to_thread(_stamp, file)
     keys = await asyncio.to_thread(_keys, file)
@@ -70,28 +71,28 @@ async def setup(config: dict[str, Any]) -> Env:
 
 
 async def teardown(env: Env) -> None:
-    """Stop looking after the file."""
+    """Stop watching the file."""
     for task in env.tasks:
         task.cancel()
 
 
 async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
-    """Let in who has a valid token."""
+    """Accept clients with a valid token."""
     token = _token(request, env.cookie)
     if token is None:
         return Reply(401, "a token is needed\n", {"WWW-Authenticate": "Bearer"})
     try:
         user = _subject(token, env)
     except Exception as error:
-        # Not only PyJWT's own errors: whatever a stranger's token brings about, it is not a valid one.
-        # The token is not logged, nor what is said about it: either may be a secret.
+        # Not only PyJWT's errors: a token that causes any exception is not valid.
+        # Neither the token nor the error's text is logged: both may contain a secret.
         LOG.info("%s: token refused: %s", request.id, type(error).__name__)
         return Reply(401, "this token is not valid\n", {"WWW-Authenticate": 'Bearer error="invalid_token"'})
     return request.forward(headers={"X-User": user})
 
 
 def _token(request: UpgradeRequest, cookie: str) -> str | None:
-    """The token, None where there is none. Whoever sends Authorization means it: then the cookie is not asked."""
+    """Return the token, or None. If there is an Authorization field, the cookie is ignored."""
     fields = request.headers.getall("Authorization", [])
     if not fields:
         return request.cookies.get(cookie)
@@ -100,7 +101,7 @@ def _token(request: UpgradeRequest, cookie: str) -> str | None:
 
 
 def _subject(token: str, env: Env) -> str:
-    """Whose token it is. Raises for one that is not valid."""
+    """Return the subject of the token. Raises an exception if it is not valid."""
     key = env.keys[jwt.get_unverified_header(token).get("kid")]
     claims = jwt.decode(
         token,
@@ -118,10 +119,10 @@ def _subject(token: str, env: Env) -> str:
 
 
 def _keys(file: Path) -> Keys:
-    """The file's keys by their id. Raises OSError, ValueError or PyJWTError.
+    """Return the file's keys by their id. Raises OSError, ValueError or PyJWTError.
 
-    A shared secret (``oct``) has no place in a file that others may read, and is left out with what is not for
-    signatures.
+    Keys that are not for signatures are ignored, and so are shared secrets (``oct``), which do not belong in a file
+    that others may read.
     """
     found = jwt.PyJWKSet.from_json(file.read_text("utf-8"))
     keys = {
@@ -141,7 +142,7 @@ def _stamp(file: Path) -> object:
 
 
 async def _follow(env: Env, every: float) -> None:
-    """Read the file again when it has changed. In a thread: a file may be slow, and requests are not to wait for it."""
+    """Read the file again when it has changed. In a thread: reading may be slow, and requests must not wait for it."""
     while True:
         await asyncio.sleep(every)
         stamp = await asyncio.to_thread(_stamp, env.file)
@@ -151,6 +152,6 @@ async def _follow(env: Env, every: float) -> None:
         try:
             env.keys = await asyncio.to_thread(_keys, env.file)
         except Exception as error:
-            LOG.warning("%s: the keys stay those of before: %s", env.file, error)
+            LOG.warning("%s: the previous keys stay in use: %s", env.file, error)
         else:
             LOG.info("%s: read again, %d keys", env.file, len(env.keys))

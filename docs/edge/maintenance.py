@@ -1,4 +1,4 @@
-"""Maintenance: while a file is there, new tunnels are refused with 503, but for those of the addresses let through.
+"""Maintenance: while a file exists, new tunnels are refused with 503, except from some addresses.
 
     [[sites]]
     names = ["chat.example.com"]
@@ -10,8 +10,8 @@
     retry_after = 120
     let_through = ["10.0.0.0/8", "2001:db8:1::/48"]
 
-``touch`` the file, and new clients are told to come back; ``rm`` it, and they are served. Nothing is reloaded, and
-tunnels that are open go on.
+Create the file with ``touch``, and new clients get 503 with ``Retry-After``. Remove it, and they are served again. No
+reload is needed, and open tunnels stay open.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tlstunnel.edge import Reply, UpgradeRequest
 
 @dataclass(frozen=True)
 class Env:
-    """The file, what clients are told, and who is let through."""
+    """The file, the value of Retry-After, and the exempt addresses."""
 
     flag: Path
     retry_after: int
@@ -33,21 +33,21 @@ class Env:
 
 
 async def setup(config: dict[str, Any]) -> Env:
-    """Read the table. What is wrong with it refuses the configuration."""
+    """Read the configuration. An exception here makes it invalid."""
     networks = tuple(ip_network(text) for text in config.get("let_through", []))
     return Env(Path(config["flag"]), int(config.get("retry_after", 60)), networks)
 
 
 async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
-    """Refuse who is not let through during maintenance."""
-    # In a thread: a file may be on a disk that has to wake up, and other requests are not to wait for it.
+    """Refuse clients during maintenance, unless their address is exempt."""
+    # In a thread: the disk may have to wake up, and other requests must not wait for it.
     if not await asyncio.to_thread(env.flag.exists) or _let_through(request.client_address, env):
         return request
     return Reply(503, "down for maintenance\n", {"Retry-After": str(env.retry_after)})
 
 
 def _let_through(address: str, env: Env) -> bool:
-    if not address:  # of a client on a Unix socket, nothing is known
+    if not address:  # a client on a Unix socket has none
         return False
     ip = ip_address(address)
     return any(ip in network for network in env.let_through)

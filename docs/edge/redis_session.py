@@ -1,4 +1,4 @@
-"""Sign-in by a session in Redis or Valkey: a cookie names it, and the hash of that key holds whose it is.
+"""Sign-in with a session in Redis or Valkey: a cookie has its id, and a Redis hash has its user.
 
 Needs ``redis`` (redis-py) where tlstunnel is installed::
 
@@ -9,12 +9,12 @@ Needs ``redis`` (redis-py) where tlstunnel is installed::
     worker_config = { url = "redis://10.0.0.20:6379/0", cookie = "sid" }
     web_origins = ["same"]
 
-The application does ``HSET session:SID user USER`` and ``EXPIRE session:SID 3600``. The origin gets USER as ``X-User``,
-percent-encoded where it is no visible ASCII, and no ``X-User`` of the client's. ``web_origins`` because a browser
-sends the cookie with the WebSocket of any page.
+The application runs ``HSET session:SID user USER`` and ``EXPIRE session:SID 3600``. The origin gets USER in
+``X-User``, with all but visible ASCII percent-encoded, and never the client's own field. ``web_origins`` is needed
+because browsers send the cookie with the WebSocket of any page.
 
-When Redis is down or slow, the answer is a 503 within half a second: nobody gets in without a session, and clients
-come back. The tunnel starts without Redis too, and open tunnels do not need it.
+When Redis is down or slow, the response is a 503 within half a second: no client connects without a session, and
+clients can try again. The tunnel starts without Redis, too, and open tunnels do not need it.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ from redis.exceptions import RedisError
 
 from tlstunnel.edge import Reply, UpgradeRequest
 
-LOOK_UP = 0.5  # seconds; less than worker_timeout, so that the answer is this worker's
-CONNECTIONS = 20  # at most; more requests wait for one
+LOOK_UP = 0.5  # seconds; less than worker_timeout, so that the response is this worker's
+CONNECTIONS = 20  # at most; further requests wait for one
 SID = re.compile(r"[A-Za-z0-9_-]{16,128}")  # as secrets.token_urlsafe makes them
 
 LOG = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ class Env:
 
 
 async def setup(config: dict[str, Any]) -> Env:
-    """Make the client, which connects when it is first needed."""
+    """Create the client, which connects when it is first used."""
     pool = BlockingConnectionPool.from_url(
         config["url"],
         max_connections=CONNECTIONS,
         timeout=LOOK_UP,
         socket_connect_timeout=LOOK_UP,
         socket_timeout=LOOK_UP,
-        retry=Retry(NoBackoff(), 1),  # once, for a connection that Redis has closed since; not with seconds between
+        retry=Retry(NoBackoff(), 1),  # once, in case Redis has closed the connection; without a delay
     )
     return Env(Redis.from_pool(pool), config.get("cookie", "sid"))
 
@@ -65,7 +65,7 @@ async def teardown(env: Env) -> None:
 
 
 async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
-    """Let in who has a session."""
+    """Accept clients that have a session."""
     sid = request.cookies.get(env.cookie, "")
     if not SID.fullmatch(sid):
         return Reply(401, "sign in first\n")
@@ -77,5 +77,5 @@ async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
         return Reply(503, "try again\n", {"Retry-After": "1"})
     if not user:
         return Reply(401, "sign in first\n")
-    # A name that somebody has chosen may hold anything: a line break, or letters that no field can hold.
+    # A user may have chosen any name: with a line break, or with characters that a field cannot contain.
     return request.forward(headers={"X-User": quote(user, safe="!#$&'()*+,/:;=?@[]")})

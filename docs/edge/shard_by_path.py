@@ -1,4 +1,4 @@
-"""Sharding: everyone in ``/rooms/NAME`` comes to the same origin, chosen by the room's name.
+"""Sharding: everyone in ``/rooms/NAME`` gets the same origin, chosen by the room's name.
 
     [[sites]]
     names = ["chat.example.com"]
@@ -11,10 +11,10 @@
     shards = ["shard-1.internal:3000", "shard-2.internal:3000", "shard-3.internal:3000"]
     pinned = { lobby = "shard-large.internal:3000" }
 
-A room is where its name and a shard's make the largest hash (rendezvous hashing): with a shard more, only the rooms
-that go there move, and with one fewer, only those that were there. A room that is too large for its neighbours is
-`pinned` to an origin. Other paths are answered with 404. For a few fixed paths, ``[[sites.routes]]`` do without a
-worker.
+A room is on the shard whose name makes the largest hash with the room's name (rendezvous hashing). When a shard is
+added, only the rooms that move to it change their shard; when one is removed, only its own rooms do. A room that is
+too large for a shared origin is `pinned` to its own. Other paths get 404. For a few fixed paths, ``[[sites.routes]]``
+need no worker.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tlstunnel.edge import Reply, UpgradeRequest
 
 @dataclass(frozen=True)
 class Env:
-    """Where the rooms are."""
+    """The shards, and the rooms that are pinned."""
 
     prefix: str
     shards: tuple[str, ...]
@@ -34,7 +34,7 @@ class Env:
 
 
 async def setup(config: dict[str, Any]) -> Env:
-    """Read the shards. What is wrong with them refuses the configuration."""
+    """Read the shards. An exception here makes the configuration invalid."""
     shards, prefix = tuple(config["shards"]), config["prefix"]
     if not shards or len(set(shards)) != len(shards):
         raise ValueError("shards are one origin or more, each of them once")
@@ -45,13 +45,13 @@ async def setup(config: dict[str, Any]) -> Env:
 
 async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
     """Send a request to its room's shard."""
-    # The path in its one form: /rooms/a, /rooms/./a and /rooms/%61 are the same room.
+    # The normalised path: /rooms/a, /rooms/./a and /rooms/%61 are the same room.
     path = request.path
     room = path.removeprefix(env.prefix).partition("/")[0] if path.startswith(env.prefix) else ""
     if not room:
         return Reply(404, "there is no such room\n")
     shard = env.pinned.get(room) or max(env.shards, key=lambda shard: _weight(shard, room))
-    # The origin gets it in that form too, and cannot read another room in it than the one that chose the shard.
+    # The origin gets the normalised path, too, so that it sees the same room.
     return request.forward(origin=shard, path=path)
 
 

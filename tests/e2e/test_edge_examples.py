@@ -281,12 +281,12 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> None:
         issuer.write(issuer.keys)
         said("read again, 3 keys", 1)
         assert tunnel.handshake(headers=[bearer(token)]).status == 101
-        # What cannot be used is said once, and the keys of before are used.
+        # What cannot be used is logged once, and the previous keys are used.
         issuer.file.write_text('{"keys": [')
-        said("the keys stay those of before", 1)
+        said("the previous keys stay in use", 1)
         assert tunnel.handshake(headers=[bearer(token)]).status == 101
         issuer.file.unlink()
-        said("the keys stay those of before", 2)
+        said("the previous keys stay in use", 2)
         assert tunnel.handshake(headers=[bearer(token)]).status == 101
         issuer.write(issuer.keys[:1])
         said("read again, 1 keys", 2)
@@ -545,7 +545,7 @@ def test_the_parts_are_as_large_as_they_are_said_to_be() -> None:
 def test_percentages_that_do_not_make_100_refuse_the_start() -> None:
     config = experiment(10)
     config["variants"][0]["percent"] = 80
-    with pytest.raises(ValueError, match="100 together"):
+    with pytest.raises(ValueError, match="add up to 100"):
         asked(loaded("ab_cookie"), upgrade_request(), config)
 
 
