@@ -185,6 +185,6 @@ def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
         '[[sites.rules]]\nname = "no admins"\naction = "block"\nwhen = \'pth == "/admin"\'\n'
     )
     said = _refused(tmp_path, "--config", file)
-    assert said.startswith(f"tlstunnel: {file}: sites[0]")
+    assert said.startswith(f"tlstunnel: {file}:3: sites[0].rules[0]: ")
     assert '"no admins"' in said
     assert 'did you mean "path"?' in said

@@ -4,9 +4,8 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,25 +18,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from tests.commands import run_main
 from tlstunnel.cli import main
 
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
 
 
 def check(*arguments: str) -> Result:
-    """Run it as the program does, which prints problems."""
-
-    @click.command(context_settings={"ignore_unknown_options": True})
-    @click.argument("words", nargs=-1)
-    def program(words: tuple[str, ...]) -> None:
-        sys.argv = ["tlstunnel", *words]
-        main()
-
-    before = sys.argv
-    try:
-        return CliRunner().invoke(program, ["config", "check", *arguments], catch_exceptions=False)
-    finally:
-        sys.argv = before
+    return run_main("config", "check", *arguments)
 
 
 def pair(folder: Path, name: str, days: int = 90) -> None:
@@ -97,8 +85,8 @@ def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     missing, unmatched = result.stderr.splitlines()
-    assert missing.startswith(f"tlstunnel: {file}: sites[1].cert: {tmp_path}/none.pem: ")
-    assert unmatched.startswith(f"tlstunnel: {file}: sites[2].key: {tmp_path}/b-key.pem: ")
+    assert missing.startswith(f"tlstunnel: {file}:9: sites[1].cert: {tmp_path}/none.pem: ")
+    assert unmatched.startswith(f"tlstunnel: {file}:15: sites[2].key: {tmp_path}/b-key.pem: ")
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.commands import run_main
 from tlstunnel.cli.config import command
 from tlstunnel.config import Config, SiteConfig, Timeout, WorkerTable, decode, load
 from tlstunnel.errors import ConfigurationError
@@ -290,7 +291,7 @@ def _checked(tmp_path: Path, worker: str | None) -> tuple[int, str]:
     (tmp_path / "t.toml").write_text(f'{SITE}web_origins = []\nworker = "worker.py:fetch"\n')
     if worker is not None:
         (tmp_path / "worker.py").write_text(worker)
-    result = CliRunner().invoke(command, ["check", str(tmp_path / "t.toml")])
+    result = run_main("config", "check", str(tmp_path / "t.toml"))
     return result.exit_code, result.stdout + result.stderr
 
 
@@ -312,5 +313,5 @@ def test_check_loads_it(tmp_path: Path) -> None:
 def test_check_says_what_is_wrong(tmp_path: Path, worker: str | None, wrong: str) -> None:
     status, said = _checked(tmp_path, worker)
     assert status == 1
-    assert f"tlstunnel: {tmp_path}/t.toml: sites[0].worker: the edge worker " in said
+    assert f"tlstunnel: {tmp_path}/t.toml:4: sites[0].worker: the edge worker " in said
     assert wrong in said

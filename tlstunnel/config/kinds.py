@@ -12,24 +12,9 @@ from typing import Any, Final
 
 from tlstunnel.addresses import quoted
 from tlstunnel.config.document import KeyPath
+from tlstunnel.config.problems import Problem
 
 Schema = dict[str, Any]
-
-
-class Problem:
-    """What is wrong at ``path``. For an unknown key, ``path`` is its table and ``key`` the key itself."""
-
-    __slots__ = ("key", "path", "reason")
-
-    def __init__(self, path: KeyPath, reason: str, key: str | None = None) -> None:
-        self.path = path
-        self.reason = reason
-        self.key = key
-
-    @property
-    def place(self) -> KeyPath:
-        """The path whose line is the problem's."""
-        return self.path if self.key is None else (*self.path, self.key)
 
 
 class Reading:

@@ -1,19 +1,27 @@
 """The problems of a configuration: collected instead of raised one at a time, each with the key it is about."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tlstunnel.config.document import KeyPath, find_lines, render_path
 from tlstunnel.errors import CertificateError, ConfigurationError
 
-KeyPath = tuple[str | int, ...]
-"""Where a value is in the file: ``("sites", 0, "cert")``; empty for the file as a whole."""
+MAX_PROBLEMS = 50
+"""How many problems of a file are reported. More have one cause, and finding their lines takes time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: the key it is about, and the reason in one line."""
+    """What is wrong at ``path``. For an unknown key, ``path`` is its table and ``key`` the key itself."""
 
     path: KeyPath
     reason: str
+    key: str | None = None
+
+    @property
+    def place(self) -> KeyPath:
+        """The path whose line is the problem's."""
+        return self.path if self.key is None else (*self.path, self.key)
 
     def __str__(self) -> str:
         key = render_path(self.path)
@@ -77,6 +85,11 @@ class Collecting:
         return False
 
 
-def render_path(path: KeyPath) -> str:
-    """Write the path as a person would: ``sites[0].cert``."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+def render_problems(problems: Sequence[Problem], text: str, source: str) -> list[str]:
+    """Return a line for each problem of a file with this text, ``SOURCE:LINE: KEY: REASON``, in the order of lines."""
+    reported = problems[:MAX_PROBLEMS]
+    lines = find_lines(text, [problem.place for problem in reported])
+    found = sorted(zip(lines, reported, strict=True), key=lambda pair: pair[0])
+    rendered = [f"{source}:{line}: {problem}" for line, problem in found]
+    rest = len(problems) - len(reported)
+    return [*rendered, f"{source}: {rest} more problems"] if rest else rendered

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Self
 
 from tlstunnel.certificates import CERTIFICATES, issue
 from tlstunnel.config import Config, SiteConfig, decode, read
+from tlstunnel.config.document import KeyPath, render_path
 from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
-from tlstunnel.config.problems import InvalidConfiguration, KeyPath, Problem, Problems, render_path
+from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems, render_problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.events import Event
@@ -38,7 +39,7 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A decoded configuration, the sites to serve, and the file it came from, for messages.
+    """A decoded configuration, the sites to serve, and the file it came from with its text, for messages.
 
     The `sites` are the file's, or the one of the command line.
     """
@@ -46,22 +47,27 @@ class Description:
     config: Config
     sites: tuple[SiteConfig, ...]
     file: Path | None = None
+    text: str = ""
 
     @classmethod
     def of_file(cls, file: Path) -> Self:
         """Read and decode a file. Raises ConfigurationError."""
-        config = decode(read(file), file.parent, str(file))
-        return cls(config, config.sites, file)
+        text = read(file)
+        config = decode(text, file.parent, str(file))
+        return cls(config, config.sites, file, text)
 
     @classmethod
     def of_invocation(cls, invocation: Invocation, text: str | None) -> Self:
         """Decode the text of the invocation's file, None without one. Raises ConfigurationError."""
         config = invocation.configuration(text)
-        return cls(config, sites_to_serve(invocation, config), invocation.file)
+        return cls(config, sites_to_serve(invocation, config), invocation.file, text or "")
 
     def error(self, found: Sequence[Problem]) -> ConfigurationError:
         """Return the error that reports these problems, at least one."""
-        first, *more = dict.fromkeys(map(self._render, found))
+        in_file = [problem for problem in found if self.place(problem.path)]
+        elsewhere = [problem.reason for problem in found if not self.place(problem.path)]
+        rendered = render_problems(in_file, self.text, str(self.file)) if in_file else []
+        first, *more = dict.fromkeys((*elsewhere, *rendered))
         return ConfigurationError(first, *more)
 
     def place(self, path: KeyPath) -> str:
@@ -69,9 +75,6 @@ class Description:
         if self.file is None or (path[:1] == ("sites",) and not self.config.sites):
             return ""
         return ": ".join(filter(None, (str(self.file), render_path(path))))
-
-    def _render(self, problem: Problem) -> str:
-        return ": ".join(filter(None, (self.place(problem.path), problem.reason)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,7 @@ def load(
             )
         found = (*of_sites.found, *problems.found)
         if firewall is None or sites is None or found:
-            raise description.error(sorted(found, key=_position))
+            raise description.error(found)
     except BaseException:
         if workers is not None:
             workers.forget()
@@ -224,12 +227,6 @@ def _test_pair(sites: Sequence[SiteConfig], folder: Path) -> tuple[Path, Path] |
         return None
     test = issue.ensure(folder)
     return test.cert, test.key
-
-
-def _position(problem: Problem) -> int:
-    """Return a key that sorts problems by site, those of no site first."""
-    _, index, *_ = (*problem.path, -1, -1)
-    return index if problem.path[:1] == ("sites",) and isinstance(index, int) else -1
 
 
 def _site_warnings(index: int, site: SiteConfig) -> list[LoadWarning]:

@@ -9,7 +9,8 @@ from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
 from tlstunnel.certificates.store import Certificates, Served
 from tlstunnel.config import RouteConfig, SiteConfig
-from tlstunnel.config.problems import KeyPath, Problems
+from tlstunnel.config.document import KeyPath
+from tlstunnel.config.problems import Problems
 from tlstunnel.errors import CertificateError
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import Contexts, OriginTLS
@@ -161,7 +162,8 @@ class _Builder:
         try:
             context = self._contexts.get(ca=ca, cert=cert, key=key, verify=verify)
         except CertificateError as error:
-            found = _origin_problems(ca, cert, key) or [("origin_ca" if cert is None else "origin_cert", str(error))]
+            together = "origin_key" if str(error).startswith(f"{key}: ") else "origin_cert" if cert else "origin_ca"
+            found = _origin_problems(ca, cert, key) or [(together, str(error))]
             for name, reason in found:
                 self._problems.add(reason, *path, name)
             return None, False
@@ -205,7 +207,7 @@ def _client_files(site: SiteConfig) -> ClientFiles | None:
 
 
 def _origin_problems(ca: Path | None, cert: Path | None, key: Path | None) -> list[tuple[str, str]]:
-    """Return the files that cannot be read, each with its key; none if they are wrong together."""
+    """Return the files that cannot be read, each with its key; none if the files do not go together."""
     found = []
     for name, path, read in (
         ("origin_ca", ca, describe.read),
