@@ -182,7 +182,7 @@ def _converse(tunnel: Tunnel, home: Path, query: str, transport: str) -> list[st
 def _answered(tunnel: Tunnel) -> int:
     """How many requests of Socket.IO's were passed on and answered."""
     return sum(
-        (record["path"], record["status"], record["reason"]) == ("/socket.io/", 200, "answered")
+        (record["path"], record["status"], record["reason"]) == ("/socket.io/", 200, "responded")
         for record in tunnel.records("connection")
     )
 

@@ -434,7 +434,7 @@ def test_a_client_that_leaves_has_its_worker_cancelled(patient: Stage, leave: Ca
     leave(client)
     eventually(lambda: f"cancelled {name}" in told(patient, "/said"))
     record = tunnel.wait_record(lambda record: record.get("path") == f"/waits/{name}")
-    assert (record["ended_by"], record["reason"]) == ("client", "gone before the handshake was done")
+    assert (record["ended_by"], record["reason"]) == ("client", "closed during the handshake")
     assert not tunnel.records("edge worker failed")
     assert not tunnel.records("edge worker timed out")
 

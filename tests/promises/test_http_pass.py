@@ -143,7 +143,7 @@ def test_a_page(tunnel: Tunnel) -> None:
         200,
         "pass",
         "origin",
-        "answered",
+        "responded",
     )
 
 
@@ -306,7 +306,7 @@ def test_an_answer_that_breaks_off_is_seen_to(certificate: Certificate, answer: 
         with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
             receive_all(client)
         record = tunnel.wait_records(1)[0]
-        assert (record["ended_by"], record["reason"], record["status"]) == ("origin", "answer cut short", 200)
+        assert (record["ended_by"], record["reason"], record["status"]) == ("origin", "response truncated", 200)
 
 
 def test_an_answer_before_the_body_is_whole(certificate: Certificate) -> None:

@@ -146,7 +146,7 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
             receive_all(client)
     record = statement.record(tunnel)
     assert record["status"] == 500
-    assert (record["ended_by"], record["reason"]) == ("origin", "answer cut short"), record
+    assert (record["ended_by"], record["reason"]) == ("origin", "response truncated"), record
 
 
 def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
@@ -158,7 +158,7 @@ def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
         received = read_until_end(client)
     assert b"this is no chunk" not in received
     assert statement.surplus_at_end() == b""
-    assert statement.record(tunnel)["reason"] in {"answer cut short", "bad answer"}
+    assert statement.record(tunnel)["reason"] in {"response truncated", "invalid response"}
 
 
 def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> None:
@@ -193,4 +193,4 @@ def test_a_client_that_leaves_in_the_middle_is_noticed_at_once(
     leave(client)
     eventually(lambda: statement.ended, 10)
     record = statement.record(tunnel)
-    assert (record["ended_by"], record["reason"]) == ("client", "gone before the answer was whole")
+    assert (record["ended_by"], record["reason"]) == ("client", "closed during the response")

@@ -140,10 +140,10 @@ def _half_an_answer_and_end(sock: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("handler", "reasons"),
     [
-        (_reads_and_ends, {"bad answer"}),
+        (_reads_and_ends, {"invalid response"}),
         (_reads_and_resets, {"origin failed"}),
         (reset, {"origin failed", "origin unreachable"}),  # the reset may come before connecting is seen to be done
-        (_half_an_answer_and_end, {"bad answer"}),
+        (_half_an_answer_and_end, {"invalid response"}),
     ],
     ids=["closes", "resets", "resets-at-once", "closes-within-the-head"],
 )

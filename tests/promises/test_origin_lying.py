@@ -117,7 +117,7 @@ def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -
     assert answer.headers["X-Request-Id"].encode() in rest
     assert statement.surplus_at_end() == b""
     record = record_of(tunnel, answer.headers)
-    assert (record["status"], record["verdict"], record["reason"]) == (502, "refused", "bad answer")
+    assert (record["status"], record["verdict"], record["reason"]) == (502, "refused", "invalid response")
     assert record["ended_by"] == "tunnel"
     assert record["detail"], "a person has to find out why"
     assert (record["up"], record["down"]) == (0, 0)

@@ -46,7 +46,7 @@ def test_no_answer_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
     assert response.status == 504
     record = record_of(tunnel, response.headers)
     assert record["id"] in response.body.decode()
-    assert (record["status"], record["ended_by"], record["reason"]) == (504, "tunnel", "origin answer timed out")
+    assert (record["status"], record["ended_by"], record["reason"]) == (504, "tunnel", "origin response timed out")
     assert statement.surplus_at_end() == b""
 
 
@@ -84,7 +84,7 @@ def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> 
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
     record = statement.record(tunnel)
-    assert (record["status"], record["ended_by"], record["reason"]) == (403, "tunnel", "answer timed out")
+    assert (record["status"], record["ended_by"], record["reason"]) == (403, "tunnel", "response timed out")
     assert statement.surplus_at_end() == b""
 
 

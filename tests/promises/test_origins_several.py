@@ -354,7 +354,7 @@ def test_origins_killed_and_revived_under_load(origins: list[Origin], certificat
         assert set(cut) <= {101, 502}
         assert len(cut) <= 4 * ASKERS
         refused = [record["reason"] for record in tunnel.records("connection") if record["status"] != 101]
-        assert set(refused) <= {"origin failed", "bad answer"}
+        assert set(refused) <= {"origin failed", "invalid response"}
         even = Counter(name_of(tunnel) for _ in range(60))
         assert all(count == pytest.approx(20, abs=1) for count in even.values()), even
         eventually(lambda: tunnel.descriptors() <= descriptors + 1)

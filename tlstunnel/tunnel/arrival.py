@@ -6,6 +6,7 @@ from tlstunnel.certificates.clients import ClientRefused
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.journal.events import Reason
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.tls import hello as tls_hello
@@ -16,7 +17,7 @@ from tlstunnel.tunnel.sites import Site
 
 TLS_1_2 = 0x0303
 
-_PLAIN_HTTP = render(Refusal(400, "plain HTTP", "this port speaks TLS: use wss://"), None)
+_PLAIN_HTTP = render(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port speaks TLS: use wss://"), None)
 """Without an id: it is counted, and not logged each time."""
 
 
@@ -29,11 +30,11 @@ async def read_proxy_header(client: Client) -> None:
             data = await channel.peek(proxy_protocol.MAX_V2, proxy_protocol.bytes_needed(data) - 1)
         await channel.take(header.length)
     except proxy_protocol.BadHeader as error:
-        raise Dropped("PROXY header: malformed", detail=error.reason) from None
+        raise Dropped(Reason.PROXY_MALFORMED, detail=error.reason) from None
     except ClientGone:
-        raise Dropped("PROXY header: client gone") from None
+        raise Dropped(Reason.PROXY_CLIENT_CLOSED) from None
     except TimeoutError:
-        raise Dropped("PROXY header: timed out") from None
+        raise Dropped(Reason.PROXY_TIMED_OUT) from None
     if header.source is not None:
         client.peer = header.source
         if objection := client.serving.firewall.objection(header.source):
@@ -48,15 +49,15 @@ async def read_hello(client: Client) -> tls_hello.ClientHello:
         while (hello := tls_hello.read_client_hello(data)) is None:
             data = await channel.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
     except tls_hello.PlainHTTP:
-        raise Dropped("hello: plain HTTP", _PLAIN_HTTP) from None
+        raise Dropped(Reason.HELLO_PLAIN_HTTP, _PLAIN_HTTP) from None
     except tls_hello.NotTLS:
-        raise Dropped("hello: not TLS") from None
+        raise Dropped(Reason.HELLO_NOT_TLS) from None
     except tls_hello.BadHello as error:
-        raise Dropped(f"hello: {error.reason}", tls_hello.alert(error.alert)) from None
+        raise Dropped(Reason.HELLO_MALFORMED, tls_hello.alert(error.alert), error.reason) from None
     except ClientGone:
-        raise Dropped("hello: client gone") from None
+        raise Dropped(Reason.HELLO_CLIENT_CLOSED) from None
     except TimeoutError:
-        raise Dropped("hello: timed out") from None
+        raise Dropped(Reason.HELLO_TIMED_OUT) from None
     return hello
 
 
@@ -64,16 +65,16 @@ def choose_site(client: Client, hello: tls_hello.ClientHello) -> Site:
     """Choose the site by the hello. Raises Dropped for what cannot be served, before any cryptography is paid for."""
     client.sni, client.ja4 = printable(hello.server_name or ""), hello.ja4
     if not any(version >= TLS_1_2 for version in hello.versions):
-        raise Dropped("hello: no TLS 1.2 or 1.3", tls_hello.alert(tls_hello.PROTOCOL_VERSION))
+        raise Dropped(Reason.HELLO_TLS_VERSION, tls_hello.alert(tls_hello.PROTOCOL_VERSION))
     # One over ffdhe8192 takes 160 ms, in which no tunnel moves on (docs/tls.md); no client needs any.
     if hello.finite_field:
-        raise Dropped("hello: key exchange over a finite field", tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
+        raise Dropped(Reason.HELLO_FINITE_FIELD, tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
     # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
     if hello.alpn and b"http/1.1" not in hello.alpn:
-        raise Dropped("hello: no common ALPN protocol", tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))
+        raise Dropped(Reason.HELLO_ALPN, tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))
     site = client.serving.sites.choose(hello.server_name)
     if site is None:
-        raise Dropped("hello: no site of this name", tls_hello.alert(tls_hello.UNRECOGNIZED_NAME))
+        raise Dropped(Reason.HELLO_NO_SITE, tls_hello.alert(tls_hello.UNRECOGNIZED_NAME))
     client.site = site
     return site
 
@@ -84,20 +85,20 @@ async def accept_tls(client: Client, site: Site) -> None:
     try:
         context = site.context
     except CertificateError as error:
-        raise Dropped("tls: out of means", detail=str(error)) from None
+        raise Dropped(Reason.TLS_OUT_OF_RESOURCES, detail=str(error)) from None
     channel.sock = context.wrap_socket(
         channel.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
     )
     try:
         sock = await channel.do_handshake()
     except TimeoutError:
-        raise Dropped("tls: timed out") from None
+        raise Dropped(Reason.TLS_TIMED_OUT) from None
     except ssl.SSLError as error:
         if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
-            raise Dropped("tls: client gone") from None
-        raise Dropped("tls: handshake failed", detail=error.reason or str(error)) from None
+            raise Dropped(Reason.TLS_CLIENT_CLOSED) from None
+        raise Dropped(Reason.TLS_FAILED, detail=error.reason or str(error)) from None
     except OSError as error:
-        raise Dropped("tls: client gone", detail=error.strerror or str(error)) from None
+        raise Dropped(Reason.TLS_CLIENT_CLOSED, detail=error.strerror or str(error)) from None
     try:
         client.subject = site.client_subject(sock)
     except ClientRefused as refused:

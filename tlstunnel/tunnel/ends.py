@@ -10,6 +10,7 @@ import structlog
 
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.journal.events import Decision, EndedBy, Event, Reason
 from tlstunnel.journal.record import Record
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.sockets.closing import DISCARD_SECONDS, reset
@@ -35,7 +36,7 @@ class End:
     close_notify and FIN, and the client has `timeout` seconds without progress to read what was sent.
     """
 
-    ended_by: str
+    ended_by: EndedBy
     reason: str
     reset: bool = False
     timeout: float = DISCARD_SECONDS
@@ -48,17 +49,17 @@ async def end_with_error(client: Client, turn: Turn | None, error: BaseException
     if isinstance(error, Refusal) and turn is not None:
         return await refuse(turn, error)
     if isinstance(error, ClientGone):
-        end = End("client", "gone before the handshake was done")
+        end = End(EndedBy.CLIENT, Reason.CLOSED_DURING_HANDSHAKE)
     elif isinstance(error, asyncio.CancelledError):
-        end = End("tunnel", "closed before the handshake was done", reset=True)
+        end = End(EndedBy.TUNNEL, Reason.HANDSHAKE_ABORTED, reset=True)
     elif isinstance(error, ssl.SSLError):
-        end = End("client", f"TLS error: {error.reason or error.strerror}", reset=True)
+        end = End(EndedBy.CLIENT, f"{Reason.TLS_ERROR}: {error.reason or error.strerror}", reset=True)
     elif isinstance(error, OSError):
-        end = End("client", error.strerror or str(error), reset=True)
+        end = End(EndedBy.CLIENT, f"{Reason.SOCKET_ERROR}: {error.strerror or error}", reset=True)
     else:
         about = {"id": turn.record.id} if turn is not None else {"client": client.peer}
-        structlog.get_logger().error("tunnel failed", **about, exc_info=error)
-        end = End("tunnel", "internal error", reset=True)
+        structlog.get_logger().error(Event.TUNNEL_FAILED, **about, exc_info=error)
+        end = End(EndedBy.TUNNEL, Reason.INTERNAL_ERROR, reset=True)
     finish(client, turn, end)
 
 
@@ -75,14 +76,14 @@ def drop(client: Client, dropped: Dropped) -> None:
 async def refuse(turn: Turn, refusal: Refusal) -> None:
     """Send the client a refusal and end the connection."""
     client, record = turn.client, turn.record
-    record.status, record.verdict, record.detail = refusal.status, "refused", printable(refusal.detail)
+    record.status, record.verdict, record.detail = refusal.status, Decision.REFUSED, printable(refusal.detail)
     client.set_timeout(client.serving.timeouts.close)
     try:
         await client.channel.send(render(refusal, record.id))
     except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
         record.detail = record.detail or printable(str(error))
-        return finish(client, turn, End("tunnel", refusal.reason, reset=True))
-    finish(client, turn, End("tunnel", refusal.reason))
+        return finish(client, turn, End(EndedBy.TUNNEL, refusal.reason, reset=True))
+    finish(client, turn, End(EndedBy.TUNNEL, refusal.reason))
 
 
 def finish(client: Client, turn: Turn | None, end: End) -> None:

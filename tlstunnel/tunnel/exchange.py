@@ -13,6 +13,7 @@ from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest
 from tlstunnel.handshake.response import BadResponse
+from tlstunnel.journal.events import Decision, EndedBy, Reason
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.tunnel.ends import End
@@ -42,18 +43,18 @@ async def pass_on(turn: Turn) -> End:
             turn.place.record_failure(refusal.detail or refusal.reason)
         raise
     except Broken as broken:
-        record.status, record.verdict, record.detail = exchange.status, "pass", printable(broken.detail)
+        record.status, record.verdict, record.detail = exchange.status, Decision.PASS, printable(broken.detail)
         # With RST: close_notify would make a part look whole.
         return End(broken.who, broken.why, reset=True)
-    record.status, record.verdict = exchange.status, "pass"
+    record.status, record.verdict = exchange.status, Decision.PASS
     record_success(turn)
-    return End("origin", "answered", timeout=timeouts.close)
+    return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close)
 
 
 class Broken(Exception):
     """The exchange has ended amid the response, which the client must notice. `who` and `why` are for the record."""
 
-    def __init__(self, who: str, why: str, detail: str = "") -> None:
+    def __init__(self, who: EndedBy, why: Reason, detail: str = "") -> None:
         super().__init__(who, why, detail)
         self.who = who
         self.why = why
@@ -107,16 +108,18 @@ class Exchange:
                     await self._wakeup.wait()
         except ClientGone:
             if self.status:
-                raise Broken("client", "gone before the answer was whole") from None
+                raise Broken(EndedBy.CLIENT, Reason.CLOSED_DURING_RESPONSE) from None
             raise
         except Refusal as refusal:
             if self.status:
-                raise Broken("client", "malformed body", refusal.detail) from None
+                raise Broken(EndedBy.CLIENT, Reason.MALFORMED_BODY, refusal.detail) from None
             raise
         except BadResponse as error:
             if self.status:
-                raise Broken("origin", "answer cut short", error.reason) from None
-            raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
+                raise Broken(EndedBy.ORIGIN, Reason.RESPONSE_TRUNCATED, error.reason) from None
+            raise Refusal(
+                502, Reason.INVALID_RESPONSE, "the origin sent no valid response", detail=error.reason
+            ) from None
         except TimeoutError:
             raise self._late() from None
 
@@ -173,7 +176,7 @@ class Exchange:
 
     def _late(self) -> Exception:
         if self.status:
-            return Broken("tunnel", "answer timed out")
+            return Broken(EndedBy.TUNNEL, Reason.RESPONSE_TIMED_OUT)
         if self._to_origin or self._body.complete or not self._uploads:
-            return Refusal(504, "origin answer timed out", "the origin did not answer in time")
-        return Refusal(408, "request timed out", "the body did not go on in time")
+            return Refusal(504, Reason.ORIGIN_RESPONSE_TIMED_OUT, "the origin did not respond in time")
+        return Refusal(408, Reason.REQUEST_TIMED_OUT, "the body did not go on in time")

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable
 
 from tlstunnel.handshake.response import Switched
+from tlstunnel.journal.events import Decision, Reason
 from tlstunnel.tunnel.splice import Splice
 from tlstunnel.tunnel.turn import Turn
 
@@ -17,7 +18,7 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
     assert origin is not None
     assert isinstance(sock, ssl.SSLSocket)
     serving.deadlines.discard(client.wakeup)
-    record.verdict = "pass"
+    record.verdict = Decision.PASS
     serving.journal.opened(record)
 
     max_age: asyncio.TimerHandle | None = None
@@ -46,5 +47,5 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
     turn.forget_request()
     if site.max_age is not None:
         age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - it only spreads
-        max_age = serving.loop.call_later(age, splice.drain, "max age")
+        max_age = serving.loop.call_later(age, splice.drain, Reason.MAX_AGE)
     splice.start()

@@ -7,6 +7,7 @@ from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
+from tlstunnel.journal.events import Decision, EndedBy, Reason
 from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed, OriginTLSFailed, OriginUnreachable
 from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import explain
@@ -49,7 +50,9 @@ async def reach_origin(turn: Turn) -> None:
         raise directions.refuse(error.reason) from None
     except NoOrigin as error:
         if error.retry_after is None:
-            raise Refusal(502, "origin unreachable", "the origin could not be reached", detail=error.reason) from None
+            raise Refusal(
+                502, Reason.ORIGIN_UNREACHABLE, "the origin could not be reached", detail=error.reason
+            ) from None
         raise _refuse_for_now("no origin can take this now", error.retry_after, error.reason) from None
     except OriginTLSFailed as error:
         text = "the TLS handshake with the origin failed"
@@ -57,14 +60,14 @@ async def reach_origin(turn: Turn) -> None:
     except OriginUnreachable as error:
         if several and not error.shortage:
             raise _refuse_for_now("no origin could be reached", 1, error.reason) from None
-        status, reason = (503, "out of means") if error.shortage else (502, "origin unreachable")
+        status, reason = (503, Reason.OUT_OF_RESOURCES) if error.shortage else (502, Reason.ORIGIN_UNREACHABLE)
         raise Refusal(status, reason, "the origin could not be reached", detail=error.reason) from None
     except TimeoutError:
-        raise Refusal(504, "origin connect timed out", "the origin could not be reached in time") from None
+        raise Refusal(504, Reason.ORIGIN_CONNECT_TIMED_OUT, "the origin could not be reached in time") from None
 
 
 def _refuse_for_now(text: str, retry_after: int, reason: str) -> Refusal:
-    return Refusal(503, "no origin", text, ((b"Retry-After", b"%d" % retry_after),), reason)
+    return Refusal(503, Reason.NO_ORIGIN, text, ((b"Retry-After", b"%d" % retry_after),), reason)
 
 
 def _render_proxy_header(turn: Turn, version: str) -> bytes:
@@ -113,14 +116,16 @@ async def request_upgrade(turn: Turn) -> tuple[Switched | Declined, UpgradeRespo
             response = reader.feed(await origin.recv(unless_gone=client.channel))
     except BadResponse as error:
         place.record_failure(error.reason)
-        raise Refusal(502, "bad answer", "the origin gave no valid answer", detail=error.reason) from None
+        raise Refusal(502, Reason.INVALID_RESPONSE, "the origin sent no valid response", detail=error.reason) from None
     except TimeoutError:
-        place.record_failure("did not answer in time")
-        raise Refusal(504, "origin answer timed out", f"the origin did not answer within {timeout:g} s") from None
+        place.record_failure("did not respond in time")
+        raise Refusal(
+            504, Reason.ORIGIN_RESPONSE_TIMED_OUT, f"the origin did not respond within {timeout:g} s"
+        ) from None
     except OSError as error:
         detail = explain(error)
         place.record_failure(detail)
-        raise Refusal(502, "origin failed", "the origin closed the connection", detail=detail) from None
+        raise Refusal(502, Reason.ORIGIN_FAILED, "the origin closed the connection", detail=detail) from None
     turn.record.status = response.status
     record_success(turn)
     return response, reader
@@ -140,7 +145,7 @@ async def relay(turn: Turn, declined: Declined, reader: UpgradeResponseReader) -
     client, record, origin = turn.client, turn.record, turn.origin
     assert origin is not None
     timeout = client.serving.timeouts.close
-    record.verdict = "pass"
+    record.verdict = Decision.PASS
     client.set_timeout(timeout)
     try:
         await client.channel.send(declined.head + reader.body(None))
@@ -151,13 +156,13 @@ async def relay(turn: Turn, declined: Declined, reader: UpgradeResponseReader) -
             await client.channel.send(await _read_body(reader, origin, client.channel))
     except BadResponse as error:
         record.detail = error.reason
-        return End("origin", "answer cut short", reset=True)
+        return End(EndedBy.ORIGIN, Reason.RESPONSE_TRUNCATED, reset=True)
     except ClientGone:
         # With RST: close_notify would make the part look whole to a client that has only ended its own side.
-        return End("client", "gone before the answer was whole", reset=True)
+        return End(EndedBy.CLIENT, Reason.CLOSED_DURING_RESPONSE, reset=True)
     except TimeoutError:
-        return End("tunnel", "answer timed out", reset=True)
-    return End("origin", "declined", timeout=timeout)
+        return End(EndedBy.TUNNEL, Reason.RESPONSE_TIMED_OUT, reset=True)
+    return End(EndedBy.ORIGIN, Reason.DECLINED, timeout=timeout)
 
 
 async def _read_body(reader: UpgradeResponseReader, origin: Channel, client: Channel) -> bytes:

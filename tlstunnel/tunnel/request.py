@@ -5,6 +5,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import client_address, given_id
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest, RequestReader
+from tlstunnel.journal.events import Reason
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.tunnel.turn import Turn
 
@@ -27,7 +28,7 @@ async def read_request(turn: Turn) -> None:
                 raise ClientGone
             request = reader.feed(data)
     except TimeoutError:
-        raise Refusal(408, "request timed out", f"no complete request within {timeout:g} s") from None
+        raise Refusal(408, Reason.REQUEST_TIMED_OUT, f"no complete request within {timeout:g} s") from None
     finally:
         # Without the query: that is where people put tokens.
         record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
@@ -35,10 +36,10 @@ async def read_request(turn: Turn) -> None:
         record.client = client_address(request, client.peer, serving.trusted_proxies)
         record.id = given_id(request) or record.id
     if client.certificate_refusal:
-        raise Refusal(403, "client certificate", client.certificate_refusal)
+        raise Refusal(403, Reason.CLIENT_CERTIFICATE, client.certificate_refusal)
     # A site's certificate must not lead to what another site has the closer name, and its own rules, for.
     if serving.sites.choose(request.host) is not turn.site:
-        raise Refusal(421, "misdirected", "the Host field is no name of the site that this connection is for")
+        raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
     turn.request, turn.early = request, reader.leftover
 
 
