@@ -179,7 +179,7 @@ def test_behind_haproxy(tmp_path: Path) -> None:
                 forwarded = origin.requests[-1].headers["X-Forwarded-For"]
                 record = tunnel.wait_records(1)[0]
                 assert record["client"] == forwarded == "127.0.0.1"
-            reasons = {record["reason"] for record in tunnel.records("no handshake")}
+            reasons = {record["reason"] for record in tunnel.records("no TLS handshake")}
             assert not any(reason.startswith("PROXY header") for reason in reasons), reasons
 
 
