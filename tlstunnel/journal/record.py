@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-_NOTHING: dict[str, Any] = {}
-
 
 @dataclass(slots=True, eq=False)
 class Record:
@@ -28,7 +26,7 @@ class Record:
     origin: str = ""
     edge: str = ""
     detail: str = ""
-    firewall: dict[str, Any] = field(default_factory=lambda: _NOTHING)
+    firewall: dict[str, Any] | None = None
     up: int = 0
     down: int = 0
     ended_by: str = ""
