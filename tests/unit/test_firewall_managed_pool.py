@@ -163,7 +163,7 @@ def test_helper_that_talks_nonsense_is_started_anew(
 
 def test_helper_that_cannot_run_refuses_the_start(rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlstunnel.program.PYTHON", "/bin/false")
-    with pytest.raises(ConfigurationError, match="ended while it started: status 1"):
+    with pytest.raises(ConfigurationError, match="ended while it started: exited with status 1"):
         asyncio.run(Pool([rules_set]).start())
 
 

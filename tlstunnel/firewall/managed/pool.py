@@ -31,6 +31,7 @@ from tlstunnel.firewall.managed.messages import (
     Subject,
 )
 from tlstunnel.program import module_command, module_environment
+from tlstunnel.supervisor import ChildProcess, describe_exit, start_with_retries
 
 LONGEST_WAIT = 1.0
 """Seconds that a question waits for a helper. A full queue of 256 takes 0.4 s, a helper that starts anew 0.4 too."""
@@ -162,7 +163,7 @@ class _Helper:
 
     pool: Pool
     child: int = 0
-    _process: asyncio.subprocess.Process | None = None
+    _process: ChildProcess | None = None
     _socket: socket.socket | None = None
     _pidfd: int = -1
     _job: _Job | None = None
@@ -184,16 +185,12 @@ class _Helper:
         self._socket = ours
         self._loaded = loop.create_future()
         with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *module_command("tlstunnel.firewall.managed.helper"),
-                *(str(theirs.fileno()), str(os.getpid()), str(self.pool.evaluations)),
-                env=module_environment(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                # What C++ says when it ends a process is no line of our log; the status is reported.
-                stderr=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
+            arguments = (str(theirs.fileno()), str(os.getpid()), str(self.pool.evaluations))
+            # Without standard error: what C++ writes when it ends a process is no line of our log.
+            self._process = ChildProcess.spawn(
+                module_command("tlstunnel.firewall.managed.helper", *arguments),
+                module_environment(),
+                (theirs.fileno(),),
             )
         try:
             async with asyncio.timeout(LOADING):
@@ -312,28 +309,23 @@ class _Helper:
 
     async def _start_anew(self, reason: str) -> None:
         self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._reaped()}")
-        pause = 0.0
-        while True:
-            try:
-                return await self.start()
-            except (ConfigurationError, OSError) as error:
-                pause = RESTARTS.after(pause)
-                self.pool.log(f"a helper for managed rules cannot be started, next attempt in {pause:.1f} s: {error}")
-            await asyncio.sleep(pause)
+
+        def report(error: Exception, seconds: float) -> None:
+            self.pool.log(f"a helper for managed rules cannot be started, next attempt in {seconds:.1f} s: {error}")
+
+        await start_with_retries(self.start, RESTARTS, report, (ConfigurationError, OSError))
 
     async def _reaped(self) -> str:
-        """Kill the process and its child, and wait for it; says how it ended."""
+        """Kill the process and its child, and wait for it; return how it ended."""
         self._release()
         process = self._process
         if process is None:
             return "not started"
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its session's group, so its child too
-        status = await process.wait()
-        if self._process is process:  # only now: who is cancelled here leaves the wait to who closes
+        process.kill(group=True)  # its session's, so its child too
+        code = await process.wait()
+        if self._process is process:  # only now: if this is cancelled, `close` still has to wait
             self._process = None
-        return f"status {status}" if status >= 0 else signal.Signals(-status).name
+        return describe_exit(code)
 
     def _release(self) -> None:
         """Let go of the socket, the child and the timer."""

@@ -1,0 +1,122 @@
+"""Child processes: started, watched by a pidfd, killed and reaped, and started again with a back-off.
+
+A pidfd (pidfd_open(2)) is readable once its process has exited, so no SIGCHLD handler is needed, and children that the
+program executed before this one has started can be watched as well. A signal sent through it reaches that process and
+none that has got its number since.
+"""
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Self, TypeVar
+
+from tlstunnel.backoff import Backoff
+
+T = TypeVar("T")
+
+
+class ChildProcess:
+    """A child of this process, watched by the running loop. `exited` gets what `wait` returns."""
+
+    def __init__(self, pid: int, popen: "subprocess.Popen[bytes] | None" = None) -> None:
+        """Watch the child `pid`. Raises OSError: no descriptors are left."""
+        self.pid = pid
+        self._popen = popen
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # reaped by someone else
+            self.exited.set_result(None)
+        else:
+            self._loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    def spawn(cls, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> Self:
+        """Start a process in a session of its own, with these descriptors and no others, and no standard streams.
+
+        Raises OSError.
+        """
+        popen = subprocess.Popen(  # noqa: S603 - commands of ours
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+        try:
+            return cls(popen.pid, popen)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
+
+    async def wait(self) -> int | None:
+        """Wait until it has exited; return its exit code, negative for a signal, None if someone else has reaped it."""
+        return await asyncio.shield(self.exited)
+
+    def kill(self, *, group: bool = False) -> None:
+        """Kill it, whatever it does; with `group`, all processes of the group that it leads."""
+        if self.exited.done():
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if group:
+                os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            else:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        code: int | None = None
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(self.pid, 0)  # does not wait: the pidfd is readable
+            code = os.waitstatus_to_exitcode(status)
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        if self._popen is not None:
+            self._popen.returncode = code or 0
+        self.exited.set_result(code)
+
+
+def describe_exit(code: int | None) -> str:
+    """Say how a process ended, by what `ChildProcess.wait` returned."""
+    if code is None:
+        return "reaped by another process"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+
+async def start_with_retries(
+    start: Callable[[], Awaitable[T]],
+    backoff: Backoff,
+    report: Callable[[Exception, float], None],
+    errors: tuple[type[Exception], ...],
+) -> T:
+    """Call `start` until it succeeds. After one of `errors`, `report` it with the seconds until the next attempt."""
+    delay = 0.0
+    while True:
+        try:
+            return await start()
+        except errors as error:
+            delay = backoff.after(delay)
+            report(error, delay)
+        await asyncio.sleep(delay)
+
+
+def wait_or_kill(pid: int, seconds: float) -> None:
+    """Wait for a child's exit, without a loop, and kill it after so many seconds."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):  # reaped by someone else
+        pidfd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(seconds * 1000):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+        os.waitpid(pid, 0)
