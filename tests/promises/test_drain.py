@@ -92,7 +92,7 @@ def test_stop_ends_a_drain(certificate: Certificate) -> None:
         tunnel.wait_record(lambda record: record["event"] == "draining")
         status = tunnel.status()
         assert status["ending"] == "SIGTERM"
-        assert status["processes"][0]["state"] == "finishing"
+        assert status["processes"][0]["state"] == "draining"
         assert tunnel.told("reload", status=1) == ["tlstunnel: nothing was changed: the tunnel is ending (SIGTERM)"]
         assert "the tunnel is ending (SIGTERM)" in tunnel.told("upgrade", status=1)[0]
         assert tunnel.told("stop") == ["ended"]

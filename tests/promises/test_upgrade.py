@@ -23,6 +23,8 @@ from tests.harness import (
 from tests.promises.firewalled import policy
 from tests.promises.numbered import Traffic
 from tests.promises.versions import Versions, upgraded
+from tlstunnel.processes.messages import FORMAT
+from tlstunnel.processes.previous import FORMAT as PREVIOUS
 
 TUNNELS, UPGRADES = 3_000, 3
 
@@ -261,7 +263,7 @@ def _refused(tunnel: Tunnel, *why: str) -> None:
 
 def test_code_that_does_not_import(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions) as tunnel:
-        (versions.install("2.0.0") / "tunnel.py").write_text("import nothing_of_this_name\n")
+        (versions.install("2.0.0") / "tunnel" / "tunnel.py").write_text("import nothing_of_this_name\n")
         _refused(tunnel, "nothing_of_this_name")
         (versions.install("3.0.0") / "cli" / "start.py").write_text("syntax error\n")
         _refused(tunnel, "SyntaxError")
@@ -272,13 +274,13 @@ def test_code_that_is_not_there(origin: WebsocketsOrigin, certificate: Certifica
         package = versions.install("2.0.0")
         (package / "__main__.py").write_text("raise SystemExit\n")
         tunnel.send_signal(signal.SIGUSR2)
-        tunnel.wait_record(lambda record: "it ended without a word" in record.get("reason", ""))
+        tunnel.wait_record(lambda record: "it exited without output" in record.get("reason", ""))
         assert _echoes(tunnel)
 
 
 def test_a_probe_that_hangs(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions, 'upgrade_timeout = "1s"') as tunnel:
-        (versions.install("2.0.0") / "service.py").write_text("import time\ntime.sleep(1000)\n")
+        (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         _refused(tunnel, "not ready within 1 s (release.upgrade_timeout)")
 
 
@@ -286,11 +288,13 @@ def test_another_format_of_what_is_handed_over(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
     with _started(origin, certificate, versions) as tunnel:
-        handover = versions.install("2.0.0") / "processes" / "handover.py"
-        text = handover.read_text()
-        assert "\nFORMAT = 1\n" in text
-        handover.write_text(text.replace("\nFORMAT = 1\n", "\nFORMAT = 99\n"))
-        _refused(tunnel, "hands over in format 1, and 2.0.0 knows 99")
+        package = versions.install("2.0.0")
+        for module, before, after in (("messages", FORMAT, 99), ("previous", PREVIOUS, 98)):
+            path = package / "processes" / f"{module}.py"
+            text = path.read_text()
+            assert f"\nFORMAT = {before}\n" in text
+            path.write_text(text.replace(f"\nFORMAT = {before}\n", f"\nFORMAT = {after}\n"))
+        _refused(tunnel, f"hands over in format {PREVIOUS}, and 2.0.0 knows 98 and 99")
 
 
 def test_a_broken_configuration(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
@@ -337,7 +341,7 @@ def test_a_full_disk(origin: WebsocketsOrigin, certificate: Certificate, tmp_pat
 
 def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions, 'upgrade_timeout = "2s"') as tunnel:
-        (versions.install("2.0.0") / "service.py").write_text("import time\ntime.sleep(1000)\n")
+        (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
         assert "a reload or an upgrade is under way" in upgraded(tunnel, status=1)
@@ -348,7 +352,7 @@ def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Cer
 
 def test_the_end_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions) as tunnel:
-        (versions.install("2.0.0") / "service.py").write_text("import time\ntime.sleep(1000)\n")
+        (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
         assert tunnel.stop(signal.SIGTERM) == 0
@@ -356,7 +360,7 @@ def test_the_end_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certif
 
 def test_a_reload_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions, 'upgrade_timeout = "1s"') as tunnel:
-        (versions.install("2.0.0") / "service.py").write_text("import time\ntime.sleep(1000)\n")
+        (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
         assert tunnel.reload() == ["nothing has changed"]

@@ -17,14 +17,14 @@ from tlstunnel.processes.control import ControlSocket
 def reloaded(path: Path, answer: Mapping[str, Any] | ControlError, *options: str) -> int:
     """The exit status of the command, given a tunnel that answers so."""
 
-    async def handler(_: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def handler(_: Mapping[str, Any], __: int) -> Mapping[str, Any]:
         if isinstance(answer, ControlError):
             raise answer
         return answer
 
     async def run() -> int:
-        server = ControlSocket.bind(path, {"reload": handler})
-        await server.serve()
+        server = ControlSocket.bind(path)
+        await server.serve({"reload": handler})
         try:
             return await asyncio.to_thread(status, "--control", str(path), *options)
         finally:

@@ -19,11 +19,11 @@ from tlstunnel.processes.control import MAX_LINE, ControlSocket, Handler, ask, d
 T = TypeVar("T")
 
 
-async def reload(request: Mapping[str, Any]) -> Mapping[str, Any]:
+async def reload(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
     return {"changes": [str(request.get("more", ""))]}
 
 
-async def refuse(_: Mapping[str, Any]) -> Mapping[str, Any]:
+async def refuse(_: Mapping[str, Any], __: int) -> Mapping[str, Any]:
     raise ControlError("nothing was changed: no")
 
 
@@ -40,8 +40,8 @@ def served(path: Path, use: Callable[[], T], handlers: Mapping[str, Handler] = H
 
 
 async def beside(path: Path, use: Callable[[], Awaitable[T]], handlers: Mapping[str, Handler] = HANDLERS) -> T:
-    server = ControlSocket.bind(path, handlers)
-    await server.serve()
+    server = ControlSocket.bind(path)
+    await server.serve(handlers)
     try:
         return await use()
     finally:
@@ -81,7 +81,7 @@ def test_it_waits_until_the_thing_is_done(tmp_path: Path) -> None:
     async def run() -> None:
         may_end = asyncio.Event()
 
-        async def slow(_: Mapping[str, Any]) -> Mapping[str, Any]:
+        async def slow(_: Mapping[str, Any], __: int) -> Mapping[str, Any]:
             await may_end.wait()
             return {}
 
@@ -148,7 +148,7 @@ def test_clients_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     async def run() -> None:
         entered, may_end = asyncio.Event(), asyncio.Event()
 
-        async def slow(_: Mapping[str, Any]) -> Mapping[str, Any]:
+        async def slow(_: Mapping[str, Any], __: int) -> Mapping[str, Any]:
             entered.set()
             await may_end.wait()
             return {}
@@ -189,7 +189,7 @@ def test_a_second_start_is_refused(tmp_path: Path) -> None:
     async def run() -> None:
         async def use() -> dict[str, Any]:
             with pytest.raises(ControlError, match=f"{path}: another tunnel has this control socket"):
-                ControlSocket.bind(path, HANDLERS)
+                ControlSocket.bind(path)
             return await asyncio.to_thread(ask, path, {"do": "reload"})
 
         assert (await beside(path, use))["ok"]  # and the first goes on
@@ -208,8 +208,8 @@ def test_what_a_dead_tunnel_left_is_replaced(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_stays(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     path.write_text("mine")
-    with pytest.raises(ControlError, match="which is no socket"):
-        ControlSocket.bind(path, HANDLERS)
+    with pytest.raises(ControlError, match="exists and is not a socket"):
+        ControlSocket.bind(path)
     assert path.read_text() == "mine"
 
 
@@ -229,13 +229,13 @@ def test_another_ones_socket_stays_when_it_closes(tmp_path: Path) -> None:
 
 def test_a_path_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="longer than the 107 bytes"):
-        ControlSocket.bind(tmp_path / ("x" * 107), HANDLERS)
+        ControlSocket.bind(tmp_path / ("x" * 107))
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ControlError, match="choose another with --control"):
-        ControlSocket.bind(tmp_path / "file" / "c.sock", HANDLERS)
+        ControlSocket.bind(tmp_path / "file" / "c.sock")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
             writer.close()
 
         async with await asyncio.start_unix_server(leave, path):
-            with pytest.raises(ControlError, match="ended without an answer"):
+            with pytest.raises(ControlError, match="ended without a response"):
                 await asyncio.to_thread(ask, path, {"do": "reload"})
 
     asyncio.run(run())

@@ -4,40 +4,76 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tlstunnel import __version__
 from tlstunnel.errors import ProcessError
-from tlstunnel.processes.handover import FORMAT, VARIABLE, Handover
+from tlstunnel.origins.embedded import KeptEcho
+from tlstunnel.processes import previous
+from tlstunnel.processes.children import Identity, KeptChild, Role
+from tlstunnel.processes.control import KeptControl
+from tlstunnel.processes.handover import REFUSAL, VARIABLE, Handover
+from tlstunnel.processes.messages import FORMAT
+from tlstunnel.processes.slots import KeptSlot, KeptSlots
 from tlstunnel.program import module_command, module_environment, starting_command
 
 STATE = Handover(
     version="1.2.3",
     generation=4,
-    slots={"next": 2, "open": [{"number": 1, "fd": 7, "written": "[::]:443"}], "passed": []},
-    children=[{"pid": 1, "place": 1, "generation": 4, "version": "1", "started": 1.5, "finishing": False, "link": 8}],
-    control_socket={"path": "/run/x", "fd": 9, "lock": 10},
-    echo={"port": 1, "pid": 2, "pipe": 11},
+    slots=KeptSlots(next=2, open=[KeptSlot(number=1, fd=7, written="[::]:443")], passed=[]),
+    children=[KeptChild(Identity(Role.SERVING, 1, 4, "1", FORMAT, 1.5), pid=1, draining=True, link=8)],
+    control_socket=KeptControl(path="/run/x\udcff", fd=9, lock=10),
+    echo=KeptEcho(port=1, pid=2, pipe=11),
     client=12,
+    config="listen = []",
 )
 
+FIRST: dict[str, Any] = {
+    "format": 1,
+    "version": "1.2.3",
+    "generation": 4,
+    "slots": {"next": 2, "open": [{"number": 1, "fd": 7, "written": "[::]:443"}], "passed": []},
+    "children": [{"pid": 1, "place": 1, "generation": 4, "version": "1", "started": 1.5, "finishing": True, "link": 8}],
+    "control_socket": {"path": "/run/x\udcff", "fd": 9, "lock": 10},
+    "echo": {"port": 1, "pid": 2, "pipe": 11},
+    "client": 12,
+    "config": "listen = []",
+    "probe": None,
+}
+"""The same, as the code of format 1 writes and reads it."""
 
-def _given(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+
+def _give(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     file = os.memfd_create("test")
     os.write(file, text)
     monkeypatch.setenv(VARIABLE, str(file))
 
 
 def test_the_next_gets_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, str(STATE.passed_on()))
+    monkeypatch.setenv(VARIABLE, str(STATE.write(FORMAT)))
     assert Handover.received() == STATE
     assert VARIABLE not in os.environ
     assert STATE.descriptors() == [7, 8, 9, 10, 11, 12]
-    monkeypatch.setenv(VARIABLE, str(STATE.passed_on(probe=5)))
+    monkeypatch.setenv(VARIABLE, str(STATE.write(FORMAT, probe=5)))
     found = Handover.received()
     assert found is not None
     assert found.probe == 5
+
+
+def test_the_previous_format_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    _give(monkeypatch, json.dumps(FIRST).encode())
+    found = Handover.received()
+    assert found is not None
+    assert [child.identity.format for child in found.children] == [previous.FORMAT]
+    found.children[0].identity.format = FORMAT
+    assert found == STATE
+
+
+def test_the_previous_format_is_written() -> None:
+    with os.fdopen(STATE.write(previous.FORMAT), "rb") as file:
+        assert json.load(file) == FIRST
 
 
 def test_nothing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,14 +82,17 @@ def test_nothing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _given(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
-    with pytest.raises(ProcessError, match=f"hands over in format {FORMAT + 1}, and {__version__} knows {FORMAT}"):
+    _give(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
+    with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} knows 1 and {FORMAT}"):
         Handover.received()
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff", json.dumps({"format": FORMAT}).encode()])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{}", b"\xff", b'{"format": 1}', b'{"format": 1, "children": [{}]}', b'{"format": 2}'],
+)
 def test_what_is_no_handover_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    _given(monkeypatch, text)
+    _give(monkeypatch, text)
     with pytest.raises(ProcessError, match="unset it"):
         Handover.received()
 

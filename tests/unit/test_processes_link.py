@@ -1,51 +1,91 @@
 """What parent and child say to each other."""
 
 import asyncio
+import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlstunnel.errors import ProcessError
-from tlstunnel.processes.link import MOST_FDS, Link
+from tlstunnel.processes.link import MAX_FDS, Link, Notifications, Requests
+from tlstunnel.processes.messages import Commit, Done, Drain, Load, Notification, Reply, Request, Status
+from tlstunnel.processes.previous import Finish, translate_request
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda inner: st.lists(inner, max_size=5)
 )
 
 
-async def _echo(request: Mapping[str, Any], descriptors: list[int]) -> Mapping[str, Any]:
+class Echoed(Reply, frozen=True):
+    """The same value, and how many descriptors came along."""
+
+    said: Any
+    count: int
+
+
+class Echo(Request[Echoed], frozen=True, tag="echo"):
+    """Send it back."""
+
+    value: Any = None
+    reply: ClassVar[type[Reply]] = Echoed
+
+
+class Refuse(Request[Done], frozen=True, tag="refuse"):
+    """Refuse it."""
+
+
+class Fail(Request[Done], frozen=True, tag="fail"):
+    """Fail."""
+
+
+class Hang(Request[Done], frozen=True, tag="hang"):
+    """Send no reply."""
+
+
+class Seen(Notification, frozen=True, tag="seen"):
+    """Keep the number."""
+
+    number: int
+
+
+class Unseen(Notification, frozen=True, tag="unseen"):
+    """Of a type that the other side does not know."""
+
+
+async def _echo(request: Echo, descriptors: list[int]) -> Echoed:
     for fd in descriptors:
         os.close(fd)
-    return {"said": request.get("value"), "count": len(descriptors)}
+    return Echoed(request.value, len(descriptors))
 
 
-async def _refuse(_: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
+async def _refuse(_: Refuse, __: list[int]) -> Done:
     raise ProcessError("not today")
 
 
-async def _fail(_: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
+async def _fail(_: Fail, __: list[int]) -> Done:
     raise ZeroDivisionError
 
 
-async def _never(_: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
+async def _hang(_: Hang, __: list[int]) -> Done:
     await asyncio.Event().wait()
-    return {}
+    return Done()
 
 
 def _linked(work: Callable[[Link, Link, list[str]], Awaitable[None]]) -> None:
     async def run() -> None:
-        gone: list[str] = []
+        events: list[str] = []
         ours, theirs = socket.socketpair()
-        handlers = {"echo": _echo, "refuse": _refuse, "fail": _fail, "never": _never}
-        near = Link(ours, {}, lambda: gone.append("near"))
-        far = Link(theirs, handlers, lambda: gone.append("far"))
+        handlers: Requests = {Echo: _echo, Refuse: _refuse, Fail: _fail, Hang: _hang}
+        seen: Notifications = {Seen: lambda notification: events.append(f"seen {notification.number}")}
+        near = Link(ours, {}, lambda: events.append("near"), seen)
+        far = Link(theirs, handlers, lambda: events.append("far"))
         try:
-            await work(near, far, gone)
+            await work(near, far, events)
         finally:
             near.close()
             far.close()
@@ -55,10 +95,10 @@ def _linked(work: Callable[[Link, Link, list[str]], Awaitable[None]]) -> None:
 
 @settings(deadline=None)
 @given(st.lists(JSON, max_size=20))
-def test_each_answer_belongs_to_its_question(values: list[Any]) -> None:
+def test_each_reply_belongs_to_its_request(values: list[Any]) -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
-        answers = await asyncio.gather(*(near.ask("echo", value=value) for value in values))
-        assert [answer["said"] for answer in answers] == values
+        replies = await asyncio.gather(*(near.ask(Echo(value)) for value in values))
+        assert [reply.said for reply in replies] == values
         assert near.idle
 
     _linked(work)
@@ -67,7 +107,15 @@ def test_each_answer_belongs_to_its_question(values: list[Any]) -> None:
 def test_a_text_larger_than_the_sockets_buffers() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         text = "ä" * 3_000_000
-        assert (await near.ask("echo", value=text))["said"] == text
+        assert (await near.ask(Echo(text))).said == text
+
+    _linked(work)
+
+
+def test_a_path_that_is_no_utf_8() -> None:
+    async def work(near: Link, _: Link, __: list[str]) -> None:
+        path = os.fsdecode(b"/etc/\xff.toml")
+        assert (await near.ask(Echo(path))).said == path
 
     _linked(work)
 
@@ -76,11 +124,9 @@ def test_descriptors_come_with_their_message() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         with socket.socket() as one:
-            counts = [0, 1, MOST_FDS, 2, 0, MOST_FDS]
-            answers = await asyncio.gather(
-                *(near.ask("echo", [one.fileno()] * count, value="x" * 10_000) for count in counts)
-            )
-            assert [answer["count"] for answer in answers] == counts
+            counts = [0, 1, MAX_FDS, 2, 0, MAX_FDS]
+            replies = await asyncio.gather(*(near.ask(Echo("x" * 10_000), [one.fileno()] * count) for count in counts))
+            assert [reply.count for reply in replies] == counts
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
     _linked(work)
@@ -89,24 +135,123 @@ def test_descriptors_come_with_their_message() -> None:
 def test_a_refusal_and_a_fault() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         with pytest.raises(ProcessError, match="not today"):
-            await near.ask("refuse")
+            await near.ask(Refuse())
         with pytest.raises(ProcessError, match="ZeroDivisionError"):
-            await near.ask("fail")
-        assert (await near.ask("echo", value=1))["said"] == 1
+            await near.ask(Fail())
+        with pytest.raises(ProcessError, match="this request cannot be read"):
+            await near.ask(Commit())
+        assert (await near.ask(Echo(1))).said == 1
+
+    _linked(work)
+
+
+def test_a_side_that_takes_no_requests() -> None:
+    async def work(_: Link, far: Link, __: list[str]) -> None:
+        with pytest.raises(ProcessError, match="this request cannot be read"):
+            await far.ask(Commit())
 
     _linked(work)
 
 
 def test_the_other_sides_end_is_noticed_once() -> None:
-    async def work(near: Link, far: Link, gone: list[str]) -> None:
-        asked = asyncio.ensure_future(near.ask("never"))
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        asked = asyncio.ensure_future(near.ask(Hang()))
         await asyncio.sleep(0)
         far.close()
         with pytest.raises(ProcessError, match="the process has ended"):
             await asked
-        assert gone == ["near"]
+        assert events == ["near"]
         assert near.closed
+        near.notify(Seen(1))
         with pytest.raises(ProcessError, match="the process has ended"):
-            await near.ask("echo")
+            await near.ask(Echo())
 
     _linked(work)
+
+
+# --- notifications ----------------------------------------------------------------------------------------------------
+
+
+def test_notifications_come_in_order_and_before_what_follows() -> None:
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        far.notify(Seen(1))
+        far.notify(Unseen())
+        far.notify(Seen(2))
+        await near.ask(Echo())
+        assert events == ["seen 1", "seen 2"]
+
+    _linked(work)
+
+
+def test_a_notification_that_cannot_be_handled_harms_nothing() -> None:
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        far.notify(Seen("x"))  # type: ignore[arg-type]
+        far.notify(Seen(2))
+        await near.ask(Echo())
+        assert events == ["seen 2"]
+
+    _linked(work)
+
+
+# --- the wire, which other releases speak too -------------------------------------------------------------------------
+
+
+def _lines(sock: socket.socket) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in sock.recv(65_536).splitlines()]
+
+
+def test_what_is_on_the_wire() -> None:
+    """The lines that the code of format 1 wrote and read."""
+
+    async def work() -> None:
+        ours, theirs = socket.socketpair()
+        link = Link(ours, {Echo: _echo, Refuse: _refuse}, lambda: None)
+        with theirs:
+            asked = asyncio.ensure_future(link.ask(Status()))
+            await asyncio.sleep(0)
+            assert _lines(theirs) == [{"ask": 1, "do": "status", "fds": 0}]
+            theirs.sendall(b'{"answer": 1, "ok": true, "tunnels": 3, "handshakes": 4, "later": 5, "fds": 0}\n')
+            assert await asked == Load(3, 4)
+            theirs.sendall(
+                b'{"ask": 9, "do": "echo", "value": 1, "later": 2, "fds": 0}\n{"ask": 10, "do": "refuse", "fds": 0}\n'
+            )
+            theirs.settimeout(0)
+            received: list[dict[str, Any]] = []
+            while len(received) < 2:
+                await asyncio.sleep(0.001)
+                try:
+                    received += _lines(theirs)
+                except BlockingIOError:
+                    continue
+            assert received == [
+                {"answer": 9, "ok": True, "said": 1, "count": 0, "fds": 0},
+                {"answer": 10, "ok": False, "error": "not today", "fds": 0},
+            ]
+            link.notify(Seen(7))
+            assert _lines(theirs) == [{"answer": 0, "do": "seen", "number": 7, "fds": 0}]
+            link.close()
+
+    asyncio.run(work())
+
+
+def test_a_reply_without_its_fields() -> None:
+    async def work() -> None:
+        ours, theirs = socket.socketpair()
+        link = Link(ours, {}, lambda: None)
+        with theirs:
+            asked = asyncio.ensure_future(link.ask(Status()))
+            await asyncio.sleep(0)
+            theirs.sendall(b'{"answer": 1, "ok": true, "fds": 0}\n')
+            with pytest.raises(ProcessError, match="a reply that cannot be read"):
+                await asked
+            link.close()
+
+    asyncio.run(work())
+
+
+def test_a_child_of_format_1_is_told_to_drain_in_its_words() -> None:
+    told = translate_request(Drain(after=None, over=60.0))
+    assert told == Finish(linger=None, over=60.0)
+    assert isinstance(told, Finish)
+    assert told.translated() == Drain(after=None, over=60.0)
+    assert translate_request(Status()) == Status()

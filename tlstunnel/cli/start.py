@@ -25,8 +25,9 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning, try_child
+from tlstunnel.processes.fleet import Options
 from tlstunnel.processes.handover import Handover
-from tlstunnel.processes.parent import Options, Parent
+from tlstunnel.processes.parent import Parent
 from tlstunnel.processes.slots import Slots, passed
 from tlstunnel.program import set_process_name
 
@@ -84,9 +85,9 @@ def command(  # noqa: PLR0913 - the command's options
     style = log_format or config.log.format
     configure_logging(style)
     if handed is not None and handed.probe is not None:
-        wanted = Invocation(config_file, origin, handed.echo["port"] if handed.echo else None, cert, key, listen)
+        wanted = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen)
         _complete(wanted, config, tell=False)
-        given = tuple(map(ListenAddress.parse, handed.slots["passed"]))
+        given = tuple(map(ListenAddress.parse, handed.slots.passed))
         Slots.try_to_open(addresses_to_listen_on(wanted, config, given), handed.slots, OPTIONAL)
         asyncio.run(try_child(Beginning(wanted, text, config, style)))
         os.write(handed.probe, __version__.encode())

@@ -1,20 +1,27 @@
 """The embedded echo origin: what ``tlstunnel start`` tunnels to when no origin is given.
 
-It has a process of its own, so that it costs the tunnel's loop nothing, and which ends when its standard input does:
-that is, when the tunnel's process is gone, however that ended.
+It has a process of its own, so that it costs the tunnel's loop nothing. That process exits when its standard input
+ends: when the tunnel's parent is gone, however it ended.
 """
 
-import contextlib
 import os
-import signal
 import socket
-import time
-from collections.abc import Mapping
 from typing import Self
 
-from tlstunnel.program import PYTHON, module_command, module_environment
+import msgspec
 
-END_SECONDS = 5.0
+from tlstunnel.program import PYTHON, module_command, module_environment
+from tlstunnel.supervisor import wait_or_kill
+
+EXIT_SECONDS = 5.0
+
+
+class KeptEcho(msgspec.Struct, frozen=True):
+    """What is handed over by an upgrade: the port, the process, and the descriptor whose end ends it."""
+
+    port: int
+    pid: int
+    pipe: int
 
 
 class EchoOrigin:
@@ -43,22 +50,17 @@ class EchoOrigin:
             os.close(reading)
             return cls(listener.getsockname()[1], pid, writing)
 
-    def kept(self) -> dict[str, int]:
-        """What `restored` takes in the program that is executed next."""
-        return {"port": self.port, "pid": self._pid, "pipe": self._pipe}
+    def kept(self) -> KeptEcho:
+        """Return what `restored` takes in the program that is executed next."""
+        return KeptEcho(port=self.port, pid=self._pid, pipe=self._pipe)
 
     @classmethod
-    def restored(cls, kept: Mapping[str, int]) -> Self:
-        """The one that the program executed before has started."""
-        os.set_inheritable(kept["pipe"], False)
-        return cls(**kept)
+    def restored(cls, kept: KeptEcho) -> Self:
+        """Return the one that the program executed before this one has started."""
+        os.set_inheritable(kept.pipe, False)
+        return cls(kept.port, kept.pid, kept.pipe)
 
     def close(self) -> None:
-        """End the process and wait for it, at most 5 s."""
+        """End the process and wait for it; kill it after 5 s."""
         os.close(self._pipe)
-        deadline = time.monotonic() + END_SECONDS
-        with contextlib.suppress(ChildProcessError, ProcessLookupError):
-            while os.waitpid(self._pid, os.WNOHANG) == (0, 0):
-                if time.monotonic() > deadline:
-                    os.kill(self._pid, signal.SIGKILL)
-                time.sleep(0.005)
+        wait_or_kill(self._pid, EXIT_SECONDS)

@@ -1,4 +1,4 @@
-"""A child: one process that serves. It does what the parent says, and drains by itself once the parent is gone."""
+"""A child that serves. It does what the parent asks for, and drains by itself once the parent is gone."""
 
 import argparse
 import asyncio
@@ -9,8 +9,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import structlog
 
@@ -20,50 +18,56 @@ from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
-from tlstunnel.processes.link import FORMAT, Link
+from tlstunnel.processes import messages, previous
+from tlstunnel.processes.link import Link
 from tlstunnel.program import set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopted
 from tlstunnel.sockets.readiness import TunnelLoop
 
 STUCK_SECONDS = 1.0
-"""What threads have to end once nothing is served any more."""
+"""How long threads have to end once nothing is served."""
+
+FORMATS = (previous.FORMAT, messages.FORMAT)
+"""Of the parents whose children this program can be."""
 
 
-class Child:
-    """Answers the parent's requests with a `Service`."""
+class ServingProcess:
+    """Does with a `Service` what the parent asks for."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._link = Link(
             sock,
             {
-                "begin": self._begin,
-                "listeners": self._take,
-                "serve": self._serve,
-                "prepare": self._prepare,
-                "commit": self._commit,
-                "abandon": self._abandon,
-                "finish": self._finish,
-                "stop": self._stop,
-                "status": self._status,
+                messages.Begin: self._begin,
+                messages.Listeners: self._hold,
+                messages.Serve: self._serve,
+                messages.Prepare: self._prepare,
+                messages.Commit: self._commit,
+                messages.Abandon: self._abandon,
+                messages.Drain: self._drain,
+                messages.Stop: self._stop,
+                messages.Status: self._status,
+                previous.Finish: self._finish,
             },
             self._orphaned,
         )
         self._service: Service | None = None
         self._held: dict[int, Listener] = {}
-        self._done = asyncio.Event()
+        self._exit = asyncio.Event()
+        self._leaving: asyncio.Task[None] | None = None
         self._log = structlog.get_logger()
 
     async def run(self) -> None:
         """Serve until there is nothing left to serve and nothing more will come."""
         loop = asyncio.get_running_loop()
-        # The parent gets what a terminal or a person sends, and says what it means. To this one alone: it drains.
+        # What a terminal or a person sends is for the parent, which decides. SIGTERM to this process alone: it drains.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
         # In a terminal with `stty tostop` a line of the log would stop a process that is not in the foreground's group.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        await self._done.wait()
+        await self._exit.wait()
         if self._service is not None:
             await self._service.close()
         self._link.close()
@@ -74,71 +78,72 @@ class Child:
             raise ProcessError("this process has not begun")
         return self._service
 
-    async def _begin(self, request: Mapping[str, Any], _: list[int]) -> Mapping[str, Any]:
-        if request["format"] != FORMAT:
+    async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
+        if request.format not in FORMATS:
             raise ProcessError(
-                f"the package on disk, {__version__}, speaks another language ({FORMAT}) than the running tunnel"
-                f" ({request['format']}): it was replaced; run tlstunnel upgrade"
+                f"the package on disk, {__version__}, has link protocol {messages.FORMAT}, the running tunnel has"
+                f" {request.format}: it was replaced; run tlstunnel upgrade"
             )
-        set_process_name(request["name"])
-        configure_logging(request["log_format"])
-        invocation = Invocation.from_json(request["wanted"])
-        journal = Journal(opened=request["opened"])
-        self._service = await Service.begin(invocation, request["config"], journal, quiet=request["quiet"])
-        return {"version": __version__}
+        set_process_name(request.name)
+        configure_logging(request.log_format)
+        invocation = Invocation.from_json(request.wanted)
+        journal = Journal(opened=request.opened)
+        self._service = await Service.begin(invocation, request.config, journal, quiet=request.quiet)
+        return messages.Begun(version=__version__)
 
-    async def _take(self, request: Mapping[str, Any], descriptors: list[int]) -> Mapping[str, Any]:
-        for number, written, descriptor in zip(request["numbers"], request["written"], descriptors, strict=True):
+    async def _hold(self, request: messages.Listeners, descriptors: list[int]) -> messages.Done:
+        for number, written, descriptor in zip(request.numbers, request.written, descriptors, strict=True):
             self._held[number] = adopted(descriptor, ListenAddress.parse(written))
-        return {}
+        return messages.Done()
 
-    async def _serve(self, request: Mapping[str, Any], _: list[int]) -> Mapping[str, Any]:
-        """Accept at these from now on; those that are no longer `kept` are closed."""
-        for number in self._held.keys() - set(request["kept"]):
+    async def _serve(self, request: messages.Serve, _: list[int]) -> messages.Done:
+        for number in self._held.keys() - set(request.kept):
             self._serving.leave(self._held.pop(number))
-        self._serving.accept([self._held[number] for number in request["numbers"]])
-        return {}
+        self._serving.accept([self._held[number] for number in request.numbers])
+        return messages.Done()
 
-    async def _prepare(self, request: Mapping[str, Any], _: list[int]) -> Mapping[str, Any]:
-        return {"changes": await self._serving.prepare(request["config"])}
+    async def _prepare(self, request: messages.Prepare, _: list[int]) -> messages.Prepared:
+        return messages.Prepared(changes=await self._serving.prepare(request.config))
 
-    async def _commit(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
+    async def _commit(self, _: messages.Commit, __: list[int]) -> messages.Done:
         self._serving.commit()
-        return {}
+        return messages.Done()
 
-    async def _abandon(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
+    async def _abandon(self, _: messages.Abandon, __: list[int]) -> messages.Done:
         await self._serving.abandon()
-        return {}
+        return messages.Done()
 
-    async def _finish(self, request: Mapping[str, Any], _: list[int]) -> Mapping[str, Any]:
-        """Accept no more; end once there is no tunnel, or spread over `over` seconds after `linger` (None: never)."""
+    async def _finish(self, request: previous.Finish, descriptors: list[int]) -> messages.Done:
+        return await self._drain(request.translated(), descriptors)
+
+    async def _drain(self, request: messages.Drain, _: list[int]) -> messages.Done:
         self._leave_all()
-        self._end(request["linger"], request["over"])
-        return {}
+        self._end(request.after, request.over)
+        return messages.Done()
 
-    async def _stop(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
-        """End at once."""
+    async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
         self._leave_all()
-        self._done.set()
-        return {}
+        self._exit.set()
+        return messages.Done()
 
-    async def _status(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
-        return self._serving.status()
+    async def _status(self, _: messages.Status, __: list[int]) -> messages.Load:
+        return messages.Load(**self._serving.status())
 
     def _terminated(self) -> None:
         self._log.info("ending", signal="SIGTERM", process=os.getpid())
         # The parent has another take its place; what waits to be accepted is accepted here.
-        self._telling = asyncio.ensure_future(self._tell_of_leaving())
+        self._leaving = asyncio.ensure_future(self._report_leaving())
         self._leave_all()
         self._end(0.0, None)
 
-    async def _tell_of_leaving(self) -> None:
+    async def _report_leaving(self) -> None:
+        # A request and no notification, so that a parent of format 1 understands it.
         with contextlib.suppress(ProcessError):
-            await self._link.ask("leaving")
+            await self._link.ask(messages.Leaving())
 
     def _orphaned(self) -> None:
         if self._service is None:
-            return self._done.set()
+            return self._exit.set()
         if not self._service.ending:
             self._log.warning("the parent is gone: draining", process=os.getpid())
         self._leave_all()
@@ -152,10 +157,10 @@ class Child:
                 listener.close()
         self._held = {}
 
-    def _end(self, linger: float | None, over: float | None) -> None:
+    def _end(self, after: float | None, over: float | None) -> None:
         if self._service is None:
-            return self._done.set()
-        self._service.end(linger, over, self._done.set)
+            return self._exit.set()
+        self._service.end(after, over, self._exit.set)
 
 
 def main() -> None:
@@ -169,9 +174,9 @@ def main() -> None:
 
 
 def _leave() -> None:
-    """End, though a thread does not: the interpreter would wait for what an edge worker has left in one, for ever.
+    """Exit even if a thread does not end: the interpreter would wait without limit for what an edge worker left in one.
 
-    Daemons too: it waits for all threads of executors.
+    Daemon threads too: it waits for all threads of executors.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     others = [one for one in threading.enumerate() if one is not threading.current_thread()]
@@ -184,7 +189,7 @@ def _leave() -> None:
 
 
 async def _run(link: int) -> None:
-    await Child(socket.socket(fileno=link)).run()
+    await ServingProcess(socket.socket(fileno=link)).run()
 
 
 if __name__ == "__main__":

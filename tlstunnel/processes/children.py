@@ -1,157 +1,252 @@
-"""The children as the parent sees them: started, begun, known."""
+"""A child as the parent knows it: started, given what it serves, asked, and killed."""
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
-from tlstunnel.processes.link import FORMAT, MOST_FDS, Link
+from tlstunnel.processes import previous
+from tlstunnel.processes.link import MAX_FDS, Link
+from tlstunnel.processes.messages import (
+    FORMAT,
+    Begin,
+    Begun,
+    Done,
+    Drain,
+    Leaving,
+    Listeners,
+    Load,
+    Notification,
+    ReplyT,
+    Request,
+    Status,
+    Stop,
+)
 from tlstunnel.processes.slots import Slot
-from tlstunnel.processes.spawn import spawned
+from tlstunnel.processes.spawn import SERVING, spawn
+from tlstunnel.supervisor import ChildProcess
 
-TOLD_SECONDS = 5.0
-"""How long anybody waits for a child that is told something: 1 ms is usual, and one that hangs must not hold others."""
+REPLY_SECONDS = 5.0
+"""How long the parent waits for a reply: 1 ms is usual, and a child that hangs must not hold up the others."""
+
+ChildNotifications = Mapping[type[Notification], Callable[["Child", Any], None]]
+"""What takes the notifications of children, by their type."""
+
+
+class Role(Enum):
+    """What a child is for. The value is shown by ``tlstunnel status`` and handed over by an upgrade."""
+
+    SERVING = "serving"
+
+
+MODULES: Mapping[Role, str] = {Role.SERVING: SERVING}
+"""What the children of each role run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What a child begins with: `text` is the file's, of which `config` was made."""
+    """What a child begins with: `config` is made of `text`, that of the configuration file."""
 
     wanted: Invocation
     text: str | None
     config: Config
-    log_format: str
+    log_format: Literal["text", "json"]
+
+    def request(self, name: str, *, quiet: bool) -> Begin:
+        """Return the request that begins a child named `name`."""
+        return Begin(
+            format=FORMAT,
+            name=name,
+            wanted=self.wanted.as_json(),
+            config=self.text,
+            log_format=self.log_format,
+            opened=self.config.log.opened,
+            quiet=quiet,
+        )
+
+
+class Identity(msgspec.Struct):
+    """What is known of a child from its start on.
+
+    `place` counts the children of a role from 1, `generation` the programs that were executed in the parent's place;
+    `format` is that of the child's messages, `started` seconds since the epoch.
+    """
+
+    role: Role
+    place: int
+    generation: int
+    version: str = ""
+    format: int = FORMAT
+    started: float = msgspec.field(default_factory=time.time)
+
+
+class KeptChild(msgspec.Struct, frozen=True):
+    """A child as an upgrade hands it over: `link` is a descriptor."""
+
+    identity: Identity
+    pid: int
+    draining: bool
+    link: int
 
 
 class Child:
-    """A child as the parent knows it. `ended` gets its wait status, None if somebody else has waited for it."""
+    """A child and the link to it.
 
-    def __init__(self, pid: int, place: int, generation: int, sock: socket.socket) -> None:
-        self.pid = pid
-        self.place = place
-        self.generation = generation
-        self.version = ""
-        self.started = time.time()
+    `ready`: it could serve. `draining`: it accepts no more and exits with its last tunnel. `leaving` is set when it
+    was told by someone else to end.
+    """
+
+    def __init__(self, pid: int, identity: Identity, sock: socket.socket, notifications: ChildNotifications) -> None:
+        """Raises OSError: no descriptors are left."""
+        self.process = ChildProcess(pid)
+        self.identity = identity
         self.ready = False
-        self.finishing = False
-        self.ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.draining = False
         self.leaving = asyncio.Event()
-        self.link = Link(sock, {"leaving": self._leaves}, lambda: None)
-
-    def kept(self) -> dict[str, Any]:
-        """What `restored` takes in the program that is executed next."""
-        facts = {name: getattr(self, name) for name in ("pid", "place", "generation", "version", "started")}
-        return {**facts, "finishing": self.finishing, "link": self.link.sock.fileno()}
+        self.link = Link(
+            sock,
+            {Leaving: self._leaves},
+            lambda: None,
+            {type_: functools.partial(take, self) for type_, take in notifications.items()},
+        )
+        self.process.exited.add_done_callback(lambda _: self.link.close())
 
     @classmethod
-    def restored(cls, kept: Mapping[str, Any]) -> "Child":
-        """A child that the program executed before has started."""
-        os.set_inheritable(kept["link"], False)
-        child = cls(kept["pid"], kept["place"], kept["generation"], socket.socket(fileno=kept["link"]))
-        child.version, child.started, child.finishing = kept["version"], kept["started"], kept["finishing"]
+    def start(cls, role: Role, place: int, generation: int, notifications: ChildNotifications) -> "Child":
+        """Start a child in a process group of its own, so that Ctrl-C in a terminal reaches only the parent.
+
+        Raises OSError: out of processes, memory or descriptors.
+        """
+        pid, sock = spawn(MODULES[role], group=True)
+        try:
+            return cls(pid, Identity(role, place, generation), sock, notifications)
+        except OSError:
+            sock.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+
+    def kept(self) -> "KeptChild":
+        """Return what `restored` takes in the program that is executed next."""
+        return KeptChild(self.identity, self.pid, self.draining, self.link.sock.fileno())
+
+    @classmethod
+    def restored(cls, kept: "KeptChild", notifications: ChildNotifications) -> "Child":
+        """Return a child that the program executed before this one has started."""
+        os.set_inheritable(kept.link, False)
+        child = cls(kept.pid, kept.identity, socket.socket(fileno=kept.link), notifications)
+        child.draining = kept.draining
         child.ready = True
         return child
 
-    async def tell(self, do: str, **more: Any) -> None:
-        """Ask for what needs no answer, and wait for it a moment; one that has ended is told nothing."""
-        with contextlib.suppress(ProcessError):
-            await self.ask(do, TOLD_SECONDS, **more)
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self.process.pid
 
-    async def ask(self, do: str, seconds: float, **more: Any) -> dict[str, Any]:
-        """Ask, and wait for so long. Raises ProcessError: it refuses, has ended, or does not answer."""
+    @property
+    def exited(self) -> bool:
+        """Whether its process has ended."""
+        return self.process.exited.done()
+
+    @property
+    def state(self) -> str:
+        """What ``tlstunnel status`` shows."""
+        return "draining" if self.draining else "serving"
+
+    async def ask(self, request: Request[ReplyT], seconds: float = REPLY_SECONDS) -> ReplyT:
+        """Send a request and wait so long for the reply. Raises ProcessError: refused, ended or no reply in time."""
+        if self.identity.format == previous.FORMAT:
+            request = previous.translate_request(request)
         try:
             async with asyncio.timeout(seconds):
-                return await self.link.ask(do, **more)
+                return await self.link.ask(request)
         except TimeoutError:
-            raise ProcessError(f"process {self.pid} has not answered within {seconds:g} s") from None
+            raise ProcessError(f"process {self.pid} has not responded within {seconds:g} s") from None
 
-    async def _leaves(self, _: Mapping[str, Any], __: list[int]) -> Mapping[str, Any]:
-        """It was told by somebody else to end."""
-        self.finishing = True
-        self.leaving.set()
-        return {}
+    async def tell(self, request: Request[Done]) -> None:
+        """Send a request and wait a moment until it is done; a child that has ended, or refuses, is ignored."""
+        with contextlib.suppress(ProcessError):
+            await self.ask(request)
+
+    async def begin(self, beginning: Beginning) -> None:
+        """Have it load what it will serve, and wait until it could accept. Raises ProcessError."""
+        identity = self.identity
+        request = beginning.request(f"tlstunnel {identity.place} g{identity.generation}", quiet=identity.place != 1)
+        identity.version = (await self.link.ask(request)).version
+
+    async def hand(self, slots: list[Slot]) -> None:
+        """Give it these sockets, to accept from once it is told to. Raises ProcessError."""
+        for start in range(0, len(slots), MAX_FDS):
+            part = slots[start : start + MAX_FDS]
+            await self.link.ask(
+                Listeners(
+                    numbers=[slot.number for slot in part],
+                    written=[str(slot.listener.written) for slot in part],
+                ),
+                [slot.listener.sock.fileno() for slot in part],
+            )
+
+    async def drain(self, after: float | None, over: float | None) -> None:
+        """Have it accept no more and exit with its last tunnel: see `Drain`."""
+        self.draining = True
+        await self.tell(Drain(after=after, over=over))
+
+    async def stop(self) -> None:
+        """Have it end everything at once, with a record of each connection."""
+        await self.tell(Stop())
+
+    async def load(self) -> Load:
+        """Return what it has. Raises ProcessError."""
+        return await self.ask(Status())
 
     async def wait_until_missing(self) -> None:
-        """Wait until it has ended, or is about to."""
+        """Wait until it has ended or is about to."""
         leaving = asyncio.ensure_future(self.leaving.wait())
         try:
-            await asyncio.wait((leaving, self.ended), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((leaving, self.process.exited), return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
 
-    async def wait(self) -> int | None:
-        """Wait for its end; give what `ended` gets, which is not cancelled with whoever waits."""
-        return await asyncio.shield(self.ended)
-
     def kill(self) -> None:
-        """End it, whatever it does."""
-        if not self.ended.done():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        """Kill it, whatever it does."""
+        self.process.kill()
 
-    async def begin(self, beginning: Beginning) -> None:
-        """Wait until it could accept. Raises ProcessError."""
-        self.version = await _begun(
-            self.link, beginning, f"tlstunnel {self.place} g{self.generation}", quiet=self.place != 1
-        )
-
-    async def hand(self, slots: list[Slot]) -> None:
-        """Give it these sockets, to accept at when it is told. Raises ProcessError."""
-        for start in range(0, len(slots), MOST_FDS):
-            part = slots[start : start + MOST_FDS]
-            await self.link.ask(
-                "listeners",
-                [slot.listener.sock.fileno() for slot in part],
-                numbers=[slot.number for slot in part],
-                written=[str(slot.listener.written) for slot in part],
-            )
+    async def _leaves(self, _: Leaving, __: list[int]) -> Done:
+        self.draining = True
+        self.leaving.set()
+        return Done()
 
 
 async def try_child(beginning: Beginning) -> None:
     """Bring one child to where it could accept, and end it. Raises ProcessError."""
-    pid, sock = spawned(group=False)
+    pid, sock = spawn(SERVING, group=False)
+    process = ChildProcess(pid)
     link = Link(sock, {}, lambda: None)
     try:
-        await _begun(link, beginning, "tlstunnel probe", quiet=True)
-        await link.ask("stop")
+        begun: Begun = await link.ask(beginning.request("tlstunnel probe", quiet=True))
+        assert begun.version
+        await link.ask(Stop())
     finally:
         link.close()
-        await asyncio.to_thread(os.waitpid, pid, 0)
+        await process.wait()
 
 
-async def _begun(link: Link, beginning: Beginning, name: str, *, quiet: bool) -> str:
-    begun = await link.ask(
-        "begin",
-        format=FORMAT,
-        name=name,
-        wanted=beginning.wanted.as_json(),
-        config=beginning.text,
-        log_format=beginning.log_format,
-        opened=beginning.config.log.opened,
-        quiet=quiet,
-    )
-    return str(begun["version"])
-
-
-def described(status: int | None) -> str:
-    """How it ended, by its wait status."""
-    if status is None:
-        return "somebody else has waited for it"
-    code = os.waitstatus_to_exitcode(status)
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with {code}"
-
-
-def pss(pid: int) -> int | None:
-    """The share of memory that a process has, KiB: shared pages count by the number of those that share them."""
+def measure_pss(pid: int) -> int | None:
+    """Return the share of memory that a process has, KiB: a shared page counts by the number of those that share it."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,12 +1,11 @@
-"""The control socket: how the commands of a person reach a running tunnel.
+"""The control socket: how commands reach a running tunnel (`tlstunnel.processes.commands`).
 
 A Unix socket of mode 0600. A client sends one JSON object on a line, such as ``{"do": "reload"}``, and gets one back
-when the thing is done: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection ends.
+when it is done: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection ends.
 """
 
 import asyncio
 import contextlib
-import contextvars
 import difflib
 import fcntl
 import json
@@ -17,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import msgspec
 import structlog
 
 from tlstunnel.addresses import quoted
@@ -26,24 +26,31 @@ MAX_LINE = 65_536
 """Bytes of a request."""
 
 MAX_CLIENTS = 16
-"""At once. Whoever may connect is this user or root; this bounds mistakes."""
+"""At once. Only this user and root may connect; this bounds mistakes."""
 
 FIRST_LINE_SECONDS = 10.0
-"""How long a client may take to say what it wants."""
+"""How long a client may take to send its request."""
 
 LONGEST_PATH = 107
 """Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
 
-Handler = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""Does what is asked and gives what the answer holds beside ``ok``. Raises ControlError."""
+Handler = Callable[[Mapping[str, Any], int], Awaitable[Mapping[str, Any]]]
+"""Does what a request asks for, and returns what the response has beside ``ok``. Raises ControlError.
+
+The second argument is the descriptor of the client's socket: an upgrade leaves it to the next program to respond.
+"""
 
 
-CLIENT: contextvars.ContextVar[socket.socket | None] = contextvars.ContextVar("client", default=None)
-"""The socket of the client for which a handler runs: who is answered by the next program takes it there."""
+class KeptControl(msgspec.Struct, frozen=True):
+    """The control socket as an upgrade hands it over: its path, its descriptor and that of its lock."""
+
+    path: str
+    fd: int
+    lock: int
 
 
 def folder() -> Path:
-    """Where control sockets are when nobody says: systemd's folder, the user's, or the system's."""
+    """Return the default folder of control sockets: systemd's, the user's, or the system's."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(given.partition(":")[0])
     if given := os.environ.get("XDG_RUNTIME_DIR"):
@@ -52,26 +59,26 @@ def folder() -> Path:
 
 
 def default_path(port: int) -> Path:
-    """The socket of a tunnel whose first listener has this port (0: a Unix socket)."""
+    """Return the default path for a tunnel whose first listener has this port (0: a Unix socket)."""
     return folder() / f"control-{port}.sock"
 
 
 class ControlSocket:
-    """Listens on `path` and lets `handlers` answer, each under the word that ``do`` has."""
+    """Listens on `path`, and has a handler do what a client asks for: the one that has the name in ``do``."""
 
-    def __init__(self, path: Path, sock: socket.socket, lock: BinaryIO, handlers: Mapping[str, Handler]) -> None:
+    def __init__(self, path: Path, sock: socket.socket, lock: BinaryIO) -> None:
         self.path = path
         self._sock = sock
         self._lock = lock
-        self._handlers = handlers
+        self._handlers: Mapping[str, Handler] = {}
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._idle: set[asyncio.Task[None]] = set()
         self._own = path.stat().st_ino if path.exists() else 0
 
     @classmethod
-    def bind(cls, path: Path, handlers: Mapping[str, Handler]) -> Self:
-        """Make the socket's file, in the place of one that a dead tunnel has left. Raises ControlError."""
+    def bind(cls, path: Path) -> Self:
+        """Make the socket's file, in place of one that a dead tunnel has left. Raises ControlError."""
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise ControlError(f"{path}: longer than the {LONGEST_PATH} bytes of a socket's path; choose another")
         try:
@@ -83,12 +90,12 @@ class ControlSocket:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-                raise ControlError(f"{path}: there is a file of this name, which is no socket")
-            if _answers(path):
+                raise ControlError(f"{path}: this file exists and is not a socket")
+            if _listens(path):
                 # Of another program: a tunnel would hold the lock.
                 raise ControlError(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
-            return cls(path, _bound(path), lock, handlers)
+            return cls(path, _bind(path), lock)
         except BlockingIOError:
             lock.close()
             raise ControlError(f"{path}: another tunnel has this control socket; stop it, or choose another") from None
@@ -99,27 +106,27 @@ class ControlSocket:
             lock.close()
             raise
 
-    def kept(self) -> dict[str, Any]:
-        """What `adopted` takes in the program that is executed next."""
-        return {"path": str(self.path), "fd": self._sock.fileno(), "lock": self._lock.fileno()}
+    def kept(self) -> KeptControl:
+        """Return what `restored` takes in the program that is executed next."""
+        return KeptControl(path=str(self.path), fd=self._sock.fileno(), lock=self._lock.fileno())
 
     @classmethod
-    def adopted(cls, kept: Mapping[str, Any], handlers: Mapping[str, Handler]) -> Self:
-        """The socket and its lock as the program executed before had them."""
-        for name in ("fd", "lock"):
-            os.set_inheritable(kept[name], False)
-        sock = socket.socket(fileno=kept["fd"])
-        return cls(Path(kept["path"]), sock, os.fdopen(kept["lock"], "ab"), handlers)
+    def restored(cls, kept: KeptControl) -> Self:
+        """Return the socket and its lock as the program executed before this one had them."""
+        for fd in (kept.fd, kept.lock):
+            os.set_inheritable(fd, False)
+        return cls(Path(kept.path), socket.socket(fileno=kept.fd), os.fdopen(kept.lock, "ab"))
 
-    async def serve(self) -> None:
-        """Begin to answer."""
+    async def serve(self, handlers: Mapping[str, Handler]) -> None:
+        """Begin to respond."""
+        self._handlers = handlers
         self._server = await asyncio.start_unix_server(self._serve, sock=self._sock, limit=MAX_LINE)
 
     async def close(self) -> None:
-        """Stop answering; the file goes, if it is still this one's."""
+        """Stop responding; remove the file, if it is still this one's."""
         if self._server is not None:
             self._server.close()
-        # Who has asked for something gets its answer, who has not is not waited for.
+        # A client that has sent a request gets its response; one that has not is not waited for.
         for task in self._idle:
             task.cancel()
         if self._clients:
@@ -135,20 +142,19 @@ class ControlSocket:
         assert task is not None
         self._clients.add(task)
         self._idle.add(task)
-        CLIENT.set(writer.get_extra_info("socket"))
         try:
-            answer = await self._answer(reader, task)
-            writer.write(json.dumps(answer).encode() + b"\n")
+            response = await self._respond(reader, task, writer.get_extra_info("socket").fileno())
+            writer.write(json.dumps(response).encode() + b"\n")
             await asyncio.wait_for(writer.drain(), FIRST_LINE_SECONDS)
         except (OSError, TimeoutError, asyncio.CancelledError):
-            pass  # nobody is there any more
+            pass  # the client is gone
         finally:
             self._clients.discard(task)
             self._idle.discard(task)
             writer.close()
 
-    async def _answer(  # noqa: PLR0911 - each thing that can be wrong
-        self, reader: asyncio.StreamReader, task: "asyncio.Task[None]"
+    async def _respond(  # noqa: PLR0911 - each thing that can be wrong
+        self, reader: asyncio.StreamReader, task: "asyncio.Task[None]", client: int
     ) -> Mapping[str, Any]:
         if len(self._clients) > MAX_CLIENTS:
             return _failed(f"more than {MAX_CLIENTS} clients at once")
@@ -169,19 +175,19 @@ class ControlSocket:
             hint = f"did you mean {quoted(near[0])}?" if near else f"there are {', '.join(sorted(self._handlers))}"
             return _failed(f"cannot do {quoted(word)}; {hint}")
         try:
-            return {"ok": True, **await handler(request)}
+            return {"ok": True, **await handler(request, client)}
         except ControlError as error:
             return _failed(str(error))
         except Exception:
             structlog.get_logger().exception("command failed", command=word)
-            return _failed("a fault in the tunnel, which its log tells of")
+            return _failed("an internal error in the tunnel, which is in its log")
 
 
 def _failed(error: str) -> Mapping[str, Any]:
     return {"ok": False, "error": error}
 
 
-def _bound(path: Path) -> socket.socket:
+def _bind(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # On Linux the file gets the mode that the socket has, so there is no moment in which others may connect.
@@ -197,11 +203,11 @@ def _bound(path: Path) -> socket.socket:
 
 
 def find(control: Path | None) -> Path:
-    """The control socket of the tunnel that is meant: `control`, or the only one that answers. Raises ControlError."""
+    """Return `control`, or where it is None the only control socket of a running tunnel. Raises ControlError."""
     if control is not None:
         return control
     place = folder()
-    alive = [path for path in sorted(place.glob("control-*.sock")) if _answers(path)]
+    alive = [path for path in sorted(place.glob("control-*.sock")) if _listens(path)]
     if not alive:
         raise ControlError(f"no tunnel has a control socket in {place}; is it running? Name its socket with --control")
     if len(alive) > 1:
@@ -210,7 +216,7 @@ def find(control: Path | None) -> Path:
     return alive[0]
 
 
-def _answers(path: Path) -> bool:
+def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         try:
@@ -223,24 +229,24 @@ def _answers(path: Path) -> bool:
 
 
 def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request and wait, for as long as it takes, for the answer. Raises ControlError, also for a refusal."""
+    """Send a request and wait for the response, without a time limit. Raises ControlError, also for a refusal."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
-            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the answer says why
+            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the response says why
                 sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
         except OSError as error:
             raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
     if not line:
-        raise ControlError(f"{path}: the tunnel has ended without an answer")
+        raise ControlError(f"{path}: the tunnel ended without a response")
     try:
-        answer = json.loads(line)
+        response = json.loads(line)
     except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise ControlError(f"{path}: what answers there is no tunnel")
-    if not answer.get("ok"):
-        raise ControlError(str(answer.get("error")))
-    return answer
+        response = None
+    if not isinstance(response, dict):
+        raise ControlError(f"{path}: the program that listens there is not a tunnel")
+    if not response.get("ok"):
+        raise ControlError(str(response.get("error")))
+    return response

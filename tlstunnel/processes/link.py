@@ -1,8 +1,9 @@
-"""The link between the parent and a child: requests and answers, each a JSON object on a line, with descriptors.
+"""The link between the parent and a child: typed messages, each a JSON object on a line, with descriptors.
 
-A stream socket pair. A request is ``{"ask": NUMBER, "do": WORD, ...}``, its answer ``{"answer": NUMBER, "ok": true,
-...}`` or ``{"answer": NUMBER, "ok": false, "error": "..."}``; ``"fds"`` is how many descriptors came with it
-(SCM_RIGHTS). Both sides see the other's end, however it ends: the kernel closes the pair.
+A stream socket pair. A request is ``{"ask": NUMBER, "do": TAG, ...}``, its reply ``{"answer": NUMBER, "ok": true,
+...}`` or ``{"answer": NUMBER, "ok": false, "error": "..."}``; a notification is ``{"answer": 0, "do": TAG, ...}``, as
+no request has the number 0. ``"fds"`` is how many descriptors came along (SCM_RIGHTS). Both sides see the other's end,
+however it ends: the kernel closes the pair.
 """
 
 import asyncio
@@ -12,58 +13,81 @@ import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Union
 
+import msgspec
 import structlog
 
 from tlstunnel.errors import ProcessError, TlstunnelError
+from tlstunnel.processes.messages import Notification, Reply, ReplyT, Request
 
-FORMAT = 1
-"""Of what parent and child say to each other. A child of another one is refused."""
-
-MOST_FDS = 64
+MAX_FDS = 64
 """Descriptors in one message, below SCM_MAX_FD (253)."""
 
 _READ = 1 << 16
 
-Handler = Callable[[Mapping[str, Any], list[int]], Awaitable[Mapping[str, Any]]]
-"""Does what is asked, with the descriptors that came, and gives the answer. Raises TlstunnelError."""
+RequestHandler = Callable[[Any, list[int]], Awaitable[Reply]]
+"""Does what a request asks for, with the descriptors that came, and returns the reply. Raises TlstunnelError."""
+
+Requests = Mapping[type[Request[Any]], RequestHandler]
+"""What handles the requests of each type that a side takes."""
+
+Notifications = Mapping[type[Notification], Callable[[Any], None]]
+"""What takes the notifications of each type that a side knows."""
 
 
 class Link:
-    """One side. `handlers` answer what the other asks; `gone` is called once, when the other side has ended."""
+    """One side. `gone` is called once, when the other side has ended."""
 
-    def __init__(self, sock: socket.socket, handlers: Mapping[str, Handler], gone: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        requests: Requests,
+        gone: Callable[[], None],
+        notifications: Notifications | None = None,
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._handlers = handlers
         self._gone = gone
+        self._requests = _Types(requests)
+        self._notifications = _Types(notifications or {})
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
         self._descriptors: deque[int] = deque()
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
-        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._number = 0
-        self._beside: set[asyncio.Task[None]] = set()
+        self._handling: set[asyncio.Task[None]] = set()
         self._loop.add_reader(sock, self._read)
 
-    async def ask(self, do: str, descriptors: Sequence[int] = (), **more: Any) -> dict[str, Any]:
-        """Ask and wait for the answer, without a time limit. Raises ProcessError: refused, or the other side ended."""
+    async def ask(self, request: Request[ReplyT], descriptors: Sequence[int] = ()) -> ReplyT:
+        """Send a request and wait for its reply, without a time limit.
+
+        Raises ProcessError: it was refused, or the other side has ended.
+        """
         if self.closed:
             raise ProcessError("the process has ended")
         self._number = number = self._number + 1
-        answer = self._asked[number] = self._loop.create_future()
-        self._send({"ask": number, "do": do, **more}, descriptors)
+        reply = self._waiting[number] = self._loop.create_future()
+        self._send({"ask": number}, request, descriptors)
         try:
-            said: dict[str, Any] = await answer
+            received = await reply
         finally:
-            self._asked.pop(number, None)
-        if not said["ok"]:
-            raise ProcessError(said["error"])
-        return said
+            self._waiting.pop(number, None)
+        if not received["ok"]:
+            raise ProcessError(received["error"])
+        try:
+            return msgspec.convert(received, request.reply)  # type: ignore[return-value]  # the type that ReplyT is
+        except msgspec.ValidationError as error:
+            raise ProcessError(f"the process sent a reply that cannot be read: {error}") from None
+
+    def notify(self, notification: Notification) -> None:
+        """Send a notification; nothing is sent where the other side has ended."""
+        if not self.closed:
+            self._send({"answer": 0}, notification)
 
     def close(self) -> None:
-        """Say and hear no more."""
+        """Send and receive no more; requests that wait for their reply fail."""
         if self.closed:
             return
         self._loop.remove_reader(self.sock)
@@ -71,14 +95,13 @@ class Link:
         self.sock.close()
         for fd in self._descriptors:
             os.close(fd)
-        for answer in self._asked.values():
-            if not answer.done():
-                answer.set_exception(ProcessError("the process has ended"))
-
-    def release(self) -> None:
-        """Leave the socket as it is to whoever takes it over."""
-        self._loop.remove_reader(self.sock)
-        self._loop.remove_writer(self.sock)
+        for _, descriptors in self._unsent:
+            for fd in descriptors:
+                os.close(fd)
+        self._unsent.clear()
+        for reply in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(ProcessError("the process has ended"))
 
     @property
     def closed(self) -> bool:
@@ -87,13 +110,20 @@ class Link:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is half sent: then another program can take the socket over."""
+        """Whether no message is half sent or half received: then another program can take the socket over."""
         return not self._unsent and not self._received
 
-    def _send(self, message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    def _send(
+        self,
+        envelope: Mapping[str, Any],
+        message: Request[Any] | Reply | Notification | None = None,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        fields = msgspec.to_builtins(message) if message is not None else {}
         # Duplicates, since they may be closed here before they are sent.
         kept = [os.dup(fd) for fd in descriptors]
-        self._unsent.append((json.dumps({**message, "fds": len(kept)}).encode() + b"\n", kept))
+        # Not msgspec's encoder: paths may have lone surrogates, in place of bytes that are no UTF-8.
+        self._unsent.append((json.dumps({**envelope, **fields, "fds": len(kept)}).encode() + b"\n", kept))
         self._write()
 
     def _write(self) -> None:
@@ -116,7 +146,7 @@ class Link:
 
     def _read(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.sock, _READ, MOST_FDS)
+            data, descriptors, _, _ = socket.recv_fds(self.sock, _READ, MAX_FDS)
         except BlockingIOError:
             return
         except OSError:
@@ -130,34 +160,69 @@ class Link:
         while (end := self._received.find(b"\n")) >= 0:
             message = json.loads(self._received[:end])
             del self._received[: end + 1]
-            self._hear(message)
+            self._receive(message)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         descriptors = [self._descriptors.popleft() for _ in range(message["fds"])]
-        if "answer" in message:
-            # One that a parent before this one has asked for is nobody's.
-            answer = self._asked.get(message["answer"])
-            if answer is not None and not answer.done():
-                answer.set_result(message)
-            return
-        task = self._loop.create_task(self._do(message, descriptors))
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+        if "ask" in message:
+            task = self._loop.create_task(self._handle(message, descriptors))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
+        elif message["answer"] == 0:
+            self._take(message)
+        # No one waits for what a parent before this one has asked for.
+        elif (reply := self._waiting.get(message["answer"])) is not None and not reply.done():
+            reply.set_result(message)
 
-    async def _do(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        answer: dict[str, Any]
+    async def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        number = message["ask"]
         try:
-            answer = {"ok": True, **await self._handlers[message["do"]](message, descriptors)}
+            reply = await self._requests.call(message, descriptors)
         except TlstunnelError as error:
-            answer = {"ok": False, "error": str(error)}
+            self._refuse(number, str(error))
+        except msgspec.ValidationError as error:
+            self._refuse(number, f"this request cannot be read: {error}")
         except Exception as error:
-            structlog.get_logger().exception("request failed", request=message["do"])
-            answer = {"ok": False, "error": f"a fault, which the log tells of: {error!r}"}
+            structlog.get_logger().exception("request failed", request=message.get("do"))
+            self._refuse(number, f"an internal error, which is in the log: {error!r}")
+        else:
+            if not self.closed:
+                self._send({"answer": number, "ok": True}, reply)
+
+    def _refuse(self, number: int, error: str) -> None:
         if not self.closed:
-            self._send({"answer": message["ask"], **answer}, ())
+            self._send({"answer": number, "ok": False, "error": error})
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if not self._notifications.knows(message):
+            return  # of a later release
+        try:
+            self._notifications.call(message)
+        except Exception:
+            structlog.get_logger().exception("notification failed", notification=message["do"])
 
     def _end(self) -> None:
         if not self.closed:
             self.close()
             with contextlib.suppress(asyncio.CancelledError):
                 self._gone()
+
+
+class _Types:
+    """The types of messages that one side knows, and what handles each."""
+
+    def __init__(self, handlers: Mapping[Any, Callable[..., Any]]) -> None:
+        self._handlers = dict(handlers)
+        self._tags = {type_.__struct_config__.tag for type_ in handlers}
+        self._union: Any = Union[tuple(handlers)] if handlers else None  # noqa: UP007 - made of a tuple
+
+    def knows(self, message: Mapping[str, Any]) -> bool:
+        """Whether one of the types has the tag of `message`."""
+        return message.get("do") in self._tags
+
+    def call(self, message: Mapping[str, Any], *arguments: Any) -> Any:
+        """Call the handler of the message's type. Raises msgspec.ValidationError: it is of none of these."""
+        if self._union is None:
+            raise msgspec.ValidationError("none is taken here")
+        typed = msgspec.convert(message, self._union)
+        return self._handlers[type(typed)](typed, *arguments)

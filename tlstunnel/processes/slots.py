@@ -1,16 +1,16 @@
 """The listening sockets, which the parent holds for as long as it lives, and which child serves which.
 
 For each address that is listened on from the start there are as many sockets as processes, so that the kernel spreads
-the connections (SO_REUSEPORT). What waits at a socket that nobody serves waits until somebody does, and closing it
-would reset that (both seen): so every socket has a child at all times, and none is closed while its address is wanted.
+the connections (SO_REUSEPORT). A connection waits at a socket from which no child accepts, and closing that socket
+would reset it (both seen): so every socket has a child at all times, and none is closed while its address is wanted.
 """
 
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import structlog
 
 from tlstunnel.addresses import ListenAddress
@@ -23,10 +23,26 @@ FIRST_PASSED = 3
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One listening socket, under a number that parent and children know it by."""
+    """One listening socket, and the number by which the parent and its children call it."""
 
     number: int
     listener: Listener
+
+
+class KeptSlot(msgspec.Struct, frozen=True):
+    """A slot as an upgrade hands it over: its number, its descriptor, and the address as it was written."""
+
+    number: int
+    fd: int
+    written: str
+
+
+class KeptSlots(msgspec.Struct, frozen=True):
+    """All of them, the number that the last one has got, and the addresses given by socket activation."""
+
+    next: int
+    open: list[KeptSlot]
+    passed: list[str]
 
 
 class Slots:
@@ -42,15 +58,15 @@ class Slots:
 
     @property
     def passed(self) -> tuple[ListenAddress, ...]:
-        """What was given by socket activation."""
+        """The addresses that were given by socket activation."""
         return tuple(self._passed)
 
     def open(
         self, addresses: tuple[ListenAddress, ...], shares: int, optional: tuple[ListenAddress, ...] = ()
     ) -> dict[ListenAddress, list[Slot]]:
-        """Open those of `addresses` that are not open yet, with so many sockets each: all or none. Raises ListenError.
+        """Open those of `addresses` that are not open yet, with `shares` sockets each: all or none. Raises ListenError.
 
-        One of the `optional` of a family that this machine does not have is left out.
+        An `optional` address of a family that this machine does not have is left out.
         """
         opened: dict[ListenAddress, list[Slot]] = {}
         try:
@@ -74,13 +90,13 @@ class Slots:
         return opened
 
     def settle(self, opened: Mapping[ListenAddress, list[Slot]], wanted: tuple[ListenAddress, ...]) -> list[Slot]:
-        """Keep these and those of before that are wanted; give the others, which the caller closes."""
+        """Keep these, and those of before that are wanted; return the others, which the caller closes."""
         together = {**self._of, **opened}
         self._of = {address: slots for address, slots in together.items() if address in wanted}
         return [slot for address, slots in together.items() if address not in wanted for slot in slots]
 
     def forget(self, opened: Mapping[ListenAddress, list[Slot]]) -> None:
-        """Close what was opened and is not wanted after all."""
+        """Close what `open` has opened."""
         for slots in opened.values():
             for slot in slots:
                 slot.listener.remove()
@@ -96,7 +112,7 @@ class Slots:
         return Slot(self._next, listener)
 
     def assigned(self, children: Sequence[int]) -> dict[int, set[int]]:
-        """Which slots each of these serves. Every slot has at least one of them, every one of them at least one slot.
+        """Return the slots of each of these children. Every slot has at least one child, every child at least one slot.
 
         With as many children as an address has sockets, each has its own; a socket that is alone is shared by all.
         """
@@ -107,43 +123,41 @@ class Slots:
         return of
 
     @staticmethod
-    def try_to_open(
-        addresses: tuple[ListenAddress, ...], kept: Mapping[str, Any], optional: tuple[ListenAddress, ...]
-    ) -> None:
+    def try_to_open(addresses: tuple[ListenAddress, ...], kept: KeptSlots, optional: tuple[ListenAddress, ...]) -> None:
         """See whether those that are not `kept` could be opened, as a probe does. Raises ListenError."""
-        written = {one["written"] for one in kept["open"]}
+        written = {one.written for one in kept.open}
         slots = Slots()
         slots.forget(slots.open(tuple(one for one in addresses if str(one) not in written), 1, optional))
 
-    def kept(self) -> dict[str, Any]:
-        """What `restored` takes in the program that is executed next."""
-        return {
-            "next": self._next,
-            "open": [
-                {"number": slot.number, "fd": slot.listener.sock.fileno(), "written": str(address)}
+    def kept(self) -> KeptSlots:
+        """Return what `restored` takes in the program that is executed next."""
+        return KeptSlots(
+            next=self._next,
+            open=[
+                KeptSlot(number=slot.number, fd=slot.listener.sock.fileno(), written=str(address))
                 for address, slots in self._of.items()
                 for slot in slots
             ],
-            "passed": [str(address) for address in self._passed],
-        }
+            passed=[str(address) for address in self._passed],
+        )
 
     @classmethod
-    def restored(cls, kept: Mapping[str, Any]) -> "Slots":
-        """The slots that the program executed before has held. Raises ListenError."""
+    def restored(cls, kept: KeptSlots) -> "Slots":
+        """Return the slots that the program executed before this one has held. Raises ListenError."""
         slots = cls()
-        slots._next = kept["next"]
-        for one in kept["open"]:
-            written = ListenAddress.parse(one["written"])
-            os.set_inheritable(one["fd"], False)
-            slot = Slot(one["number"], adopted(one["fd"], written))
+        slots._next = kept.next
+        for one in kept.open:
+            written = ListenAddress.parse(one.written)
+            os.set_inheritable(one.fd, False)
+            slot = Slot(one.number, adopted(one.fd, written))
             slots._of.setdefault(written, []).append(slot)
-            if one["written"] in kept["passed"]:
+            if one.written in kept.passed:
                 slots._passed[written] = slot.listener
         return slots
 
 
 def passed() -> list[Listener]:
-    """The sockets of systemd's socket activation, none without it (sd_listen_fds(3)). Raises ListenError."""
+    """Return the sockets of systemd's socket activation, none without it (sd_listen_fds(3)). Raises ListenError."""
     count, process = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if process != str(os.getpid()) or not count.isdecimal():

@@ -12,27 +12,33 @@ import socket
 
 from tlstunnel.program import PYTHON, module_command, module_environment
 
+SERVING = "tlstunnel.processes.child"
+"""The module of the children that serve, the first of which is started ahead."""
+
 _ahead: list[tuple[int, socket.socket]] = []
 
 
 def start_ahead() -> None:
-    """Start one that `spawned` gives later; it ends with this process where nobody asks for it."""
-    with contextlib.suppress(OSError):  # then whoever asks for one is told
-        _ahead.append(_spawned(group=True))
+    """Start a serving child that `spawn` returns later; it ends with this process if it is not asked for."""
+    with contextlib.suppress(OSError):  # `spawn` raises it again
+        _ahead.append(_start(SERVING, group=True))
         atexit.register(_forget)
 
 
-def spawned(*, group: bool) -> tuple[int, socket.socket]:
-    """Start a child, in a process group of its own or not; give its pid and the link to it. Raises OSError."""
-    return _ahead.pop() if group and _ahead else _spawned(group=group)
+def spawn(module: str, *, group: bool) -> tuple[int, socket.socket]:
+    """Start a child that runs `module`, in a process group of its own or in this one's.
+
+    Return its pid and the link to it. Raises OSError.
+    """
+    return _ahead.pop() if module == SERVING and group and _ahead else _start(module, group=group)
 
 
-def _spawned(*, group: bool) -> tuple[int, socket.socket]:
+def _start(module: str, *, group: bool) -> tuple[int, socket.socket]:
     ours, theirs = socket.socketpair()
     try:
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
-            command = module_command("tlstunnel.processes.child", "--link", str(theirs.fileno()))
+            command = module_command(module, "--link", str(theirs.fileno()))
             if group:
                 pid = os.posix_spawn(PYTHON, command, module_environment(), setpgroup=0, setsigmask=())
             else:

@@ -1,0 +1,179 @@
+"""The commands that a running tunnel takes: typed requests and results, the same for every transport.
+
+The control socket is the one there is; its ``do`` names the command, and the fields of the result are those of its
+response (docs/cli.md).
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from tlstunnel import __version__
+from tlstunnel.errors import ControlError
+from tlstunnel.processes.children import Child, measure_pss
+from tlstunnel.processes.control import Handler
+from tlstunnel.processes.fleet import Fleet
+from tlstunnel.processes.messages import Load
+from tlstunnel.processes.rollout import Rollout
+from tlstunnel.processes.slots import Slots
+
+CommandT = TypeVar("CommandT", bound=msgspec.Struct)
+
+
+class ReloadCommand(msgspec.Struct, frozen=True):
+    """Read the configuration, the certificates and the lists again."""
+
+
+class ReloadResult(msgspec.Struct, frozen=True):
+    """What has changed, one line each."""
+
+    changes: list[str]
+
+
+class UpgradeCommand(msgspec.Struct, frozen=True):
+    """Go on with the code that is installed now. Its success is reported by that code."""
+
+
+class StatusCommand(msgspec.Struct, frozen=True):
+    """Report the processes."""
+
+
+class ProcessStatus(msgspec.Struct, frozen=True):
+    """One process that serves; `seconds` is its age, `pss_kib` its share of memory where that can be read."""
+
+    process: int
+    place: int
+    generation: int
+    version: str
+    seconds: float
+    state: Literal["serving", "draining"]
+    tunnels: int
+    handshakes: int
+    pss_kib: int | None
+
+
+class StatusResult(msgspec.Struct, frozen=True):
+    """The parent and the processes; `ending` is the signal that ends them, empty where none does."""
+
+    version: str
+    generation: int
+    process: int
+    ending: str
+    listening: list[str]
+    processes: list[ProcessStatus]
+    pss_kib: int | None
+
+
+class DrainCommand(msgspec.Struct, frozen=True):
+    """End all tunnels as ``[release]`` says, and the tunnel with them."""
+
+
+class StopCommand(msgspec.Struct, frozen=True):
+    """End all tunnels within seconds, and the tunnel with them."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """All tunnels have ended."""
+
+
+class Commands:
+    """Does what the commands ask for. `end` begins the end for a signal, `ended` is set once it is over."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        rollout: Rollout,
+        slots: Slots,
+        end: Callable[[signal.Signals], None],
+        ended: asyncio.Event,
+    ) -> None:
+        self._fleet = fleet
+        self._rollout = rollout
+        self._slots = slots
+        self._end = end
+        self._ended = ended
+
+    async def reload(self, _: ReloadCommand) -> ReloadResult:
+        """Raise ControlError: nothing was changed."""
+        return ReloadResult(changes=await self._rollout.reload())
+
+    async def upgrade(self, _: UpgradeCommand, client: int | None) -> None:
+        """Raise ControlError: nothing was changed. Does not return otherwise: the new code responds to `client`."""
+        await self._rollout.upgrade(client)
+
+    async def status(self, _: StatusCommand) -> StatusResult:
+        """Ask every process; one that does not respond is left out."""
+        now = time.time()
+        return StatusResult(
+            version=__version__,
+            generation=self._fleet.generation,
+            process=os.getpid(),
+            ending=self._fleet.ending,
+            listening=list(dict.fromkeys(str(slot.listener.address) for slot in self._slots)),
+            processes=[self._describe(child, load, now) for child, load in await self._fleet.loads()],
+            pss_kib=measure_pss(os.getpid()),
+        )
+
+    async def drain(self, _: DrainCommand) -> Ended:
+        """Wait until all have ended."""
+        self._end(signal.SIGTERM)
+        await self._ended.wait()
+        return Ended()
+
+    async def stop(self, _: StopCommand) -> Ended:
+        """Wait until all have ended."""
+        self._end(signal.SIGINT)
+        await self._ended.wait()
+        return Ended()
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return the commands as the control socket takes them, by their names."""
+
+        async def upgrade(request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
+            await self.upgrade(_parse(request, UpgradeCommand), client)
+            return {}
+
+        async def reload(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+            return _fields(await self.reload(_parse(request, ReloadCommand)))
+
+        async def status(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+            return _fields(await self.status(_parse(request, StatusCommand)))
+
+        async def drain(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+            return _fields(await self.drain(_parse(request, DrainCommand)))
+
+        async def stop(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+            return _fields(await self.stop(_parse(request, StopCommand)))
+
+        return {"reload": reload, "upgrade": upgrade, "status": status, "drain": drain, "stop": stop}
+
+    def _describe(self, child: Child, load: Load, now: float) -> ProcessStatus:
+        identity = child.identity
+        return ProcessStatus(
+            process=child.pid,
+            place=identity.place,
+            generation=identity.generation,
+            version=identity.version,
+            seconds=round(now - identity.started, 1),
+            state="draining" if child.draining or self._fleet.ending else "serving",
+            tunnels=load.tunnels,
+            handshakes=load.handshakes,
+            pss_kib=measure_pss(child.pid),
+        )
+
+
+def _parse(request: Mapping[str, Any], command: type[CommandT]) -> CommandT:
+    try:
+        return msgspec.convert(request, command)
+    except msgspec.ValidationError as error:
+        raise ControlError(f"this request cannot be read: {error}") from None
+
+
+def _fields(result: msgspec.Struct) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = msgspec.to_builtins(result)
+    return fields

@@ -1,0 +1,315 @@
+"""The children, by role: started, kept running, given their listening sockets, drained and ended."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from tlstunnel import __version__
+from tlstunnel.backoff import Backoff
+from tlstunnel.config import Config
+from tlstunnel.errors import ProcessError, TlstunnelError
+from tlstunnel.processes import cores
+from tlstunnel.processes.children import Beginning, Child, ChildNotifications, KeptChild, Role
+from tlstunnel.processes.messages import Load, Serve
+from tlstunnel.processes.slots import Slots
+from tlstunnel.supervisor import describe_exit, start_with_retries
+
+RESTARTS = Backoff(first=0.5, longest=30.0)
+"""Between starts of a child that keeps ending soon; the first restart is at once."""
+
+QUICK_SECONDS = 10.0
+"""A child that ends sooner than this after its start keeps ending soon."""
+
+KILL_SECONDS = 10.0
+"""What a child has to end, beyond all the time it was given, before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says beside what is served: None where it says nothing."""
+
+    control: Path | None = None
+    processes: int | Literal["auto"] | None = None
+
+    def count(self, config: Config) -> int:
+        """Return how many processes serve: as the command line says, else the file."""
+        wanted = config.processes if self.processes is None else self.processes
+        return cores.usable() if wanted == "auto" else wanted
+
+
+class Fleet:
+    """Keeps as many children of each role running as are wanted, until it is ended.
+
+    `beginning` is what they begin with; `generation` counts the programs executed in the parent's place; `ending` says
+    why no more are started, and is empty until then.
+    """
+
+    def __init__(
+        self,
+        beginning: Beginning,
+        slots: Slots,
+        options: Options,
+        generation: int,
+        notifications: ChildNotifications | None = None,
+    ) -> None:
+        self.beginning = beginning
+        self.generation = generation
+        self.ending = ""
+        self._slots = slots
+        self._options = options
+        self._notifications = notifications or {}
+        self._children: dict[int, Child] = {}
+        self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+        self._revision = 0
+        self._may_start = asyncio.Event()
+        self._may_start.set()
+        self._begun = generation > 1
+        self._log = structlog.get_logger()
+
+    def __iter__(self) -> Iterator[Child]:
+        """All that have not ended, of every role and generation."""
+        return iter([child for child in self._children.values() if not child.exited])
+
+    @property
+    def config(self) -> Config:
+        """The configuration that is served."""
+        return self.beginning.config
+
+    def count(self, role: Role = Role.SERVING) -> int:
+        """Return how many children of a role are wanted."""
+        match role:
+            case Role.SERVING:
+                return self._options.count(self.config)
+
+    def accepting(self) -> list[Child]:
+        """Return the children that accept connections, by place."""
+        found = [
+            child
+            for child in self
+            if child.identity.role is Role.SERVING
+            and child.identity.generation == self.generation
+            and child.ready
+            and not child.draining
+        ]
+        return sorted(found, key=lambda child: child.identity.place)
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def restore(self, kept: Iterable[KeptChild]) -> None:
+        """Take over the children that the program executed before this one has started."""
+        for one in kept:
+            self._add(Child.restored(one, self._notifications))
+
+    def start(self) -> list["asyncio.Future[None]"]:
+        """Start the children that are missing and keep them running from now on.
+
+        Each future is done once its child is ready, and fails with ProcessError where it cannot be started.
+        """
+        wanted = [(role, place) for role in Role for place in range(1, self.count(role) + 1)]
+        return [self._keep_at(*place) for place in wanted if place not in self._keepers or self._keepers[place].done()]
+
+    def has_begun(self) -> None:
+        """From now on, restart a child that ends before it was ready; until then the start fails as a whole."""
+        self._begun = True
+
+    def replace_beginning(self, text: str | None, config: Config) -> None:
+        """Start children with this configuration from now on."""
+        self.beginning = dataclasses.replace(self.beginning, text=text, config=config)
+        self._revision += 1
+
+    async def pause_starts(self) -> None:
+        """Start no children, and kill those that are not ready: they have never accepted."""
+        self._may_start.clear()
+        for child in self:
+            if not child.ready:
+                child.kill()
+                await child.process.wait()
+
+    def resume_starts(self) -> None:
+        """Start children again."""
+        self._may_start.set()
+
+    def _keep_at(self, role: Role, place: int) -> "asyncio.Future[None]":
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._keepers[role, place] = asyncio.ensure_future(self._keep(role, place, first))
+        return first
+
+    async def _keep(self, role: Role, place: int, first: "asyncio.Future[None]") -> None:
+        """Keep a child running at `place`; `first` is done once it is ready, or could not be started."""
+        delay = 0.0
+        restarted = False
+        while (child := await self._start_one(role, place, first)) is not None:
+            began = time.monotonic()
+            revision = self._revision
+            problem = await self._bring_up(child)
+            outdated = child.ready and first.done() and revision != self._revision
+            if outdated or not child.ready:
+                child.kill()
+            elif first.done():
+                await self.assign()
+            else:
+                first.set_result(None)  # all of them together are assigned by whoever waits
+            await child.wait_until_missing()
+            if child.leaving.is_set() and not self.ending:
+                await self.assign()
+                continue
+            code = await child.process.wait()
+            if not first.done():
+                first.set_exception(ProcessError(problem or f"a process ended at its start: {describe_exit(code)}"))
+            if self.ending or child.draining or not (self._begun or child.ready):
+                return
+            if outdated:
+                continue
+            seconds = time.monotonic() - began
+            if seconds >= QUICK_SECONDS:
+                delay = 0.0
+            elif restarted or problem:
+                delay = RESTARTS.after(delay)
+            restarted = True
+            self._log.error(
+                "process ended",
+                process=child.pid,
+                place=place,
+                why=problem or describe_exit(code),
+                seconds=round(seconds, 1),
+                again_in=delay,
+            )
+            await self.assign()
+            await asyncio.sleep(delay)
+
+    async def _start_one(self, role: Role, place: int, first: "asyncio.Future[None]") -> Child | None:
+        """Start a child as soon as that is possible; None when it is not wanted any more."""
+
+        async def start() -> Child | None:
+            await self._may_start.wait()
+            if self.ending or place > self.count(role):
+                return None
+            child = Child.start(role, place, self.generation, self._notifications)
+            self._add(child)
+            return child
+
+        def report(error: Exception, delay: float) -> None:
+            why = getattr(error, "strerror", None)
+            if not first.done():
+                first.set_exception(ProcessError(f"no process can be started: {why}"))
+            self._log.error("no process can be started", place=place, why=why, again_in=delay)
+
+        return await start_with_retries(start, RESTARTS, report, (OSError,))
+
+    async def _bring_up(self, child: Child) -> str:
+        """Have it load what it will serve; return what went wrong, empty where nothing did or its exit says more."""
+        try:
+            await child.begin(self.beginning)
+            if child.identity.version != __version__:
+                hint = "it was replaced on the disk: tlstunnel upgrade"
+                self._log.warning("another version", process=child.pid, version=child.identity.version, hint=hint)
+            await child.hand(list(self._slots))
+        except TlstunnelError as error:
+            child.kill()
+            return "" if child.link.closed else str(error)
+        child.ready = True
+        return ""
+
+    def _add(self, child: Child) -> None:
+        self._children[child.pid] = child
+        child.process.exited.add_done_callback(functools.partial(self._remove, child))
+
+    def _remove(self, child: Child, _: "asyncio.Future[int | None]") -> None:
+        del self._children[child.pid]
+        generation = child.identity.generation
+        if generation < self.generation or child.draining:
+            self._log.info("process finished", process=child.pid, generation=generation)
+
+    # --- while they run -----------------------------------------------------------------------------------------------
+
+    async def assign(self) -> None:
+        """Say which child accepts from which slot. A child takes a slot over before another one leaves it."""
+        children = self.accepting()
+        numbers = self._slots.assigned([child.pid for child in children])
+        kept = [slot.number for slot in self._slots]
+        await asyncio.gather(*(child.tell(Serve(kept=kept, numbers=sorted(numbers[child.pid]))) for child in children))
+
+    async def resize(self) -> None:
+        """Start children that are missing, and drain those that are too many: their slots go to the others."""
+        for start in self.start():
+            with contextlib.suppress(TlstunnelError):  # tried again, with a delay
+                await start
+        for child in self.accepting():
+            if child.identity.place > self.count():
+                child.draining = True
+                await self.assign()
+                await self.retire(child)
+
+    async def retire(self, child: Child) -> None:
+        """Drain a child as ``[release]`` says."""
+        release = self.config.release
+        after = release.drain_after
+        await child.drain(float(after) if after is not None else None, float(release.drain_over))
+
+    async def loads(self) -> list[tuple[Child, Load]]:
+        """Return what each child has, without those that do not respond."""
+        children = [child for child in self if child.ready]
+        loads = await asyncio.gather(*(child.load() for child in children), return_exceptions=True)
+        return [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
+
+    async def quiesce(self, seconds: float) -> None:
+        """Wait until no message is half sent. Raises ProcessError: a child has not taken one within so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not all(child.link.idle for child in self):  # noqa: ASYNC110 - for a moment, at an upgrade
+                    await asyncio.sleep(0.01)
+        for child in self:
+            if not child.link.idle:
+                raise ProcessError(f"process {child.pid} does not respond")
+
+    def kept(self) -> list[KeptChild]:
+        """Return what `restore` takes in the program that is executed next."""
+        return [child.kept() for child in self if child.ready]
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, over: float) -> None:
+        """End all children, their tunnels spread over so many seconds; return when they have exited, or are late."""
+        children = list(self)
+        for child in children:
+            if child.ready:
+                self._beside(child.drain(0.0, over))
+            else:
+                child.kill()  # has never accepted
+        if children:
+            longest = over + self.config.timeouts.close + KILL_SECONDS
+            await asyncio.wait([child.process.exited for child in children], timeout=longest)
+
+    async def end(self) -> None:
+        """End what is left: at once, but with a record of each connection where that is possible."""
+        self.ending = self.ending or "start failed"
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        children = list(self)
+        for child in children:
+            if child.ready:
+                self._beside(child.stop())
+            else:
+                child.kill()
+        if children:
+            await asyncio.wait([child.process.exited for child in children], timeout=KILL_SECONDS)
+            for child in children:
+                child.kill()
+            await asyncio.wait([child.process.exited for child in children])
+        for task in self._telling:
+            task.cancel()
+        await asyncio.gather(*self._telling, *self._keepers.values(), return_exceptions=True)
+
+    def _beside(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)

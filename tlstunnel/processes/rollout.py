@@ -1,0 +1,277 @@
+"""Changes of what runs, as named steps: the first start, a reload, an upgrade. One at a time.
+
+A step that can be undone says how before the next one begins; whatever fails, or is cancelled, undoes the steps before
+it in reverse order. So each change is made as a whole or not at all.
+
+    reload     read, prepare, open | switch, commit
+    upgrade    read, probe, quiesce, execute | (the next program:) restore, start, retire
+
+What comes before the bar can be undone, and what follows does not fail.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from tlstunnel import __version__
+from tlstunnel.addresses import ListenAddress
+from tlstunnel.config import Config, read
+from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, addresses_to_listen_on
+from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
+from tlstunnel.origins.embedded import EchoOrigin
+from tlstunnel.processes import handover
+from tlstunnel.processes.children import REPLY_SECONDS, Child
+from tlstunnel.processes.control import ControlSocket
+from tlstunnel.processes.fleet import Fleet
+from tlstunnel.processes.handover import Handover
+from tlstunnel.processes.messages import Abandon, Commit, Prepare, Prepared
+from tlstunnel.processes.notify import Notify
+from tlstunnel.processes.slots import Slot, Slots
+
+PREPARE_SECONDS = 120.0
+"""What a child has to load a new configuration: ten thousand sites take 2 s."""
+
+MAX_LOGGED = 50
+"""Changes of a reload that are logged one by one."""
+
+POLL_SECONDS = 0.5
+"""Between looks at whether a new child accepts, where the first ones of an upgrade could not be started."""
+
+OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
+"""What is left out on a machine without IPv6."""
+
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
+"""Signals that wait while another program is executed. SIGCHLD is for programs of format 1, which handle it."""
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """A configuration that was read, and the addresses that it listens on."""
+
+    text: str | None
+    config: Config
+    addresses: tuple[ListenAddress, ...]
+
+
+class Rollout:
+    """Makes the changes. `before` is what the program executed before this one has left, None at the first start."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - all that a change touches
+        self,
+        fleet: Fleet,
+        slots: Slots,
+        control: ControlSocket | None,
+        echo: EchoOrigin | None,
+        before: Handover | None,
+        notify: Notify,
+    ) -> None:
+        self._fleet = fleet
+        self._slots = slots
+        self._control = control
+        self._echo = echo
+        self._before = before
+        self._notify = notify
+        self._changing = asyncio.Lock()
+        self._retiring: asyncio.Task[None] | None = None
+        self._responded = False
+        self._started = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    # --- the start ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the children, and retire those of the program before. Raises ProcessError, at a first start only."""
+        try:
+            await self._start()
+        finally:
+            self._started.set()
+        self._fleet.has_begun()
+
+    async def _start(self) -> None:
+        async with self._changing:
+            old = list(self._fleet)
+            starts = self._fleet.start()
+            try:
+                await asyncio.gather(*starts)
+            except TlstunnelError as error:
+                if self._before is None:
+                    raise
+                # The old children go on; each of the new ones is tried again.
+                self._log.error("upgrade: the new processes do not start", reason=str(error))
+                reason = f"the new processes do not start, the old ones serve: {error}"
+                self._respond({"ok": False, "error": reason})
+                await asyncio.wait(starts)
+                self._retiring = asyncio.ensure_future(self._retire_when_possible(old))
+            else:
+                await self._retire(old)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        if self._retiring is not None:
+            self._retiring.cancel()
+            await asyncio.gather(self._retiring, return_exceptions=True)
+
+    async def _retire(self, old: Iterable[Child]) -> None:
+        """Have the new children accept, and drain the old ones."""
+        await self._fleet.assign()
+        for child in old:
+            if not child.draining:
+                await self._fleet.retire(child)
+        if self._before is not None:
+            facts = {"version": __version__, "before": self._before.version, "generation": self._fleet.generation}
+            self._log.info("upgraded", **facts)
+            self._respond({"ok": True, **facts})
+
+    async def _retire_when_possible(self, old: Iterable[Child]) -> None:
+        while not self._fleet.accepting():  # noqa: ASYNC110 - rare, and nothing waits for it
+            await asyncio.sleep(POLL_SECONDS)
+        await self._retire(old)
+
+    def _respond(self, response: Mapping[str, Any]) -> None:
+        """Respond to the client that asked the program before for the upgrade, once."""
+        if self._before is not None and not self._responded:
+            self._responded = True
+            self._before.respond(response)
+
+    def notify_ready(self) -> None:
+        """Tell the service manager that a start or a change is over."""
+        count = self._fleet.count()
+        processes = f"{count} process{'es' if count > 1 else ''}"
+        self._notify.ready(f"{__version__}, generation {self._fleet.generation}, {processes}")
+
+    # --- a reload -----------------------------------------------------------------------------------------------------
+
+    async def reload(self) -> list[str]:
+        """Read everything again, in every child, and switch to it; return what has changed, one line each.
+
+        Raises ControlError: nothing was changed.
+        """
+        await self._started.wait()
+        async with self._changing, self._reported("not reloaded"):
+            self._refuse_if_ending()
+            new = await self._read()
+            async with AsyncExitStack() as undo:
+                children = self._fleet.accepting()
+                changes = await self._prepare(new, children, undo)
+                self._refuse_if_ending()
+                opened = self._open(new, undo)
+                undo.pop_all()
+            added = self._switch(new, opened)
+            await self._commit(children, added)
+            self._log.info("reloaded", changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
+            for slot in added:
+                self._log.info("listening", address=str(slot.listener.address))
+            return changes
+
+    async def _read(self) -> New:
+        """Read the file. Raises ConfigurationError."""
+        wanted = self._fleet.beginning.wanted
+        text = self._read_text()
+        config = await asyncio.to_thread(wanted.configuration, text)
+        return New(text, config, addresses_to_listen_on(wanted, config, self._slots.passed))
+
+    def _read_text(self) -> str | None:
+        file = self._fleet.beginning.wanted.file
+        return read(file) if file is not None else None
+
+    async def _prepare(self, new: New, children: Sequence[Child], undo: AsyncExitStack) -> list[str]:
+        """Have every child load it beside what it serves; return what is different. Raises ProcessError."""
+        undo.push_async_callback(self._abandon, children)
+        request = Prepare(config=new.text)
+        replies = await asyncio.gather(
+            *(child.ask(request, PREPARE_SECONDS) for child in children), return_exceptions=True
+        )
+        for child, reply in zip(children, replies, strict=True):
+            # One that has ended meanwhile is started again, with the new configuration.
+            if isinstance(reply, BaseException) and not child.exited and not child.link.closed:
+                raise reply
+        return next((reply.changes for reply in replies if isinstance(reply, Prepared)), [])
+
+    async def _abandon(self, children: Iterable[Child]) -> None:
+        await asyncio.gather(*(child.tell(Abandon()) for child in children))
+
+    def _open(self, new: New, undo: AsyncExitStack) -> dict[ListenAddress, list[Slot]]:
+        """Open the listeners that are new. Raises ListenError."""
+        opened = self._slots.open(new.addresses, 1, OPTIONAL)
+        undo.callback(self._slots.forget, opened)
+        return opened
+
+    def _switch(self, new: New, opened: Mapping[ListenAddress, list[Slot]]) -> list[Slot]:
+        """Let it be what is served; return the listeners that are new."""
+        gone = self._slots.settle(opened, new.addresses)
+        self._fleet.replace_beginning(new.text, new.config)
+        for slot in gone:
+            slot.listener.remove()
+        return [slot for slots in opened.values() for slot in slots]
+
+    async def _commit(self, children: Iterable[Child], added: list[Slot]) -> None:
+        """Have the children serve it, as many of them as it says."""
+        for child in children:
+            with contextlib.suppress(ProcessError):
+                await child.hand(added)
+                await child.tell(Commit())
+        await self._fleet.resize()
+        await self._fleet.assign()
+
+    # --- an upgrade ---------------------------------------------------------------------------------------------------
+
+    async def upgrade(self, client: int | None) -> None:
+        """Execute the new code in this process's place, and do not return; `client` is responded to by it.
+
+        Raises ControlError: nothing was changed.
+        """
+        if self._changing.locked() or not self._started.is_set():
+            raise ControlError("nothing was changed: a reload or an upgrade is under way; try again when it is done")
+        async with self._changing, self._reported("not upgraded"):
+            self._refuse_if_ending()
+            text = self._read_text()
+            seconds = float(self._fleet.config.release.upgrade_timeout)
+            format_ = await handover.probe(self._handover(client, text), seconds)
+            self._refuse_if_ending()
+            async with AsyncExitStack() as undo:
+                await self._quiesce(undo)
+                handover.execute(self._handover(client, text), format_, HANDLED)
+
+    async def _quiesce(self, undo: AsyncExitStack) -> None:
+        """Bring the children to rest: none is being started, and no message is half sent. Raises ProcessError."""
+        await self._fleet.quiesce(REPLY_SECONDS)
+        undo.callback(self._fleet.resume_starts)
+        await self._fleet.pause_starts()
+
+    def _handover(self, client: int | None, text: str | None) -> Handover:
+        return Handover(
+            version=__version__,
+            generation=self._fleet.generation,
+            slots=self._slots.kept(),
+            children=self._fleet.kept(),
+            control_socket=self._control.kept() if self._control else None,
+            echo=self._echo.kept() if self._echo else None,
+            client=client,
+            config=text,
+        )
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _reported(self, event: str) -> AsyncIterator[None]:
+        """Tell the service manager of a change, and log where it fails. Raises ControlError."""
+        self._notify.reloading()
+        try:
+            yield
+        except TlstunnelError as error:
+            reason = str(error) if isinstance(error, ControlError) else f"nothing was changed: {error}"
+            self._log.warning(event, reason=reason)
+            raise ControlError(reason) from None
+        finally:
+            self.notify_ready()
+
+    def _refuse_if_ending(self) -> None:
+        if self._fleet.ending:
+            raise ControlError(f"nothing was changed: the tunnel is ending ({self._fleet.ending})")
