@@ -56,6 +56,8 @@ class Traffic:
         self._every = every
         self._context = client_context(tunnel)
         self._gate = asyncio.Semaphore(AT_ONCE)
+        self._over = asyncio.Event()
+        self._beside: list[asyncio.Task[None]] = []
 
     async def opened(self) -> Numbered:
         """One more, of which nobody here keeps count. Raises ConnectionError, AssertionError."""
@@ -72,30 +74,34 @@ class Traffic:
         Between any two calls some have come and gone. Fails where one tunnel ends, or one handshake does not succeed.
         """
         self.tunnels = await asyncio.gather(*(self.opened() for _ in range(tunnels)))
-        over = asyncio.Event()
-        beside = [asyncio.ensure_future(self._talk(one, over)) for one in self.tunnels]
-        beside += [asyncio.ensure_future(self._arrive(over)) for _ in range(4)]
+        self._beside = [asyncio.ensure_future(self._talk(one)) for one in self.tunnels]
+        self._beside += [asyncio.ensure_future(self._arrive()) for _ in range(4)]
         for number in range(times):
             before = self.come_and_gone
             await asyncio.to_thread(change, number)
-            while self.come_and_gone == before and not any(task.done() for task in beside):
+            while self.come_and_gone == before and not any(task.done() for task in self._beside):
                 await asyncio.sleep(0.01)
-        over.set()
-        await asyncio.gather(*beside)
+        self._over.set()
+        await asyncio.gather(*self._beside)
         await asyncio.gather(*(one.exchange() for one in self.tunnels))
         assert min(one.exchanged for one in self.tunnels) >= 2
+
+    async def keep_one_more(self) -> None:
+        """Open one more, meanwhile, that exchanges messages until all of them do no longer."""
+        self.tunnels.append(await self.opened())
+        self._beside.append(asyncio.ensure_future(self._talk(self.tunnels[-1])))
 
     async def close(self) -> None:
         """End all that are kept."""
         await asyncio.gather(*(one.close() for one in self.tunnels))
 
-    async def _talk(self, one: Numbered, over: asyncio.Event) -> None:
-        while not over.is_set():
+    async def _talk(self, one: Numbered) -> None:
+        while not self._over.is_set():
             await one.exchange()
             await asyncio.sleep(self._every)
 
-    async def _arrive(self, over: asyncio.Event) -> None:
-        while not over.is_set():
+    async def _arrive(self) -> None:
+        while not self._over.is_set():
             fresh = await self.opened()
             await fresh.exchange()
             await fresh.close()

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,10 +34,20 @@ class Versions:
             text, count = re.subn('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
             assert count == 1
             init.write_text(text)
+        self.choose(version)
+        return package
+
+    def install_wheel(self, wheel: Path, version: str) -> None:
+        """Unpack a wheel and make it the current one, as ``pip install --no-deps --target`` does."""
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(self._folder / version)
+        self.choose(version)
+
+    def choose(self, version: str) -> None:
+        """Point the link at one that is installed, in one step."""
         new = self._folder / "new"
         new.symlink_to(version)
         new.replace(self._folder / "current")
-        return package
 
     def remove(self, version: str) -> None:
         """Delete it from the disk."""

@@ -1,0 +1,133 @@
+"""A release can be upgraded from the one before it, and taken back: no connection is lost either way."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Certificate, Tunnel, WebsocketsOrigin, eventually
+from tests.promises.firewalled import policy
+from tests.promises.numbered import Traffic
+from tests.promises.versions import Versions, upgraded
+from tlstunnel.processes.messages import FORMAT
+from tlstunnel.processes.previous import FORMAT as PREVIOUS
+
+WHEELS = sorted(Path(__file__).parent.parent.joinpath("versions").glob("*.whl"))
+
+TUNNELS = 20
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[WebsocketsOrigin]:
+    with WebsocketsOrigin() as origin:
+        yield origin
+
+
+@pytest.fixture(params=WHEELS, ids=lambda wheel: wheel.name.split("-py3")[0])
+def versions(tmp_path: Path, request: pytest.FixtureRequest) -> Versions:
+    """The earlier release, as ``previous``, is the current one; the present code is ``present``."""
+    versions = Versions(tmp_path / "versions")
+    versions.install("present")
+    versions.install_wheel(request.param, "previous")
+    return versions
+
+
+def _generations(tunnel: Tunnel) -> dict[int, int]:
+    """How many tunnels each generation has."""
+    found: dict[int, int] = {}
+    for one in tunnel.status()["processes"]:
+        found[one["generation"]] = found.get(one["generation"], 0) + one["tunnels"]
+    return found
+
+
+def test_the_wheel_has_the_previous_format() -> None:
+    assert FORMAT == PREVIOUS + 1
+    assert WHEELS
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_to_the_present_code_and_back_and_again(
+    origin: WebsocketsOrigin, certificate: Certificate, versions: Versions, processes: int
+) -> None:
+    """Tunnels of every generation exchange numbered messages, and clients come and go, all along."""
+    changes = ["present", "previous", "present"]
+    with Tunnel(
+        origin.address,
+        certificate,
+        arguments=("--processes", str(processes)),
+        settings='[release]\ndrain_over = "1s"\n',
+        environment=versions.environment,
+        measured=True,
+    ) as tunnel:
+        parent = tunnel.parent
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            loop = asyncio.get_running_loop()
+
+            def change(number: int) -> None:
+                versions.choose(changes[number])
+                assert upgraded(tunnel).endswith(f"generation {number + 2}")
+                asyncio.run_coroutine_threadsafe(traffic.keep_one_more(), loop).result(60)
+
+            await traffic.through(TUNNELS, len(changes), change)
+            assert _generations(tunnel) == {1: TUNNELS, 2: 1, 3: 1, 4: 1}
+            await traffic.close()
+
+        asyncio.run(run())
+        eventually(lambda: len(tunnel.pids) == processes)
+        assert tunnel.parent == parent
+        assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
+
+
+def test_processes_of_the_earlier_release_are_drained_by_the_present_code(
+    origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
+) -> None:
+    """Their tunnels end when the present code is told to end, and when theirs have lingered."""
+    with Tunnel(
+        origin.address,
+        certificate,
+        settings='[release]\ndrain_over = "1s"\n',
+        environment=versions.environment,
+        measured=True,
+    ) as tunnel:
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            first = await traffic.opened()
+            versions.choose("present")
+            await asyncio.to_thread(upgraded, tunnel)
+            second = await traffic.opened()
+            assert _generations(tunnel) == {1: 1, 2: 1}
+            states = {one["generation"]: one["state"] for one in tunnel.status()["processes"]}
+            assert states == {1: "draining", 2: "serving"}
+            await asyncio.gather(first.exchange(), second.exchange())
+            await asyncio.to_thread(tunnel.told, "drain")
+            for one in (first, second):
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                    await one.exchange()
+
+        asyncio.run(run())
+        assert tunnel.wait() == 0
+
+
+def test_reload_after_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
+    """The present code reloads beside processes of the earlier release, which it leaves alone."""
+    text = policy(origin.address, certificate)
+    with Tunnel(None, certificate, config=text, environment=versions.environment, measured=True) as tunnel:
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            one = await traffic.opened()
+            versions.choose("present")
+            await asyncio.to_thread(upgraded, tunnel)
+            changes = await asyncio.to_thread(tunnel.reload, f"processes = 2\n{text}")
+            assert changes == ["processes: changed"]
+            await one.exchange()
+            await traffic.close()
+            await one.close()
+
+        asyncio.run(run())
+        eventually(lambda: len(tunnel.pids) == 2)
