@@ -55,11 +55,11 @@ def find_lines(text: str, paths: Sequence[KeyPath]) -> list[int]:
     return [next(known[path[:end]] for end in range(len(path), -1, -1) if path[:end] in known) for path in paths]
 
 
-_TOKEN = re.compile(
+# Not compiled here: every start imports this, and only an error needs it.
+_LEXEME = (
     r'''(?P<string>"""(?:\\.|[^\\])*?"{3,5}|"(?:\\.|[^"\\\n])*"|'''
     r"""'''.*?'{3,5}|'[^'\n]*')"""
-    r"|(?P<mark>[\[\]{},=.\n])|(?P<space>[ \t\r]+|#[^\n]*)|(?P<bare>[^\s\[\]{},=.#\"']+)",
-    re.DOTALL,
+    r"|(?P<mark>[\[\]{},=.\n])|(?P<space>[ \t\r]+|#[^\n]*)|(?P<bare>[^\s\[\]{},=.#\"']+)"
 )
 _END = ("", "end", 0)
 
@@ -164,7 +164,7 @@ class _Positions:
 def _tokenize(text: str) -> Iterator[tuple[str, str, int]]:
     """Yield the text, the kind and the line of each token."""
     line = 1
-    for match in _TOKEN.finditer(text):
+    for match in re.finditer(_LEXEME, text, re.DOTALL):
         if match.lastgroup != "space":
             yield match[0], match.lastgroup or "", line
         line += match[0].count("\n")
