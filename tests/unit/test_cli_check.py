@@ -24,7 +24,8 @@ from websockets.sync.server import ServerConnection, serve
 from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.describe import CertificateFacts
-from tlstunnel.check import steps as probe
+from tlstunnel.check.results import CloseResult, DnsResult, HandshakeResult, PingResult, Step, TcpResult, TlsResult
+from tlstunnel.check.results import Result as CheckResult
 from tlstunnel.cli import check
 from tlstunnel.errors import CertificateError, TlstunnelError
 
@@ -169,24 +170,24 @@ def test_nothing_of_the_servers_reaches_the_terminal_raw() -> None:
     now = datetime.now(UTC)
     day = timedelta(days=1)
     leaf = CertificateFacts("", "CN=a", (), now - day, now + day, "1", "2", "ECDSA P-256", is_ca=False)
-    found: list[probe.Facts | None] = [
-        probe.DnsFacts("a.example"),
-        probe.TcpFacts("1.2.3.4:5", (("[::1]:5", "connection refused"),)),
-        probe.TlsFacts(),
-        probe.TlsFacts("TLSv1.3", "X", None, HOSTILE, (leaf,), 2),
-        probe.HandshakeFacts(101, HOSTILE, ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE, HOSTILE, HOSTILE),
-        probe.HandshakeFacts(403, HOSTILE, ((HOSTILE, HOSTILE),), body=HOSTILE),
-        probe.PingFacts(0.001),
-        probe.CloseFacts(1000, HOSTILE),
+    found: list[CheckResult | None] = [
+        DnsResult("a.example"),
+        TcpResult("1.2.3.4:5", (("[::1]:5", "connection refused"),)),
+        TlsResult(),
+        TlsResult("TLSv1.3", "X", None, HOSTILE, (leaf,), 2),
+        HandshakeResult(101, HOSTILE, ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE, HOSTILE, HOSTILE),
+        HandshakeResult(403, HOSTILE, ((HOSTILE, HOSTILE),), body=HOSTILE),
+        PingResult(0.001),
+        CloseResult(1000, HOSTILE),
         None,
     ]
     for facts in found:
         for error in (None, "why"):
-            lines = list(check._lines(probe.Step("step", 0.1, facts, error)))
+            lines = list(check._lines(Step("step", 0.1, facts, error)))
             assert lines
             assert all(line.isprintable() for line in lines), lines
-    assert json.dumps(check._object(probe.Step("step", 0.1, found[4], None))).isprintable()
-    shown = list(check._lines(probe.Step("tls", 0.1, found[3], None)))
+    assert json.dumps(check._object(Step("step", 0.1, found[4], None))).isprintable()
+    shown = list(check._lines(Step("tls", 0.1, found[3], None)))
     assert shown[1].strip() == "no subject; 0 days left; ECDSA P-256; by CN=a"
     assert shown[2].strip() == "certificates that cannot be decoded: 2"
 

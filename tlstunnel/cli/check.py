@@ -13,7 +13,18 @@ from rich.console import Console
 from rich.text import Text
 
 from tlstunnel.certificates.describe import CertificateFacts
-from tlstunnel.check import steps as probe
+from tlstunnel.check.results import (
+    CloseResult,
+    DnsResult,
+    HandshakeResult,
+    PingResult,
+    Result,
+    Step,
+    TcpResult,
+    TlsResult,
+)
+from tlstunnel.check.steps import run
+from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_field
 from tlstunnel.errors import TlstunnelError
 from tlstunnel.escaping import printable
 
@@ -36,7 +47,7 @@ def _checked(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Para
 
 
 def _fields(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple(map(probe.parse_field, texts))
+    return tuple(map(parse_field, texts))
 
 
 def _seconds(seconds: float) -> float:
@@ -46,7 +57,7 @@ def _seconds(seconds: float) -> float:
 
 
 @click.command()
-@click.argument("target", metavar="URL", callback=_checked(probe.Target.parse))
+@click.argument("target", metavar="URL", callback=_checked(Target.parse))
 @click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust the certificates in PEM, only those.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option(
@@ -62,7 +73,7 @@ def _seconds(seconds: float) -> float:
     "subprotocols",
     multiple=True,
     metavar="NAME",
-    callback=_checked(probe.check_subprotocols),
+    callback=_checked(check_subprotocols),
     help="Ask for a subprotocol; may be repeated, the preferred one first.",
 )
 @click.option(
@@ -76,7 +87,7 @@ def _seconds(seconds: float) -> float:
 )
 def command(  # noqa: PLR0913 (an argument an option)
     *,
-    target: probe.Target,
+    target: Target,
     ca: Path | None,
     as_json: bool,
     fields: tuple[tuple[str, str], ...],
@@ -87,7 +98,7 @@ def command(  # noqa: PLR0913 (an argument an option)
 
     DNS, TCP, TLS, the handshake, a ping and its pong, a clean close. Where one fails: which, and why; exit status 1.
     """
-    steps = probe.probe(target, probe.Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
+    steps = run(target, Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
     if as_json:
         done = list(steps)
         click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_object(step) for step in done]}))
@@ -110,10 +121,10 @@ def _writer() -> Callable[[str, str], None]:
     return lambda line, style: console.print(Text(line, style), soft_wrap=True)
 
 
-def _object(step: probe.Step) -> dict[str, Any]:
-    found = {} if step.facts is None else asdict(step.facts)
-    if isinstance(step.facts, probe.TlsFacts):
-        found["chain"] = [_certificate_object(certificate) for certificate in step.facts.chain]
+def _object(step: Step) -> dict[str, Any]:
+    found = {} if step.result is None else asdict(step.result)
+    if isinstance(step.result, TlsResult):
+        found["chain"] = [_certificate_object(certificate) for certificate in step.result.chain]
     error = {} if step.ok else {"error": step.error}
     return {"step": step.name, "ok": step.ok, "seconds": round(step.seconds, 6)} | error | found
 
@@ -123,34 +134,34 @@ def _certificate_object(certificate: CertificateFacts) -> dict[str, Any]:
     return asdict(certificate) | times | {"days_left": certificate.days_left(datetime.now(UTC))}
 
 
-def _lines(step: probe.Step) -> Iterator[str]:
-    first, *more = _described(step.facts) or [""]
+def _lines(step: Step) -> Iterator[str]:
+    first, *more = _described(step.result) or [""]
     text = first if step.ok else f"failed; {first}" if first else "failed"
     yield f"{step.name:<{_LABEL}}{text:<{_TEXT}} {step.seconds * 1000:>8.1f} ms"
     for line in more:
         yield " " * _LABEL + line
 
 
-def _described(found: probe.Facts | None) -> list[str]:
+def _described(found: Result | None) -> list[str]:
     """Say what was found: the line of the step, then those below it. Everything from the server is escaped."""
     lines: list[str] = []
     match found:
-        case probe.DnsFacts(host, addresses):
+        case DnsResult(host, addresses):
             lines = [f"{host} -> {', '.join(addresses) or 'nothing'}"]
-        case probe.TcpFacts(address, failed):
+        case TcpResult(address, failed):
             lines = [address or "no address took the connection", *(f"{other}: {why}" for other, why in failed)]
-        case probe.TlsFacts():
+        case TlsResult():
             lines = _tls(found)
-        case probe.HandshakeFacts():
+        case HandshakeResult():
             lines = _handshake(found)
-        case probe.PingFacts(round_trip):
+        case PingResult(round_trip):
             lines = [f"pong after {round_trip * 1000:.1f} ms"]
-        case probe.CloseFacts(code, reason):
+        case CloseResult(code, reason):
             lines = [f"{code} {printable(reason)}".rstrip()]
     return lines
 
 
-def _tls(found: probe.TlsFacts) -> list[str]:
+def _tls(found: TlsResult) -> list[str]:
     agreed = " ".join(each for each in (found.version, found.cipher, found.group) if each)
     lines = [f"{agreed or 'nothing agreed'}, ALPN {printable(found.alpn) if found.alpn else 'none'}"]
     now = datetime.now(UTC)
@@ -165,7 +176,7 @@ def _tls(found: probe.TlsFacts) -> list[str]:
     return lines
 
 
-def _handshake(found: probe.HandshakeFacts) -> list[str]:
+def _handshake(found: HandshakeResult) -> list[str]:
     lines = [
         f"{found.status} {printable(found.reason)}".rstrip(),
         *(f"{printable(name)}: {printable(value)}" for name, value in found.fields),

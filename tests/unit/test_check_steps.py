@@ -1,4 +1,4 @@
-"""The probe against real servers: a good one, and TLS servers that go wrong in every step."""
+"""The check against real servers: a good one, and TLS servers that go wrong in every step."""
 
 import base64
 import contextlib
@@ -31,9 +31,14 @@ from websockets.sync.server import ServerConnection, serve
 
 from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
-from tlstunnel.check import steps as probe
+from tlstunnel.check.results import CloseResult, DnsResult, HandshakeResult, PingResult, Step, TcpResult, TlsResult
+from tlstunnel.check.steps import MAX_BODY, run
+from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_field
+from tlstunnel.check.wire import sent_chain
+from tlstunnel.check.words import explain_distrust
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
+from tlstunnel.tls.server_hello import find_group
 
 Handler = Callable[[Any], None]
 
@@ -42,12 +47,12 @@ SWITCH = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: 
 
 @pytest.fixture(scope="module")
 def issued(tmp_path_factory: pytest.TempPathFactory) -> issue.Issued:
-    return issue.create([], tmp_path_factory.mktemp("probe"))
+    return issue.create([], tmp_path_factory.mktemp("check"))
 
 
 @pytest.fixture(scope="module")
-def trust(issued: issue.Issued) -> probe.Trust:
-    return probe.Trust.of(issued.ca)
+def trust(issued: issue.Issued) -> Trust:
+    return Trust.of(issued.ca)
 
 
 def server_context(cert: Path, key: Path) -> ssl.SSLContext:
@@ -86,11 +91,11 @@ def serving(handler: Handler, context: ssl.SSLContext | None = None, host: str =
         assert not thread.is_alive()
 
 
-def steps(port: int, trust: probe.Trust, host: str = "localhost", **options: Any) -> list[probe.Step]:
-    return list(probe.probe(probe.Target.parse(f"wss://{host}:{port}/path?q=1"), trust, **options))
+def steps(port: int, trust: Trust, host: str = "localhost", **options: Any) -> list[Step]:
+    return list(run(Target.parse(f"wss://{host}:{port}/path?q=1"), trust, **options))
 
 
-def failure(found: Sequence[probe.Step]) -> tuple[str, str]:
+def failure(found: Sequence[Step]) -> tuple[str, str]:
     """The failed step's name and reason; the ones before it went well."""
     assert all(step.ok for step in found[:-1])
     assert found[-1].error is not None, found
@@ -173,7 +178,7 @@ def good_server(issued: issue.Issued) -> Iterator[int]:
         thread.join(10)
 
 
-def test_every_step_of_a_good_server(good_server: int, trust: probe.Trust) -> None:
+def test_every_step_of_a_good_server(good_server: int, trust: Trust) -> None:
     started = time.perf_counter()
     found = steps(good_server, trust, subprotocols=["chat", "none.such"])
     assert [(step.name, step.error) for step in found] == [
@@ -185,28 +190,28 @@ def test_every_step_of_a_good_server(good_server: int, trust: probe.Trust) -> No
         ("close", None),
     ]
     assert 0 < sum(step.seconds for step in found) < time.perf_counter() - started
-    dns, tcp, tls, handshake, ping, close = (step.facts for step in found)
-    assert isinstance(dns, probe.DnsFacts)
+    dns, tcp, tls, handshake, ping, close = (step.result for step in found)
+    assert isinstance(dns, DnsResult)
     assert "127.0.0.1" in dns.addresses
-    assert isinstance(tcp, probe.TcpFacts)
+    assert isinstance(tcp, TcpResult)
     assert tcp.address == f"127.0.0.1:{good_server}"
-    assert isinstance(tls, probe.TlsFacts)
+    assert isinstance(tls, TlsResult)
     assert (tls.version, tls.group, tls.alpn, tls.unreadable) == ("TLSv1.3", PREFERRED_GROUP, "http/1.1", 0)
     assert tls.cipher is not None
     assert tls.cipher.startswith("TLS_")
     assert [certificate.is_ca for certificate in tls.chain] == [False, True]
     assert tls.chain[0].names == ("localhost", "127.0.0.1", "::1")
-    assert isinstance(handshake, probe.HandshakeFacts)
+    assert isinstance(handshake, HandshakeResult)
     assert (handshake.status, handshake.reason, handshake.subprotocol) == (101, "Switching Protocols", "chat")
     assert handshake.extensions is not None
     assert handshake.extensions.startswith("permessage-deflate")
     assert ("Upgrade", "websocket") in handshake.fields
-    assert isinstance(ping, probe.PingFacts)
+    assert isinstance(ping, PingResult)
     assert 0 < ping.round_trip <= found[4].seconds
-    assert close == probe.CloseFacts(1000, "")
+    assert close == CloseResult(1000, "")
 
 
-def test_an_abandoned_probe_closes_its_connection(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_an_abandoned_check_closes_its_connection(issued: issue.Issued, trust: Trust) -> None:
     gone = threading.Event()
 
     def handler(connection: Any) -> None:
@@ -216,9 +221,9 @@ def test_an_abandoned_probe_closes_its_connection(issued: issue.Issued, trust: p
             gone.set()
 
     with serving(handler, server_context(issued.cert, issued.key)) as port:
-        run = probe.probe(probe.Target.parse(f"wss://localhost:{port}"), trust)
-        assert [next(run).name for _ in range(3)] == ["dns", "tcp", "tls"]
-        run.close()  # type: ignore[attr-defined]  # a generator, though the annotation promises less
+        found = run(Target.parse(f"wss://localhost:{port}"), trust)
+        assert [next(found).name for _ in range(3)] == ["dns", "tcp", "tls"]
+        found.close()  # type: ignore[attr-defined]  # a generator, though the annotation promises less
         assert gone.wait(10)
 
 
@@ -230,7 +235,7 @@ def test_an_abandoned_probe_closes_its_connection(issued: issue.Issued, trust: p
         (ssl.TLSVersion.TLSv1_2, "secp384r1", "secp384r1"),
     ],
 )
-def test_the_group(issued: issue.Issued, trust: probe.Trust, version: ssl.TLSVersion, curve: str, name: str) -> None:
+def test_the_group(issued: issue.Issued, trust: Trust, version: ssl.TLSVersion, curve: str, name: str) -> None:
     context = server_context(issued.cert, issued.key)
     context.minimum_version = context.maximum_version = version
     try:
@@ -239,12 +244,12 @@ def test_the_group(issued: issue.Issued, trust: probe.Trust, version: ssl.TLSVer
         pytest.skip(f"this Python knows no curve {curve} to choose")  # 3.11.2
     with serving(answering(b""), context) as port:
         found = steps(port, trust)
-    assert isinstance(found[2].facts, probe.TlsFacts)
-    assert found[2].facts.group == name
+    assert isinstance(found[2].result, TlsResult)
+    assert found[2].result.group == name
     assert failure(found)[0] == "handshake"
 
 
-def test_ipv6_literals_and_a_request_with_own_fields(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_ipv6_literals_and_a_request_with_own_fields(issued: issue.Issued, trust: Trust) -> None:
     requests: list[bytes] = []
 
     def handler(connection: Any) -> None:
@@ -263,7 +268,7 @@ def test_ipv6_literals_and_a_request_with_own_fields(issued: issue.Issued, trust
     assert b"Host: other.example" in requests[1]
 
 
-def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: Trust) -> None:
     heard: list[tuple[int, bytes]] = []
     deflated = zlib.compressobj(wbits=-15)
     message = deflated.compress(b"squeezed") + deflated.flush(zlib.Z_SYNC_FLUSH)[:-4]
@@ -288,9 +293,9 @@ def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: p
 
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust)
-    assert found[-1].facts == probe.CloseFacts(1005, "")
-    assert isinstance(found[3].facts, probe.HandshakeFacts)
-    assert found[3].facts.request_id == "abc"
+    assert found[-1].result == CloseResult(1005, "")
+    assert isinstance(found[3].result, HandshakeResult)
+    assert found[3].result.request_id == "abc"
     assert sorted(opcode for opcode, _ in heard) == [8, 9, 10]
     assert (10, b"are you there") in heard
     assert (8, b"\x03\xe8") in heard
@@ -299,15 +304,15 @@ def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: p
 # --- DNS and TCP
 
 
-def test_a_name_that_is_none(trust: probe.Trust) -> None:
+def test_a_name_that_is_none(trust: Trust) -> None:
     found = steps(443, trust, host="no-such-name.invalid")
     name, reason = failure(found)
     assert name == "dns"
     assert reason.startswith("no-such-name.invalid: ")
-    assert found[0].facts == probe.DnsFacts("no-such-name.invalid")
+    assert found[0].result == DnsResult("no-such-name.invalid")
 
 
-def test_words_for_what_the_resolver_says(monkeypatch: pytest.MonkeyPatch, trust: probe.Trust) -> None:
+def test_words_for_what_the_resolver_says(monkeypatch: pytest.MonkeyPatch, trust: Trust) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -315,7 +320,7 @@ def test_words_for_what_the_resolver_says(monkeypatch: pytest.MonkeyPatch, trust
     assert failure(steps(443, trust)) == ("dns", "localhost: name not found")
 
 
-def test_a_resolver_that_is_silent(monkeypatch: pytest.MonkeyPatch, trust: probe.Trust) -> None:
+def test_a_resolver_that_is_silent(monkeypatch: pytest.MonkeyPatch, trust: Trust) -> None:
     enough = threading.Event()
 
     def silent(*_: Any, **__: Any) -> None:
@@ -333,28 +338,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_a_refused_port(trust: probe.Trust) -> None:
+def test_a_refused_port(trust: Trust) -> None:
     port = free_port()
     found = steps(port, trust, host="127.0.0.1")
     assert failure(found) == ("tcp", f"127.0.0.1:{port}: connection refused; is it running on that port?")
-    assert isinstance(found[-1].facts, probe.TcpFacts)
-    assert found[-1].facts.address is None
+    assert isinstance(found[-1].result, TcpResult)
+    assert found[-1].result.address is None
 
 
-def test_the_next_address_is_tried(good_server: int, monkeypatch: pytest.MonkeyPatch, trust: probe.Trust) -> None:
+def test_the_next_address_is_tried(good_server: int, monkeypatch: pytest.MonkeyPatch, trust: Trust) -> None:
     def two(_host: str, port: int, **_: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     found = steps(good_server, trust, subprotocols=["chat"])
-    assert found[1].facts == probe.TcpFacts(
+    assert found[1].result == TcpResult(
         f"127.0.0.1:{good_server}",
         ((f"127.0.0.2:{good_server}", "connection refused; is it running on that port?"),),
     )
     assert len(found) == 6
 
 
-def test_a_port_that_drops_connections(trust: probe.Trust) -> None:
+def test_a_port_that_drops_connections(trust: Trust) -> None:
     # Linux drops SYNs to a listener whose queue is full.
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
@@ -417,19 +422,19 @@ def test_a_certificate_that_does_not_fit(
     ca = issue.create([], tmp_path).ca
     context = server_context(*signed(tmp_path, "leaf", names, begins, ends))
     with serving(until_gone, context) as port:
-        found = steps(port, probe.Trust.of(ca))
+        found = steps(port, Trust.of(ca))
     assert failure(found)[0] == "tls"
     assert failure(found)[1].startswith(reason)
     # What the server sent is told all the same.
-    assert isinstance(found[-1].facts, probe.TlsFacts)
-    assert found[-1].facts.version == "TLSv1.3"
-    assert [certificate.names for certificate in found[-1].facts.chain] == [tuple(names)]
+    assert isinstance(found[-1].result, TlsResult)
+    assert found[-1].result.version == "TLSv1.3"
+    assert [certificate.names for certificate in found[-1].result.chain] == [tuple(names)]
 
 
 def test_an_authority_that_is_not_trusted(issued: issue.Issued, tmp_path: Path) -> None:
     with serving(until_gone, server_context(issued.cert, issued.key)) as port:
-        system = failure(steps(port, probe.Trust.of(None)))
-        other = failure(steps(port, probe.Trust.of(issue.create([], tmp_path).ca)))
+        system = failure(steps(port, Trust.of(None)))
+        other = failure(steps(port, Trust.of(issue.create([], tmp_path).ca)))
     assert system[0] == other[0] == "tls"
     assert re.fullmatch(
         "certificate not trusted: self-signed certificate in chain; pass --ca with the certificate of CN=tlstunnel.*",
@@ -446,9 +451,9 @@ def test_a_missing_issuer_and_a_self_signed_leaf(tmp_path: Path) -> None:
     ca = issue.create([], tmp_path).ca
     leaf, key = signed(tmp_path, "leaf", ["localhost"], -DAY, DAY)
     with serving(until_gone, server_context(leaf, key)) as port:
-        missing = failure(steps(port, probe.Trust.of(None)))
+        missing = failure(steps(port, Trust.of(None)))
     with serving(until_gone, server_context(ca, tmp_path / "ca-key.pem")) as port:
-        alone = failure(steps(port, probe.Trust.of(None)))
+        alone = failure(steps(port, Trust.of(None)))
     assert missing[1].startswith("certificate not trusted: its issuer is unknown")
     assert "pass --ca with the certificate of CN=tlstunnel test CA" in missing[1]
     assert alone[1].startswith("certificate not trusted: it is self-signed; pass --ca")
@@ -456,7 +461,7 @@ def test_a_missing_issuer_and_a_self_signed_leaf(tmp_path: Path) -> None:
 
 def test_a_certificate_refused_for_another_reason(tmp_path: Path) -> None:
     ca = issue.create([], tmp_path).ca
-    trust = probe.Trust.of(ca)
+    trust = Trust.of(ca)
     trust.context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     with serving(until_gone, server_context(*signed(tmp_path, "leaf", ["localhost"], -DAY, DAY))) as port:
         assert failure(steps(port, trust)) == ("tls", "certificate not trusted: unable to get certificate CRL")
@@ -473,21 +478,21 @@ def test_the_chain_of_an_untrusted_server_that_is_gone(issued: issue.Issued) -> 
                 until_gone(secured)
 
     with serving(once) as port:
-        found = steps(port, probe.Trust.of(None))
+        found = steps(port, Trust.of(None))
     assert failure(found)[1] == (
         "certificate not trusted: self-signed certificate in chain; pass --ca with the certificate of its authority "
         "(a second connection, to fetch the chain, failed)"
     )
-    assert found[-1].facts == probe.TlsFacts()
+    assert found[-1].result == TlsResult()
 
 
 def test_expired_without_a_chain() -> None:
     error = ssl.SSLCertVerificationError()
     error.verify_code, error.verify_message = 10, "certificate has expired"
-    assert probe._distrust(error, (), "a.example", None) == "certificate expired"
+    assert explain_distrust(error, (), "a.example", None) == "certificate expired"
 
 
-def test_alerts_have_names(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_alerts_have_names(issued: issue.Issued, trust: Trust) -> None:
     context = server_context(issued.cert, issued.key)
     context.sni_callback = lambda *_: ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
     with serving(until_gone, context) as port:
@@ -500,7 +505,7 @@ def test_alerts_have_names(issued: issue.Issued, trust: probe.Trust) -> None:
         assert failure(steps(port, trust)) == ("tls", "TLS alert access_denied")
 
 
-def test_a_client_certificate_is_asked_for(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_a_client_certificate_is_asked_for(issued: issue.Issued, trust: Trust) -> None:
     context = server_context(issued.cert, issued.key)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(issued.ca)
@@ -511,7 +516,7 @@ def test_a_client_certificate_is_asked_for(issued: issue.Issued, trust: probe.Tr
     assert "certificate_required: the server asks for a client certificate" in reason
 
 
-def test_plain_http_and_other_protocols(trust: probe.Trust) -> None:
+def test_plain_http_and_other_protocols(trust: Trust) -> None:
     def http(connection: Any) -> None:
         connection.recv(4096)
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
@@ -535,7 +540,7 @@ def test_plain_http_and_other_protocols(trust: probe.Trust) -> None:
         assert failure(steps(port, trust)) == ("tls", "TLS error: unexpected message")
 
 
-def test_a_connection_closed_or_reset_or_silent_in_the_tls_handshake(trust: probe.Trust) -> None:
+def test_a_connection_closed_or_reset_or_silent_in_the_tls_handshake(trust: Trust) -> None:
     def close(connection: Any) -> None:
         connection.recv(4096)
 
@@ -572,15 +577,15 @@ def test_a_connection_closed_or_reset_or_silent_in_the_tls_handshake(trust: prob
         (b"HTTP/1.1 500 Oh\r\nContent-Length: 9000\r\n\r\n" + b"x" * 9000, "500 Oh: " + "x" * 1024),
     ],
 )
-def test_refusals(issued: issue.Issued, trust: probe.Trust, answer: bytes, reason: str) -> None:
+def test_refusals(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
     with serving(answering(answer), server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust)
     assert failure(found) == ("handshake", f"the server answered {reason}")
-    assert isinstance(found[-1].facts, probe.HandshakeFacts)
-    assert len(found[-1].facts.body) <= probe.MAX_BODY
+    assert isinstance(found[-1].result, HandshakeResult)
+    assert len(found[-1].result.body) <= MAX_BODY
 
 
-def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: Trust) -> None:
     def handler(connection: Any) -> None:
         head(connection)
         connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nwait")
@@ -599,14 +604,14 @@ def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: probe.Tr
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, "the answer's head does not end within 65536 bytes"),
     ],
 )
-def test_answers_that_are_none(issued: issue.Issued, trust: probe.Trust, answer: bytes, reason: str) -> None:
+def test_answers_that_are_none(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
     with serving(answering(answer), server_context(issued.cert, issued.key)) as port:
         name, why = failure(steps(port, trust))
     assert name == "handshake"
     assert why.startswith(reason)
 
 
-def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: Trust) -> None:
     def endless(connection: Any) -> None:
         head(connection)
         connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n")
@@ -668,7 +673,7 @@ def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: probe.T
         ),
     ],
 )
-def test_a_101_that_is_none(issued: issue.Issued, trust: probe.Trust, fields: str, reason: str) -> None:
+def test_a_101_that_is_none(issued: issue.Issued, trust: Trust, fields: str, reason: str) -> None:
     def handler(connection: Any) -> None:
         answer = fields.replace("{token}", token(head(connection)))
         connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\n{answer}\r\n".encode())
@@ -677,10 +682,10 @@ def test_a_101_that_is_none(issued: issue.Issued, trust: probe.Trust, fields: st
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust, subprotocols=["chat"])
     assert failure(found) == ("handshake", f"101, but {reason}")
-    assert isinstance(found[-1].facts, probe.HandshakeFacts)
+    assert isinstance(found[-1].result, HandshakeResult)
 
 
-def test_a_reset_after_the_request(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_a_reset_after_the_request(issued: issue.Issued, trust: Trust) -> None:
     def handler(connection: Any) -> None:
         head(connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -736,21 +741,19 @@ def endless_data(connection: Any) -> None:
         ),
     ],
 )
-def test_no_pong(issued: issue.Issued, trust: probe.Trust, behave: Handler, reason: str) -> None:
+def test_no_pong(issued: issue.Issued, trust: Trust, behave: Handler, reason: str) -> None:
     with serving(after_accepting(behave), server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust, timeout=2 if "ended" in reason else 10)
     assert failure(found) == ("ping", reason)
 
 
-def test_endless_data_before_the_pong(
-    issued: issue.Issued, trust: probe.Trust, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "MAX_UNASKED", 1_048_576)
+def test_endless_data_before_the_pong(issued: issue.Issued, trust: Trust, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlstunnel.check.steps.MAX_UNASKED", 1_048_576)
     with serving(after_accepting(endless_data), server_context(issued.cert, issued.key)) as port:
         assert failure(steps(port, trust)) == ("ping", "the server sent 1 MiB before the pong")
 
 
-def test_a_broken_record_while_waiting_for_the_pong(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_a_broken_record_while_waiting_for_the_pong(issued: issue.Issued, trust: Trust) -> None:
     def behave(connection: Any) -> None:
         with socket.socket(fileno=connection.detach()) as beneath:
             beneath.settimeout(10)
@@ -764,7 +767,7 @@ def test_a_broken_record_while_waiting_for_the_pong(issued: issue.Issued, trust:
     assert reason.endswith(", while waiting for the pong")
 
 
-def test_a_connection_that_ends_without_a_close(issued: issue.Issued, trust: probe.Trust) -> None:
+def test_a_connection_that_ends_without_a_close(issued: issue.Issued, trust: Trust) -> None:
     def behave(connection: Any) -> None:
         _, payload = read_frame(connection)
         connection.sendall(frame(10, payload))
@@ -791,7 +794,7 @@ def test_a_connection_that_ends_without_a_close(issued: issue.Issued, trust: pro
     ],
 )
 def test_urls(url: str, host: str, port: int, resource: str, authority: str) -> None:
-    target = probe.Target.parse(url)
+    target = Target.parse(url)
     assert (target.host, target.port, target.resource, target.authority) == (host, port, resource, authority)
 
 
@@ -823,13 +826,13 @@ def test_urls(url: str, host: str, port: int, resource: str, authority: str) -> 
 )
 def test_urls_that_are_none(url: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        probe.Target.parse(url)
+        Target.parse(url)
 
 
 @given(st.text())
 def test_any_text_is_a_target_or_a_usage_error(text: str) -> None:
     with contextlib.suppress(ValueError):
-        target = probe.Target.parse(f"wss://{text}")
+        target = Target.parse(f"wss://{text}")
         assert target.resource.isascii()
         assert target.host
         with contextlib.suppress(ValueError):
@@ -839,27 +842,27 @@ def test_any_text_is_a_target_or_a_usage_error(text: str) -> None:
 
 
 def test_fields() -> None:
-    assert probe.parse_field("Origin:https://a.example") == ("Origin", "https://a.example")
-    assert probe.parse_field("X-Empty: ") == ("X-Empty", "")
+    assert parse_field("Origin:https://a.example") == ("Origin", "https://a.example")
+    assert parse_field("X-Empty: ") == ("X-Empty", "")
     for wrong in ("Origin", "A b: c", ": c", "Upgrade: h2c", "Sec-WebSocket-Key: a", "A: b\r\nC: d"):
         with pytest.raises(ValueError, match=r"header|set by|control"):
-            probe.parse_field(wrong)
+            parse_field(wrong)
 
 
 def test_subprotocols() -> None:
-    assert probe.check_subprotocols(["a", "b"]) == ("a", "b")
+    assert check_subprotocols(["a", "b"]) == ("a", "b")
     for wrong in (["a b"], [""], ["a", "a"]):
         with pytest.raises(ValueError, match=r"subprotocol's name|twice"):
-            probe.check_subprotocols(wrong)
+            check_subprotocols(wrong)
 
 
 def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
     with pytest.raises(CertificateError, match=re.escape(str(path))):
-        probe.Trust.of(path)
+        Trust.of(path)
     path.write_text("nothing")
     with pytest.raises(CertificateError, match=re.escape(str(path))):
-        probe.Trust.of(path)
+        Trust.of(path)
 
 
 @given(st.text())
@@ -871,9 +874,9 @@ def test_printable_text_tells_a_terminal_nothing(text: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_upset_the_group(data: bytes) -> None:
-    probe.group(data)
-    probe.group(b"\x16\x03\x03" + struct.pack("!H", len(data)) + data)
-    probe.group(b"\x16\x03\x03" + struct.pack("!H", len(data) + 4) + b"\x02\0" + struct.pack("!H", len(data)) + data)
+    find_group(data)
+    find_group(b"\x16\x03\x03" + struct.pack("!H", len(data)) + data)
+    find_group(b"\x16\x03\x03" + struct.pack("!H", len(data) + 4) + b"\x02\0" + struct.pack("!H", len(data)) + data)
 
 
 def handshake_record(kind: int, body: bytes) -> bytes:
@@ -891,13 +894,13 @@ def test_groups_by_hand() -> None:
     versions = bytes.fromhex("002b00020304")
     hybrids = {"11eb": "SecP256r1MLKEM768", "11ec": "X25519MLKEM768", "11ed": "SecP384r1MLKEM1024"}
     for code, name in hybrids.items():
-        assert probe.group(server_hello(versions + bytes.fromhex(f"00330004{code}0000"))) == name
-    assert probe.group(server_hello(versions + bytes.fromhex("00330004fafa0000"))) == "0xfafa"
-    assert probe.group(server_hello(versions)) is None
-    assert probe.group(server_hello(versions) + handshake_record(12, b"\x03\x00\x18")) == "secp384r1"
+        assert find_group(server_hello(versions + bytes.fromhex(f"00330004{code}0000"))) == name
+    assert find_group(server_hello(versions + bytes.fromhex("00330004fafa0000"))) == "0xfafa"
+    assert find_group(server_hello(versions)) is None
+    assert find_group(server_hello(versions) + handshake_record(12, b"\x03\x00\x18")) == "secp384r1"
     # TLS 1.2 with finite-field Diffie-Hellman: a 6144-bit prime's length begins with 3 too.
-    assert probe.group(handshake_record(12, b"\x03\x00\xff")) is None
-    assert probe.group(handshake_record(12, b"\x01\x00\xff")) is None
+    assert find_group(handshake_record(12, b"\x03\x00\xff")) is None
+    assert find_group(handshake_record(12, b"\x01\x00\xff")) is None
 
 
 def test_the_chain_with_every_python() -> None:
@@ -922,13 +925,13 @@ def test_the_chain_with_every_python() -> None:
             assert binary_form
             return self._leaf
 
-    assert probe.sent_chain(Public()) == [b"leaf", b"ca"]
-    assert probe.sent_chain(Older(b"leaf", Beneath())) == [b"der"]
-    assert probe.sent_chain(Older(b"leaf", None)) == [b"leaf"]
-    assert probe.sent_chain(Older(None, None)) == []
+    assert sent_chain(Public()) == [b"leaf", b"ca"]
+    assert sent_chain(Older(b"leaf", Beneath())) == [b"der"]
+    assert sent_chain(Older(b"leaf", None)) == [b"leaf"]
+    assert sent_chain(Older(None, None)) == []
 
 
-def test_facts_are_plain_values(good_server: int, trust: probe.Trust) -> None:
+def test_facts_are_plain_values(good_server: int, trust: Trust) -> None:
     for step in steps(good_server, trust, subprotocols=["chat"]):
-        assert step.facts is not None
-        json.dumps(asdict(step.facts), default=str)
+        assert step.result is not None
+        json.dumps(asdict(step.result), default=str)

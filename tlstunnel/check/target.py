@@ -1,0 +1,133 @@
+"""What `tlstunnel check` connects to, what it sends there, and whom it trusts."""
+
+import ipaddress
+import re
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+from urllib.parse import quote
+
+import idna
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tlstunnel.certificates.describe import read
+
+# RFC 6455 section 4.1: these are the check's own; RFC 9112 section 6: a handshake has no body.
+_OWN_FIELDS: Final = frozenset({"connection", "content-length", "transfer-encoding", "upgrade"})
+# RFC 9110 section 5.6.2.
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# Underscores are no host name's by RFC 1123, but live in private zones, and getaddrinfo() takes them.
+_ASCII_NAME: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
+# RFC 3986 section 3.2, without the user.
+_AUTHORITY: Final = re.compile(r"(?:\[(?P<six>[^\]]*)\]|(?P<name>[^:\[\]]+))(?::(?P<port>[0-9]{0,6}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A ``wss://`` URL taken apart. ``host`` is an IP address, or a name in lower case as A-labels (RFC 5891)."""
+
+    url: str
+    host: str
+    port: int
+    resource: str
+    """Path and query, as the request line has them (RFC 6455 section 3)."""
+
+    @property
+    def authority(self) -> str:
+        """The Host field's value (RFC 9110 section 7.2): the port only where it is not 443."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == 443 else f"{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Check a URL against RFC 6455 section 3. Raises ValueError with one line that says what to change."""
+        if not url.isprintable() or " " in url:
+            raise ValueError("the URL holds spaces or control characters; write them percent-encoded")
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme.lower() != "wss":
+            raise ValueError(f"check speaks wss; give a URL like wss://HOST[:PORT]/PATH, not {url!r}")
+        if "#" in rest:
+            raise ValueError("a WebSocket URL has no fragment; write # in a path as %23")
+        end = next((at for at, char in enumerate(rest) if char in "/?"), len(rest))
+        authority, resource = rest[:end], rest[end:]
+        if "@" in authority:
+            raise ValueError("a WebSocket URL has no user or password; use --header 'Authorization: ...'")
+        parts = _AUTHORITY.fullmatch(authority)
+        if parts is None:
+            raise ValueError(f"{authority!r} is not HOST[:PORT]; an IPv6 address stands in brackets")
+        port = int(parts["port"] or 443)
+        if not 1 <= port <= 65_535:
+            raise ValueError("the port must be a number from 1 to 65535")
+        host = _name(parts["name"]) if parts["six"] is None else _ipv6(parts["six"])
+        resource = resource if resource.startswith("/") else f"/{resource}"
+        return cls(url, host, port, quote(resource, safe="!$%&'()*+,/:;=?@~[]"))
+
+
+def _ipv6(host: str) -> str:
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        raise ValueError(f"[{host}] is not an IPv6 address") from None
+    if address.scope_id is not None:
+        raise ValueError(f"[{host}] holds a zone, which means nothing in a URL that others read")
+    return str(address)
+
+
+def _name(host: str) -> str:
+    name = host.removesuffix(".")
+    try:
+        ascii_name = name if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
+    except idna.IDNAError as error:
+        raise ValueError(f"{host!r} is not a host name: {error}") from None
+    if len(ascii_name) > 253 or not _ASCII_NAME.fullmatch(ascii_name):
+        raise ValueError(f"{host!r} is not a host name")
+    return ascii_name.lower()
+
+
+def parse_field(text: str) -> tuple[str, str]:
+    """Split ``N: V`` into a field for the request (RFC 9110 section 5). Raises ValueError naming what is wrong."""
+    name, colon, value = text.partition(":")
+    if not colon or not _TOKEN.fullmatch(name):
+        raise ValueError(f"a header is written 'Name: value', not {text!r}")
+    if name.lower() in _OWN_FIELDS or name.lower().startswith("sec-websocket-"):
+        raise ValueError(f"{name} is set by the check itself")
+    value = value.strip(" \t")
+    if not value.isprintable():
+        raise ValueError(f"the value of {name} holds control characters")
+    return name, value
+
+
+def check_subprotocols(names: Sequence[str]) -> tuple[str, ...]:
+    """Check that each is a token and none is doubled (RFC 6455 section 4.1). Raises ValueError naming the one."""
+    for index, name in enumerate(names):
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"{name!r} is not a subprotocol's name")
+        if name in names[:index]:
+            raise ValueError(f"{name!r} is given twice")
+    return tuple(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """A client's TLS context, and the file (if any) that says which authorities it trusts."""
+
+    context: ssl.SSLContext
+    ca: Path | None
+
+    @classmethod
+    def of(cls, ca: Path | None) -> Self:
+        """TLS 1.2 or later, trusting the certificates in ``ca`` alone, or what this machine trusts.
+
+        Raises CertificateError, naming the file, where it cannot be read or holds no certificate.
+        """
+        given = b"".join(certificate.public_bytes(Encoding.DER) for certificate in read(ca)) if ca else None
+        # It writes keys to SSLKEYLOGFILE where that is set, which someone who looks at a connection may want.
+        context = ssl.create_default_context(cadata=given)
+        # Python 3.13 turned both on: the verdict must not depend on whose Python asks. No browser is strict about the
+        # form of extensions, and a certificate given with --ca is trusted though it be no root.
+        context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
+        context.set_alpn_protocols(["http/1.1"])
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # on by default in Python 3.11.2
+        return cls(context, ca)

@@ -1,0 +1,119 @@
+"""TLS over a blocking socket, with a copy of what the server sent first, within one budget of time."""
+
+import contextlib
+import socket
+import ssl
+import time
+from typing import Any, Final
+
+from tlstunnel.tls.truncation import is_truncation
+
+# Bytes of the server's TLS records kept to find the group: OpenSSL takes certificate messages of up to 100 KiB, and in
+# TLS 1.2 the group stands behind them.
+MAX_CAPTURED: Final = 131_072
+# Bytes of plaintext taken at once: deflate swells up to 1032-fold, so this is some 4 MiB of memory at worst.
+READ_SIZE: Final = 4096
+
+
+class Deadline:
+    """The time budget that all steps share."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds; raises TimeoutError where none are left, since 0 would make a socket non-blocking."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+class Wire:
+    """TLS over a blocking socket, through memory BIOs, so that the server's plaintext records can be read too."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str, deadline: Deadline) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.captured = bytearray()
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+
+    def secure(self) -> None:
+        """Do the TLS handshake. Raises ssl.SSLError, TimeoutError, or OSError for a lost connection."""
+        while True:
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._fill()
+            except ssl.SSLError:
+                # The alert says to the server why.
+                self._flush()
+                raise
+            else:
+                self._flush()
+                return
+
+    def read(self) -> bytes:
+        """Take some bytes; none at the end, be it a clean one or not."""
+        while True:
+            # Endless records without a byte of content keep OpenSSL from asking for more.
+            self._deadline.left()
+            try:
+                return self.tls.read(READ_SIZE)
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._fill()
+            except ssl.SSLError as error:
+                if isinstance(error, ssl.SSLZeroReturnError | ssl.SSLEOFError) or is_truncation(error):
+                    return b""
+                raise
+
+    def write(self, data: bytes) -> None:
+        """Send `data`. Raises as `secure` does."""
+        self.tls.write(data)
+        self._flush()
+
+    def end(self) -> None:
+        """Send ``close_notify``, for which nobody waits."""
+        with contextlib.suppress(OSError):
+            self.tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
+        data = self._outgoing.read()
+        if not data:
+            # Sending nothing would take a reset's error from the read that should name it.
+            return
+        # A server that has refused and closed resets what comes after: what it said first is still to be read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._sock.settimeout(self._deadline.left())
+            self._sock.sendall(data)
+
+    def _fill(self) -> None:
+        self._sock.settimeout(self._deadline.left())
+        data = self._sock.recv(16_384)
+        if not data:
+            self._incoming.write_eof()
+            return
+        self.captured += data[: MAX_CAPTURED - len(self.captured)]
+        self._incoming.write(data)
+
+
+def sent_chain(tls: Any) -> list[bytes]:
+    """Give the certificates that the server sent, leaf first, DER. ``tls`` is an ``ssl.SSLObject``.
+
+    Public API from Python 3.13; before it, what Python 3.10 put beneath; the leaf alone where that is missing too.
+    """
+    if hasattr(tls, "get_unverified_chain"):
+        return list(tls.get_unverified_chain())
+    beneath: Any = getattr(tls, "_sslobj", None)
+    if hasattr(beneath, "get_unverified_chain"):
+        # 2 is _ssl.ENCODING_DER.
+        return [certificate.public_bytes(2) for certificate in beneath.get_unverified_chain() or ()]
+    leaf = tls.getpeercert(binary_form=True)
+    return [leaf] if leaf else []
