@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.asked import answered, options
+from tlstunnel.cli.control import answered, options
 
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.asked import answered, options
+from tlstunnel.cli.control import answered, options
 
 
 @click.command()
