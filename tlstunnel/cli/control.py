@@ -1,4 +1,4 @@
-"""What the commands have in common that a running tunnel answers."""
+"""What the commands that talk to a running tunnel share."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,22 +11,22 @@ from tlstunnel.errors import ControlError
 from tlstunnel.processes.control import ask, find
 
 
-def options(command: Callable[..., None]) -> Callable[..., None]:
-    """``--control`` and ``--json``, which is `as_json`."""
-    command = click.option("--json", "as_json", is_flag=True, help="One JSON object.")(command)
-    where = "Its control socket; the only one where left out."
+def control_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--control`` and ``--json``, which is `as_json`."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+    where = "Its control socket; by default that of the only tunnel that is running."
     return click.option("--control", type=click.Path(path_type=Path), help=where)(command)
 
 
-def answered(control: Path | None, do: str, *, as_json: bool) -> Mapping[str, Any] | None:
-    """Ask the tunnel to `do` that; give its answer, or print it and give None. Raises ControlError."""
+def run_command(control: Path | None, do: str, *, as_json: bool) -> Mapping[str, Any] | None:
+    """Have the tunnel `do` that; return its response, or print it and return None. Raises ControlError."""
     try:
-        answer = ask(find(control), {"do": do})
+        response = ask(find(control), {"do": do})
     except ControlError as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": str(error)}))
         raise
     if as_json:
-        click.echo(json.dumps(answer))
+        click.echo(json.dumps(response))
         return None
-    return answer
+    return response

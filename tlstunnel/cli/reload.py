@@ -4,17 +4,17 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.control import answered, options
+from tlstunnel.cli.control import control_options, run_command
 
 
 @click.command()
-@options
+@control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Read the configuration, the certificates and the lists again, and serve what connects from now on with them.
 
     Waits until that is done and says what has changed. Nobody is disconnected. Where anything in it is wrong, nothing
     is changed: the exit status is 1.
     """
-    if answer := answered(control, "reload", as_json=as_json):
-        for line in answer["changes"] or ["nothing has changed"]:
+    if response := run_command(control, "reload", as_json=as_json):
+        for line in response["changes"] or ["nothing has changed"]:
             click.echo(line)

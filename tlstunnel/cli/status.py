@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.control import answered, options
+from tlstunnel.cli.control import control_options, run_command
 
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
@@ -13,15 +13,17 @@ HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "hand
 
 
 @click.command()
-@options
+@control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Its processes, by generation: each upgrade begins one. Memory is the share of each (PSS)."""
-    answer = answered(control, "status", as_json=as_json)
-    if answer is None:
+    response = run_command(control, "status", as_json=as_json)
+    if response is None:
         return
-    state = f", ending ({answer['ending']})" if answer["ending"] else ""
-    click.echo(f"tlstunnel {answer['version']}, generation {answer['generation']}, process {answer['process']}{state}")
-    click.echo(f"listening on {', '.join(answer['listening']) or 'nothing any more'}")
+    state = f", ending ({response['ending']})" if response["ending"] else ""
+    click.echo(
+        f"tlstunnel {response['version']}, generation {response['generation']}, process {response['process']}{state}"
+    )
+    click.echo(f"listening on {', '.join(response['listening']) or 'nothing any more'}")
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),
@@ -30,9 +32,9 @@ def command(*, control: Path | None, as_json: bool) -> None:
             *(str(one[name]) for name in ("tunnels", "handshakes")),
             _memory(one["pss_kib"]),
         ]
-        for one in answer["processes"]
+        for one in response["processes"]
     ]
-    rows.append([str(answer["process"]), "", "", "", "parent", "", "", _memory(answer["pss_kib"])])
+    rows.append([str(response["process"]), "", "", "", "parent", "", "", _memory(response["pss_kib"])])
     for line in _table([HEADINGS, *rows]):
         click.echo(line)
 

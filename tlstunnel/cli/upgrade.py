@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from tlstunnel.cli.control import answered, options
+from tlstunnel.cli.control import control_options, run_command
 
 
 @click.command()
-@options
+@control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Go on with the code that is installed now, with the configuration and the certificates as they are now.
 
@@ -16,5 +16,5 @@ def command(*, control: Path | None, as_json: bool) -> None:
     is 1. Then it serves what connects, and the old processes finish their tunnels for up to release.drain_after. Nobody
     is disconnected.
     """
-    if answer := answered(control, "upgrade", as_json=as_json):
-        click.echo(f"{answer['before']} -> {answer['version']}, generation {answer['generation']}")
+    if response := run_command(control, "upgrade", as_json=as_json):
+        click.echo(f"{response['before']} -> {response['version']}, generation {response['generation']}")
