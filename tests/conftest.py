@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures for all tests."""
 
 import os
 
@@ -7,12 +7,12 @@ import pytest
 from tests.harness import Certificate
 from tlstunnel.certificates import issue
 
-# Every client here speaks to this machine, whatever proxy the environment names for others.
+# All clients connect to this machine, whatever proxy the environment has for others.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
 
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """A test authority and a certificate for localhost, 127.0.0.1 and ::1, made once a session."""
+    """Return a test authority and a certificate for localhost, 127.0.0.1 and ::1, made once per session."""
     issued = issue.create(["localhost", "127.0.0.1", "::1"], tmp_path_factory.mktemp("certs"))
     return Certificate(issued.ca, issued.cert, issued.key)

@@ -69,31 +69,31 @@ class Certificate:
 
 
 def missing(what: str) -> NoReturn:
-    """Skip the test, since something it needs is not there; fail it where CI=true."""
+    """Skip the test, since something that it needs is missing; fail it if CI=true."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what}, and CI=true allows no skip", pytrace=False)
     pytest.skip(what)
 
 
 def require(program: str, package: str | None = None) -> str:
-    """Where ``program`` is, or `missing`. ``package`` is Debian's, when its name differs."""
+    """Return the path of `program`, or call `missing`. `package` is Debian's, if its name differs."""
     return shutil.which(program) or missing(f"{program} not found: ./scripts/install gets {package or program}")
 
 
 def eventually(condition: Callable[[], T], timeout: float = PATIENCE, interval: float = 0.01) -> T:
-    """Ask ``condition`` until its answer is true, and return that answer. A failed test otherwise."""
+    """Call `condition` until it returns something true, and return that. Raises AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
-    while not (answer := condition()):
+    while not (result := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not so within {timeout} s: {condition} gave {answer!r}")
+            raise AssertionError(f"not so within {timeout} s: {condition} returned {result!r}")
         time.sleep(interval)
-    return answer
+    return result
 
 
 def child_environment(*, measured: bool = False) -> dict[str, str]:
-    """The environment of a tunnel under test: warnings are errors, asyncio in debug mode, coverage as in the parent.
+    """Return the environment of a tunnel under test: warnings are errors, asyncio debugs, coverage as in this process.
 
-    Where a test measures time, memory or descriptors (``measured``), none of these: each changes the figures.
+    If a test measures time, memory or descriptors (`measured`), none of these: each one changes the figures.
     """
     environment = dict(os.environ)
     if measured:
@@ -105,7 +105,7 @@ def child_environment(*, measured: bool = False) -> dict[str, str]:
 
 
 def serving(parent: int) -> list[int]:
-    """The children of a tunnel's parent that serve, or still finish what they served: their pids, in order."""
+    """Return the pids, in order, of the children of a tunnel's parent that serve or drain."""
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         with contextlib.suppress(OSError):  # it has ended
@@ -115,19 +115,19 @@ def serving(parent: int) -> list[int]:
 
 
 _SLOW = re.compile(r"Executing <(?:Task|Handle).*> took [0-9.]+ seconds")
-"""What asyncio's debug mode says in the embedded echo origin, a process without our log, when the machine is busy."""
+"""What asyncio's debug mode writes in the embedded echo origin, a process without our log, on a busy machine."""
 
 
 class Tunnel:
-    """``tlstunnel start``, as a person starts it, and everything it logged.
+    """``tlstunnel start``, as a user starts it, and everything that it logged.
 
-    ``origin`` is what stands on its command line; None means its own echo origin. ``certificate`` None means the one
-    that it makes itself. ``settings`` is the text of a configuration file without sites and listeners (TOML, such as
-    ``[timeouts]``), used beside these; ``config`` is that of a whole one, used instead of these. It runs in a folder
-    of its own (`folder`), removed afterwards.
+    `origin` is the argument on its command line; without it, it uses its own echo origin. Without `certificate` it
+    makes one. `settings` is the text of a configuration file without sites and listeners (TOML, such as
+    ``[timeouts]``), used in addition to these. `config` is a whole file, used instead of these. It runs in a folder of
+    its own (`folder`), which is removed afterwards.
 
-    ``descriptors`` is its RLIMIT_NOFILE, soft and hard. ``measured``: see `child_environment`. ``errors_expected``
-    allows log lines of level error; a traceback or a line that is no JSON fails the test all the same.
+    `descriptors` is its RLIMIT_NOFILE, soft and hard. For `measured` see `child_environment`. `errors_expected` allows
+    log lines of level error; a traceback or a line that is not JSON still fails the test.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Tunnel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop it; fail the test for what it should not have done, unless the test has failed already."""
+        """Stop it, and fail the test for what it did wrong, unless the test has failed already."""
         try:
             status: int | None = self.stop()
         except AssertionError:
@@ -194,7 +194,7 @@ class Tunnel:
             faults += [str(record) for record in self.records() if record.get("level") in ("error", "critical")]
         faults += [f"it left a process: {command}" for command in orphans]
         if status is None:
-            faults.append("it did not end when asked to")
+            faults.append("it did not exit after a signal")
         elif status != 0:
             faults.append(f"it exited with {status}")
         assert not faults, "\n".join([*faults, "its log:", self.log])
@@ -210,7 +210,7 @@ class Tunnel:
         return Path(self.records("ready")[0]["control"])
 
     def reload(self, config: str | None = None, *, status: int = 0) -> list[str]:
-        """Reload it, with another file if one is given; return the lines that the command printed."""
+        """Reload it, with another file if `config` is given; return the lines that the command printed."""
         if config is not None:
             new = self.file.with_suffix(".new")
             new.write_text(config)
@@ -218,7 +218,7 @@ class Tunnel:
         return self.told("reload", status=status)
 
     def told(self, command: str, *options: str, status: int = 0, timeout: float = 4 * PATIENCE) -> list[str]:
-        """Run a command that a running tunnel answers, such as ``reload``; return the lines that it printed."""
+        """Run a command for a running tunnel, such as ``reload``; return the lines that it printed."""
         done = subprocess.run(
             [*PROGRAM, command, "--control", str(self.control), *options],
             env=self._program.environment,
@@ -232,7 +232,7 @@ class Tunnel:
         return (done.stderr if status else done.stdout).splitlines()
 
     def tell(self, command: str) -> "subprocess.Popen[str]":
-        """Begin a command that a running tunnel answers, without waiting for it."""
+        """Start a command for a running tunnel, and do not wait for it."""
         return subprocess.Popen(
             [*PROGRAM, command, "--control", str(self.control)],
             env=self._program.environment,
@@ -243,49 +243,49 @@ class Tunnel:
         )
 
     def status(self) -> Record:
-        """What ``tlstunnel status`` says of it."""
+        """Return what ``tlstunnel status --json`` prints."""
         found: Record = json.loads("".join(self.told("status", "--json")))
         return found
 
     @property
     def parent(self) -> int:
-        """The process that was started, which serves nothing: its pid."""
+        """The pid of the process that was started, which serves no connection."""
         return self._program.process.pid
 
     @property
     def pids(self) -> list[int]:
-        """Those of the processes that serve, or still finish what they served."""
+        """The pids of the processes that serve or drain."""
         return serving(self.parent)
 
     @property
     def pid(self) -> int:
-        """Of the process that serves, which is one where nothing else was asked for."""
+        """The pid of the process that serves; of the last one, if there are several."""
         return self.pids[-1]
 
     @property
     def addresses(self) -> list[str]:
-        """What it listens on, with the ports really bound: ``127.0.0.1:40123``, ``[::1]:40124``, ``unix:/path``."""
+        """Its addresses, with their real ports: ``127.0.0.1:40123``, ``[::1]:40124``, ``unix:/path``."""
         return [record["address"] for record in self.records("listening")]
 
     @property
     def port(self) -> int:
-        """Of its first TCP listener."""
+        """The port of its first TCP listener."""
         first = next(address for address in self.addresses if not address.startswith("unix:"))
         return int(first.rpartition(":")[2])
 
     @property
     def uri(self) -> str:
-        """Of its first TCP listener, by the name in its certificate."""
+        """The URI of its first TCP listener, with a name in its certificate."""
         return f"wss://localhost:{self.port}/"
 
     @property
     def ca(self) -> Path:
-        """The authority that a client has to trust."""
+        """The certificate of the authority that a client has to trust."""
         return self.certificate.ca if self.certificate else self.folder / "certs" / "ca.pem"
 
     @property
     def log(self) -> str:
-        """All it wrote so far."""
+        """Everything that it has written to standard error so far."""
         return self._program.text
 
     def records(self, event: str | None = None) -> list[Record]:
@@ -313,11 +313,11 @@ class Tunnel:
         return self._program.wait(timeout)
 
     def rss(self) -> int:
-        """Resident memory, bytes."""
+        """Return the resident memory, in bytes."""
         return self._status_field("VmRSS") * 1024
 
     def peak_rss(self) -> int:
-        """Most resident memory it ever had, bytes; `reset_peak_rss` starts it again."""
+        """Return the maximum of the resident memory, in bytes, since the start or `reset_peak_rss`."""
         return self._status_field("VmHWM") * 1024
 
     def reset_peak_rss(self) -> None:
@@ -325,11 +325,11 @@ class Tunnel:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def descriptors(self) -> int:
-        """How many file descriptors it has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - a path object an entry is waste
+        """Return how many file descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - a path object for each entry is a waste
 
     def cpu_seconds(self) -> float:
-        """Processor time it has used, user and system."""
+        """Return the processor time that it has used, user and system."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc_pid_stat(5)
 
@@ -358,7 +358,7 @@ def _has_traceback(record: Record) -> bool:
 
 
 class Answer(NamedTuple):
-    """What came back for a handshake; ``leftover`` is what followed the head in the same reads."""
+    """The response to a handshake. `leftover` is what followed its head in the same reads."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -366,12 +366,12 @@ class Answer(NamedTuple):
 
 
 def connect_tcp(tunnel: Tunnel, timeout: float = PATIENCE) -> socket.socket:
-    """A TCP connection to the tunnel's first TCP listener, with nothing sent on it."""
+    """Connect to the tunnel's first TCP listener, and send nothing."""
     return socket.create_connection(("127.0.0.1", tunnel.port), timeout)
 
 
 def client_context(tunnel: Tunnel, alpn: Iterable[str] = ()) -> ssl.SSLContext:
-    """A context that trusts the tunnel's authority and nothing else; narrow it further as the test needs."""
+    """Return a context that trusts the tunnel's authority and no other; restrict it further as the test needs."""
     context = ssl.create_default_context(cafile=tunnel.ca)
     if alpn := list(alpn):
         context.set_alpn_protocols(alpn)
@@ -385,7 +385,7 @@ def connect_tls(
     context: ssl.SSLContext | None = None,
     timeout: float = PATIENCE,
 ) -> ssl.SSLSocket:
-    """A TLS connection to the tunnel, handshake done. An end without ``close_notify`` raises `ssl.SSLEOFError`."""
+    """Connect to the tunnel, and do the TLS handshake. An end without ``close_notify`` raises `ssl.SSLEOFError`."""
     plain = connect_tcp(tunnel, timeout)
     try:
         return (context or client_context(tunnel)).wrap_socket(
@@ -399,7 +399,7 @@ def connect_tls(
 def handshake_request(
     path: str = "/", host: str = "localhost", headers: Iterable[Header] = (), key: str | None = None
 ) -> bytes:
-    """The bytes of a correct upgrade request. ``key`` is random when None."""
+    """Return the bytes of a valid upgrade request. `key` is random if None."""
     lines = [
         f"GET {path} HTTP/1.1",
         f"Host: {host}",
@@ -413,14 +413,14 @@ def handshake_request(
 
 
 def read_answer(sock: socket.socket) -> Answer:
-    """Read one answer's head."""
+    """Read the head of one response."""
     head, leftover = _read_head(sock)
     status_line, _, fields = head.partition(b"\r\n")
     return Answer(int(status_line.split()[1]), http.client.parse_headers(io.BytesIO(fields)), leftover)
 
 
 def upgrade(sock: socket.socket, path: str = "/", headers: Iterable[Header] = (), *, host: str = "localhost") -> Answer:
-    """Send a correct upgrade request and read the answer's head; a 101 must carry the right accept token."""
+    """Send a valid upgrade request and read the response's head; a 101 must have the right accept token."""
     key = base64.b64encode(secrets.token_bytes(16)).decode()
     sock.sendall(handshake_request(path, host, headers, key))
     answer = read_answer(sock)
@@ -430,7 +430,7 @@ def upgrade(sock: socket.socket, path: str = "/", headers: Iterable[Header] = ()
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """Read ``size`` bytes; an end before that fails the test."""
+    """Read `size` bytes; an end before that fails the test."""
     received = bytearray()
     while len(received) < size:
         some = sock.recv(min(size - len(received), 1 << 20))
@@ -448,7 +448,7 @@ def receive_all(sock: socket.socket) -> bytes:
 
 
 def reset(sock: socket.socket) -> None:
-    """Close with a RST (SO_LINGER 0), as a crashed peer does; of a TLS socket too, without ``close_notify``."""
+    """Close with a RST (SO_LINGER 0), as a crashed peer does; a TLS socket too, without ``close_notify``."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     sock.close()
 
@@ -476,19 +476,19 @@ class Request(NamedTuple):
 
 
 def accept_token(key: str) -> str:
-    """The Sec-WebSocket-Accept for a key (RFC 6455 section 4.2.2)."""
+    """Return the Sec-WebSocket-Accept for a key (RFC 6455 section 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key.encode() + _ACCEPT_GUID, usedforsecurity=False).digest()).decode()
 
 
 def read_request(sock: socket.socket) -> Request:
-    """Read one request's head."""
+    """Read the head of one request."""
     head, leftover = _read_head(sock)
     line, _, fields = head.partition(b"\r\n")
     return Request(line.decode("latin-1"), http.client.parse_headers(io.BytesIO(fields)), leftover, head)
 
 
 def switching_protocols(request: Request, headers: Iterable[Header] = ()) -> bytes:
-    """The bytes of a correct 101 for ``request``."""
+    """Return the bytes of a valid 101 for `request`."""
     lines = [
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: websocket",
@@ -500,14 +500,14 @@ def switching_protocols(request: Request, headers: Iterable[Header] = ()) -> byt
 
 
 def accept_upgrade(sock: socket.socket, headers: Iterable[Header] = ()) -> Request:
-    """Read the request and answer it with a correct 101."""
+    """Read the request and respond with a valid 101."""
     request = read_request(sock)
     sock.sendall(switching_protocols(request, headers))
     return request
 
 
 def echo_bytes(sock: socket.socket) -> None:
-    """A `RawOrigin` handler: accept the upgrade, then send every byte back; an end is answered with an end."""
+    """A handler for `RawOrigin`: accept the upgrade, send every byte back, and close when the peer does."""
     request = accept_upgrade(sock)
     some = request.leftover
     while some or (some := sock.recv(65536)):
@@ -520,8 +520,8 @@ def echo_bytes(sock: socket.socket) -> None:
 class WebsocketsOrigin:
     """A real WebSocket server of the `websockets` library in a thread; echoes messages unless given a ``handler``.
 
-    Chooses the first of its ``subprotocols`` that the client offers; negotiates permessage-deflate unless
-    ``compression`` is None. `requests` are the upgrade requests it received.
+    It chooses the first of its `subprotocols` that the client offers, and negotiates permessage-deflate unless
+    `compression` is None. `requests` are the upgrade requests that it received.
     """
 
     def __init__(
@@ -554,7 +554,7 @@ class WebsocketsOrigin:
         self._thread.join(PATIENCE)
         if error is None and self._failure is not None:
             raise self._failure
-        assert error is not None or not self._thread.is_alive(), "the websockets origin does not end"
+        assert error is not None or not self._thread.is_alive(), "the websockets origin does not stop"
 
     def _run(self) -> None:
         try:
