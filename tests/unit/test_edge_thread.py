@@ -35,7 +35,13 @@ from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 
 CONNECTION = Connection(
-    ip="198.51.100.7", tls_version="TLSv1.3", tls_cipher="c", tls_sni="localhost", tls_ja4="t", site="localhost"
+    ip="198.51.100.7",
+    tls_version="TLSv1.3",
+    tls_cipher="c",
+    tls_sni="localhost",
+    tls_ja4="t",
+    site="localhost",
+    request_id="id",
 )
 Logged = list[Any]
 
@@ -102,7 +108,7 @@ def globals_of(worker: Worker) -> dict[str, Any]:
 def upgrade() -> tuple[handshake.UpgradeRequest, UpgradeRequest]:
     found = handshake.RequestReader().feed(request(FIELDS))
     assert found is not None
-    return found, upgrade_request(found, CONNECTION, "id", None, 0.0)
+    return found, upgrade_request(found, CONNECTION, 0.0)
 
 
 def alive(edge: EdgeThread) -> bool:
@@ -524,8 +530,9 @@ async def _ask(edge: Edge, client: Any = None, seconds: float = 0.1) -> Directio
     if client is not None:
         client.fire = wakeup.fire
     channel: Any = client or _Client()
+    channel.wakeup = wakeup
     try:
-        return await edge.ask(upgrade()[0], CONNECTION, "id", None, wakeup, channel)
+        return await edge.call(upgrade()[0], CONNECTION, channel)
     finally:
         timer.cancel()
 
@@ -617,7 +624,7 @@ def test_nothing_is_kept_of_requests_that_are_through(folder: Path) -> None:
         edge = _edge(of, 5)
         await _ask(edge, seconds=5)
         found = upgrade()[0]
-        gone = weakref.ref(upgrade_request(found, CONNECTION, "id", None, 0.0))
+        gone = weakref.ref(upgrade_request(found, CONNECTION, 0.0))
         assert gone() is None
         gc.collect()
         before = sum(isinstance(one, (Call, UpgradeRequest)) for one in gc.get_objects())

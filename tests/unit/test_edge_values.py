@@ -53,7 +53,7 @@ def asked(
     """What a worker is given for this request."""
     found = RequestReader().feed(request((*FIELDS, *more), line))
     assert found is not None
-    return upgrade_request(found, connection, ID, der, 0.0)
+    return upgrade_request(found, dataclasses.replace(connection, certificate=der, request_id=ID), 0.0)
 
 
 def made(given: UpgradeRequest) -> Forwarded:
@@ -283,7 +283,7 @@ def test_what_connection_nominates_can_be_set_all_the_same() -> None:
     nominating = (*without(b"Connection"), (b"Connection", b"Upgrade, X-User"), (b"X-User", b"client"))
     found = RequestReader().feed(request(nominating, b"GET / HTTP/1.1"))
     assert found is not None
-    given = upgrade_request(found, CONNECTION, ID, None, 0.0)
+    given = upgrade_request(found, dataclasses.replace(CONNECTION, request_id=ID), 0.0)
     assert b"client" not in [value for _, value in fields(given)]
     assert fields(given.forward(headers={"X-User": "ann"}))[-1] == (b"X-User", b"ann")
 

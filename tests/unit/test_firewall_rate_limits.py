@@ -38,7 +38,14 @@ class Clock:
 
 
 def facts(*more: Field, ip: str = "192.0.2.1", target: bytes = b"/chat", **connection: str) -> Facts:
-    known = {"tls_version": "", "tls_cipher": "", "tls_sni": "", "tls_ja4": "", "client_subject": "", "site": ""}
+    known: dict[str, Any] = {
+        "tls_version": "",
+        "tls_cipher": "",
+        "tls_sni": "",
+        "tls_ja4": "",
+        "client_subject": "",
+        "site": "",
+    }
     found = RequestReader().feed(request((*FIELDS, *more), line=b"GET %b HTTP/1.1" % target))
     assert found is not None
     return gather(found, Connection(ip=ip, **(known | connection)), strict_path=True, now=0.0)

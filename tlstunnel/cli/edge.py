@@ -139,11 +139,16 @@ async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
         deadlines.add(wakeup)
         client = Channel(ours, readiness(loop), wakeup)
         connection = Connection(
-            ip=ip, tls_version="TLSv1.3", tls_cipher="TLS_AES_128_GCM_SHA256", tls_sni=request.host, site=site.names[0]
+            ip=ip,
+            tls_version="TLSv1.3",
+            tls_cipher="TLS_AES_128_GCM_SHA256",
+            tls_sni=request.host,
+            site=site.names[0],
+            request_id=REQUEST_ID,
         )
         began = time.perf_counter()
         try:
-            directions = await edge.ask(request, connection, REQUEST_ID, None, wakeup, client)
+            directions = await edge.call(request, connection, client)
         except Refusal as refusal:
             said = "replied" if refusal.body is not None else refusal.reason.removeprefix("edge: ")
             return Outcome(said, time.perf_counter() - began, refusal=refusal)

@@ -1,4 +1,4 @@
-"""The edge stage: a site's worker is asked about an upgrade request; directions come of it, or a refusal."""
+"""The edge stage: a site's worker is called with an upgrade request, and returns directions or a refusal."""
 
 import time
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import Channel, ClientGone
-from tlstunnel.sockets.deadlines import Wakeup
 
 RETRY_AFTER = ((b"Retry-After", b"1"),)
 
@@ -28,14 +27,14 @@ _EVENTS = {
     WorkerOutcome.TIMED_OUT: Event.WORKER_TIMED_OUT,
     WorkerOutcome.BUSY: Event.WORKER_BUSY,
 }
-"""What the log says of a request that its worker gave nothing for."""
+"""The event for a request that its worker returned nothing for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Where a request goes, and how: `request` as the worker left it, `edits` of its head, `saw` for the record.
+    """Where to send a request: `request` as the worker changed it, `edits` of its head, `saw` for the record.
 
-    `pool` has the origin at `address`; None where the tunnel chooses.
+    `pool` has the origin at `address`; both are None if the worker has chosen none.
     """
 
     request: handshake.UpgradeRequest
@@ -71,20 +70,16 @@ class Edge:
         self._forwards = on_error == "forward"
         self._counts = metrics[families.EDGE_REQUESTS]
 
-    async def ask(  # noqa: PLR0913, PLR0917 - a request, who asks, and what to wait by
-        self,
-        request: handshake.UpgradeRequest,
-        connection: Connection,
-        request_id: str,
-        der: bytes | None,
-        wakeup: Wakeup,
-        client: Channel,
-    ) -> Directions:
-        """Ask the worker, by the deadline of `wakeup`. Raises Refusal; ClientGone when the client does not wait."""
+    async def call(self, request: handshake.UpgradeRequest, connection: Connection, client: Channel) -> Directions:
+        """Call the worker, and wait for it until the deadline of the `client`.
+
+        Raises Refusal; ClientGone when the client does not wait.
+        """
+        request_id, wakeup = connection.request_id, client.wakeup
         if self.worker.late >= MOST_LATE:
             busy = Refusal(503, Reason.WORKER_BUSY, "the edge worker is busy", RETRY_AFTER)
             return self._failed(request, request_id, busy, WorkerOutcome.BUSY, late=self.worker.late)
-        call = self.worker.ask(upgrade_request(request, connection, request_id, der, time.time()), wakeup.fire)
+        call = self.worker.ask(upgrade_request(request, connection, time.time()), wakeup.fire)
         try:
             while not call.finished:
                 if client.gone:
@@ -99,7 +94,7 @@ class Edge:
         return self._directions(request, call, request_id)
 
     async def close(self) -> None:
-        """End the look-ups of names that its worker has chosen."""
+        """Stop the look-ups of names that its worker has chosen."""
         await self.destinations.close()
 
     def _count(self, outcome: WorkerOutcome) -> None:
@@ -130,7 +125,7 @@ class Edge:
         forwards: bool | None = None,
         **facts: object,
     ) -> Directions:
-        """Let the request go on as it came, where that is wanted, else raise `refusal`; log and count either."""
+        """Forward the request unchanged if it is configured so, else raise `refusal`; log and count either."""
         forwards = self._forwards if forwards is None else forwards
         going = {"forwarded": True} if forwards else {}
         structlog.get_logger().warning(_EVENTS[saw], id=request_id, worker=self.worker.reference, **facts, **going)

@@ -230,12 +230,11 @@ class Reply:
         return fields if typed else ((b"Content-Type", b"text/plain; charset=utf-8"), *fields)
 
 
-def upgrade_request(
-    request: handshake.UpgradeRequest, connection: Connection, request_id: str, der: bytes | None, now: float
-) -> UpgradeRequest:
-    """What a worker sees of `request`. `der` is the client's certificate, if any; `now` is ``time.time()``."""
+def upgrade_request(request: handshake.UpgradeRequest, connection: Connection, now: float) -> UpgradeRequest:
+    """Return what a worker sees of `request` at `now` (``time.time()``)."""
+    der = connection.certificate
     return UpgradeRequest(
-        id=request_id,
+        id=connection.request_id,
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
         _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
         _asked=request,

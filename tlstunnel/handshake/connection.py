@@ -1,14 +1,14 @@
-"""What is known about a client and its connection when its request is judged: for the firewall, sites and edge."""
+"""What is known about a connection and its request beside the request itself: for the firewall and edge workers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """A client's connection. What is not known is "".
+    """A client's connection, as one request sees it. What is not known is "".
 
     `ip` is the client's address as far as the tunnel trusts whoever reported it, `tls_version` such as ``TLSv1.3``,
-    `site` the first of the site's names.
+    `site` the first of the site's names. `certificate` is the client's, in DER, and only there for edge workers.
     """
 
     ip: str
@@ -18,3 +18,5 @@ class Connection:
     tls_ja4: str = ""
     client_subject: str = ""
     site: str = ""
+    certificate: bytes | None = None
+    request_id: str = ""

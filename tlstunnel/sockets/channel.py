@@ -28,20 +28,20 @@ class ClientGone(Exception):
 class Channel:
     """A non-blocking socket whose operations wait. `gone` is set once the peer has ended or failed."""
 
-    __slots__ = ("_readiness", "_wakeup", "fd", "gone", "sock")
+    __slots__ = ("_readiness", "fd", "gone", "sock", "wakeup")
 
     def __init__(self, sock: socket.socket, readiness: Readiness, wakeup: Wakeup) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.gone = False
         self._readiness = readiness
-        self._wakeup = wakeup
+        self.wakeup = wakeup
         readiness.register(self.fd, EDGE_TRIGGERED | IN | RDHUP, self._on_event)
 
     def _on_event(self, events: int) -> None:
         if events & GONE:
             self.gone = True
-        self._wakeup.fire()
+        self.wakeup.fire()
 
     def release(self) -> None:
         """Stop watching; the socket is left open."""
@@ -50,7 +50,7 @@ class Channel:
     async def writable(self) -> None:
         """Wait for an event, writability among them."""
         self.ask_for_writing()
-        await self._wakeup.wait()
+        await self.wakeup.wait()
 
     async def peek(self, size: int, seen: int) -> bytes:
         """The first bytes that wait in the socket, more than `seen` of them, at most `size`, without taking them.
@@ -66,7 +66,7 @@ class Channel:
                     raise ClientGone
             except BlockingIOError:
                 pass
-            await self._wakeup.wait()
+            await self.wakeup.wait()
 
     async def recv(self, unless_gone: "Channel | None" = None) -> bytes:
         """The next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is."""
@@ -76,7 +76,7 @@ class Channel:
             except _WAIT:
                 if unless_gone is not None and unless_gone.gone:
                     raise ClientGone from None
-                await self._wakeup.wait()
+                await self.wakeup.wait()
             except ssl.SSLWantWriteError:
                 await self.writable()
 
@@ -88,7 +88,7 @@ class Channel:
             except (BlockingIOError, ssl.SSLWantWriteError):
                 await self.writable()
             except ssl.SSLWantReadError:
-                await self._wakeup.wait()
+                await self.wakeup.wait()
 
     async def take(self, size: int) -> None:
         """Take that many bytes from the socket, which have been peeked."""
@@ -132,7 +132,7 @@ class Channel:
             except ssl.SSLWantReadError:
                 if unless_gone is not None and unless_gone.gone:
                     raise ClientGone from None
-                await self._wakeup.wait()
+                await self.wakeup.wait()
             except ssl.SSLWantWriteError:
                 if unless_gone is not None and unless_gone.gone:
                     raise ClientGone from None

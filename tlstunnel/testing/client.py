@@ -140,8 +140,10 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
         tls_ja4="t13d1516h2_8daaf6152771_02713d6af862",
         client_subject=subject,
         site=site,
+        certificate=der,
+        request_id=request_id,
     )
-    return seen(read, connection, request_id, der, time.time())
+    return seen(read, connection, time.time())
 
 
 def _list_fields(headers: Headers, subprotocols: Sequence[str]) -> list[tuple[str, str]]:

@@ -55,6 +55,8 @@ async def judge(turn: Turn) -> None:
         tls_ja4=client.ja4,
         client_subject=client.subject,
         site=turn.site.name,
+        certificate=client.certificate,
+        request_id=record.id,
     )
     turn.verdict = verdict = await client.serving.firewall.judge(turn.request, turn.connection, behind=client.trusted)
     record.firewall = verdict.facts()
@@ -73,7 +75,5 @@ async def call_worker(turn: Turn) -> None:
     assert request is not None
     assert turn.connection is not None
     client.set_timeout(edge.timeout)
-    turn.directions = directions = await edge.ask(
-        request, turn.connection, turn.record.id, client.certificate, client.wakeup, client.channel
-    )
+    turn.directions = directions = await edge.call(request, turn.connection, client.channel)
     turn.request, turn.record.edge = directions.request, directions.saw
