@@ -96,7 +96,7 @@ def test_what_the_origin_would_be_asked(folder: Path) -> None:
 
 def test_the_tunnel_chooses_where_the_worker_does_not(folder: Path) -> None:
     out, _ = run(folder, "GET /", "--config", "tlstunnel.toml")
-    assert "the tunnel chooses: 10.0.0.5:3000, unix:chat.sock" in out
+    assert "chosen by the tunnel: 10.0.0.5:3000, unix:chat.sock" in out
 
 
 def test_what_the_client_would_get(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_origin_that_it_may_not_have(folder: Path) -> None:
         (("edge.py:fetch", "GET /", "--header", "nothing"), 2, "'nothing' is not a field"),
         (("edge.py:fetch", "GET /", "--ip", "home"), 2, "'home' is not an IP address"),
         (("edge.py:fetch", "GET /", "--worker-config", "[1]"), 2, "expected a JSON object"),
-        (("edge.py:fetch", "POST /"), 1, "the request is refused before any worker is asked"),
+        (("edge.py:fetch", "POST /"), 1, "the request is refused before a worker is called"),
         (("edge.py:none", "GET /"), 1, "there is no none in"),
         (("gone.py:fetch", "GET /"), 1, "cannot be read: No such file or directory"),
         (("no.such.module:fetch", "GET /"), 1, "there is no module no"),
@@ -153,7 +153,7 @@ def test_an_origin_that_it_may_not_have(folder: Path) -> None:
         (
             ("edge.py:fetch", "GET /", "--config", "tlstunnel.toml", "--header", "Host: other.example"),
             1,
-            "other.example is no name of any site",
+            "other.example is not a name of any site",
         ),
     ],
 )

@@ -46,8 +46,8 @@ def test_an_empty_file_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = check()
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        "listen    what start is told, or its default",
-        "site      none here: any name, to the origin that start is told, or its echo",
+        "listen    chosen by start",
+        "site      none: start chooses the origin",
         "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle off, close 30s",
         "ok",
     ]

@@ -96,7 +96,7 @@ def test_every_stage_of_a_request_that_passes(file: Path) -> None:
         'a header: failed: there is no key "x-key" (allow); headers={...}',
         "rate limits within all of them",
         "each: within; ip=127.0.0.1",
-        "managed rules nothing to ask",
+        "managed rules nothing to check",
         "verdict pass",
     ]
 
@@ -104,9 +104,9 @@ def test_every_stage_of_a_request_that_passes(file: Path) -> None:
 def test_what_was_not_reached_says_so(file: Path) -> None:
     found = lines(file, "GET /", "--header", "Origin: https://evil.example")
     assert found[-5:-1] == [
-        "rules not asked",
-        "rate limits not asked",
-        "managed rules not asked",
+        "rules not reached",
+        "rate limits not reached",
+        "managed rules not reached",
         "verdict 403 Forbidden: web origin not allowed",
     ]
 

@@ -1,5 +1,6 @@
-"""The command line: one module a command."""
+"""The command line: one module for each command."""
 
+import importlib
 import os
 import sys
 
@@ -10,7 +11,7 @@ from tlstunnel.errors import TlstunnelError
 
 
 class _Group(click.Group):
-    """Imports a command's module when it is used: ``certs create`` must not pay for the server's imports."""
+    """Imports a command's module only when it is used: ``certs create`` does not need the server's libraries."""
 
     _COMMANDS = (
         "start",
@@ -32,7 +33,7 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        # An upgrade's probe must be ended together with its child, and nobody waits for the start of the other.
+        # The probe of an upgrade and its child end together, and no one waits for a start of the new program.
         first = not ctx.resilient_parsing and "TLSTUNNEL_HANDOVER" not in os.environ
         if args[0] == "start" and first and not {"-h", "--help"} & set(args):
             from tlstunnel.processes.spawn import start_ahead  # noqa: PLC0415 - for this command only
@@ -43,8 +44,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._COMMANDS:
             return None
-        module = __import__(f"tlstunnel.cli.{cmd_name}", fromlist=["command"])
-        command: click.Command = module.command
+        command: click.Command = importlib.import_module(f"tlstunnel.cli.{cmd_name}").command
         return command
 
 

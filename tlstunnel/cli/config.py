@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """Check a configuration file, show what it amounts to, or what it may hold."""
+    """Check a configuration file, show all its values, or print its schema."""
 
 
 @command.command()
@@ -55,7 +55,7 @@ async def _try_helpers(loaded: "Loaded") -> None:
 @command.command()
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def show(file: Path) -> None:
-    """Print what FILE amounts to, as TOML: every key with its value, defaults too.
+    """Print FILE as TOML with every key and its value, defaults included.
 
     Paths are absolute. Fields for origins whose names look like secrets are hidden.
     """
@@ -70,26 +70,26 @@ def schema() -> None:
 
 
 def _summary(config: Config) -> Iterator[str]:
-    yield f"listen    {', '.join(map(str, config.listen)) or 'what start is told, or its default'}"
+    yield f"listen    {', '.join(map(str, config.listen)) or 'chosen by start'}"
     for site in config.sites:
-        yield f"site      {_described(site)}"
+        yield f"site      {_render_site(site)}"
     if not config.sites:
-        yield "site      none here: any name, to the origin that start is told, or its echo"
+        yield "site      none: start chooses the origin"
     times = {name: getattr(config.timeouts, name) for name in config.timeouts.__struct_fields__}
-    yield f"timeouts  {', '.join(f'{name} {_time(time)}' for name, time in times.items())}"
+    yield f"timeouts  {', '.join(f'{name} {_render_time(time)}' for name, time in times.items())}"
     yield "ok"
 
 
-def _described(site: SiteConfig) -> str:
+def _render_site(site: SiteConfig) -> str:
     default = " (default)" if site.default else ""
     certificate = f", certificate {site.cert}" if site.cert else ""
     worker = f", worker {site.worker}" if site.worker else ""
-    return f"{', '.join(site.names)}{default} -> {_origins(site.origins)}{certificate}{worker}"
+    return f"{', '.join(site.names)}{default} -> {_render_origins(site.origins)}{certificate}{worker}"
 
 
-def _origins(origins: tuple[OriginConfig, ...]) -> str:
+def _render_origins(origins: tuple[OriginConfig, ...]) -> str:
     return ", ".join(f"{origin.address}{' (backup)' if origin.backup else ''}" for origin in origins)
 
 
-def _time(time: Duration | None) -> str:
+def _render_time(time: Duration | None) -> str:
     return "off" if time is None else str(time)

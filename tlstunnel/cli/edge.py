@@ -1,4 +1,4 @@
-"""``tlstunnel edge``: see what an edge worker makes of a request, without a client and without an origin."""
+"""``tlstunnel edge``: see what an edge worker does with a request, without a client and without an origin."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ import click
 import msgspec
 
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.cli import typed
-from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, load, parse_worker_reference
+from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
+from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, parse_worker_reference
 from tlstunnel.edge.stage import Directions
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
@@ -31,16 +31,16 @@ from tlstunnel.sockets.deadlines import Deadlines, Wakeup
 from tlstunnel.sockets.readiness import TunnelLoop, readiness
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
-"""Where a worker may send while no configuration says it."""
+"""Where a worker may send requests if no configuration limits it."""
 
 REQUEST_ID = "0123456789abcdef"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of asking a worker: `said` in a word, the bytes that the origin or the client would get, seconds."""
+    """What a worker did, in a word; how long it took, in seconds; and what the origin or the client would receive."""
 
-    said: str
+    result: str
     seconds: float
     origin: str = ""
     head: bytes = b""
@@ -48,8 +48,8 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether that is the worker's fault."""
-        return self.said not in ("forwarded", "replied")
+        """Whether the worker failed."""
+        return self.result not in ("forwarded", "replied")
 
 
 @click.group()
@@ -59,9 +59,11 @@ def command() -> None:
 
 @command.command()
 @click.argument("worker", metavar="FILE:FUNCTION")
-@typed.options
-@click.option("--config", "file", type=click.Path(path_type=Path), help="The site that Host means: origins, limits.")
-@click.option("--worker-config", metavar="JSON", help="What setup is given, in place of the site's worker_config.")
+@request_options
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="Take origins and limits from the site that Host names."
+)
+@click.option("--worker-config", metavar="JSON", help="The argument of setup, instead of the site's worker_config.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def run(  # noqa: PLR0913 - the command's options
     *,
@@ -73,33 +75,33 @@ def run(  # noqa: PLR0913 - the command's options
     worker_config: str | None,
     as_json: bool,
 ) -> None:
-    """Ask a worker about one request, and show what would happen. No origin is asked.
+    """Call a worker with one request, and show what would happen. No origin is connected to.
 
-    WORKER is FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. What every WebSocket handshake has (Upgrade,
-    Sec-WebSocket-Key, ...) is added. Its setup and teardown are called. Without --config it may send anywhere. Exit
-    status 1: it failed, was late, or chose an origin that it may not have.
+    FILE:FUNCTION is FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. The fields of every WebSocket handshake (Upgrade,
+    Sec-WebSocket-Key, ...) are added. The worker's setup and teardown are called. Without --config it may choose any
+    origin. The exit status is 1 if it failed, timed out, or chose an origin that is not allowed.
     """
-    typed.refuse_no_address(ip)
-    config = Config() if file is None else load(file)
-    sites = config.sites or (SiteConfig(origins=(OriginConfig(address=_example()),), worker_origins=ANYWHERE),)
+    refuse_invalid_address(ip)
+    configured = () if file is None else Description.of_file(file).sites
+    sites = configured or (SiteConfig(origins=(OriginConfig(address=_example()),), worker_origins=ANYWHERE),)
     try:
-        asked = RequestReader().feed(typed.head(request, headers, sites[0]))
+        parsed = RequestReader().feed(build_request_head(request, headers, sites[0]))
     except Refusal as refusal:
-        raise ConfigurationError(f"the request is refused before any worker is asked: {refusal.text}") from None
-    assert asked is not None  # the head is whole
-    site = typed.site_of(sites, asked)
+        raise ConfigurationError(f"the request is refused before a worker is called: {refusal.text}") from None
+    assert parsed is not None  # the head is whole
+    site = find_site(sites, parsed)
     if site is None:
         raise ConfigurationError(
-            f"{file}: {printable(asked.host)} is no name of any site; give another --header 'Host: …'"
+            f"{file}: {printable(parsed.host)} is not a name of any site; choose one with --header 'Host: …'"
         )
     site = _with_worker(site, worker, worker_config)
     configure_logging("text")
     with asyncio.Runner(loop_factory=TunnelLoop) as runner:
-        outcome = runner.run(_asked(site, asked, ip))
+        outcome = runner.run(_call(site, parsed, ip))
     if as_json:
-        click.echo(json.dumps(_as_json(outcome)))
+        click.echo(json.dumps(_to_json(outcome)))
     else:
-        for line in _told(site, asked, outcome):
+        for line in _render(site, parsed, outcome):
             click.echo(line)
     if outcome.failed:
         raise SystemExit(1)
@@ -123,8 +125,8 @@ def _with_worker(site: SiteConfig, worker: str, worker_config: str | None) -> Si
     return msgspec.structs.replace(site, **changed)
 
 
-async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
-    """Ask it by the same code, with a client that waits. Raises ConfigurationError: it cannot be loaded or set up."""
+async def _call(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
+    """Call the worker as a tunnel does, for a client that waits. Raises ConfigurationError if it cannot be set up."""
     workers = load_workers(Description(Config(), (site,)))
     await workers.start()
     loop = asyncio.get_running_loop()
@@ -150,8 +152,8 @@ async def _asked(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
         try:
             directions = await edge.call(request, connection, client)
         except Refusal as refusal:
-            said = "replied" if refusal.body is not None else refusal.reason.removeprefix("edge: ")
-            return Outcome(said, time.perf_counter() - began, refusal=refusal)
+            result = "replied" if refusal.body is not None else refusal.reason.removeprefix("edge: ")
+            return Outcome(result, time.perf_counter() - began, refusal=refusal)
         finally:
             deadlines.discard(wakeup)
             client.release()
@@ -169,36 +171,36 @@ def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str
     return Outcome(directions.saw, seconds, origin, head)
 
 
-def _told(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iterator[str]:
+def _render(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iterator[str]:
     yield f"{'worker':<12}{site.worker}"
     yield f"{'request':<12}GET {printable(request.target.decode('ascii'))}"
     yield f"{'took':<12}{outcome.seconds * 1e3:.1f} ms"
     refusal = outcome.refusal
     if refusal is None:
-        yield f"{'outcome':<12}{outcome.said}"
-        yield f"{'origin':<12}{outcome.origin or f'the tunnel chooses: {_own(site)}'}"
-        yield f"{'':<12}is asked:"
+        yield f"{'outcome':<12}{outcome.result}"
+        yield f"{'origin':<12}{outcome.origin or f'chosen by the tunnel: {_render_origins(site)}'}"
+        yield f"{'':<12}receives:"
         yield from (f"  {printable(line.decode('latin-1'))}" for line in outcome.head.split(b"\r\n")[:-2])
         return
     phrase = HTTPStatus(refusal.status).phrase if refusal.status in list(HTTPStatus) else ""
-    yield f"{'outcome':<12}{outcome.said}: {refusal.status} {phrase}".rstrip()
+    yield f"{'outcome':<12}{outcome.result}: {refusal.status} {phrase}".rstrip()
     if refusal.detail:
         yield f"{'':<12}{printable(refusal.detail)}"
-    yield f"{'client':<12}gets:"
+    yield f"{'client':<12}receives:"
     yield from (f"  {printable(line)}" for line in render(refusal, REQUEST_ID).decode("utf-8", "replace").splitlines())
 
 
-def _own(site: SiteConfig) -> str:
+def _render_origins(site: SiteConfig) -> str:
     return ", ".join(origin.address.text or str(origin.address) for origin in site.origins)
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    told: dict[str, Any] = {"outcome": outcome.said, "seconds": round(outcome.seconds, 6)}
+def _to_json(outcome: Outcome) -> dict[str, Any]:
+    shown: dict[str, Any] = {"outcome": outcome.result, "seconds": round(outcome.seconds, 6)}
     refusal = outcome.refusal
     if refusal is not None:
         sent = render(refusal, REQUEST_ID).decode("utf-8", "replace")
         fields = [(name.decode(), value.decode("latin-1")) for name, value in refusal.fields]
-        return told | {
+        return shown | {
             "status": refusal.status,
             "headers": fields,
             "body": sent.partition("\r\n\r\n")[2],
@@ -206,4 +208,4 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         }
     line, *lines = outcome.head.decode("latin-1").split("\r\n")[:-2]
     headers = [line.split(": ", 1) for line in lines]
-    return told | {"origin": outcome.origin or None, "target": line.split(" ")[1], "headers": headers}
+    return shown | {"origin": outcome.origin or None, "target": line.split(" ")[1], "headers": headers}

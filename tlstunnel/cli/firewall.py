@@ -1,4 +1,4 @@
-"""``tlstunnel firewall``: see what the firewall makes of a request, without sending one."""
+"""``tlstunnel firewall``: see what the firewall decides about a request, without sending one."""
 
 import asyncio
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 import click
 import structlog
 
-from tlstunnel.cli import typed
+from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.firewall.managed.families import family
@@ -41,11 +41,11 @@ STAGES = (
 
 @click.group()
 def command() -> None:
-    """Try the firewall's policy."""
+    """Test the firewall's policy."""
 
 
 @command.command()
-@typed.options
+@request_options
 @click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
 @click.option("--ja4", default="", help="The fingerprint of the client's TLS, as the log has it.")
 @click.option("--tls-version", default="TLSv1.3", show_default=True)
@@ -62,25 +62,25 @@ def explain(  # noqa: PLR0913 - the command's options
     plain: bool,
     as_json: bool,
 ) -> None:
-    """Show what each stage and rule of the firewall says of a request, and the verdict.
+    """Show what each stage and rule of the firewall decides about a request, and the verdict.
 
-    The Host field chooses the site; without one it is the first site's name. What every WebSocket handshake has
-    (Upgrade, Sec-WebSocket-Key, ...) is added. Counters begin at nothing; no origin is asked.
+    The Host field chooses the site; without it, the first site is used. The fields of every WebSocket handshake
+    (Upgrade, Sec-WebSocket-Key, ...) are added. Counters start at zero, and no origin is connected to.
     """
     description = Description.of_file(file)
     if not description.sites:
-        raise ConfigurationError(f"{file}: there are no [[sites]], and so no policy to explain")
-    typed.refuse_no_address(ip)
-    # What the log would say of this request is in what is shown here.
+        raise ConfigurationError(f"{file}: there are no [[sites]], so there is no policy to explain")
+    refuse_invalid_address(ip)
+    # The output has everything that the log would say about this request.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[Stage] = []
     connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
-    head = typed.head(request, headers, description.sites[0], plain=plain)
+    head = build_request_head(request, headers, description.sites[0], plain=plain)
     site, verdict = asyncio.run(_judge(description, head, connection, trace))
     if as_json:
-        click.echo(json.dumps(_as_json(site, verdict, trace), default=_plain, ensure_ascii=True))
+        click.echo(json.dumps(_to_json(site, verdict, trace), default=_plain, ensure_ascii=True))
     else:
-        for line in _told(site, verdict, trace):
+        for line in _render(site, verdict, trace):
             click.echo(line)
 
 
@@ -91,9 +91,9 @@ async def _judge(
     try:
         request = RequestReader(True).feed(head)
         assert request is not None  # the head is whole
-        site = typed.site_of(description.sites, request)
+        site = find_site(description.sites, request)
         if site is None:
-            return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field is no name of any site"))
+            return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field does not name a site"))
         if site.http == "refuse":
             RequestReader().feed(head)
     except Refusal as refusal:
@@ -107,16 +107,17 @@ async def _judge(
         await firewall.close()
 
 
-def _told(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:
+def _render(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:
     if site:
         yield f"{'site':<24}{site}"
-    asked = {stage.name: stage for stage in trace}
+    reached = {stage.name: stage for stage in trace}
     for name in STAGES if site else ():
-        stage = asked.get(name)
-        after = any(STAGES.index(later) > STAGES.index(name) for later in asked)
-        yield f"{name:<24}{stage.saw if stage else 'nothing to ask' if after or not verdict.refusal else 'not asked'}"
+        stage = reached.get(name)
+        after = any(STAGES.index(later) > STAGES.index(name) for later in reached)
+        skipped = "nothing to check" if after or not verdict.refusal else "not reached"
+        yield f"{name:<24}{stage.saw if stage else skipped}"
         for entry in stage.entries if stage else ():
-            yield f"  {_entry(entry)}"
+            yield f"  {_render_entry(entry)}"
     for name in verdict.logged:
         yield f"{'would refuse':<24}{name} (in mode log)"
     refusal = verdict.refusal
@@ -128,7 +129,7 @@ def _told(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:
     yield f"{'':<24}{printable(refusal.detail or refusal.text)}"
 
 
-def _entry(entry: object) -> str:
+def _render_entry(entry: object) -> str:
     if isinstance(entry, RuleTrace):
         values = ", ".join(f"{name}={printable(repr(value))[:200]}" for name, value in entry.values.items())
         mode = ", only logged" if entry.mode == "log" else ""
@@ -142,7 +143,7 @@ def _entry(entry: object) -> str:
     return printable(str(entry))
 
 
-def _as_json(site: str, verdict: Verdict, trace: Sequence[Stage]) -> dict[str, Any]:
+def _to_json(site: str, verdict: Verdict, trace: Sequence[Stage]) -> dict[str, Any]:
     refusal = verdict.refusal
     return {
         "site": site,

@@ -1,4 +1,4 @@
-"""``tlstunnel start``: serve until told to end."""
+"""``tlstunnel start``: serve until stopped."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from tlstunnel.processes.slots import Slots, passed
 from tlstunnel.program import set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
-"""What is left out on a machine without IPv6."""
+"""Left out on a machine without IPv6."""
 
 
 class _Processes(click.ParamType[int | Literal["auto"]]):
@@ -52,7 +52,7 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
 @click.option("--cert", type=click.Path(path_type=Path), help="Certificate and chain, PEM.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
-@click.option("--control", type=click.Path(path_type=Path), help="Where the control socket is.")
+@click.option("--control", type=click.Path(path_type=Path), help="Path of the control socket.")
 @click.option("--processes", type=_Processes(), help="How many processes serve; 1 unless the file says otherwise.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="How to log; text unless the file says json.")
 def command(  # noqa: PLR0913 - the command's options
@@ -68,37 +68,37 @@ def command(  # noqa: PLR0913 - the command's options
 ) -> None:
     """Start the tunnel in front of ORIGIN: host:port, ws://host:port or unix:/path.
 
-    Without ORIGIN it tunnels to an echo origin of its own; without --cert it makes and uses a test certificate for
-    localhost in certs/, and listens on this machine only.
+    Without ORIGIN, it starts an echo origin. Without --cert, it creates and uses a test certificate for localhost in
+    certs/, and listens on loopback only.
     """
     handed = Handover.received()
     set_process_name("tlstunnel")
     text = handed.config if handed is not None else read(config_file) if config_file else None
-    listen = _parsed(listen_texts)
+    listen = _parse_addresses(listen_texts)
     config = Invocation(config_file).configuration(text)
     if config.sites and (origin or cert or key):
         raise click.UsageError(f"{config_file} has [[sites]]: ORIGIN, --cert and --key belong there")
     if bool(cert) != bool(key):
         raise click.UsageError("--cert and --key go together")
     if origin is not None:
-        _check_origin(origin)
+        _refuse_invalid_origin(origin)
     style = log_format or config.log.format
     configure_logging(style)
     if handed is not None and handed.probe is not None:
-        wanted = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen)
-        _complete(wanted, config, tell=False)
+        invocation = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen)
+        _ensure_test_certificate(invocation, config, log=False)
         given = tuple(map(ListenAddress.parse, handed.slots.passed))
-        Slots.try_to_open(addresses_to_listen_on(wanted, config, given), handed.slots, OPTIONAL)
-        asyncio.run(try_child(Beginning(wanted, text, config, style)))
+        Slots.try_to_open(addresses_to_listen_on(invocation, config, given), handed.slots, OPTIONAL)
+        asyncio.run(try_child(Beginning(invocation, text, config, style)))
         os.write(handed.probe, __version__.encode())
         return
     with contextlib.ExitStack() as stack:
-        echo = None if config.sites or origin is not None else _echo(handed, stack)
-        wanted = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen)
-        _complete(wanted, config, tell=handed is None)
-        beginning = Beginning(wanted, text, config, style)
+        echo = None if config.sites or origin is not None else _start_echo(handed, stack)
+        invocation = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen)
+        _ensure_test_certificate(invocation, config, log=handed is None)
+        beginning = Beginning(invocation, text, config, style)
         options = Options(control, processes)
-        slots = _slots(handed, beginning, options)
+        slots = _open_slots(handed, beginning, options)
         stack.callback(slots.close)
         asyncio.run(_run(beginning, slots, options, echo, handed))
 
@@ -109,7 +109,7 @@ async def _run(
     await Parent(beginning, slots, options, echo, before).run()
 
 
-def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> Slots:
+def _open_slots(handed: Handover | None, beginning: Beginning, options: Options) -> Slots:
     if handed is None:
         slots = Slots(passed())
         addresses = addresses_to_listen_on(beginning.wanted, beginning.config, slots.passed)
@@ -120,7 +120,7 @@ def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> S
     try:
         gone = slots.settle(slots.open(addresses, 1, OPTIONAL), addresses)
     except ListenError as error:
-        # The probe could: somebody was quicker. To end now would end what is served.
+        # The probe could open them: another program was faster. Exiting now would end the open tunnels.
         structlog.get_logger().error(Event.UPGRADE_LISTENERS_KEPT, reason=str(error))
         return slots
     for slot in gone:
@@ -128,21 +128,21 @@ def _slots(handed: Handover | None, beginning: Beginning, options: Options) -> S
     return slots
 
 
-def _parsed(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
+def _parse_addresses(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
     try:
         return tuple(ListenAddress.parse(text) for text in texts)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--listen") from None
 
 
-def _check_origin(origin: str) -> None:
+def _refuse_invalid_origin(origin: str) -> None:
     try:
         OriginAddress.parse(origin, Path.cwd())
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="ORIGIN") from None
 
 
-def _echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
+def _start_echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
     if handed is not None and handed.echo is not None:
         return stack.enter_context(contextlib.closing(EchoOrigin.restored(handed.echo)))
     echo = stack.enter_context(contextlib.closing(EchoOrigin.start()))
@@ -150,14 +150,14 @@ def _echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
     return echo
 
 
-def _complete(wanted: Invocation, config: Config, *, tell: bool) -> None:
-    """Make the test certificate where it is wanted; in one process, for children would each make their own."""
-    if not uses_test_certificate(sites_to_serve(wanted, config)):
+def _ensure_test_certificate(invocation: Invocation, config: Config, *, log: bool) -> None:
+    """Create the test certificate if a site uses it. The parent does this: each child would create its own."""
+    if not uses_test_certificate(sites_to_serve(invocation, config)):
         return
-    # Only here: cryptography takes memory, of which the parent needs little.
+    # Imported here: cryptography takes memory, which the parent otherwise does without.
     from tlstunnel.certificates import CERTIFICATES, issue  # noqa: PLC0415
 
     test = issue.ensure(CERTIFICATES)
-    if tell:
-        hint = "clients trust it with this CA"
+    if log:
+        hint = "clients that trust this CA accept it"
         structlog.get_logger().info(Event.TEST_CERTIFICATE, cert=str(test.cert), ca=str(test.ca), hint=hint)

@@ -1,4 +1,4 @@
-"""What is different between two configurations, told to a person."""
+"""What a reload changes, in words for a person."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,13 @@ import msgspec
 from tlstunnel.config import Config, Duration, SiteConfig
 
 _LATER = ("log",)
-"""What is read once, at the start."""
+"""Tables that are read once, at the start."""
 
 _TABLES = ("timeouts", "limits", "release", "managed_rules")
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """What makes `new` another configuration than `old`, one line for each thing; no value that may be a secret."""
+    """Return a line for each difference between two configurations. It has no value that may be a secret."""
     return list(_changes(old, new))
 
 
@@ -29,15 +29,15 @@ def _changes(old: Config, new: Config) -> Iterator[str]:
             continue
         later = "; this takes effect at the next start" if key in _LATER else ""
         if key in _TABLES or key in _LATER:
-            for inner, was, becomes in _different(before, after):
-                yield f"{key}.{inner}: {_shown(was)} -> {_shown(becomes)}{later}"
+            for inner, was, becomes in _differences(before, after):
+                yield f"{key}.{inner}: {_render(was)} -> {_render(becomes)}{later}"
         else:
             yield f"{key}: changed"
-    yield from _of_sites(old.sites, new.sites)
+    yield from _site_changes(old.sites, new.sites)
 
 
-def _of_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
-    """A site is the same as long as it has one of its names."""
+def _site_changes(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
+    """Compare sites. A site stays the same as long as it keeps one of its names."""
     before = {name: site for site in old for name in site.names}
     kept = set()
     for site in new:
@@ -47,21 +47,21 @@ def _of_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Itera
             yield f"site {name}: added"
             continue
         kept.add(same.names[0])
-        if changed := [key for key, _, _ in _different(same, site)]:
+        if changed := [key for key, _, _ in _differences(same, site)]:
             yield f"site {name}: changed: {', '.join(changed)}"
     for site in old:
         if site.names[0] not in kept:
             yield f"site {site.names[0]}: removed"
 
 
-def _different(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
     for key in old.__struct_fields__:
         before, after = getattr(old, key), getattr(new, key)
         if before != after:
             yield key, before, after
 
 
-def _shown(value: object) -> str:
+def _render(value: object) -> str:
     if value is None:
         return "off"
     if isinstance(value, bool):

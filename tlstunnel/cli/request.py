@@ -1,4 +1,4 @@
-"""What the commands have in common that are given a request: the request, its fields, whom it is from, and its site."""
+"""What commands that take a request have in common: its options, its head, the client's address, and its site."""
 
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
@@ -14,17 +14,17 @@ from tlstunnel.tunnel.sites import candidates
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def options(command: Command) -> Command:
-    """The request's argument, and `headers` and `ip`."""
+def request_options(command: Command) -> Command:
+    """Add the argument `request` and the options `headers` and `ip` to a command."""
     command = click.option("--ip", default="127.0.0.1", show_default=True, help="The client's address.")(command)
     command = click.option(
-        "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="A field; may be repeated."
+        "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="A header field; may be repeated."
     )(command)
     return click.argument("request", metavar="'GET /path?query'")(command)
 
 
-def head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool = False) -> bytes:
-    """The whole head of `request`; without a Host field it is for the site. Raises click.BadParameter."""
+def build_request_head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool = False) -> bytes:
+    """Return the complete head of `request`, with the site's name as Host if it has none. Raises click.BadParameter."""
     try:
         fields = [parse_field(header) for header in headers]
     except ValueError as error:
@@ -35,15 +35,15 @@ def head(request: str, headers: Sequence[str], site: SiteConfig, *, plain: bool 
         raise click.BadParameter(str(error), param_hint="request") from None
 
 
-def refuse_no_address(ip: str) -> None:
-    """Raise click.BadParameter where `ip` is none."""
+def refuse_invalid_address(ip: str) -> None:
+    """Raise click.BadParameter if `ip` is not an IP address."""
     try:
         ip_address(ip)
     except ValueError:
         raise click.BadParameter(f"{ip!r} is not an IP address", param_hint="--ip") from None
 
 
-def site_of(sites: Sequence[SiteConfig], request: Request) -> SiteConfig | None:
-    """The site that the Host field means."""
+def find_site(sites: Sequence[SiteConfig], request: Request) -> SiteConfig | None:
+    """Return the site that the Host field names, or None."""
     by_name = {name: site for site in sites for name in site.names}
     return next((by_name[name] for name in candidates(request.host) if name in by_name), None)
