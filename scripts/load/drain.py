@@ -2,7 +2,7 @@
 
     python -m scripts.load.drain FOLDER [--clients 5000] [--over 60]
 
-writes drain.json into FOLDER, and drain.png and drain.svg: the rate of reconnects, spread and not. Needs matplotlib.
+writes drain.json into FOLDER, and drain.svg: the rate of reconnects, spread and not. Needs matplotlib.
 """
 
 import argparse
@@ -165,8 +165,7 @@ def plot(found: Sequence[Drained], folder: Path) -> None:
         _panel(axes, one, last)
     panels[0].legend(frameon=False, loc="upper right")
     panels[-1].set_xlabel("seconds since the drain began")
-    for suffix in ("png", "svg"):
-        drawing.savefig(folder / f"drain.{suffix}", dpi=120, metadata={"Date": None} if suffix == "svg" else None)
+    drawing.savefig(folder / "drain.svg", metadata={"Date": None})
 
 
 def _panel(axes: Any, one: Drained, last: int) -> None:

@@ -207,8 +207,7 @@ class Plots:
         handles, labels = legend_of.get_legend_handles_labels()
         if handles:
             drawing.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, **LEGEND)
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            drawing.savefig(self._folder / f"{file}.{kind}", dpi=150, metadata=metadata)
+        drawing.savefig(self._folder / f"{file}.svg", metadata={"Date": None})
         self._plt.close(drawing)
 
 
