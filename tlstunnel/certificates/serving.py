@@ -11,19 +11,7 @@ from tlstunnel.certificates import describe
 from tlstunnel.certificates.clients import ClientPolicy
 from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair, validity_warning
 from tlstunnel.errors import CertificateError
-
-# Forward-secret AEAD only (RFC 9325 section 4.2), OpenSSL's names. The order counts only for a client that leaves the
-# choice to us; see the options below. TLS 1.3's suites are all of that kind and cannot be set from Python.
-TLS_1_2_CIPHERS = ":".join(
-    (
-        "ECDHE-ECDSA-AES128-GCM-SHA256",
-        "ECDHE-RSA-AES128-GCM-SHA256",
-        "ECDHE-ECDSA-CHACHA20-POLY1305",
-        "ECDHE-RSA-CHACHA20-POLY1305",
-        "ECDHE-ECDSA-AES256-GCM-SHA384",
-        "ECDHE-RSA-AES256-GCM-SHA384",
-    )
-)
+from tlstunnel.tls.policy import apply_to_server_context
 
 
 class ServerContext(ssl.SSLContext):
@@ -50,17 +38,7 @@ def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> 
     """
     # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.maximum_version = ssl.TLSVersion.TLSv1_3
-    context.set_ciphers(TLS_1_2_CIPHERS)
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    # Every suite left is a good one, so the client chooses: it knows whether it has AES in hardware or is faster with
-    # ChaCha20. By our order OpenSSL would also give every TLS 1.3 client AES-256, and browsers ask for AES-128 first.
-    context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    # Set by Python up to 3.11.2, which is Debian 12's: a FIN without close_notify would read like an end (seen).
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
-    context.num_tickets = 1
-    context.set_alpn_protocols(["http/1.1"])
+    apply_to_server_context(context)
     for pair in pairs:
         try:
             with _in_memory(pair.pem) as path:

@@ -51,6 +51,7 @@ from tlstunnel.check.words import (
 )
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
+from tlstunnel.tls.policy import apply_to_client_context
 from tlstunnel.tls.server_hello import find_group
 from tlstunnel.tls.truncation import is_truncation
 
@@ -193,7 +194,7 @@ class _Check:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        context.set_alpn_protocols(["http/1.1"])
+        apply_to_client_context(context)
         try:
             wire = Wire(self._open(self.connected, self.deadline.left()), context, self.target.host, self.deadline)
             wire.secure()

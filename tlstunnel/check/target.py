@@ -13,6 +13,7 @@ import idna
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tlstunnel.certificates.describe import read
+from tlstunnel.tls.policy import apply_to_client_context
 
 # RFC 6455 section 4.1: these are the check's own; RFC 9112 section 6: a handshake has no body.
 _OWN_FIELDS: Final = frozenset({"connection", "content-length", "transfer-encoding", "upgrade"})
@@ -128,6 +129,5 @@ class Trust:
         # Python 3.13 turned both on: the verdict must not depend on whose Python asks. No browser is strict about the
         # form of extensions, and a certificate given with --ca is trusted though it be no root.
         context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
-        context.set_alpn_protocols(["http/1.1"])
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # on by default in Python 3.11.2
+        apply_to_client_context(context)
         return cls(context, ca)

@@ -11,6 +11,7 @@ from tlstunnel.errors import CertificateError
 from tlstunnel.journal.events import Reason
 from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
+from tlstunnel.tls.policy import apply_to_client_context
 from tlstunnel.tls.truncation import is_truncation
 
 # X509_V_ERR_... of OpenSSL's x509_vfy.h: what it is in the record, and what to do about it.
@@ -150,11 +151,7 @@ def client_context(
     """
     # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    # Set by Python up to 3.11.2, which is Debian 12's: a FIN without close_notify would read like an end (seen).
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
-    context.set_alpn_protocols(["http/1.1"])
+    apply_to_client_context(context)
     context.hostname_checks_common_name = False  # RFC 9525 section 2
     if not verify:
         context.check_hostname = False

@@ -4,15 +4,15 @@
 is None or the final outcome, and more bytes never change an outcome. No I/O happens here.
 
 Sources: RFC 8446 sections 4.1.2 (ClientHello), 4.2 (extensions), 5.1 (records) and 6 (alerts); RFC 6066 section 3
-(server_name); RFC 7301 (ALPN); RFC 8701 (GREASE: code points that clients offer only so that servers learn to ignore
-them); FoxIO's technical details of JA4 (https://github.com/FoxIO-LLC/ja4, technical_details/JA4.md).
+(server_name); RFC 7301 (ALPN). `ja4` has the fingerprint.
 """
 
 import re
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
+
+from tlstunnel.tls.ja4 import codes_of, ja4_fingerprint
 
 # Bytes, record headers included. Hellos with post-quantum key shares take 1.5 to 2 KiB. BoringSSL allows 16 384, Go
 # 65 536, OpenSSL 131 396: the longest that the RFC's fields can make.
@@ -50,20 +50,6 @@ _CURVES = frozenset(("0017", "0018", "0019", "001d", "001e"))
 _FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and those reserved for others
 
 _KIND_AND_LENGTH = struct.Struct(">2sH").unpack_from
-
-_GREASE = frozenset(f"{digit:x}a{digit:x}a" for digit in range(16))
-_JA4_VERSIONS = {
-    0x0304: "13",
-    0x0303: "12",
-    0x0302: "11",
-    0x0301: "10",
-    0x0300: "s3",
-    0x0002: "s2",
-    0xFEFF: "d1",
-    0xFEFD: "d2",
-    0xFEFC: "d3",
-}
-_JA4_NOTHING = "000000000000"
 
 # The methods of browsers and health checks have at most 7 letters (OPTIONS, CONNECT), those of WebDAV a few more; 15
 # with the space make 16 bytes, after which whatever still spells letters is none.
@@ -276,11 +262,11 @@ def _common(  # noqa: PLR0913, PLR0917 - the key of a cache
     It is what all clients of one program have in common.
     """
     alpn = () if protocols is None else _protocols(protocols)
-    versions = tuple(int(code, 16) for code in _codes(legacy if supported is None else _numbers(supported, 1)))
+    versions = tuple(int(code, 16) for code in codes_of(legacy if supported is None else _numbers(supported, 1)))
     algorithms = b"" if signatures is None else _numbers(signatures, 2)
-    offered = [] if groups is None else _codes(_numbers(groups, 2))
+    offered = [] if groups is None else codes_of(_numbers(groups, 2))
     finite = any(code.startswith(_FINITE_FIELDS) for code in offered) and _CURVES.isdisjoint(offered)
-    return alpn, versions, _ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
+    return alpn, versions, ja4_fingerprint(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
 
 
 # Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
@@ -382,44 +368,3 @@ def _protocols(data: bytes) -> tuple[bytes, ...]:
             raise BadHello(DECODE_ERROR, "an empty ALPN protocol name")
         protocols.append(protocol)
     return tuple(protocols)
-
-
-def _codes(numbers: bytes) -> list[str]:
-    """Return two-byte numbers as four hexadecimal digits each, in order, GREASE left out."""
-    return [code for code in numbers.hex(" ", 2).split() if code not in _GREASE]
-
-
-def _ja4(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], algorithms: bytes) -> str:
-    """Return the JA4 fingerprint, as its technical details describe it; JA4 itself is under the BSD 3-clause licence.
-
-    The cipher suites, the types of the extensions and the signature algorithms as they came, two bytes each.
-    """
-    ciphers, kinds, signatures = _codes(suites), _codes(types), _codes(algorithms)
-    server_name = "d" if "0000" in kinds else "i"
-    counts = f"{min(len(ciphers), 99):02}{min(len(kinds), 99):02}"
-    # Server name and ALPN stand in the first part, so that the last is the same wherever the client goes.
-    hashed = ",".join(sorted(kind for kind in kinds if kind not in {"0000", "0010"}))
-    if signatures:
-        hashed = f"{hashed}_{','.join(signatures)}"
-    return (
-        f"t{_JA4_VERSIONS.get(version, '00')}{server_name}{counts}{_ja4_alpn(alpn)}"
-        f"_{_ja4_hash(','.join(sorted(ciphers)))}_{_ja4_hash(hashed)}"
-    )
-
-
-def _ja4_alpn(alpn: tuple[bytes, ...]) -> str:
-    """Return the first and the last character of the first protocol, or of its hexadecimal form.
-
-    Some of FoxIO's own programs put a 9 for each byte that is not ASCII; the text is what counts (its issue 178).
-    """
-    if not alpn:
-        return "00"
-    first = alpn[0]
-    ends = first[:1] + first[-1:]
-    text = ends.decode("ascii") if ends.isalnum() else first.hex()
-    return text[0] + text[-1]
-
-
-def _ja4_hash(text: str) -> str:
-    """Return the first 12 hexadecimal digits of the SHA-256, or the zeros that stand for an empty list."""
-    return sha256(text.encode("ascii")).hexdigest()[:12] if text else _JA4_NOTHING

@@ -10,12 +10,11 @@ from tlstunnel.journal.events import Reason
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.tls import hello as tls_hello
+from tlstunnel.tls.policy import supports_alpn, supports_version
 from tlstunnel.tls.truncation import is_truncation
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.ends import Dropped
 from tlstunnel.tunnel.sites import Site
-
-TLS_1_2 = 0x0303
 
 _PLAIN_HTTP = render(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port speaks TLS: use wss://"), None)
 """Without an id: it is counted, and not logged each time."""
@@ -64,13 +63,13 @@ async def read_hello(client: Client) -> tls_hello.ClientHello:
 def choose_site(client: Client, hello: tls_hello.ClientHello) -> Site:
     """Choose the site by the hello. Raises Dropped for what cannot be served, before any cryptography is paid for."""
     client.sni, client.ja4 = printable(hello.server_name or ""), hello.ja4
-    if not any(version >= TLS_1_2 for version in hello.versions):
+    if not supports_version(hello.versions):
         raise Dropped(Reason.HELLO_TLS_VERSION, tls_hello.alert(tls_hello.PROTOCOL_VERSION))
     # One over ffdhe8192 takes 160 ms, in which no tunnel moves on (docs/tls.md); no client needs any.
     if hello.finite_field:
         raise Dropped(Reason.HELLO_FINITE_FIELD, tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
     # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
-    if hello.alpn and b"http/1.1" not in hello.alpn:
+    if not supports_alpn(hello.alpn):
         raise Dropped(Reason.HELLO_ALPN, tls_hello.alert(tls_hello.NO_APPLICATION_PROTOCOL))
     site = client.serving.sites.choose(hello.server_name)
     if site is None:

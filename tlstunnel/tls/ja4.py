@@ -1,0 +1,62 @@
+"""JA4, the fingerprint of a client's TLS library and its settings.
+
+Sources: FoxIO's technical details of JA4 (https://github.com/FoxIO-LLC/ja4, technical_details/JA4.md); RFC 8701
+(GREASE: code points that clients offer only so that servers learn to ignore them).
+"""
+
+from hashlib import sha256
+
+_GREASE = frozenset(f"{digit:x}a{digit:x}a" for digit in range(16))
+_JA4_VERSIONS = {
+    0x0304: "13",
+    0x0303: "12",
+    0x0302: "11",
+    0x0301: "10",
+    0x0300: "s3",
+    0x0002: "s2",
+    0xFEFF: "d1",
+    0xFEFD: "d2",
+    0xFEFC: "d3",
+}
+_JA4_NOTHING = "000000000000"
+
+
+def codes_of(numbers: bytes) -> list[str]:
+    """Return two-byte numbers as four hexadecimal digits each, in order, GREASE left out."""
+    return [code for code in numbers.hex(" ", 2).split() if code not in _GREASE]
+
+
+def ja4_fingerprint(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], algorithms: bytes) -> str:
+    """Return the JA4 fingerprint, as its technical details describe it; JA4 itself is under the BSD 3-clause licence.
+
+    The cipher suites, the types of the extensions and the signature algorithms as they came, two bytes each.
+    """
+    ciphers, kinds, signatures = codes_of(suites), codes_of(types), codes_of(algorithms)
+    server_name = "d" if "0000" in kinds else "i"
+    counts = f"{min(len(ciphers), 99):02}{min(len(kinds), 99):02}"
+    # Server name and ALPN stand in the first part, so that the last is the same wherever the client goes.
+    hashed = ",".join(sorted(kind for kind in kinds if kind not in {"0000", "0010"}))
+    if signatures:
+        hashed = f"{hashed}_{','.join(signatures)}"
+    return (
+        f"t{_JA4_VERSIONS.get(version, '00')}{server_name}{counts}{_ja4_alpn(alpn)}"
+        f"_{_ja4_hash(','.join(sorted(ciphers)))}_{_ja4_hash(hashed)}"
+    )
+
+
+def _ja4_alpn(alpn: tuple[bytes, ...]) -> str:
+    """Return the first and the last character of the first protocol, or of its hexadecimal form.
+
+    Some of FoxIO's own programs put a 9 for each byte that is not ASCII; the text is what counts (its issue 178).
+    """
+    if not alpn:
+        return "00"
+    first = alpn[0]
+    ends = first[:1] + first[-1:]
+    text = ends.decode("ascii") if ends.isalnum() else first.hex()
+    return text[0] + text[-1]
+
+
+def _ja4_hash(text: str) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256, or the zeros that stand for an empty list."""
+    return sha256(text.encode("ascii")).hexdigest()[:12] if text else _JA4_NOTHING
