@@ -180,7 +180,7 @@ def test_what_is_imported_later_is_not_of_another_version(
         new.write_text(module.read_text())
         new.replace(module)
         (said,) = tunnel.reload(rules, status=1)
-        assert "the package on the disk was replaced" in said
+        assert "the package on disk was replaced" in said
         assert _echoes(tunnel)
         upgraded(tunnel)
         tunnel.reload(text)

@@ -1,4 +1,7 @@
-"""A child as the parent knows it: started, given what it serves, asked, and killed."""
+"""A child as the parent knows it: started, given what it serves, asked, and killed.
+
+Tested by tests/promises/test_processes.py.
+"""
 
 import asyncio
 import contextlib

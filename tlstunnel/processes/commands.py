@@ -2,6 +2,8 @@
 
 The control socket is the one there is; its ``do`` names the command, and the fields of the result are those of its
 response (docs/cli.md).
+
+Tested by tests/promises/test_reload.py, test_drain.py and test_processes.py.
 """
 
 import asyncio

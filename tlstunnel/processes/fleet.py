@@ -1,4 +1,7 @@
-"""The children, by role: started, kept running, given their listening sockets, drained and ended."""
+"""The children, by role: started, kept running, given their listening sockets, drained and ended.
+
+Tested by tests/promises/test_processes.py.
+"""
 
 import asyncio
 import contextlib

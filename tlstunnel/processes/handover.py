@@ -152,7 +152,14 @@ async def _try(state: Handover, format_: int, seconds: float) -> str:
     finally:
         for fd in (done, errors, file):
             os.close(fd)
-    process = ChildProcess(pid)
+    try:
+        process = ChildProcess(pid)
+    except OSError as error:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)  # noqa: ASYNC222 - it was killed
+        for fd in (reading, errors_reading):
+            os.close(fd)
+        raise ControlError(f"nothing was changed: the new code cannot be watched: {error.strerror}") from None
     try:
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
             written = group.create_task(_read_lines(reading))

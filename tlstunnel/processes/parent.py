@@ -1,6 +1,8 @@
 """The parent: signals, the service manager, and the end. It holds the sockets, and serves nothing itself.
 
 It is replaced by new code in place (`tlstunnel.processes.rollout`): same process, same sockets, same children.
+
+Tested by tests/promises/test_ending.py and test_systemd.py.
 """
 
 import asyncio

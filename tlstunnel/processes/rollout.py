@@ -7,6 +7,8 @@ it in reverse order. So each change is made as a whole or not at all.
     upgrade    read, probe, quiesce, execute | (the next program:) restore, start, retire
 
 What comes before the bar can be undone, and what follows does not fail.
+
+Tested by tests/promises/test_reload.py, test_upgrade.py and test_upgrade_between_versions.py.
 """
 
 import asyncio
