@@ -67,11 +67,12 @@ def test_every_page_can_be_found() -> None:
     assert {document for document in DOCUMENTS if document.startswith("docs/")} <= seen
 
 
-def test_troubleshooting_names_reasons_of_the_log() -> None:
-    """Every reason in its tables is one that the log has."""
+@pytest.mark.parametrize(("page", "least"), [("troubleshooting", 50), ("handshake", 25), ("firewall", 8)])
+def test_reasons_are_those_of_the_log(page: str, least: int) -> None:
+    """Every reason in the tables of these pages is one that the log has."""
     reasons = []
     column = None
-    for line in _text("docs/troubleshooting.md").splitlines():
+    for line in _text(f"docs/{page}.md").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
         if "`reason` in the log" in cells:
             column = cells.index("`reason` in the log")
@@ -79,5 +80,5 @@ def test_troubleshooting_names_reasons_of_the_log() -> None:
             reasons += re.findall(r"`([^`]+)`", cells[column].partition(", with")[0])
         elif not cells:
             column = None
-    assert len(reasons) > 40
+    assert len(reasons) > least
     assert [reason for reason in reasons if fixed_reason(reason) is None and fixed_reason(f"{reason}: x") is None] == []
