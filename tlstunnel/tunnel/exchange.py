@@ -1,4 +1,4 @@
-"""One plain HTTP request and its response, where a site passes them on: both streamed, in bounded memory.
+"""One plain HTTP request and its response, for sites that pass them on: both are streamed, in bounded memory.
 
 The request was judged like any other; it is the only one of its connection. One coroutine moves both directions, since
 a response may begin, and a connection be done, before the request's body is whole.
@@ -45,19 +45,19 @@ async def pass_on(turn: Turn) -> End:
     except Broken as broken:
         record.status, record.verdict, record.detail = exchange.status, Decision.PASS, printable(broken.detail)
         # With RST: close_notify would make a part look whole.
-        return End(broken.who, broken.why, reset=True)
+        return End(broken.ended_by, broken.reason, reset=True)
     record.status, record.verdict = exchange.status, Decision.PASS
     record_success(turn)
     return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close)
 
 
 class Broken(Exception):
-    """The exchange has ended amid the response, which the client must notice. `who` and `why` are for the record."""
+    """The exchange ended during the response, which the client must notice. The record gets `ended_by` and `reason`."""
 
-    def __init__(self, who: EndedBy, why: Reason, detail: str = "") -> None:
-        super().__init__(who, why, detail)
-        self.who = who
-        self.why = why
+    def __init__(self, ended_by: EndedBy, reason: Reason, detail: str = "") -> None:
+        super().__init__(ended_by, reason, detail)
+        self.ended_by = ended_by
+        self.reason = reason
         self.detail = detail
 
 
@@ -81,7 +81,7 @@ class Exchange:
         self._client, self._origin = client, origin
         self._wakeup, self._timeouts = wakeup, timeouts
         self._body = BodyReader(request)
-        self._answer = PlainResponseReader(request)
+        self._response = PlainResponseReader(request)
         self._early = early
         self._to_origin, self._to_client = head, b""
         self._uploads = True
@@ -89,18 +89,18 @@ class Exchange:
 
     @property
     def status(self) -> int:
-        """Of the response; 0 until the client has got a byte of it, apart from those before the final one."""
-        return self._answer.status
+        """The status of the final response; 0 until the client was sent a byte of it."""
+        return self._response.status
 
     async def run(self) -> None:
-        """Move everything. Raises Refusal where the client can still be answered, else Broken; ClientGone."""
+        """Move everything. Raises Refusal while nothing of the response was sent, Broken afterwards; ClientGone."""
         loop = asyncio.get_running_loop()
         try:
             self._to_origin += self._body.feed(self._early)
-            while self._to_client or not self._answer.complete:
+            while self._to_client or not self._response.complete:
                 # Asked for anew after each byte that gets on, whichever way.
-                self._wakeup.deadline = loop.time() + self._patience()
-                if self._turn():
+                self._wakeup.deadline = loop.time() + self._timeout()
+                if self._step():
                     await asyncio.sleep(0)  # others get their turn
                 elif self._client.gone:
                     raise ClientGone
@@ -121,10 +121,10 @@ class Exchange:
                 502, Reason.INVALID_RESPONSE, "the origin sent no valid response", detail=error.reason
             ) from None
         except TimeoutError:
-            raise self._late() from None
+            raise self._explain_timeout() from None
 
-    def _turn(self) -> bool:
-        """Do what can be done without waiting; say whether that was anything."""
+    def _step(self) -> bool:
+        """Do what can be done without waiting; return whether that was anything."""
         moved = self._write()
         if self._uploads and not self._to_origin and not self._body.complete:
             data = self._client.recv_now()
@@ -132,13 +132,13 @@ class Exchange:
                 raise ClientGone
             if data is not None:
                 self._to_origin, moved = self._body.feed(data), True
-        if not self._to_client and not self._answer.complete:
+        if not self._to_client and not self._response.complete:
             try:
                 data = self._origin.recv_now()
             except OSError as error:
                 raise BadResponse(error.strerror or str(error)) from None
             if data is not None:
-                self._to_client, moved = self._answer.feed(data), True
+                self._to_client, moved = self._response.feed(data), True
         return moved
 
     def _write(self) -> bool:
@@ -163,8 +163,8 @@ class Exchange:
             self._to_client = rest
         return moved
 
-    def _patience(self) -> float:
-        """Seconds without a byte: an answer may take as long as that of a handshake, a stream as long as a tunnel."""
+    def _timeout(self) -> float:
+        """Return how many seconds may pass without a byte: a handshake's until the response, then a tunnel's."""
         timeouts = self._timeouts
         if self._to_client:
             return timeouts.close
@@ -174,7 +174,7 @@ class Exchange:
             return timeouts.origin_response
         return timeouts.request
 
-    def _late(self) -> Exception:
+    def _explain_timeout(self) -> Exception:
         if self.status:
             return Broken(EndedBy.TUNNEL, Reason.RESPONSE_TIMED_OUT)
         if self._to_origin or self._body.complete or not self._uploads:

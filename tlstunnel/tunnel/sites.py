@@ -1,4 +1,4 @@
-"""Sites as they are served: which one a client means, with which certificate, and where it leads."""
+"""Sites as they are served: which one a client asks for, with which certificate, and its origins."""
 
 import math
 import ssl
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it brings a library that sites without a worker do without
 
 @dataclass(frozen=True, slots=True)
 class SiteEdits:
-    """What a site changes of the head for an origin, and which PROXY header goes before it."""
+    """How a site changes the head for an origin, and which PROXY header is sent before it."""
 
     host: str = "keep"
     added: Fields = ()
@@ -28,7 +28,7 @@ class SiteEdits:
     subject_header: bytes = b""
 
     def of(self, origin: str, subject: str) -> Edits:
-        """The edits of a head for `origin`, as it is written, from a client whose certificate has this `subject`."""
+        """Return the edits for `origin`, as it is configured, and a client whose certificate has this `subject`."""
         if self is NO_EDITS_OF_SITE:
             return NO_EDITS
         origin = origin.removeprefix("wss://")
@@ -37,7 +37,7 @@ class SiteEdits:
             host = b"localhost"
         if not self.subject_header:
             return Edits(host, self.added, self.removed)
-        # Removed where there is none: no client may claim one.
+        # Removed also without a subject: no client may claim one.
         own = ((self.subject_header, subject.encode("ascii")),) if subject else ()
         return Edits(host, (*self.added, *own), self.removed | {self.subject_header.lower()})
 
@@ -49,10 +49,9 @@ NO_EDITS_OF_SITE = SiteEdits()
 class Site:
     """A set of names with one certificate and its origins. `name`, the first of them, is what the record says.
 
-    `pool` are the origins of requests that none of `routes` (the beginning of a path, and its origins) takes.
-    `edits` is what origins are told beside the client's own, `edge` who is asked before them. A tunnel lives for
-    `max_age` seconds and a part of `max_age_jitter` at most. `passes` says that requests which ask for no upgrade go
-    to the origin too.
+    `pool` are the origins of requests that match none of `routes` (the beginning of a path, and its origins). `edits`
+    apply to the heads for origins, and `edge` is called before an origin is chosen. A tunnel lives for `max_age`
+    seconds at most, and up to `max_age_jitter` longer. With `passes`, requests without an upgrade are passed on too.
     """
 
     names: frozenset[str]
@@ -68,21 +67,21 @@ class Site:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The context for a TLS handshake that begins now: a microsecond, or one thousand where it has to be made.
+        """The context for a TLS handshake that begins now: a microsecond, or a millisecond if it has to be made.
 
-        Raises CertificateError when it cannot be made, for want of means: the files were read long ago.
+        Raises CertificateError if it cannot be made, for lack of resources: the files were read long ago.
         """
         return self.served.context()
 
     def client_subject(self, tls: ssl.SSLSocket) -> str:
-        """Give the subject (RFC 4514, visible ASCII) of the client at `tls`, TLS handshake done; "" without one.
+        """Return the subject (RFC 4514, visible ASCII) of the client's certificate; "" without one. TLS is established.
 
-        Raises ClientRefused, whose text is for the client too. Of a resumed session it asks no less.
+        Raises ClientRefused, whose text is for the client too. A resumed session is checked in the same way.
         """
         return self.served.client_subject(tls)
 
     def pool_of(self, request: Request) -> Pool:
-        """The origins that a request is for, by its path as rules see it."""
+        """Return the origins for a request, by its path as rules see it."""
         if self.routes:
             path = normal_path(request.target.partition(b"?")[0])
             for beginning, pool in self.routes:
@@ -92,7 +91,7 @@ class Site:
 
 
 class Sites:
-    """All sites, asked by the name that the client's hello gives. `certificates` is what they are served with."""
+    """All sites, by the names that clients ask for in their hello. `certificates` are what they are served with."""
 
     def __init__(self, sites: Sequence[Site], default: Site | None, certificates: Certificates | None = None) -> None:
         self.certificates = certificates if certificates is not None else Certificates()
@@ -112,19 +111,19 @@ class Sites:
         return iter(self._sites)
 
     def start(self) -> None:
-        """Begin the health checks."""
+        """Start the health checks."""
         for _, pool in self.pools:
             pool.start()
 
     def adopt(self, old: "Sites") -> None:
-        """Go on with what `old` knows of the same origins."""
+        """Take over the state of the origins that `old` has too."""
         before = dict(old.pools)
         for key, pool in self.pools:
             if (known := before.get(key)) is not None:
                 pool.adopt(known)
 
     async def close(self) -> None:
-        """End the health checks."""
+        """Stop the health checks."""
         for _, pool in self.pools:
             await pool.close()
         for site in self._sites:
@@ -133,11 +132,11 @@ class Sites:
 
     @property
     def shortest_wait(self) -> float:
-        """The shortest time, in seconds, that a worker of a site has; infinite where there is none."""
+        """The shortest timeout of the sites' workers, in seconds; infinite without any."""
         return min((site.edge.timeout for site in self._sites if site.edge is not None), default=math.inf)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a site has this very name."""
+        """Return whether a site has exactly this name."""
         return name in self._by_name
 
     def choose(self, server_name: str | None) -> Site | None:
