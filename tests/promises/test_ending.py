@@ -85,7 +85,7 @@ def test_without_tunnels_it_exits_at_once(certificate: Certificate, number: sign
         tunnel.wait_records(1)
         tunnel.send_signal(number)
         _ended_well(tunnel, within=4)  # SIGINT's spread is 5 s, SIGTERM's 60 s
-        assert tunnel.wait_record(lambda record: record["event"] == "ending")["signal"] == number.name
+        assert tunnel.wait_record(lambda record: record["event"] == "drain requested")["signal"] == number.name
 
 
 @SIGNALS
@@ -185,7 +185,7 @@ def test_drain_wait_keeps_accepting_for_that_long(certificate: Certificate) -> N
         context = client_context(tunnel)
         clients.enter_context(_open(tunnel, context))
         tunnel.send_signal(signal.SIGTERM)
-        ending = tunnel.wait_record(lambda record: record["event"] == "ending")
+        ending = tunnel.wait_record(lambda record: record["event"] == "drain requested")
         with _open(tunnel, context) as late:
             late.sendall(b"still served")
             assert receive_exactly(late, 12) == b"still served"
@@ -221,7 +221,7 @@ def test_a_second_signal_ends_it_at_once(certificate: Certificate, number: signa
         context = client_context(tunnel)
         opened = [clients.enter_context(_open(tunnel, context)) for _ in range(5)]
         tunnel.send_signal(signal.SIGTERM)
-        tunnel.wait_record(lambda record: record["event"] == "ending")
+        tunnel.wait_record(lambda record: record["event"] == "drain requested")
         tunnel.send_signal(number)
         for client in opened:
             raw = socket.socket(fileno=client.detach())  # below TLS, where a RST is one

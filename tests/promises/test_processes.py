@@ -133,7 +133,7 @@ def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, pr
             await asyncio.gather(*(one.close() for one in (*kept, *again)))
 
         asyncio.run(run())
-        assert [record["why"] for record in tunnel.records("process ended")] == ["killed by SIGKILL"]
+        assert [record["reason"] for record in tunnel.records("process exited")] == ["killed by SIGKILL"]
         eventually(lambda: len(tunnel.pids) == processes)
 
 
@@ -158,7 +158,7 @@ def test_a_process_that_keeps_ending_is_started_with_pauses(origin: RawOrigin, c
             os.kill(before, signal.SIGKILL)
             eventually(lambda before=before: set(tunnel.pids) - {before})  # type: ignore[misc]
             _echoes(tunnel)
-        pauses = [record["again_in"] for record in tunnel.records("process ended")]
+        pauses = [record["retry_in"] for record in tunnel.records("process exited")]
         assert pauses[0] == 0
         assert pauses == sorted(pauses)
         assert pauses[-1] > 0
@@ -174,7 +174,7 @@ def test_the_parent_killed(origin: RawOrigin, certificate: Certificate) -> None:
             assert upgrade(client).status == 101
             pids = tunnel.pids
             tunnel.send_signal(signal.SIGKILL)
-            tunnel.wait_records(2, "the parent is gone: draining")
+            tunnel.wait_records(2, "parent exited")
             client.sendall(b"still here")
             assert receive_exactly(client, 10) == b"still here"
             with pytest.raises(ConnectionRefusedError):
@@ -320,6 +320,6 @@ def test_no_process_can_be_started(origin: RawOrigin, certificate: Certificate) 
         before = tunnel.pid
         resource.prlimit(tunnel.parent, resource.RLIMIT_NOFILE, (5, 20_000))
         os.kill(before, signal.SIGKILL)
-        tunnel.wait_record(lambda record: record["event"] == "no process can be started")
+        tunnel.wait_record(lambda record: record["event"] == "process not started")
         resource.prlimit(tunnel.parent, resource.RLIMIT_NOFILE, (20_000, 20_000))
         _echoes(tunnel)

@@ -1,11 +1,14 @@
 """``tlstunnel status``: the processes of a running tunnel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.metrics import families
+from tlstunnel.metrics.families import Family
 
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
@@ -37,6 +40,35 @@ def command(*, control: Path | None, as_json: bool) -> None:
     rows.append([str(response["process"]), "", "", "", "parent", "", "", _memory(response["pss_kib"])])
     for line in _table([HEADINGS, *rows]):
         click.echo(line)
+    for line in _totals(response.get("metrics", {})):
+        click.echo(line)
+
+
+def _totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Return the main totals of all processes since the start, those that have exited included."""
+
+    def total(family: Family, **labels: str) -> int:
+        series = metrics.get(family.name, ())
+        return sum(one["value"] for one in series if labels.items() <= one["labels"].items())
+
+    if not metrics:  # of a release without them
+        return
+    refused = total(families.TLS_HANDSHAKES_FAILED) + total(families.CONNECTIONS_NOT_ACCEPTED)
+    yield (
+        f"since the start: {total(families.CONNECTIONS_ACCEPTED)} connections, {refused} failed before TLS was"
+        f" established, {total(families.TUNNELS_OPENED)} tunnels opened"
+    )
+    up, down = (total(families.BYTES, direction=direction) for direction in ("up", "down"))
+    yield f"moved: {_size(up)} up, {_size(down)} down"
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _age(seconds: float) -> str:

@@ -91,6 +91,7 @@ class Event(Word):
     SPLICE_FAILED = "splice failed"
     HANDLER_FAILED = "handler failed"
     REQUEST_FAILED = "request failed"
+    NOTIFICATION_FAILED = "notification failed"
 
 
 class EndedBy(Word):

@@ -16,14 +16,19 @@ from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
+from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
+from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.program import set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopted
 from tlstunnel.sockets.readiness import TunnelLoop
+
+REPORT_SECONDS = 1.0
+"""Metrics are sent to the parent this long after they have changed: what a process that is killed may lose."""
 
 STUCK_SECONDS = 1.0
 """How long threads have to end once nothing is served."""
@@ -52,6 +57,9 @@ class ServingProcess:
             },
             self._orphaned,
         )
+        self._metrics = Registry()
+        self._metrics.on_change = self._report_soon
+        self._reporting: asyncio.TimerHandle | None = None
         self._service: Service | None = None
         self._held: dict[int, Listener] = {}
         self._exit = asyncio.Event()
@@ -70,6 +78,7 @@ class ServingProcess:
         await self._exit.wait()
         if self._service is not None:
             await self._service.close()
+            await self._report_last()
         self._link.close()
 
     @property
@@ -87,7 +96,7 @@ class ServingProcess:
         set_process_name(request.name)
         configure_logging(request.log_format)
         invocation = Invocation.from_json(request.wanted)
-        journal = Journal(opened=request.opened)
+        journal = Journal(self._metrics, opened=request.opened)
         self._service = await Service.begin(invocation, request.config, journal, quiet=request.quiet)
         return messages.Begun(version=__version__)
 
@@ -127,10 +136,29 @@ class ServingProcess:
         return messages.Done()
 
     async def _status(self, _: messages.Status, __: list[int]) -> messages.Load:
-        return messages.Load(**self._serving.status())
+        return messages.Load(**self._serving.status(), metrics=self._metrics.snapshot())
+
+    def _report_soon(self) -> None:
+        if self._reporting is None:
+            self._reporting = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
+
+    def _report(self) -> None:
+        self._reporting = None
+        if self._service is not None:
+            self._link.notify(messages.Measured(metrics=self._metrics.snapshot()))
+
+    async def _report_last(self) -> None:
+        """Send the metrics once more, now that nothing changes any more; the parent has a moment to take them."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        self._report()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPORT_SECONDS):
+                while not (self._link.closed or self._link.idle):  # noqa: ASYNC110 - once, at the end
+                    await asyncio.sleep(0.01)
 
     def _terminated(self) -> None:
-        self._log.info("ending", signal="SIGTERM", process=os.getpid())
+        self._log.info(Event.DRAIN_REQUESTED, signal="SIGTERM", process=os.getpid())
         # The parent has another take its place; what waits to be accepted is accepted here.
         self._leaving = asyncio.ensure_future(self._report_leaving())
         self._leave_all()
@@ -145,7 +173,7 @@ class ServingProcess:
         if self._service is None:
             return self._exit.set()
         if not self._service.ending:
-            self._log.warning("the parent is gone: draining", process=os.getpid())
+            self._log.warning(Event.PARENT_EXITED, process=os.getpid())
         self._leave_all()
         self._end(0.0, None)
 
@@ -183,7 +211,7 @@ def _leave() -> None:
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0.0))
     if stuck := [thread.name for thread in others if thread.is_alive()]:
-        structlog.get_logger().warning("threads that do not end are left", threads=stuck)
+        structlog.get_logger().warning(Event.THREADS_ABANDONED, threads=stuck)
         atexit._run_exitfuncs()
         os._exit(0)
 

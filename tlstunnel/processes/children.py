@@ -21,6 +21,7 @@ import msgspec
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
+from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.processes import previous
 from tlstunnel.processes.link import MAX_FDS, Link
 from tlstunnel.processes.messages import (
@@ -97,12 +98,13 @@ class Identity(msgspec.Struct):
 
 
 class KeptChild(msgspec.Struct, frozen=True):
-    """A child as an upgrade hands it over: `link` is a descriptor."""
+    """A child as an upgrade hands it over: `link` is a descriptor, `metrics` are the last that it sent."""
 
     identity: Identity
     pid: int
     draining: bool
     link: int
+    metrics: Snapshot | None = None
 
 
 class Child:
@@ -125,7 +127,8 @@ class Child:
             lambda: None,
             {type_: functools.partial(take, self) for type_, take in notifications.items()},
         )
-        self.process.exited.add_done_callback(lambda _: self.link.close())
+        # Its last metrics may still be there to be read.
+        self.process.exited.add_done_callback(lambda _: self.link.read_rest())
 
     @classmethod
     def start(cls, role: Role, place: int, generation: int, notifications: ChildNotifications) -> "Child":

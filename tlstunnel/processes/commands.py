@@ -60,7 +60,10 @@ class ProcessStatus(msgspec.Struct, frozen=True):
 
 
 class StatusResult(msgspec.Struct, frozen=True):
-    """The parent and the processes; `ending` is the signal that ends them, empty where none does."""
+    """The parent and the processes; `ending` is the signal that ends them, empty where none does.
+
+    `metrics` are the sums over all processes: docs/metrics.md.
+    """
 
     version: str
     generation: int
@@ -69,6 +72,7 @@ class StatusResult(msgspec.Struct, frozen=True):
     listening: list[str]
     processes: list[ProcessStatus]
     pss_kib: int | None
+    metrics: dict[str, Any]
 
 
 class DrainCommand(msgspec.Struct, frozen=True):
@@ -111,14 +115,16 @@ class Commands:
     async def status(self, _: StatusCommand) -> StatusResult:
         """Ask every process; one that does not respond is left out."""
         now = time.time()
+        loads = await self._fleet.loads()
         return StatusResult(
             version=__version__,
             generation=self._fleet.generation,
             process=os.getpid(),
             ending=self._fleet.ending,
             listening=list(dict.fromkeys(str(slot.listener.address) for slot in self._slots)),
-            processes=[self._describe(child, load, now) for child, load in await self._fleet.loads()],
+            processes=[self._describe(child, load, now) for child, load in loads],
             pss_kib=measure_pss(os.getpid()),
+            metrics=self._fleet.totals.sum().to_json(),
         )
 
     async def drain(self, _: DrainCommand) -> Ended:

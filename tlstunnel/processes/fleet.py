@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import structlog
 
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
 from tlstunnel.errors import ProcessError, TlstunnelError
+from tlstunnel.journal.events import Event
+from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Beginning, Child, ChildNotifications, KeptChild, Role
-from tlstunnel.processes.messages import Load, Serve
+from tlstunnel.processes.messages import Load, Measured, Serve
 from tlstunnel.processes.slots import Slots
 from tlstunnel.supervisor import describe_exit, start_with_retries
 
@@ -52,7 +55,8 @@ class Fleet:
     """Keeps as many children of each role running as are wanted, until it is ended.
 
     `beginning` is what they begin with; `generation` counts the programs executed in the parent's place; `ending` says
-    why no more are started, and is empty until then.
+    why no more are started, and is empty until then. `totals` are the metrics of all children, those that have exited
+    included.
     """
 
     def __init__(
@@ -61,14 +65,15 @@ class Fleet:
         slots: Slots,
         options: Options,
         generation: int,
-        notifications: ChildNotifications | None = None,
+        totals: Totals | None = None,
     ) -> None:
         self.beginning = beginning
         self.generation = generation
         self.ending = ""
         self._slots = slots
         self._options = options
-        self._notifications = notifications or {}
+        self.totals = Totals() if totals is None else totals
+        self._notifications: ChildNotifications = {Measured: self._take_metrics}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -111,6 +116,8 @@ class Fleet:
         """Take over the children that the program executed before this one has started."""
         for one in kept:
             self._add(Child.restored(one, self._notifications))
+            if one.metrics is not None:
+                self.totals.update(one.pid, one.metrics)
 
     def start(self) -> list["asyncio.Future[None]"]:
         """Start the children that are missing and keep them running from now on.
@@ -179,12 +186,12 @@ class Fleet:
                 delay = RESTARTS.after(delay)
             restarted = True
             self._log.error(
-                "process ended",
+                Event.PROCESS_EXITED,
                 process=child.pid,
                 place=place,
-                why=problem or describe_exit(code),
+                reason=problem or describe_exit(code),
                 seconds=round(seconds, 1),
-                again_in=delay,
+                retry_in=delay,
             )
             await self.assign()
             await asyncio.sleep(delay)
@@ -204,7 +211,7 @@ class Fleet:
             why = getattr(error, "strerror", None)
             if not first.done():
                 first.set_exception(ProcessError(f"no process can be started: {why}"))
-            self._log.error("no process can be started", place=place, why=why, again_in=delay)
+            self._log.error(Event.PROCESS_NOT_STARTED, place=place, reason=why, retry_in=delay)
 
         return await start_with_retries(start, RESTARTS, report, (OSError,))
 
@@ -214,7 +221,7 @@ class Fleet:
             await child.begin(self.beginning)
             if child.identity.version != __version__:
                 hint = "it was replaced on the disk: tlstunnel upgrade"
-                self._log.warning("another version", process=child.pid, version=child.identity.version, hint=hint)
+                self._log.warning(Event.PACKAGE_REPLACED, process=child.pid, version=child.identity.version, hint=hint)
             await child.hand(list(self._slots))
         except TlstunnelError as error:
             child.kill()
@@ -228,9 +235,10 @@ class Fleet:
 
     def _remove(self, child: Child, _: "asyncio.Future[int | None]") -> None:
         del self._children[child.pid]
+        self.totals.ended(child.pid)
         generation = child.identity.generation
         if generation < self.generation or child.draining:
-            self._log.info("process finished", process=child.pid, generation=generation)
+            self._log.info(Event.PROCESS_DRAINED, process=child.pid, generation=generation)
 
     # --- while they run -----------------------------------------------------------------------------------------------
 
@@ -258,11 +266,19 @@ class Fleet:
         after = release.drain_after
         await child.drain(float(after) if after is not None else None, float(release.drain_over))
 
+    def _take_metrics(self, child: Child, measured: Measured) -> None:
+        self.totals.update(child.pid, measured.metrics)
+
     async def loads(self) -> list[tuple[Child, Load]]:
-        """Return what each child has, without those that do not respond."""
+        """Return what each child has, without those that do not respond, and bring `totals` up to date."""
         children = [child for child in self if child.ready]
         loads = await asyncio.gather(*(child.load() for child in children), return_exceptions=True)
-        return [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
+        responded = [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
+        for child, load in responded:
+            # The totals hold one that has exited already, with the metrics that it sent last.
+            if load.metrics is not None and not child.exited:
+                self.totals.update(child.pid, load.metrics)
+        return responded
 
     async def quiesce(self, seconds: float) -> None:
         """Wait until no message is half sent. Raises ProcessError: a child has not taken one within so many seconds."""
@@ -276,7 +292,9 @@ class Fleet:
 
     def kept(self) -> list[KeptChild]:
         """Return what `restore` takes in the program that is executed next."""
-        return [child.kept() for child in self if child.ready]
+        return [
+            msgspec.structs.replace(child.kept(), metrics=self.totals.last(child.pid)) for child in self if child.ready
+        ]
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

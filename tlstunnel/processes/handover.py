@@ -21,6 +21,7 @@ import msgspec
 
 from tlstunnel import __version__
 from tlstunnel.errors import ControlError, ProcessError
+from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.origins.embedded import KeptEcho
 from tlstunnel.processes import previous
 from tlstunnel.processes.children import KeptChild
@@ -60,6 +61,9 @@ class Handover(msgspec.Struct, frozen=True):
 
     config: str | None = None
     """The text of the configuration file, if there is one: what the probe has accepted is what is served."""
+
+    metrics: Snapshot | None = None
+    """What the children that have exited by now had counted."""
 
     probe: int | None = None
     """Where a probe writes its release once all is well; None if this is no probe."""

@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from tlstunnel.errors import ProcessError, TlstunnelError
+from tlstunnel.journal.events import Event
 from tlstunnel.processes.messages import Notification, Reply, ReplyT, Request
 
 MAX_FDS = 64
@@ -103,6 +104,12 @@ class Link:
             if not reply.done():
                 reply.set_exception(ProcessError("the process has ended"))
 
+    def read_rest(self) -> None:
+        """Take what the other side sent before it ended, and close."""
+        while not self.closed and self._read():
+            pass
+        self.close()
+
     @property
     def closed(self) -> bool:
         """Whether the other side has ended, or this one has closed it."""
@@ -144,23 +151,27 @@ class Link:
                 self._unsent[0] = (data[sent:], [])
         self._loop.remove_writer(self.sock)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Take what has arrived; return whether anything had."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.sock, _READ, MAX_FDS)
         except BlockingIOError:
-            return
+            return False
         except OSError:
-            return self._end()
+            self._end()
+            return False
         for fd in descriptors:
             os.set_inheritable(fd, False)
         self._descriptors.extend(descriptors)
         if not data:
-            return self._end()
+            self._end()
+            return False
         self._received += data
         while (end := self._received.find(b"\n")) >= 0:
             message = json.loads(self._received[:end])
             del self._received[: end + 1]
             self._receive(message)
+        return True
 
     def _receive(self, message: dict[str, Any]) -> None:
         descriptors = [self._descriptors.popleft() for _ in range(message["fds"])]
@@ -183,7 +194,7 @@ class Link:
         except msgspec.ValidationError as error:
             self._refuse(number, f"this request cannot be read: {error}")
         except Exception as error:
-            structlog.get_logger().exception("request failed", request=message.get("do"))
+            structlog.get_logger().exception(Event.REQUEST_FAILED, request=message.get("do"))
             self._refuse(number, f"an internal error, which is in the log: {error!r}")
         else:
             if not self.closed:
@@ -199,7 +210,7 @@ class Link:
         try:
             self._notifications.call(message)
         except Exception:
-            structlog.get_logger().exception("notification failed", notification=message["do"])
+            structlog.get_logger().exception(Event.NOTIFICATION_FAILED, notification=message["do"])
 
     def _end(self) -> None:
         if not self.closed:

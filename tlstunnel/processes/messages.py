@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
+from tlstunnel.metrics.snapshot import Snapshot
+
 FORMAT = 2
 """Of these messages and of the handover."""
 
@@ -35,10 +37,14 @@ class Prepared(Reply, frozen=True):
 
 
 class Load(Reply, frozen=True):
-    """What a process has: its tunnels, and the connections whose handshake is not done."""
+    """What a process has: its tunnels, and the connections whose handshake is not done.
+
+    `metrics` are None from a release without them.
+    """
 
     tunnels: int
     handshakes: int
+    metrics: Snapshot | None = None
 
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
@@ -131,3 +137,9 @@ class Status(Request[Load], frozen=True, tag="status"):
 
 class Leaving(Request[Done], frozen=True, tag="leaving"):
     """Someone else told the process to end: another has to take its place."""
+
+
+class Measured(Notification, frozen=True, tag="measured"):
+    """What the process has counted: once in a while when something has changed, and before it exits."""
+
+    metrics: Snapshot

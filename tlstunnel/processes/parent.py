@@ -16,6 +16,8 @@ import structlog
 
 from tlstunnel import __version__
 from tlstunnel.errors import ControlError
+from tlstunnel.journal.events import Event
+from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Beginning
 from tlstunnel.processes.commands import Commands
@@ -51,7 +53,13 @@ class Parent:
         self._beside: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
         self._control = self._control_socket()
-        self._fleet = Fleet(beginning, slots, options, before.generation + 1 if before else 1)
+        self._fleet = Fleet(
+            beginning,
+            slots,
+            options,
+            before.generation + 1 if before else 1,
+            totals=Totals(before.metrics if before else None),
+        )
         self._rollout = Rollout(self._fleet, slots, self._control, echo, before, self._notify)
         self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._ended)
 
@@ -83,7 +91,7 @@ class Parent:
             self._slots.close()
             # The loop gives its handlers back: one more signal would end with a failure what has ended well.
             signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        self._log.info("stopped")
+        self._log.info(Event.STOPPED)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -103,7 +111,7 @@ class Parent:
         except ControlError as error:
             if self._options.control is not None:
                 raise
-            self._log.warning("no control socket", reason=str(error))
+            self._log.warning(Event.NO_CONTROL_SOCKET, reason=str(error))
             return None
 
     async def _begin(self) -> None:
@@ -111,12 +119,12 @@ class Parent:
             await self._control.serve(self._commands.handlers())
         await self._rollout.start()
         for address in dict.fromkeys(str(slot.listener.address) for slot in self._slots):
-            self._log.info("listening", address=address)
+            self._log.info(Event.LISTENING, address=address)
         fleet = self._fleet
         where = {"control": str(self._control.path)} if self._control else {}
-        self._log.info("ready", version=__version__, processes=fleet.count(), generation=fleet.generation, **where)
+        self._log.info(Event.READY, version=__version__, processes=fleet.count(), generation=fleet.generation, **where)
         if os.geteuid() == 0 and self._before is None:
-            self._log.warning("running as root", hint="it needs none of root's rights: docs/operations.md")
+            self._log.warning(Event.RUNNING_AS_ROOT, hint="it needs none of root's rights: docs/operations.md")
         self._rollout.notify_ready()
         if self._before is None:
             self._run_beside(self._stay_alive())
@@ -140,7 +148,7 @@ class Parent:
         """Drain at the first signal, and return when that is done or at the second signal."""
         number = await self._signals.get()
         self._fleet.ending = number.name
-        self._log.info("ending", signal=number.name)
+        self._log.info(Event.DRAIN_REQUESTED, signal=number.name)
         self._notify.stopping()
         again = asyncio.ensure_future(self._signals.get())
         drained = asyncio.ensure_future(self._drain(number))

@@ -66,4 +66,5 @@ def downgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
         for child in text["children"]
         if child["identity"]["role"] == "serving"
     ]
-    return {**text, "format": FORMAT, "children": children}
+    known = {name: value for name, value in text.items() if name != "metrics"}
+    return {**known, "format": FORMAT, "children": children}

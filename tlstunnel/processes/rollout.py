@@ -26,6 +26,7 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.config import Config, read
 from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, addresses_to_listen_on
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
+from tlstunnel.journal.events import Event
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import handover
 from tlstunnel.processes.children import REPLY_SECONDS, Child
@@ -106,7 +107,7 @@ class Rollout:
                 if self._before is None:
                     raise
                 # The old children go on; each of the new ones is tried again.
-                self._log.error("upgrade: the new processes do not start", reason=str(error))
+                self._log.error(Event.UPGRADE_PROCESSES_FAILED, reason=str(error))
                 reason = f"the new processes do not start, the old ones serve: {error}"
                 self._respond({"ok": False, "error": reason})
                 await asyncio.wait(starts)
@@ -128,7 +129,7 @@ class Rollout:
                 await self._fleet.retire(child)
         if self._before is not None:
             facts = {"version": __version__, "before": self._before.version, "generation": self._fleet.generation}
-            self._log.info("upgraded", **facts)
+            self._log.info(Event.UPGRADED, **facts)
             self._respond({"ok": True, **facts})
 
     async def _retire_when_possible(self, old: Iterable[Child]) -> None:
@@ -156,7 +157,7 @@ class Rollout:
         Raises ControlError: nothing was changed.
         """
         await self._started.wait()
-        async with self._changing, self._reported("not reloaded"):
+        async with self._changing, self._reported(Event.NOT_RELOADED):
             self._refuse_if_ending()
             new = await self._read()
             async with AsyncExitStack() as undo:
@@ -167,9 +168,9 @@ class Rollout:
                 undo.pop_all()
             added = self._switch(new, opened)
             await self._commit(children, added)
-            self._log.info("reloaded", changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
+            self._log.info(Event.RELOADED, changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
             for slot in added:
-                self._log.info("listening", address=str(slot.listener.address))
+                self._log.info(Event.LISTENING, address=str(slot.listener.address))
             return changes
 
     async def _read(self) -> New:
@@ -231,7 +232,7 @@ class Rollout:
         """
         if self._changing.locked() or not self._started.is_set():
             raise ControlError("nothing was changed: a reload or an upgrade is under way; try again when it is done")
-        async with self._changing, self._reported("not upgraded"):
+        async with self._changing, self._reported(Event.NOT_UPGRADED):
             self._refuse_if_ending()
             text = self._read_text()
             seconds = float(self._fleet.config.release.upgrade_timeout)
@@ -257,12 +258,13 @@ class Rollout:
             echo=self._echo.kept() if self._echo else None,
             client=client,
             config=text,
+            metrics=self._fleet.totals.base,
         )
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _reported(self, event: str) -> AsyncIterator[None]:
+    async def _reported(self, event: Event) -> AsyncIterator[None]:
         """Tell the service manager of a change, and log where it fails. Raises ControlError."""
         self._notify.reloading()
         try:

@@ -15,6 +15,7 @@ import structlog
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
+from tlstunnel.journal.events import Event
 from tlstunnel.sockets.listeners import Listener, adopted, listen
 
 FIRST_PASSED = 3
@@ -81,7 +82,7 @@ class Slots:
                     except ListenError as error:
                         if address not in optional or not _no_such_family(error):
                             raise
-                        structlog.get_logger().warning("no IPv6 here", reason=str(error))
+                        structlog.get_logger().warning(Event.NO_IPV6, reason=str(error))
                         continue
                 opened[address] = [self._numbered(listener) for listener in listeners]
         except ListenError:
