@@ -6,16 +6,7 @@ a traceback is always a bug in this program.
 
 
 class TlstunnelError(Exception):
-    """Says in one line what is wrong, where, and what to do."""
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Every problem, each in one line."""
-        return (str(self),)
-
-
-class ConfigurationError(TlstunnelError):
-    """The configuration file, or a value given on the command line, cannot be used.
+    """Says in one line what is wrong, where, and what to do.
 
     It can report several problems at once. ``str()`` joins them with ``"; "``, for a field of the log or a response.
     """
@@ -31,6 +22,10 @@ class ConfigurationError(TlstunnelError):
 
     def __str__(self) -> str:
         return "; ".join(self._problems)
+
+
+class ConfigurationError(TlstunnelError):
+    """The configuration file, or a value given on the command line, cannot be used."""
 
 
 class CertificateError(TlstunnelError):

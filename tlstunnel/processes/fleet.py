@@ -160,7 +160,7 @@ class Fleet:
         while (child := await self._start_one(role, place, first)) is not None:
             began = time.monotonic()
             revision = self._revision
-            problem = await self._bring_up(child)
+            problems = await self._bring_up(child)
             outdated = child.ready and first.done() and revision != self._revision
             if outdated or not child.ready:
                 child.kill()
@@ -174,7 +174,9 @@ class Fleet:
                 continue
             code = await child.process.wait()
             if not first.done():
-                first.set_exception(ProcessError(problem or f"a process ended at its start: {describe_exit(code)}"))
+                first.set_exception(
+                    ProcessError(*(problems or (f"a process ended at its start: {describe_exit(code)}",)))
+                )
             if self.ending or child.draining or not (self._begun or child.ready):
                 return
             if outdated:
@@ -182,14 +184,14 @@ class Fleet:
             seconds = time.monotonic() - began
             if seconds >= QUICK_SECONDS:
                 delay = 0.0
-            elif restarted or problem:
+            elif restarted or problems:
                 delay = RESTARTS.after(delay)
             restarted = True
             self._log.error(
                 Event.PROCESS_EXITED,
                 process=child.pid,
                 place=place,
-                reason=problem or describe_exit(code),
+                reason="; ".join(problems) or describe_exit(code),
                 seconds=round(seconds, 1),
                 retry_in=delay,
             )
@@ -215,7 +217,7 @@ class Fleet:
 
         return await start_with_retries(start, RESTARTS, report, (OSError,))
 
-    async def _bring_up(self, child: Child) -> str:
+    async def _bring_up(self, child: Child) -> tuple[str, ...]:
         """Have it load what it will serve; return what went wrong, empty where nothing did or its exit says more."""
         try:
             await child.begin(self.beginning)
@@ -225,9 +227,9 @@ class Fleet:
             await child.hand(list(self._slots))
         except TlstunnelError as error:
             child.kill()
-            return "" if child.link.closed else str(error)
+            return () if child.link.closed else error.problems
         child.ready = True
-        return ""
+        return ()
 
     def _add(self, child: Child) -> None:
         self._children[child.pid] = child

@@ -76,7 +76,7 @@ class Link:
         finally:
             self._waiting.pop(number, None)
         if not received["ok"]:
-            raise ProcessError(received["error"])
+            raise ProcessError(*(received.get("problems") or [received["error"]]))
         try:
             return msgspec.convert(received, request.reply)  # type: ignore[return-value]  # the type that ReplyT is
         except msgspec.ValidationError as error:
@@ -190,7 +190,7 @@ class Link:
         try:
             reply = await self._requests.call(message, descriptors)
         except TlstunnelError as error:
-            self._refuse(number, str(error))
+            self._refuse(number, *error.problems)
         except msgspec.ValidationError as error:
             self._refuse(number, f"this request cannot be read: {error}")
         except Exception as error:
@@ -200,9 +200,11 @@ class Link:
             if not self.closed:
                 self._send({"answer": number, "ok": True}, reply)
 
-    def _refuse(self, number: int, error: str) -> None:
+    def _refuse(self, number: int, *problems: str) -> None:
         if not self.closed:
-            self._send({"answer": number, "ok": False, "error": error})
+            # The release before this one reads `error` alone.
+            several = {"problems": problems} if len(problems) > 1 else {}
+            self._send({"answer": number, "ok": False, "error": "; ".join(problems), **several})
 
     def _take(self, message: dict[str, Any]) -> None:
         if not self._notifications.knows(message):
