@@ -21,7 +21,7 @@ from tlstunnel.edge import stage as stages
 from tlstunnel.edge import worker as worker_module
 from tlstunnel.edge import workers as workers_module
 from tlstunnel.edge.stage import Directions, Edge
-from tlstunnel.edge.thread import EdgeThread, TooLate
+from tlstunnel.edge.thread import EdgeThread, TooLate, _Post
 from tlstunnel.edge.values import Forwarded, UpgradeRequest, upgrade_request
 from tlstunnel.edge.worker import Call, Worker
 from tlstunnel.edge.workers import Workers
@@ -57,6 +57,25 @@ KEEPS = (
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "RESPONDS_SECONDS", 0.3)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_call_after_the_end_is_dropped(alone: bool) -> None:
+    """As of a worker that is done only once its tunnels are gone; what is raised there would reach its task."""
+    calls: list[None] = []
+    faults: list[object] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: faults.append(context))
+        post = _Post(loop, loop, lambda: alone)
+        post.close()
+        post.send(calls.append, None)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert calls == faults == []
 
 
 @pytest.fixture

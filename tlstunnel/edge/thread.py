@@ -107,7 +107,7 @@ class _Post:
         self._going = False
         try:
             os.eventfd_write(self._fd, 1)
-        except OSError:  # it has ended, and nobody waits
+        except (OSError, ValueError):  # closed, here or in the other thread: there is nothing left to deliver to
             self._calls.clear()
 
     def _deliver(self) -> None:
