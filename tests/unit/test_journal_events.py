@@ -1,5 +1,6 @@
 """The log's words: each is one text, written as a string wherever it goes."""
 
+import ast
 import logging
 import re
 from pathlib import Path
@@ -34,6 +35,32 @@ def columns(title: str) -> set[str]:
 @pytest.mark.parametrize(("title", "words"), [("event", Event), ("reason", Reason), ("ended_by", EndedBy)])
 def test_the_document_has_these_words_and_no_others(title: str, words: type[Event] | type[Reason]) -> None:
     assert columns(title) - {"logger"} == {str(word) for word in words}
+
+
+SOURCES = sorted((Path(__file__).parents[2] / "tlstunnel").rglob("*.py"))
+LEVELS = {"info", "warning", "error", "exception"}
+
+
+@pytest.mark.parametrize("words", [Event, Reason])
+def test_each_word_is_used(words: type[Event] | type[Reason]) -> None:
+    package = "".join(source.read_text() for source in SOURCES)
+    used = set(re.findall(rf"\b{words.__name__}\.([A-Z0-9_]+)\b", package))
+    assert set(words.__members__) == used
+
+
+def test_no_event_is_written_out_in_the_code() -> None:
+    """Only the table has texts, so that the document has all of them."""
+    found = [
+        f"{source}:{call.lineno}"
+        for source in SOURCES
+        for call in ast.walk(ast.parse(source.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in LEVELS
+        and call.args
+        and isinstance(call.args[0], ast.Constant | ast.JoinedStr)
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("reason", sorted(VARIABLE))

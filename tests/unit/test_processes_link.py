@@ -93,6 +93,31 @@ def _linked(work: Callable[[Link, Link, list[str]], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
+def test_what_was_sent_before_the_end_is_taken() -> None:
+    """The process has exited, and its last notifications have not been read yet."""
+
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        for number in range(200):
+            far.notify(Seen(number))
+        far.close()
+        near.read_rest()
+        assert events[:200] == [f"seen {number}" for number in range(200)]
+        assert near.closed
+        near.read_rest()
+
+    _linked(work)
+
+
+def test_the_rest_of_a_link_that_someone_else_holds_open_is_taken_too() -> None:
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        far.notify(Seen(1))
+        near.read_rest()
+        assert events == ["seen 1"]
+        assert near.closed
+
+    _linked(work)
+
+
 @settings(deadline=None)
 @given(st.lists(JSON, max_size=20))
 def test_each_reply_belongs_to_its_request(values: list[Any]) -> None:

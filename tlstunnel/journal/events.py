@@ -91,6 +91,7 @@ class Event(Word):
     SPLICE_FAILED = "splice failed"
     HANDLER_FAILED = "handler failed"
     REQUEST_FAILED = "request failed"
+    COMMAND_FAILED = "command failed"
     NOTIFICATION_FAILED = "notification failed"
 
 

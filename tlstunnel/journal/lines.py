@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from tlstunnel.escaping import printable, printable_traceback
+from tlstunnel.journal.events import Event
 
 MOST_KEPT = 4 << 20
 """Bytes of log lines kept for a reader that is behind: some ten thousand records."""
@@ -152,7 +153,7 @@ class Lines:
 
     def _lost_line(self) -> bytes:
         lost, self._lost = self._lost, 0
-        return msgspec.json.encode({"event": "log lines lost", "level": "warning", "lost": lost}) + b"\n"
+        return msgspec.json.encode({"event": Event.LINES_LOST, "level": "warning", "lost": lost}) + b"\n"
 
 
 _json_lines: Lines | None = None

@@ -21,6 +21,7 @@ import structlog
 
 from tlstunnel.addresses import quoted
 from tlstunnel.errors import ControlError
+from tlstunnel.journal.events import Event
 
 MAX_LINE = 65_536
 """Bytes of a request."""
@@ -179,7 +180,7 @@ class ControlSocket:
         except ControlError as error:
             return _failed(str(error))
         except Exception:
-            structlog.get_logger().exception("command failed", command=word)
+            structlog.get_logger().exception(Event.COMMAND_FAILED, command=word)
             return _failed("an internal error in the tunnel, which is in its log")
 
 

@@ -92,8 +92,23 @@ def finish(client: Client, turn: Turn | None, end: End) -> None:
         write_record(turn, end)
         turn.close()
     else:
-        client.serving.journal.failed(_record_failure(client), f"tls: {end.reason}")
+        client.serving.journal.failed(_record_failure(client), *_during_tls(end.reason))
     close_connection(client, end)
+
+
+def _during_tls(reason: str) -> tuple[str, str]:
+    """Return how an end is logged that came before the TLS handshake was complete: its reason and the detail."""
+    fixed, _, text = reason.partition(": ")
+    match fixed:
+        case Reason.HANDSHAKE_ABORTED:
+            return Reason.TLS_ABORTED, ""
+        case Reason.CLOSED_DURING_HANDSHAKE:
+            return Reason.TLS_CLIENT_CLOSED, ""
+        case Reason.TLS_ERROR:
+            return Reason.TLS_FAILED, text
+        case Reason.SOCKET_ERROR:
+            return f"{Reason.TLS_SOCKET_ERROR}: {text}", ""
+    return Reason.TLS_INTERNAL_ERROR, ""
 
 
 def write_record(turn: Turn, end: End) -> None:
