@@ -1,0 +1,36 @@
+"""The documents that describe the tree name what is in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "tlstunnel"
+LAYERS = (ROOT / "docs" / "architecture.md").read_text().partition("## The layers")[2].partition("\n## ")[0]
+
+_PATH = re.compile(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+(?:\.py|/))`")
+
+
+def test_the_layers_name_every_package_and_module_at_the_top() -> None:
+    rows = [line for line in LAYERS.splitlines() if line.startswith("| ")][1:]
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[2])}
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert named == there - {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_paths_in_the_documents_exist(document: str) -> None:
+    paths = set(_PATH.findall((ROOT / document).read_text()))
+    assert paths
+    missing = sorted(path for path in paths if not any((folder / path).exists() for folder in (PACKAGE, ROOT)))
+    assert not missing
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "__main__.py" and not path.read_text().startswith(('"""', 'r"""'))
+    ]
+    assert not silent
