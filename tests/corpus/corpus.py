@@ -16,10 +16,10 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A request, its `name` in reports, and the `family` of rules that must name it, "" for an ordinary one."""
+    """A request, its `name` in reports, and the `category` of rules that must name it, "" for an ordinary one."""
 
     name: str
-    family: str
+    category: str
     request: UpgradeRequest
     profile: str = ""
     paranoia: int = 1
@@ -29,8 +29,8 @@ def attacks() -> list[Sample]:
     clients = _read("handshakes.toml")["clients"]
     return [
         Sample(
-            f"{attack['family']}: {attack['name']}",
-            attack["family"],
+            f"{attack['category']}: {attack['name']}",
+            attack["category"],
             upgrade_request(attack["target"], _merged(clients["chromium"], attack.get("headers", []))),
         )
         for attack in _read("attacks.toml")["attacks"]

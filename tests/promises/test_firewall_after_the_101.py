@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.stage import require_crs
+from tests.corpus.managed_rules import require_crs
 from tests.harness import (
     PATIENCE,
     Certificate,

@@ -13,7 +13,7 @@ import pytest
 
 from tests.corpus import corpus
 from tests.corpus.corpus import Sample
-from tests.corpus.stage import require_crs, require_libmodsecurity
+from tests.corpus.managed_rules import require_crs, require_libmodsecurity
 from tests.harness import (
     PROGRAM,
     Certificate,
@@ -27,7 +27,7 @@ from tests.harness import (
 )
 from tests.promises.firewalled import Outcome, Stage, helpers, judged, policed, policy, write_rules
 from tests.promises.witness import Witness
-from tlstunnel.firewall.managed.families import family
+from tlstunnel.firewall.managed.categories import name_category
 
 CRS = '[sites.managed_rules]\nowasp_crs = true\ntimeout = "10s"\n'
 
@@ -47,21 +47,21 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
         yield origin, tunnel
 
 
-def _each_family() -> list[Sample]:
+def _each_category() -> list[Sample]:
     """The first attack of each."""
     found: dict[str, Sample] = {}
     for attack in corpus.attacks():
-        found.setdefault(attack.family, attack)
+        found.setdefault(attack.category, attack)
     return list(found.values())
 
 
-@pytest.mark.parametrize("attack", _each_family(), ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", _each_category(), ids=lambda attack: attack.name)
 def test_an_attack_is_refused_and_its_rules_are_in_the_record(stage: Stage, attack: Sample) -> None:
     outcome = judged(stage, request=_head(attack))
     assert (outcome.status, outcome.reason) == (403, "managed rules")
     managed = outcome.record["managed_rules"]
     assert managed["score"] >= 5
-    assert attack.family in {family(match["id"]) for match in managed["matches"]}
+    assert attack.category in {name_category(match["id"]) for match in managed["matches"]}
     assert all(match["message"] for match in managed["matches"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.stage import require_libmodsecurity
+from tests.corpus.managed_rules import require_libmodsecurity
 from tests.harness import PATIENCE, Certificate, Tunnel
 from tests.promises.firewalled import Outcome, Stage, judged, policed, write_rules
 from tests.promises.witness import Witness

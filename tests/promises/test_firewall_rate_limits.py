@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.stage import require_libmodsecurity
+from tests.corpus.managed_rules import require_libmodsecurity
 from tests.harness import (
     Certificate,
     RawOrigin,

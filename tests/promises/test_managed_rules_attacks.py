@@ -3,13 +3,13 @@
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.stage import UNHURRIED, judged, require_crs
+from tests.corpus.managed_rules import UNHURRIED, judged, require_crs
 from tlstunnel.config import SiteManagedRules
-from tlstunnel.firewall.managed.verdict import ManagedOutcome
+from tlstunnel.firewall.managed.check import ManagedRulesOutcome
 
 ATTACKS = corpus.attacks()
 SETTINGS = SiteManagedRules(owasp_crs=True, timeout=UNHURRIED)
-FAMILIES = {
+CATEGORIES = {
     "SQL injection",
     "cross-site scripting",
     "path traversal",
@@ -25,23 +25,23 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, ManagedOutcome]:
+def outcomes() -> dict[str, ManagedRulesOutcome]:
     require_crs()
     return judged(ATTACKS, SETTINGS)
 
 
 def test_the_corpus_is_large_and_wide() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 60
-    assert {attack.family for attack in ATTACKS} == FAMILIES
+    assert {attack.category for attack in ATTACKS} == CATEGORIES
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_attack_is_blocked_with_its_family(attack: corpus.Sample, outcomes: dict[str, ManagedOutcome]) -> None:
+def test_attack_is_blocked_with_its_category(attack: corpus.Sample, outcomes: dict[str, ManagedRulesOutcome]) -> None:
     outcome = outcomes[attack.name]
     assert outcome.refusal is not None, (outcome.score, outcome.rule_ids)
     assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
     assert outcome.score >= SETTINGS.threshold
-    assert attack.family in outcome.families
+    assert attack.category in outcome.categories
     assert all(match.message for match in outcome.matches)
     assert str(outcome.rule_ids[0]) in outcome.refusal.detail
     assert not outcome.logged
@@ -64,7 +64,7 @@ def test_excluded_rules_and_a_higher_threshold_let_an_attack_through() -> None:
     sample = next(attack for attack in ATTACKS if attack.name == "SQL injection: tautology in an argument")
     before = judged([sample], SETTINGS)[sample.name]
     excluded = SiteManagedRules(owasp_crs=True, exclude=before.rule_ids, timeout=UNHURRIED)
-    assert judged([sample], excluded)[sample.name] == ManagedOutcome()
+    assert judged([sample], excluded)[sample.name] == ManagedRulesOutcome()
     patient = SiteManagedRules(owasp_crs=True, threshold=before.score + 1, timeout=UNHURRIED)
     outcome = judged([sample], patient)[sample.name]
     assert outcome.refusal is None

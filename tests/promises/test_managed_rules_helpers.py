@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.stage import own_rules, require_libmodsecurity, subject, with_pool
+from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject, with_pool
 from tests.harness import PATIENCE, eventually
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import pool as pool_module
-from tlstunnel.firewall.managed.messages import Evaluation, RulesSet, Step
-from tlstunnel.firewall.managed.pool import Failure, Pool
-from tlstunnel.firewall.managed.rules_sets import build
+from tlstunnel.firewall.managed.messages import Evaluation, RuleSet, RuleSource
+from tlstunnel.firewall.managed.pool import Failure, HelperPool
+from tlstunnel.firewall.managed.rule_sets import build
 
 RULES = 'SecRule ARGS:x "@streq bad" "id:1001,phase:2,deny,status:429,msg:\'bad x\'"\n'
 # PCRE2 gives up on one after 20 ms.
@@ -31,7 +31,7 @@ CLEAN = Evaluation(0)
 
 
 @pytest.fixture
-def rules_set(tmp_path: Path) -> RulesSet:
+def rule_set(tmp_path: Path) -> RuleSet:
     require_libmodsecurity()
     return build(own_rules(tmp_path, RULES + SLOW_RULES))
 
@@ -58,33 +58,33 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_helper_judges_and_leaves_nothing_behind(rules_set: RulesSet) -> None:
+def test_helper_judges_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
     before = descriptors()
     pids: list[int] = []
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         pids.extend([*pool.pids(), *map(parent_of, pool.pids())])
-        assert await pool.judge(rules_set.name, ORDINARY, 5) == CLEAN
-        bad = await pool.judge(rules_set.name, BAD, 5)
+        assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
+        bad = await pool.judge(rule_set.name, BAD, 5)
         assert isinstance(bad, Evaluation)
         assert (bad.denied_by, bad.status) == (1001, 429)
         assert [(match.id, match.message) for match in bad.matches] == [(1001, "bad x")]
 
-    with_pool(Pool([rules_set], processes=2), ask)
+    with_pool(HelperPool([rule_set], processes=2), ask)
     assert len(set(pids)) == 4
     eventually(lambda: not any(running(pid) for pid in pids))
     assert descriptors() == before
 
 
 @pytest.mark.alone
-def test_hanging_evaluation_is_killed_and_the_next_is_answered(rules_set: RulesSet) -> None:
+def test_hanging_evaluation_is_killed_and_the_next_is_answered(rule_set: RuleSet) -> None:
     """For real: a regular expression of the user's that backtracks for seconds, and no signal from outside."""
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         began = time.monotonic()
-        hanging = asyncio.create_task(pool.judge(rules_set.name, SLOW, 0.05))
-        behind = [asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 5)) for _ in range(20)]
+        hanging = asyncio.create_task(pool.judge(rule_set.name, SLOW, 0.05))
+        behind = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 5)) for _ in range(20)]
         assert await hanging is Failure.LATE
         took = time.monotonic() - began
         assert await asyncio.gather(*behind) == [CLEAN] * 20
@@ -92,121 +92,119 @@ def test_hanging_evaluation_is_killed_and_the_next_is_answered(rules_set: RulesS
         assert 0.05 <= took < 1
         await until(lambda: not running(child))
 
-    with_pool(Pool([rules_set]), ask)
+    with_pool(HelperPool([rule_set]), ask)
 
 
-def test_stopped_helper_is_late_and_replaced(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_stopped_helper_is_late_and_replaced(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         for _ in range(3):
             stopped = pool.pids()[0]
             os.kill(stopped, signal.SIGSTOP)
-            assert await pool.judge(rules_set.name, ORDINARY, 0.05) is Failure.LATE
+            assert await pool.judge(rule_set.name, ORDINARY, 0.05) is Failure.LATE
             # Not before its successor has been asked: the deadline of this one is not spent on waiting.
-            assert await pool.judge(rules_set.name, ORDINARY, 5) == CLEAN
+            assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
             assert pool.pids() != (stopped,)
 
-    with_pool(Pool([rules_set]), ask)
+    with_pool(HelperPool([rule_set]), ask)
 
 
-def test_helper_killed_in_the_middle_costs_its_request_alone(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_helper_killed_in_the_middle_costs_its_request_alone(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        middle = asyncio.create_task(pool.judge(rules_set.name, BAD, 60))
-        behind = [asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60)) for _ in range(20)]
+        middle = asyncio.create_task(pool.judge(rule_set.name, BAD, 60))
+        behind = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(20)]
         await asyncio.sleep(0)  # they have been asked
         os.kill(child, signal.SIGKILL)
         assert await middle is Failure.DIED
         assert await asyncio.gather(*behind) == [CLEAN] * 20
 
-    with_pool(Pool([rules_set]), ask)
+    with_pool(HelperPool([rule_set]), ask)
 
 
 def test_helper_whose_loading_process_is_killed_is_started_anew(
-    rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch
+    rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 60.0)
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
     log: list[str] = []
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(parent_of(child), signal.SIGKILL)
         await until(lambda: not pool.pids())
-        assert await pool.judge(rules_set.name, ORDINARY, 60) == CLEAN
+        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
         await until(lambda: not running(child))
 
-    with_pool(Pool([rules_set], log=log.append), ask)
+    with_pool(HelperPool([rule_set], log=log.append), ask)
     assert len(log) == 1
     assert "started anew" in log[0]
     assert "SIGKILL" in log[0]
 
 
-def test_helper_whose_loading_process_hangs_is_started_anew(
-    rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool_module, "NEXT_CHILD", 0.1)
-    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 60.0)
+def test_helper_whose_loading_process_hangs_is_started_anew(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "CHILD_TIMEOUT", 0.1)
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
     log: list[str] = []
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         loader = parent_of(child)
         os.kill(loader, signal.SIGSTOP)
         os.kill(child, signal.SIGSTOP)
-        assert await pool.judge(rules_set.name, ORDINARY, 0.05) is Failure.LATE
-        assert await pool.judge(rules_set.name, ORDINARY, 60) == CLEAN
+        assert await pool.judge(rule_set.name, ORDINARY, 0.05) is Failure.LATE
+        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
         assert not running(loader)
         assert not running(child)
 
-    with_pool(Pool([rules_set], log=log.append), ask)
+    with_pool(HelperPool([rule_set], log=log.append), ask)
     assert "does not go on" in log[0]
 
 
 def test_helper_that_cannot_be_started_anew_is_tried_again(
-    rules_set: RulesSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule_set: RuleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 0.1)
     log: list[str] = []
     rules = tmp_path / "own.conf"
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         rules.rename(tmp_path / "away")
         os.kill(parent_of(pool.pids()[0]), signal.SIGKILL)
         await until(lambda: any("next attempt" in line for line in log))
-        assert await pool.judge(rules_set.name, ORDINARY, 5) is Failure.WAITED
+        assert await pool.judge(rule_set.name, ORDINARY, 5) is Failure.WAITED
         (tmp_path / "away").rename(rules)
         await until(pool.pids)
-        assert await pool.judge(rules_set.name, ORDINARY, 5) == CLEAN
+        assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
 
-    with_pool(Pool([rules_set], log=log.append), ask)
+    with_pool(HelperPool([rule_set], log=log.append), ask)
     assert str(rules) in log[1]
 
 
-def test_recycling_fails_no_request(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> set[int]:
+def test_recycling_fails_no_request(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> set[int]:
         seen: set[int] = set()
 
         async def one() -> None:
-            assert await pool.judge(rules_set.name, ORDINARY, 30) == CLEAN
+            assert await pool.judge(rule_set.name, ORDINARY, 30) == CLEAN
             seen.update(pool.pids())
 
         await asyncio.gather(*(one() for _ in range(100)))
         return seen
 
-    assert len(with_pool(Pool([rules_set], evaluations=10), ask)) >= 9
+    assert len(with_pool(HelperPool([rule_set], evaluations=10), ask)) >= 9
 
 
-def test_rules_that_do_not_load_refuse_the_start(rules_set: RulesSet) -> None:
-    broken = RulesSet("broken", (Step(text="SecRule ARGS\n"),))
+def test_rules_that_do_not_load_refuse_the_start(rule_set: RuleSet) -> None:
+    broken = RuleSet("broken", (RuleSource(text="SecRule ARGS\n"),))
     before = descriptors()
     with pytest.raises(ConfigurationError, match="libmodsecurity cannot load it"):
-        asyncio.run(Pool([rules_set, broken], processes=2).start())
+        asyncio.run(HelperPool([rule_set, broken], processes=2).start())
     assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert descriptors() == before
 
 
-def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         ours = links("self")
         for pid in (child, parent_of(child)):
@@ -222,7 +220,7 @@ def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rules_set: Rule
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
-        with_pool(Pool([rules_set]), ask)
+        with_pool(HelperPool([rule_set]), ask)
 
 
 def links(pid: str) -> dict[str, str]:
@@ -236,12 +234,12 @@ def links(pid: str) -> dict[str, str]:
 
 PARENT = """
 import asyncio, sys
-from tlstunnel.firewall.managed.messages import RulesSet, Step
-from tlstunnel.firewall.managed.pool import Pool
-from tests.corpus.stage import subject
+from tlstunnel.firewall.managed.messages import RuleSet, RuleSource
+from tlstunnel.firewall.managed.pool import HelperPool
+from tests.corpus.managed_rules import subject
 
 async def main():
-    pool = Pool([RulesSet("r", (Step(text="SecRuleEngine On\\n"), Step(file=sys.argv[1])))])
+    pool = HelperPool([RuleSet("r", (RuleSource(text="SecRuleEngine On\\n"), RuleSource(file=sys.argv[1])))])
     await pool.start()
     print(*pool.pids(), flush=True)
     await pool.judge("r", subject("/?y=" + "a" * 60 + "!"), 60)
@@ -250,7 +248,7 @@ asyncio.run(main())
 """
 
 
-def test_helper_ends_with_the_tunnel_even_in_an_evaluation(rules_set: RulesSet, tmp_path: Path) -> None:
+def test_helper_ends_with_the_tunnel_even_in_an_evaluation(rule_set: RuleSet, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path / "own.conf")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -7,11 +7,11 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.corpus.stage import facts, plain_request, require_crs, with_pool
+from tests.corpus.managed_rules import facts, plain_request, require_crs, with_pool
 from tlstunnel.config import SiteManagedRules, Timeout
-from tlstunnel.firewall.managed.pool import Pool
-from tlstunnel.firewall.managed.rules_sets import build
-from tlstunnel.firewall.managed.verdict import PENALTY, ManagedOutcome, ManagedRulesStage
+from tlstunnel.firewall.managed.check import PENALTY, ManagedRulesCheck, ManagedRulesOutcome
+from tlstunnel.firewall.managed.pool import HelperPool
+from tlstunnel.firewall.managed.rule_sets import build
 from tlstunnel.metrics.families import MANAGED_RULES
 from tlstunnel.metrics.registry import Registry
 
@@ -62,11 +62,11 @@ HOSTILE = {
 def test_hostile_input_is_answered_in_time(name: str) -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True)
-    rules_set = build(settings)
+    rule_set = build(settings)
     hostile, ordinary = plain_request(HOSTILE[name][0], *HOSTILE[name][1]), plain_request("/chat?room=1")
 
-    async def ask(pool: Pool) -> tuple[list[float], list[float], ManagedOutcome]:
-        stage = ManagedRulesStage(pool, rules_set.name, settings, Registry())
+    async def ask(pool: HelperPool) -> tuple[list[float], list[float], ManagedRulesOutcome]:
+        stage = ManagedRulesCheck(pool, rule_set.name, settings, Registry())
         first, second = [], []
         for attempt in range(ATTEMPTS):
             began = time.perf_counter()
@@ -75,11 +75,11 @@ def test_hostile_input_is_answered_in_time(name: str) -> None:
             began = time.perf_counter()
             after = await stage.judge(facts(ordinary, "198.51.100.1"))
             second.append(time.perf_counter() - began)
-            assert after == ManagedOutcome()
+            assert after == ManagedRulesOutcome()
         return first, second, outcome
 
-    first, second, outcome = with_pool(Pool([rules_set]), ask)
-    verdict = outcome.objection or outcome.failure or f"score {outcome.score}"
+    first, second, outcome = with_pool(HelperPool([rule_set]), ask)
+    verdict = outcome.guard_reason or outcome.failure or f"score {outcome.score}"
     print(f"{name}: {min(first) * 1000:.1f} ms ({verdict}), the next client {min(second) * 1000:.1f} ms")
     assert min(first) < LONGEST
     assert min(second) < LONGEST
@@ -88,13 +88,13 @@ def test_hostile_input_is_answered_in_time(name: str) -> None:
 def test_an_address_that_was_late_is_not_evaluated_again_for_a_while() -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True, timeout=Timeout(0.5))
-    rules_set = build(settings)
+    rule_set = build(settings)
     metrics = Registry()
     now = 0.0
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         nonlocal now
-        stage = ManagedRulesStage(pool, rules_set.name, settings, metrics, clock=lambda: now)
+        stage = ManagedRulesCheck(pool, rule_set.name, settings, metrics, clock=lambda: now)
         request = plain_request("/chat")
         os.kill(pool.pids()[0], signal.SIGSTOP)
         late = await stage.judge(facts(request, "2001:db8::1"))
@@ -106,6 +106,6 @@ def test_an_address_that_was_late_is_not_evaluated_again_for_a_while() -> None:
         now = PENALTY
         assert not (await stage.judge(facts(request, "2001:db8::1"))).failure
 
-    with_pool(Pool([rules_set]), ask)
+    with_pool(HelperPool([rule_set]), ask)
     outcomes = {outcome: count for (_, outcome), count in metrics[MANAGED_RULES].values.items()}
     assert (outcomes["late"], outcomes["late before"]) == (1, 1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.stage import plain_request, require_crs, with_pool
+from tests.corpus.managed_rules import plain_request, require_crs, with_pool
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.managed.messages import Evaluation, Subject
-from tlstunnel.firewall.managed.pool import Pool
-from tlstunnel.firewall.managed.rules_sets import build
+from tlstunnel.firewall.managed.pool import HelperPool
+from tlstunnel.firewall.managed.rule_sets import build
 
 KIB = 1024
 WARM = 2_000
@@ -28,7 +28,7 @@ def private(pid: int) -> int:
 
 def growth(evaluations: int) -> float:
     """Evaluate that many requests, all different, a fifth of them attacks; gives a helper's growth since it is warm."""
-    rules_set = build(SiteManagedRules(owasp_crs=True))
+    rule_set = build(SiteManagedRules(owasp_crs=True))
     chance = random.Random(1)
     attacks = [attack.request for attack in corpus.attacks() if len(attack.request.target) < 60][::3]
 
@@ -42,13 +42,13 @@ def growth(evaluations: int) -> float:
             )
         return Subject(ip, request.target, request.fields)
 
-    async def ask(pool: Pool) -> float:
+    async def ask(pool: HelperPool) -> float:
         scores = 0
 
         async def some(count: int) -> None:
             nonlocal scores
             for _ in range(count):
-                evaluation = await pool.judge(rules_set.name, subject(), 30)
+                evaluation = await pool.judge(rule_set.name, subject(), 30)
                 assert isinstance(evaluation, Evaluation)
                 scores += bool(evaluation.score)
 
@@ -60,7 +60,7 @@ def growth(evaluations: int) -> float:
         assert scores > evaluations // 10
         return max(private(pid) - size for pid, size in zip(pids, before, strict=True))
 
-    grown = with_pool(Pool([rules_set], processes=min(2, os.cpu_count() or 1), evaluations=10**9), ask)
+    grown = with_pool(HelperPool([rule_set], processes=min(2, os.cpu_count() or 1), evaluations=10**9), ask)
     print(f"{evaluations} evaluations: a helper has grown by {grown / KIB:.0f} KiB")
     return grown
 

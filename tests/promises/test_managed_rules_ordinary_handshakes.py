@@ -3,16 +3,16 @@
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.stage import UNHURRIED, judged, require_crs
+from tests.corpus.managed_rules import UNHURRIED, judged, require_crs
 from tlstunnel.config import SiteManagedRules
-from tlstunnel.firewall.managed.verdict import ManagedOutcome
+from tlstunnel.firewall.managed.check import ManagedRulesOutcome
 
 HANDSHAKES = corpus.handshakes()
 PROFILES = corpus.profile_handshakes()
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, ManagedOutcome]:
+def outcomes() -> dict[str, ManagedRulesOutcome]:
     require_crs()
     return judged(HANDSHAKES, SiteManagedRules(owasp_crs=True, timeout=UNHURRIED))
 
@@ -22,15 +22,15 @@ def test_the_corpus_is_large() -> None:
 
 
 @pytest.mark.parametrize("handshake", HANDSHAKES, ids=lambda handshake: handshake.name)
-def test_ordinary_handshake_passes(handshake: corpus.Sample, outcomes: dict[str, ManagedOutcome]) -> None:
-    assert outcomes[handshake.name] == ManagedOutcome()
+def test_ordinary_handshake_passes(handshake: corpus.Sample, outcomes: dict[str, ManagedRulesOutcome]) -> None:
+    assert outcomes[handshake.name] == ManagedRulesOutcome()
 
 
 @pytest.mark.parametrize("handshake", PROFILES, ids=lambda handshake: handshake.name)
 def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> None:
     require_crs()
 
-    def judge(profiles: tuple[str, ...]) -> ManagedOutcome:
+    def judge(profiles: tuple[str, ...]) -> ManagedRulesOutcome:
         settings = SiteManagedRules(
             owasp_crs=True,
             paranoia=handshake.paranoia,

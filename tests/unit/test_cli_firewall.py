@@ -11,7 +11,7 @@ import pytest
 import structlog
 from click.testing import CliRunner, Result
 
-from tests.corpus.stage import require_crs
+from tests.corpus.managed_rules import require_crs
 from tlstunnel.cli import main
 from tlstunnel.cli.firewall import command
 
@@ -147,7 +147,7 @@ def test_a_rule_that_matches_is_named_with_what_it_saw(file: Path) -> None:
     found = told(file, "GET /attic?debug=a&debug=b", "--header", "X-Key: 1")
     (rules,) = (stage for stage in found["stages"] if stage["name"] == "rules")
     assert [entry["rule"] for entry in rules["entries"]] == ["no admins", "rooms", "a header"]
-    assert [entry["saw"] for entry in rules["entries"]] == ["not matched", "matched", "matched"]
+    assert [entry["result"] for entry in rules["entries"]] == ["not matched", "matched", "matched"]
     assert rules["entries"][1]["values"] == {"path": "/attic", "query": {"debug": ["a", "b"]}}
     assert (found["verdict"], found["rule"]) == ("pass", "a header")
 

@@ -19,13 +19,13 @@ from limits.strategies import (
 )
 
 from tlstunnel.firewall.counters import (
-    MOST_KEYS,
-    TIMES_A_SLOT,
+    MAX_KEYS,
+    TIMES_PER_SLOT,
     TUNNEL_WAIT,
-    Answer,
     BoundedStorage,
+    LimitCheck,
+    LimitResult,
     MemoryCounters,
-    Question,
     Strategy,
 )
 
@@ -45,13 +45,13 @@ def item(text: str, strategy: Strategy = "fixed") -> RateLimitItem:
     return type(parsed)(parsed.amount, parsed.multiples, namespace=strategy)
 
 
-def asked(counters: MemoryCounters, *questions: Question) -> list[Answer]:
+def asked(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult]:
     """What comes of asking: at once, without a loop, since nothing may suspend."""
     try:
-        counters.ask(questions).send(None)
+        counters.check(checks).send(None)
     except StopIteration as done:
-        answers: list[Answer] = done.value
-        return answers
+        results: list[LimitResult] = done.value
+        return results
     raise AssertionError("it suspended")
 
 
@@ -132,8 +132,8 @@ def test_each_strategy_admits_what_its_model_admits(
     limit = item(f"{most} per {window} second", strategy)
     for step, key in steps:
         clock.now += step
-        (answer,) = asked(counters, Question(key, limit, strategy))
-        assert (not answer.over) == models[key].ask(clock.now)
+        (result,) = asked(counters, LimitCheck(key, limit, strategy))
+        assert (not result.over) == models[key].ask(clock.now)
 
 
 @pytest.mark.parametrize("strategy", LIBRARY)
@@ -162,18 +162,18 @@ def test_the_wait_is_long_enough_and_no_longer(
 ) -> None:
     clock = Clock(start)
     counters = MemoryCounters(clock=clock)
-    question = Question("a", item(f"{most} per {window} second", strategy), strategy)
+    check = LimitCheck("a", item(f"{most} per {window} second", strategy), strategy)
     for step, _ in steps:
         clock.now += step
-        (answer,) = asked(counters, question)
-        if answer.over:
-            assert 0 < answer.wait <= 2 * window
+        (result,) = asked(counters, check)
+        if result.over:
+            assert 0 < result.wait <= 2 * window
             refused_at = clock.now
-            clock.now = refused_at + answer.wait - 0.001
-            assert answer.wait < 0.001 or asked(counters, question)[0].over
-            clock.now = refused_at + ceil(answer.wait)
-            (answer,) = asked(counters, question)
-            assert not answer.over
+            clock.now = refused_at + result.wait - 0.001
+            assert result.wait < 0.001 or asked(counters, check)[0].over
+            clock.now = refused_at + ceil(result.wait)
+            (result,) = asked(counters, check)
+            assert not result.over
 
 
 # What is kept when it is full.
@@ -185,7 +185,7 @@ def test_the_wait_is_long_enough_and_no_longer(
     st.integers(1, 6),
 )
 def test_least_recently_used_leave_first(calls: list[tuple[str, str]], capacity: int) -> None:
-    storage = BoundedStorage(capacity, Clock(), shelves=1)
+    storage = BoundedStorage(capacity, Clock(), shards=1)
     model: OrderedDict[str, int] = OrderedDict()
     for call, key in calls:
         if call == "clear":
@@ -207,12 +207,12 @@ def test_least_recently_used_leave_first(calls: list[tuple[str, str]], capacity:
 def test_a_key_that_was_refused_outlives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
-    mine = Question("mine", item("2/hour"))
+    mine = LimitCheck("mine", item("2/hour"))
     for _ in range(3):
-        (answer,) = asked(counters, mine)
-    assert answer.over
+        (result,) = asked(counters, mine)
+    assert result.over
     for number in range(20_000):
-        asked(counters, Question(f"flood {number}", item("2/hour")))
+        asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
     assert asked(counters, mine)[0].over
     assert len(counters.storage) <= 1000
 
@@ -220,21 +220,21 @@ def test_a_key_that_was_refused_outlives_a_flood() -> None:
 def test_a_block_outlives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
-    mine = Question("mine", item("1/second"), block_for=600)
+    mine = LimitCheck("mine", item("1/second"), block_for=600)
     for _ in range(2):
-        (answer,) = asked(counters, mine)
-    assert answer.over == "limit"
+        (result,) = asked(counters, mine)
+    assert result.over == "limit"
     clock.now += 1
     for number in range(20_000):
-        asked(counters, Question(f"flood {number}", item("2/hour")))
+        asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
     assert asked(counters, mine)[0].over == "blocked"
 
 
 def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
-    storage = BoundedStorage(10, Clock(), shelves=1)
+    storage = BoundedStorage(10, Clock(), shards=1)
     for number in range(8):
         storage.incr(f"refused {number}", 60)
-        storage.keep(f"refused {number}")
+        storage.protect(f"refused {number}")
     for number in range(20):
         storage.incr(f"flood {number}", 60)
     assert [number for number in range(8) if f"refused {number}" in storage] == [3, 4, 5, 6, 7]
@@ -243,9 +243,9 @@ def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
 
 def test_what_was_refused_is_not_kept_in_preference_when_its_time_is_over() -> None:
     clock = Clock()
-    storage = BoundedStorage(10, clock, shelves=1)
+    storage = BoundedStorage(10, clock, shards=1)
     storage.incr("refused", 60)
-    storage.keep("refused")
+    storage.protect("refused")
     clock.now += 60
     for number in range(10):
         storage.incr(f"flood {number}", 60)
@@ -255,9 +255,9 @@ def test_what_was_refused_is_not_kept_in_preference_when_its_time_is_over() -> N
 
 def test_a_new_window_is_as_good_as_any() -> None:
     clock = Clock()
-    storage = BoundedStorage(4, clock, shelves=1)
+    storage = BoundedStorage(4, clock, shards=1)
     storage.incr("refused", 60)
-    storage.keep("refused")
+    storage.protect("refused")
     clock.now += 60
     storage.incr("refused", 60)
     for number in range(4):
@@ -266,24 +266,24 @@ def test_a_new_window_is_as_good_as_any() -> None:
 
 
 def test_only_refused_keys_leave_when_there_are_no_others() -> None:
-    storage = BoundedStorage(1, Clock(), shelves=1)
+    storage = BoundedStorage(1, Clock(), shards=1)
     storage.incr("a", 60)
-    storage.keep("a")  # half of one is none
+    storage.protect("a")  # half of one is none
     storage.incr("b", 60)
     assert "b" in storage
     assert len(storage) == 1
-    storage.keep("nobody")
+    storage.protect("nobody")
     assert len(storage) == 1
 
 
 def test_moving_windows_take_room_by_what_they_remember() -> None:
     clock = Clock()
-    storage = BoundedStorage(100, clock, shelves=1)
+    storage = BoundedStorage(100, clock, shards=1)
     for key in range(20):
-        for _ in range(30 * TIMES_A_SLOT):
+        for _ in range(30 * TIMES_PER_SLOT):
             assert storage.acquire_entry(str(key), 10**6, 3600)
     remembered = sum(storage.get_moving_window(str(key), 10**6, 3600)[1] for key in range(20))
-    assert 2 * 30 * TIMES_A_SLOT <= remembered < 100 * TIMES_A_SLOT
+    assert 2 * 30 * TIMES_PER_SLOT <= remembered < 100 * TIMES_PER_SLOT
     clock.now += 3600
     assert storage.acquire_entry("19", 10**6, 3600)
     for number in range(99):
@@ -292,8 +292,8 @@ def test_moving_windows_take_room_by_what_they_remember() -> None:
 
 
 def test_a_moving_window_larger_than_everything_does_not_stay() -> None:
-    storage = BoundedStorage(4, Clock(), shelves=1)
-    for _ in range(10 * TIMES_A_SLOT):
+    storage = BoundedStorage(4, Clock(), shards=1)
+    for _ in range(10 * TIMES_PER_SLOT):
         storage.acquire_entry("a", 10**6, 60)
     assert len(storage) <= 1
     storage.incr("b", 60)
@@ -304,10 +304,10 @@ def test_a_flood_of_keys_is_bounded_and_nothing_for_the_garbage_collector() -> N
     storage = BoundedStorage()
     gc.collect()
     before = len(gc.get_objects())
-    for number in range(MOST_KEYS + 20_000):
+    for number in range(MAX_KEYS + 20_000):
         storage.incr(f"fixed/{number}", 60)
     assert len(gc.get_objects()) < before + 1000
-    assert 0.98 * MOST_KEYS < len(storage) <= MOST_KEYS
+    assert 0.98 * MAX_KEYS < len(storage) <= MAX_KEYS
 
 
 def test_what_limits_asks_of_a_storage() -> None:
@@ -341,39 +341,39 @@ def test_what_limits_asks_of_a_storage() -> None:
 
 def test_counted_by_all_or_by_none() -> None:
     counters = MemoryCounters(clock=Clock())
-    mine, shared = Question("mine", item("1/minute")), Question("shared", item("3/minute"), max_tunnels=9)
-    assert [answer.over for answer in asked(counters, mine, shared)] == ["", ""]
+    mine, shared = LimitCheck("mine", item("1/minute")), LimitCheck("shared", item("3/minute"), max_tunnels=9)
+    assert [result.over for result in asked(counters, mine, shared)] == ["", ""]
     for _ in range(5):
-        assert [answer.over for answer in asked(counters, mine, shared)] == ["limit", ""]
-    assert counters.held("shared") == 1
-    other = Question("other", item("9/minute"))
-    assert [[answer.over for answer in asked(counters, other, shared)] for _ in range(3)] == [
+        assert [result.over for result in asked(counters, mine, shared)] == ["limit", ""]
+    assert counters.open_tunnels("shared") == 1
+    other = LimitCheck("other", item("9/minute"))
+    assert [[result.over for result in asked(counters, other, shared)] for _ in range(3)] == [
         ["", ""],
         ["", ""],
         ["", "limit"],
     ]
-    assert counters.held("shared") == 3
+    assert counters.open_tunnels("shared") == 3
 
 
 def test_what_is_not_enforced_keeps_nothing_from_being_counted() -> None:
     counters = MemoryCounters(clock=Clock())
-    loose = Question("loose", item("1/minute"), enforced=False)
-    strict = Question("strict", item("2/minute"))
-    overs = [[answer.over for answer in asked(counters, loose, strict)] for _ in range(3)]
+    loose = LimitCheck("loose", item("1/minute"), enforced=False)
+    strict = LimitCheck("strict", item("2/minute"))
+    overs = [[result.over for result in asked(counters, loose, strict)] for _ in range(3)]
     assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
 
 
 def test_what_is_over_and_not_enforced_takes_no_tunnel() -> None:
     counters = MemoryCounters(clock=Clock())
-    overs = [asked(counters, Question("a", max_tunnels=2, enforced=False))[0].over for _ in range(4)]
+    overs = [asked(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].over for _ in range(4)]
     assert overs == ["", "", "tunnels", "tunnels"]
-    assert counters.held("a") == 2
+    assert counters.open_tunnels("a") == 2
 
 
 def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
     counters = MemoryCounters(clock=Clock())
-    loose = Question("loose", item("2/minute"), enforced=False)
-    strict = Question("strict", item("1/minute"))
+    loose = LimitCheck("loose", item("2/minute"), enforced=False)
+    strict = LimitCheck("strict", item("1/minute"))
     for _ in range(9):
         asked(counters, loose, strict)
     assert asked(counters, loose)[0].over == ""
@@ -383,44 +383,44 @@ def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
 def test_a_block_holds_whatever_the_window_says_and_ends() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    question = Question("a", item("1/second"), block_for=60.5)
-    asked(counters, question)
-    assert asked(counters, question) == [Answer("limit", 60.5)]
+    check = LimitCheck("a", item("1/second"), block_for=60.5)
+    asked(counters, check)
+    assert asked(counters, check) == [LimitResult("limit", 60.5)]
     clock.now += 60
-    assert asked(counters, question) == [Answer("blocked", 0.5)]
-    assert asked(counters, Question("a", block_for=60.5)) == [Answer("blocked", 0.5)]
+    assert asked(counters, check) == [LimitResult("blocked", 0.5)]
+    assert asked(counters, LimitCheck("a", block_for=60.5)) == [LimitResult("blocked", 0.5)]
     clock.now += 0.5
-    assert asked(counters, question) == [Answer()]
+    assert asked(counters, check) == [LimitResult()]
 
 
 def test_attempts_do_not_lengthen_a_block() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    question = Question("a", item("1/second"), block_for=60)
-    answers = []
+    check = LimitCheck("a", item("1/second"), block_for=60)
+    results = []
     for _ in range(122):
-        answers += asked(counters, question)
+        results += asked(counters, check)
         clock.now += 0.5
-    assert [answer.over for answer in answers] == ["", "limit", *["blocked"] * 119, ""]
+    assert [result.over for result in results] == ["", "limit", *["blocked"] * 119, ""]
 
 
 def test_a_block_waits_for_the_window_too() -> None:
     counters = MemoryCounters(clock=Clock())
-    question = Question("a", item("1/hour"), block_for=60)
-    asked(counters, question)
-    assert asked(counters, question) == [Answer("limit", 3600)]
+    check = LimitCheck("a", item("1/hour"), block_for=60)
+    asked(counters, check)
+    assert asked(counters, check) == [LimitResult("limit", 3600)]
 
 
 @pytest.mark.parametrize("strategy", MODELS)
 def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
     clock = Clock(1200.0)
     counters = MemoryCounters(clock=clock)
-    question = Question("a", item("30/minute", strategy), strategy)
+    check = LimitCheck("a", item("30/minute", strategy), strategy)
 
     async def asker() -> bool:
         await asyncio.sleep(0)
-        (answer,) = await counters.ask([question])
-        return not answer.over
+        (result,) = await counters.check([check])
+        return not result.over
 
     async def all_at_once() -> int:
         return sum(await asyncio.gather(*(asker() for _ in range(200))))
@@ -437,44 +437,44 @@ def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
 
 def test_tunnels_are_exact_under_200_askers() -> None:
     counters = MemoryCounters(clock=Clock())
-    question = Question("a", max_tunnels=50)
+    check = LimitCheck("a", max_tunnels=50)
 
-    async def asker() -> Answer:
+    async def asker() -> LimitResult:
         await asyncio.sleep(0)
-        return (await counters.ask([question]))[0]
+        return (await counters.check([check]))[0]
 
-    async def all_at_once() -> list[Answer]:
+    async def all_at_once() -> list[LimitResult]:
         return await asyncio.gather(*(asker() for _ in range(200)))
 
-    answers = asyncio.run(all_at_once())
-    assert answers.count(Answer()) == 50
-    assert answers.count(Answer("tunnels", TUNNEL_WAIT)) == 150
-    counters.release(["a"] * 20)
-    assert counters.held("a") == 30
-    assert asyncio.run(all_at_once()).count(Answer()) == 20
-    counters.release(["a"] * 50)
-    assert counters.held("a") == 0
+    results = asyncio.run(all_at_once())
+    assert results.count(LimitResult()) == 50
+    assert results.count(LimitResult("tunnels", TUNNEL_WAIT)) == 150
+    counters.return_tunnels(["a"] * 20)
+    assert counters.open_tunnels("a") == 30
+    assert asyncio.run(all_at_once()).count(LimitResult()) == 20
+    counters.return_tunnels(["a"] * 50)
+    assert counters.open_tunnels("a") == 0
 
 
 def test_tunnels_are_never_forgotten() -> None:
     counters = MemoryCounters(64, Clock())
-    question = Question("a", max_tunnels=1)
-    asked(counters, question)
+    check = LimitCheck("a", max_tunnels=1)
+    asked(counters, check)
     for number in range(1000):
-        asked(counters, Question(str(number), item("1/minute"), max_tunnels=1))
-    assert asked(counters, question)[0].over == "tunnels"
-    counters.release(["a"])
-    assert asked(counters, question)[0].over == ""
+        asked(counters, LimitCheck(str(number), item("1/minute"), max_tunnels=1))
+    assert asked(counters, check)[0].over == "tunnels"
+    counters.return_tunnels(["a"])
+    assert asked(counters, check)[0].over == ""
 
 
 def test_too_many_tunnels_are_no_reason_for_a_block() -> None:
     counters = MemoryCounters(clock=Clock())
-    question = Question("a", item("9/minute"), max_tunnels=1, block_for=600)
-    assert [asked(counters, question)[0].over for _ in range(3)] == ["", "tunnels", "tunnels"]
-    counters.release(["a"])
-    assert asked(counters, question)[0].over == ""
+    check = LimitCheck("a", item("9/minute"), max_tunnels=1, block_for=600)
+    assert [asked(counters, check)[0].over for _ in range(3)] == ["", "tunnels", "tunnels"]
+    counters.return_tunnels(["a"])
+    assert asked(counters, check)[0].over == ""
 
 
 def test_giving_back_what_was_not_taken_is_a_fault() -> None:
     with pytest.raises(KeyError):
-        MemoryCounters().release(["a"])
+        MemoryCounters().return_tunnels(["a"])

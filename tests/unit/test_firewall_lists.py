@@ -190,7 +190,7 @@ def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
     file.write_text("11.0.0.0/8\nword\n")
     assert found.refresh().lists == ("a",)
     assert "word" in named
-    assert found.refresh() == firewall_lists.Refreshed()
+    assert found.refresh() == firewall_lists.RefreshResult()
 
 
 def test_a_bad_file_keeps_the_old_content_and_is_told_once(tmp_path: Path) -> None:
@@ -218,21 +218,21 @@ def test_a_bad_file_keeps_the_old_content_and_is_told_once(tmp_path: Path) -> No
 
 def test_blocked_goes_before_allowed() -> None:
     found = AddressLists(("10.0.0.0/8", "@friends"), ("10.9.0.0/16",), NamedLists({"friends": ["192.0.2.1"]}))
-    assert found.objection("10.1.0.1") is None
-    assert found.objection("192.0.2.1") is None
-    assert found.objection("::ffff:192.0.2.1") is None
-    assert found.objection("10.9.0.1") == "address blocked"
-    assert found.objection("192.0.2.2") == "address not allowed"
-    assert found.objection("") == "address not allowed"
+    assert found.check("10.1.0.1") is None
+    assert found.check("192.0.2.1") is None
+    assert found.check("::ffff:192.0.2.1") is None
+    assert found.check("10.9.0.1") == "address blocked"
+    assert found.check("192.0.2.2") == "address not allowed"
+    assert found.check("") == "address not allowed"
 
 
 def test_without_lists_everybody_may_come() -> None:
     found = AddressLists((), (), NamedLists())
-    assert found.objection("192.0.2.1") is found.objection("") is None
+    assert found.check("192.0.2.1") is found.check("") is None
 
 
 def test_an_empty_allowed_list_lets_nobody_in() -> None:
-    assert AddressLists(("@none",), (), NamedLists({"none": []})).objection("192.0.2.1") == "address not allowed"
+    assert AddressLists(("@none",), (), NamedLists({"none": []})).check("192.0.2.1") == "address not allowed"
 
 
 def test_address_lists_follow_their_file(tmp_path: Path) -> None:
@@ -240,10 +240,10 @@ def test_address_lists_follow_their_file(tmp_path: Path) -> None:
     file.write_text("")
     named = NamedLists({"bots": str(file)})
     found = AddressLists((), ("@bots",), named)
-    assert found.objection("192.0.2.1") is None
+    assert found.check("192.0.2.1") is None
     file.write_text("192.0.2.0/24\n")
     named.refresh()
-    assert found.objection("192.0.2.1") == "address blocked"
+    assert found.check("192.0.2.1") == "address blocked"
     file.write_text("192.0.2.0/24\nword\n")
     (error,) = named.refresh().errors
     assert f'{file}:2: "word" is not a network' in error

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.corpus import corpus
-from tlstunnel.firewall.managed.guard import MAX_ARGUMENTS, MAX_RUN, objection
+from tlstunnel.firewall.managed.guard import MAX_ARGUMENTS, MAX_RUN, find_problem
 
 LONG = "(" * (MAX_RUN + 1)
 
@@ -28,45 +28,45 @@ LONG = "(" * (MAX_RUN + 1)
     ],
 )
 def test_run_in_the_target_is_objected_to(target: str) -> None:
-    assert objection(target.encode(), ()) == "more than 31 punctuation characters in a row in the target"
+    assert find_problem(target.encode(), ()) == "more than 31 punctuation characters in a row in the target"
 
 
 @pytest.mark.parametrize("name", [b"Cookie", b"User-Agent", b"Referer", b"X-Own"])
 def test_run_in_a_field_is_objected_to(name: bytes) -> None:
     reason = "more than 31 punctuation characters in a row in a field"
-    assert objection(b"/", ((name, b"a=" + LONG.encode()),)) == reason
-    assert objection(b"/", ((name, b"a=" + quote(LONG, safe="").encode()),)) == reason
+    assert find_problem(b"/", ((name, b"a=" + LONG.encode()),)) == reason
+    assert find_problem(b"/", ((name, b"a=" + quote(LONG, safe="").encode()),)) == reason
 
 
 def test_the_bounds_are_exact() -> None:
-    assert objection(b"/x" + b"(" * MAX_RUN + b"x", ()) is None
-    assert objection(b"/x" + b"(" * (MAX_RUN + 1) + b"x", ()) is not None
+    assert find_problem(b"/x" + b"(" * MAX_RUN + b"x", ()) is None
+    assert find_problem(b"/x" + b"(" * (MAX_RUN + 1) + b"x", ()) is not None
     arguments = "&".join(f"a{number}=1" for number in range(MAX_ARGUMENTS))
-    assert objection(f"/?{arguments}".encode(), ()) is None
-    assert objection(f"/?{arguments}&b=1".encode(), ()) == "more than 64 arguments"
+    assert find_problem(f"/?{arguments}".encode(), ()) is None
+    assert find_problem(f"/?{arguments}&b=1".encode(), ()) == "more than 64 arguments"
 
 
 def test_letters_of_other_alphabets_are_letters() -> None:
-    assert objection(("/?name=" + quote("Александр Константинович" * 20)).encode(), ()) is None
-    assert objection(b"/", ((b"Cookie", ("name=" + "技术讨论组" * 100).encode()),)) is None
+    assert find_problem(("/?name=" + quote("Александр Константинович" * 20)).encode(), ()) is None
+    assert find_problem(b"/", ((b"Cookie", ("name=" + "技术讨论组" * 100).encode()),)) is None
 
 
 @pytest.mark.parametrize("handshake", [*corpus.handshakes(), *corpus.profile_handshakes()], ids=lambda item: item.name)
 def test_ordinary_handshakes_are_untouched(handshake: corpus.Sample) -> None:
-    assert objection(handshake.request.target, handshake.request.fields) is None
+    assert find_problem(handshake.request.target, handshake.request.fields) is None
 
 
 @given(st.binary(max_size=400), st.binary(max_size=400))
 def test_never_lets_a_plain_run_through(before: bytes, after: bytes) -> None:
     run = b"{" * (MAX_RUN + 1)
-    assert objection(before + run + after, ()) is not None
-    assert objection(b"/", ((b"Cookie", before + run + after),)) is not None
+    assert find_problem(before + run + after, ()) is not None
+    assert find_problem(b"/", ((b"Cookie", before + run + after),)) is not None
 
 
 @given(st.binary(max_size=400))
 def test_objects_to_a_run_alone(target: bytes) -> None:
     """Or to arguments: some text, decoded not at all, once or twice, holds what it says."""
-    reason = objection(target, ())
+    reason = find_problem(target, ())
     forms = [target, once := unquote_to_bytes(target), unquote_to_bytes(once)]
     longest = max(_longest_run(form) for form in forms)
     if b"%u" not in target:
@@ -89,6 +89,6 @@ def test_costs_little_whatever_it_gets(text: bytes) -> None:
     took = []
     for _ in range(5):
         began = time.perf_counter()
-        objection(b"/?x=" + text, ())
+        find_problem(b"/?x=" + text, ())
         took.append(time.perf_counter() - began)
     assert min(took) < 0.02

@@ -8,21 +8,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.corpus.stage import own_rules, require_libmodsecurity, subject
+from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject
 from tlstunnel.firewall.managed import helper
 from tlstunnel.firewall.managed.messages import (
     END_OF_RULES,
     MAX_PACKET,
-    Answer,
+    EvaluationRequest,
+    EvaluationResult,
     FromHelper,
-    Loaded,
-    Question,
     Ready,
-    RulesSet,
-    Step,
+    RuleSet,
+    RulesLoaded,
+    RuleSource,
 )
 from tlstunnel.firewall.managed.modsecurity import ModSecurity
-from tlstunnel.firewall.managed.rules_sets import build
+from tlstunnel.firewall.managed.rule_sets import build
 
 RULES = 'SecRule ARGS:x "@streq a" "id:1,phase:2,deny"\n'
 
@@ -47,16 +47,16 @@ def heard(ours: socket.socket) -> FromHelper:
 
 
 def ask(ours: socket.socket, number: int, target: str) -> None:
-    ours.sendall(msgspec.msgpack.encode(Question(number, 0, subject(target))))
+    ours.sendall(msgspec.msgpack.encode(EvaluationRequest(number, 0, subject(target))))
 
 
 def test_load_and_serve(pair: tuple[socket.socket, socket.socket], library: ModSecurity, tmp_path: Path) -> None:
     ours, theirs = pair
-    for rules_set in (build(own_rules(tmp_path, RULES)), RulesSet("off", (Step(text="SecRuleEngine Off\n"),))):
-        ours.sendall(msgspec.msgpack.encode(rules_set))
+    for rule_set in (build(own_rules(tmp_path, RULES)), RuleSet("off", (RuleSource(text="SecRuleEngine Off\n"),))):
+        ours.sendall(msgspec.msgpack.encode(rule_set))
     ours.sendall(END_OF_RULES)
     loaded = helper.load(theirs, library)
-    assert heard(ours) == Loaded()
+    assert heard(ours) == RulesLoaded()
     assert loaded is not None
     assert len(loaded[1]) == 2
 
@@ -71,9 +71,7 @@ def test_load_and_serve(pair: tuple[socket.socket, socket.socket], library: ModS
         answers.append(heard(ours))
     server.join(15)
     assert again == [True]
-    found = [
-        (answer.number, answer.evaluation.denied_by, answer.last) for answer in answers if isinstance(answer, Answer)
-    ]
+    found = [(r.number, r.evaluation.denied_by, r.last) for r in answers if isinstance(r, EvaluationResult)]
     assert found == [(7, 1, False), (8, 0, False), (9, 1, True)]
 
 
@@ -95,11 +93,11 @@ def test_serving_ends_with_the_socket(pair: tuple[socket.socket, socket.socket],
 
 def test_what_does_not_load_is_said(pair: tuple[socket.socket, socket.socket], library: ModSecurity) -> None:
     ours, theirs = pair
-    ours.sendall(msgspec.msgpack.encode(RulesSet("bad", (Step(text="SecNonsense\n"),))))
+    ours.sendall(msgspec.msgpack.encode(RuleSet("bad", (RuleSource(text="SecNonsense\n"),))))
     ours.sendall(END_OF_RULES)
     assert helper.load(theirs, library) is None
     said = heard(ours)
-    assert isinstance(said, Loaded)
+    assert isinstance(said, RulesLoaded)
     assert "libmodsecurity cannot load it" in said.problem
 
 

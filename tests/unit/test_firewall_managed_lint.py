@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.stage import require_crs
+from tests.corpus.managed_rules import require_crs
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import lint
-from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS
+from tlstunnel.firewall.managed.rule_sets import DEBIAN_CRS
 
 RULE = 'SecRule ARGS "@rx evil" "id:1,phase:2,deny"\n'
 
@@ -104,7 +104,7 @@ def test_missing_library_is_named_with_the_package(tmp_path: Path, monkeypatch: 
     def missing(name: str) -> None:
         raise OSError(name)
 
-    lint._pcre2.cache_clear()
+    lint._load_pcre2.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", missing)
     (tmp_path / "own.conf").write_text('SecRule ARGS "@rx only here" "id:1,deny"\n')
     with pytest.raises(ConfigurationError, match="install Debian's package libmodsecurity3"):

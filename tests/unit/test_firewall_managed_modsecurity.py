@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.corpus.stage import own_rules, require_crs, require_libmodsecurity, subject
+from tests.corpus.managed_rules import own_rules, require_crs, require_libmodsecurity, subject
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import modsecurity
-from tlstunnel.firewall.managed.messages import Evaluation, Match, RulesSet, Step, Subject
+from tlstunnel.firewall.managed.messages import Evaluation, Match, RuleSet, RuleSource, Subject
 from tlstunnel.firewall.managed.modsecurity import MAX_MATCHES, MAX_TEXT, ModSecurity
-from tlstunnel.firewall.managed.rules_sets import build
+from tlstunnel.firewall.managed.rule_sets import build
 
 FORGED = (
     '" ) [file "/usr/share/x.conf"] [line "1"] [id "949110"] [rev ""] [msg "Total Score: 0"] [data ""] [severity "0"]'
@@ -93,7 +93,7 @@ def test_what_an_evaluation_reports_is_bounded(library: ModSecurity, tmp_path: P
     assert all(len(match.message) <= MAX_TEXT + 3 and len(match.data) <= MAX_TEXT + 3 for match in found.matches)
 
 
-def test_rules_sets_are_apart(library: ModSecurity, crs: int, tmp_path: Path) -> None:
+def test_rule_sets_are_apart(library: ModSecurity, crs: int, tmp_path: Path) -> None:
     own = library.load(build(own_rules(tmp_path, 'SecRule ARGS:x "@streq a" "id:1,phase:2,deny"\n')))
     assert library.evaluate(crs, subject("/?x=a", "User-Agent: t")) == Evaluation(0)
     assert library.evaluate(own, subject("/?x=a")).denied_by == 1
@@ -111,13 +111,13 @@ def test_what_does_not_load_is_named_with_its_file(library: ModSecurity, tmp_pat
     path = tmp_path / "own.conf"
     path.write_text('SecRule ARGS "@pmFromFile nowhere.txt" "id:1,phase:2,deny"\n')
     with pytest.raises(ConfigurationError) as caught:
-        library.load(RulesSet("", (Step(file=str(path)),)))
+        library.load(RuleSet("", (RuleSource(file=str(path)),)))
     assert str(caught.value).startswith(f"{path}: libmodsecurity cannot load it: ")
     assert "nowhere.txt" in str(caught.value)
     assert "/./" not in str(caught.value)
     assert "//" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="tlstunnel's own settings: libmodsecurity cannot load it"):
-        library.load(RulesSet("", (Step(text="SecNonsense\n"),)))
+        library.load(RuleSet("", (RuleSource(text="SecNonsense\n"),)))
 
 
 def test_missing_library_is_named_with_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_any_request_is_evaluated(library: ModSecurity, crs: int, target: str, v
 
 def test_the_detour_names_the_same_file_and_cannot_be_guessed(tmp_path: Path) -> None:
     (tmp_path / "a.conf").write_text("x")
-    marks = {modsecurity._mark() for _ in range(100)}
+    marks = {modsecurity.make_mark() for _ in range(100)}
     assert len(marks) == 100
     for mark in random.sample(sorted(marks), 5):
         assert Path(f"{tmp_path}{mark}/a.conf").read_text() == "x"

@@ -8,111 +8,111 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.stage import own_rules, require_libmodsecurity, subject, with_pool
+from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject, with_pool
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import pool as pool_module
-from tlstunnel.firewall.managed.messages import Evaluation, RulesSet
-from tlstunnel.firewall.managed.pool import Failure, Pool
-from tlstunnel.firewall.managed.rules_sets import build
+from tlstunnel.firewall.managed.messages import Evaluation, RuleSet
+from tlstunnel.firewall.managed.pool import Failure, HelperPool
+from tlstunnel.firewall.managed.rule_sets import build
 
 ORDINARY = subject("/?x=1")
 CLEAN = Evaluation(0)
 
 
 @pytest.fixture
-def rules_set(tmp_path: Path) -> RulesSet:
+def rule_set(tmp_path: Path) -> RuleSet:
     require_libmodsecurity()
     return build(own_rules(tmp_path, 'SecRule ARGS:x "@streq a" "id:1,phase:2,deny"\n'))
 
 
-def test_full_queue_fails_at_once(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_full_queue_fails_at_once(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60)) for _ in range(4)]
+        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(4)]
         await asyncio.sleep(0)
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.FULL
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
         assert await asyncio.gather(*asked) == [CLEAN] * 4
 
-    with_pool(Pool([rules_set], queue=3), ask)
+    with_pool(HelperPool([rule_set], queue=3), ask)
 
 
-def test_waiting_is_bounded(rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 0.05)
+def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 0.05)
 
-    async def ask(pool: Pool) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60))
+        asked = asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.WAITED
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.WAITED
         os.kill(child, signal.SIGCONT)
         # The one that had begun has its own deadline.
         assert await asked == CLEAN
 
-    with_pool(Pool([rules_set], queue=3), ask)
+    with_pool(HelperPool([rule_set], queue=3), ask)
 
 
-def test_asker_that_leaves_gives_its_place_up(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_asker_that_leaves_gives_its_place_up(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60)) for _ in range(3)]
+        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(3)]
         await asyncio.sleep(0)
         asked[0].cancel()  # with the helper
         asked[1].cancel()  # in the queue
         await asyncio.gather(*asked[:2], return_exceptions=True)
         assert [task.cancelled() for task in asked] == [True, True, False]
-        behind = asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60))
+        behind = asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.FULL
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
         assert await asked[2] == await behind == CLEAN
 
-    with_pool(Pool([rules_set], queue=2), ask)
+    with_pool(HelperPool([rule_set], queue=2), ask)
 
 
-def test_all_helpers_work(rules_set: RulesSet) -> None:
-    async def ask(pool: Pool) -> None:
+def test_all_helpers_work(rule_set: RuleSet) -> None:
+    async def ask(pool: HelperPool) -> None:
         stopped, free = pool.pids()
         os.kill(stopped, signal.SIGSTOP)
-        found = asyncio.gather(*(pool.judge(rules_set.name, ORDINARY, 60) for _ in range(50)))
+        found = asyncio.gather(*(pool.judge(rule_set.name, ORDINARY, 60) for _ in range(50)))
         # One question is with the stopped one; the other answers the rest.
         await asyncio.sleep(0)
         os.kill(stopped, signal.SIGCONT)
         assert await found == [CLEAN] * 50
         assert pool.pids() == (stopped, free)
 
-    with_pool(Pool([rules_set], processes=2), ask)
+    with_pool(HelperPool([rule_set], processes=2), ask)
 
 
-def test_closing_answers_everybody(rules_set: RulesSet) -> None:
+def test_closing_answers_everybody(rule_set: RuleSet) -> None:
     async def run() -> None:
-        pool = Pool([rules_set])
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.CLOSED
+        pool = HelperPool([rule_set])
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.start()
         os.kill(pool.pids()[0], signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rules_set.name, ORDINARY, 60)) for _ in range(5)]
+        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(5)]
         await asyncio.sleep(0)
         await pool.close()
         assert await asyncio.gather(*asked) == [Failure.CLOSED] * 5
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.CLOSED
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.close()
 
     asyncio.run(run())
 
 
-def test_equal_rules_sets_are_loaded_once(rules_set: RulesSet, tmp_path: Path) -> None:
+def test_equal_rule_sets_are_loaded_once(rule_set: RuleSet, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = build(own_rules(tmp_path / "other", 'SecRule ARGS:x "@streq b" "id:1,phase:2,deny"\n'))
 
-    async def ask(pool: Pool) -> list[object]:
+    async def ask(pool: HelperPool) -> list[object]:
         target = subject("/?x=b")
-        return [await pool.judge(name, target, 60) for name in (rules_set.name, other.name)]
+        return [await pool.judge(name, target, 60) for name in (rule_set.name, other.name)]
 
-    pool = Pool([rules_set, other, rules_set])
-    assert pool.rules_sets == (rules_set, other)
+    pool = HelperPool([rule_set, other, rule_set])
+    assert pool.rule_sets == (rule_set, other)
     first, second = with_pool(pool, ask)
     assert first == CLEAN
     assert isinstance(second, Evaluation)
@@ -123,14 +123,14 @@ def test_equal_rules_sets_are_loaded_once(rules_set: RulesSet, tmp_path: Path) -
 LIAR = """\
 import os, pathlib, socket, sys
 import msgspec
-from tlstunnel.firewall.managed.messages import END_OF_RULES, Loaded, Ready
+from tlstunnel.firewall.managed.messages import END_OF_RULES, RulesLoaded, Ready
 lied = pathlib.Path({lied!r})
 if lied.exists():
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 connection = socket.socket(fileno=int(sys.argv[4]))
 while connection.recv(200000) != END_OF_RULES:
     pass
-connection.sendall(msgspec.msgpack.encode(Loaded()))
+connection.sendall(msgspec.msgpack.encode(RulesLoaded()))
 connection.sendall(msgspec.msgpack.encode(Ready(os.getpid())))
 connection.recv(200000)
 lied.touch()
@@ -142,34 +142,34 @@ if {packet!r}:
 
 @pytest.mark.parametrize(("packet", "said"), [(b"\xc1", "it sent what cannot be read"), (b"", "it ended")])
 def test_helper_that_talks_nonsense_is_started_anew(
-    rules_set: RulesSet, packet: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule_set: RuleSet, packet: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, program = tmp_path / "liar.py", tmp_path / "liar"
     script.write_text(LIAR.format(lied=str(tmp_path / "lied"), python=sys.executable, packet=packet))
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setattr("tlstunnel.program.PYTHON", str(program))
-    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 60.0)
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
     log: list[str] = []
 
-    async def ask(pool: Pool) -> None:
-        assert await pool.judge(rules_set.name, ORDINARY, 60) is Failure.DIED
-        assert await pool.judge(rules_set.name, ORDINARY, 60) == CLEAN
+    async def ask(pool: HelperPool) -> None:
+        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.DIED
+        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
 
-    with_pool(Pool([rules_set], log=log.append), ask)
+    with_pool(HelperPool([rule_set], log=log.append), ask)
     assert len(log) == 1
     assert said in log[0]
 
 
-def test_helper_that_cannot_run_refuses_the_start(rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helper_that_cannot_run_refuses_the_start(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlstunnel.program.PYTHON", "/bin/false")
     with pytest.raises(ConfigurationError, match="ended while it started: exited with status 1"):
-        asyncio.run(Pool([rules_set]).start())
+        asyncio.run(HelperPool([rule_set]).start())
 
 
 def test_helper_that_does_not_load_in_time_refuses_the_start(
-    rules_set: RulesSet, monkeypatch: pytest.MonkeyPatch
+    rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "LOADING", 0.001)
+    monkeypatch.setattr(pool_module, "LOAD_TIMEOUT", 0.001)
     with pytest.raises(ConfigurationError, match="did not load them within"):
-        asyncio.run(Pool([rules_set]).start())
+        asyncio.run(HelperPool([rule_set]).start())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, Field, request
 from tlstunnel.config import RateLimitConfig, Timeout
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.counters import Answer, MemoryCounters, Question
+from tlstunnel.firewall.counters import LimitCheck, LimitResult, MemoryCounters
 from tlstunnel.firewall.expressions import Expressions
 from tlstunnel.firewall.facts import Facts, gather
 from tlstunnel.firewall.rate_limits import (
@@ -150,11 +150,11 @@ class Asked(MemoryCounters):
 
     def __init__(self) -> None:
         super().__init__(clock=Clock())
-        self.questions: list[Question] = []
+        self.checks: list[LimitCheck] = []
 
-    async def ask(self, questions: Any) -> list[Answer]:
-        self.questions += questions
-        return await super().ask(questions)
+    async def check(self, checks: Any) -> list[LimitResult]:
+        self.checks += checks
+        return await super().check(checks)
 
 
 values = st.binary(max_size=40).map(lambda data: bytes(0x21 + byte % 0x5E for byte in data)) | st.sampled_from(
@@ -169,7 +169,7 @@ def test_keys_are_short_and_no_two_are_taken_for_one(one: tuple[bytes, bytes], o
     counting = limits(config(key=("header:A", "header:B")), counters=counters)
     for a, b in (one, other):
         judged(counting, facts((b"A", a), (b"B", b)))
-    first, second = counters.questions
+    first, second = counters.checks
     assert (first.key == second.key) == (one == other)
     assert len(first.key) == len(second.key) == 32
 
@@ -178,7 +178,7 @@ def test_limits_of_different_scopes_names_and_keys_share_nothing() -> None:
     counters = Asked()
     for scope, name, key in (("", "a", "ip"), ("b", "a", "ip"), ("", "b", "ip"), ("", "a", "header:Ip")):
         judged(limits(config(name, key=(key,)), counters=counters, scope=scope), facts((b"Ip", b"192.0.2.1")))
-    assert len({question.key for question in counters.questions}) == 4
+    assert len({check.key for check in counters.checks}) == 4
 
 
 def test_limits_made_anew_go_on_counting() -> None:
@@ -243,7 +243,7 @@ def test_without_limits_everything_passes() -> None:
     trace: list[LimitTrace] = []
     outcome = judged(limits(), facts(), trace)
     assert (outcome.refusal, outcome.limit, outcome.logged, trace) == (None, "", (), [])
-    outcome.lease.release()
+    outcome.lease.close()
 
 
 # What is said when one is over.
@@ -281,8 +281,8 @@ def test_retry_after_is_a_second_at_least() -> None:
 class Rounding(MemoryCounters):
     """Has times that are over already, as a storage with another clock may."""
 
-    async def ask(self, questions: Any) -> list[Answer]:
-        return [Answer("limit", -0.5) for _ in questions]
+    async def check(self, checks: Any) -> list[LimitResult]:
+        return [LimitResult("limit", -0.5) for _ in checks]
 
 
 def test_retry_after_is_a_second_whatever_the_storage_says() -> None:
@@ -356,7 +356,7 @@ def test_tunnels() -> None:
     )
     assert passes(counting, facts(ip="192.0.2.2"))
     for _ in range(3):
-        outcomes[0].lease.release()
+        outcomes[0].lease.close()
     assert passes(counting, facts())
     assert not passes(counting, facts())
 
@@ -368,11 +368,11 @@ def test_what_is_refused_holds_nothing() -> None:
     for _ in range(9):
         outcome = judged(counting, facts())
         assert outcome.refusal is not None
-        outcome.lease.release()
-    key = counters.questions[0].key
-    assert counters.held(key) == 1
-    taken.lease.release()
-    assert counters.held(key) == 0
+        outcome.lease.close()
+    key = counters.checks[0].key
+    assert counters.open_tunnels(key) == 1
+    taken.lease.close()
+    assert counters.open_tunnels(key) == 0
 
 
 def test_a_limit_and_tunnels_in_one() -> None:
@@ -382,9 +382,9 @@ def test_a_limit_and_tunnels_in_one() -> None:
     assert refusal.detail == "too many tunnels"
     assert (b"RateLimit-Policy", b'"a";q=1;qu="concurrent-requests"') in refusal.fields
     for _ in range(2):
-        lease.release()
+        lease.close()
         lease = judged(counting, facts()).lease
-    lease.release()
+    lease.close()
     assert refused(counting, facts()).detail == "over"
 
 
@@ -408,11 +408,11 @@ def test_exact_under_200_clients_at_once(strategy: str) -> None:
     reasons = Counter(outcome.refusal.detail if outcome.refusal else "" for outcome in outcomes)
     assert reasons == {"": 50, "too many tunnels": 150}
     for outcome in outcomes:
-        outcome.lease.release()
+        outcome.lease.close()
     outcomes = asyncio.run(clients())
     assert sum(outcome.refusal is None for outcome in outcomes) == 10
     for outcome in outcomes:
-        outcome.lease.release()
+        outcome.lease.close()
     clock.now += 120
     outcomes = asyncio.run(clients())
     assert sum(outcome.refusal is None for outcome in outcomes) == 50
@@ -430,7 +430,7 @@ def test_what_only_logs_counts_and_refuses_nothing() -> None:
     assert all(outcome.refusal is None and outcome.limit == "" for outcome in outcomes)
     assert [outcome.logged for outcome in outcomes] == [(), (), ("a",), ("a", "open"), ("a", "open")]
     for outcome in outcomes:
-        outcome.lease.release()
+        outcome.lease.close()
     assert judged(counting, facts()).logged == ("a",)
     assert metrics[RATE_LIMITS].values == {
         ("", "a", "passed", "log"): 2,

@@ -192,12 +192,12 @@ def test_trace() -> None:
         rule("e", when='query["room"][0] == "1"'),
     )
     assert found.judge(facts(), trace).rule == "d"
-    assert [(entry.rule, entry.action, entry.mode, entry.saw) for entry in trace] == [
+    assert [(entry.rule, entry.action, entry.mode, entry.result) for entry in trace] == [
         ("a", "log", "block", "not matched"),
         ("b", "block", "block", "failed"),
         ("c", "block", "log", "matched"),
         ("d", "block", "block", "matched"),
-        ("e", "block", "block", "not asked"),
+        ("e", "block", "block", "not evaluated"),
     ]
     assert trace[0].values == {"path": "/socket", "host": "chat.example.com"}
     assert trace[0].when == 'path == "/x" && host == ""'

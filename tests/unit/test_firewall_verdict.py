@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.corpus.stage import plain_request, require_libmodsecurity
+from tests.corpus.managed_rules import plain_request, require_libmodsecurity
 from tlstunnel.config import decode
 from tlstunnel.firewall.verdict import PASSED, Firewall, Verdict
 from tlstunnel.handshake.connection import Connection
@@ -34,7 +34,7 @@ def ask(
     firewall: Firewall, target: str = "/", *headers: str, ip: str = "192.0.2.1", behind: bool = False
 ) -> Coroutine[Any, Any, Verdict]:
     connection = Connection(ip=ip, tls_version="TLSv1.3", tls_sni="chat.example", site="chat.example")
-    return firewall.judge(plain_request(target, *headers), connection, behind=behind)
+    return firewall.judge(plain_request(target, *headers), connection, behind_proxy=behind)
 
 
 def test_nothing_to_ask_costs_nothing_but_the_look_at_the_target(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_nothing_to_ask_costs_nothing_but_the_look_at_the_target(tmp_path: Path)
         refusal = (await ask(firewall, "/%00")).refusal
         assert refusal is not None
         assert refusal.status == 400
-        assert firewall.objection("192.0.2.1") is None
+        assert firewall.check_address("192.0.2.1") is None
 
     with_firewall(SITE, tmp_path, run)
     with_firewall(SITE + "strict_path = false\n", tmp_path, _lets_any_target_by)
@@ -71,7 +71,7 @@ def test_a_tunnel_that_managed_rules_refuse_is_given_back(tmp_path: Path) -> Non
         assert full.refusal is not None
         assert full.refusal.status == 429
         assert passed.lease is not None
-        passed.lease.release()
+        passed.lease.close()
         again = await ask(firewall, "/?x=good")
         assert again.refusal is None
 
@@ -133,12 +133,12 @@ def failed_checks(firewall: Firewall) -> dict[str, int]:
 
 def test_a_policy_that_only_logs_lets_by_and_counts(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
-        assert firewall.objection("192.0.2.1") is None
+        assert firewall.check_address("192.0.2.1") is None
         assert failed_checks(firewall) == {"address blocked": 1}
         await ask(firewall)
         verdict = await ask(firewall, behind=True)
         assert verdict.refusal is None
-        logged = verdict.facts()["logged"]
+        logged = verdict.to_record()["logged"]
         assert logged == ["addresses", "addresses", "web origin", "all", "each", "none"]
         assert failed_checks(firewall)["address blocked"] == 4
         assert sum(failed_checks(firewall).values()) >= 6

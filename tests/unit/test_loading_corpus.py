@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from tests.corpus.configurations import Configuration, read_corpus, write_named_files
-from tests.corpus.stage import require_libmodsecurity
+from tests.corpus.managed_rules import require_libmodsecurity
 from tests.harness import PATIENCE, PROGRAM, child_environment
 from tlstunnel.cli import main
 from tlstunnel.config import read

@@ -46,10 +46,10 @@ class CountedLease:
     """A lease that counts how often it is returned."""
 
     def __init__(self) -> None:
-        self.released = 0
+        self.closed = 0
 
-    def release(self) -> None:
-        self.released += 1
+    def close(self) -> None:
+        self.closed += 1
 
 
 class Origin:
@@ -199,7 +199,7 @@ def test_a_client_may_have_one_turn_after_another(site: Site, issued: issue.Issu
         assert [turn.record.path for turn in turns] == ["/first", "/second"]
         assert turns[0].record.id != turns[1].record.id
         assert [turn.client for turn in turns] == [client, client]
-        assert [lease.released for lease in leases] == [1, 1]
+        assert [lease.closed for lease in leases] == [1, 1]
         assert places[0] is not places[1]
         assert all(place is not None and place.closed for place in places)
 
@@ -220,13 +220,13 @@ def test_each_of_two_turns_is_closed_once(site: Site) -> None:
         assert member.tunnels == 2
         for _ in range(3):
             first.close()
-        assert [lease.released for lease in leases] == [1, 0]
+        assert [lease.closed for lease in leases] == [1, 0]
         assert member.tunnels == 1
         assert "closed" in repr(first)
         assert "closed" not in repr(second)
         second.close()
         first.close()
-        assert [lease.released for lease in leases] == [1, 1]
+        assert [lease.closed for lease in leases] == [1, 1]
         assert member.tunnels == 0
         client.release()
         process.sock.close()
@@ -286,5 +286,5 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
 
     with capture_logs() as logs:
         run(site, check)
-    assert [lease.released for lease in leases] == [1]
+    assert [lease.closed for lease in leases] == [1]
     assert [line["reason"] for line in logs if line["event"] == "connection"] == [reason]

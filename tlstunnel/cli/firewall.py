@@ -17,11 +17,11 @@ import structlog
 from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.managed.families import family
+from tlstunnel.firewall.managed.categories import name_category
 from tlstunnel.firewall.managed.messages import Match
 from tlstunnel.firewall.rate_limits import LimitTrace
 from tlstunnel.firewall.rules import RuleTrace
-from tlstunnel.firewall.verdict import Stage, Verdict
+from tlstunnel.firewall.verdict import CheckTrace, Verdict
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
@@ -73,7 +73,7 @@ def explain(  # noqa: PLR0913 - the command's options
     refuse_invalid_address(ip)
     # The output has everything that the log would say about this request.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    trace: list[Stage] = []
+    trace: list[CheckTrace] = []
     connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
     head = build_request_head(request, headers, description.sites[0], plain=plain)
     site, verdict = asyncio.run(_judge(description, head, connection, trace))
@@ -85,7 +85,7 @@ def explain(  # noqa: PLR0913 - the command's options
 
 
 async def _judge(
-    description: Description, head: bytes, connection: Connection, trace: list[Stage]
+    description: Description, head: bytes, connection: Connection, trace: list[CheckTrace]
 ) -> tuple[str, Verdict]:
     """Return the name of the request's site, "" without one, and the verdict. Raises ConfigurationError."""
     try:
@@ -102,12 +102,12 @@ async def _judge(
     await firewall.start()
     try:
         connection = dataclasses.replace(connection, tls_sni=request.host, site=site.names[0])
-        return site.names[0], await firewall.judge(request, connection, trace, behind=True)
+        return site.names[0], await firewall.judge(request, connection, trace, behind_proxy=True)
     finally:
         await firewall.close()
 
 
-def _render(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str]:
+def _render(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> Iterator[str]:
     if site:
         yield f"{'site':<24}{site}"
     reached = {stage.name: stage for stage in trace}
@@ -115,7 +115,7 @@ def _render(site: str, verdict: Verdict, trace: Sequence[Stage]) -> Iterator[str
         stage = reached.get(name)
         after = any(STAGES.index(later) > STAGES.index(name) for later in reached)
         skipped = "nothing to check" if after or not verdict.refusal else "not reached"
-        yield f"{name:<24}{stage.saw if stage else skipped}"
+        yield f"{name:<24}{stage.result if stage else skipped}"
         for entry in stage.entries if stage else ():
             yield f"  {_render_entry(entry)}"
     for name in verdict.logged:
@@ -134,23 +134,23 @@ def _render_entry(entry: object) -> str:
         values = ", ".join(f"{name}={printable(repr(value))[:200]}" for name, value in entry.values.items())
         mode = ", only logged" if entry.mode == "log" else ""
         error = f": {entry.error}" if entry.error else ""
-        return f"{entry.rule}: {entry.saw}{error} ({entry.action}{mode}){f'; {values}' if values else ''}"
+        return f"{entry.rule}: {entry.result}{error} ({entry.action}{mode}){f'; {values}' if values else ''}"
     if isinstance(entry, LimitTrace):
         key = ", ".join(f"{name}={printable(value)[:200]}" for name, value in entry.key)
-        return f"{entry.limit}: {entry.saw}{' (only logged)' if entry.mode == 'log' else ''}; {key}"
+        return f"{entry.limit}: {entry.result}{' (only logged)' if entry.mode == 'log' else ''}; {key}"
     if isinstance(entry, Match):
-        return f"{entry.id} {family(entry.id)}: {printable(entry.message)}"
+        return f"{entry.id} {name_category(entry.id)}: {printable(entry.message)}"
     return printable(str(entry))
 
 
-def _to_json(site: str, verdict: Verdict, trace: Sequence[Stage]) -> dict[str, Any]:
+def _to_json(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> dict[str, Any]:
     refusal = verdict.refusal
     return {
         "site": site,
-        "stages": [{"name": stage.name, "saw": stage.saw, "entries": list(stage.entries)} for stage in trace],
+        "stages": [{"name": stage.name, "result": stage.result, "entries": list(stage.entries)} for stage in trace],
         "verdict": "pass" if refusal is None else "refused",
         **({} if refusal is None else {"status": refusal.status, "reason": refusal.reason, "detail": refusal.detail}),
-        **verdict.facts(),
+        **verdict.to_record(),
     }
 
 

@@ -23,33 +23,33 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
-MOST_KEYS = 200_000
-"""Keys kept, all limits together: 50 MB when full, after 1 000 000 distinct keys as after 200 000 (measured)."""
+MAX_KEYS = 200_000
+"""Keys of all limits together: 50 MB when full, after 1 000 000 distinct keys as after 200 000 (measured)."""
 
-SHELVES = 64
+SHARDS = 64
 """See `BoundedStorage`."""
 
-TIMES_A_SLOT = 32
+TIMES_PER_SLOT = 32
 """A moving window keeps 8 bytes a request: 32 of them take what an entry of a fixed window takes."""
 
 TUNNEL_WAIT = 10.0
 """Seconds that a client with too many tunnels is told to wait: nobody knows when one of them ends."""
 
 # A sliding window admits only after the moment that the sum gives, not at it.
-_A_MOMENT = 1e-6
+_MOMENT = 1e-6
 
 Strategy = Literal["fixed", "moving", "sliding"]
-Over = Literal["", "limit", "tunnels", "blocked"]
+Exceeded = Literal["", "limit", "tunnels", "blocked"]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LimitCheck:
     """Whether one more may be counted under `key`.
 
     `key` stands for one limit and one of those it counts (a client, a path); it is short, and the same key is never
     asked about with two strategies unless the item's namespace tells them apart. `item` is the number in a time, None
     for none; `max_tunnels` how many may be held at once, 0 for any number. Whoever is over the item's number is
-    refused for `block_for` seconds from then on. Without item and `max_tunnels` the question is only whether that is
+    refused for `block_for` seconds from then on. Without item and `max_tunnels` the check is only whether that is
     going on. What is not `enforced` is counted and never keeps others from being counted.
     """
 
@@ -62,28 +62,28 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LimitResult:
     """`over` is empty, or what was exceeded; `wait` then says in how many seconds it is worth asking again."""
 
-    over: Over = ""
+    over: Exceeded = ""
     wait: float = 0.0
 
 
-WITHIN = Answer()
+WITHIN = LimitResult()
 
 
 class Counters(Protocol):
     """Where limits are counted."""
 
-    async def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
         """Judge one request by all its limits at once, and count it by all or by none.
 
-        When no enforced question is over, the request is counted under each that is not over, and a tunnel is taken
+        When no enforced check is over, the request is counted under each that is not over, and a tunnel is taken
         under each that has `max_tunnels` (to be given back by `release`). Otherwise nothing is counted or taken: else
         someone over a limit of his own could use up one that he shares with others.
         """
 
-    def release(self, keys: Sequence[str]) -> None:
+    def return_tunnels(self, keys: Sequence[str]) -> None:
         """Give back one tunnel under each key. Never waits: it is called where a tunnel ends, outside any task."""
 
 
@@ -94,7 +94,7 @@ class MemoryCounters:
     are tunnels, times their limits. For one event loop; `clock` gives seconds and never goes back.
     """
 
-    def __init__(self, capacity: int = MOST_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, capacity: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
         self.storage = BoundedStorage(capacity, clock)
         self._clock = clock
         self._tunnels: dict[str, int] = {}
@@ -104,17 +104,17 @@ class MemoryCounters:
             "sliding": SlidingWindowCounterRateLimiter(self.storage),
         }
 
-    async def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """See `Counters.ask`."""
-        answers = [self._judged(question) for question in questions]
-        if not any(answer.over and question.enforced for question, answer in zip(questions, answers, strict=True)):
-            for question, answer in zip(questions, answers, strict=True):
-                if not answer.over:
-                    self._count(question)
-        return answers
+    async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
+        """See `Counters.check`."""
+        results = [self._evaluate(check) for check in checks]
+        if not any(result.over and check.enforced for check, result in zip(checks, results, strict=True)):
+            for check, result in zip(checks, results, strict=True):
+                if not result.over:
+                    self._count(check)
+        return results
 
-    def release(self, keys: Sequence[str]) -> None:
-        """See `Counters.release`. Raises KeyError for what was not taken."""
+    def return_tunnels(self, keys: Sequence[str]) -> None:
+        """See `Counters.return_tunnels`. Raises KeyError for what was not taken."""
         for key in keys:
             held = self._tunnels[key]
             if held > 1:
@@ -122,33 +122,33 @@ class MemoryCounters:
             else:
                 del self._tunnels[key]
 
-    def held(self, key: str) -> int:
+    def open_tunnels(self, key: str) -> int:
         """How many tunnels are held under the key."""
         return self._tunnels.get(key, 0)
 
-    def _judged(self, question: Question) -> Answer:
-        """What is true of the question alone; a block begins here."""
-        key, item = question.key, question.item
-        if question.block_for:
-            left = self.storage.get_expiry(_block(key)) - self._clock()
+    def _evaluate(self, check: LimitCheck) -> LimitResult:
+        """What is true of the check alone; a block begins here."""
+        key, item = check.key, check.item
+        if check.block_for:
+            left = self.storage.get_expiry(_block_name(key)) - self._clock()
             if left > 0:
-                return Answer("blocked", left)
-        if item is not None and not self._limiters[question.strategy].test(item, key):
+                return LimitResult("blocked", left)
+        if item is not None and not self._limiters[check.strategy].test(item, key):
             name = item.key_for(key)
-            self.storage.keep(name)
-            if question.block_for:
-                self.storage.incr(_block(key), question.block_for)
-                self.storage.keep(_block(key))
-            return Answer("limit", max(self._wait(question.strategy, item, name), question.block_for))
-        if question.max_tunnels and self.held(key) >= question.max_tunnels:
-            return Answer("tunnels", TUNNEL_WAIT)
+            self.storage.protect(name)
+            if check.block_for:
+                self.storage.incr(_block_name(key), check.block_for)
+                self.storage.protect(_block_name(key))
+            return LimitResult("limit", max(self._wait(check.strategy, item, name), check.block_for))
+        if check.max_tunnels and self.open_tunnels(key) >= check.max_tunnels:
+            return LimitResult("tunnels", TUNNEL_WAIT)
         return WITHIN
 
-    def _count(self, question: Question) -> None:
-        if question.item is not None:
-            self._limiters[question.strategy].hit(question.item, question.key)
-        if question.max_tunnels:
-            self._tunnels[question.key] = self.held(question.key) + 1
+    def _count(self, check: LimitCheck) -> None:
+        if check.item is not None:
+            self._limiters[check.strategy].hit(check.item, check.key)
+        if check.max_tunnels:
+            self._tunnels[check.key] = self.open_tunnels(check.key) + 1
 
     def _wait(self, strategy: Strategy, item: RateLimitItem, name: str) -> float:
         """In how many seconds the limit, which is used up, admits one again.
@@ -164,11 +164,11 @@ class MemoryCounters:
             return oldest + window - self._clock()
         previous, left, current, _ = self.storage.get_sliding_window(name, window)
         if current >= item.amount:  # all of it in this window, which begins to fade when it ends
-            return left + _A_MOMENT
-        return left - (item.amount - current) * window / previous + _A_MOMENT
+            return left + _MOMENT
+        return left - (item.amount - current) * window / previous + _MOMENT
 
 
-def _block(key: str) -> str:
+def _block_name(key: str) -> str:
     """The name under which a block is a fixed window, so that any storage of `limits` can hold it."""
     return f"block/{key}"
 
@@ -179,23 +179,24 @@ def _block(key: str) -> str:
 _COUNTS = struct.Struct("dqq")
 
 
-def _slots(entry: bytes) -> int:
-    """How much of a shelf's capacity an entry takes."""
-    return 1 + (len(entry) - _COUNTS.size) // (8 * TIMES_A_SLOT)
+def _count_slots(entry: bytes) -> int:
+    """How much of a shard's capacity an entry takes."""
+    return 1 + (len(entry) - _COUNTS.size) // (8 * TIMES_PER_SLOT)
 
 
-def _until(entry: bytes) -> float:
+def _expiry(entry: bytes) -> float:
     until: float = _COUNTS.unpack_from(entry)[0]
     return until
 
 
-class _Shelf:
+class _Shard:
     """Some of a storage's keys, at most `capacity` slots of them; the least recently used leave first.
 
-    Those that were refused (`keep`) leave after the others while they count for something, up to half of the capacity.
+    Those that were refused (`protect`) leave after the others while they count for something, up to half of the
+    capacity.
     """
 
-    __slots__ = ("_capacity", "_clock", "_kept", "_recent", "_slots")
+    __slots__ = ("_capacity", "_clock", "_protected", "_recent", "_slots")
 
     def __init__(self, capacity: int, clock: Callable[[], float]) -> None:
         self._capacity = capacity
@@ -203,19 +204,19 @@ class _Shelf:
         self._slots = 0
         # Least recently used first. Not OrderedDict: with 200 000 keys it holds a full collection for 60 ms, whatever
         # the values (measured). What a dict is worse at, finding its first key after removals, is little on a short
-        # shelf.
+        # shard.
         self._recent: dict[str, bytes] = {}
-        self._kept: dict[str, bytes] = {}
+        self._protected: dict[str, bytes] = {}
 
     def __len__(self) -> int:
-        return len(self._recent) + len(self._kept)
+        return len(self._recent) + len(self._protected)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._recent or key in self._kept
+        return key in self._recent or key in self._protected
 
     def find(self, key: str) -> bytes | None:
         """What there is of the key, which is now the most recently used."""
-        for entries in (self._recent, self._kept):
+        for entries in (self._recent, self._protected):
             entry = entries.pop(key, None)
             if entry is not None:
                 entries[key] = entry
@@ -225,45 +226,46 @@ class _Shelf:
     def put(self, key: str, entry: bytes) -> None:
         """Set what there is of the key. Makes room in an amortised step or two: an entry grows by one slot at most."""
         now = self._clock()
-        kept = self._kept.pop(key, None)
-        old = self._recent.pop(key, None) if kept is None else kept
-        (self._kept if kept and _until(kept) > now else self._recent)[key] = entry
-        self._slots += _slots(entry) - (_slots(old) if old else 0)
+        protected = self._protected.pop(key, None)
+        old = self._recent.pop(key, None) if protected is None else protected
+        (self._protected if protected and _expiry(protected) > now else self._recent)[key] = entry
+        self._slots += _count_slots(entry) - (_count_slots(old) if old else 0)
         while self._slots > self._capacity:
-            longest = next(iter(self._kept.values()), None)
-            leaving = self._recent if self._recent and not (longest and _until(longest) <= now) else self._kept
-            self._slots -= _slots(leaving.pop(next(iter(leaving))))
+            longest = next(iter(self._protected.values()), None)
+            leaving = self._recent if self._recent and not (longest and _expiry(longest) <= now) else self._protected
+            self._slots -= _count_slots(leaving.pop(next(iter(leaving))))
 
     def remove(self, key: str) -> None:
-        entry = self._recent.pop(key, None) or self._kept.pop(key, None)
+        entry = self._recent.pop(key, None) or self._protected.pop(key, None)
         if entry:
-            self._slots -= _slots(entry)
+            self._slots -= _count_slots(entry)
 
     def clear(self) -> None:
         self._recent.clear()
-        self._kept.clear()
+        self._protected.clear()
         self._slots = 0
 
-    def keep(self, key: str) -> None:
+    def protect(self, key: str) -> None:
         entry = self._recent.pop(key, None)
         if entry is None:
             return
-        self._kept[key] = entry
-        if len(self._kept) > self._capacity // 2:
-            longest = next(iter(self._kept))
-            self._recent[longest] = self._kept.pop(longest)
+        self._protected[key] = entry
+        if len(self._protected) > self._capacity // 2:
+            longest = next(iter(self._protected))
+            self._recent[longest] = self._protected.pop(longest)
 
 
 class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
     """A storage for `limits` that holds at most `capacity` keys; the least recently used leave first.
 
-    No threads, no timers, no look at all keys: a call takes some microseconds, whatever is kept. What has expired stays
-    until its room is needed. A moving window takes one key's room more for each 32 requests it remembers, so that
-    memory is bounded however many there are. The keys are spread over `shelves`, since a table that grows is copied:
+    No threads, no timers, no look at all keys: a call takes some microseconds, however many keys there are. What has
+    expired stays until its room is needed. A moving window takes one key's room more for each 32 requests it
+    remembers, so that memory is bounded however many there are. The keys are spread over `shards`, since a
+    table that grows is copied:
     one of 200 000 keys held the loop for 20 ms every now and then, 64 of them for less than one (measured). A key has
     one kind of window: `limits` tells them apart by the namespace of an item.
 
-    Whoever can choose keys can push others out. A key that was refused is therefore kept in preference (`keep`), up to
+    Whoever can choose keys can push others out. A key that was refused is therefore protected (`protect`), up to
     half of the capacity, until its time is over: to be forgotten it takes as many other refused keys, each with its
     limit used up. A key that was not refused yet is forgotten after half the capacity in other keys, each at the price
     of a handshake, and what is gained is what that key may do in a window.
@@ -272,21 +274,21 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
     STORAGE_SCHEME = None
 
     def __init__(
-        self, capacity: int = MOST_KEYS, clock: Callable[[], float] = time.monotonic, shelves: int = SHELVES
+        self, capacity: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic, shards: int = SHARDS
     ) -> None:
         super().__init__()
         self._clock = clock
-        self._shelves = tuple(_Shelf(capacity // shelves, clock) for _ in range(shelves))
+        self._shards = tuple(_Shard(capacity // shards, clock) for _ in range(shards))
 
     def __len__(self) -> int:
-        return sum(map(len, self._shelves))
+        return sum(map(len, self._shards))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._shelf(key)
+        return key in self._shard(key)
 
-    def keep(self, key: str) -> None:
+    def protect(self, key: str) -> None:
         """Let this key, which was refused, leave after those that were not. No key, no effect."""
-        self._shelf(key).keep(key)
+        self._shard(key).protect(key)
 
     @property
     def base_exceptions(self) -> tuple[type[Exception], ...]:
@@ -299,7 +301,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         ends, count, _ = self._counts(key)
         if ends <= now:
             ends, count = now + expiry, 0
-        self._shelf(key).put(key, _COUNTS.pack(ends, count + amount, 0))
+        self._shard(key).put(key, _COUNTS.pack(ends, count + amount, 0))
         return count + amount
 
     def get(self, key: str) -> int:
@@ -319,7 +321,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         if len(times) + amount > limit:
             return False
         times.extend([now] * amount)
-        self._shelf(key).put(key, _COUNTS.pack(now + expiry, 0, 0) + times.tobytes())
+        self._shard(key).put(key, _COUNTS.pack(now + expiry, 0, 0) + times.tobytes())
         return True
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
@@ -333,8 +335,8 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         previous, previous_left, current, _ = self.get_sliding_window(key, expiry)
         if int(previous * previous_left / expiry + current) + amount > limit:
             return False
-        ends = _window_end(self._clock(), expiry)
-        self._shelf(key).put(key, _COUNTS.pack(ends + expiry, current + amount, previous))
+        ends = _end_of_window(self._clock(), expiry)
+        self._shard(key).put(key, _COUNTS.pack(ends + expiry, current + amount, previous))
         return True
 
     def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
@@ -343,7 +345,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         Windows are aligned to the clock.
         """
         now = self._clock()
-        ends = _window_end(now, expiry)
+        ends = _end_of_window(now, expiry)
         counts_until, current, previous = self._counts(key)
         if counts_until == ends:  # the last was counted in the window before
             current, previous = 0, current
@@ -357,7 +359,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
 
     def clear(self, key: str) -> None:
         """Forget a key."""
-        self._shelf(key).remove(key)
+        self._shard(key).remove(key)
 
     def check(self) -> bool:
         """Whether the storage is there: always."""
@@ -366,21 +368,21 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
     def reset(self) -> int:
         """Forget everything, and say how many keys that were."""
         number = len(self)
-        for shelf in self._shelves:
-            shelf.clear()
+        for shard in self._shards:
+            shard.clear()
         return number
 
-    def _shelf(self, key: str) -> _Shelf:
-        # Of a string, Python's hash is salted: nobody chooses a shelf.
-        return self._shelves[hash(key) % len(self._shelves)]
+    def _shard(self, key: str) -> _Shard:
+        # Of a string, Python's hash is salted: nobody chooses a shard.
+        return self._shards[hash(key) % len(self._shards)]
 
     def _counts(self, key: str) -> tuple[float, int, int]:
-        until, count, previous = _COUNTS.unpack_from(self._shelf(key).find(key) or _NOTHING)
+        until, count, previous = _COUNTS.unpack_from(self._shard(key).find(key) or _NOTHING)
         return until, count, previous
 
     def _times(self, key: str, now: float, window: int) -> "array[float]":
         """The times that a moving window still remembers."""
-        entry = self._shelf(key).find(key) or _NOTHING
+        entry = self._shard(key).find(key) or _NOTHING
         times = array("d", entry[_COUNTS.size :])
         # The same sum that tells how long to wait: a difference would be rounded otherwise.
         del times[: bisect_right(times, now, key=lambda time: time + window)]
@@ -390,5 +392,5 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
 _NOTHING = _COUNTS.pack(-math.inf, 0, 0)
 
 
-def _window_end(now: float, window: int) -> float:
+def _end_of_window(now: float, window: int) -> float:
     return (now // window + 1) * window

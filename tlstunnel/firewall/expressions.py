@@ -51,7 +51,7 @@ default is 8 MiB. With 64 KiB, long alternations take ten times as long."""
 
 _MAPS = frozenset({"headers", "query", "cookies"})
 _MACROS = frozenset({"all", "exists", "exists_one", "existsOne", "map", "filter"})
-_OURS = frozenset({"regex", "lower", "ip_in", "in_list"})
+_OWN_FUNCTIONS = frozenset({"regex", "lower", "ip_in", "in_list"})
 _METHODS = _MACROS | {
     *("startsWith", "endsWith", "contains", "size", "regex", "lower"),
     *("getFullYear", "getMonth", "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear"),
@@ -78,8 +78,8 @@ _BODY = {
     for raw in (False, True)
 }
 _PARSE_ERROR = re.compile(r"<input>:([0-9]+):([0-9]+): ([^\n]*)")
-_FROM_PYTHON = "Python function call failed: TypeError: "
-_MAX_REASON = 200
+_PYTHON_ERROR = "Python function call failed: TypeError: "
+_MAX_ERROR = 200
 
 # It warns, with a client's value in the text, whenever a function of ours raises; `EvaluationError` says the same.
 logging.getLogger("cel").setLevel(logging.CRITICAL + 1)
@@ -127,10 +127,10 @@ class Expression:
             # a process to end.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise _no_answer(error) from None
+            raise _translate_error(error) from None
         if isinstance(found, bool):
             return found
-        raise EvaluationError(f"it gives {_type(found)}, not true or false", typing=True)
+        raise EvaluationError(f"it gives {_name_type(found)}, not true or false", typing=True)
 
 
 class Scope:
@@ -177,14 +177,14 @@ class Expressions:
         try:
             program = cel.compile(text)
         except ValueError as error:
-            raise _unparsable(str(error)) from None
-        reading = _Reading(text, self._literals)
+            raise _translate_parse_error(str(error)) from None
+        checker = _Checker(text, self._prepare_literals)
         # Were the tokenizer to overlook something, the library's own list would have it.
-        unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - reading.seen
+        unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - checker.seen
         if unseen:
             raise ExpressionError(f"{quoted(min(unseen))} cannot be used here", 1, 1)
-        expression = Expression(text, frozenset(reading.fields), frozenset(reading.functions), program)
-        self._try(expression)
+        expression = Expression(text, frozenset(checker.fields), frozenset(checker.functions), program)
+        self._try_sample(expression)
         return expression
 
     def scope(self, expressions: Iterable[Expression]) -> Scope:
@@ -209,17 +209,17 @@ class Expressions:
 
         return holds
 
-    def _try(self, expression: Expression) -> None:
+    def _try_sample(self, expression: Expression) -> None:
         try:
             expression.evaluate(self.scope([expression]).context(_SAMPLE))
         except EvaluationError as error:
             if error.typing:
                 raise ExpressionError(str(error), 1, 1) from None
 
-    def _literals(self, function: str, values: list[str]) -> None:
+    def _prepare_literals(self, function: str, values: list[str]) -> None:
         """Take the literals of a call when it is loaded. Raises ValueError for what cannot be."""
         if function == "regex":
-            self._patterns.setdefault(values[0], _pattern(values[0]))
+            self._patterns.setdefault(values[0], _compile_pattern(values[0]))
         elif function == "ip_in":
             self._networks.setdefault(tuple(values), AddressSet(values))
         elif values[0] not in self._lists:
@@ -228,35 +228,35 @@ class Expressions:
             raise ValueError(f"there is no list {quoted(values[0])}; {hint}")
 
     def _ip_in(self, ip: object, *networks: str) -> bool:
-        return _string(ip, "ip_in") in self._networks[networks]
+        return _require_string(ip, "ip_in") in self._networks[networks]
 
     def _in_list(self, value: object, name: str) -> bool:
-        return _string(value, "in_list") in self._lists[name]
+        return _require_string(value, "in_list") in self._lists[name]
 
     def _regex(self, value: object, pattern: str) -> bool:
         # Bytes: for a string the library would also count characters up to the match.
-        return self._patterns[pattern](_string(value, "regex").encode()) is not None
+        return self._patterns[pattern](_require_string(value, "regex").encode()) is not None
 
 
-def _no_answer(error: BaseException) -> EvaluationError:
+def _translate_error(error: BaseException) -> EvaluationError:
     text = str(error)
     # As the library reports what a function of ours raised.
-    _, ours, reason = text.partition(_FROM_PYTHON)
+    _, ours, reason = text.partition(_PYTHON_ERROR)
     typing = bool(ours) or isinstance(error, TypeError)
-    return EvaluationError(printable((reason or text).partition(". C")[0][:_MAX_REASON]), typing=typing)
+    return EvaluationError(printable((reason or text).partition(". C")[0][:_MAX_ERROR]), typing=typing)
 
 
 def _lower(value: object) -> str:
-    return _string(value, "lower").lower()
+    return _require_string(value, "lower").lower()
 
 
-def _string(value: object, function: str) -> str:
+def _require_string(value: object, function: str) -> str:
     if isinstance(value, str):
         return value
-    raise TypeError(f"{function} takes a string, not {_type(value)}")
+    raise TypeError(f"{function} takes a string, not {_name_type(value)}")
 
 
-def _pattern(pattern: str) -> Callable[[bytes], object]:
+def _compile_pattern(pattern: str) -> Callable[[bytes], object]:
     """Compile a regular expression and give its search. Raises ValueError."""
     options = re2.Options()
     options.log_errors = False
@@ -275,13 +275,13 @@ def _pattern(pattern: str) -> Callable[[bytes], object]:
     return search
 
 
-def _unparsable(message: str) -> ExpressionError:
+def _translate_parse_error(message: str) -> ExpressionError:
     match = _PARSE_ERROR.search(message)
     if not match:
-        return ExpressionError(printable(message.partition("\n")[0][:_MAX_REASON]), 1, 1)
+        return ExpressionError(printable(message.partition("\n")[0][:_MAX_ERROR]), 1, 1)
     # ANTLR lists every token that could have stood there.
     reason = match[3].removeprefix("Syntax error: ").partition(" expecting ")[0]
-    return ExpressionError(printable(f"not CEL: {reason}"[:_MAX_REASON]), int(match[1]), int(match[2]))
+    return ExpressionError(printable(f"not CEL: {reason}"[:_MAX_ERROR]), int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +291,7 @@ class _Token:
     at: int
 
 
-def _tokens(text: str) -> list[_Token]:
+def _tokenize(text: str) -> list[_Token]:
     """Cut an expression that the library has parsed into tokens, without white space and comments."""
     tokens: list[_Token] = []
     at = 0
@@ -304,7 +304,7 @@ def _tokens(text: str) -> list[_Token]:
             prefix = match[0].rstrip("\"'")
             body = _BODY[match[0][len(prefix) :], "r" in prefix.lower()].match(text, end)
             if body is None:
-                raise _wrong("a string has no end", text, at)
+                raise _error("a string has no end", text, at)
             end = body.end()
         if match.lastgroup != "space":
             tokens.append(_Token(match.lastgroup, text[at:end], at))
@@ -312,11 +312,11 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _wrong(reason: str, text: str, at: int) -> ExpressionError:
+def _error(reason: str, text: str, at: int) -> ExpressionError:
     return ExpressionError(reason, text.count("\n", 0, at) + 1, at - (text.rfind("\n", 0, at) + 1) + 1)
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+def _describe_unknown(what: str, name: str, known: Iterable[str]) -> str:
     if name in _HINTS:
         return f"there is no {what} {quoted(name)}; {_HINTS[name]}"
     names = sorted(known)
@@ -333,7 +333,7 @@ class _Comprehension:
     over_query: bool
 
 
-class _Reading:
+class _Checker:
     """One walk over the tokens of an expression: what it uses, and whether it may.
 
     `fields` and `functions` are those used, `seen` all names that were looked at. Raises `ExpressionError`.
@@ -344,91 +344,93 @@ class _Reading:
         self.functions: set[str] = set()
         self.seen: set[str] = set()
         self._text = text
-        self._literals = literals
-        self._tokens = _tokens(text)
+        self._on_literals = literals
+        self._tokens = _tokenize(text)
         # For each open parenthesis, the comprehension whose it is, or None.
         self._open: list[_Comprehension | None] = []
         for index, token in enumerate(self._tokens):
             if token.kind == "name":
-                self._name(index, token)
+                self._check_name(index, token)
             elif token.text == "(":
-                self._open.append(self._comprehension(index))
+                self._open.append(self._open_comprehension(index))
             elif token.text == ")":
                 self._open.pop()
-            elif token.kind == "string" and "headers" in (self._indexed(index), self._searched(index)):
-                self._header_name(token, self._value(token))
+            elif token.kind == "string" and "headers" in (self._map_indexed_by(index), self._map_searched_for(index)):
+                self._check_header_name(token, self._string_value(token))
 
-    def _of(self, index: int) -> str:
+    def _text_at(self, index: int) -> str:
         return self._tokens[index].text if 0 <= index < len(self._tokens) else ""
 
-    def _indexed(self, index: int) -> str:
+    def _map_indexed_by(self, index: int) -> str:
         """Give the name in whose brackets this token stands, as in ``headers["x"]``."""
-        return self._of(index - 2) if self._of(index - 1) == "[" else ""
+        return self._text_at(index - 2) if self._text_at(index - 1) == "[" else ""
 
-    def _searched(self, index: int) -> str:
+    def _map_searched_for(self, index: int) -> str:
         """Give the name that is asked for this token, as in ``"x" in headers``."""
-        return self._of(index + 2) if self._of(index + 1) == "in" else ""
+        return self._text_at(index + 2) if self._text_at(index + 1) == "in" else ""
 
-    def _name(self, index: int, token: _Token) -> None:
+    def _check_name(self, index: int, token: _Token) -> None:
         name = token.text
         self.seen.add(name)
-        member, call = self._of(index - 1) == ".", self._of(index + 1) == "("
+        member, call = self._text_at(index - 1) == ".", self._text_at(index + 1) == "("
         if call:
-            self._call(index, token, member=member)
+            self._check_call(index, token, member=member)
         elif member:
-            if self._of(index - 2) not in _MAPS:
-                raise self._wrong(token, f"only headers, query and cookies have members, such as {quoted(name)}")
-            if self._of(index - 2) == "headers":
-                self._header_name(token, name)
-        elif name not in _WORDS and name not in (bound := {one.variable for one in self._around()}):
+            if self._text_at(index - 2) not in _MAPS:
+                raise self._error(token, f"only headers, query and cookies have members, such as {quoted(name)}")
+            if self._text_at(index - 2) == "headers":
+                self._check_header_name(token, name)
+        elif name not in _WORDS and name not in (bound := {one.variable for one in self._enclosing()}):
             if name not in FIELDS:
-                raise self._wrong(token, _unknown("field", name, {*FIELDS, *bound}))
+                raise self._error(token, _describe_unknown("field", name, {*FIELDS, *bound}))
             self.fields.add(name)
 
-    def _around(self) -> list["_Comprehension"]:
+    def _enclosing(self) -> list["_Comprehension"]:
         """Give the comprehensions that are open here, the innermost last."""
         return [one for one in self._open if one]
 
-    def _call(self, index: int, token: _Token, *, member: bool) -> None:
+    def _check_call(self, index: int, token: _Token, *, member: bool) -> None:
         name = token.text
         if member and name not in _METHODS:
             hint = f"write {name}(...), with the value inside" if name in _FUNCTIONS else ""
-            raise self._wrong(token, hint or _unknown("method", name, _METHODS))
+            raise self._error(token, hint or _describe_unknown("method", name, _METHODS))
         if not member and name not in _FUNCTIONS:
             hint = f"write value.{name}(...)" if name in _METHODS else ""
-            raise self._wrong(token, hint or _unknown("function", name, _FUNCTIONS))
-        if name in _OURS:
+            raise self._error(token, hint or _describe_unknown("function", name, _FUNCTIONS))
+        if name in _OWN_FUNCTIONS:
             self.functions.add(name)
         if name in ("regex", "ip_in", "in_list"):
             self._take_literals(index, token)
 
-    def _comprehension(self, index: int) -> "_Comprehension | None":
+    def _open_comprehension(self, index: int) -> "_Comprehension | None":
         """Give the comprehension whose parenthesis this is. Refuses one that could take long."""
-        if self._of(index - 1) not in _MACROS or self._of(index - 2) != ".":
+        if self._text_at(index - 1) not in _MACROS or self._text_at(index - 2) != ".":
             return None
         macro, variable = self._tokens[index - 1], self._tokens[index + 1]
         if variable.text in FIELDS:
-            raise self._wrong(variable, f"{quoted(variable.text)} is a field; give the variable another name")
-        if self._of(index + 2) != ",":
-            raise self._wrong(variable, f'{macro.text} takes a variable and an expression, such as (x, x == "a")')
-        around = self._around()
+            raise self._error(variable, f"{quoted(variable.text)} is a field; give the variable another name")
+        if self._text_at(index + 2) != ",":
+            raise self._error(variable, f'{macro.text} takes a variable and an expression, such as (x, x == "a")')
+        enclosing = self._enclosing()
         # Each step copies what there is so far.
-        if around and macro.text in ("map", "filter"):
-            raise self._wrong(macro, f"{macro.text} cannot stand in another comprehension; exists and all can")
-        size = self._size(index - 3, around[-1] if around else None)
-        if size * math.prod(one.size for one in around) > MAX_STEPS:
+        if enclosing and macro.text in ("map", "filter"):
+            raise self._error(macro, f"{macro.text} cannot stand in another comprehension; exists and all can")
+        size = self._count_steps(index - 3, enclosing[-1] if enclosing else None)
+        if size * math.prod(one.size for one in enclosing) > MAX_STEPS:
             reason = f"these comprehensions could take more than {MAX_STEPS} steps"
             hint = "the inner one may run over query[x], where the outer one runs over query, or over a short list"
-            raise self._wrong(macro, f"{reason}; {hint}")
-        return _Comprehension(variable.text, size, self._of(index - 3) == "query" and self._of(index - 4) != ".")
+            raise self._error(macro, f"{reason}; {hint}")
+        return _Comprehension(
+            variable.text, size, self._text_at(index - 3) == "query" and self._text_at(index - 4) != "."
+        )
 
-    def _size(self, last: int, outer: "_Comprehension | None") -> int:
-        """How many steps the comprehension takes for each step around it, whose range ends at the token `last`."""
-        if self._of(last) != "]":
+    def _count_steps(self, last: int, outer: "_Comprehension | None") -> int:
+        """How many steps the comprehension takes for each step enclosing it, whose range ends at the token `last`."""
+        if self._text_at(last) != "]":
             return MAX_RANGE
         start, depth, elements = last, 0, 1
         while True:
-            text = self._of(start)
+            text = self._text_at(start)
             depth += (text in (")", "]", "}")) - (text in ("(", "[", "{"))
             if not depth:
                 break
@@ -438,13 +440,13 @@ class _Reading:
         if before is None or (before.kind == "mark" and before.text not in (")", "]", "}")) or before.text == "in":
             return elements
         # All values of all names together are no more than there may be in a query.
-        if outer and outer.over_query and before.text == "query" and self._of(start + 1) == outer.variable:
+        if outer and outer.over_query and before.text == "query" and self._text_at(start + 1) == outer.variable:
             return 1 if last == start + 2 else MAX_RANGE
         return MAX_RANGE
 
     def _take_literals(self, index: int, token: _Token) -> None:
         """Read the literals of a call: those behind the first argument, or all of a method's."""
-        arguments = self._arguments(index + 1)
+        arguments = self._split_arguments(index + 1)
         if token.text == "regex":
             wanted, right = arguments, len(arguments) == 1
             usage = 'value.regex("pattern")'
@@ -452,13 +454,13 @@ class _Reading:
             wanted, right = arguments[1:], len(arguments) == 2 or (token.text == "ip_in" and len(arguments) > 2)
             usage = 'ip_in(ip, "10.0.0.0/8", ...)' if token.text == "ip_in" else 'in_list(value, "name")'
         if not right or any(len(argument) != 1 or argument[0].kind != "string" for argument in wanted):
-            raise self._wrong(token, f"{token.text} is written {usage}, and what stands in quotes here is a literal")
+            raise self._error(token, f"{token.text} is written {usage}, and what stands in quotes here is a literal")
         try:
-            self._literals(token.text, [self._value(argument[0]) for argument in wanted])
+            self._on_literals(token.text, [self._string_value(argument[0]) for argument in wanted])
         except ValueError as error:
-            raise self._wrong(wanted[0][0], str(error)) from None
+            raise self._error(wanted[0][0], str(error)) from None
 
-    def _arguments(self, start: int) -> list[list[_Token]]:
+    def _split_arguments(self, start: int) -> list[list[_Token]]:
         """Give the tokens of each argument of the call whose parenthesis is at `start`."""
         arguments: list[list[_Token]] = [[]]
         depth = 0
@@ -472,27 +474,27 @@ class _Reading:
                 arguments[-1].append(token)
         return arguments if arguments != [[]] else []
 
-    def _value(self, token: _Token) -> str:
+    def _string_value(self, token: _Token) -> str:
         """Give what a string literal stands for, as the library reads it."""
         value = cel.compile(token.text).execute()
         if not isinstance(value, str):
-            raise self._wrong(token, "bytes stand nowhere here; write a string, without the b")
+            raise self._error(token, "bytes stand nowhere here; write a string, without the b")
         return value
 
-    def _header_name(self, token: _Token, name: str) -> None:
+    def _check_header_name(self, token: _Token, name: str) -> None:
         if name != name.lower():
-            raise self._wrong(token, f"names of headers are in lower case here: {quoted(name.lower())}")
+            raise self._error(token, f"names of headers are in lower case here: {quoted(name.lower())}")
 
-    def _wrong(self, token: _Token, reason: str) -> ExpressionError:
-        return _wrong(reason, self._text, token.at)
+    def _error(self, token: _Token, reason: str) -> ExpressionError:
+        return _error(reason, self._text, token.at)
 
 
-def _type(value: object) -> str:
+def _name_type(value: object) -> str:
     names = {str: "a string", int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "a map"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _sample() -> Facts:
+def _make_sample() -> Facts:
     """Give a plain handshake, to try expressions on."""
     fields = {b"host": [b"chat.example.com"], b"origin": [b"https://chat.example.com"], b"user-agent": [b"Mozilla/5.0"]}
     request = UpgradeRequest(
@@ -511,4 +513,4 @@ def _sample() -> Facts:
     return gather(request, connection, strict_path=True, now=1_767_225_600.0)
 
 
-_SAMPLE = _sample()
+_SAMPLE = _make_sample()

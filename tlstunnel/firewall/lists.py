@@ -15,14 +15,14 @@ from tlstunnel.journal.events import Reason
 MAX_FILE = 64 << 20
 """Bytes of a list's file: two million IPv6 networks. A larger one is a slip."""
 
-MOST_REPORTED = 20
+MAX_REPORTED = 20
 """Wrong entries of one list that are reported one by one: a file of another kind would fill the terminal."""
 
 MAX_ENTRY = 1024
 """Characters of an entry."""
 
 # What somebody meant as an address: four numbers, or something with a colon and a prefix length.
-_MEANT_AS_NETWORK = re.compile(r"[0-9]+(?:\.[0-9]+){3}(?:/.*)?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/.*")
+_LIKE_NETWORK = re.compile(r"[0-9]+(?:\.[0-9]+){3}(?:/.*)?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/.*")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 _PREFIX = re.compile(r"[0-9]{1,3}")
 _MAPPED = 0xFFFF
@@ -45,16 +45,16 @@ class AddressSet:
     def __init__(self, networks: Iterable[str] = ()) -> None:
         ranges: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
         for network in networks:
-            family, first, last = _range(network)
+            family, first, last = _parse_network(network)
             ranges[family].append((first, last))
-        self._v4 = _merged(ranges[4])
-        self._v6 = _merged(ranges[6])
+        self._v4 = _merge(ranges[4])
+        self._v6 = _merge(ranges[6])
 
     def __contains__(self, ip: object) -> bool:
         if not isinstance(ip, str):
             return False
         try:
-            family, number = _number(ip)
+            family, number = _parse_address(ip)
         except ValueError:
             return False
         firsts, lasts = self._v4 if family == 4 else self._v6
@@ -89,13 +89,13 @@ class NamedList:
         if isinstance(source, str):
             self.refresh()
         else:
-            self._content = _content(enumerate(source), networks_only=False)
+            self._content = _parse_entries(enumerate(source), networks_only=False)
 
     def __contains__(self, value: object) -> bool:
         content = self._content
         return value in content.words or value in content.addresses
 
-    def demand_networks(self) -> None:
+    def require_networks(self) -> None:
         """Hold the list to networks from now on. Raises ConfigurationError if it has another entry already."""
         if words := self._content.words:
             word = quoted(min(words))
@@ -124,7 +124,7 @@ class NamedList:
         self._signature = signature
         if data is None:
             raise ConfigurationError(f"{self.file}: the file has more than {MAX_FILE >> 20} MiB")
-        self._content = _content(_lines(self.file, data), networks_only=self.networks_only)
+        self._content = _parse_entries(_read_entries(self.file, data), networks_only=self.networks_only)
         return True
 
 
@@ -132,7 +132,7 @@ _UNREADABLE: _Signature = (-1, -1, -1)
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
+class RefreshResult:
     """Names of the lists that were read again, and what is wrong with those that could not be."""
 
     lists: tuple[str, ...] = ()
@@ -161,7 +161,7 @@ class NamedLists:
         """The names, in the order of the file."""
         return tuple(self._lists)
 
-    def refresh(self) -> Refreshed:
+    def refresh(self) -> RefreshResult:
         """Read again what has changed. Costs a ``stat`` a file (2 us), and 0.1 s for 100 000 new networks.
 
         A list whose new content is wrong keeps the old one; each error is told once. It may be called from a thread.
@@ -173,7 +173,7 @@ class NamedLists:
                     read.append(named.name)
             except ConfigurationError as error:
                 errors.append(f"list {named.name} stays as it was: {error}")
-        return Refreshed(tuple(read), tuple(errors))
+        return RefreshResult(tuple(read), tuple(errors))
 
 
 class AddressLists:
@@ -186,10 +186,10 @@ class AddressLists:
     __slots__ = ("_allow", "_block")
 
     def __init__(self, allow: Sequence[str], block: Sequence[str], lists: NamedLists) -> None:
-        self._allow = _members(allow, lists)
-        self._block = _members(block, lists)
+        self._allow = _resolve(allow, lists)
+        self._block = _resolve(block, lists)
 
-    def objection(self, ip: str) -> Reason | None:
+    def check(self, ip: str) -> Reason | None:
         """Return why `ip` may not connect, or None. An address that is both blocked and allowed is blocked.
 
         "", the address of a client of a Unix socket, is in no list: where only some are allowed, it is not.
@@ -201,15 +201,15 @@ class AddressLists:
         return None
 
 
-def _members(entries: Sequence[str], lists: NamedLists) -> tuple[AddressSet | NamedList, ...]:
+def _resolve(entries: Sequence[str], lists: NamedLists) -> tuple[AddressSet | NamedList, ...]:
     named = [lists[entry[1:]] for entry in entries if entry.startswith("@")]
     for one in named:
-        one.demand_networks()
+        one.require_networks()
     networks = [entry for entry in entries if not entry.startswith("@")]
     return (*([AddressSet(networks)] if networks else []), *named)
 
 
-def _lines(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
+def _read_entries(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
     """Give the entries of a file with their places, without comments and empty lines."""
     try:
         text = data.decode("utf-8-sig")
@@ -222,36 +222,36 @@ def _lines(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
             yield f"{file}:{number}", entry
 
 
-def _content(entries: Iterable[tuple[str | int, str]], *, networks_only: bool) -> _Content:
+def _parse_entries(entries: Iterable[tuple[str | int, str]], *, networks_only: bool) -> _Content:
     """Read entries, each with its place: a file's line, or an index. Raises InvalidConfiguration."""
     networks, words = [], []
     problems: list[Problem] = []
     for place, entry in entries:
         try:
-            _range(entry)
+            _parse_network(entry)
         except ValueError as error:
-            if networks_only or _MEANT_AS_NETWORK.fullmatch(entry):
-                problems.append(_problem(place, str(error)))
+            if networks_only or _LIKE_NETWORK.fullmatch(entry):
+                problems.append(_problem_at(place, str(error)))
             elif not entry.isprintable() or len(entry) > MAX_ENTRY:
                 reason = f"an entry has at most {MAX_ENTRY} characters, all printable"
-                problems.append(_problem(place, f"{quoted(entry)}: {reason}"))
+                problems.append(_problem_at(place, f"{quoted(entry)}: {reason}"))
             else:
                 words.append(entry)
         else:
             networks.append(entry)
-    if len(problems) > MOST_REPORTED:
-        more = len(problems) - MOST_REPORTED
-        problems[MOST_REPORTED:] = [Problem((), f"{more} more entries are wrong")]
+    if len(problems) > MAX_REPORTED:
+        more = len(problems) - MAX_REPORTED
+        problems[MAX_REPORTED:] = [Problem((), f"{more} more entries are wrong")]
     if problems:
         raise InvalidConfiguration(*problems)
     return _Content(AddressSet(networks), frozenset(words))
 
 
-def _problem(place: str | int, reason: str) -> Problem:
+def _problem_at(place: str | int, reason: str) -> Problem:
     return Problem((place,), reason) if isinstance(place, int) else Problem((), f"{place}: {reason}")
 
 
-def _merged(ranges: list[tuple[int, int]]) -> _Ranges:
+def _merge(ranges: list[tuple[int, int]]) -> _Ranges:
     """Sort ranges and join those that overlap or touch."""
     firsts: list[int] = []
     lasts: list[int] = []
@@ -264,7 +264,7 @@ def _merged(ranges: list[tuple[int, int]]) -> _Ranges:
     return firsts, lasts
 
 
-def _number(ip: str) -> tuple[int, int]:
+def _parse_address(ip: str) -> tuple[int, int]:
     """Give the family of an address, and the address as a number. Raises ValueError.
 
     Not with ``ipaddress``: this takes 0.4 us instead of 2, for each request and for each line of a list.
@@ -278,11 +278,11 @@ def _number(ip: str) -> tuple[int, int]:
     return (4, number & 0xFFFFFFFF) if number >> 32 == _MAPPED else (6, number)
 
 
-def _range(network: str) -> tuple[int, int, int]:
+def _parse_network(network: str) -> tuple[int, int, int]:
     """Give the family of a network, its first and its last address. Raises ValueError with a sentence."""
     address, slash, length = network.partition("/")
     try:
-        family, number = _number(address)
+        family, number = _parse_address(address)
         if not slash:
             return family, number, number
         if not _PREFIX.fullmatch(length):

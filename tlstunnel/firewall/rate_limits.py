@@ -27,20 +27,20 @@ from limits import RateLimitItem, parse_many
 from tlstunnel.addresses import quoted
 from tlstunnel.config import RateLimitConfig
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.counters import Answer, Counters, Over, Question, Strategy
+from tlstunnel.firewall.counters import Counters, Exceeded, LimitCheck, LimitResult, Strategy
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 
-MOST_REMEMBERED = 1_000
+MAX_MOVING = 1_000
 """The largest number of a moving window: it keeps the time of each request, 8 bytes, as long as the window."""
 
-MOST_COUNTED = 10**15 - 1
+MAX_LIMIT = 10**15 - 1
 """The largest number of any limit, since it stands in a field: RFC 9651 section 3.3.1."""
 
-LONGEST_WINDOW = 366 * 86_400
+MAX_WINDOW = 366 * 86_400
 """Seconds. What is counted in memory does not live longer than the process anyway."""
 
 _EXAMPLES = '"30/minute", "1000/hour" or "10 per 10 seconds"'
@@ -63,11 +63,11 @@ REPORT_SECONDS = 60.0
 CompileWhen = Callable[[str, Callable[[str], None]], Callable[[Facts], bool]]
 """Makes a condition of an expression: `Expressions.condition`.
 
-Raises ConfigurationError for what is none. The condition raises nothing; where it has no answer, it tells the function
+Raises ConfigurationError for what is none. The condition raises nothing; where it has no result, it tells the function
 why.
 """
 
-_OUTCOMES: dict[Over, str] = {
+_OUTCOMES: dict[Exceeded, str] = {
     "": "passed",
     "limit": "over",
     "tunnels": "too many tunnels",
@@ -87,11 +87,11 @@ class Lease:
         self._counters = counters
         self._keys = tuple(keys)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give them back, once, however often it is called. Never waits."""
         keys, self._keys = self._keys, ()
         if keys:
-            self._counters.release(keys)
+            self._counters.return_tunnels(keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +110,24 @@ class LimitsOutcome:
 
 @dataclass(frozen=True, slots=True)
 class LimitTrace:
-    """What one limit saw, for `tlstunnel firewall explain`.
+    """What one limit outcome, for `tlstunnel firewall explain`.
 
-    `key` has the parts of its key with their values, as far as they are there; `saw` says how it came out.
+    `key` has the parts of its key with their values, as far as they are there; `outcome` says how it came out.
     """
 
     limit: str
     mode: str
     key: tuple[tuple[str, str], ...]
-    saw: str
+    result: str
 
 
 class RateLimits:
-    """All limits that a request meets, asked at once.
+    """All limits that a request meets, checked at once.
 
-    A request is counted by all of them or by none (`Counters.ask`): one that is refused uses up no other limit. Limits
-    of `scope`, a site's name or "" for those of all sites, share counters with no other scope; ``+`` joins those of
-    two. `metrics` count the outcome of each limit; `report` is called with the name of a limit whose `when` could not
-    be evaluated, and why, once a minute for each. Raises ConfigurationError, which names the limit.
+    A request is counted by all of them or by none (`Counters.check`): one that is refused uses up no other limit.
+    Limits of `scope`, a site's name or "" for those of all sites, share counters with no other scope; ``+`` joins those
+    of two. `metrics` count the outcome of each limit; `report` is called with the name of a limit whose `when` could
+    not be evaluated, and why, once a minute for each. Raises ConfigurationError, which names the limit.
     """
 
     def __init__(  # noqa: PLR0913 - what it is made of, and whom to tell
@@ -152,7 +152,7 @@ class RateLimits:
                 raise ConfigurationError(f"rate limit {quoted(name)}: there are two of this name; they would be one")
 
     def __add__(self, other: Self) -> Self:
-        """These limits and then those, of the same counters: one question for both."""
+        """These limits and then those, of the same counters: one check for both."""
         joined = copy(self)
         joined._limits = self._limits + other._limits
         return joined
@@ -162,29 +162,29 @@ class RateLimits:
 
     async def judge(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
         """Count the request, or say why it is refused. `trace` gets a `LimitTrace` for each limit."""
-        asked: list[tuple[_Limit, Question]] = []
+        applying: list[tuple[_Limit, LimitCheck]] = []
         for limit in self._limits:
-            question = limit.question(facts)
-            if question is not None:
-                asked.append((limit, question))
-        answers = await self._counters.ask([question for _, question in asked]) if asked else []
+            check = limit.make_check(facts)
+            if check is not None:
+                applying.append((limit, check))
+        results = await self._counters.check([check for _, check in applying]) if applying else []
         if trace is not None:
-            found = {limit: answer for (limit, _), answer in zip(asked, answers, strict=True)}
-            trace += (limit.traced(facts, found.get(limit)) for limit in self._limits)
-        over: list[tuple[_Limit, Answer]] = []
+            found = {limit: result for (limit, _), result in zip(applying, results, strict=True)}
+            trace += (limit.trace(facts, found.get(limit)) for limit in self._limits)
+        over: list[tuple[_Limit, LimitResult]] = []
         logged: list[str] = []
         taken: list[str] = []
-        for (limit, question), answer in zip(asked, answers, strict=True):
-            self._counts.add(facts.site, limit.name, _OUTCOMES[answer.over], limit.mode)
-            if answer.over:
+        for (limit, check), result in zip(applying, results, strict=True):
+            self._counts.add(facts.site, limit.name, _OUTCOMES[result.over], limit.mode)
+            if result.over:
                 if limit.enforced:
-                    over.append((limit, answer))
+                    over.append((limit, result))
                 else:
                     logged.append(limit.name)
-            elif question.max_tunnels:
-                taken.append(question.key)
+            elif check.max_tunnels:
+                taken.append(check.key)
         if over:
-            return LimitsOutcome(_refusal(over), over[0][0].name, Lease(self._counters), tuple(logged))
+            return LimitsOutcome(_refuse(over), over[0][0].name, Lease(self._counters), tuple(logged))
         return LimitsOutcome(None, "", Lease(self._counters, taken), tuple(logged))
 
     def _failed(self, limit: "_Limit", site: str, why: str) -> None:
@@ -207,7 +207,7 @@ class _Limit:
     ) -> None:
         self.report_from = -math.inf
         self._failed = failed
-        self._no_answer = ""
+        self._condition_error = ""
         self.name = config.name
         self.mode = config.mode
         self.enforced = config.mode == "block"
@@ -217,42 +217,42 @@ class _Limit:
         try:
             if config.limit is None and not config.max_tunnels:
                 raise ConfigurationError(f"it limits nothing; write limit = {_EXAMPLES}, or max_tunnels = 50")
-            self._item = None if config.limit is None else _item(config.limit, config.strategy)
+            self._item = None if config.limit is None else _parse_limit(config.limit, config.strategy)
             if not config.key:
                 raise ConfigurationError(f"key names nothing to count by; it may hold {', '.join(_KEYS)}")
-            self._readers = tuple((kind, _reader(kind, config.ipv6_prefix)) for kind in config.key)
+            self._readers = tuple((kind, _parse_key(kind, config.ipv6_prefix)) for kind in config.key)
         except ConfigurationError as error:
             raise ConfigurationError(f"rate limit {quoted(config.name)}: {error}") from None
         try:
-            self._when = None if config.when is None else compile_when(config.when, self._when_failed)
+            self._when = None if config.when is None else compile_when(config.when, self._on_condition_failed)
         except ConfigurationError as error:
             raise ConfigurationError(f"rate limit {quoted(config.name)}: when: {error}") from None
         # What a key stands for in a storage that several limits, sites and processes share.
-        self._prefix = blake2b(_framed((scope, config.name, *config.key)), digest_size=16)
+        self._prefix = blake2b(_frame((scope, config.name, *config.key)), digest_size=16)
 
     def applies(self, facts: Facts) -> bool:
-        """Whether `when` holds, or gives no answer: leaving out a header that it reads must not switch a limit off."""
+        """Whether `when` holds, or gives no result: leaving out a header that it reads must not switch a limit off."""
         if self._when is None:
             return True
-        self._no_answer = ""
+        self._condition_error = ""
         if self._when(facts):
             return True
-        if self._no_answer:
-            self._failed(self, facts.site, self._no_answer)
-        return bool(self._no_answer)
+        if self._condition_error:
+            self._failed(self, facts.site, self._condition_error)
+        return bool(self._condition_error)
 
-    def _when_failed(self, why: str) -> None:
-        self._no_answer = why
+    def _on_condition_failed(self, why: str) -> None:
+        self._condition_error = why
 
-    def word(self, over: Over) -> str:
+    def describe(self, over: Exceeded) -> str:
         """Return what was exceeded, for the log and `firewall explain`."""
         word = _OUTCOMES[over]
         return word if self.enforced else f"{word}, let through"
 
-    def question(self, facts: Facts) -> Question | None:
+    def make_check(self, facts: Facts) -> LimitCheck | None:
         """What to ask about the request; None where the limit does not apply.
 
-        Where `when` is false but `block_for` is set, that is still asked: who is blocked is, whatever they ask.
+        Where `when` is false but `block_for` is set, that is still checked: who is blocked stays blocked.
         """
         applies = self.applies(facts)
         if not applies and not self._block_for:
@@ -261,40 +261,39 @@ class _Limit:
         if None in values:
             return None
         key = self._prefix.copy()
-        key.update(_framed([value for value in values if value is not None]))
-        if not applies:
-            return Question(key.hexdigest(), None, self._strategy, 0, self._block_for, self.enforced)
-        return Question(key.hexdigest(), self._item, self._strategy, self._max_tunnels, self._block_for, self.enforced)
+        key.update(_frame([value for value in values if value is not None]))
+        item, max_tunnels = (self._item, self._max_tunnels) if applies else (None, 0)
+        return LimitCheck(key.hexdigest(), item, self._strategy, max_tunnels, self._block_for, self.enforced)
 
-    def fields(self, answer: Answer, seconds: int) -> tuple[str, str]:
+    def header_items(self, result: LimitResult, seconds: int) -> tuple[str, str]:
         """The limit's items of RateLimit (section 4.1 of the draft) and of RateLimit-Policy (section 3.1)."""
-        name = _string(self.name)
-        if self._item is None or answer.over == "tunnels":
+        name = _render_string(self.name)
+        if self._item is None or result.over == "tunnels":
             return f"{name};r=0", f'{name};q={self._max_tunnels};qu="concurrent-requests"'
         return f"{name};r=0;t={seconds}", f"{name};q={self._item.amount};w={self._item.get_expiry()}"
 
-    def traced(self, facts: Facts, answer: Answer | None) -> LimitTrace:
-        """What the limit saw; `answer` is None where nothing was asked."""
+    def trace(self, facts: Facts, result: LimitResult | None) -> LimitTrace:
+        """What the limit found; `result` is None where nothing was checked."""
         values = [(kind, reader(facts)) for kind, reader in self._readers]
         missing = [kind for kind, value in values if value is None]
-        if answer is not None and answer.over:
-            saw = f"{self.word(answer.over)}, for {_seconds(answer.wait)} s"
+        if result is not None and result.over:
+            outcome = f"{self.describe(result.over)}, for {_round_up(result.wait)} s"
         elif missing:
-            saw = f"does not apply: the request has no {' and no '.join(missing)}"
+            outcome = f"does not apply: the request has no {' and no '.join(missing)}"
         elif not self.applies(facts):
-            saw = "does not apply: its when is false"
+            outcome = "does not apply: its when is false"
         else:
-            saw = "within"
+            outcome = "within"
         key = tuple((kind, value) for kind, value in values if value is not None)
-        return LimitTrace(self.name, "block" if self.enforced else "log", key, saw)
+        return LimitTrace(self.name, "block" if self.enforced else "log", key, outcome)
 
 
-def _refusal(over: list[tuple[_Limit, Answer]]) -> Refusal:
+def _refuse(over: list[tuple[_Limit, LimitResult]]) -> Refusal:
     """The 429 of what was exceeded: RFC 6585 section 4, with the longest wait of them."""
-    wait = max(_seconds(answer.wait) for _, answer in over)
-    items = [limit.fields(answer, _seconds(answer.wait)) for limit, answer in over]
-    limit, answer = over[0]
-    tunnels = answer.over == "tunnels"
+    wait = max(_round_up(result.wait) for _, result in over)
+    items = [limit.header_items(result, _round_up(result.wait)) for limit, result in over]
+    limit, result = over[0]
+    tunnels = result.over == "tunnels"
     what = "too many tunnels are open" if tunnels else "too many handshakes"
     return Refusal(
         429,
@@ -305,35 +304,35 @@ def _refusal(over: list[tuple[_Limit, Answer]]) -> Refusal:
             (b"RateLimit", ", ".join(item for item, _ in items).encode("ascii")),
             (b"RateLimit-Policy", ", ".join(policy for _, policy in items).encode("ascii")),
         ),
-        limit.word(answer.over),
+        limit.describe(result.over),
     )
 
 
-def _seconds(wait: float) -> int:
+def _round_up(wait: float) -> int:
     """Whole seconds of which a client may wait: not before the end, and one at least."""
     return max(math.ceil(wait), 1)
 
 
-def _string(text: str) -> str:
+def _render_string(text: str) -> str:
     """A text as a String of RFC 9651 section 3.3.3, which is ASCII: what is not, percent-encoded."""
     ascii_only = "".join(char if " " <= char <= "~" else quote(char, safe="", errors="replace") for char in text)
     return '"' + ascii_only.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _framed(values: Iterable[str]) -> bytes:
+def _frame(values: Iterable[str]) -> bytes:
     """The values so that no others give the same bytes: each behind its length."""
     encoded = [value.encode("utf-8", "surrogatepass") for value in values]
     return b"".join(b"%d:%b" % (len(value), value) for value in encoded)
 
 
-def _item(text: str, strategy: Strategy) -> RateLimitItem:
+def _parse_limit(text: str, strategy: Strategy) -> RateLimitItem:
     """Read the notation of `limits`. Raises ConfigurationError."""
     try:
         if len(text) > 100:
             raise ValueError
         items = parse_many(text)
     except ValueError:
-        raise ConfigurationError(f"{quoted(text)} is not a limit; write {_corrected(text)}") from None
+        raise ConfigurationError(f"{quoted(text)} is not a limit; write {_suggest(text)}") from None
     if len(items) > 1:
         raise ConfigurationError(f"{quoted(text)} is more than one limit; write a rate limit for each")
     (item,) = items
@@ -342,17 +341,17 @@ def _item(text: str, strategy: Strategy) -> RateLimitItem:
         raise ConfigurationError(
             f'{quoted(text)} lets nothing through; write {_EXAMPLES}, or a rule with action = "block" to refuse all'
         )
-    if item.amount > MOST_COUNTED or item.get_expiry() > LONGEST_WINDOW:
+    if item.amount > MAX_LIMIT or item.get_expiry() > MAX_WINDOW:
         raise ConfigurationError(f"{quoted(text)} is out of reach; a limit is less than 10^15 in at most 366 days")
-    if strategy == "moving" and item.amount > MOST_REMEMBERED:
+    if strategy == "moving" and item.amount > MAX_MOVING:
         raise ConfigurationError(
-            f"{quoted(text)}: a moving window keeps the time of each request, of {MOST_REMEMBERED} at most;"
+            f"{quoted(text)}: a moving window keeps the time of each request, of {MAX_MOVING} at most;"
             ' write strategy = "sliding", which keeps two numbers'
         )
     return type(item)(item.amount, item.multiples, namespace=strategy)
 
 
-def _corrected(text: str) -> str:
+def _suggest(text: str) -> str:
     """What `text` may have meant: ``10/10s`` is the notation of others."""
     parts = _PARTS.fullmatch(text[:100])
     if not parts:
@@ -367,22 +366,22 @@ def _corrected(text: str) -> str:
     return f'"{amount} per {multiples} {word}s"' if multiples else f'"{amount}/{word}"'
 
 
-def _reader(kind: str, ipv6_prefix: int) -> _Reader:
+def _parse_key(kind: str, ipv6_prefix: int) -> _Reader:
     """What reads one part of a key from the facts, None where it is missing. Raises ConfigurationError."""
     source, colon, name = kind.partition(":")
     if kind == "ip":
-        return lambda facts: _address(facts.ip, ipv6_prefix)
+        return lambda facts: _client_network(facts.ip, ipv6_prefix)
     if colon and source == "header" and _TOKEN.fullmatch(name):
         lower = name.lower()
         return lambda facts: facts.headers.get(lower)
     if colon and source == "cookie" and _TOKEN.fullmatch(name):
         return lambda facts: facts.cookies.get(name)
-    if kind in _PLAIN:
-        return _PLAIN[kind]
-    raise ConfigurationError(_unknown(kind))
+    if kind in _READERS:
+        return _READERS[kind]
+    raise ConfigurationError(_describe_unknown(kind))
 
 
-_PLAIN: dict[str, _Reader] = {
+_READERS: dict[str, _Reader] = {
     "path": lambda facts: facts.path,
     "host": lambda facts: facts.host,
     "ja4": lambda facts: facts.tls_ja4 or None,
@@ -390,7 +389,7 @@ _PLAIN: dict[str, _Reader] = {
 }
 
 
-def _unknown(kind: str) -> str:
+def _describe_unknown(kind: str) -> str:
     source, colon, name = kind[:300].partition(":")
     near = difflib.get_close_matches(
         source.lower(), ("header", "cookie", *(key for key in _KEYS if ":" not in key)), n=1
@@ -406,7 +405,7 @@ def _unknown(kind: str) -> str:
 
 # Several limits ask about the same address; parsing one takes 3 us.
 @lru_cache(maxsize=1024)
-def _address(text: str, ipv6_prefix: int) -> str:
+def _client_network(text: str, ipv6_prefix: int) -> str:
     """The address that counts: of IPv6 the network, since a client has all of it; as it is, what is no address.
 
     A client on a Unix socket has no address: all of those count as one.

@@ -21,7 +21,7 @@ from tlstunnel.metrics.registry import Registry
 REPORT_SECONDS = 60.0
 """How often the same rule's failures are reported: a client that makes a rule fail must not fill the log."""
 
-_NOBODY: frozenset[str] = frozenset()
+_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class RulesOutcome:
 
 @dataclass(frozen=True, slots=True)
 class RuleTrace:
-    """What one rule saw, for `tlstunnel firewall explain`: `values` are those of the fields it reads, by name."""
+    """What one rule result, for `tlstunnel firewall explain`: `values` are those of the fields it reads, by name."""
 
     rule: str
     action: str
     mode: str
     when: str
-    saw: Literal["matched", "not matched", "failed", "not asked"]
+    result: Literal["matched", "not matched", "failed", "not evaluated"]
     error: str
     values: dict[str, object]
 
@@ -79,7 +79,7 @@ class Rules:
         self._report = report
         self._clock = clock
         self._reported: dict[_Rule, float] = {}
-        self._rules = tuple(_compiled(config, expressions) for config in configs)
+        self._rules = tuple(_compile(config, expressions) for config in configs)
         self._scope = self._common_scope()
 
     def __add__(self, other: Self) -> Self:
@@ -95,28 +95,26 @@ class Rules:
     def judge(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
         """Ask one rule after the other, until one blocks or allows. `trace` gets a `RuleTrace` for each of them."""
         logged: list[str] = []
-        skip = _NOBODY
+        skip = _NOTHING
         refusal, name = None, ""
-        asked = 0
+        evaluated = 0
         context = self._scope.context(facts)
         for rule in self._rules:
-            asked += 1
+            evaluated += 1
             matched, error = self._evaluate(rule, context, facts.site)
             if trace is not None:
-                trace.append(
-                    _traced(rule, facts, "failed" if error else "matched" if matched else "not matched", error)
-                )
-            effect = _effect(rule.config, matched=matched, failed=bool(error))
+                trace.append(_trace(rule, facts, "failed" if error else "matched" if matched else "not matched", error))
+            effect = _determine_effect(rule.config, matched=matched, failed=bool(error))
             if effect == "log":
                 logged.append(rule.config.name)
             elif effect == "skip":
                 skip |= frozenset(rule.config.skip)
             elif effect:
                 name = rule.config.name
-                refusal = _refusal(rule.config, error) if effect == "block" else None
+                refusal = _refuse(rule.config, error) if effect == "block" else None
                 break
         if trace is not None:
-            trace += (_traced(rule, facts, "not asked", "") for rule in self._rules[asked:])
+            trace += (_trace(rule, facts, "not evaluated", "") for rule in self._rules[evaluated:])
         return RulesOutcome(refusal, name, skip, tuple(logged))
 
     def _evaluate(self, rule: _Rule, context: cel.Context, site: str) -> tuple[bool, str]:
@@ -124,13 +122,13 @@ class Rules:
         try:
             matched = rule.expression.evaluate(context)
         except EvaluationError as error:
-            self._failed(rule, str(error), site)
+            self._report_failure(rule, str(error), site)
             return False, str(error)
         if matched:
             self._counts.add(site, rule.config.name, "matched")
         return matched, ""
 
-    def _failed(self, rule: _Rule, error: str, site: str) -> None:
+    def _report_failure(self, rule: _Rule, error: str, site: str) -> None:
         self._counts.add(site, rule.config.name, "failed")
         now = self._clock()
         if self._report and now - self._reported.get(rule, -REPORT_SECONDS) >= REPORT_SECONDS:
@@ -141,7 +139,7 @@ class Rules:
         return self._expressions.scope(rule.expression for rule in self._rules)
 
 
-def _compiled(config: RuleConfig, expressions: Expressions) -> _Rule:
+def _compile(config: RuleConfig, expressions: Expressions) -> _Rule:
     try:
         expression = expressions.compile(config.when)
     except ExpressionError as error:
@@ -149,7 +147,7 @@ def _compiled(config: RuleConfig, expressions: Expressions) -> _Rule:
     return _Rule(config, expression)
 
 
-def _effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
+def _determine_effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
     """Give what comes of a rule: an action, or "" for none."""
     if not matched and not (failed and config.on_error == "block"):
         return ""
@@ -158,14 +156,14 @@ def _effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
     return config.action if matched else "block"
 
 
-def _refusal(config: RuleConfig, error: str) -> Refusal:
+def _refuse(config: RuleConfig, error: str) -> Refusal:
     text = "a rule of this site refuses the request" if config.body is None else config.body
     return Refusal(config.status, f"{Reason.RULE}: {config.name}", text, detail=error)
 
 
-def _traced(
-    rule: _Rule, facts: Facts, saw: Literal["matched", "not matched", "failed", "not asked"], error: str
+def _trace(
+    rule: _Rule, facts: Facts, result: Literal["matched", "not matched", "failed", "not evaluated"], error: str
 ) -> RuleTrace:
     config = rule.config
     values = {name: getattr(facts, name) for name in sorted(rule.expression.fields)}
-    return RuleTrace(config.name, config.action, config.mode, config.when, saw, error, values)
+    return RuleTrace(config.name, config.action, config.mode, config.when, result, error, values)

@@ -267,9 +267,9 @@ class Server:
         if proxied and peer and peer not in self._serving.trusted_proxies:
             self._journal.not_accepted(peer, Reason.UNTRUSTED_PROXY)
             return sock.close()
-        if objection := self._serving.firewall.objection(peer):
+        if reason := self._serving.firewall.check_address(peer):
             # Before anything is paid for it: no TLS, no task, and a sample in the log at most.
-            self._journal.not_accepted(peer, objection)
+            self._journal.not_accepted(peer, reason)
             return sock.close()
         sock.setblocking(False)
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)

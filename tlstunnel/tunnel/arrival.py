@@ -36,8 +36,8 @@ async def read_proxy_header(client: Client) -> None:
         raise Dropped(Reason.PROXY_TIMED_OUT) from None
     if header.source is not None:
         client.peer = header.source
-        if objection := client.serving.firewall.objection(header.source):
-            raise Dropped(objection)
+        if reason := client.serving.firewall.check_address(header.source):
+            raise Dropped(reason)
 
 
 async def read_hello(client: Client) -> tls_hello.ClientHello:

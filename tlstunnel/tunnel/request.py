@@ -58,8 +58,10 @@ async def judge(turn: Turn) -> None:
         certificate=client.certificate,
         request_id=record.id,
     )
-    turn.verdict = verdict = await client.serving.firewall.judge(turn.request, turn.connection, behind=client.trusted)
-    record.firewall = verdict.facts()
+    turn.verdict = verdict = await client.serving.firewall.judge(
+        turn.request, turn.connection, behind_proxy=client.trusted
+    )
+    record.firewall = verdict.to_record()
     if verdict.refusal is not None:
         raise verdict.refusal
 

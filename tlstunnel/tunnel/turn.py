@@ -80,7 +80,7 @@ class Turn:
             return
         self.closed = True
         if self.verdict is not None and self.verdict.lease is not None:
-            self.verdict.lease.release()
+            self.verdict.lease.close()
         if self.place is not None:
             self.place.close()
         if self.origin is not None:

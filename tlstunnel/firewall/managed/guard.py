@@ -25,7 +25,7 @@ _ESCAPE = re.compile(rb"%(?:u00)?([0-9A-Fa-f]{2})")
 _BYTES = {b"%02x" % byte: bytes((byte,)) for byte in range(256)}
 
 
-def objection(target: bytes, fields: Fields) -> str | None:
+def find_problem(target: bytes, fields: Fields) -> str | None:
     """Why the rules are not to see this request, as a short fixed text, or None.
 
     Looks at the target and every field, as sent and percent-decoded once and twice, which is how far CRS decodes.
@@ -47,11 +47,11 @@ def _has_run(text: bytes) -> bool:
     for _ in range(2):
         if b"%" not in text:
             return False
-        text = _ESCAPE.sub(_decoded, text)
+        text = _ESCAPE.sub(_decode, text)
         if _RUN in text.translate(_CLASSES):
             return True
     return False
 
 
-def _decoded(escape: re.Match[bytes]) -> bytes:
+def _decode(escape: re.Match[bytes]) -> bytes:
     return _BYTES[escape[1].lower()]

@@ -1,4 +1,4 @@
-"""A helper: a process that loads rules sets once, and evaluates in a child of its own that can be killed at any time.
+"""A helper: a process that loads rule sets once, and evaluates in a child of its own that can be killed at any time.
 
 The pool starts it by fork and exec. It loads, then forks, and for every child that ends it forks the next, which costs
 2 ms where loading costs 100 and more: so a request that makes libmodsecurity hang costs its own deadline, and not
@@ -25,12 +25,12 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed.messages import (
     END_OF_RULES,
     MAX_PACKET,
-    Answer,
+    EvaluationRequest,
+    EvaluationResult,
     FromHelper,
-    Loaded,
-    Question,
     Ready,
-    RulesSet,
+    RuleSet,
+    RulesLoaded,
 )
 from tlstunnel.firewall.managed.modsecurity import ModSecurity
 
@@ -40,17 +40,17 @@ EVALUATIONS = 100_000
 NICENESS = 5
 """Established tunnels go first where a processor is short."""
 
-SPARE_MEMORY = 268_435_456
+EVALUATION_MEMORY = 268_435_456
 """Bytes that evaluations may take beside what the rules take; 1 MiB is what they do take."""
 
-_ENDED = 0
+_FINISHED = 0
 _RECYCLED = 3
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 
 def serve(connection: socket.socket, library: ModSecurity, loaded: Sequence[int], evaluations: int) -> bool:
-    """Answer questions until there are no more (False), or until `evaluations` were made (True)."""
+    """EvaluationResult questions until there are no more (False), or until `evaluations` were made (True)."""
     connection.setblocking(False)
     with suppress(BlockingIOError):
         # What a killed predecessor did not read: nobody waits for it any more.
@@ -58,45 +58,45 @@ def serve(connection: socket.socket, library: ModSecurity, loaded: Sequence[int]
             pass
         return False
     connection.setblocking(True)
-    _say(connection, Ready(os.getpid()))
-    decoder = msgspec.msgpack.Decoder(Question)
+    _send(connection, Ready(os.getpid()))
+    decoder = msgspec.msgpack.Decoder(EvaluationRequest)
     for made in range(1, evaluations + 1):
         packet = connection.recv(MAX_PACKET)
         if not packet:
             return False
         question = decoder.decode(packet)
-        evaluation = library.evaluate(loaded[question.rules_set], question.subject)
-        _say(connection, Answer(question.number, evaluation, last=made == evaluations))
+        evaluation = library.evaluate(loaded[question.rule_set], question.subject)
+        _send(connection, EvaluationResult(question.number, evaluation, last=made == evaluations))
     return True
 
 
 def load(connection: socket.socket, library: ModSecurity | None = None) -> tuple[ModSecurity, list[int]] | None:
-    """Load the rules sets that are sent first, and say how it went; None when it went wrong, or nobody is there."""
-    rules_sets = []
-    decoder = msgspec.msgpack.Decoder(RulesSet)
+    """Load the rule sets that are sent first, and say how it went; None when it went wrong, or nobody is there."""
+    rule_sets = []
+    decoder = msgspec.msgpack.Decoder(RuleSet)
     while (packet := connection.recv(MAX_PACKET)) != END_OF_RULES:
         if not packet:
             return None
-        rules_sets.append(decoder.decode(packet))
+        rule_sets.append(decoder.decode(packet))
     try:
         library = library or ModSecurity()
-        loaded = [library.load(rules_set) for rules_set in rules_sets]
+        loaded = [library.load(rule_set) for rule_set in rule_sets]
     except ConfigurationError as error:
-        _say(connection, Loaded(str(error)))
+        _send(connection, RulesLoaded(str(error)))
         return None
-    _say(connection, Loaded())
+    _send(connection, RulesLoaded())
     return library, loaded
 
 
-def _say(connection: socket.socket, message: FromHelper) -> None:
+def _send(connection: socket.socket, message: FromHelper) -> None:
     connection.sendall(msgspec.msgpack.encode(message))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Be a helper; give the exit status."""
     descriptor, parent, evaluations = map(int, arguments)
-    _end_with(parent)
-    _restrict()
+    _die_with(parent)
+    _drop_privileges()
     with socket.socket(fileno=descriptor) as connection, suppress(BrokenPipeError, ConnectionResetError):
         ready = load(connection)
         if ready is None:
@@ -105,49 +105,49 @@ def main(arguments: Sequence[str]) -> int:
         gc.collect()
         gc.freeze()
         gc.disable()
-        _close_the_world()
+        _limit_resources()
         while True:
             began = time.monotonic()
             child = os.fork()
             if not child:
-                _be_a_child(connection, *ready, evaluations)
-            if os.waitpid(child, 0)[1] == _ENDED:
+                _run_child(connection, *ready, evaluations)
+            if os.waitpid(child, 0)[1] == _FINISHED:
                 return 0
             if time.monotonic() - began < 0.01:
                 time.sleep(0.01)  # one that cannot even begin is not to take a processor
     return 0
 
 
-def _be_a_child(connection: socket.socket, library: ModSecurity, loaded: Sequence[int], evaluations: int) -> None:
+def _run_child(connection: socket.socket, library: ModSecurity, loaded: Sequence[int], evaluations: int) -> None:
     status = 1
     try:
-        _end_with(os.getppid())
-        status = _RECYCLED if serve(connection, library, loaded, evaluations) else _ENDED
+        _die_with(os.getppid())
+        status = _RECYCLED if serve(connection, library, loaded, evaluations) else _FINISHED
     except (BrokenPipeError, ConnectionResetError):
-        status = _ENDED
+        status = _FINISHED
     finally:
         os._exit(status)
 
 
-def _end_with(parent: int) -> None:
+def _die_with(parent: int) -> None:
     """Be killed when the parent ends, also in the middle of an evaluation."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         os._exit(1)
 
 
-def _restrict() -> None:
+def _drop_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # requests hold passwords
     with suppress(OSError):
         os.nice(NICENESS)
 
 
-def _close_the_world() -> None:
+def _limit_resources() -> None:
     """With everything loaded, open no file and no socket any more, whatever libmodsecurity is made to do."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
-            most = int(line.split()[1]) * 1024 + SPARE_MEMORY
+            most = int(line.split()[1]) * 1024 + EVALUATION_MEMORY
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))

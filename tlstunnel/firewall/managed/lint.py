@@ -25,9 +25,9 @@ ipMatchFromFile le lt noMatch pm pmf pmFromFile rsub rx rxGlobal streq strmatch 
 validateDTD validateHash validateSchema validateUrlEncoding validateUtf8Encoding verifyCC verifyCPF verifySSN
 verifySVNR within
 """
-_BY_LOWER_CASE = {name.lower(): name for name in _OPERATORS.split()}
+_OPERATOR_NAMES = {name.lower(): name for name in _OPERATORS.split()}
 
-_OUT_OF_REACH = {
+_FORBIDDEN = {
     "secremoterules": "rules are not fetched from the network; keep them in a file",
     "include": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
     "includeoptional": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
@@ -38,13 +38,13 @@ _OUT_OF_REACH = {
     "exec": "rules cannot run programs",
 }
 
-_NOWHERE = "the chain leads nowhere: another SecRule must follow, or remove the action chain"
+_BROKEN_CHAIN = "the chain leads nowhere: another SecRule must follow, or remove the action chain"
 
 _WORD = re.compile(r'(?:"((?:\\.|[^"\\])*)"|([^\s"]+))(?=\s|$)', re.DOTALL)
 _OPERATOR = re.compile(r"(!?)\s*@(\w+)\s*(.*)", re.DOTALL)
 _ACTION = re.compile(r"((?:\\.|[^,'\\]|'(?:\\.|[^'\\])*')*)(?:,|$)", re.DOTALL)
 
-RegexFault = Callable[[str], str | None]
+FindPatternFault = Callable[[str], str | None]
 """Says why a regular expression does not compile, or None."""
 
 
@@ -72,12 +72,12 @@ def check(files: Iterable[Path], known: Mapping[int, str]) -> None:
     Raises ConfigurationError with every problem, each ``FILE:LINE: ...``.
     """
     ids = dict(known)
-    problems = [problem for path in files for problem in _problems_of(path, ids)]
+    problems = [problem for path in files for problem in _lint_file(path, ids)]
     if problems:
         raise ConfigurationError(*problems)
 
 
-def _problems_of(path: Path, ids: dict[int, str]) -> list[str]:
+def _lint_file(path: Path, ids: dict[int, str]) -> list[str]:
     try:
         if path.stat().st_size > MAX_FILE:
             return [f"{path}: has more than {MAX_FILE} bytes; it does not look like rules"]
@@ -86,19 +86,19 @@ def _problems_of(path: Path, ids: dict[int, str]) -> list[str]:
         return [f"{path}: cannot be read: {error.strerror}"]
     except UnicodeDecodeError:
         return [f"{path}: the file is not UTF-8"]
-    return [f"{path}:{fault.line}: {fault.reason}" for fault in _faults(text, str(path), ids)]
+    return [f"{path}:{fault.line}: {fault.reason}" for fault in _find_faults(text, str(path), ids)]
 
 
-def _faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
+def _find_faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
     if text and not text.endswith("\n"):
         # libmodsecurity's parser would go on in the next file, and name that one.
         return [_Fault(text.count("\n") + 1, "the last line does not end; put a newline behind it")]
     faults: list[_Fault] = []
     chain: _Directive | None = None
     try:
-        for directive in _directives(text):
-            if chain and directive.name != "secrule" and directive.name not in _OUT_OF_REACH:
-                faults.append(_Fault(chain.line, _NOWHERE))
+        for directive in _split_directives(text):
+            if chain and directive.name != "secrule" and directive.name not in _FORBIDDEN:
+                faults.append(_Fault(chain.line, _BROKEN_CHAIN))
                 chain = None
             try:
                 chain = _check_directive(directive, chain, file, ids)
@@ -108,14 +108,14 @@ def _faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
     except _Fault as fault:  # the text cannot be split any further
         return [*faults, fault]
     if chain:
-        faults.append(_Fault(chain.line, _NOWHERE))
+        faults.append(_Fault(chain.line, _BROKEN_CHAIN))
     return faults
 
 
 def _is_chained(directive: _Directive) -> bool:
     """Return whether the next rule continues this one, which has a fault."""
     try:
-        return directive.name in ("secrule", "secaction") and "chain" in _actions(directive)
+        return directive.name in ("secrule", "secaction") and "chain" in _parse_actions(directive)
     except _Fault:
         return False
 
@@ -124,19 +124,19 @@ def _check_directive(
     directive: _Directive, chain: _Directive | None, file: str, ids: dict[int, str]
 ) -> _Directive | None:
     """Check one directive; return it if the next one continues its chain. Raises _Fault."""
-    if directive.name in _OUT_OF_REACH:
-        raise _Fault(directive.line, f"{directive.name}: {_OUT_OF_REACH[directive.name]}")
+    if directive.name in _FORBIDDEN:
+        raise _Fault(directive.line, f"{directive.name}: {_FORBIDDEN[directive.name]}")
     if directive.name == "secrule":
-        _check_operator(directive, pcre2_fault)
+        _check_operator(directive, find_pattern_fault)
     if directive.name not in ("secrule", "secaction"):
         return chain
-    actions = _actions(directive)
+    actions = _parse_actions(directive)
     if not chain:
         _check_id(directive, actions, file, ids)
     return directive if "chain" in actions else None
 
 
-def _directives(text: str) -> Iterator[_Directive]:
+def _split_directives(text: str) -> Iterator[_Directive]:
     """Give each directive of a file; one goes on after a line that ends with a backslash."""
     lines = iter(enumerate(text.split("\n"), 1))
     for number, first in lines:
@@ -147,11 +147,11 @@ def _directives(text: str) -> Iterator[_Directive]:
         while parts[-1].endswith("\\"):
             parts[-1] = parts[-1][:-1]
             parts.append(next(lines, (0, ""))[1].rstrip("\r"))
-        words = _words(number, "".join(parts))
+        words = _split_words(number, "".join(parts))
         yield _Directive(number, words[0].lower(), words[1:])
 
 
-def _words(number: int, text: str) -> tuple[str, ...]:
+def _split_words(number: int, text: str) -> tuple[str, ...]:
     words: list[str] = []
     while text := text.lstrip():
         match = _WORD.match(text)
@@ -163,28 +163,28 @@ def _words(number: int, text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _check_operator(directive: _Directive, fault_of: RegexFault) -> None:
+def _check_operator(directive: _Directive, find_fault: FindPatternFault) -> None:
     if len(directive.words) not in (2, 3):
         wanted = 'SecRule VARIABLES "OPERATOR" "ACTIONS"'
         raise _Fault(directive.line, f"expected {wanted}, got {len(directive.words)} parts; is a quote missing?")
     text = directive.words[1]
     match = _OPERATOR.fullmatch(text.strip())
     name, argument = (match[2], match[3]) if match else ("rx", text.removeprefix("!"))
-    if reason := _OUT_OF_REACH.get("@" + name.lower()):
+    if reason := _FORBIDDEN.get("@" + name.lower()):
         raise _Fault(directive.line, f"@{name}: {reason}")
-    if name.lower() not in _BY_LOWER_CASE:
-        near = get_close_matches(name.lower(), _BY_LOWER_CASE, n=1)
+    if name.lower() not in _OPERATOR_NAMES:
+        near = get_close_matches(name.lower(), _OPERATOR_NAMES, n=1)
         hint = (
-            f"did you mean @{_BY_LOWER_CASE[near[0]]}?" if near else "see the ModSecurity reference manual, operators"
+            f"did you mean @{_OPERATOR_NAMES[near[0]]}?" if near else "see the ModSecurity reference manual, operators"
         )
         raise _Fault(directive.line, f"there is no operator {quoted('@' + name)}; {hint}")
-    if name.lower() in ("rx", "rxglobal") and "%{" not in argument and (reason := fault_of(argument)):
+    if name.lower() in ("rx", "rxglobal") and "%{" not in argument and (reason := find_fault(argument)):
         raise _Fault(
             directive.line, f"the regular expression {quoted(argument)} does not compile: {reason}; correct it"
         )
 
 
-def _actions(directive: _Directive) -> dict[str, str]:
+def _parse_actions(directive: _Directive) -> dict[str, str]:
     """Give the actions of a rule by name, in lower case; of repeated ones the last."""
     text = directive.words[-1] if len(directive.words) == (3 if directive.name == "secrule" else 1) else ""
     actions: dict[str, str] = {}
@@ -198,8 +198,8 @@ def _actions(directive: _Directive) -> dict[str, str]:
             )
         name, _, value = match[1].strip().partition(":")
         name = name.strip().lower()
-        if name in _OUT_OF_REACH:
-            raise _Fault(directive.line, f"{name}: {_OUT_OF_REACH[name]}")
+        if name in _FORBIDDEN:
+            raise _Fault(directive.line, f"{name}: {_FORBIDDEN[name]}")
         actions[name] = value.strip().strip("'")
         position = match.end()
     return actions
@@ -217,12 +217,12 @@ def _check_id(directive: _Directive, actions: Mapping[str, str], file: str, ids:
 
 
 @cache
-def pcre2_fault(pattern: str) -> str | None:
+def find_pattern_fault(pattern: str) -> str | None:
     """Why PCRE2, which libmodsecurity uses, does not compile a regular expression; None where it does.
 
     Raises ConfigurationError where the library is missing.
     """
-    library = _pcre2()
+    library = _load_pcre2()
     raw = pattern.encode()
     code, offset = ctypes.c_int(), ctypes.c_size_t()
     compiled = library.pcre2_compile_8(raw, len(raw), _PCRE2_OPTIONS, ctypes.byref(code), ctypes.byref(offset), None)
@@ -238,7 +238,7 @@ _PCRE2_OPTIONS = 0x20 | 0x400  # PCRE2_DOTALL | PCRE2_MULTILINE of pcre2.h, as l
 
 
 @cache
-def _pcre2() -> ctypes.CDLL:
+def _load_pcre2() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libpcre2-8.so.0")
     except OSError:

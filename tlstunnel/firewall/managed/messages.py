@@ -8,18 +8,18 @@ import msgspec
 from tlstunnel.handshake.refusal import Fields
 
 
-class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A part of a rules set, loaded in order: a text of ours, or the absolute path of a file. One of them is set."""
+class RuleSource(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A part of a rule set, loaded in order: a text of ours, or the absolute path of a file. One of them is set."""
 
     text: str = ""
     file: str = ""
 
 
-class RulesSet(msgspec.Struct, frozen=True):
+class RuleSet(msgspec.Struct, frozen=True):
     """Everything that one site's policy loads. Equal policies have equal names."""
 
     name: str
-    steps: tuple[Step, ...]
+    sources: tuple[RuleSource, ...]
 
 
 class Subject(msgspec.Struct, frozen=True, array_like=True):
@@ -31,11 +31,11 @@ class Subject(msgspec.Struct, frozen=True, array_like=True):
     method: str = "GET"
 
 
-class Question(msgspec.Struct, frozen=True, array_like=True):
-    """Judge a subject by the rules set of that number, in the order in which they were sent at the start."""
+class EvaluationRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Judge a subject by the rule set of that number, in the order in which they were sent at the start."""
 
     number: int
-    rules_set: int
+    rule_set: int
     subject: Subject
 
 
@@ -64,8 +64,8 @@ class Evaluation(msgspec.Struct, frozen=True, array_like=True):
     status: int = 0
 
 
-class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """Every rules set is loaded, or `problem` says in a sentence why one cannot be."""
+class RulesLoaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """Every rule set is loaded, or `problem` says in a sentence why one cannot be."""
 
     problem: str = ""
 
@@ -76,7 +76,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     pid: int
 
 
-class Answer(msgspec.Struct, frozen=True, tag="answer"):
+class EvaluationResult(msgspec.Struct, frozen=True, tag="answer"):
     """To the question of that number. After a `last` one the process ends, and a `Ready` of the next follows."""
 
     number: int
@@ -84,9 +84,9 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     last: bool = False
 
 
-FromHelper = Loaded | Ready | Answer
+FromHelper = RulesLoaded | Ready | EvaluationResult
 END_OF_RULES = b"\xc0"
-"""msgpack's nil: what follows the rules sets at the start."""
+"""msgpack's nil: what follows the rule sets at the start."""
 
 MAX_PACKET = 131_072
 """Bytes; the kernel's default buffer takes 200 KiB. A question has at most a request's head, 16 KiB."""

@@ -1,6 +1,6 @@
 """libmodsecurity 3 by ctypes: the C functions that judge a request without a body, and what they say as values.
 
-Loaded in a helper process only: it can be kept busy for a minute by a few kilobytes, and cannot be interrupted.
+RulesLoaded in a helper process only: it can be kept busy for a minute by a few kilobytes, and cannot be interrupted.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.managed.messages import Evaluation, Match, RulesSet, Subject
+from tlstunnel.firewall.managed.messages import Evaluation, Match, RuleSet, Subject
 
 LIBRARY = "libmodsecurity.so.3"
 MAX_MATCHES = 64
@@ -48,7 +48,7 @@ class _Intervention(ctypes.Structure):
 
 
 class ModSecurity:
-    """The library, with its rules sets. One evaluation at a time. Raises ConfigurationError where it is missing."""
+    """The library, with its rule sets. One evaluation at a time. Raises ConfigurationError where it is missing."""
 
     def __init__(self) -> None:
         try:
@@ -60,26 +60,26 @@ class ModSecurity:
             ) from None
         self._c = _Functions(library)
         self._lines: list[bytes] = []
-        self._mark = _mark()
+        self._mark = make_mark()
         # libmodsecurity keeps the pointer, so the callback has to live as long. Without one it prints to stderr.
-        self._callback = _LogCallback(self._heard)
+        self._callback = _LogCallback(self._on_log_line)
         self._engine = self._c.init()
         self._c.set_log_callback(self._engine, self._callback)
 
-    def load(self, rules_set: RulesSet) -> int:
-        """Load a rules set; gives what `evaluate` takes. Raises ConfigurationError with what the library says."""
+    def load(self, rule_set: RuleSet) -> int:
+        """Load a rule set; gives what `evaluate` takes. Raises ConfigurationError with what the library says."""
         loaded: int = self._c.create_rules_set()
-        for step in rules_set.steps:
+        for source in rule_set.sources:
             error = _Pointer()
-            if step.file:
-                code = self._c.add_file(loaded, self._marked(step.file).encode(), ctypes.byref(error))
+            if source.file:
+                code = self._c.add_file(loaded, self._insert_mark(source.file).encode(), ctypes.byref(error))
             else:
-                code = self._c.add_text(loaded, step.text.encode(), ctypes.byref(error))
-            said = self._taken(error.value).decode("utf-8", "replace")
+                code = self._c.add_text(loaded, source.text.encode(), ctypes.byref(error))
+            message = self._take_text(error.value).decode("utf-8", "replace")
             if code < 0:
-                where = step.file or "tlstunnel's own settings"
-                said = " ".join(said.replace(self._mark, "").split())[:MAX_TEXT] or "no reason is given"
-                raise ConfigurationError(f"{where}: libmodsecurity cannot load it: {said}")
+                where = source.file or "tlstunnel's own settings"
+                message = " ".join(message.replace(self._mark, "").split())[:MAX_TEXT] or "no reason is given"
+                raise ConfigurationError(f"{where}: libmodsecurity cannot load it: {message}")
         return loaded
 
     def evaluate(self, loaded: int, subject: Subject) -> Evaluation:
@@ -87,11 +87,11 @@ class ModSecurity:
         self._lines.clear()
         transaction = self._c.new_transaction(self._engine, loaded, None)
         try:
-            return self._evaluated(transaction, subject)
+            return self._run_phases(transaction, subject)
         finally:
             self._c.clean_up(transaction)
 
-    def _evaluated(self, transaction: int, subject: Subject) -> Evaluation:
+    def _run_phases(self, transaction: int, subject: Subject) -> Evaluation:
         c = self._c
         # The server's address and the ports are asked for, and used by no rule of CRS.
         c.process_connection(transaction, subject.ip.encode(), 0, b"127.0.0.1", 443)
@@ -103,15 +103,15 @@ class ModSecurity:
             phase(transaction)
             intervention = _Intervention(status=403)
             c.intervene(transaction, ctypes.byref(intervention))
-            line = self._taken(intervention.log)
-            self._taken(intervention.url)
+            line = self._take_text(intervention.log)
+            self._take_text(intervention.url)
             if intervention.disruptive:
-                return self._denied(line, intervention.status)
-        return Evaluation(0, self._matches())
+                return self._read_denial(line, intervention.status)
+        return Evaluation(0, self._read_matches())
 
-    def _denied(self, line: bytes, status: int) -> Evaluation:
-        rule = self._parsed(line)
-        matches = self._matches()
+    def _read_denial(self, line: bytes, status: int) -> Evaluation:
+        rule = self._parse_line(line)
+        matches = self._read_matches()
         if rule is None:
             return Evaluation(0, matches, denied_by=-1, status=status)
         score = _SCORE.search(rule.message) if rule.id in _SCORE_RULES else None
@@ -119,15 +119,15 @@ class ModSecurity:
             return Evaluation(int(score[1]), matches)
         return Evaluation(0, (*matches, rule), denied_by=rule.id, status=status)
 
-    def _heard(self, _: int | None, line: bytes | None) -> None:
+    def _on_log_line(self, _: int | None, line: bytes | None) -> None:
         if line and len(self._lines) < MAX_LINES:
             self._lines.append(line)
 
-    def _matches(self) -> tuple[Match, ...]:
-        found = dict.fromkeys(match for line in self._lines if (match := self._parsed(line)))
+    def _read_matches(self) -> tuple[Match, ...]:
+        found = dict.fromkeys(match for line in self._lines if (match := self._parse_line(line)))
         return tuple(found)[:MAX_MATCHES]
 
-    def _parsed(self, line: bytes) -> Match | None:
+    def _parse_line(self, line: bytes) -> Match | None:
         """Read a line such as ``... [file "F"] [line "1"] [id "942100"] [rev ""] [msg "..."] [data "..."] ...``.
 
         An argument's name and value stand before ``[file``, unescaped, so a client can write all of these there. Only
@@ -139,13 +139,13 @@ class ModSecurity:
         if found is None:
             return None
         number, message, data, severity = found.groups()
-        return Match(int(number), _shortened(message), int(severity), _shortened(data))
+        return Match(int(number), _shorten(message), int(severity), _shorten(data))
 
-    def _marked(self, file: str) -> str:
+    def _insert_mark(self, file: str) -> str:
         folder, _, name = file.rpartition("/")
         return f"{folder}{self._mark}/{name}"
 
-    def _taken(self, pointer: int | None) -> bytes:
+    def _take_text(self, pointer: int | None) -> bytes:
         """Copy a text that the library gave away, and free it."""
         if not pointer:
             return b""
@@ -155,41 +155,41 @@ class ModSecurity:
 
 
 class _Functions:
-    """The functions of ``modsecurity/modsecurity.h``, ``rules_set.h`` and ``transaction.h``, declared in full."""
+    """The functions of ``modsecurity/modsecurity.h``, ``rule_set.h`` and ``transaction.h``, declare in full."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         integer, size = ctypes.c_int, ctypes.c_size_t
         errors = ctypes.POINTER(_Pointer)
 
-        def declared(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+        def declare(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
             return function  # type: ignore[no-any-return]
 
-        self.init = declared("msc_init", _Pointer)
-        self.set_log_callback = declared("msc_set_log_cb", None, _Pointer, _LogCallback)
-        self.create_rules_set = declared("msc_create_rules_set", _Pointer)
-        self.add_text = declared("msc_rules_add", integer, _Pointer, _Text, errors)
-        self.add_file = declared("msc_rules_add_file", integer, _Pointer, _Text, errors)
-        self.new_transaction = declared("msc_new_transaction", _Pointer, _Pointer, _Pointer, _Pointer)
-        self.process_connection = declared("msc_process_connection", integer, _Pointer, _Text, integer, _Text, integer)
-        self.process_uri = declared("msc_process_uri", integer, _Pointer, _Text, _Text, _Text)
-        self.add_header = declared("msc_add_n_request_header", integer, _Pointer, _Text, size, _Text, size)
-        self.process_headers = declared("msc_process_request_headers", integer, _Pointer)
-        self.process_body = declared("msc_process_request_body", integer, _Pointer)
-        self.intervene = declared("msc_intervention", integer, _Pointer, ctypes.POINTER(_Intervention))
-        self.clean_up = declared("msc_transaction_cleanup", None, _Pointer)
+        self.init = declare("msc_init", _Pointer)
+        self.set_log_callback = declare("msc_set_log_cb", None, _Pointer, _LogCallback)
+        self.create_rules_set = declare("msc_create_rules_set", _Pointer)
+        self.add_text = declare("msc_rules_add", integer, _Pointer, _Text, errors)
+        self.add_file = declare("msc_rules_add_file", integer, _Pointer, _Text, errors)
+        self.new_transaction = declare("msc_new_transaction", _Pointer, _Pointer, _Pointer, _Pointer)
+        self.process_connection = declare("msc_process_connection", integer, _Pointer, _Text, integer, _Text, integer)
+        self.process_uri = declare("msc_process_uri", integer, _Pointer, _Text, _Text, _Text)
+        self.add_header = declare("msc_add_n_request_header", integer, _Pointer, _Text, size, _Text, size)
+        self.process_headers = declare("msc_process_request_headers", integer, _Pointer)
+        self.process_body = declare("msc_process_request_body", integer, _Pointer)
+        self.intervene = declare("msc_intervention", integer, _Pointer, ctypes.POINTER(_Intervention))
+        self.clean_up = declare("msc_transaction_cleanup", None, _Pointer)
         # The C library's own free(): what libmodsecurity gives away comes from strdup().
         self.free = ctypes.CDLL(None).free
         self.free.restype, self.free.argtypes = None, (_Pointer,)
 
 
-def _mark() -> str:
+def make_mark() -> str:
     """A detour in a path that leads nowhere else (``/.`` and ``/``), and that nobody can guess: 64 bits of it."""
     choice = random.SystemRandom().choice
     return "".join(choice(("/", "/.")) for _ in range(64))
 
 
-def _shortened(text: bytes) -> str:
+def _shorten(text: bytes) -> str:
     decoded = text.decode("utf-8", "replace")
     return decoded if len(decoded) <= MAX_TEXT else decoded[:MAX_TEXT] + "..."

@@ -21,25 +21,25 @@ from tlstunnel.firewall.managed.helper import EVALUATIONS
 from tlstunnel.firewall.managed.messages import (
     END_OF_RULES,
     MAX_PACKET,
-    Answer,
     Evaluation,
+    EvaluationRequest,
+    EvaluationResult,
     FromHelper,
-    Loaded,
-    Question,
     Ready,
-    RulesSet,
+    RuleSet,
+    RulesLoaded,
     Subject,
 )
 from tlstunnel.program import module_command, module_environment
 from tlstunnel.supervisor import ChildProcess, describe_exit, start_with_retries
 
-LONGEST_WAIT = 1.0
+MAX_WAIT = 1.0
 """Seconds that a question waits for a helper. A full queue of 256 takes 0.4 s, a helper that starts anew 0.4 too."""
 
-LOADING = 30.0
+LOAD_TIMEOUT = 30.0
 """Seconds for starting a helper and loading its rules; 0.2 each is usual."""
 
-NEXT_CHILD = 2.0
+CHILD_TIMEOUT = 2.0
 """Seconds for a helper to go on with a new child; 0.002 is usual. Beyond that the helper itself is killed."""
 
 RESTARTS = Backoff(first=0.1, longest=10.0)
@@ -58,7 +58,7 @@ class Failure(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    rules_set: int
+    rule_set: int
     subject: Subject
     deadline: float
     future: "asyncio.Future[Evaluation | Failure]"
@@ -71,15 +71,15 @@ class _Job:
             self.future.set_result(result)
 
 
-class Pool:
-    """Helpers that judge by `rules_sets`, `processes` of them, with `queue` questions waiting at most.
+class HelperPool:
+    """Helpers that judge by `rule_sets`, `processes` of them, with `queue` questions waiting at most.
 
     `log` is told in a sentence of what ends a helper. A child is replaced after `evaluations`.
     """
 
     def __init__(
         self,
-        rules_sets: Sequence[RulesSet],
+        rule_sets: Sequence[RuleSet],
         processes: int = 1,
         queue: int = 256,
         *,
@@ -88,10 +88,10 @@ class Pool:
     ) -> None:
         self.log = log
         self.evaluations = evaluations
-        self.rules_sets = tuple({rules_set.name: rules_set for rules_set in rules_sets}.values())
-        self._numbers = {rules_set.name: number for number, rules_set in enumerate(self.rules_sets)}
+        self.rule_sets = tuple({rule_set.name: rule_set for rule_set in rule_sets}.values())
+        self._numbers = {rule_set.name: number for number, rule_set in enumerate(self.rule_sets)}
         self._queue: deque[_Job] = deque()
-        self._most = queue
+        self._max_waiting = queue
         self._helpers = [_Helper(self) for _ in range(processes)]
         self._closed = True
 
@@ -119,34 +119,34 @@ class Pool:
         """The processes that evaluate, for a test or a person to look at; those that are being replaced left out."""
         return tuple(helper.child for helper in self._helpers if helper.child)
 
-    async def judge(self, rules_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
-        """Evaluate a subject by the rules set of that name, within `deadline` seconds of its beginning.
+    async def judge(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+        """Evaluate a subject by the rule set of that name, within `deadline` seconds of its beginning.
 
-        Comes back within `LONGEST_WAIT` and `deadline` together, whatever the subject is and whatever the helpers do.
+        Comes back within `MAX_WAIT` and `deadline` together, whatever the subject is and whatever the helpers do.
         """
         if self._closed:
             return Failure.CLOSED
-        if len(self._queue) >= self._most:
+        if len(self._queue) >= self._max_waiting:
             return Failure.FULL
         loop = asyncio.get_running_loop()
-        job = _Job(self._numbers[rules_set], subject, deadline, loop.create_future())
+        job = _Job(self._numbers[rule_set], subject, deadline, loop.create_future())
         self._queue.append(job)
-        self.next()
+        self.dispatch()
         if job.timer is None and not job.future.done():
-            job.timer = loop.call_later(LONGEST_WAIT, self._give_up, job)
+            job.timer = loop.call_later(MAX_WAIT, self._on_wait_over, job)
         try:
             return await job.future
         except asyncio.CancelledError:
             self._forget(job)
             raise
 
-    def next(self) -> None:
+    def dispatch(self) -> None:
         """Give waiting questions to helpers that have nothing to do."""
         for helper in self._helpers:
             while self._queue and helper.idle:
-                helper.ask(self._queue.popleft())
+                helper.send(self._queue.popleft())
 
-    def _give_up(self, job: _Job) -> None:
+    def _on_wait_over(self, job: _Job) -> None:
         self._forget(job)
         job.end(Failure.WAITED)
 
@@ -161,7 +161,7 @@ class Pool:
 class _Helper:
     """One helper process and the socket to it. `child` is the process that evaluates, 0 while there is none."""
 
-    pool: Pool
+    pool: HelperPool
     child: int = 0
     _process: ChildProcess | None = None
     _socket: socket.socket | None = None
@@ -170,7 +170,7 @@ class _Helper:
     _number: int = 0
     _timer: asyncio.TimerHandle | None = None
     _loaded: "asyncio.Future[None] | None" = None
-    _restart: "asyncio.Task[None] | None" = None
+    _restart_task: "asyncio.Task[None] | None" = None
     _decoder: "msgspec.msgpack.Decoder[FromHelper]" = field(default_factory=lambda: msgspec.msgpack.Decoder(FromHelper))
 
     @property
@@ -193,47 +193,49 @@ class _Helper:
                 (theirs.fileno(),),
             )
         try:
-            async with asyncio.timeout(LOADING):
-                for rules_set in self.pool.rules_sets:
-                    await loop.sock_sendall(ours, msgspec.msgpack.encode(rules_set))
+            async with asyncio.timeout(LOAD_TIMEOUT):
+                for rule_set in self.pool.rule_sets:
+                    await loop.sock_sendall(ours, msgspec.msgpack.encode(rule_set))
                 await loop.sock_sendall(ours, END_OF_RULES)
-                loop.add_reader(ours, self._readable)
+                loop.add_reader(ours, self._on_readable)
                 await self._loaded
         except TimeoutError:
-            await self._reaped()
-            raise ConfigurationError(f"a helper for managed rules did not load them within {LOADING:.0f} s") from None
+            await self._kill()
+            raise ConfigurationError(
+                f"a helper for managed rules did not load them within {LOAD_TIMEOUT:.0f} s"
+            ) from None
         except OSError:
             raise ConfigurationError(
-                f"a helper for managed rules ended while it started: {await self._reaped()}"
+                f"a helper for managed rules ended while it started: {await self._kill()}"
             ) from None
         except BaseException:
-            await self._reaped()
+            await self._kill()
             raise
 
     async def close(self) -> None:
-        if self._restart:
-            self._restart.cancel()
+        if self._restart_task:
+            self._restart_task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._restart
-        await self._reaped()
+                await self._restart_task
+        await self._kill()
         self._fail(Failure.CLOSED)
 
-    def ask(self, job: _Job) -> None:
+    def send(self, job: _Job) -> None:
         """Send a question; the deadline counts from here."""
         assert self._socket is not None
         if job.timer:
             job.timer.cancel()
         self._job = job
         self._number += 1
-        question = Question(self._number, job.rules_set, job.subject)
-        job.timer = asyncio.get_running_loop().call_later(job.deadline, self._late)
+        question = EvaluationRequest(self._number, job.rule_set, job.subject)
+        job.timer = asyncio.get_running_loop().call_later(job.deadline, self._on_deadline)
         try:
             self._socket.send(msgspec.msgpack.encode(question))
         except OSError:  # its end is noticed by reading
             self._fail(Failure.DIED)
-            self._gone("its socket takes nothing")
+            self._on_gone("its socket takes nothing")
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         assert self._socket is not None
         try:
             packet = self._socket.recv(MAX_PACKET)
@@ -241,31 +243,31 @@ class _Helper:
         except BlockingIOError:
             return
         except (OSError, msgspec.MsgspecError) as error:
-            self._gone(f"it sent what cannot be read: {error}")
+            self._on_gone(f"it sent what cannot be read: {error}")
             return
         match message:
-            case Answer(number, evaluation, last):
-                self._answered(number, evaluation, last=last)
+            case EvaluationResult(number, evaluation, last):
+                self._on_result(number, evaluation, last=last)
             case Ready(pid):
-                self._ready(pid)
-            case Loaded(problem):
+                self._on_ready(pid)
+            case RulesLoaded(problem):
                 if problem and self._loaded and not self._loaded.done():
                     self._loaded.set_exception(ConfigurationError(problem))
             case None:
-                self._gone("it ended")
+                self._on_gone("it ended")
 
-    def _answered(self, number: int, evaluation: Evaluation, *, last: bool) -> None:
+    def _on_result(self, number: int, evaluation: Evaluation, *, last: bool) -> None:
         if self._job is None or number != self._number:
             return  # it came as the deadline did
         job, self._job = self._job, None
         if last:
-            self._without_child()
+            self._await_child()
         job.end(evaluation)
-        self.pool.next()
+        self.pool.dispatch()
 
-    def _ready(self, pid: int) -> None:
+    def _on_ready(self, pid: int) -> None:
         self._fail(Failure.DIED)  # of the child before, without being told to
-        self._without_child()
+        self._await_child()
         with suppress(ProcessLookupError):  # it died already, and the next says so
             self._pidfd = os.pidfd_open(pid)
             self.child = pid
@@ -273,16 +275,16 @@ class _Helper:
                 self._timer.cancel()
         if self._loaded and not self._loaded.done():
             self._loaded.set_result(None)
-        self.pool.next()
+        self.pool.dispatch()
 
-    def _late(self) -> None:
+    def _on_deadline(self) -> None:
         """Kill the child; the helper forks the next."""
         self._fail(Failure.LATE)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._without_child()
+        self._await_child()
 
-    def _without_child(self) -> None:
+    def _await_child(self) -> None:
         """Wait for the helper's next child."""
         self.child = 0
         if self._pidfd >= 0:
@@ -290,34 +292,34 @@ class _Helper:
             self._pidfd = -1
         if self._timer:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(NEXT_CHILD, self._gone, "it does not go on")
+        self._timer = asyncio.get_running_loop().call_later(CHILD_TIMEOUT, self._on_gone, "it does not go on")
 
     def _fail(self, failure: Failure) -> None:
         job, self._job = self._job, None
         if job:
             job.end(failure)
 
-    def _gone(self, reason: str) -> None:
+    def _on_gone(self, reason: str) -> None:
         """Start the helper anew; as it starts, what it was doing fails."""
         if self._loaded and not self._loaded.done():
             self._loaded.set_exception(OSError(reason))
             return
-        if self._restart is None or self._restart.done():
-            self._release()
+        if self._restart_task is None or self._restart_task.done():
+            self._close_handles()
             self._fail(Failure.DIED)
-            self._restart = asyncio.get_running_loop().create_task(self._start_anew(reason))
+            self._restart_task = asyncio.get_running_loop().create_task(self._restart_process(reason))
 
-    async def _start_anew(self, reason: str) -> None:
-        self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._reaped()}")
+    async def _restart_process(self, reason: str) -> None:
+        self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._kill()}")
 
         def report(error: Exception, seconds: float) -> None:
             self.pool.log(f"a helper for managed rules cannot be started, next attempt in {seconds:.1f} s: {error}")
 
         await start_with_retries(self.start, RESTARTS, report, (ConfigurationError, OSError))
 
-    async def _reaped(self) -> str:
+    async def _kill(self) -> str:
         """Kill the process and its child, and wait for it; return how it ended."""
-        self._release()
+        self._close_handles()
         process = self._process
         if process is None:
             return "not started"
@@ -327,7 +329,7 @@ class _Helper:
             self._process = None
         return describe_exit(code)
 
-    def _release(self) -> None:
+    def _close_handles(self) -> None:
         """Let go of the socket, the child and the timer."""
         self.child = 0
         if self._pidfd >= 0:

@@ -19,30 +19,30 @@ DEFAULTS = (
 """For every site, whatever the paranoia. 920330, an empty User-Agent, stays: only tools that hide send one."""
 
 
-def _unseen(target: str, *tags: str) -> tuple[str, ...]:
+def _exclude(target: str, *tags: str) -> tuple[str, ...]:
     return tuple(f'SecRuleUpdateTargetByTag "{tag}" "!{target}"' for tag in tags)
 
 
 PROFILES: Mapping[str, tuple[str, ...]] = {
     # exec and attach have the command in the query, and repeat its name for each word.
-    "kubernetes": (*_unseen("ARGS:command", "attack-rce", "attack-sqli"), "SecRuleRemoveById 921180"),
+    "kubernetes": (*_exclude("ARGS:command", "attack-rce", "attack-sqli"), "SecRuleRemoveById 921180"),
     # Classic SignalR (ASP.NET): JSON and base64 in the query.
-    "signalr": (*_unseen("ARGS:connectionData", "attack-sqli"), *_unseen("ARGS:connectionToken", "attack-sqli")),
+    "signalr": (*_exclude("ARGS:connectionData", "attack-sqli"), *_exclude("ARGS:connectionToken", "attack-sqli")),
     # LogQL and PromQL are programs: pipes, braces, names of files, regular expressions.
-    "grafana": _unseen("ARGS:query", "attack-rce", "attack-sqli", "attack-lfi", "attack-xss", "attack-injection-php"),
+    "grafana": _exclude("ARGS:query", "attack-rce", "attack-sqli", "attack-lfi", "attack-xss", "attack-injection-php"),
     # Its JavaScript adapter keeps JSON in cookies; iss is the URL of another host by nature.
     "keycloak": (
-        *_unseen("REQUEST_COOKIES:/^kc-callback/", "attack-sqli"),
+        *_exclude("REQUEST_COOKIES:/^kc-callback/", "attack-sqli"),
         'SecRuleUpdateTargetById 931130 "!ARGS:iss"',
     ),
     # Tickets of 340 characters of base64 behind a ::, some of which look like SQL, or like an event handler of HTML.
     "proxmox": (
-        *_unseen("ARGS:vncticket", "attack-sqli", "attack-xss"),
-        *_unseen("REQUEST_COOKIES:PVEAuthCookie", "attack-sqli", "attack-xss"),
+        *_exclude("ARGS:vncticket", "attack-sqli", "attack-xss"),
+        *_exclude("REQUEST_COOKIES:PVEAuthCookie", "attack-sqli", "attack-xss"),
     ),
     # GUAC_AUDIO and GUAC_IMAGE stand several times in the query.
     "guacamole": ("SecRuleRemoveById 921180", "SecRuleRemoveById 932350"),
     # Hot reload names the page: /blog/[slug], which is a shell pattern too.
-    "nextjs": _unseen("ARGS:page", "attack-rce"),
+    "nextjs": _exclude("ARGS:page", "attack-rce"),
 }
 """By the names that ``profiles`` in the configuration takes."""

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.handshakes import Field, request, without
-from tlstunnel.firewall.cross_site import OriginCheck, canonical_origin
 from tlstunnel.firewall.facts import Facts, gather
+from tlstunnel.firewall.web_origins import WebOriginCheck, normalise_web_origin
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import RequestReader
 
@@ -20,8 +20,8 @@ def facts(*origins: bytes, host: bytes = b"chat.example.com") -> Facts:
     return gather(found, Connection(ip="192.0.2.1"), strict_path=True, now=0)
 
 
-def allowed(check: OriginCheck, *origins: bytes, host: bytes = b"chat.example.com") -> bool:
-    refusal = check.refusal(facts(*origins, host=host))
+def allowed(check: WebOriginCheck, *origins: bytes, host: bytes = b"chat.example.com") -> bool:
+    refusal = check.check(facts(*origins, host=host))
     assert refusal is None or refusal.status == 403
     return refusal is None
 
@@ -48,7 +48,7 @@ def allowed(check: OriginCheck, *origins: bytes, host: bytes = b"chat.example.co
     ],
 )
 def test_allowed(entry: str, origin: bytes) -> None:
-    assert allowed(OriginCheck([entry], NAMES), origin)
+    assert allowed(WebOriginCheck([entry], NAMES), origin)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_allowed(entry: str, origin: bytes) -> None:
     ],
 )
 def test_refused(entry: str, origin: bytes) -> None:
-    assert not allowed(OriginCheck([entry], NAMES), origin)
+    assert not allowed(WebOriginCheck([entry], NAMES), origin)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_refused(entry: str, origin: bytes) -> None:
     ],
 )
 def test_same_is_the_names_of_the_site(origin: bytes, host: bytes, own: bool) -> None:
-    assert allowed(OriginCheck(["same"], NAMES), origin, host=host) is own
+    assert allowed(WebOriginCheck(["same"], NAMES), origin, host=host) is own
 
 
 @pytest.mark.parametrize(
@@ -125,30 +125,30 @@ def test_same_is_the_names_of_the_site(origin: bytes, host: bytes, own: bool) ->
     ],
 )
 def test_same_of_a_site_of_any_name_is_the_host_that_is_asked_for(origin: bytes, host: bytes, own: bool) -> None:
-    assert allowed(OriginCheck(["same"], ["*"]), origin, host=host) is own
+    assert allowed(WebOriginCheck(["same"], ["*"]), origin, host=host) is own
 
 
 def test_a_request_without_origin_is_no_browsers() -> None:
-    assert allowed(OriginCheck(["same"], NAMES))
-    refusal = OriginCheck(["same"], NAMES, required=True).refusal(facts())
+    assert allowed(WebOriginCheck(["same"], NAMES))
+    refusal = WebOriginCheck(["same"], NAMES, required=True).check(facts())
     assert refusal is not None
     assert (refusal.status, refusal.reason) == (403, "web origin missing")
-    assert allowed(OriginCheck(["same"], NAMES, required=True), b"https://chat.example.com")
+    assert allowed(WebOriginCheck(["same"], NAMES, required=True), b"https://chat.example.com")
 
 
 def test_an_empty_list_lets_no_page_in() -> None:
-    assert not allowed(OriginCheck([], NAMES), b"https://chat.example.com")
-    assert allowed(OriginCheck([], NAMES))
+    assert not allowed(WebOriginCheck([], NAMES), b"https://chat.example.com")
+    assert allowed(WebOriginCheck([], NAMES))
 
 
 def test_several_origins_are_refused() -> None:
     same = b"https://chat.example.com"
-    assert not allowed(OriginCheck(["same"], NAMES), same, same)
-    assert not allowed(OriginCheck(["same"], NAMES), same, b"https://evil.example")
+    assert not allowed(WebOriginCheck(["same"], NAMES), same, same)
+    assert not allowed(WebOriginCheck(["same"], NAMES), same, b"https://evil.example")
 
 
 def test_what_was_sent_is_in_the_detail_alone() -> None:
-    refusal = OriginCheck(["same"], NAMES).refusal(facts(b"https://evil.example"))
+    refusal = WebOriginCheck(["same"], NAMES).check(facts(b"https://evil.example"))
     assert refusal is not None
     assert refusal.detail == "https://evil.example"
     assert "evil" not in refusal.text + refusal.reason
@@ -160,7 +160,7 @@ def test_what_was_sent_is_in_the_detail_alone() -> None:
     )
 )
 def test_no_value_raises_or_gets_in_as_another(value: bytes) -> None:
-    found = canonical_origin(value)
-    assert found == "" or canonical_origin(found.encode()) == found
+    found = normalise_web_origin(value)
+    assert found == "" or normalise_web_origin(found.encode()) == found
     assert "*" not in found
     assert "@" not in found

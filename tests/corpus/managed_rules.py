@@ -10,11 +10,11 @@ from tests.corpus.corpus import Sample, upgrade_request
 from tests.harness import missing
 from tlstunnel.config import SiteManagedRules, Timeout
 from tlstunnel.firewall.facts import Facts, gather
+from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
 from tlstunnel.firewall.managed.messages import Subject
 from tlstunnel.firewall.managed.modsecurity import LIBRARY
-from tlstunnel.firewall.managed.pool import Pool
-from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS, build
-from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+from tlstunnel.firewall.managed.pool import HelperPool
+from tlstunnel.firewall.managed.rule_sets import DEBIAN_CRS, build
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.metrics.registry import Registry
@@ -62,7 +62,7 @@ def plain_request(target: str, *headers: str) -> UpgradeRequest:
     return upgrade_request(target, [*handshake, *headers])
 
 
-def with_pool(pool: Pool, ask: Callable[[Pool], Coroutine[Any, Any, T]]) -> T:
+def with_pool(pool: HelperPool, ask: Callable[[HelperPool], Coroutine[Any, Any, T]]) -> T:
     """Run `ask` with a started pool, closed afterwards."""
 
     async def run() -> T:
@@ -75,15 +75,15 @@ def with_pool(pool: Pool, ask: Callable[[Pool], Coroutine[Any, Any, T]]) -> T:
     return asyncio.run(run())
 
 
-def judged(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedOutcome]:
+def judged(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedRulesOutcome]:
     """The outcome of each sample, by its name."""
-    rules_set = build(settings)
+    rule_set = build(settings)
 
-    async def ask(pool: Pool) -> dict[str, ManagedOutcome]:
-        stage = ManagedRulesStage(pool, rules_set.name, settings, Registry())
+    async def ask(pool: HelperPool) -> dict[str, ManagedRulesOutcome]:
+        stage = ManagedRulesCheck(pool, rule_set.name, settings, Registry())
         return {sample.name: await stage.judge(facts(sample.request)) for sample in samples}
 
-    return with_pool(Pool([rules_set]), ask)
+    return with_pool(HelperPool([rule_set]), ask)
 
 
 def own_rules(folder: Path, text: str) -> SiteManagedRules:

@@ -20,7 +20,7 @@ _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#@\\\s:]*|\[[0-9A-Fa-f:.
 _PORT_OF_HOST = re.compile(rb".*:([0-9]+)", re.DOTALL)
 
 
-class OriginCheck:
+class WebOriginCheck:
     """The origins that a site lets in.
 
     `allowed` are entries of ``web_origins`` as the configuration gives them, `names` the site's own. `required`
@@ -37,7 +37,7 @@ class OriginCheck:
         self._names = frozenset(names)
         self._required = required
 
-    def refusal(self, facts: Facts) -> Refusal | None:
+    def check(self, facts: Facts) -> Refusal | None:
         """Why a request with this Origin field is refused (403), or None."""
         values = facts.request.by_name.get(b"origin", ())
         if not values:
@@ -45,17 +45,17 @@ class OriginCheck:
             required = self._required and isinstance(facts.request, UpgradeRequest)
             if not required:
                 return None
-            return _refused(Reason.WEB_ORIGIN_MISSING, "a request without an Origin field is refused here")
+            return _refuse(Reason.WEB_ORIGIN_MISSING, "a request without an Origin field is refused here")
         if len(values) > 1:
-            return _refused(Reason.WEB_ORIGIN_NOT_ALLOWED, "there must be one Origin field", "several Origin fields")
+            return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "there must be one Origin field", "several Origin fields")
         # Browsers send the canonical form, so this is all that it takes for most of those that may come.
         sent = values[0].decode("latin-1")
         if sent in self._exact:
             return None
-        origin = canonical_origin(values[0])
+        origin = normalise_web_origin(values[0])
         if origin and self._allows(origin, facts):
             return None
-        return _refused(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this origin may not connect here", sent)
+        return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this origin may not connect here", sent)
 
     def _allows(self, origin: str, facts: Facts) -> bool:
         if origin in self._exact:
@@ -70,7 +70,7 @@ class OriginCheck:
         A site of any name has no names of its own: there the page's host must be the one that the request is for.
         """
         scheme, _, authority = origin.partition("://")
-        host, port = _split(authority)
+        host, port = _split_authority(authority)
         asked = _PORT_OF_HOST.fullmatch(facts.request.authority)
         if scheme != "https" or port not in ("", asked[1].decode("ascii").lstrip("0") if asked else ""):
             return False
@@ -78,7 +78,7 @@ class OriginCheck:
         return host in self._names or f"*.{parent}" in self._names or ("*" in self._names and host == facts.host)
 
 
-def canonical_origin(value: bytes) -> str:
+def normalise_web_origin(value: bytes) -> str:
     """Give an Origin field's value the form of the configuration, or "" if it is not one origin.
 
     Scheme and host in lower case, A-labels, no final dot, no port that is the scheme's; ``null`` is an origin. A host
@@ -106,7 +106,7 @@ def canonical_origin(value: bytes) -> str:
     return f"{scheme}://{host.lower()}{port}"
 
 
-def _split(authority: str) -> tuple[str, str]:
+def _split_authority(authority: str) -> tuple[str, str]:
     """Give host, without brackets, and port of a canonical origin, "" where it has none."""
     if authority.startswith("["):
         host, _, port = authority[1:].partition("]")
@@ -115,5 +115,5 @@ def _split(authority: str) -> tuple[str, str]:
     return host, port
 
 
-def _refused(reason: Reason, text: str, detail: str = "") -> Refusal:
+def _refuse(reason: Reason, text: str, detail: str = "") -> Refusal:
     return Refusal(403, reason, text, detail=detail)

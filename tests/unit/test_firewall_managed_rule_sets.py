@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.stage import UNHURRIED, judged, own_rules, plain_request, require_crs
+from tests.corpus.managed_rules import UNHURRIED, judged, own_rules, plain_request, require_crs
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.managed import rules_sets
-from tlstunnel.firewall.managed.messages import RulesSet
+from tlstunnel.firewall.managed import rule_sets
+from tlstunnel.firewall.managed.messages import RuleSet
 from tlstunnel.firewall.managed.profiles import PROFILES
-from tlstunnel.firewall.managed.rules_sets import DEBIAN_CRS, DEBIAN_SETUP, build
+from tlstunnel.firewall.managed.rule_sets import DEBIAN_CRS, DEBIAN_SETUP, build
 
 # What changed its name between version 3 and 4.
 NEW_NAMES = {
@@ -43,8 +43,8 @@ def release(tmp_path: Path) -> Path:
     return folder
 
 
-def files(rules_set: RulesSet) -> list[str]:
-    return [Path(step.file).name for step in rules_set.steps if step.file]
+def files(rule_set: RuleSet) -> list[str]:
+    return [Path(source.file).name for source in rule_set.sources if source.file]
 
 
 def sample(target: str, *headers: str) -> corpus.Sample:
@@ -108,7 +108,7 @@ def test_release_that_forbids_ws_as_an_extension_lets_firebase_through(
     settings = SiteManagedRules(owasp_crs=True, crs=release, timeout=UNHURRIED)
     assert score(settings, "/.ws?v=5&ns=demo-default-rtdb") == 0
     assert score(settings, "/x.sql?v=5") >= 5
-    monkeypatch.setattr(rules_sets, "_extensions", lambda _: [])
+    monkeypatch.setattr(rule_sets, "_allow_extensions", lambda _: [])
     assert score(settings, "/.ws?v=5&ns=demo-default-rtdb") >= 5
 
 
@@ -195,7 +195,7 @@ def test_own_rules_beside_crs_deny_score_exclude_and_allow(tmp_path: Path) -> No
         "ordinary": 101,
     }
     assert found["deny"].denied_by == 1001
-    assert found["deny"].families == ("own rule",)
+    assert found["deny"].categories == ("own rule",)
     assert found["score"].score == 7
 
 
@@ -235,7 +235,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: p
     )
     (folder / "rules" / "REQUEST-901-INITIALIZATION.conf").write_text("")
     assert "has neither crs-setup.conf nor crs-setup.conf.example" in said(SiteManagedRules(owasp_crs=True, crs=folder))
-    monkeypatch.setattr(rules_sets, "DEBIAN_CRS", tmp_path / "none")
+    monkeypatch.setattr(rule_sets, "DEBIAN_CRS", tmp_path / "none")
     assert "install Debian's package modsecurity-crs, or name the folder" in said(SiteManagedRules(owasp_crs=True))
 
 

@@ -5,13 +5,13 @@ from typing import Literal
 
 import pytest
 
-from tests.corpus.stage import facts, plain_request
+from tests.corpus.managed_rules import facts, plain_request
 from tlstunnel.config import SiteManagedRules
-from tlstunnel.firewall.managed import verdict
-from tlstunnel.firewall.managed.families import LOG4SHELL, family
+from tlstunnel.firewall.managed import check
+from tlstunnel.firewall.managed.categories import LOG4SHELL, name_category
+from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
 from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
-from tlstunnel.firewall.managed.pool import Failure, Pool
-from tlstunnel.firewall.managed.verdict import ManagedOutcome, ManagedRulesStage
+from tlstunnel.firewall.managed.pool import Failure, HelperPool
 from tlstunnel.handshake.refusal import render
 from tlstunnel.metrics.families import MANAGED_RULE_MATCHES, MANAGED_RULES
 from tlstunnel.metrics.registry import Registry
@@ -20,7 +20,7 @@ SQLI, XSS = Match(942100, "SQL", 2, "a"), Match(941100, "XSS", 2, "b")
 HOSTILE = "/?x=" + "$(" * 100
 
 
-class Answers(Pool):
+class Answers(HelperPool):
     """A pool that says what it is told to: real failures of each kind are in the promises."""
 
     def __init__(self, result: Evaluation | Failure) -> None:
@@ -28,17 +28,17 @@ class Answers(Pool):
         self.result = result
         self.asked: list[tuple[str, Subject, float]] = []
 
-    async def judge(self, rules_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
-        self.asked.append((rules_set, subject, deadline))
+    async def judge(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+        self.asked.append((rule_set, subject, deadline))
         return self.result
 
 
 def judge(
     result: Evaluation | Failure, settings: SiteManagedRules, target: str = "/?x=1"
-) -> tuple[ManagedOutcome, dict[str, int]]:
+) -> tuple[ManagedRulesOutcome, dict[str, int]]:
     """What comes of it, and how often each outcome and each rule was counted."""
     metrics = Registry()
-    stage = ManagedRulesStage(Answers(result), "set", settings, metrics)
+    stage = ManagedRulesCheck(Answers(result), "set", settings, metrics)
     outcome = asyncio.run(stage.judge(facts(plain_request(target))))
     outcomes = {labels[-1]: count for labels, count in metrics[MANAGED_RULES].values.items()}
     matches = {rule: count for (rule,), count in metrics[MANAGED_RULE_MATCHES].values.items()}
@@ -49,17 +49,17 @@ def test_pool_is_asked_with_what_was_sent() -> None:
     pool = Answers(Evaluation(0))
     trace: list[object] = []
     request = plain_request("/%61?x=%31", "User-Agent: T")
-    stage = ManagedRulesStage(pool, "set", SiteManagedRules(), Registry())
+    stage = ManagedRulesCheck(pool, "set", SiteManagedRules(), Registry())
     outcome = asyncio.run(stage.judge(facts(request, "::ffff:203.0.113.7"), trace))
     assert pool.asked == [("set", Subject("203.0.113.7", b"/%61?x=%31", request.fields), 0.05)]
-    assert trace == [outcome] == [ManagedOutcome()]
+    assert trace == [outcome] == [ManagedRulesOutcome()]
 
 
 @pytest.mark.parametrize(("score", "blocked"), [(0, False), (4, False), (5, True), (100, True)])
 def test_threshold(score: int, blocked: bool) -> None:
     outcome, counters = judge(Evaluation(score, (SQLI, XSS, SQLI)), SiteManagedRules())
     assert (outcome.score, outcome.rule_ids) == (score, (942100, 941100))
-    assert outcome.families == ("SQL injection", "cross-site scripting")
+    assert outcome.categories == ("SQL injection", "cross-site scripting")
     assert counters["942100"] == counters["941100"] == 1
     assert counters == {"blocked" if blocked else "passed": 1, "942100": 1, "941100": 1}
     if blocked:
@@ -115,26 +115,26 @@ def test_guard_refuses_whatever_failures_do(on_failure: Literal["block", "allow"
     outcome, _ = judge(Evaluation(0), SiteManagedRules(on_failure=on_failure), HOSTILE)
     assert outcome.refusal is not None
     assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules: guard")
-    assert outcome.objection == outcome.refusal.detail != ""
+    assert outcome.guard_reason == outcome.refusal.detail != ""
 
 
 def test_penalties_are_by_address_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "MAX_PENALTIES", 3)
+    monkeypatch.setattr(check, "MAX_PENALTIES", 3)
     now = 0.0
-    penalties = verdict._Penalties(lambda: now)
+    penalties = check._Penalties(lambda: now)
     assert not penalties.holds("")
     penalties.add("203.0.113.1")
     assert penalties.holds("203.0.113.1")
     assert not penalties.holds("203.0.113.2")
     assert not penalties.holds("2001:db8::1")
-    now = verdict.PENALTY
+    now = check.PENALTY
     assert not penalties.holds("203.0.113.1")
     for number in range(10):
         penalties.add(f"2001:db8:0:{number:x}::1")
     assert [penalties.holds(f"2001:db8:0:{number:x}::ffff") for number in range(10)] == [False] * 7 + [True] * 3
 
 
-def test_families() -> None:
-    assert family(942100) == family(942999) == "SQL injection"
-    assert family(LOG4SHELL) == "Java attack"
-    assert (family(980100), family(1001), family(99_900_000)) == ("other", "own rule", "own rule")
+def test_categories() -> None:
+    assert name_category(942100) == name_category(942999) == "SQL injection"
+    assert name_category(LOG4SHELL) == "Java attack"
+    assert (name_category(980100), name_category(1001), name_category(99_900_000)) == ("other", "own rule", "own rule")

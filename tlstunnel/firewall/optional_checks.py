@@ -16,27 +16,27 @@ from tlstunnel.escaping import printable
 from tlstunnel.firewall.counters import Counters, MemoryCounters
 from tlstunnel.firewall.expressions import Expressions
 from tlstunnel.firewall.lists import NamedLists
-from tlstunnel.firewall.managed.messages import RulesSet
-from tlstunnel.firewall.managed.pool import Pool
-from tlstunnel.firewall.managed.rules_sets import build
-from tlstunnel.firewall.managed.verdict import ManagedRulesStage
+from tlstunnel.firewall.managed.check import ManagedRulesCheck
+from tlstunnel.firewall.managed.messages import RuleSet
+from tlstunnel.firewall.managed.pool import HelperPool
+from tlstunnel.firewall.managed.rule_sets import build
 from tlstunnel.firewall.rate_limits import RateLimits
 from tlstunnel.firewall.rules import Rules
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 
-SiteStages = tuple[Rules | None, RateLimits | None, ManagedRulesStage | None]
+SiteChecks = tuple[Rules | None, RateLimits | None, ManagedRulesCheck | None]
 """The rules, rate limits and managed rules of a site; None for a stage that has nothing to do."""
 
-Config_ = TypeVar("Config_", RuleConfig, RateLimitConfig)
+CheckConfig = TypeVar("CheckConfig", RuleConfig, RateLimitConfig)
 Built = TypeVar("Built")
-Stage = TypeVar("Stage", Rules, RateLimits)
+Addable = TypeVar("Addable", Rules, RateLimits)
 
 
-class Stages:
+class OptionalChecks:
     """Rules, rate limits and managed rules of all sites. `pool` is None if no site has managed rules.
 
-    `of_sites` has the stages of each site by its index; the rules and limits of all sites come before its own. Raises
+    `by_site` has the stages of each site by its index; the rules and limits of all sites come before its own. Raises
     InvalidConfiguration with every problem.
     """
 
@@ -52,63 +52,67 @@ class Stages:
         self.counters: Counters = MemoryCounters() if counters is None else counters
         self._expressions = Expressions(lists)
         problems = Problems()
-        rules = _collect(self._rules, config.rules, problems, "rules")
-        limits = _collect(partial(self._limits, scope=""), config.rate_limits, problems, "rate_limits")
+        rules = _build_collecting(self._build_rules, config.rules, problems, "rules")
+        limits = _build_collecting(partial(self._build_limits, scope=""), config.rate_limits, problems, "rate_limits")
         own = []
-        sets: dict[int, RulesSet] = {}
+        rule_sets: dict[int, RuleSet] = {}
         for index, site in enumerate(sites):
-            own.append(self._own(index, site, problems))
+            own.append(self._build_own(index, site, problems))
             if site.managed_rules is not None:
                 with problems.collect("sites", index, "managed_rules"):
-                    sets[index] = build(site.managed_rules)
+                    rule_sets[index] = build(site.managed_rules)
         problems.raise_found()
         helpers = config.managed_rules
-        self.pool = Pool(list(sets.values()), helpers.processes, helpers.queue, log=_warn) if sets else None
-        self.of_sites: tuple[SiteStages, ...] = tuple(
-            self._joined(site, (rules, limits), own[index], sets.get(index)) for index, site in enumerate(sites)
+        self.pool = (
+            HelperPool(list(rule_sets.values()), helpers.processes, helpers.queue, log=_warn) if rule_sets else None
+        )
+        self.by_site: tuple[SiteChecks, ...] = tuple(
+            self._combine(site, (rules, limits), own[index], rule_sets.get(index)) for index, site in enumerate(sites)
         )
 
-    def _own(self, index: int, site: SiteConfig, problems: Problems) -> tuple[Rules | None, RateLimits | None]:
+    def _build_own(self, index: int, site: SiteConfig, problems: Problems) -> tuple[Rules | None, RateLimits | None]:
         """Build the rules and limits of one site. Its problems name it: an index alone is hard to find in a file."""
         name = f"site {site.names[0]}, "
         path = ("sites", index)
-        limits = partial(self._limits, scope=site.names[0])
+        limits = partial(self._build_limits, scope=site.names[0])
         return (
-            _collect(self._rules, site.rules, problems, *path, "rules", name=name),
-            _collect(limits, site.rate_limits, problems, *path, "rate_limits", name=name),
+            _build_collecting(self._build_rules, site.rules, problems, *path, "rules", name=name),
+            _build_collecting(limits, site.rate_limits, problems, *path, "rate_limits", name=name),
         )
 
-    def _joined(
+    def _combine(
         self,
         site: SiteConfig,
         common: tuple[Rules | None, RateLimits | None],
         own: tuple[Rules | None, RateLimits | None],
-        rules_set: RulesSet | None,
-    ) -> SiteStages:
+        rule_set: RuleSet | None,
+    ) -> SiteChecks:
         managed = None
-        if self.pool is not None and site.managed_rules is not None and rules_set is not None:
-            managed = ManagedRulesStage(self.pool, rules_set.name, site.managed_rules, self._metrics)
-        return _sum(common[0], own[0]), _sum(common[1], own[1]), managed
+        if self.pool is not None and site.managed_rules is not None and rule_set is not None:
+            managed = ManagedRulesCheck(self.pool, rule_set.name, site.managed_rules, self._metrics)
+        return _add(common[0], own[0]), _add(common[1], own[1]), managed
 
-    def _rules(self, configs: Sequence[RuleConfig]) -> Rules:
-        return Rules(configs, self._expressions, metrics=self._metrics, report=_reporter(Event.RULE_FAILED, "rule"))
+    def _build_rules(self, configs: Sequence[RuleConfig]) -> Rules:
+        return Rules(
+            configs, self._expressions, metrics=self._metrics, report=_make_reporter(Event.RULE_FAILED, "rule")
+        )
 
-    def _limits(self, configs: Sequence[RateLimitConfig], scope: str) -> RateLimits:
-        report = _reporter(Event.RATE_LIMIT_CONDITION_FAILED, "rate_limit")
+    def _build_limits(self, configs: Sequence[RateLimitConfig], scope: str) -> RateLimits:
+        report = _make_reporter(Event.RATE_LIMIT_CONDITION_FAILED, "rate_limit")
         condition = self._expressions.condition
         return RateLimits(configs, self.counters, condition, scope=scope, metrics=self._metrics, report=report)
 
 
-def _reporter(event: Event, what: str) -> Callable[[str, str], None]:
+def _make_reporter(event: Event, what: str) -> Callable[[str, str], None]:
     def report(name: str, error: str) -> None:
         structlog.get_logger().warning(event, **{what: name}, reason=printable(error))
 
     return report
 
 
-def _collect(
-    build: Callable[[Sequence[Config_]], Built],
-    configs: Sequence[Config_],
+def _build_collecting(
+    build: Callable[[Sequence[CheckConfig]], Built],
+    configs: Sequence[CheckConfig],
     problems: Problems,
     *path: str | int,
     name: str = "",
@@ -131,7 +135,7 @@ def _collect(
     return None
 
 
-def _sum(first: Stage | None, second: Stage | None) -> Stage | None:
+def _add(first: Addable | None, second: Addable | None) -> Addable | None:
     return first + second if first is not None and second is not None else first if first is not None else second
 
 

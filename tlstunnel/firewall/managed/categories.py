@@ -1,6 +1,6 @@
-"""The families of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 number alike."""
+"""The categories of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 number alike."""
 
-_FAMILIES = {
+_CATEGORIES = {
     910: "IP reputation",
     911: "method",
     912: "denial of service",
@@ -25,8 +25,8 @@ LOG4SHELL = 99_900_044
 """The id of our own rule, in ``log4shell.conf``."""
 
 
-def family(rule: int) -> str:
+def name_category(rule: int) -> str:
     """Name what a rule of CRS looks for; "own rule" for an id that is not CRS's (its own are 900000 to 999999)."""
     if rule == LOG4SHELL:
-        return _FAMILIES[944]
-    return _FAMILIES.get(rule // 1000, "other" if 900_000 <= rule <= 999_999 else "own rule")
+        return _CATEGORIES[944]
+    return _CATEGORIES.get(rule // 1000, "other" if 900_000 <= rule <= 999_999 else "own rule")

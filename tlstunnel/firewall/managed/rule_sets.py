@@ -16,13 +16,13 @@ from tlstunnel.config import SiteManagedRules
 from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import lint
-from tlstunnel.firewall.managed.messages import RulesSet, Step
+from tlstunnel.firewall.managed.messages import RuleSet, RuleSource
 from tlstunnel.firewall.managed.profiles import DEFAULTS, PROFILES
 
 DEBIAN_CRS = Path("/usr/share/modsecurity-crs")
 DEBIAN_SETUP = Path("/etc/modsecurity/crs")
 
-OUR_IDS = range(99_900_000, 99_900_100)
+OWN_IDS = range(99_900_000, 99_900_100)
 """Ids of our own rules, which a user's cannot have."""
 
 _LOG4SHELL = Path(__file__).with_name("log4shell.conf")
@@ -37,7 +37,7 @@ SecArgumentsLimit 64
 # Not DetectionOnly: a user's rule that denies, or allows, does so only when the engine is on. Of what stands several
 # times, the first counts, so no later file can switch it off.
 
-_ALONE = """\
+_DEFAULT_ACTIONS = """\
 SecDefaultAction "phase:1,log,noauditlog,deny,status:403"
 SecDefaultAction "phase:2,log,noauditlog,deny,status:403"
 """
@@ -60,8 +60,8 @@ class _Crs:
         return (*self.setup, *self.before, self.initialization, *self.rules, *self.after)
 
 
-def build(settings: SiteManagedRules) -> RulesSet:
-    """Build the rules set of a site's settings.
+def build(settings: SiteManagedRules) -> RuleSet:
+    """Build the rule set of a site's settings.
 
     Reads CRS's folder and lints the user's rules. Raises InvalidConfiguration with every problem.
     """
@@ -70,52 +70,54 @@ def build(settings: SiteManagedRules) -> RulesSet:
     own: tuple[Path, ...] = ()
     if settings.owasp_crs:
         with problems.collect():
-            crs = _found(settings.crs)
+            crs = _find_crs(settings.crs)
     if settings.rules is not None:
         with problems.collect("rules"):
-            own = _own_files(settings.rules)
+            own = _find_own_files(settings.rules)
     if not settings.owasp_crs and settings.rules is None:
         problems.add("no rules: write owasp_crs = true, or name files with rules =")
     known: dict[int, str] = {}
     with problems.collect():
-        known = _ids(crs) if crs else {}
+        known = _read_ids(crs) if crs else {}
     with problems.collect("rules"):
-        lint.check(own, known | dict.fromkeys(OUR_IDS, "tlstunnel's own settings"))
+        lint.check(own, known | dict.fromkeys(OWN_IDS, "tlstunnel's own settings"))
     problems.raise_found()
     ours = () if _LOG4SHELL_OF_CRS in known else (_LOG4SHELL,)
-    steps = tuple(_steps(settings, crs, ours, own))
-    digest = blake2b("\0".join(f"{step.text}\0{step.file}" for step in steps).encode(), digest_size=16)
-    return RulesSet(digest.hexdigest(), steps)
+    sources = tuple(_list_sources(settings, crs, ours, own))
+    digest = blake2b("\0".join(f"{source.text}\0{source.file}" for source in sources).encode(), digest_size=16)
+    return RuleSet(digest.hexdigest(), sources)
 
 
-def _steps(
+def _list_sources(
     settings: SiteManagedRules, crs: _Crs | None, ours: tuple[Path, ...], own: tuple[Path, ...]
-) -> Iterator[Step]:
-    yield Step(text=_ENGINE)
+) -> Iterator[RuleSource]:
+    yield RuleSource(text=_ENGINE)
     exclusions = [f"SecRuleRemoveById {number}" for number in sorted(set(settings.exclude))]
     if crs is None:
-        yield Step(text=_ALONE + _lines(exclusions))
-        yield from _files(own)
+        yield RuleSource(text=_DEFAULT_ACTIONS + _join_lines(exclusions))
+        yield from _file_sources(own)
         return
-    yield from _files(crs.setup)
+    yield from _file_sources(crs.setup)
     for name in dict.fromkeys(settings.profiles):
         exclusions += PROFILES[name]
-    yield Step(text=_lines([_variables(settings.paranoia), *_extensions(crs), *DEFAULTS, *exclusions]))
-    yield from _files(crs.before)
+    yield RuleSource(
+        text=_join_lines([_set_variables(settings.paranoia), *_allow_extensions(crs), *DEFAULTS, *exclusions])
+    )
+    yield from _file_sources(crs.before)
     # The user's come when CRS's variables are set, and before any rule of CRS: there they can exclude, deny and score.
-    yield from _files((crs.initialization, *ours, *own, *crs.rules, *crs.after))
+    yield from _file_sources((crs.initialization, *ours, *own, *crs.rules, *crs.after))
 
 
-def _lines(directives: Iterable[str]) -> str:
+def _join_lines(directives: Iterable[str]) -> str:
     """Each ends with a newline: without the last one, libmodsecurity's parser stumbles over the next file."""
     return "".join(f"{directive}\n" for directive in directives)
 
 
-def _files(paths: tuple[Path, ...]) -> Iterator[Step]:
-    return (Step(file=str(path)) for path in paths)
+def _file_sources(paths: tuple[Path, ...]) -> Iterator[RuleSource]:
+    return (RuleSource(file=str(path)) for path in paths)
 
 
-def _variables(paranoia: int) -> str:
+def _set_variables(paranoia: int) -> str:
     """CRS's variables, by their names in version 3 and 4; those of the other version do nothing.
 
     With a threshold of 1 the rule that compares reports every score; the real threshold is applied by us. Blocking
@@ -133,30 +135,30 @@ def _variables(paranoia: int) -> str:
         "real_ip": "%{REMOTE_ADDR}",  # of CRS 3, set by a rule that is removed
     }
     actions = ",".join(f"setvar:tx.{name}={value}" for name, value in variables.items())
-    return f'SecAction "id:{OUR_IDS[0]},phase:1,pass,nolog,t:none,{actions}"'
+    return f'SecAction "id:{OWN_IDS[0]},phase:1,pass,nolog,t:none,{actions}"'
 
 
-def _extensions(crs: _Crs) -> list[str]:
+def _allow_extensions(crs: _Crs) -> list[str]:
     """Take ``.ws`` out of the extensions that CRS 4 forbids, unless the setup file names some: Firebase uses it."""
-    default = _EXTENSIONS.search(_text(crs.initialization))
+    default = _EXTENSIONS.search(_read_text(crs.initialization))
     if default is None or ".ws/" not in default[1]:
         return []
     extensions = " ".join(extension for extension in default[1].split() if extension != ".ws/")
-    actions = f"id:{OUR_IDS[1]},phase:1,pass,nolog,t:none,setvar:'tx.restricted_extensions={extensions}'"
+    actions = f"id:{OWN_IDS[1]},phase:1,pass,nolog,t:none,setvar:'tx.restricted_extensions={extensions}'"
     return [f'SecRule &TX:restricted_extensions "@eq 0" "{actions}"']
 
 
-def _found(folder: Path | None) -> _Crs:
+def _find_crs(folder: Path | None) -> _Crs:
     hint = "install Debian's package modsecurity-crs, or name the folder of a CRS release with crs ="
     if folder is None:
         folder = DEBIAN_CRS
         if not folder.is_dir():
             raise ConfigurationError(f"OWASP CRS is not at {folder}; {hint}")
     if not folder.is_dir():
-        raise _wrong_folder(f"{quoted(str(folder))} is not a folder; {hint}")
+        raise _folder_problem(f"{quoted(str(folder))} is not a folder; {hint}")
     initialization = folder / "rules" / "REQUEST-901-INITIALIZATION.conf"
     if not initialization.is_file():
-        raise _wrong_folder(
+        raise _folder_problem(
             f"{quoted(str(folder))} has no rules/REQUEST-901-INITIALIZATION.conf, so it is not the folder of a CRS"
             f" release; {hint}"
         )
@@ -166,7 +168,7 @@ def _found(folder: Path | None) -> _Crs:
         candidates.insert(0, DEBIAN_SETUP / "crs-setup.conf")
     setup = next((path for path in candidates if path.is_file()), None)
     if setup is None:
-        raise _wrong_folder(f"{quoted(str(folder))} has neither crs-setup.conf nor crs-setup.conf.example")
+        raise _folder_problem(f"{quoted(str(folder))} has neither crs-setup.conf nor crs-setup.conf.example")
     rules = sorted((folder / "rules").glob("REQUEST-*.conf"))
     # Rules of responses judge what a tunnel never sees; but their last file is where exclusions are kept.
     after = sorted((folder / "rules").glob("RESPONSE-999-*.conf"))
@@ -184,11 +186,11 @@ def _found(folder: Path | None) -> _Crs:
     )
 
 
-def _wrong_folder(reason: str) -> InvalidConfiguration:
+def _folder_problem(reason: str) -> InvalidConfiguration:
     return InvalidConfiguration(Problem(("crs",), reason))
 
 
-def _own_files(pattern: str) -> tuple[Path, ...]:
+def _find_own_files(pattern: str) -> tuple[Path, ...]:
     found = tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207 (the pattern is absolute)
     files = tuple(path for path in found if path.is_file())
     if not files:
@@ -196,11 +198,11 @@ def _own_files(pattern: str) -> tuple[Path, ...]:
     return files
 
 
-def _ids(crs: _Crs) -> dict[int, str]:
-    return {int(number): path.name for path in crs.files() for number in _ID.findall(_text(path))}
+def _read_ids(crs: _Crs) -> dict[int, str]:
+    return {int(number): path.name for path in crs.files() for number in _ID.findall(_read_text(path))}
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8", "replace")
     except OSError as error:
