@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from tlstunnel.edge import UpgradeRequest
+from tlstunnel.edge import WorkerRequest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ async def setup(config: dict[str, Any]) -> Env:
     return Env(config["experiment"], config["cookie"], tuple(made))
 
 
-async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest:
+async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest:
     """Send a visitor to the origin of their variant."""
     visitor = request.cookies.get(env.cookie)
     variant = _variant(env, visitor) if visitor else env.variants[0]

@@ -17,14 +17,14 @@ import json
 import logging
 from urllib.parse import quote
 
-from tlstunnel.edge import UpgradeRequest
+from tlstunnel.edge import WorkerRequest
 
 AUDIT = logging.getLogger(f"{__name__}.audit")
 LONGEST = 200
 SAFE = " !#$&'()*+,/:;<=>?@[]^_`{|}~"  # visible ASCII without quote, backslash and percent sign
 
 
-async def fetch(request: UpgradeRequest, env: None) -> UpgradeRequest:
+async def fetch(request: WorkerRequest, env: None) -> WorkerRequest:
     """Write the line."""
     certificate = request.client_certificate
     facts = {

@@ -34,7 +34,7 @@ from typing import Any
 
 import jwt
 
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 # Never the algorithm in the token: "none" needs no key, and HS256 would use a public key as a shared secret.
 ALGORITHMS = ("RS256", "PS256", "ES256", "ES384", "EdDSA")
@@ -76,7 +76,7 @@ async def teardown(env: Env) -> None:
         task.cancel()
 
 
-async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
+async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     """Accept clients with a valid token."""
     token = _token(request, env.cookie)
     if token is None:
@@ -91,7 +91,7 @@ async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
     return request.forward(headers={"X-User": user})
 
 
-def _token(request: UpgradeRequest, cookie: str) -> str | None:
+def _token(request: WorkerRequest, cookie: str) -> str | None:
     """Return the token, or None. If there is an Authorization field, the cookie is ignored."""
     fields = request.headers.getall("Authorization", [])
     if not fields:

@@ -20,7 +20,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ async def setup(config: dict[str, Any]) -> Env:
     return Env(Path(config["flag"]), int(config.get("retry_after", 60)), networks)
 
 
-async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
+async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     """Refuse clients during maintenance, unless their address is exempt."""
     # In a thread: the disk may have to wake up, and other requests must not wait for it.
     if not await asyncio.to_thread(env.flag.exists) or _let_through(request.client_address, env):

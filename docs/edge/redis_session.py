@@ -29,7 +29,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 LOOK_UP = 0.5  # seconds; less than worker_timeout, so that the response is this worker's
 CONNECTIONS = 20  # at most; further requests wait for one
@@ -64,7 +64,7 @@ async def teardown(env: Env) -> None:
     await env.redis.aclose()
 
 
-async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
+async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     """Accept clients that have a session."""
     sid = request.cookies.get(env.cookie, "")
     if not SID.fullmatch(sid):

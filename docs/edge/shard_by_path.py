@@ -21,7 +21,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ async def setup(config: dict[str, Any]) -> Env:
     return Env(prefix, shards, config.get("pinned", {}))
 
 
-async def fetch(request: UpgradeRequest, env: Env) -> UpgradeRequest | Reply:
+async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     """Send a request to its room's shard."""
     # The normalised path: /rooms/a, /rooms/./a and /rooms/%61 are the same room.
     path = request.path

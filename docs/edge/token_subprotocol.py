@@ -19,14 +19,14 @@ token, and the origin has to choose it.
 
 import re
 
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 PREFIX = "bearer."
 # RFC 6750 section 2.1, without "/" and "=", which subprotocols cannot contain: all JSON Web Tokens and base64url.
 TOKEN = re.compile(r"[A-Za-z0-9._~+-]+")
 
 
-async def fetch(request: UpgradeRequest, env: None) -> UpgradeRequest | Reply:
+async def fetch(request: WorkerRequest, env: None) -> WorkerRequest | Reply:
     """Move a token from the subprotocols into a field."""
     others = [protocol for protocol in request.subprotocols if not protocol.startswith(PREFIX)]
     tokens = [protocol for protocol in request.subprotocols if protocol.startswith(PREFIX)]

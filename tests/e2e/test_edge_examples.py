@@ -30,9 +30,9 @@ from websockets.typing import Subprotocol
 
 from tests.harness import PATIENCE, REPOSITORY, RawOrigin, eventually, handshake_request, require
 from tlstunnel.cli.config import command
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 from tlstunnel.edge.loading import Code, Loader
-from tlstunnel.testing import EdgeOrigin, EdgeTunnel, HandshakeResult, upgrade_request
+from tlstunnel.testing import EdgeOrigin, EdgeTunnel, HandshakeResult, worker_request
 
 EXAMPLES = sorted((REPOSITORY / "docs" / "edge").glob("*.py"))
 ISSUER, AUDIENCE = "https://login.example.com/", "chat"
@@ -61,7 +61,7 @@ def loaded(name: str) -> Code:
     return Loader().load(f"{REPOSITORY}/docs/edge/{name}.py:fetch")
 
 
-def asked(code: Code, request: UpgradeRequest, config: dict[str, Any]) -> object:
+def asked(code: Code, request: WorkerRequest, config: dict[str, Any]) -> object:
     async def ask() -> object:
         return await code.fetch(request, await code.setup(config) if code.setup else None)
 
@@ -299,7 +299,7 @@ def test_a_file_without_a_usable_key_refuses_the_start(tmp_path: Path, text: str
     file.write_text(text)
     code = loaded("jwt_check")
     with pytest.raises((jwt.PyJWTError, ValueError, AttributeError)):
-        asked(code, upgrade_request(), {"jwks": str(file), "issuer": ISSUER, "audience": AUDIENCE})
+        asked(code, worker_request(), {"jwks": str(file), "issuer": ISSUER, "audience": AUDIENCE})
 
 
 # --- redis_session
@@ -527,10 +527,10 @@ def test_the_parts_are_as_large_as_they_are_said_to_be() -> None:
     async def part(config: dict[str, Any]) -> set[str]:
         assert code.setup is not None
         env = await code.setup(config)
-        requests = [upgrade_request(headers={"Cookie": f"uid={number}"}) for number in range(2000)]
+        requests = [worker_request(headers={"Cookie": f"uid={number}"}) for number in range(2000)]
         sent = [await code.fetch(request, env) for request in requests]
-        assert all(isinstance(one, UpgradeRequest) for one in sent)
-        return {one.cookies["uid"] for one in sent if isinstance(one, UpgradeRequest) and one.origin == "new.example:1"}
+        assert all(isinstance(one, WorkerRequest) for one in sent)
+        return {one.cookies["uid"] for one in sent if isinstance(one, WorkerRequest) and one.origin == "new.example:1"}
 
     ten, twenty = asyncio.run(part(experiment(10))), asyncio.run(part(experiment(20)))
     assert 150 < len(ten) < 250
@@ -546,7 +546,7 @@ def test_percentages_that_do_not_make_100_refuse_the_start() -> None:
     config = experiment(10)
     config["variants"][0]["percent"] = 80
     with pytest.raises(ValueError, match="add up to 100"):
-        asked(loaded("ab_cookie"), upgrade_request(), config)
+        asked(loaded("ab_cookie"), worker_request(), config)
 
 
 # --- shard_by_path
@@ -591,7 +591,7 @@ def test_a_room_has_one_shard_by_whatever_path() -> None:
 
 def test_a_shard_more_moves_only_what_it_takes() -> None:
     code = loaded("shard_by_path")
-    requests = [upgrade_request(f"GET /rooms/{number}") for number in range(500)]
+    requests = [worker_request(f"GET /rooms/{number}") for number in range(500)]
 
     def shards(names: Sequence[str]) -> list[str]:
         config = {"prefix": "/rooms/", "shards": [f"{name}.internal:1" for name in names]}
@@ -600,7 +600,7 @@ def test_a_shard_more_moves_only_what_it_takes() -> None:
             assert code.setup is not None
             env = await code.setup(config)
             sent = [await code.fetch(request, env) for request in requests]
-            return [str(one.origin) for one in sent if isinstance(one, UpgradeRequest)]
+            return [str(one.origin) for one in sent if isinstance(one, WorkerRequest)]
 
         return asyncio.run(ask())
 
@@ -614,7 +614,7 @@ def test_a_shard_more_moves_only_what_it_takes() -> None:
 )
 def test_shards_that_are_none_refuse_the_start(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"shards are|prefix begins"):
-        asked(loaded("shard_by_path"), upgrade_request(), {"prefix": "/", "shards": ["a:1"]} | config)
+        asked(loaded("shard_by_path"), worker_request(), {"prefix": "/", "shards": ["a:1"]} | config)
 
 
 # --- maintenance
@@ -640,8 +640,8 @@ def test_whoever_cannot_be_known_is_not_let_through(tmp_path: Path, address: str
     flag = tmp_path / "maintenance"
     flag.touch()
     config = {"flag": str(flag), "let_through": ["10.0.0.0/8", "2001:db8::/32"]}
-    answer = asked(loaded("maintenance"), upgrade_request(client_address=address), config)
-    assert isinstance(answer, UpgradeRequest if passes else Reply)
+    answer = asked(loaded("maintenance"), worker_request(client_address=address), config)
+    assert isinstance(answer, WorkerRequest if passes else Reply)
 
 
 # --- token_subprotocol

@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tlstunnel.edge import ClientCertificate
-from tlstunnel.testing import EdgeOrigin, EdgeTunnel, upgrade_request
+from tlstunnel.testing import EdgeOrigin, EdgeTunnel, worker_request
 
 pytest_plugins = ["tlstunnel.testing"]
 
@@ -206,11 +206,11 @@ def test_an_origin_ends_what_is_open_and_takes_nothing_more() -> None:
         pass
 
 
-# --- upgrade_request
+# --- worker_request
 
 
-def test_upgrade_request_gives_what_a_worker_gets() -> None:
-    request = upgrade_request(
+def test_worker_request_gives_what_a_worker_gets() -> None:
+    request = worker_request(
         "GET /chat/%C3%BC?x=1&x=2",
         headers=[("Cookie", "sid=7"), ("X-A", "1"), ("X-A", "2")],
         subprotocols=["chat", "else"],
@@ -229,11 +229,11 @@ def test_upgrade_request_gives_what_a_worker_gets() -> None:
     assert forwarded.subprotocols == ("else",)
 
 
-def test_upgrade_request_needs_nothing() -> None:
-    request = upgrade_request()
+def test_worker_request_needs_nothing() -> None:
+    request = worker_request()
     assert (request.path, request.site, request.client_address) == ("/", "localhost", "127.0.0.1")
     assert (request.client_certificate, request.subprotocols, dict(request.cookies)) == (None, (), {})
-    assert upgrade_request(headers={"Host": "other.example"}).host == "other.example"
+    assert worker_request(headers={"Host": "other.example"}).host == "other.example"
 
 
 @pytest.mark.parametrize(
@@ -247,16 +247,16 @@ def test_upgrade_request_needs_nothing() -> None:
         ("GET /", {"X-A": "1\r\n y"}, "refuses this with 400"),
     ],
 )
-def test_upgrade_request_refuses_what_no_worker_would_see(text: str, headers: dict[str, str], said: str) -> None:
+def test_worker_request_refuses_what_no_worker_would_see(text: str, headers: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        upgrade_request(text, headers=headers)
+        worker_request(text, headers=headers)
 
 
 # --- in a project of somebody else
 
 
 THEIRS = """
-from tlstunnel.testing import EdgeTunnel, upgrade_request
+from tlstunnel.testing import EdgeTunnel, worker_request
 
 pytest_plugins = ["tlstunnel.testing"]
 
@@ -276,7 +276,7 @@ def test_by_module(edge_tunnel):
 def test_of_the_function():
     import asyncio
     from edge.chat import fetch
-    request = asyncio.run(fetch(upgrade_request("GET /chat"), {"user": "8"}))
+    request = asyncio.run(fetch(worker_request("GET /chat"), {"user": "8"}))
     assert request.headers["X-User"] == "8"
 
 

@@ -23,7 +23,7 @@ from tests.promises.witness import record_of
 
 BY_PATH = '''
 import asyncio, json, sys, time
-from tlstunnel.edge import Reply, UpgradeRequest
+from tlstunnel.edge import Reply, WorkerRequest
 
 
 async def fetch(request, env):

@@ -22,7 +22,7 @@ from tlstunnel.edge import worker as worker_module
 from tlstunnel.edge import workers as workers_module
 from tlstunnel.edge.stage import Directions, Edge
 from tlstunnel.edge.thread import EdgeThread, TooLate, _Post
-from tlstunnel.edge.values import Forwarded, UpgradeRequest, upgrade_request
+from tlstunnel.edge.values import Forwarded, WorkerRequest, to_worker_request
 from tlstunnel.edge.worker import Call, Worker
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
@@ -124,10 +124,10 @@ def globals_of(worker: Worker) -> dict[str, Any]:
     return worker.code.fetch.__globals__
 
 
-def upgrade() -> tuple[handshake.UpgradeRequest, UpgradeRequest]:
+def upgrade() -> tuple[handshake.UpgradeRequest, WorkerRequest]:
     found = handshake.RequestReader().feed(request(FIELDS))
     assert found is not None
-    return found, upgrade_request(found, CONNECTION, 0.0)
+    return found, to_worker_request(found, CONNECTION, 0.0)
 
 
 def alive(edge: EdgeThread) -> bool:
@@ -643,15 +643,15 @@ def test_nothing_is_kept_of_requests_that_are_through(folder: Path) -> None:
         edge = _edge(of, 5)
         await _ask(edge, seconds=5)
         found = upgrade()[0]
-        gone = weakref.ref(upgrade_request(found, CONNECTION, 0.0))
+        gone = weakref.ref(to_worker_request(found, CONNECTION, 0.0))
         assert gone() is None
         gc.collect()
-        before = sum(isinstance(one, (Call, UpgradeRequest)) for one in gc.get_objects())
+        before = sum(isinstance(one, (Call, WorkerRequest)) for one in gc.get_objects())
         for _ in range(50):
             await _ask(edge, seconds=5)
         await asyncio.sleep(0)
         gc.collect()
-        assert sum(isinstance(one, (Call, UpgradeRequest)) for one in gc.get_objects()) <= before + 2
+        assert sum(isinstance(one, (Call, WorkerRequest)) for one in gc.get_objects()) <= before + 2
         await of.close()
 
     run(work())

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, KEY, Field, request, without
 from tlstunnel.addresses import OriginAddress
-from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, UpgradeRequest
-from tlstunnel.edge.values import Forwarded, InvalidReply, outcome, upgrade_request
+from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, WorkerRequest
+from tlstunnel.edge.values import Forwarded, InvalidReply, outcome, to_worker_request
 from tlstunnel.firewall.facts import normal_path
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
@@ -49,21 +49,21 @@ def asked(
     line: bytes = b"GET /chat?room=1 HTTP/1.1",
     connection: Connection = CONNECTION,
     der: bytes | None = None,
-) -> UpgradeRequest:
+) -> WorkerRequest:
     """What a worker is given for this request."""
     found = RequestReader().feed(request((*FIELDS, *more), line))
     assert found is not None
-    return upgrade_request(found, dataclasses.replace(connection, certificate=der, request_id=ID), 0.0)
+    return to_worker_request(found, dataclasses.replace(connection, certificate=der, request_id=ID), 0.0)
 
 
-def made(given: UpgradeRequest) -> Forwarded:
+def made(given: WorkerRequest) -> Forwarded:
     """What comes of it when a worker returns it."""
     found = outcome(given, given)
     assert isinstance(found, Forwarded)
     return found
 
 
-def head(given: UpgradeRequest, site: SiteEdits | None = None) -> h11.Request:
+def head(given: WorkerRequest, site: SiteEdits | None = None) -> h11.Request:
     """What a server makes of the head for the origin, which must be one request without a body, nothing behind it."""
     forwarded = made(given)
     edits = forwarded.edits if site is None else site.of("localhost:1", "").then(forwarded.edits)
@@ -76,7 +76,7 @@ def head(given: UpgradeRequest, site: SiteEdits | None = None) -> h11.Request:
     return event
 
 
-def fields(given: UpgradeRequest, site: SiteEdits | None = None) -> tuple[Field, ...]:
+def fields(given: WorkerRequest, site: SiteEdits | None = None) -> tuple[Field, ...]:
     return tuple(head(given, site).headers.raw_items())
 
 
@@ -283,7 +283,7 @@ def test_what_connection_nominates_can_be_set_all_the_same() -> None:
     nominating = (*without(b"Connection"), (b"Connection", b"Upgrade, X-User"), (b"X-User", b"client"))
     found = RequestReader().feed(request(nominating, b"GET / HTTP/1.1"))
     assert found is not None
-    given = upgrade_request(found, dataclasses.replace(CONNECTION, request_id=ID), 0.0)
+    given = to_worker_request(found, dataclasses.replace(CONNECTION, request_id=ID), 0.0)
     assert b"client" not in [value for _, value in fields(given)]
     assert fields(given.forward(headers={"X-User": "ann"}))[-1] == (b"X-User", b"ann")
 
@@ -771,9 +771,7 @@ def test_a_reply_keeps_the_headers_that_it_was_made_with() -> None:
 # --- what comes of what it returns ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "said", [None, 401, "401", (401, "no"), Reply, UpgradeRequest, object(), True, {"status": 401}]
-)
+@pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])
 def test_what_is_neither_a_request_nor_a_reply(said: object) -> None:
     with pytest.raises(EdgeError, match=r"a worker returns the request, request\.forward"):
         outcome(said, asked())

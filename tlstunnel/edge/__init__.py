@@ -3,6 +3,6 @@
 What such a function needs is here; docs/edge.md says what it can do, and what it cannot.
 """
 
-from tlstunnel.edge.values import TLS, ClientCertificate, EdgeError, Reply, UpgradeRequest
+from tlstunnel.edge.values import TLS, ClientCertificate, EdgeError, Reply, WorkerRequest
 
-__all__ = ["TLS", "ClientCertificate", "EdgeError", "Reply", "UpgradeRequest"]
+__all__ = ["TLS", "ClientCertificate", "EdgeError", "Reply", "WorkerRequest"]

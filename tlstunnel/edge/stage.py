@@ -8,7 +8,7 @@ import structlog
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge.destinations import Destinations, refuse_destination
-from tlstunnel.edge.values import upgrade_request
+from tlstunnel.edge.values import to_worker_request
 from tlstunnel.edge.worker import MOST_LATE, Call, Worker
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
@@ -79,7 +79,7 @@ class Edge:
         if self.worker.late >= MOST_LATE:
             busy = Refusal(503, Reason.WORKER_BUSY, "the edge worker is busy", RETRY_AFTER)
             return self._failed(request, request_id, busy, WorkerOutcome.BUSY, late=self.worker.late)
-        call = self.worker.ask(upgrade_request(request, connection, time.time()), wakeup.fire)
+        call = self.worker.ask(to_worker_request(request, connection, time.time()), wakeup.fire)
         try:
             while not call.finished:
                 if client.gone:

@@ -63,7 +63,7 @@ class ClientCertificate:
 
 
 @dataclass(frozen=True, eq=False)
-class UpgradeRequest:
+class WorkerRequest:
     """An upgrade request that the firewall has let pass. Immutable: `forward` gives a changed one.
 
     `id` is that of the log and of ``X-Request-Id``. `origin` is what `forward` was told, None where the tunnel chooses.
@@ -135,7 +135,7 @@ class UpgradeRequest:
         return self._facts.site
 
     def __repr__(self) -> str:
-        return f"<UpgradeRequest {self.id}: {self.raw_path!r} from {self.client_address or 'a Unix socket'}>"
+        return f"<WorkerRequest {self.id}: {self.raw_path!r} from {self.client_address or 'a Unix socket'}>"
 
     def forward(  # noqa: PLR0913 - all that may be changed
         self,
@@ -146,7 +146,7 @@ class UpgradeRequest:
         headers: Mapping[str, FieldValue] | None = None,
         remove_headers: Iterable[str] = (),
         subprotocols: Iterable[str] | None = None,
-    ) -> "UpgradeRequest":
+    ) -> "WorkerRequest":
         """Give this request changed; what is left out stays as it is. Return it, and it goes to the origin.
 
         - `origin`: ``host:port``, ``ws://``, ``wss://`` or ``unix:``, one of the site's or one that ``worker_origins``
@@ -230,10 +230,10 @@ class Reply:
         return fields if typed else ((b"Content-Type", b"text/plain; charset=utf-8"), *fields)
 
 
-def upgrade_request(request: handshake.UpgradeRequest, connection: Connection, now: float) -> UpgradeRequest:
+def to_worker_request(request: handshake.UpgradeRequest, connection: Connection, now: float) -> WorkerRequest:
     """Return what a worker sees of `request` at `now` (``time.time()``)."""
     der = connection.certificate
-    return UpgradeRequest(
+    return WorkerRequest(
         id=connection.request_id,
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
         _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
@@ -250,14 +250,14 @@ class Forwarded:
     address: OriginAddress | None
 
 
-def outcome(said: object, asked: UpgradeRequest) -> Forwarded | Refusal:
+def outcome(said: object, asked: WorkerRequest) -> Forwarded | Refusal:
     """What a worker's return value amounts to, in values that nothing of the worker's is in. Raises EdgeError."""
     if isinstance(said, Reply):
         answer = getattr(said, "_answer", None)
         if type(answer) is not Refusal:
             raise InvalidReply("a reply is made by Reply(status, body, headers)")
         return answer
-    if type(said) is not UpgradeRequest:
+    if type(said) is not WorkerRequest:
         kind = "None" if said is None else f"a {type(said).__name__}"
         raise EdgeError(f"a worker returns the request, request.forward(...) or a Reply, not {kind}")
     if said._asked is not asked._asked:

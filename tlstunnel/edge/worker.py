@@ -9,7 +9,7 @@ import structlog
 from tlstunnel.config import WorkerTable
 from tlstunnel.edge.loading import Code, explained, line_in
 from tlstunnel.edge.thread import EdgeThread, TooLate
-from tlstunnel.edge.values import Forwarded, InvalidReply, UpgradeRequest, outcome
+from tlstunnel.edge.values import Forwarded, InvalidReply, WorkerRequest, outcome
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
 from tlstunnel.handshake.refusal import Refusal
@@ -35,7 +35,7 @@ class Call:
 
     __slots__ = ("_done", "_left", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
 
-    def __init__(self, thread: EdgeThread, request: UpgradeRequest, done: Callable[[], object]) -> None:
+    def __init__(self, thread: EdgeThread, request: WorkerRequest, done: Callable[[], object]) -> None:
         self._thread = thread
         self._request = request
         self._done = done
@@ -128,11 +128,11 @@ class Worker:
         """Whether `frame` is of one of its functions."""
         return frame.f_code in self._codes
 
-    def fetch(self, request: UpgradeRequest) -> Awaitable[object]:
+    def fetch(self, request: WorkerRequest) -> Awaitable[object]:
         """Ask it. In the workers' thread."""
         return self.code.fetch(request, self._env)
 
-    def ask(self, request: UpgradeRequest, done: Callable[[], object]) -> Call:
+    def ask(self, request: WorkerRequest, done: Callable[[], object]) -> Call:
         """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
         assert self._thread is not None
         call = Call(self._thread, request, done)

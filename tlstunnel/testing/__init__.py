@@ -10,12 +10,12 @@ In a `conftest.py` or a test module::
         assert (result.status, result.request) == (401, None)
 
 `EdgeTunnel` and `EdgeOrigin` are context managers too, for a fixture of your own that lasts for a whole module.
-`upgrade_request` is for a test of the function alone.
+`worker_request` is for a test of the function alone.
 
 PYTEST_DONT_REWRITE: without this word pytest warns when a test module imports from here before `pytest_plugins`.
 """
 
-from tlstunnel.testing.client import HandshakeResult, Headers, upgrade_request
+from tlstunnel.testing.client import HandshakeResult, Headers, worker_request
 from tlstunnel.testing.fixtures import edge_origin, edge_tunnel
 from tlstunnel.testing.origin import EdgeOrigin, OriginRequest
 from tlstunnel.testing.program import Record
@@ -30,5 +30,5 @@ __all__ = [
     "Record",
     "edge_origin",
     "edge_tunnel",
-    "upgrade_request",
+    "worker_request",
 ]

@@ -13,8 +13,8 @@ from wsproto import ConnectionType
 from wsproto.connection import Connection as Frames
 from wsproto.events import CloseConnection, Message
 
-from tlstunnel.edge import ClientCertificate, UpgradeRequest
-from tlstunnel.edge.values import upgrade_request as seen
+from tlstunnel.edge import ClientCertificate, WorkerRequest
+from tlstunnel.edge.values import to_worker_request
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
@@ -110,7 +110,7 @@ def _exchange(sock: socket.socket, received: bytes, messages: Sequence[str | byt
     return tuple(echoed)
 
 
-def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
+def worker_request(  # noqa: PLR0913 - what a worker sees of a request
     request: str = "GET /",
     *,
     headers: Headers = (),
@@ -119,8 +119,8 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
     site: str = "localhost",
     client_certificate: ClientCertificate | None = None,
     request_id: str = "0123456789abcdef",
-) -> UpgradeRequest:
-    """Return a request as a worker gets it, for a test of its function alone: ``upgrade_request("GET /chat?room=1")``.
+) -> WorkerRequest:
+    """Return a request as a worker gets it, for a test of its function alone: ``worker_request("GET /chat?room=1")``.
 
     The fields that every WebSocket handshake has are added. Raises ValueError if the tunnel would refuse the request
     before the worker sees it.
@@ -143,7 +143,7 @@ def upgrade_request(  # noqa: PLR0913 - what a worker sees of a request
         certificate=der,
         request_id=request_id,
     )
-    return seen(read, connection, time.time())
+    return to_worker_request(read, connection, time.time())
 
 
 def _list_fields(headers: Headers, subprotocols: Sequence[str]) -> list[tuple[str, str]]:
