@@ -93,7 +93,7 @@ def test_as_many_as_cores_with_auto(origin: RawOrigin, certificate: Certificate)
     with Tunnel(origin.address, certificate, arguments=("--processes", "auto")) as tunnel:
         assert len(tunnel.pids) == len(os.sched_getaffinity(0))
     said = subprocess.run(
-        [*command, sys.executable, "-c", "from tlstunnel.processes.cores import usable; print(usable())"],
+        [*command, sys.executable, "-c", "from tlstunnel.processes.cores import count_usable; print(count_usable())"],
         capture_output=True,
         text=True,
         check=True,

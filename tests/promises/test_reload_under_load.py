@@ -70,11 +70,11 @@ def test_numbered_messages_through_a_hundred_reloads(
 
 def _memory_after(tunnel: Tunnel, reloads: int, configurations: Iterator[str]) -> int:
     """RSS once that many reloads are done, asked for over the control socket itself: no process each."""
-    from tlstunnel.processes.control import ask  # noqa: PLC0415
+    from tlstunnel.processes.control import send_command  # noqa: PLC0415
 
     for _ in range(reloads):
         tunnel.file.write_text(next(configurations))
-        assert ask(tunnel.control, {"do": "reload"})["changes"]
+        assert send_command(tunnel.control, {"do": "reload"})["changes"]
     return tunnel.rss()
 
 

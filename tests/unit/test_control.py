@@ -14,7 +14,14 @@ import pytest
 
 from tlstunnel.errors import ControlError
 from tlstunnel.processes import control
-from tlstunnel.processes.control import MAX_LINE, ControlSocket, Handler, ask, default_path, find
+from tlstunnel.processes.control import (
+    MAX_LINE,
+    ControlSocket,
+    Handler,
+    default_path,
+    find_control_socket,
+    send_command,
+)
 
 T = TypeVar("T")
 
@@ -72,7 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_asked_and_answered(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     request = {"do": "reload", "more": "grüße"}
-    assert served(path, lambda: ask(path, request)) == {"ok": True, "changes": ["grüße"]}
+    assert served(path, lambda: send_command(path, request)) == {"ok": True, "changes": ["grüße"]}
 
 
 def test_it_waits_until_the_thing_is_done(tmp_path: Path) -> None:
@@ -86,9 +93,9 @@ def test_it_waits_until_the_thing_is_done(tmp_path: Path) -> None:
             return {}
 
         async def use() -> None:
-            asked = asyncio.create_task(asyncio.to_thread(ask, path, {"do": "slow"}))
+            asked = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
             # Another client is served meanwhile.
-            assert (await asyncio.to_thread(ask, path, {"do": "reload"}))["ok"]
+            assert (await asyncio.to_thread(send_command, path, {"do": "reload"}))["ok"]
             assert not asked.done()
             may_end.set()
             assert await asked == {"ok": True}
@@ -102,7 +109,7 @@ def test_a_refusal(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     assert served(path, lambda: raw(path, b'{"do": "refuse"}\n')) == {"ok": False, "error": "nothing was changed: no"}
     with pytest.raises(ControlError, match=r"^nothing was changed: no$"):
-        served(path, lambda: ask(path, {"do": "refuse"}))
+        served(path, lambda: send_command(path, {"do": "refuse"}))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ def test_clients_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return {}
 
         async def use() -> None:
-            asked = asyncio.create_task(asyncio.to_thread(ask, path, {"do": "slow"}))
+            asked = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
             await entered.wait()
             assert (await asyncio.to_thread(raw, path, b""))["error"] == "more than 1 clients at once"
             may_end.set()
@@ -190,7 +197,7 @@ def test_a_second_start_is_refused(tmp_path: Path) -> None:
         async def use() -> dict[str, Any]:
             with pytest.raises(ControlError, match=f"{path}: another tunnel has this control socket"):
                 ControlSocket.bind(path)
-            return await asyncio.to_thread(ask, path, {"do": "reload"})
+            return await asyncio.to_thread(send_command, path, {"do": "reload"})
 
         assert (await beside(path, use))["ok"]  # and the first goes on
 
@@ -202,7 +209,7 @@ def test_what_a_dead_tunnel_left_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     path.with_name("c.sock.lock").touch()
-    assert served(path, lambda: ask(path, {"do": "reload"}))["ok"]
+    assert served(path, lambda: send_command(path, {"do": "reload"}))["ok"]
 
 
 def test_a_file_of_another_kind_stays(tmp_path: Path) -> None:
@@ -266,7 +273,7 @@ def test_the_only_one_is_found(folder: Path) -> None:
     (folder / "control-2.sock").touch()
     path = folder / "control-8443.sock"
     with listening(path):
-        assert find(None) == path
+        assert find_control_socket(None) == path
 
 
 def test_one_that_is_busy_is_found(folder: Path) -> None:
@@ -274,28 +281,28 @@ def test_one_that_is_busy_is_found(folder: Path) -> None:
     with listening(path), socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
         one.connect(str(path))
         two.connect(str(path))  # the backlog of 1 takes two (listen(2)'s old habit), and is full now
-        assert find(None) == path
+        assert find_control_socket(None) == path
 
 
 def test_the_named_one_is_found(folder: Path) -> None:
     named = folder / "other.sock"
-    assert find(named) == named
+    assert find_control_socket(named) == named
 
 
 def test_none_is_found(folder: Path) -> None:
     with pytest.raises(ControlError, match=f"no tunnel has a control socket in {folder}"):
-        find(None)
+        find_control_socket(None)
 
 
 def test_several_are_listed(folder: Path) -> None:
     one, two = folder / "control-1.sock", folder / "control-2.sock"
     with listening(one), listening(two), pytest.raises(ControlError, match=f"--control: {one}, {two}$"):
-        find(None)
+        find_control_socket(None)
 
 
 def test_nobody_there_to_ask(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="cannot reach the tunnel: No such file"):
-        ask(tmp_path / "none.sock", {"do": "reload"})
+        send_command(tmp_path / "none.sock", {"do": "reload"})
 
 
 def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
@@ -308,6 +315,6 @@ def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
 
         async with await asyncio.start_unix_server(leave, path):
             with pytest.raises(ControlError, match="ended without a response"):
-                await asyncio.to_thread(ask, path, {"do": "reload"})
+                await asyncio.to_thread(send_command, path, {"do": "reload"})
 
     asyncio.run(run())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tlstunnel.processes.cores import usable
+from tlstunnel.processes.cores import count_usable
 
 MANY = 64
 CPU = "cpu,cpuacct"
@@ -52,8 +52,8 @@ def _groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
 )
 def test_quotas(tmp_path: Path, own: str, files: dict[str, str], cores: int) -> None:
     root, file = _groups(tmp_path, own, files)
-    assert usable(root, file) == cores
+    assert count_usable(root, file) == cores
 
 
 def test_without_control_groups(tmp_path: Path) -> None:
-    assert usable(tmp_path, tmp_path / "none") == MANY
+    assert count_usable(tmp_path, tmp_path / "none") == MANY

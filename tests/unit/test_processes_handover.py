@@ -10,22 +10,22 @@ import pytest
 
 from tlstunnel import __version__
 from tlstunnel.errors import ProcessError
-from tlstunnel.origins.embedded import KeptEcho
+from tlstunnel.origins.embedded import EchoHandover
 from tlstunnel.processes import previous
-from tlstunnel.processes.children import Identity, KeptChild, Role
-from tlstunnel.processes.control import KeptControl
+from tlstunnel.processes.children import ChildHandover, Identity, Role
+from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.handover import REFUSAL, VARIABLE, Handover
 from tlstunnel.processes.messages import FORMAT
-from tlstunnel.processes.slots import KeptSlot, KeptSlots
+from tlstunnel.processes.slots import SlotHandover, SlotsHandover
 from tlstunnel.program import module_command, module_environment, starting_command
 
 STATE = Handover(
     version="1.2.3",
     generation=4,
-    slots=KeptSlots(next=2, open=[KeptSlot(number=1, fd=7, written="[::]:443")], passed=[]),
-    children=[KeptChild(Identity(Role.SERVING, 1, 4, "1", FORMAT, 1.5), pid=1, draining=True, link=8)],
-    control_socket=KeptControl(path="/run/x\udcff", fd=9, lock=10),
-    echo=KeptEcho(port=1, pid=2, pipe=11),
+    slots=SlotsHandover(next=2, open=[SlotHandover(number=1, fd=7, written="[::]:443")], passed=[]),
+    children=[ChildHandover(Identity(Role.SERVING, 1, 4, "1", FORMAT, 1.5), pid=1, draining=True, link=8)],
+    control_socket=ControlHandover(path="/run/x\udcff", fd=9, lock=10),
+    echo=EchoHandover(port=1, pid=2, pipe=11),
     client=12,
     config="listen = []",
 )
@@ -53,18 +53,18 @@ def _give(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
 
 def test_the_next_gets_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(STATE.write(FORMAT)))
-    assert Handover.received() == STATE
+    assert Handover.receive() == STATE
     assert VARIABLE not in os.environ
-    assert STATE.descriptors() == [7, 8, 9, 10, 11, 12]
+    assert STATE.list_descriptors() == [7, 8, 9, 10, 11, 12]
     monkeypatch.setenv(VARIABLE, str(STATE.write(FORMAT, probe=5)))
-    found = Handover.received()
+    found = Handover.receive()
     assert found is not None
     assert found.probe == 5
 
 
 def test_the_previous_format_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     _give(monkeypatch, json.dumps(FIRST).encode())
-    found = Handover.received()
+    found = Handover.receive()
     assert found is not None
     assert [child.identity.format for child in found.children] == [previous.FORMAT]
     found.children[0].identity.format = FORMAT
@@ -78,13 +78,13 @@ def test_the_previous_format_is_written() -> None:
 
 def test_nothing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert Handover.received() is None
+    assert Handover.receive() is None
 
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _give(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
     with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} knows 1 and {FORMAT}"):
-        Handover.received()
+        Handover.receive()
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_handover_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     _give(monkeypatch, text)
     with pytest.raises(ProcessError, match="unset it"):
-        Handover.received()
+        Handover.receive()
 
 
 @pytest.mark.parametrize("value", ["x", "99999", "-1"])
 def test_a_variable_that_somebody_else_has_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ProcessError, match="unset it"):
-        Handover.received()
+        Handover.receive()
 
 
 # --- how it was started -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.link import MAX_FDS, Link, Notifications, Requests
-from tlstunnel.processes.messages import Commit, Done, Drain, Load, Notification, Reply, Request, Status
+from tlstunnel.processes.messages import Commit, Done, Drain, LinkReply, Load, Notification, Request, Status
 from tlstunnel.processes.previous import Finish, translate_request
 
 JSON = st.recursive(
@@ -21,7 +21,7 @@ JSON = st.recursive(
 )
 
 
-class Echoed(Reply, frozen=True):
+class Echoed(LinkReply, frozen=True):
     """The same value, and how many descriptors came along."""
 
     said: Any
@@ -32,7 +32,7 @@ class Echo(Request[Echoed], frozen=True, tag="echo"):
     """Send it back."""
 
     value: Any = None
-    reply: ClassVar[type[Reply]] = Echoed
+    reply: ClassVar[type[LinkReply]] = Echoed
 
 
 class Refuse(Request[Done], frozen=True, tag="refuse"):
@@ -122,7 +122,7 @@ def test_the_rest_of_a_link_that_someone_else_holds_open_is_taken_too() -> None:
 @given(st.lists(JSON, max_size=20))
 def test_each_reply_belongs_to_its_request(values: list[Any]) -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
-        replies = await asyncio.gather(*(near.ask(Echo(value)) for value in values))
+        replies = await asyncio.gather(*(near.request(Echo(value)) for value in values))
         assert [reply.said for reply in replies] == values
         assert near.idle
 
@@ -132,7 +132,7 @@ def test_each_reply_belongs_to_its_request(values: list[Any]) -> None:
 def test_a_text_larger_than_the_sockets_buffers() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         text = "ä" * 3_000_000
-        assert (await near.ask(Echo(text))).said == text
+        assert (await near.request(Echo(text))).said == text
 
     _linked(work)
 
@@ -140,7 +140,7 @@ def test_a_text_larger_than_the_sockets_buffers() -> None:
 def test_a_path_that_is_no_utf_8() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         path = os.fsdecode(b"/etc/\xff.toml")
-        assert (await near.ask(Echo(path))).said == path
+        assert (await near.request(Echo(path))).said == path
 
     _linked(work)
 
@@ -150,7 +150,9 @@ def test_descriptors_come_with_their_message() -> None:
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         with socket.socket() as one:
             counts = [0, 1, MAX_FDS, 2, 0, MAX_FDS]
-            replies = await asyncio.gather(*(near.ask(Echo("x" * 10_000), [one.fileno()] * count) for count in counts))
+            replies = await asyncio.gather(
+                *(near.request(Echo("x" * 10_000), [one.fileno()] * count) for count in counts)
+            )
             assert [reply.count for reply in replies] == counts
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
@@ -160,12 +162,12 @@ def test_descriptors_come_with_their_message() -> None:
 def test_a_refusal_and_a_fault() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         with pytest.raises(ProcessError, match="not today"):
-            await near.ask(Refuse())
+            await near.request(Refuse())
         with pytest.raises(ProcessError, match="ZeroDivisionError"):
-            await near.ask(Fail())
+            await near.request(Fail())
         with pytest.raises(ProcessError, match="this request cannot be read"):
-            await near.ask(Commit())
-        assert (await near.ask(Echo(1))).said == 1
+            await near.request(Commit())
+        assert (await near.request(Echo(1))).said == 1
 
     _linked(work)
 
@@ -173,14 +175,14 @@ def test_a_refusal_and_a_fault() -> None:
 def test_a_side_that_takes_no_requests() -> None:
     async def work(_: Link, far: Link, __: list[str]) -> None:
         with pytest.raises(ProcessError, match="this request cannot be read"):
-            await far.ask(Commit())
+            await far.request(Commit())
 
     _linked(work)
 
 
 def test_the_other_sides_end_is_noticed_once() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
-        asked = asyncio.ensure_future(near.ask(Hang()))
+        asked = asyncio.ensure_future(near.request(Hang()))
         await asyncio.sleep(0)
         far.close()
         with pytest.raises(ProcessError, match="the process has ended"):
@@ -189,7 +191,7 @@ def test_the_other_sides_end_is_noticed_once() -> None:
         assert near.closed
         near.notify(Seen(1))
         with pytest.raises(ProcessError, match="the process has ended"):
-            await near.ask(Echo())
+            await near.request(Echo())
 
     _linked(work)
 
@@ -202,7 +204,7 @@ def test_notifications_come_in_order_and_before_what_follows() -> None:
         far.notify(Seen(1))
         far.notify(Unseen())
         far.notify(Seen(2))
-        await near.ask(Echo())
+        await near.request(Echo())
         assert events == ["seen 1", "seen 2"]
 
     _linked(work)
@@ -212,7 +214,7 @@ def test_a_notification_that_cannot_be_handled_harms_nothing() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
         far.notify(Seen("x"))  # type: ignore[arg-type]
         far.notify(Seen(2))
-        await near.ask(Echo())
+        await near.request(Echo())
         assert events == ["seen 2"]
 
     _linked(work)
@@ -232,7 +234,7 @@ def test_what_is_on_the_wire() -> None:
         ours, theirs = socket.socketpair()
         link = Link(ours, {Echo: _echo, Refuse: _refuse}, lambda: None)
         with theirs:
-            asked = asyncio.ensure_future(link.ask(Status()))
+            asked = asyncio.ensure_future(link.request(Status()))
             await asyncio.sleep(0)
             assert _lines(theirs) == [{"ask": 1, "do": "status", "fds": 0}]
             theirs.sendall(b'{"answer": 1, "ok": true, "tunnels": 3, "handshakes": 4, "later": 5, "fds": 0}\n')
@@ -264,7 +266,7 @@ def test_a_reply_without_its_fields() -> None:
         ours, theirs = socket.socketpair()
         link = Link(ours, {}, lambda: None)
         with theirs:
-            asked = asyncio.ensure_future(link.ask(Status()))
+            asked = asyncio.ensure_future(link.request(Status()))
             await asyncio.sleep(0)
             theirs.sendall(b'{"answer": 1, "ok": true, "fds": 0}\n')
             with pytest.raises(ProcessError, match="a reply that cannot be read"):
@@ -276,7 +278,7 @@ def test_a_reply_without_its_fields() -> None:
 
 def test_a_child_of_format_1_is_told_to_drain_in_its_words() -> None:
     told = translate_request(Drain(after=None, over=60.0))
-    assert told == Finish(linger=None, over=60.0)
+    assert told == Finish(after=None, over=60.0)
     assert isinstance(told, Finish)
-    assert told.translated() == Drain(after=None, over=60.0)
+    assert told.to_drain() == Drain(after=None, over=60.0)
     assert translate_request(Status()) == Status()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tlstunnel.processes.notify import Notify
+from tlstunnel.processes.notify import ServiceManager
 
 
 @pytest.fixture(params=["a file", "an abstract name"])
@@ -22,17 +22,17 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_words(manager: socket.socket) -> None:
-    notify = Notify()
-    notify.ready("serving")
+    notify = ServiceManager()
+    notify.notify_ready("serving")
     assert manager.recv(1000).decode() == f"READY=1\nSTATUS=serving\nMAINPID={os.getpid()}"
-    notify.reloading()
+    notify.notify_reloading()
     first, second = manager.recv(1000).decode().split("\n")
     assert first == "RELOADING=1"
     assert second.startswith("MONOTONIC_USEC=")
     assert second.removeprefix("MONOTONIC_USEC=").isdecimal()
-    notify.stopping()
+    notify.notify_stopping()
     assert manager.recv(1000) == b"STOPPING=1"
-    notify.alive()
+    notify.notify_alive()
     assert manager.recv(1000) == b"WATCHDOG=1"
 
 
@@ -50,13 +50,13 @@ def test_words(manager: socket.socket) -> None:
 def test_watchdog(environment: dict[str, str], every: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Notify().watchdog == every
+    assert ServiceManager().watchdog_interval == every
 
 
 def test_without_a_manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    Notify().ready("nobody hears it")
-    assert Notify().watchdog == 0.0
+    ServiceManager().notify_ready("nobody hears it")
+    assert ServiceManager().watchdog_interval == 0.0
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    Notify().ready("nobody hears it")
+    ServiceManager().notify_ready("nobody hears it")

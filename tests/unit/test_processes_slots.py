@@ -25,7 +25,7 @@ def _slots(shares: list[int]) -> Slots:
             number += 1
             made.append(Slot(number, Listener(socket.socket(), address, address)))
         opened[address] = made
-    slots.settle(opened, tuple(opened))
+    slots.update(opened, tuple(opened))
     return slots
 
 
@@ -33,7 +33,7 @@ def _slots(shares: list[int]) -> Slots:
 def test_everything_is_served_and_everybody_serves(shares: list[int], children: list[int]) -> None:
     slots = _slots(shares)
     try:
-        of = slots.assigned(children)
+        of = slots.assign(children)
         assert set(of) == set(children)
         numbers = {slot.number for slot in slots}
         if children:
@@ -53,14 +53,14 @@ def test_addresses_come_and_go() -> None:
     slots = Slots()
     with closing(slots):
         first, second = ListenAddress.parse("127.0.0.1:0"), ListenAddress.parse("[::1]:0")
-        slots.settle(slots.open((first,), 2), (first,))
+        slots.update(slots.open((first,), 2), (first,))
         kept = [slot.number for slot in slots]
         assert len(kept) == 2
         assert len({slot.listener.address for slot in slots}) == 1, "both on the port that the first has got"
         opened = slots.open((first, second), 1)
         assert list(opened) == [second]
-        assert slots.settle(opened, (first, second)) == []
-        gone = slots.settle({}, (second,))
+        assert slots.update(opened, (first, second)) == []
+        gone = slots.update({}, (second,))
         assert [slot.number for slot in gone] == kept
         for slot in gone:
             slot.listener.remove()
@@ -78,8 +78,8 @@ def test_all_or_none_is_opened() -> None:
 def test_they_are_kept_for_the_next_program() -> None:
     slots = Slots()
     address = ListenAddress.parse("127.0.0.1:0")
-    slots.settle(slots.open((address,), 2), (address,))
-    again = Slots.restored(slots.kept())
+    slots.update(slots.open((address,), 2), (address,))
+    again = Slots.restore(slots.hand_over())
     assert [slot.number for slot in again] == [slot.number for slot in slots]
     assert [slot.listener.address for slot in again] == [slot.listener.address for slot in slots]
     assert not any(slot.listener.sock.get_inheritable() for slot in again)

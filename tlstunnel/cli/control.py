@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tlstunnel.errors import ControlError
-from tlstunnel.processes.control import ask, find
+from tlstunnel.processes.control import find_control_socket, send_command
 
 
 def control_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -21,7 +21,7 @@ def control_options(command: Callable[..., None]) -> Callable[..., None]:
 def run_command(control: Path | None, do: str, *, as_json: bool) -> Mapping[str, Any] | None:
     """Have the tunnel `do` that; return its response, or print it and return None. Raises ControlError."""
     try:
-        response = ask(find(control), {"do": do})
+        response = send_command(find_control_socket(control), {"do": do})
     except ControlError as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": str(error)}))

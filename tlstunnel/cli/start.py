@@ -24,11 +24,11 @@ from tlstunnel.errors import ListenError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.origins.embedded import EchoOrigin
-from tlstunnel.processes.children import Beginning, try_child
+from tlstunnel.processes.children import Startup, try_child
 from tlstunnel.processes.fleet import Options
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.parent import Parent
-from tlstunnel.processes.slots import Slots, passed
+from tlstunnel.processes.slots import Slots, take_passed_sockets
 from tlstunnel.program import set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
@@ -71,7 +71,7 @@ def command(  # noqa: PLR0913 - the command's options
     Without ORIGIN, it starts an echo origin. Without --cert, it creates and uses a test certificate for localhost in
     certs/, and listens on loopback only.
     """
-    handed = Handover.received()
+    handed = Handover.receive()
     set_process_name("tlstunnel")
     text = handed.config if handed is not None else read(config_file) if config_file else None
     listen = _parse_addresses(listen_texts)
@@ -89,36 +89,36 @@ def command(  # noqa: PLR0913 - the command's options
         _ensure_test_certificate(invocation, config, log=False)
         given = tuple(map(ListenAddress.parse, handed.slots.passed))
         Slots.try_to_open(addresses_to_listen_on(invocation, config, given), handed.slots, OPTIONAL)
-        asyncio.run(try_child(Beginning(invocation, text, config, style)))
+        asyncio.run(try_child(Startup(invocation, text, config, style)))
         os.write(handed.probe, __version__.encode())
         return
     with contextlib.ExitStack() as stack:
         echo = None if config.sites or origin is not None else _start_echo(handed, stack)
         invocation = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen)
         _ensure_test_certificate(invocation, config, log=handed is None)
-        beginning = Beginning(invocation, text, config, style)
+        startup = Startup(invocation, text, config, style)
         options = Options(control, processes)
-        slots = _open_slots(handed, beginning, options)
+        slots = _open_slots(handed, startup, options)
         stack.callback(slots.close)
-        asyncio.run(_run(beginning, slots, options, echo, handed))
+        asyncio.run(_run(startup, slots, options, echo, handed))
 
 
 async def _run(
-    beginning: Beginning, slots: Slots, options: Options, echo: EchoOrigin | None, before: Handover | None
+    startup: Startup, slots: Slots, options: Options, echo: EchoOrigin | None, before: Handover | None
 ) -> None:
-    await Parent(beginning, slots, options, echo, before).run()
+    await Parent(startup, slots, options, echo, before).run()
 
 
-def _open_slots(handed: Handover | None, beginning: Beginning, options: Options) -> Slots:
+def _open_slots(handed: Handover | None, startup: Startup, options: Options) -> Slots:
     if handed is None:
-        slots = Slots(passed())
-        addresses = addresses_to_listen_on(beginning.wanted, beginning.config, slots.passed)
-        slots.settle(slots.open(addresses, options.count(beginning.config), OPTIONAL), addresses)
+        slots = Slots(take_passed_sockets())
+        addresses = addresses_to_listen_on(startup.invocation, startup.config, slots.passed)
+        slots.update(slots.open(addresses, options.count(startup.config), OPTIONAL), addresses)
         return slots
-    slots = Slots.restored(handed.slots)
-    addresses = addresses_to_listen_on(beginning.wanted, beginning.config, slots.passed)
+    slots = Slots.restore(handed.slots)
+    addresses = addresses_to_listen_on(startup.invocation, startup.config, slots.passed)
     try:
-        gone = slots.settle(slots.open(addresses, 1, OPTIONAL), addresses)
+        gone = slots.update(slots.open(addresses, 1, OPTIONAL), addresses)
     except ListenError as error:
         # The probe could open them: another program was faster. Exiting now would end the open tunnels.
         structlog.get_logger().error(Event.UPGRADE_LISTENERS_KEPT, reason=str(error))
@@ -144,7 +144,7 @@ def _refuse_invalid_origin(origin: str) -> None:
 
 def _start_echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOrigin:
     if handed is not None and handed.echo is not None:
-        return stack.enter_context(contextlib.closing(EchoOrigin.restored(handed.echo)))
+        return stack.enter_context(contextlib.closing(EchoOrigin.restore(handed.echo)))
     echo = stack.enter_context(contextlib.closing(EchoOrigin.start()))
     structlog.get_logger().info(Event.ECHO_ORIGIN, address=f"127.0.0.1:{echo.port}")
     return echo

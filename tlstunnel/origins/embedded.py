@@ -16,7 +16,7 @@ from tlstunnel.supervisor import wait_or_kill
 EXIT_SECONDS = 5.0
 
 
-class KeptEcho(msgspec.Struct, frozen=True):
+class EchoHandover(msgspec.Struct, frozen=True):
     """What is handed over by an upgrade: the port, the process, and the descriptor whose end ends it."""
 
     port: int
@@ -50,12 +50,12 @@ class EchoOrigin:
             os.close(reading)
             return cls(listener.getsockname()[1], pid, writing)
 
-    def kept(self) -> KeptEcho:
-        """Return what `restored` takes in the program that is executed next."""
-        return KeptEcho(port=self.port, pid=self._pid, pipe=self._pipe)
+    def hand_over(self) -> EchoHandover:
+        """Return what `restore` takes in the program that is executed next."""
+        return EchoHandover(port=self.port, pid=self._pid, pipe=self._pipe)
 
     @classmethod
-    def restored(cls, kept: KeptEcho) -> Self:
+    def restore(cls, kept: EchoHandover) -> Self:
         """Return the one that the program executed before this one has started."""
         os.set_inheritable(kept.pipe, False)
         return cls(kept.port, kept.pid, kept.pipe)

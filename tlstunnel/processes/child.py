@@ -24,7 +24,7 @@ from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.program import set_process_name
 from tlstunnel.serving.service import Service
-from tlstunnel.sockets.listeners import Listener, adopted
+from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
 
 REPORT_SECONDS = 1.0
@@ -45,7 +45,7 @@ class ServingProcess:
             sock,
             {
                 messages.Begin: self._begin,
-                messages.Listeners: self._hold,
+                messages.Listeners: self._add_listeners,
                 messages.Serve: self._serve,
                 messages.Prepare: self._prepare,
                 messages.Commit: self._commit,
@@ -55,13 +55,13 @@ class ServingProcess:
                 messages.Status: self._status,
                 previous.Finish: self._finish,
             },
-            self._orphaned,
+            self._handle_parent_exit,
         )
         self._metrics = Registry()
         self._metrics.on_change = self._report_soon
         self._reporting: asyncio.TimerHandle | None = None
         self._service: Service | None = None
-        self._held: dict[int, Listener] = {}
+        self._listeners: dict[int, Listener] = {}
         self._exit = asyncio.Event()
         self._leaving: asyncio.Task[None] | None = None
         self._log = structlog.get_logger()
@@ -72,7 +72,7 @@ class ServingProcess:
         # What a terminal or a person sends is for the parent, which decides. SIGTERM to this process alone: it drains.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
         # In a terminal with `stty tostop` a line of the log would stop a process that is not in the foreground's group.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         await self._exit.wait()
@@ -82,7 +82,7 @@ class ServingProcess:
         self._link.close()
 
     @property
-    def _serving(self) -> Service:
+    def _begun_service(self) -> Service:
         if self._service is None:
             raise ProcessError("this process has not begun")
         return self._service
@@ -95,48 +95,48 @@ class ServingProcess:
             )
         set_process_name(request.name)
         configure_logging(request.log_format)
-        invocation = Invocation.from_json(request.wanted)
+        invocation = Invocation.from_json(request.invocation)
         journal = Journal(self._metrics, opened=request.opened)
         self._service = await Service.begin(invocation, request.config, journal, quiet=request.quiet)
         return messages.Begun(version=__version__)
 
-    async def _hold(self, request: messages.Listeners, descriptors: list[int]) -> messages.Done:
+    async def _add_listeners(self, request: messages.Listeners, descriptors: list[int]) -> messages.Done:
         for number, written, descriptor in zip(request.numbers, request.written, descriptors, strict=True):
-            self._held[number] = adopted(descriptor, ListenAddress.parse(written))
+            self._listeners[number] = adopt(descriptor, ListenAddress.parse(written))
         return messages.Done()
 
     async def _serve(self, request: messages.Serve, _: list[int]) -> messages.Done:
-        for number in self._held.keys() - set(request.kept):
-            self._serving.leave(self._held.pop(number))
-        self._serving.accept([self._held[number] for number in request.numbers])
+        for number in self._listeners.keys() - set(request.kept):
+            self._begun_service.leave(self._listeners.pop(number))
+        self._begun_service.accept([self._listeners[number] for number in request.numbers])
         return messages.Done()
 
     async def _prepare(self, request: messages.Prepare, _: list[int]) -> messages.Prepared:
-        return messages.Prepared(changes=await self._serving.prepare(request.config))
+        return messages.Prepared(changes=await self._begun_service.prepare(request.config))
 
     async def _commit(self, _: messages.Commit, __: list[int]) -> messages.Done:
-        self._serving.commit()
+        self._begun_service.commit()
         return messages.Done()
 
     async def _abandon(self, _: messages.Abandon, __: list[int]) -> messages.Done:
-        await self._serving.abandon()
+        await self._begun_service.abandon()
         return messages.Done()
 
     async def _finish(self, request: previous.Finish, descriptors: list[int]) -> messages.Done:
-        return await self._drain(request.translated(), descriptors)
+        return await self._drain(request.to_drain(), descriptors)
 
     async def _drain(self, request: messages.Drain, _: list[int]) -> messages.Done:
-        self._leave_all()
-        self._end(request.after, request.over)
+        self._close_listeners()
+        self._start_draining(request.after, request.over)
         return messages.Done()
 
     async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
-        self._leave_all()
+        self._close_listeners()
         self._exit.set()
         return messages.Done()
 
     async def _status(self, _: messages.Status, __: list[int]) -> messages.Load:
-        return messages.Load(**self._serving.status(), metrics=self._metrics.snapshot())
+        return messages.Load(**self._begun_service.status(), metrics=self._metrics.snapshot())
 
     def _report_soon(self) -> None:
         if self._reporting is None:
@@ -157,35 +157,35 @@ class ServingProcess:
                 while not (self._link.closed or self._link.idle):  # noqa: ASYNC110 - once, at the end
                     await asyncio.sleep(0.01)
 
-    def _terminated(self) -> None:
+    def _handle_sigterm(self) -> None:
         self._log.info(Event.DRAIN_REQUESTED, signal="SIGTERM", process=os.getpid())
         # The parent has another take its place; what waits to be accepted is accepted here.
         self._leaving = asyncio.ensure_future(self._report_leaving())
-        self._leave_all()
-        self._end(0.0, None)
+        self._close_listeners()
+        self._start_draining(0.0, None)
 
     async def _report_leaving(self) -> None:
         # A request and no notification, so that a parent of format 1 understands it.
         with contextlib.suppress(ProcessError):
-            await self._link.ask(messages.Leaving())
+            await self._link.request(messages.Leaving())
 
-    def _orphaned(self) -> None:
+    def _handle_parent_exit(self) -> None:
         if self._service is None:
             return self._exit.set()
         if not self._service.ending:
             self._log.warning(Event.PARENT_EXITED, process=os.getpid())
-        self._leave_all()
-        self._end(0.0, None)
+        self._close_listeners()
+        self._start_draining(0.0, None)
 
-    def _leave_all(self) -> None:
-        for listener in self._held.values():
+    def _close_listeners(self) -> None:
+        for listener in self._listeners.values():
             if self._service is not None:
                 self._service.leave(listener)
             else:
                 listener.close()
-        self._held = {}
+        self._listeners = {}
 
-    def _end(self, after: float | None, over: float | None) -> None:
+    def _start_draining(self, after: float | None, over: float | None) -> None:
         if self._service is None:
             return self._exit.set()
         self._service.end(after, over, self._exit.set)
@@ -198,10 +198,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with asyncio.Runner(loop_factory=TunnelLoop) as runner:
         runner.run(_run(arguments.link))
-    _leave()
+    _exit_despite_threads()
 
 
-def _leave() -> None:
+def _exit_despite_threads() -> None:
     """Exit even if a thread does not end: the interpreter would wait without limit for what an edge worker left in one.
 
     Daemon threads too: it waits for all threads of executors.

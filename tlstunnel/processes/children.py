@@ -61,20 +61,20 @@ MODULES: Mapping[Role, str] = {Role.SERVING: SERVING}
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
+class Startup:
     """What a child begins with: `config` is made of `text`, that of the configuration file."""
 
-    wanted: Invocation
+    invocation: Invocation
     text: str | None
     config: Config
     log_format: Literal["text", "json"]
 
-    def request(self, name: str, *, quiet: bool) -> Begin:
+    def to_begin(self, name: str, *, quiet: bool) -> Begin:
         """Return the request that begins a child named `name`."""
         return Begin(
             format=FORMAT,
             name=name,
-            wanted=self.wanted.as_json(),
+            invocation=self.invocation.as_json(),
             config=self.text,
             log_format=self.log_format,
             opened=self.config.log.opened,
@@ -97,7 +97,7 @@ class Identity(msgspec.Struct):
     started: float = msgspec.field(default_factory=time.time)
 
 
-class KeptChild(msgspec.Struct, frozen=True):
+class ChildHandover(msgspec.Struct, frozen=True):
     """A child as an upgrade hands it over: `link` is a descriptor, `metrics` are the last that it sent."""
 
     identity: Identity
@@ -123,7 +123,7 @@ class Child:
         self.leaving = asyncio.Event()
         self.link = Link(
             sock,
-            {Leaving: self._leaves},
+            {Leaving: self._handle_leaving},
             lambda: None,
             {type_: functools.partial(take, self) for type_, take in notifications.items()},
         )
@@ -145,12 +145,12 @@ class Child:
             os.waitpid(pid, 0)
             raise
 
-    def kept(self) -> "KeptChild":
-        """Return what `restored` takes in the program that is executed next."""
-        return KeptChild(self.identity, self.pid, self.draining, self.link.sock.fileno())
+    def hand_over(self) -> "ChildHandover":
+        """Return what `restore` takes in the program that is executed next."""
+        return ChildHandover(self.identity, self.pid, self.draining, self.link.sock.fileno())
 
     @classmethod
-    def restored(cls, kept: "KeptChild", notifications: ChildNotifications) -> "Child":
+    def restore(cls, kept: "ChildHandover", notifications: ChildNotifications) -> "Child":
         """Return a child that the program executed before this one has started."""
         os.set_inheritable(kept.link, False)
         child = cls(kept.pid, kept.identity, socket.socket(fileno=kept.link), notifications)
@@ -173,32 +173,32 @@ class Child:
         """What ``tlstunnel status`` shows."""
         return "draining" if self.draining else "serving"
 
-    async def ask(self, request: Request[ReplyT], seconds: float = REPLY_SECONDS) -> ReplyT:
+    async def request(self, request: Request[ReplyT], seconds: float = REPLY_SECONDS) -> ReplyT:
         """Send a request and wait so long for the reply. Raises ProcessError: refused, ended or no reply in time."""
         if self.identity.format == previous.FORMAT:
             request = previous.translate_request(request)
         try:
             async with asyncio.timeout(seconds):
-                return await self.link.ask(request)
+                return await self.link.request(request)
         except TimeoutError:
             raise ProcessError(f"process {self.pid} has not responded within {seconds:g} s") from None
 
-    async def tell(self, request: Request[Done]) -> None:
+    async def try_request(self, request: Request[Done]) -> None:
         """Send a request and wait a moment until it is done; a child that has ended, or refuses, is ignored."""
         with contextlib.suppress(ProcessError):
-            await self.ask(request)
+            await self.request(request)
 
-    async def begin(self, beginning: Beginning) -> None:
+    async def begin(self, startup: Startup) -> None:
         """Have it load what it will serve, and wait until it could accept. Raises ProcessError."""
         identity = self.identity
-        request = beginning.request(f"tlstunnel {identity.place} g{identity.generation}", quiet=identity.place != 1)
-        identity.version = (await self.link.ask(request)).version
+        request = startup.to_begin(f"tlstunnel {identity.place} g{identity.generation}", quiet=identity.place != 1)
+        identity.version = (await self.link.request(request)).version
 
-    async def hand(self, slots: list[Slot]) -> None:
+    async def send_listeners(self, slots: list[Slot]) -> None:
         """Give it these sockets, to accept from once it is told to. Raises ProcessError."""
         for start in range(0, len(slots), MAX_FDS):
             part = slots[start : start + MAX_FDS]
-            await self.link.ask(
+            await self.link.request(
                 Listeners(
                     numbers=[slot.number for slot in part],
                     written=[str(slot.listener.written) for slot in part],
@@ -209,17 +209,17 @@ class Child:
     async def drain(self, after: float | None, over: float | None) -> None:
         """Have it accept no more and exit with its last tunnel: see `Drain`."""
         self.draining = True
-        await self.tell(Drain(after=after, over=over))
+        await self.try_request(Drain(after=after, over=over))
 
     async def stop(self) -> None:
         """Have it end everything at once, with a record of each connection."""
-        await self.tell(Stop())
+        await self.try_request(Stop())
 
-    async def load(self) -> Load:
+    async def request_load(self) -> Load:
         """Return what it has. Raises ProcessError."""
-        return await self.ask(Status())
+        return await self.request(Status())
 
-    async def wait_until_missing(self) -> None:
+    async def wait_until_leaving(self) -> None:
         """Wait until it has ended or is about to."""
         leaving = asyncio.ensure_future(self.leaving.wait())
         try:
@@ -231,21 +231,21 @@ class Child:
         """Kill it, whatever it does."""
         self.process.kill()
 
-    async def _leaves(self, _: Leaving, __: list[int]) -> Done:
+    async def _handle_leaving(self, _: Leaving, __: list[int]) -> Done:
         self.draining = True
         self.leaving.set()
         return Done()
 
 
-async def try_child(beginning: Beginning) -> None:
+async def try_child(startup: Startup) -> None:
     """Bring one child to where it could accept, and end it. Raises ProcessError."""
     pid, sock = spawn(SERVING, group=False)
     process = ChildProcess(pid)
     link = Link(sock, {}, lambda: None)
     try:
-        begun: Begun = await link.ask(beginning.request("tlstunnel probe", quiet=True))
+        begun: Begun = await link.request(startup.to_begin("tlstunnel probe", quiet=True))
         assert begun.version
-        await link.ask(Stop())
+        await link.request(Stop())
     finally:
         link.close()
         await process.wait()

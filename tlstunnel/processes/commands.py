@@ -139,7 +139,7 @@ class Commands:
         await self._ended.wait()
         return Ended()
 
-    def handlers(self) -> Mapping[str, Handler]:
+    def make_handlers(self) -> Mapping[str, Handler]:
         """Return the commands as the control socket takes them, by their names."""
 
         async def upgrade(request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
@@ -147,16 +147,16 @@ class Commands:
             return {}
 
         async def reload(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
-            return _fields(await self.reload(_parse(request, ReloadCommand)))
+            return _to_json(await self.reload(_parse(request, ReloadCommand)))
 
         async def status(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
-            return _fields(await self.status(_parse(request, StatusCommand)))
+            return _to_json(await self.status(_parse(request, StatusCommand)))
 
         async def drain(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
-            return _fields(await self.drain(_parse(request, DrainCommand)))
+            return _to_json(await self.drain(_parse(request, DrainCommand)))
 
         async def stop(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
-            return _fields(await self.stop(_parse(request, StopCommand)))
+            return _to_json(await self.stop(_parse(request, StopCommand)))
 
         return {"reload": reload, "upgrade": upgrade, "status": status, "drain": drain, "stop": stop}
 
@@ -182,6 +182,6 @@ def _parse(request: Mapping[str, Any], command: type[CommandT]) -> CommandT:
         raise ControlError(f"this request cannot be read: {error}") from None
 
 
-def _fields(result: msgspec.Struct) -> Mapping[str, Any]:
+def _to_json(result: msgspec.Struct) -> Mapping[str, Any]:
     fields: Mapping[str, Any] = msgspec.to_builtins(result)
     return fields

@@ -42,7 +42,7 @@ The second argument is the descriptor of the client's socket: an upgrade leaves 
 """
 
 
-class KeptControl(msgspec.Struct, frozen=True):
+class ControlHandover(msgspec.Struct, frozen=True):
     """The control socket as an upgrade hands it over: its path, its descriptor and that of its lock."""
 
     path: str
@@ -50,7 +50,7 @@ class KeptControl(msgspec.Struct, frozen=True):
     lock: int
 
 
-def folder() -> Path:
+def default_folder() -> Path:
     """Return the default folder of control sockets: systemd's, the user's, or the system's."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(given.partition(":")[0])
@@ -61,7 +61,7 @@ def folder() -> Path:
 
 def default_path(port: int) -> Path:
     """Return the default path for a tunnel whose first listener has this port (0: a Unix socket)."""
-    return folder() / f"control-{port}.sock"
+    return default_folder() / f"control-{port}.sock"
 
 
 class ControlSocket:
@@ -92,7 +92,7 @@ class ControlSocket:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
                 raise ControlError(f"{path}: this file exists and is not a socket")
-            if _listens(path):
+            if _is_listening(path):
                 # Of another program: a tunnel would hold the lock.
                 raise ControlError(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
@@ -107,12 +107,12 @@ class ControlSocket:
             lock.close()
             raise
 
-    def kept(self) -> KeptControl:
-        """Return what `restored` takes in the program that is executed next."""
-        return KeptControl(path=str(self.path), fd=self._sock.fileno(), lock=self._lock.fileno())
+    def hand_over(self) -> ControlHandover:
+        """Return what `restore` takes in the program that is executed next."""
+        return ControlHandover(path=str(self.path), fd=self._sock.fileno(), lock=self._lock.fileno())
 
     @classmethod
-    def restored(cls, kept: KeptControl) -> Self:
+    def restore(cls, kept: ControlHandover) -> Self:
         """Return the socket and its lock as the program executed before this one had them."""
         for fd in (kept.fd, kept.lock):
             os.set_inheritable(fd, False)
@@ -158,33 +158,33 @@ class ControlSocket:
         self, reader: asyncio.StreamReader, task: "asyncio.Task[None]", client: int
     ) -> Mapping[str, Any]:
         if len(self._clients) > MAX_CLIENTS:
-            return _failed(f"more than {MAX_CLIENTS} clients at once")
+            return _make_error(f"more than {MAX_CLIENTS} clients at once")
         try:
             line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
             self._idle.discard(task)
             request = json.loads(line)
         except (ValueError, RecursionError):  # also of a line that is too long
-            return _failed(
+            return _make_error(
                 f'expected one JSON object on a line of at most {MAX_LINE} bytes, such as {{"do": "reload"}}'
             )
         word = request.get("do") if isinstance(request, dict) else None
         if not isinstance(word, str):
-            return _failed('expected an object with "do", such as {"do": "reload"}')
+            return _make_error('expected an object with "do", such as {"do": "reload"}')
         handler = self._handlers.get(word)
         if handler is None:
             near = difflib.get_close_matches(word[:100], self._handlers, n=1)
             hint = f"did you mean {quoted(near[0])}?" if near else f"there are {', '.join(sorted(self._handlers))}"
-            return _failed(f"cannot do {quoted(word)}; {hint}")
+            return _make_error(f"cannot do {quoted(word)}; {hint}")
         try:
             return {"ok": True, **await handler(request, client)}
         except ControlError as error:
-            return _failed(str(error))
+            return _make_error(str(error))
         except Exception:
             structlog.get_logger().exception(Event.COMMAND_FAILED, command=word)
-            return _failed("an internal error in the tunnel, which is in its log")
+            return _make_error("an internal error in the tunnel, which is in its log")
 
 
-def _failed(error: str) -> Mapping[str, Any]:
+def _make_error(error: str) -> Mapping[str, Any]:
     return {"ok": False, "error": error}
 
 
@@ -203,12 +203,12 @@ def _bind(path: Path) -> socket.socket:
     return sock
 
 
-def find(control: Path | None) -> Path:
+def find_control_socket(control: Path | None) -> Path:
     """Return `control`, or where it is None the only control socket of a running tunnel. Raises ControlError."""
     if control is not None:
         return control
-    place = folder()
-    alive = [path for path in sorted(place.glob("control-*.sock")) if _listens(path)]
+    place = default_folder()
+    alive = [path for path in sorted(place.glob("control-*.sock")) if _is_listening(path)]
     if not alive:
         raise ControlError(f"no tunnel has a control socket in {place}; is it running? Name its socket with --control")
     if len(alive) > 1:
@@ -217,7 +217,7 @@ def find(control: Path | None) -> Path:
     return alive[0]
 
 
-def _listens(path: Path) -> bool:
+def _is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         try:
@@ -229,7 +229,7 @@ def _listens(path: Path) -> bool:
         return True
 
 
-def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Send a request and wait for the response, without a time limit. Raises ControlError, also for a refusal."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:

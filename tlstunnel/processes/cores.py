@@ -7,17 +7,17 @@ from pathlib import Path
 _ROOT = Path("/sys/fs/cgroup")
 
 
-def usable(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
+def count_usable(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
     """The cores of this process's affinity, or fewer where a quota of its control groups allows less time; at least 1.
 
     Quotas of both versions: ``cpu.max`` (Linux, admin-guide/cgroup-v2) and ``cpu.cfs_quota_us`` (scheduler/sched-bwc).
     A quota of one and a half cores is two: a process more uses what one alone cannot.
     """
     cores = len(os.sched_getaffinity(0))
-    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root, own))]))
+    return max(1, min([cores, *(math.ceil(quota) for quota in _find_quotas(root, own))]))
 
 
-def _quotas(root: Path, own: Path) -> list[float]:
+def _find_quotas(root: Path, own: Path) -> list[float]:
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -33,12 +33,12 @@ def _quotas(root: Path, own: Path) -> list[float]:
         # A quota of any group around this one holds too. In a container its own group may be seen as the root.
         for place in {folder, *folder.parents} | {top}:
             if place == top or top in place.parents:
-                found += _quota(place)
+                found += _read_quota(place)
     return found
 
 
-def _quota(folder: Path) -> list[float]:
-    for read in (_second_version, _first_version):
+def _read_quota(folder: Path) -> list[float]:
+    for read in (_read_v2, _read_v1):
         try:
             quota, period = read(folder)
         except (OSError, ValueError):
@@ -48,11 +48,11 @@ def _quota(folder: Path) -> list[float]:
     return []
 
 
-def _second_version(folder: Path) -> tuple[int, int]:
+def _read_v2(folder: Path) -> tuple[int, int]:
     quota, period = (folder / "cpu.max").read_text().split()
     return int(quota), int(period)
 
 
-def _first_version(folder: Path) -> tuple[int, int]:
+def _read_v1(folder: Path) -> tuple[int, int]:
     quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
     return int(quota), int(period)

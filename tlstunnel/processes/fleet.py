@@ -23,7 +23,7 @@ from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
-from tlstunnel.processes.children import Beginning, Child, ChildNotifications, KeptChild, Role
+from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
 from tlstunnel.processes.messages import Load, Measured, Serve
 from tlstunnel.processes.slots import Slots
 from tlstunnel.supervisor import describe_exit, start_with_retries
@@ -48,26 +48,26 @@ class Options:
     def count(self, config: Config) -> int:
         """Return how many processes serve: as the command line says, else the file."""
         wanted = config.processes if self.processes is None else self.processes
-        return cores.usable() if wanted == "auto" else wanted
+        return cores.count_usable() if wanted == "auto" else wanted
 
 
 class Fleet:
     """Keeps as many children of each role running as are wanted, until it is ended.
 
-    `beginning` is what they begin with; `generation` counts the programs executed in the parent's place; `ending` says
+    `startup` is what they begin with; `generation` counts the programs executed in the parent's place; `ending` says
     why no more are started, and is empty until then. `totals` are the metrics of all children, those that have exited
     included.
     """
 
     def __init__(
         self,
-        beginning: Beginning,
+        startup: Startup,
         slots: Slots,
         options: Options,
         generation: int,
         totals: Totals | None = None,
     ) -> None:
-        self.beginning = beginning
+        self.startup = startup
         self.generation = generation
         self.ending = ""
         self._slots = slots
@@ -76,11 +76,11 @@ class Fleet:
         self._notifications: ChildNotifications = {Measured: self._take_metrics}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
-        self._telling: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._revision = 0
         self._may_start = asyncio.Event()
         self._may_start.set()
-        self._begun = generation > 1
+        self._started = generation > 1
         self._log = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Child]:
@@ -90,7 +90,7 @@ class Fleet:
     @property
     def config(self) -> Config:
         """The configuration that is served."""
-        return self.beginning.config
+        return self.startup.config
 
     def count(self, role: Role = Role.SERVING) -> int:
         """Return how many children of a role are wanted."""
@@ -112,10 +112,10 @@ class Fleet:
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
-    def restore(self, kept: Iterable[KeptChild]) -> None:
+    def restore(self, kept: Iterable[ChildHandover]) -> None:
         """Take over the children that the program executed before this one has started."""
         for one in kept:
-            self._add(Child.restored(one, self._notifications))
+            self._add(Child.restore(one, self._notifications))
             if one.metrics is not None:
                 self.totals.update(one.pid, one.metrics)
 
@@ -127,13 +127,13 @@ class Fleet:
         wanted = [(role, place) for role in Role for place in range(1, self.count(role) + 1)]
         return [self._keep_at(*place) for place in wanted if place not in self._keepers or self._keepers[place].done()]
 
-    def has_begun(self) -> None:
+    def mark_started(self) -> None:
         """From now on, restart a child that ends before it was ready; until then the start fails as a whole."""
-        self._begun = True
+        self._started = True
 
-    def replace_beginning(self, text: str | None, config: Config) -> None:
+    def replace_startup(self, text: str | None, config: Config) -> None:
         """Start children with this configuration from now on."""
-        self.beginning = dataclasses.replace(self.beginning, text=text, config=config)
+        self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
 
     async def pause_starts(self) -> None:
@@ -160,7 +160,7 @@ class Fleet:
         while (child := await self._start_one(role, place, first)) is not None:
             began = time.monotonic()
             revision = self._revision
-            problems = await self._bring_up(child)
+            problems = await self._prepare_child(child)
             outdated = child.ready and first.done() and revision != self._revision
             if outdated or not child.ready:
                 child.kill()
@@ -168,7 +168,7 @@ class Fleet:
                 await self.assign()
             else:
                 first.set_result(None)  # all of them together are assigned by whoever waits
-            await child.wait_until_missing()
+            await child.wait_until_leaving()
             if child.leaving.is_set() and not self.ending:
                 await self.assign()
                 continue
@@ -177,7 +177,7 @@ class Fleet:
                 first.set_exception(
                     ProcessError(*(problems or (f"a process ended at its start: {describe_exit(code)}",)))
                 )
-            if self.ending or child.draining or not (self._begun or child.ready):
+            if self.ending or child.draining or not (self._started or child.ready):
                 return
             if outdated:
                 continue
@@ -217,14 +217,14 @@ class Fleet:
 
         return await start_with_retries(start, RESTARTS, report, (OSError,))
 
-    async def _bring_up(self, child: Child) -> tuple[str, ...]:
+    async def _prepare_child(self, child: Child) -> tuple[str, ...]:
         """Have it load what it will serve; return what went wrong, empty where nothing did or its exit says more."""
         try:
-            await child.begin(self.beginning)
+            await child.begin(self.startup)
             if child.identity.version != __version__:
                 hint = "it was replaced on the disk: tlstunnel upgrade"
                 self._log.warning(Event.PACKAGE_REPLACED, process=child.pid, version=child.identity.version, hint=hint)
-            await child.hand(list(self._slots))
+            await child.send_listeners(list(self._slots))
         except TlstunnelError as error:
             child.kill()
             return () if child.link.closed else error.problems
@@ -247,9 +247,11 @@ class Fleet:
     async def assign(self) -> None:
         """Say which child accepts from which slot. A child takes a slot over before another one leaves it."""
         children = self.accepting()
-        numbers = self._slots.assigned([child.pid for child in children])
+        numbers = self._slots.assign([child.pid for child in children])
         kept = [slot.number for slot in self._slots]
-        await asyncio.gather(*(child.tell(Serve(kept=kept, numbers=sorted(numbers[child.pid]))) for child in children))
+        await asyncio.gather(
+            *(child.try_request(Serve(kept=kept, numbers=sorted(numbers[child.pid]))) for child in children)
+        )
 
     async def resize(self) -> None:
         """Start children that are missing, and drain those that are too many: their slots go to the others."""
@@ -274,7 +276,7 @@ class Fleet:
     async def loads(self) -> list[tuple[Child, Load]]:
         """Return what each child has, without those that do not respond, and bring `totals` up to date."""
         children = [child for child in self if child.ready]
-        loads = await asyncio.gather(*(child.load() for child in children), return_exceptions=True)
+        loads = await asyncio.gather(*(child.request_load() for child in children), return_exceptions=True)
         responded = [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
         for child, load in responded:
             # The totals hold one that has exited already, with the metrics that it sent last.
@@ -292,10 +294,12 @@ class Fleet:
             if not child.link.idle:
                 raise ProcessError(f"process {child.pid} does not respond")
 
-    def kept(self) -> list[KeptChild]:
+    def hand_over(self) -> list[ChildHandover]:
         """Return what `restore` takes in the program that is executed next."""
         return [
-            msgspec.structs.replace(child.kept(), metrics=self.totals.last(child.pid)) for child in self if child.ready
+            msgspec.structs.replace(child.hand_over(), metrics=self.totals.last(child.pid))
+            for child in self
+            if child.ready
         ]
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -305,14 +309,14 @@ class Fleet:
         children = list(self)
         for child in children:
             if child.ready:
-                self._beside(child.drain(0.0, over))
+                self._run_in_background(child.drain(0.0, over))
             else:
                 child.kill()  # has never accepted
         if children:
             longest = over + self.config.timeouts.close + KILL_SECONDS
             await asyncio.wait([child.process.exited for child in children], timeout=longest)
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         """End what is left: at once, but with a record of each connection where that is possible."""
         self.ending = self.ending or "start failed"
         for keeper in self._keepers.values():
@@ -320,7 +324,7 @@ class Fleet:
         children = list(self)
         for child in children:
             if child.ready:
-                self._beside(child.stop())
+                self._run_in_background(child.stop())
             else:
                 child.kill()
         if children:
@@ -328,11 +332,11 @@ class Fleet:
             for child in children:
                 child.kill()
             await asyncio.wait([child.process.exited for child in children])
-        for task in self._telling:
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*self._telling, *self._keepers.values(), return_exceptions=True)
+        await asyncio.gather(*self._background, *self._keepers.values(), return_exceptions=True)
 
-    def _beside(self, work: Any) -> None:
+    def _run_in_background(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

@@ -22,12 +22,12 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.metrics.snapshot import Snapshot
-from tlstunnel.origins.embedded import KeptEcho
+from tlstunnel.origins.embedded import EchoHandover
 from tlstunnel.processes import previous
-from tlstunnel.processes.children import KeptChild
-from tlstunnel.processes.control import KeptControl
+from tlstunnel.processes.children import ChildHandover
+from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.messages import FORMAT
-from tlstunnel.processes.slots import KeptSlots
+from tlstunnel.processes.slots import SlotsHandover
 from tlstunnel.program import starting_command
 from tlstunnel.supervisor import ChildProcess
 
@@ -52,10 +52,10 @@ class Handover(msgspec.Struct, frozen=True):
 
     version: str
     generation: int
-    slots: KeptSlots
-    children: list[KeptChild]
-    control_socket: KeptControl | None
-    echo: KeptEcho | None
+    slots: SlotsHandover
+    children: list[ChildHandover]
+    control_socket: ControlHandover | None
+    echo: EchoHandover | None
     client: int | None
     """The client of the control socket that asked for the upgrade, None if it was a signal."""
 
@@ -69,7 +69,7 @@ class Handover(msgspec.Struct, frozen=True):
     """Where a probe writes its release once all is well; None if this is no probe."""
 
     @classmethod
-    def received(cls) -> Self | None:
+    def receive(cls) -> Self | None:
         """Return what the program before has left, None without one. Raises ProcessError: it is of another format."""
         variable = os.environ.pop(VARIABLE, "")
         if not variable:
@@ -90,7 +90,7 @@ class Handover(msgspec.Struct, frozen=True):
             " restart it, or upgrade by way of a release between them"
         )
 
-    def descriptors(self) -> list[int]:
+    def list_descriptors(self) -> list[int]:
         """Return all that the next program needs."""
         found = [slot.fd for slot in self.slots.open] + [child.link for child in self.children]
         if self.control_socket is not None:
@@ -125,7 +125,7 @@ async def probe(state: Handover, seconds: float) -> int:
     Return the format in which it takes the handover. Raises ControlError: it failed.
     """
     for format_ in (FORMAT, previous.FORMAT):
-        problem = await _try(state, format_, seconds)
+        problem = await _run_probe(state, format_, seconds)
         if not problem:
             return format_
         if REFUSAL not in problem:
@@ -133,7 +133,7 @@ async def probe(state: Handover, seconds: float) -> int:
     raise ControlError(f"nothing was changed: the new code does not start: {problem}")
 
 
-async def _try(state: Handover, format_: int, seconds: float) -> str:
+async def _run_probe(state: Handover, format_: int, seconds: float) -> str:
     """Return why a probe fails that is given this format, empty where it does not. Raises ControlError."""
     reading, done = os.pipe()
     errors_reading, errors = os.pipe()
@@ -211,7 +211,7 @@ def execute(state: Handover, format_: int, blocked: Collection[signal.Signals]) 
     The signals `blocked` wait until the new program handles them.
     """
     file = state.write(format_)
-    descriptors = [*state.descriptors(), file]
+    descriptors = [*state.list_descriptors(), file]
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     for fd in descriptors:
         os.set_inheritable(fd, True)

@@ -20,14 +20,14 @@ import structlog
 
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
-from tlstunnel.processes.messages import Notification, Reply, ReplyT, Request
+from tlstunnel.processes.messages import LinkReply, Notification, ReplyT, Request
 
 MAX_FDS = 64
 """Descriptors in one message, below SCM_MAX_FD (253)."""
 
 _READ = 1 << 16
 
-RequestHandler = Callable[[Any, list[int]], Awaitable[Reply]]
+RequestHandler = Callable[[Any, list[int]], Awaitable[LinkReply]]
 """Does what a request asks for, with the descriptors that came, and returns the reply. Raises TlstunnelError."""
 
 Requests = Mapping[type[Request[Any]], RequestHandler]
@@ -38,20 +38,20 @@ Notifications = Mapping[type[Notification], Callable[[Any], None]]
 
 
 class Link:
-    """One side. `gone` is called once, when the other side has ended."""
+    """One side. `on_end` is called once, when the other side has ended."""
 
     def __init__(
         self,
         sock: socket.socket,
         requests: Requests,
-        gone: Callable[[], None],
+        on_end: Callable[[], None],
         notifications: Notifications | None = None,
     ) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._gone = gone
-        self._requests = _Types(requests)
-        self._notifications = _Types(notifications or {})
+        self._on_end = on_end
+        self._requests = _Handlers(requests)
+        self._notifications = _Handlers(notifications or {})
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
         self._descriptors: deque[int] = deque()
@@ -61,7 +61,7 @@ class Link:
         self._handling: set[asyncio.Task[None]] = set()
         self._loop.add_reader(sock, self._read)
 
-    async def ask(self, request: Request[ReplyT], descriptors: Sequence[int] = ()) -> ReplyT:
+    async def request(self, request: Request[ReplyT], descriptors: Sequence[int] = ()) -> ReplyT:
         """Send a request and wait for its reply, without a time limit.
 
         Raises ProcessError: it was refused, or the other side has ended.
@@ -123,7 +123,7 @@ class Link:
     def _send(
         self,
         envelope: Mapping[str, Any],
-        message: Request[Any] | Reply | Notification | None = None,
+        message: Request[Any] | LinkReply | Notification | None = None,
         descriptors: Sequence[int] = (),
     ) -> None:
         fields = msgspec.to_builtins(message) if message is not None else {}
@@ -142,7 +142,7 @@ class Link:
                 self._loop.add_writer(self.sock, self._write)
                 return
             except OSError:
-                return self._end()
+                return self._handle_end()
             for fd in descriptors:
                 os.close(fd)
             if sent == len(data):
@@ -158,13 +158,13 @@ class Link:
         except BlockingIOError:
             return False
         except OSError:
-            self._end()
+            self._handle_end()
             return False
         for fd in descriptors:
             os.set_inheritable(fd, False)
         self._descriptors.extend(descriptors)
         if not data:
-            self._end()
+            self._handle_end()
             return False
         self._received += data
         while (end := self._received.find(b"\n")) >= 0:
@@ -176,16 +176,16 @@ class Link:
     def _receive(self, message: dict[str, Any]) -> None:
         descriptors = [self._descriptors.popleft() for _ in range(message["fds"])]
         if "ask" in message:
-            task = self._loop.create_task(self._handle(message, descriptors))
+            task = self._loop.create_task(self._handle_request(message, descriptors))
             self._handling.add(task)
             task.add_done_callback(self._handling.discard)
         elif message["answer"] == 0:
-            self._take(message)
+            self._handle_notification(message)
         # No one waits for what a parent before this one has asked for.
         elif (reply := self._waiting.get(message["answer"])) is not None and not reply.done():
             reply.set_result(message)
 
-    async def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
+    async def _handle_request(self, message: dict[str, Any], descriptors: list[int]) -> None:
         number = message["ask"]
         try:
             reply = await self._requests.call(message, descriptors)
@@ -206,7 +206,7 @@ class Link:
             several = {"problems": problems} if len(problems) > 1 else {}
             self._send({"answer": number, "ok": False, "error": "; ".join(problems), **several})
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _handle_notification(self, message: dict[str, Any]) -> None:
         if not self._notifications.knows(message):
             return  # of a later release
         try:
@@ -214,14 +214,14 @@ class Link:
         except Exception:
             structlog.get_logger().exception(Event.NOTIFICATION_FAILED, notification=message["do"])
 
-    def _end(self) -> None:
+    def _handle_end(self) -> None:
         if not self.closed:
             self.close()
             with contextlib.suppress(asyncio.CancelledError):
-                self._gone()
+                self._on_end()
 
 
-class _Types:
+class _Handlers:
     """The types of messages that one side knows, and what handles each."""
 
     def __init__(self, handlers: Mapping[Any, Callable[..., Any]]) -> None:

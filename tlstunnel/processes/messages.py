@@ -16,27 +16,27 @@ FORMAT = 2
 """Of these messages and of the handover."""
 
 
-class Reply(msgspec.Struct, frozen=True):
+class LinkReply(msgspec.Struct, frozen=True):
     """What a request is replied to with."""
 
 
-class Done(Reply, frozen=True):
+class Done(LinkReply, frozen=True):
     """It is done, and there is nothing to say about it."""
 
 
-class Begun(Reply, frozen=True):
+class Begun(LinkReply, frozen=True):
     """The process could serve. `version` is its release."""
 
     version: str
 
 
-class Prepared(Reply, frozen=True):
+class Prepared(LinkReply, frozen=True):
     """The new configuration is loaded; `changes` are one line each."""
 
     changes: list[str]
 
 
-class Load(Reply, frozen=True):
+class Load(LinkReply, frozen=True):
     """What a process has: its tunnels, and the connections whose handshake is not done.
 
     `metrics` are None from a release without them.
@@ -47,13 +47,13 @@ class Load(Reply, frozen=True):
     metrics: Snapshot | None = None
 
 
-ReplyT = TypeVar("ReplyT", bound=Reply)
+ReplyT = TypeVar("ReplyT", bound=LinkReply)
 
 
 class Request(msgspec.Struct, Generic[ReplyT], frozen=True, tag_field="do"):
     """Asks the other side to do something; `reply` is the type of what comes back."""
 
-    reply: ClassVar[type[Reply]] = Done
+    reply: ClassVar[type[LinkReply]] = Done
 
 
 class Notification(msgspec.Struct, frozen=True, tag_field="do"):
@@ -72,13 +72,13 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
 
     format: int
     name: str
-    wanted: dict[str, Any]
+    invocation: dict[str, Any] = msgspec.field(name="wanted")
     config: str | None
     log_format: Literal["text", "json"]
     opened: bool
     quiet: bool
 
-    reply: ClassVar[type[Reply]] = Begun
+    reply: ClassVar[type[LinkReply]] = Begun
 
 
 class Listeners(Request[Done], frozen=True, tag="listeners"):
@@ -100,7 +100,7 @@ class Prepare(Request[Prepared], frozen=True, tag="prepare"):
 
     config: str | None
 
-    reply: ClassVar[type[Reply]] = Prepared
+    reply: ClassVar[type[LinkReply]] = Prepared
 
 
 class Commit(Request[Done], frozen=True, tag="commit"):
@@ -129,7 +129,7 @@ class Stop(Request[Done], frozen=True, tag="stop"):
 class Status(Request[Load], frozen=True, tag="status"):
     """Report the load."""
 
-    reply: ClassVar[type[Reply]] = Load
+    reply: ClassVar[type[LinkReply]] = Load
 
 
 # --- child to parent --------------------------------------------------------------------------------------------------

@@ -6,31 +6,31 @@ import socket
 import time
 
 
-class Notify:
+class ServiceManager:
     """Tells the service manager, if there is one; nothing that goes wrong here is worth ending for."""
 
     def __init__(self) -> None:
         path = os.environ.get("NOTIFY_SOCKET", "")
         self._where = "\0" + path[1:] if path.startswith("@") else path
 
-    def ready(self, status: str) -> None:
+    def notify_ready(self, status: str) -> None:
         """Starting, or reloading, is done."""
-        self._tell(f"READY=1\nSTATUS={status}\nMAINPID={os.getpid()}")
+        self._send(f"READY=1\nSTATUS={status}\nMAINPID={os.getpid()}")
 
-    def reloading(self) -> None:
+    def notify_reloading(self) -> None:
         """A reload or an upgrade has begun; `ready` ends it, also where it has failed."""
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def stopping(self) -> None:
+    def notify_stopping(self) -> None:
         """The end has begun."""
-        self._tell("STOPPING=1")
+        self._send("STOPPING=1")
 
-    def alive(self) -> None:
+    def notify_alive(self) -> None:
         """The watchdog need not act."""
-        self._tell("WATCHDOG=1")
+        self._send("WATCHDOG=1")
 
     @property
-    def watchdog(self) -> float:
+    def watchdog_interval(self) -> float:
         """Seconds between calls of `alive`, half of what systemd waits (sd_watchdog_enabled(3)); 0: never."""
         try:
             microseconds = int(os.environ.get("WATCHDOG_USEC", "0"))
@@ -39,7 +39,7 @@ class Notify:
             return 0.0
         return microseconds / 2e6 if self._where and meant else 0.0
 
-    def _tell(self, what: str) -> None:
+    def _send(self, what: str) -> None:
         if self._where:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)

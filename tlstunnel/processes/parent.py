@@ -19,13 +19,13 @@ from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
-from tlstunnel.processes.children import Beginning
+from tlstunnel.processes.children import Startup
 from tlstunnel.processes.commands import Commands
 from tlstunnel.processes.control import ControlSocket, default_path
 from tlstunnel.processes.fleet import Fleet, Options
 from tlstunnel.processes.handover import Handover
-from tlstunnel.processes.notify import Notify
-from tlstunnel.processes.rollout import HANDLED, Rollout
+from tlstunnel.processes.notify import ServiceManager
+from tlstunnel.processes.rollout import HANDLED_SIGNALS, Rollout
 from tlstunnel.processes.slots import Slots
 
 SIGINT_SECONDS = 5.0
@@ -33,46 +33,46 @@ SIGINT_SECONDS = 5.0
 
 
 class Parent:
-    """Has children serve `beginning` until it is told to end. To be made in the loop that runs it."""
+    """Has children serve `startup` until it is told to end. To be made in the loop that runs it."""
 
     def __init__(
         self,
-        beginning: Beginning,
+        startup: Startup,
         slots: Slots,
         options: Options,
         echo: EchoOrigin | None = None,
-        before: Handover | None = None,
+        inherited: Handover | None = None,
     ) -> None:
         """Raises ControlError: the control socket that the command line names cannot be had."""
         self._slots = slots
         self._options = options
-        self._before = before
+        self._inherited = inherited
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._ended = asyncio.Event()
-        self._notify = Notify()
-        self._beside: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+        self._service_manager = ServiceManager()
+        self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
         self._control = self._control_socket()
         self._fleet = Fleet(
-            beginning,
+            startup,
             slots,
             options,
-            before.generation + 1 if before else 1,
-            totals=Totals(before.metrics if before else None),
+            inherited.generation + 1 if inherited else 1,
+            totals=Totals(inherited.metrics if inherited else None),
         )
-        self._rollout = Rollout(self._fleet, slots, self._control, echo, before, self._notify)
-        self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._ended)
+        self._rollout = Rollout(self._fleet, slots, self._control, echo, inherited, self._service_manager)
+        self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._stopped)
 
     async def run(self) -> None:
         """Serve until told to end. Raises TlstunnelError before it has begun."""
         self._handle_signals()
-        if self._before is not None:
-            self._fleet.restore(self._before.children)
+        if self._inherited is not None:
+            self._fleet.restore(self._inherited.children)
             # The watchdog goes on counting; the start of many sites takes seconds.
-            self._run_beside(self._stay_alive())
+            self._run_in_background(self._stay_alive())
         # Blocked while the program was replaced, when there was nothing to handle them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        ending = asyncio.ensure_future(self._end_when_told())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+        ending = asyncio.ensure_future(self._drain_on_signal())
         begin = asyncio.ensure_future(self._begin())
         try:
             await asyncio.wait((begin, ending), return_when=asyncio.FIRST_COMPLETED)
@@ -82,29 +82,29 @@ class Parent:
             begin.cancel()
         finally:
             ending.cancel()
-            self._ended.set()
-            await self._fleet.end()
+            self._stopped.set()
+            await self._fleet.stop()
             await self._rollout.close()
-            await self._leave_beside()
+            await self._cancel_background()
             if self._control is not None:
                 await self._control.close()
             self._slots.close()
             # The loop gives its handlers back: one more signal would end with a failure what has ended well.
-            signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+            signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         self._log.info(Event.STOPPED)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._run_beside(self._reload()))
-        loop.add_signal_handler(signal.SIGUSR2, lambda: self._run_beside(self._upgrade()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._run_in_background(self._reload()))
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._run_in_background(self._upgrade()))
 
     def _control_socket(self) -> ControlSocket | None:
         """Make the control socket; without one the tunnel starts too, unless the command line names it."""
-        if self._before is not None:
-            kept = self._before.control_socket
-            return ControlSocket.restored(kept) if kept is not None else None
+        if self._inherited is not None:
+            kept = self._inherited.control_socket
+            return ControlSocket.restore(kept) if kept is not None else None
         path = self._options.control or default_path(next(iter(self._slots)).listener.address.port)
         try:
             return ControlSocket.bind(path)
@@ -116,18 +116,18 @@ class Parent:
 
     async def _begin(self) -> None:
         if self._control is not None:
-            await self._control.serve(self._commands.handlers())
+            await self._control.serve(self._commands.make_handlers())
         await self._rollout.start()
         for address in dict.fromkeys(str(slot.listener.address) for slot in self._slots):
             self._log.info(Event.LISTENING, address=address)
         fleet = self._fleet
         where = {"control": str(self._control.path)} if self._control else {}
         self._log.info(Event.READY, version=__version__, processes=fleet.count(), generation=fleet.generation, **where)
-        if os.geteuid() == 0 and self._before is None:
+        if os.geteuid() == 0 and self._inherited is None:
             self._log.warning(Event.RUNNING_AS_ROOT, hint="it needs none of root's rights: docs/operations.md")
         self._rollout.notify_ready()
-        if self._before is None:
-            self._run_beside(self._stay_alive())
+        if self._inherited is None:
+            self._run_in_background(self._stay_alive())
 
     async def _reload(self) -> None:
         with contextlib.suppress(ControlError):  # it is in the log
@@ -138,18 +138,18 @@ class Parent:
             await self._rollout.upgrade(None)
 
     async def _stay_alive(self) -> None:
-        while every := self._notify.watchdog:
-            self._notify.alive()
+        while every := self._service_manager.watchdog_interval:
+            self._service_manager.notify_alive()
             await asyncio.sleep(every)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    async def _end_when_told(self) -> None:
+    async def _drain_on_signal(self) -> None:
         """Drain at the first signal, and return when that is done or at the second signal."""
         number = await self._signals.get()
         self._fleet.ending = number.name
         self._log.info(Event.DRAIN_REQUESTED, signal=number.name)
-        self._notify.stopping()
+        self._service_manager.notify_stopping()
         again = asyncio.ensure_future(self._signals.get())
         drained = asyncio.ensure_future(self._drain(number))
         await asyncio.wait((again, drained), return_when=asyncio.FIRST_COMPLETED)
@@ -164,13 +164,13 @@ class Parent:
         self._slots.close()
         await self._fleet.drain(float(over))
 
-    async def _leave_beside(self) -> None:
+    async def _cancel_background(self) -> None:
         """End what is under way: a probe ends with the upgrade that has started it."""
-        for task in self._beside:
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*self._beside, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
 
-    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

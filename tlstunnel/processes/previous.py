@@ -10,26 +10,28 @@ A child does not learn that its parent was replaced by one of an earlier release
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from tlstunnel.processes.messages import Done, Drain, ReplyT, Request
 
 FORMAT = 1
 
 
-class Finish(Request[Done], frozen=True, tag="finish"):
+class Finish(Request[Done], frozen=True, tag="finish", kw_only=True):
     """`Drain` in format 1."""
 
-    linger: float | None
+    after: float | None = msgspec.field(name="linger")
     over: float | None
 
-    def translated(self) -> Drain:
+    def to_drain(self) -> Drain:
         """Return the same in the present format."""
-        return Drain(after=self.linger, over=self.over)
+        return Drain(after=self.after, over=self.over)
 
 
 def translate_request(request: Request[ReplyT]) -> Request[ReplyT]:
     """Return `request` as a child of format 1 understands it."""
     if isinstance(request, Drain):
-        return Finish(linger=request.after, over=request.over)  # type: ignore[return-value]  # both have Done
+        return Finish(after=request.after, over=request.over)  # type: ignore[return-value]  # both have Done
     return request
 
 

@@ -34,7 +34,7 @@ from tlstunnel.processes.control import ControlSocket
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.messages import Abandon, Commit, Prepare, Prepared
-from tlstunnel.processes.notify import Notify
+from tlstunnel.processes.notify import ServiceManager
 from tlstunnel.processes.slots import Slot, Slots
 
 PREPARE_SECONDS = 120.0
@@ -50,12 +50,12 @@ OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """What is left out on a machine without IPv6."""
 
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 """Signals that wait while another program is executed. SIGCHLD is for programs of format 1, which handle it."""
 
 
 @dataclass(frozen=True, slots=True)
-class New:
+class NewConfig:
     """A configuration that was read, and the addresses that it listens on."""
 
     text: str | None
@@ -64,7 +64,7 @@ class New:
 
 
 class Rollout:
-    """Makes the changes. `before` is what the program executed before this one has left, None at the first start."""
+    """Makes the changes. `inherited` is what the program executed before this one has left, None at the first start."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - all that a change touches
         self,
@@ -72,16 +72,16 @@ class Rollout:
         slots: Slots,
         control: ControlSocket | None,
         echo: EchoOrigin | None,
-        before: Handover | None,
-        notify: Notify,
+        inherited: Handover | None,
+        service_manager: ServiceManager,
     ) -> None:
         self._fleet = fleet
         self._slots = slots
         self._control = control
         self._echo = echo
-        self._before = before
-        self._notify = notify
-        self._changing = asyncio.Lock()
+        self._inherited = inherited
+        self._service_manager = service_manager
+        self._change_lock = asyncio.Lock()
         self._retiring: asyncio.Task[None] | None = None
         self._responded = False
         self._started = asyncio.Event()
@@ -95,16 +95,16 @@ class Rollout:
             await self._start()
         finally:
             self._started.set()
-        self._fleet.has_begun()
+        self._fleet.mark_started()
 
     async def _start(self) -> None:
-        async with self._changing:
+        async with self._change_lock:
             old = list(self._fleet)
             starts = self._fleet.start()
             try:
                 await asyncio.gather(*starts)
             except TlstunnelError as error:
-                if self._before is None:
+                if self._inherited is None:
                     raise
                 # The old children go on; each of the new ones is tried again.
                 self._log.error(Event.UPGRADE_PROCESSES_FAILED, reason=str(error))
@@ -127,8 +127,8 @@ class Rollout:
         for child in old:
             if not child.draining:
                 await self._fleet.retire(child)
-        if self._before is not None:
-            facts = {"version": __version__, "before": self._before.version, "generation": self._fleet.generation}
+        if self._inherited is not None:
+            facts = {"version": __version__, "before": self._inherited.version, "generation": self._fleet.generation}
             self._log.info(Event.UPGRADED, **facts)
             self._respond({"ok": True, **facts})
 
@@ -139,15 +139,15 @@ class Rollout:
 
     def _respond(self, response: Mapping[str, Any]) -> None:
         """Respond to the client that asked the program before for the upgrade, once."""
-        if self._before is not None and not self._responded:
+        if self._inherited is not None and not self._responded:
             self._responded = True
-            self._before.respond(response)
+            self._inherited.respond(response)
 
     def notify_ready(self) -> None:
         """Tell the service manager that a start or a change is over."""
         count = self._fleet.count()
         processes = f"{count} process{'es' if count > 1 else ''}"
-        self._notify.ready(f"{__version__}, generation {self._fleet.generation}, {processes}")
+        self._service_manager.notify_ready(f"{__version__}, generation {self._fleet.generation}, {processes}")
 
     # --- a reload -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Rollout:
         Raises ControlError: nothing was changed.
         """
         await self._started.wait()
-        async with self._changing, self._reported(Event.NOT_RELOADED):
+        async with self._change_lock, self._report_change(Event.NOT_RELOADED):
             self._refuse_if_ending()
             new = await self._read()
             async with AsyncExitStack() as undo:
@@ -173,23 +173,23 @@ class Rollout:
                 self._log.info(Event.LISTENING, address=str(slot.listener.address))
             return changes
 
-    async def _read(self) -> New:
+    async def _read(self) -> NewConfig:
         """Read the file. Raises ConfigurationError."""
-        wanted = self._fleet.beginning.wanted
+        wanted = self._fleet.startup.invocation
         text = self._read_text()
         config = await asyncio.to_thread(wanted.configuration, text)
-        return New(text, config, addresses_to_listen_on(wanted, config, self._slots.passed))
+        return NewConfig(text, config, addresses_to_listen_on(wanted, config, self._slots.passed))
 
     def _read_text(self) -> str | None:
-        file = self._fleet.beginning.wanted.file
+        file = self._fleet.startup.invocation.file
         return read(file) if file is not None else None
 
-    async def _prepare(self, new: New, children: Sequence[Child], undo: AsyncExitStack) -> list[str]:
+    async def _prepare(self, new: NewConfig, children: Sequence[Child], undo: AsyncExitStack) -> list[str]:
         """Have every child load it beside what it serves; return what is different. Raises ProcessError."""
         undo.push_async_callback(self._abandon, children)
         request = Prepare(config=new.text)
         replies = await asyncio.gather(
-            *(child.ask(request, PREPARE_SECONDS) for child in children), return_exceptions=True
+            *(child.request(request, PREPARE_SECONDS) for child in children), return_exceptions=True
         )
         for child, reply in zip(children, replies, strict=True):
             # One that has ended meanwhile is started again, with the new configuration.
@@ -198,18 +198,18 @@ class Rollout:
         return next((reply.changes for reply in replies if isinstance(reply, Prepared)), [])
 
     async def _abandon(self, children: Iterable[Child]) -> None:
-        await asyncio.gather(*(child.tell(Abandon()) for child in children))
+        await asyncio.gather(*(child.try_request(Abandon()) for child in children))
 
-    def _open(self, new: New, undo: AsyncExitStack) -> dict[ListenAddress, list[Slot]]:
+    def _open(self, new: NewConfig, undo: AsyncExitStack) -> dict[ListenAddress, list[Slot]]:
         """Open the listeners that are new. Raises ListenError."""
         opened = self._slots.open(new.addresses, 1, OPTIONAL)
         undo.callback(self._slots.forget, opened)
         return opened
 
-    def _switch(self, new: New, opened: Mapping[ListenAddress, list[Slot]]) -> list[Slot]:
+    def _switch(self, new: NewConfig, opened: Mapping[ListenAddress, list[Slot]]) -> list[Slot]:
         """Let it be what is served; return the listeners that are new."""
-        gone = self._slots.settle(opened, new.addresses)
-        self._fleet.replace_beginning(new.text, new.config)
+        gone = self._slots.update(opened, new.addresses)
+        self._fleet.replace_startup(new.text, new.config)
         for slot in gone:
             slot.listener.remove()
         return [slot for slots in opened.values() for slot in slots]
@@ -218,8 +218,8 @@ class Rollout:
         """Have the children serve it, as many of them as it says."""
         for child in children:
             with contextlib.suppress(ProcessError):
-                await child.hand(added)
-                await child.tell(Commit())
+                await child.send_listeners(added)
+                await child.try_request(Commit())
         await self._fleet.resize()
         await self._fleet.assign()
 
@@ -230,9 +230,9 @@ class Rollout:
 
         Raises ControlError: nothing was changed.
         """
-        if self._changing.locked() or not self._started.is_set():
+        if self._change_lock.locked() or not self._started.is_set():
             raise ControlError("nothing was changed: a reload or an upgrade is under way; try again when it is done")
-        async with self._changing, self._reported(Event.NOT_UPGRADED):
+        async with self._change_lock, self._report_change(Event.NOT_UPGRADED):
             self._refuse_if_ending()
             text = self._read_text()
             seconds = float(self._fleet.config.release.upgrade_timeout)
@@ -240,7 +240,7 @@ class Rollout:
             self._refuse_if_ending()
             async with AsyncExitStack() as undo:
                 await self._quiesce(undo)
-                handover.execute(self._handover(client, text), format_, HANDLED)
+                handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
 
     async def _quiesce(self, undo: AsyncExitStack) -> None:
         """Bring the children to rest: none is being started, and no message is half sent. Raises ProcessError."""
@@ -252,10 +252,10 @@ class Rollout:
         return Handover(
             version=__version__,
             generation=self._fleet.generation,
-            slots=self._slots.kept(),
-            children=self._fleet.kept(),
-            control_socket=self._control.kept() if self._control else None,
-            echo=self._echo.kept() if self._echo else None,
+            slots=self._slots.hand_over(),
+            children=self._fleet.hand_over(),
+            control_socket=self._control.hand_over() if self._control else None,
+            echo=self._echo.hand_over() if self._echo else None,
             client=client,
             config=text,
             metrics=self._fleet.totals.base,
@@ -264,9 +264,9 @@ class Rollout:
     # --- both ---------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _reported(self, event: Event) -> AsyncIterator[None]:
+    async def _report_change(self, event: Event) -> AsyncIterator[None]:
         """Tell the service manager of a change, and log where it fails. Raises ControlError."""
-        self._notify.reloading()
+        self._service_manager.notify_reloading()
         try:
             yield
         except TlstunnelError as error:

@@ -65,7 +65,7 @@ def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
         raise ListenError(f"cannot listen on {address}: {_advice(error)}") from None
 
 
-def adopted(descriptor: int, written: ListenAddress | None = None) -> Listener:
+def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
     """The listener of a descriptor that is one already, inherited or sent. Raises ListenError.
 
     `written` is what it was asked for by; without it, what it is bound to.
