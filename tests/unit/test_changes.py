@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.config import Config, decode
-from tlstunnel.serving.changes import changes
+from tlstunnel.serving.changes import describe_changes
 
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
 
@@ -45,11 +45,11 @@ def site(name: str, more: str = "") -> str:
     ],
 )
 def test_lines(old: str, new: str, lines: list[str]) -> None:
-    assert changes(read(old), read(new)) == lines
+    assert describe_changes(read(old), read(new)) == lines
 
 
 def test_no_text_of_a_rule_or_an_address_is_told() -> None:
     rule = '[[sites.rules]]\nname = "token"\nwhen = \'header("x") == "s3cret"\'\naction = "block"\n'
     old = read(f'lists = {{ a = ["10.0.0.1"] }}\n{site("a.example")}')
     new = read(f'lists = {{ a = ["10.0.0.2"] }}\n{site("a.example", rule)}')
-    assert changes(old, new) == ["lists: changed", "site a.example: changed: rules"]
+    assert describe_changes(old, new) == ["lists: changed", "site a.example: changed: rules"]

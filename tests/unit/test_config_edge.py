@@ -11,7 +11,7 @@ from tests.commands import run_main
 from tlstunnel.cli.config import command
 from tlstunnel.config import Config, SiteConfig, Timeout, WorkerTable, decode, load
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.serving.changes import changes
+from tlstunnel.serving.changes import describe_changes
 
 FOLDER = Path("/etc/tlstunnel")
 SITE = '[[sites]]\norigins = ["localhost:3000"]\n'
@@ -208,7 +208,7 @@ def test_what_a_reload_says_of_it_holds_no_secret() -> None:
     def config(secret: str) -> Config:
         return decode(f'{WORKER}worker_config = {{ token = "{secret}" }}\n', FOLDER, "t.toml")
 
-    assert changes(config("s3cret-1"), config("s3cret-2")) == ["site *: changed: worker_config"]
+    assert describe_changes(config("s3cret-1"), config("s3cret-2")) == ["site *: changed: worker_config"]
 
 
 # --- config show, config schema, config check -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.config.rendering import render_schema, render_toml
 
 if TYPE_CHECKING:
-    from tlstunnel.serving.loading import Loaded
+    from tlstunnel.serving.loading import LoadedConfig
 
 
 @click.group()
@@ -33,18 +33,18 @@ def check(file: Path) -> None:
     # Imported here: it brings libraries that the other commands do without.
     from tlstunnel.serving.loading import Description, load  # noqa: PLC0415
 
-    description = Description.of_file(file)
+    description = Description.from_file(file)
     # A start creates the test certificate in the folder where it runs, which need not be this one.
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(description, test_folder=Path(folder))
     asyncio.run(_try_helpers(loaded))
     for warning in (*loaded.certificate_warnings(datetime.now(UTC)), *loaded.warnings()):
-        click.echo(f"tlstunnel: {description.place(warning.path)}: warning: {warning.hint}", err=True)
+        click.echo(f"tlstunnel: {description.locate(warning.path)}: warning: {warning.hint}", err=True)
     for line in _summary(description.config):
         click.echo(line)
 
 
-async def _try_helpers(loaded: "Loaded") -> None:
+async def _try_helpers(loaded: "LoadedConfig") -> None:
     """Start the helpers of the managed rules and stop them: only libmodsecurity finds some mistakes."""
     try:
         await loaded.start_firewall()

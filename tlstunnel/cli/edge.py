@@ -82,7 +82,7 @@ def run(  # noqa: PLR0913 - the command's options
     origin. The exit status is 1 if it failed, timed out, or chose an origin that is not allowed.
     """
     refuse_invalid_address(ip)
-    configured = () if file is None else Description.of_file(file).sites
+    configured = () if file is None else Description.from_file(file).sites
     sites = configured or (SiteConfig(origins=(OriginConfig(address=_example()),), worker_origins=ANYWHERE),)
     try:
         parsed = RequestReader().feed(build_request_head(request, headers, sites[0]))

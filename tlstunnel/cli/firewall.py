@@ -67,7 +67,7 @@ def explain(  # noqa: PLR0913 - the command's options
     The Host field chooses the site; without it, the first site is used. The fields of every WebSocket handshake
     (Upgrade, Sec-WebSocket-Key, ...) are added. Counters start at zero, and no origin is connected to.
     """
-    description = Description.of_file(file)
+    description = Description.from_file(file)
     if not description.sites:
         raise ConfigurationError(f"{file}: there are no [[sites]], so there is no policy to explain")
     refuse_invalid_address(ip)

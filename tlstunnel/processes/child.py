@@ -107,7 +107,7 @@ class ServingProcess:
 
     async def _serve(self, request: messages.Serve, _: list[int]) -> messages.Done:
         for number in self._listeners.keys() - set(request.kept):
-            self._begun_service.leave(self._listeners.pop(number))
+            self._begun_service.close_listener(self._listeners.pop(number))
         self._begun_service.accept([self._listeners[number] for number in request.numbers])
         return messages.Done()
 
@@ -172,7 +172,7 @@ class ServingProcess:
     def _handle_parent_exit(self) -> None:
         if self._service is None:
             return self._exit.set()
-        if not self._service.ending:
+        if not self._service.draining:
             self._log.warning(Event.PARENT_EXITED, process=os.getpid())
         self._close_listeners()
         self._start_draining(0.0, None)
@@ -180,7 +180,7 @@ class ServingProcess:
     def _close_listeners(self) -> None:
         for listener in self._listeners.values():
             if self._service is not None:
-                self._service.leave(listener)
+                self._service.close_listener(listener)
             else:
                 listener.close()
         self._listeners = {}
@@ -188,7 +188,7 @@ class ServingProcess:
     def _start_draining(self, after: float | None, over: float | None) -> None:
         if self._service is None:
             return self._exit.set()
-        self._service.end(after, over, self._exit.set)
+        self._service.drain(after, over, self._exit.set)
 
 
 def main() -> None:

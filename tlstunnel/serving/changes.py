@@ -13,12 +13,12 @@ _LATER = ("log",)
 _TABLES = ("timeouts", "limits", "release", "managed_rules")
 
 
-def changes(old: Config, new: Config) -> list[str]:
+def describe_changes(old: Config, new: Config) -> list[str]:
     """Return a line for each difference between two configurations. It has no value that may be a secret."""
-    return list(_changes(old, new))
+    return list(_describe(old, new))
 
 
-def _changes(old: Config, new: Config) -> Iterator[str]:
+def _describe(old: Config, new: Config) -> Iterator[str]:
     for word, having, lacking in (("added", new, old), ("removed", old, new)):
         for address in having.listen:
             if address not in lacking.listen:
@@ -29,14 +29,14 @@ def _changes(old: Config, new: Config) -> Iterator[str]:
             continue
         later = "; this takes effect at the next start" if key in _LATER else ""
         if key in _TABLES or key in _LATER:
-            for inner, was, becomes in _differences(before, after):
+            for inner, was, becomes in _compare(before, after):
                 yield f"{key}.{inner}: {_render(was)} -> {_render(becomes)}{later}"
         else:
             yield f"{key}: changed"
-    yield from _site_changes(old.sites, new.sites)
+    yield from _describe_sites(old.sites, new.sites)
 
 
-def _site_changes(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
+def _describe_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
     """Compare sites. A site stays the same as long as it keeps one of its names."""
     before = {name: site for site in old for name in site.names}
     kept = set()
@@ -47,14 +47,14 @@ def _site_changes(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> I
             yield f"site {name}: added"
             continue
         kept.add(same.names[0])
-        if changed := [key for key, _, _ in _differences(same, site)]:
+        if changed := [key for key, _, _ in _compare(same, site)]:
             yield f"site {name}: changed: {', '.join(changed)}"
     for site in old:
         if site.names[0] not in kept:
             yield f"site {site.names[0]}: removed"
 
 
-def _differences(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
+def _compare(old: msgspec.Struct, new: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
     for key in old.__struct_fields__:
         before, after = getattr(old, key), getattr(new, key)
         if before != after:

@@ -50,27 +50,27 @@ class Description:
     text: str = ""
 
     @classmethod
-    def of_file(cls, file: Path) -> Self:
+    def from_file(cls, file: Path) -> Self:
         """Read and decode a file. Raises ConfigurationError."""
         text = read(file)
         config = decode(text, file.parent, str(file))
         return cls(config, config.sites, file, text)
 
     @classmethod
-    def of_invocation(cls, invocation: Invocation, text: str | None) -> Self:
+    def from_invocation(cls, invocation: Invocation, text: str | None) -> Self:
         """Decode the text of the invocation's file, None without one. Raises ConfigurationError."""
         config = invocation.configuration(text)
         return cls(config, sites_to_serve(invocation, config), invocation.file, text or "")
 
-    def error(self, found: Sequence[Problem]) -> ConfigurationError:
+    def make_error(self, found: Sequence[Problem]) -> ConfigurationError:
         """Return the error that reports these problems, at least one."""
-        in_file = [problem for problem in found if self.place(problem.path)]
-        elsewhere = [problem.reason for problem in found if not self.place(problem.path)]
+        in_file = [problem for problem in found if self.locate(problem.path)]
+        elsewhere = [problem.reason for problem in found if not self.locate(problem.path)]
         rendered = render_problems(in_file, self.text, str(self.file)) if in_file else []
         first, *more = dict.fromkeys((*elsewhere, *rendered))
         return ConfigurationError(first, *more)
 
-    def place(self, path: KeyPath) -> str:
+    def locate(self, path: KeyPath) -> str:
         """Return where the key at `path` is: ``FILE: KEY``. Empty for the site of the command line."""
         if self.file is None or (path[:1] == ("sites",) and not self.config.sites):
             return ""
@@ -88,7 +88,7 @@ class LoadWarning:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedConfig:
     """Everything that serving needs, complete and checked."""
 
     description: Description
@@ -104,7 +104,7 @@ class Loaded:
     def warnings(self) -> list[LoadWarning]:
         """Return what should be changed in the configuration."""
         # The hints name keys of a file; the command line has none of them.
-        return [warning for index, site in enumerate(self.config.sites) for warning in _site_warnings(index, site)]
+        return [warning for index, site in enumerate(self.config.sites) for warning in _find_site_warnings(index, site)]
 
     def certificate_warnings(self, now: datetime) -> list[LoadWarning]:
         """Return what expires soon, or has expired, for each site."""
@@ -126,7 +126,7 @@ class Loaded:
         with problems.collect():
             await self.firewall.start()
         if problems.found:
-            raise self.description.error(problems.found)
+            raise self.description.make_error(problems.found)
 
     async def start(self) -> None:
         """Start the helpers of the firewall, and set up the workers.
@@ -147,7 +147,7 @@ class Loaded:
             await self.firewall.close()
             if self.workers is not None:
                 await self.workers.close()
-            raise self.description.error(problems.found)
+            raise self.description.make_error(problems.found)
 
     async def close(self) -> None:
         """Stop what was started, except what a later configuration has taken over."""
@@ -160,9 +160,9 @@ class Loaded:
 def load(
     description: Description,
     metrics: Registry | None = None,
-    before: Loaded | None = None,
+    before: LoadedConfig | None = None,
     test_folder: Path = CERTIFICATES,
-) -> Loaded:
+) -> LoadedConfig:
     """Build everything that `description` describes.
 
     It takes over what is still valid of `before`. The test certificate, if a site needs one, is in `test_folder`, and
@@ -182,19 +182,19 @@ def load(
         with of_sites.collect():
             sites = build_sites(
                 description.sites,
-                _test_pair(description.sites, test_folder),
+                _ensure_test_pair(description.sites, test_folder),
                 before.sites if before is not None else None,
                 resolve_every=description.config.resolve_interval,
                 workers=workers if not problems.found else None,
             )
         found = (*of_sites.found, *problems.found)
         if firewall is None or sites is None or found:
-            raise description.error(found)
+            raise description.make_error(found)
     except BaseException:
         if workers is not None:
             workers.forget()
         raise
-    return Loaded(description, sites, firewall, workers)
+    return LoadedConfig(description, sites, firewall, workers)
 
 
 def load_firewall(description: Description) -> Firewall:
@@ -202,7 +202,7 @@ def load_firewall(description: Description) -> Firewall:
     try:
         return Firewall(description.config, description.sites)
     except InvalidConfiguration as error:
-        raise description.error(error.found) from None
+        raise description.make_error(error.found) from None
 
 
 def load_workers(description: Description) -> "Workers":
@@ -210,7 +210,7 @@ def load_workers(description: Description) -> "Workers":
     try:
         workers = _build_workers(description.sites, Registry())
     except InvalidConfiguration as error:
-        raise description.error(error.found) from None
+        raise description.make_error(error.found) from None
     assert workers is not None, "a site has a worker"
     return workers
 
@@ -222,14 +222,14 @@ def _build_workers(sites: Sequence[SiteConfig], metrics: Registry, before: "Work
     return made
 
 
-def _test_pair(sites: Sequence[SiteConfig], folder: Path) -> tuple[Path, Path] | None:
+def _ensure_test_pair(sites: Sequence[SiteConfig], folder: Path) -> tuple[Path, Path] | None:
     if not uses_test_certificate(sites):
         return None
     test = issue.ensure(folder)
     return test.cert, test.key
 
 
-def _site_warnings(index: int, site: SiteConfig) -> list[LoadWarning]:
+def _find_site_warnings(index: int, site: SiteConfig) -> list[LoadWarning]:
     kinds = []
     if site.web_origins is None:
         kinds.append(Event.OPEN_TO_WEB_PAGES)

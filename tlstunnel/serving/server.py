@@ -40,7 +40,7 @@ PAUSES = Backoff(first=0.005, longest=1.0)
 RESERVED_DESCRIPTORS = 32
 """Kept for everything that is no connection: listeners, epoll, the resolver's files, a close_notify."""
 
-MOST_DESCRIPTORS = 1 << 20
+MAX_DESCRIPTORS = 1 << 20
 """What counts where there is no limit: fs.nr_open of Linux."""
 
 _SHORTAGES = {
@@ -60,7 +60,7 @@ class Unfinished:
     def __init__(self, cap: int) -> None:
         self.cap = cap
         self._all: dict[asyncio.Task[None], str] = {}
-        self._of: dict[str, dict[asyncio.Task[None], None]] = {}
+        self._by_address: dict[str, dict[asyncio.Task[None], None]] = {}
 
     def __len__(self) -> int:
         return len(self._all)
@@ -72,7 +72,7 @@ class Unfinished:
         """Count `task` for `address` ("" belongs to nobody in particular); give the one that has to go for it."""
         self._all[task] = address
         if address:
-            own = self._of.setdefault(address, {})
+            own = self._by_address.setdefault(address, {})
             own[task] = None
             if len(own) > max(self.cap // SHARE, 1):
                 return next(iter(own))
@@ -82,10 +82,10 @@ class Unfinished:
         """Forget `task`: its handshake is done, or it is."""
         address = self._all.pop(task, "")
         if address:
-            own = self._of[address]
+            own = self._by_address[address]
             del own[task]
             if not own:
-                del self._of[address]
+                del self._by_address[address]
 
 
 class Server:
@@ -93,20 +93,20 @@ class Server:
 
     def __init__(self, config: Config, sites: Sites, firewall: Firewall, journal: Journal) -> None:
         self._loop = asyncio.get_running_loop()
-        self._accepted_at: list[Listener] = []
+        self._listeners: list[Listener] = []
         self._journal = journal
         self._log = structlog.get_logger()
         self._readiness = readiness(self._loop)
         self._closing = ClosingSockets(self._readiness, self._loop)
         self._splices = Splices(self._closing)
-        self._serving = self._served_with(config, sites, firewall)
+        self._serving = self._make_serving(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
         self._accepted = journal.metrics[families.CONNECTIONS_ACCEPTED]
         self._evicted = journal.metrics[families.HANDSHAKES_EVICTED]
         journal.metrics.collect(self._collect)
         self._exchanges: set[asyncio.Task[None]] = set()
         self._connections = 0
-        self._most = (_descriptors() - RESERVED_DESCRIPTORS) // 2
+        self._max_connections = (_raise_descriptor_limit() - RESERVED_DESCRIPTORS) // 2
         self._pause = 0.0
         self._paused: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -137,17 +137,17 @@ class Server:
             yield families.BYTES, (site, "up"), up
             yield families.BYTES, (site, "down"), down
 
-    def _served_with(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
+    def _make_serving(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
         return Serving(
             sites=sites,
             timeouts=config.timeouts,
             trusted_proxies=config.trusted_proxies,
-            proxied_on=_proxied_on(config),
+            proxied_on=_list_proxied(config),
             journal=self._journal,
             firewall=firewall,
             loop=self._loop,
             readiness=self._readiness,
-            deadlines=Deadlines(self._loop, _precision(config.timeouts, sites.shortest_wait)),
+            deadlines=Deadlines(self._loop, _choose_precision(config.timeouts, sites.shortest_wait)),
             closing_sockets=self._closing,
             splices=self._splices,
         )
@@ -155,15 +155,15 @@ class Server:
     def accept(self, listeners: Iterable[Listener]) -> None:
         """Accept at these from now on, and at no others."""
         wanted = list(listeners)
-        self._watch(self._accepted_at, on=False)
-        self._accepted_at = wanted
+        self._watch(self._listeners, on=False)
+        self._listeners = wanted
         if self._paused is None:
             self._watch(wanted, on=True)
 
-    def leave(self, listener: Listener) -> None:
+    def close_listener(self, listener: Listener) -> None:
         """Close `listener`. What waits in its backlog is accepted first, if it is this process's: it would be reset."""
-        if listener in self._accepted_at:
-            self._accepted_at.remove(listener)
+        if listener in self._listeners:
+            self._listeners.remove(listener)
             self._loop.remove_reader(listener.sock)
             for _ in range(BACKLOG // ACCEPTS_A_TURN):
                 self._accept(listener)
@@ -174,29 +174,29 @@ class Server:
 
         Whatever has connected before goes on with what it had, to the end of its tunnel.
         """
-        self._serving = self._served_with(config, sites, firewall)
+        self._serving = self._make_serving(config, sites, firewall)
         self._unfinished.cap = config.limits.unfinished_handshakes
         if config.drain_removed:
             for splice in list(self._splices.all):
                 if splice.site not in sites:
                     splice.drain(Reason.SITE_REMOVED)
 
-    async def handshakes_done(self) -> None:
+    async def wait_for_handshakes(self) -> None:
         """Wait until every handshake that has begun by now is done, however it ends."""
         begun = set(self._unfinished)
         # Looked at again: one that becomes a plain exchange goes on, but asks the firewall no more.
         while begun := begun.intersection(self._unfinished):
             await asyncio.wait(begun, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
 
-    async def finish(self, linger: float | None, over: float) -> None:
-        """Let the tunnels end for `linger` seconds (None: for ever), then end them, spread over `over` seconds.
+    async def drain(self, after: float | None, over: float) -> None:
+        """Let the tunnels end for `after` seconds (None: for ever), then end them, spread over `over` seconds.
 
         Oldest first, at even distances with jitter, so that clients do not all come back at one moment. Connections
         whose handshake is not done yet may finish it, and are ended with the rest. Accepts nothing.
         """
         self.accept(())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(linger):
+            async with asyncio.timeout(after):
                 await self._idle.wait()
         tunnels = list(self._splices.all)
         self._log.info(Event.DRAINING, tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
@@ -227,7 +227,7 @@ class Server:
             self._cancel(task)
 
     async def close(self) -> None:
-        """Release everything, once `stop` or `finish` is through."""
+        """Release everything, once `stop` or `drain` is through."""
         self.stop()
         await self._idle.wait()
         self._closing.reset_all()
@@ -246,7 +246,7 @@ class Server:
     def _accept(self, listener: Listener) -> None:
         proxied = self._serving.proxied(listener.written)
         for _ in range(ACCEPTS_A_TURN):
-            if self._connections >= self._most:
+            if self._connections >= self._max_connections:
                 return self._pause_accepting(Reason.OUT_OF_DESCRIPTORS)
             try:
                 sock, address = listener.sock.accept()
@@ -258,11 +258,13 @@ class Server:
                 continue  # the connection failed before it was accepted (accept(2)); the next may be well
             self._pause = 0.0
             # A connection takes two descriptors, what is being closed has one.
-            while self._closing.open and 2 * self._connections + len(self._closing.open) >= 2 * self._most - 1:
+            while (
+                self._closing.open and 2 * self._connections + len(self._closing.open) >= 2 * self._max_connections - 1
+            ):
                 self._closing.reset_oldest()
-            self._begin(sock, address[0] if isinstance(address, tuple) else "", proxied=proxied)
+            self._start_tunnel(sock, address[0] if isinstance(address, tuple) else "", proxied=proxied)
 
-    def _begin(self, sock: socket.socket, peer: str, *, proxied: bool) -> None:
+    def _start_tunnel(self, sock: socket.socket, peer: str, *, proxied: bool) -> None:
         self._accepted.add()
         if proxied and peer and peer not in self._serving.trusted_proxies:
             self._journal.not_accepted(peer, Reason.UNTRUSTED_PROXY)
@@ -275,15 +277,15 @@ class Server:
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
         self._connections += 1
         self._idle.clear()
-        task = self._loop.create_task(tunnel.run(self._ended, self._exchanging))
+        task = self._loop.create_task(tunnel.run(self._count_ended, self._count_exchange))
         task.add_done_callback(self._unfinished.discard)
-        goes = self._unfinished.add(task, self._address_counted(peer))
-        if goes is not None:
+        evicted = self._unfinished.add(task, self._to_share_key(peer))
+        if evicted is not None:
             self._evicted.add()
-            self._unfinished.discard(goes)
-            self._cancel(goes)
+            self._unfinished.discard(evicted)
+            self._cancel(evicted)
 
-    def _exchanging(self) -> None:
+    def _count_exchange(self) -> None:
         """Count the connection of the current task no more among those whose handshake is to be done."""
         task = asyncio.current_task()
         assert task is not None
@@ -295,13 +297,13 @@ class Server:
         """Cancel `task` once it has begun: before, it would run nothing, not even what closes its socket."""
         self._loop.call_soon(task.cancel)
 
-    def _ended(self) -> None:
+    def _count_ended(self) -> None:
         self._connections -= 1
         if not self._connections:
             self._idle.set()
         self._resume_accepting()
 
-    def _address_counted(self, peer: str) -> str:
+    def _to_share_key(self, peer: str) -> str:
         """What `peer` counts as for its share: its address, an IPv6 /64; nothing for a proxy, behind which many are."""
         trusted = self._serving.trusted_proxies
         if not peer or (trusted and peer in trusted):
@@ -313,7 +315,7 @@ class Server:
     def _pause_accepting(self, reason: Reason) -> None:
         """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
         self._pause = PAUSES.after(self._pause)
-        self._watch(self._accepted_at, on=False)
+        self._watch(self._listeners, on=False)
         self._journal.accepting_paused(reason, self._connections)
         self._paused = self._loop.call_later(self._pause, self._resume_accepting)
 
@@ -321,27 +323,27 @@ class Server:
         if self._paused is not None:
             self._paused.cancel()
             self._paused = None
-            self._watch(self._accepted_at, on=True)
+            self._watch(self._listeners, on=True)
 
 
-def _proxied_on(config: Config) -> frozenset[ListenAddress] | None:
+def _list_proxied(config: Config) -> frozenset[ListenAddress] | None:
     """The listeners on which a PROXY header is required: None for all of them."""
     if config.proxy_protocol == "off":
         return frozenset()
     return frozenset(config.proxy_protocol_listen) or None
 
 
-def _precision(timeouts: Timeouts, of_workers: float) -> float:
+def _choose_precision(timeouts: Timeouts, of_workers: float) -> float:
     """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
     shortest = min(timeouts.shortest, of_workers)
     return max(min(shortest / 10, 0.25), 0.01)
 
 
-def _descriptors() -> int:
+def _raise_descriptor_limit() -> int:
     """The most descriptors that this process may have: the soft limit, raised to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A hard limit above fs.nr_open cannot be asked for, nor can an infinite one everywhere.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MOST_DESCRIPTORS)
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MAX_DESCRIPTORS)

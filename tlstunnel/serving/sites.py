@@ -65,7 +65,7 @@ class _Builder:
         sites = []
         default = None
         for index, config in enumerate(configured):
-            site = self._site(config, ("sites", index))
+            site = self._build_site(config, ("sites", index))
             if site is None:
                 continue
             sites.append(site)
@@ -74,15 +74,15 @@ class _Builder:
         self._problems.raise_found()
         return Sites(sites, default, self._certificates)
 
-    def _site(self, config: SiteConfig, path: KeyPath) -> Site | None:
-        served = self._served(config, path)
-        tls, tls_built = self._origin_tls(config, path)
+    def _build_site(self, config: SiteConfig, path: KeyPath) -> Site | None:
+        served = self._read_certificates(config, path)
+        tls, tls_built = self._build_origin_tls(config, path)
         if served is None or not tls_built:
             return None
         version = config.send_proxy_protocol
         preface = b"" if version == "off" else write_local(version)
-        pool = self._pool(config, preface, tls)
-        routes = tuple((route.path, self._pool(route, preface, tls)) for route in config.routes)
+        pool = self._build_pool(config, preface, tls)
+        routes = tuple((route.path, self._build_pool(route, preface, tls)) for route in config.routes)
         pools = (pool, *(one for _, one in routes))
         workers = self._workers
         return Site(
@@ -98,10 +98,10 @@ class _Builder:
             edge=workers.edge(config, pools, self._resolve_every, preface, tls) if workers is not None else None,
         )
 
-    def _served(self, config: SiteConfig, path: KeyPath) -> Served | None:
+    def _read_certificates(self, config: SiteConfig, path: KeyPath) -> Served | None:
         """Read the site's certificates and client policy; None if there is a problem, which is collected."""
-        files = self._pair_files(config, path)
-        clients = _client_files(config)
+        files = self._list_pairs(config, path)
+        clients = _make_client_files(config)
         before = len(self._problems.found)
         for place, pair in files:
             self._read_pair(pair, place)
@@ -115,7 +115,7 @@ class _Builder:
             self._problems.add(str(error), *path)
             return None
 
-    def _pair_files(self, config: SiteConfig, path: KeyPath) -> list[tuple[KeyPath, PairFiles]]:
+    def _list_pairs(self, config: SiteConfig, path: KeyPath) -> list[tuple[KeyPath, PairFiles]]:
         """Return each pair of the site, and the path of its table."""
         tables = list(config.pairs)
         own = len(tables) - len(config.certificates)
@@ -153,7 +153,7 @@ class _Builder:
         for key, reason in self._broken[files]:
             self._problems.add(reason, *path, key)
 
-    def _origin_tls(self, config: SiteConfig, path: KeyPath) -> tuple[OriginTLS | None, bool]:
+    def _build_origin_tls(self, config: SiteConfig, path: KeyPath) -> tuple[OriginTLS | None, bool]:
         """Return how to speak TLS with the site's origins, None if none of them can use it; and whether that worked."""
         tables = (config.origins, *(route.origins for route in config.routes))
         if not config.worker_origins and not any(origin.address.tls for origins in tables for origin in origins):
@@ -163,13 +163,13 @@ class _Builder:
             context = self._contexts.get(ca=ca, cert=cert, key=key, verify=verify)
         except CertificateError as error:
             together = "origin_key" if str(error).startswith(f"{key}: ") else "origin_cert" if cert else "origin_ca"
-            found = _origin_problems(ca, cert, key) or [(together, str(error))]
+            found = _find_origin_problems(ca, cert, key) or [(together, str(error))]
             for name, reason in found:
                 self._problems.add(reason, *path, name)
             return None, False
         return OriginTLS(context, config.origin_name), True
 
-    def _pool(self, table: SiteConfig | RouteConfig, preface: bytes, tls: OriginTLS | None) -> Pool:
+    def _build_pool(self, table: SiteConfig | RouteConfig, preface: bytes, tls: OriginTLS | None) -> Pool:
         return build_pool(table, self._resolve_every, preface, tls)
 
 
@@ -198,7 +198,7 @@ def build_edits(site: SiteConfig) -> SiteEdits:
     return NO_EDITS_OF_SITE if made == NO_EDITS_OF_SITE else made
 
 
-def _client_files(site: SiteConfig) -> ClientFiles | None:
+def _make_client_files(site: SiteConfig) -> ClientFiles | None:
     if site.client_ca is None:
         return None
     return ClientFiles(
@@ -206,7 +206,7 @@ def _client_files(site: SiteConfig) -> ClientFiles | None:
     )
 
 
-def _origin_problems(ca: Path | None, cert: Path | None, key: Path | None) -> list[tuple[str, str]]:
+def _find_origin_problems(ca: Path | None, cert: Path | None, key: Path | None) -> list[tuple[str, str]]:
     """Return the files that cannot be read, each with its key; none if the files do not go together."""
     found = []
     for name, path, read in (
