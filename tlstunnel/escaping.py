@@ -1,15 +1,15 @@
-"""Text from elsewhere, made fit for a terminal and a log."""
+"""Escape text from outside before it reaches a terminal or the log."""
 
 import traceback
 
 LONGEST_TRACEBACK = 16_384
-"""Characters of a traceback in the log: an exception's text may quote what a client sent."""
+"""Characters of a traceback in the log. An exception's text may quote what a client sent."""
 
 
 def printable(text: str) -> str:
-    r"""Escape what is not printable, and the backslash, as Python does: nobody's bytes give orders to a terminal.
+    r"""Escape unprintable characters and backslashes as Python does, so that the text cannot control a terminal.
 
-    ``\x1b[2J`` comes out as the eight characters that you read here, and a log line stays one line.
+    An escape character and ``[2J`` become the seven characters ``\x1b[2J``, and a log line stays one line.
     """
     if text.isascii() and text.isprintable() and "\\" not in text:
         return text
@@ -19,9 +19,9 @@ def printable(text: str) -> str:
 
 
 def printable_traceback(error: BaseException) -> str:
-    """The traceback of `error`, each of its lines escaped and indented: a client may have chosen parts of it.
+    """Return the traceback of `error` with each line escaped and indented, so that none looks like a line of the log.
 
-    So none can be taken for a line of the log. What is too long is cut in the middle: a traceback's end says most.
+    A client may have chosen parts of the text. A long traceback is cut in the middle, since its end says most.
     """
     text = "".join(traceback.format_exception(error))
     if len(text) > LONGEST_TRACEBACK:

@@ -1,4 +1,4 @@
-"""`tlstunnel firewall explain`: every stage and rule, what it saw, and the verdict."""
+"""`tlstunnel firewall explain`: the result of every check and rule, and the verdict."""
 
 import json
 import re
@@ -82,20 +82,20 @@ def lines(file: Path, request: str, *options: str) -> list[str]:
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
-def test_every_stage_of_a_request_that_passes(file: Path) -> None:
+def test_every_check_of_a_request_that_passes(file: Path) -> None:
     found = lines(file, "GET /attic//x/..?debug=1", "--header", "Origin: https://chat.example")
     assert [re.sub(r"headers={.*}", "headers={...}", line) for line in found] == [
         "site chat.example",
-        "target its path is /attic/",
-        "addresses of all sites may come",
-        "addresses of the site may come",
-        "web origin https://chat.example may connect",
-        "rules none of them decides",
+        "target the path is /attic/",
+        "addresses of all sites allowed",
+        "addresses of the site allowed",
+        "web origin https://chat.example is allowed",
+        "rules no rule decided",
         "no admins: not matched (block); path='/attic/'",
         "rooms: not matched (log); path='/attic/', query={'debug': ['1']}",
         'a header: failed: there is no key "x-key" (allow); headers={...}',
-        "rate limits within all of them",
-        "each: within; ip=127.0.0.1",
+        "rate limits within all limits",
+        "each: within the limit; ip=127.0.0.1",
         "managed rules nothing to check",
         "verdict pass",
     ]
@@ -112,7 +112,7 @@ def test_what_was_not_reached_says_so(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_line", "options", "status", "reason", "stages"),
+    ("request_line", "options", "status", "reason", "checks"),
     [
         ("GET /%2e%2fx", (), 400, "ambiguous target", ["target"]),
         (
@@ -135,17 +135,17 @@ def test_what_was_not_reached_says_so(file: Path) -> None:
     ],
 )
 def test_each_refusal_in_json(  # noqa: PLR0917
-    file: Path, request_line: str, options: tuple[str, ...], status: int, reason: str, stages: list[str]
+    file: Path, request_line: str, options: tuple[str, ...], status: int, reason: str, checks: list[str]
 ) -> None:
     found = told(file, request_line, *options)
     assert (found["verdict"], found["status"]) == ("refused", status)
     assert found["reason"].startswith(reason), found
-    assert [stage["name"] for stage in found["stages"]][-len(stages) or 99 :] == stages
+    assert [check["name"] for check in found["checks"]][-len(checks) or 99 :] == checks
 
 
-def test_a_rule_that_matches_is_named_with_what_it_saw(file: Path) -> None:
+def test_a_rule_that_matches_is_named_with_the_values_it_read(file: Path) -> None:
     found = told(file, "GET /attic?debug=a&debug=b", "--header", "X-Key: 1")
-    (rules,) = (stage for stage in found["stages"] if stage["name"] == "rules")
+    (rules,) = (check for check in found["checks"] if check["name"] == "rules")
     assert [entry["rule"] for entry in rules["entries"]] == ["no admins", "rooms", "a header"]
     assert [entry["result"] for entry in rules["entries"]] == ["not matched", "matched", "matched"]
     assert rules["entries"][1]["values"] == {"path": "/attic", "query": {"debug": ["a", "b"]}}
@@ -176,8 +176,8 @@ def test_managed_rules_with_their_score(tmp_path: Path) -> None:
     assert any(line.endswith("SQL Injection Attack Detected via libinjection") for line in found[place:])
     assert "SQL injection" in found[place + 1]
     assert found[-2] == "verdict 403 Forbidden: managed rules"
-    (stage,) = (stage for stage in told(file, attack)["stages"] if stage["name"] == "managed rules")
-    assert all(entry["id"] and entry["message"] for entry in stage["entries"])
+    (check,) = (check for check in told(file, attack)["checks"] if check["name"] == "managed rules")
+    assert all(entry["id"] and entry["message"] for entry in check["entries"])
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_each_strategy_admits_what_its_model_admits(
     for step, key in steps:
         clock.now += step
         (result,) = asked(counters, LimitCheck(key, limit, strategy))
-        assert (not result.over) == models[key].ask(clock.now)
+        assert (not result.exceeded) == models[key].ask(clock.now)
 
 
 @pytest.mark.parametrize("strategy", LIBRARY)
@@ -166,14 +166,14 @@ def test_the_wait_is_long_enough_and_no_longer(
     for step, _ in steps:
         clock.now += step
         (result,) = asked(counters, check)
-        if result.over:
+        if result.exceeded:
             assert 0 < result.wait <= 2 * window
             refused_at = clock.now
             clock.now = refused_at + result.wait - 0.001
-            assert result.wait < 0.001 or asked(counters, check)[0].over
+            assert result.wait < 0.001 or asked(counters, check)[0].exceeded
             clock.now = refused_at + ceil(result.wait)
             (result,) = asked(counters, check)
-            assert not result.over
+            assert not result.exceeded
 
 
 # What is kept when it is full.
@@ -210,10 +210,10 @@ def test_a_key_that_was_refused_outlives_a_flood() -> None:
     mine = LimitCheck("mine", item("2/hour"))
     for _ in range(3):
         (result,) = asked(counters, mine)
-    assert result.over
+    assert result.exceeded
     for number in range(20_000):
         asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
-    assert asked(counters, mine)[0].over
+    assert asked(counters, mine)[0].exceeded
     assert len(counters.storage) <= 1000
 
 
@@ -223,11 +223,11 @@ def test_a_block_outlives_a_flood() -> None:
     mine = LimitCheck("mine", item("1/second"), block_for=600)
     for _ in range(2):
         (result,) = asked(counters, mine)
-    assert result.over == "limit"
+    assert result.exceeded == "limit"
     clock.now += 1
     for number in range(20_000):
         asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
-    assert asked(counters, mine)[0].over == "blocked"
+    assert asked(counters, mine)[0].exceeded == "blocked"
 
 
 def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
@@ -342,12 +342,12 @@ def test_what_limits_asks_of_a_storage() -> None:
 def test_counted_by_all_or_by_none() -> None:
     counters = MemoryCounters(clock=Clock())
     mine, shared = LimitCheck("mine", item("1/minute")), LimitCheck("shared", item("3/minute"), max_tunnels=9)
-    assert [result.over for result in asked(counters, mine, shared)] == ["", ""]
+    assert [result.exceeded for result in asked(counters, mine, shared)] == ["", ""]
     for _ in range(5):
-        assert [result.over for result in asked(counters, mine, shared)] == ["limit", ""]
+        assert [result.exceeded for result in asked(counters, mine, shared)] == ["limit", ""]
     assert counters.open_tunnels("shared") == 1
     other = LimitCheck("other", item("9/minute"))
-    assert [[result.over for result in asked(counters, other, shared)] for _ in range(3)] == [
+    assert [[result.exceeded for result in asked(counters, other, shared)] for _ in range(3)] == [
         ["", ""],
         ["", ""],
         ["", "limit"],
@@ -359,13 +359,13 @@ def test_what_is_not_enforced_keeps_nothing_from_being_counted() -> None:
     counters = MemoryCounters(clock=Clock())
     loose = LimitCheck("loose", item("1/minute"), enforced=False)
     strict = LimitCheck("strict", item("2/minute"))
-    overs = [[result.over for result in asked(counters, loose, strict)] for _ in range(3)]
+    overs = [[result.exceeded for result in asked(counters, loose, strict)] for _ in range(3)]
     assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
 
 
 def test_what_is_over_and_not_enforced_takes_no_tunnel() -> None:
     counters = MemoryCounters(clock=Clock())
-    overs = [asked(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].over for _ in range(4)]
+    overs = [asked(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].exceeded for _ in range(4)]
     assert overs == ["", "", "tunnels", "tunnels"]
     assert counters.open_tunnels("a") == 2
 
@@ -376,8 +376,8 @@ def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
     strict = LimitCheck("strict", item("1/minute"))
     for _ in range(9):
         asked(counters, loose, strict)
-    assert asked(counters, loose)[0].over == ""
-    assert asked(counters, loose)[0].over == "limit"
+    assert asked(counters, loose)[0].exceeded == ""
+    assert asked(counters, loose)[0].exceeded == "limit"
 
 
 def test_a_block_holds_whatever_the_window_says_and_ends() -> None:
@@ -401,7 +401,7 @@ def test_attempts_do_not_lengthen_a_block() -> None:
     for _ in range(122):
         results += asked(counters, check)
         clock.now += 0.5
-    assert [result.over for result in results] == ["", "limit", *["blocked"] * 119, ""]
+    assert [result.exceeded for result in results] == ["", "limit", *["blocked"] * 119, ""]
 
 
 def test_a_block_waits_for_the_window_too() -> None:
@@ -420,7 +420,7 @@ def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
     async def asker() -> bool:
         await asyncio.sleep(0)
         (result,) = await counters.check([check])
-        return not result.over
+        return not result.exceeded
 
     async def all_at_once() -> int:
         return sum(await asyncio.gather(*(asker() for _ in range(200))))
@@ -462,17 +462,17 @@ def test_tunnels_are_never_forgotten() -> None:
     asked(counters, check)
     for number in range(1000):
         asked(counters, LimitCheck(str(number), item("1/minute"), max_tunnels=1))
-    assert asked(counters, check)[0].over == "tunnels"
+    assert asked(counters, check)[0].exceeded == "tunnels"
     counters.return_tunnels(["a"])
-    assert asked(counters, check)[0].over == ""
+    assert asked(counters, check)[0].exceeded == ""
 
 
 def test_too_many_tunnels_are_no_reason_for_a_block() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", item("9/minute"), max_tunnels=1, block_for=600)
-    assert [asked(counters, check)[0].over for _ in range(3)] == ["", "tunnels", "tunnels"]
+    assert [asked(counters, check)[0].exceeded for _ in range(3)] == ["", "tunnels", "tunnels"]
     counters.return_tunnels(["a"])
-    assert asked(counters, check)[0].over == ""
+    assert asked(counters, check)[0].exceeded == ""
 
 
 def test_giving_back_what_was_not_taken_is_a_fault() -> None:

@@ -260,7 +260,7 @@ def test_the_refusal() -> None:
     assert outcome.limit == "per address"
     assert (refusal.status, refusal.reason) == (429, "rate limit: per address")
     assert refusal.text == "too many handshakes; try again in 48 s"
-    assert refusal.detail == "over"
+    assert refusal.detail == "exceeded"
     assert refusal.fields == (
         (b"Retry-After", b"48"),
         (b"RateLimit", b'"per address";r=0;t=48'),
@@ -385,7 +385,7 @@ def test_a_limit_and_tunnels_in_one() -> None:
         lease.close()
         lease = judged(counting, facts()).lease
     lease.close()
-    assert refused(counting, facts()).detail == "over"
+    assert refused(counting, facts()).detail == "exceeded"
 
 
 @pytest.mark.parametrize("strategy", ["fixed", "moving", "sliding"])
@@ -434,7 +434,7 @@ def test_what_only_logs_counts_and_refuses_nothing() -> None:
     assert judged(counting, facts()).logged == ("a",)
     assert metrics[RATE_LIMITS].values == {
         ("", "a", "passed", "log"): 2,
-        ("", "a", "over", "log"): 4,
+        ("", "a", "exceeded", "log"): 4,
         ("", "open", "passed", "log"): 4,
         ("", "open", "too many tunnels", "log"): 2,
     }
@@ -447,7 +447,7 @@ def test_counters_say_what_was_over() -> None:
         judged(counting, facts())
     assert metrics[RATE_LIMITS].values == {
         ("", "a", "passed", "block"): 1,
-        ("", "a", "over", "block"): 1,
+        ("", "a", "exceeded", "block"): 1,
         ("", "a", "blocked", "block"): 2,
     }
 
@@ -488,13 +488,13 @@ def test_the_trace() -> None:
     judged(counting, facts(), second)
     ip = (("ip", "192.0.2.1"),)
     assert first == [
-        LimitTrace("a", "block", ip, "within"),
+        LimitTrace("a", "block", ip, "within the limit"),
         LimitTrace("cookie", "block", ip, "does not apply: the request has no cookie:s"),
-        LimitTrace("login", "block", ip, "does not apply: its when is false"),
-        LimitTrace("open", "log", ip, "within"),
+        LimitTrace("login", "block", ip, "does not apply: when is false"),
+        LimitTrace("open", "log", ip, "within the limit"),
     ]
-    assert second[0] == LimitTrace("a", "block", ip, "over, for 60 s")
-    assert second[3] == LimitTrace("open", "log", ip, "too many tunnels, let through, for 10 s")
+    assert second[0] == LimitTrace("a", "block", ip, "exceeded, for 60 s")
+    assert second[3] == LimitTrace("open", "log", ip, "too many tunnels, only logged, for 10 s")
     nothing: list[LimitTrace] = []
     judged(limits(config(key=("ja4", "cookie:s"))), facts(), nothing)
     assert nothing == [LimitTrace("a", "block", (), "does not apply: the request has no ja4 and no cookie:s")]
@@ -521,11 +521,11 @@ def test_the_trace() -> None:
         ("1.5/minute", ["is not a limit"]),
         ("x/minute", ["is not a limit"]),
         ("1" * 5000 + "/minute", ["is not a limit"]),
-        ("1/second; 5/minute", ["more than one limit; write a rate limit for each"]),
-        ("0/minute", ["lets nothing through", 'action = "block"']),
-        ("5 per 0 minutes", ["lets nothing through"]),
-        ("1" + "0" * 15 + "/minute", ["out of reach"]),
-        ("1/367 days", ["out of reach"]),
+        ("1/second; 5/minute", ["contains several limits; write a rate limit for each"]),
+        ("0/minute", ["allows no request", 'action = "block"']),
+        ("5 per 0 minutes", ["allows no request"]),
+        ("1" + "0" * 15 + "/minute", ["is too large"]),
+        ("1/367 days", ["is too large"]),
     ],
 )
 def test_a_limit_that_cannot_be_read(limit: str, parts: list[str]) -> None:
@@ -558,7 +558,7 @@ def test_a_limit_that_is_read(limit: str, fields: bytes) -> None:
 def test_a_moving_window_is_not_too_large() -> None:
     limits(config(limit="1000/minute", strategy="moving"))
     limits(config(limit="1000000/minute", strategy="sliding"))
-    with pytest.raises(ConfigurationError, match='1000 at most; write strategy = "sliding"'):
+    with pytest.raises(ConfigurationError, match='at most 1000; write strategy = "sliding"'):
         limits(config(limit="1001/minute", strategy="moving"))
 
 
@@ -569,13 +569,13 @@ def test_a_moving_window_is_not_too_large() -> None:
         ("client-subject", 'did you mean "client_subject"?'),
         ("headers:X-User", 'did you mean "header:X-User"?'),
         ("Cookie:s", 'did you mean "cookie:s"?'),
-        ("header", 'key "header" names no header; write "header:NAME", such as "header:X-User"'),
-        ("header:", "names no header"),
-        ("header:X User", "names no header"),
-        ("cookie:", "names no cookie"),
-        ("cookie:a;b", "names no cookie"),
-        ("zzz", "it may be ip, header:NAME, cookie:NAME, path, host, ja4, client_subject"),
-        ("", 'unknown key ""; it may be ip'),
+        ("header", 'key "header" does not name a header; write "header:NAME", such as "header:X-User"'),
+        ("header:", "does not name a header"),
+        ("header:X User", "does not name a header"),
+        ("cookie:", "does not name a cookie"),
+        ("cookie:a;b", "does not name a cookie"),
+        ("zzz", "keys are ip, header:NAME, cookie:NAME, path, host, ja4, client_subject"),
+        ("", 'unknown key ""; keys are ip'),
         ("ip:1", 'did you mean "ip"?'),
     ],
 )
@@ -589,9 +589,9 @@ def test_an_unknown_key(key: str, part: str) -> None:
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ([config(), config()], 'rate limit "a": there are two of this name; they would be one'),
-        ([config(limit=None)], 'rate limit "a": it limits nothing; write limit = "30/minute"'),
-        ([config(key=())], 'rate limit "a": key names nothing to count by'),
+        ([config(), config()], 'rate limit "a": two limits have this name and would share a counter'),
+        ([config(limit=None)], 'rate limit "a": it has neither limit nor max_tunnels; write limit = "30/minute"'),
+        ([config(key=())], 'rate limit "a": key is empty; it may contain'),
         ([config("b\n", when="pth == 'x'")], 'rate limit "b\\n": when: line 1, column 1: '),
         ([config(when="path")], 'rate limit "a": when: line 1, column 1: '),
     ],

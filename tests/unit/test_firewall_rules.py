@@ -78,7 +78,7 @@ def test_block() -> None:
     refusal = outcome.refusal
     assert refusal is not None
     assert (refusal.status, refusal.reason) == (403, "rule: no")
-    assert refusal.text == "a rule of this site refuses the request"
+    assert refusal.text == "refused by a rule of this site"
     assert rules(rule("no", when='path == "/"')).judge(facts()).refusal is None
 
 

@@ -28,7 +28,7 @@ from tlstunnel.handshake.request import RequestReader
 from tlstunnel.journal.events import Reason
 from tlstunnel.serving.loading import Description, load_firewall
 
-STAGES = (
+CHECKS = (
     "target",
     "addresses of all sites",
     "addresses of the site",
@@ -62,7 +62,7 @@ def explain(  # noqa: PLR0913 - the command's options
     plain: bool,
     as_json: bool,
 ) -> None:
-    """Show what each stage and rule of the firewall decides about a request, and the verdict.
+    """Show what each check and rule of the firewall decides about a request, and the verdict.
 
     The Host field chooses the site; without it, the first site is used. The fields of every WebSocket handshake
     (Upgrade, Sec-WebSocket-Key, ...) are added. Counters start at zero, and no origin is connected to.
@@ -110,13 +110,13 @@ async def _judge(
 def _render(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> Iterator[str]:
     if site:
         yield f"{'site':<24}{site}"
-    reached = {stage.name: stage for stage in trace}
-    for name in STAGES if site else ():
-        stage = reached.get(name)
-        after = any(STAGES.index(later) > STAGES.index(name) for later in reached)
+    reached = {check.name: check for check in trace}
+    for name in CHECKS if site else ():
+        check = reached.get(name)
+        after = any(CHECKS.index(later) > CHECKS.index(name) for later in reached)
         skipped = "nothing to check" if after or not verdict.refusal else "not reached"
-        yield f"{name:<24}{stage.result if stage else skipped}"
-        for entry in stage.entries if stage else ():
+        yield f"{name:<24}{check.result if check else skipped}"
+        for entry in check.entries if check else ():
             yield f"  {_render_entry(entry)}"
     for name in verdict.logged:
         yield f"{'would refuse':<24}{name} (in mode log)"
@@ -147,7 +147,7 @@ def _to_json(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> dict[s
     refusal = verdict.refusal
     return {
         "site": site,
-        "stages": [{"name": stage.name, "result": stage.result, "entries": list(stage.entries)} for stage in trace],
+        "checks": [{"name": check.name, "result": check.result, "entries": list(check.entries)} for check in trace],
         "verdict": "pass" if refusal is None else "refused",
         **({} if refusal is None else {"status": refusal.status, "reason": refusal.reason, "detail": refusal.detail}),
         **verdict.to_record(),

@@ -1,8 +1,9 @@
-"""What rate limits count in, and the one small interface through which they ask it.
+"""The counters of rate limits, and the interface through which rate limits use them.
 
-`Counters` is that interface: everything that one request has to ask goes in one call, so that a storage across machines
-costs one trip. `MemoryCounters` is the one of this process: the strategies of `limits` on `BoundedStorage`, since the
-storage that `limits` has itself keeps every key and looks through all of them (300 000 keys: 84 MB, 184 ms a look).
+`Counters` is the interface: one call checks all limits of a request, so that a store shared by several machines costs
+one round trip. `MemoryCounters` keeps the counts of this process: the strategies of the library `limits` with a
+`BoundedStorage`, since the library's own storage keeps every key and scans all of them (300 000 keys: 84 MB, 184 ms a
+scan).
 """
 
 import math
@@ -24,18 +25,18 @@ from limits.strategies import (
 )
 
 MAX_KEYS = 200_000
-"""Keys of all limits together: 50 MB when full, after 1 000 000 distinct keys as after 200 000 (measured)."""
+"""Keys of all limits together: 50 MB when full, after 1 000 000 distinct keys as well as after 200 000 (measured)."""
 
 SHARDS = 64
 """See `BoundedStorage`."""
 
 TIMES_PER_SLOT = 32
-"""A moving window keeps 8 bytes a request: 32 of them take what an entry of a fixed window takes."""
+"""A moving window keeps 8 bytes per request: 32 of them take as much memory as an entry of a fixed window."""
 
 TUNNEL_WAIT = 10.0
-"""Seconds that a client with too many tunnels is told to wait: nobody knows when one of them ends."""
+"""Seconds that a client with too many tunnels is told to wait. When one of them will end is unknown."""
 
-# A sliding window admits only after the moment that the sum gives, not at it.
+# A sliding window admits only after the computed moment, not at it.
 _MOMENT = 1e-6
 
 Strategy = Literal["fixed", "moving", "sliding"]
@@ -44,13 +45,13 @@ Exceeded = Literal["", "limit", "tunnels", "blocked"]
 
 @dataclass(frozen=True, slots=True)
 class LimitCheck:
-    """Whether one more may be counted under `key`.
+    """A check whether one more request may be counted under `key`.
 
-    `key` stands for one limit and one of those it counts (a client, a path); it is short, and the same key is never
-    asked about with two strategies unless the item's namespace tells them apart. `item` is the number in a time, None
-    for none; `max_tunnels` how many may be held at once, 0 for any number. Whoever is over the item's number is
-    refused for `block_for` seconds from then on. Without item and `max_tunnels` the check is only whether that is
-    going on. What is not `enforced` is counted and never keeps others from being counted.
+    `key` is short and stands for one limit and one counted value (a client, a path). A key must not be used with two
+    strategies unless the namespaces of their items differ. `item` is the number per window, None for no such limit;
+    `max_tunnels` is the number of tunnels open at once, 0 for no such limit. A key that exceeds `item` is blocked for
+    `block_for` seconds. Without `item` and `max_tunnels`, only an existing block is checked. A limit that is not
+    `enforced` is counted, but never keeps the request from being counted by others.
     """
 
     key: str
@@ -63,9 +64,9 @@ class LimitCheck:
 
 @dataclass(frozen=True, slots=True)
 class LimitResult:
-    """`over` is empty, or what was exceeded; `wait` then says in how many seconds it is worth asking again."""
+    """`exceeded` is what was exceeded, or "". `wait` is the number of seconds after which a retry may succeed."""
 
-    over: Exceeded = ""
+    exceeded: Exceeded = ""
     wait: float = 0.0
 
 
@@ -73,25 +74,25 @@ WITHIN = LimitResult()
 
 
 class Counters(Protocol):
-    """Where limits are counted."""
+    """Counts the requests and open tunnels of rate limits."""
 
     async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
-        """Judge one request by all its limits at once, and count it by all or by none.
+        """Check one request against all its limits at once, and count it under all of them or none.
 
-        When no enforced check is over, the request is counted under each that is not over, and a tunnel is taken
-        under each that has `max_tunnels` (to be given back by `release`). Otherwise nothing is counted or taken: else
-        someone over a limit of his own could use up one that he shares with others.
+        If no enforced limit is exceeded, the request is counted under each limit that is not exceeded, and a tunnel is
+        taken under each of these with `max_tunnels`, until `return_tunnels`. Otherwise nothing is counted or taken, so
+        that a client over its own limit cannot use up one that it shares with others.
         """
 
     def return_tunnels(self, keys: Sequence[str]) -> None:
-        """Give back one tunnel under each key. Never waits: it is called where a tunnel ends, outside any task."""
+        """Return one tunnel under each key. Never waits, since it is called where a tunnel ends, outside any task."""
 
 
 class MemoryCounters:
-    """`Counters` of this process alone, exact: nothing in here suspends.
+    """`Counters` of this process alone. They are exact, since no method suspends.
 
-    Tunnels are counted beside the storage, since a count that is evicted is wrong for ever: they are as many as there
-    are tunnels, times their limits. For one event loop; `clock` gives seconds and never goes back.
+    Open tunnels are counted outside the storage, since an evicted count would stay wrong; their number is bounded by
+    the tunnels times their limits. For one event loop. `clock` returns seconds and is monotonic.
     """
 
     def __init__(self, capacity: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
@@ -107,14 +108,14 @@ class MemoryCounters:
     async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
         """See `Counters.check`."""
         results = [self._evaluate(check) for check in checks]
-        if not any(result.over and check.enforced for check, result in zip(checks, results, strict=True)):
+        if not any(result.exceeded and check.enforced for check, result in zip(checks, results, strict=True)):
             for check, result in zip(checks, results, strict=True):
-                if not result.over:
+                if not result.exceeded:
                     self._count(check)
         return results
 
     def return_tunnels(self, keys: Sequence[str]) -> None:
-        """See `Counters.return_tunnels`. Raises KeyError for what was not taken."""
+        """See `Counters.return_tunnels`. Raises KeyError for a tunnel that was not taken."""
         for key in keys:
             held = self._tunnels[key]
             if held > 1:
@@ -123,11 +124,11 @@ class MemoryCounters:
                 del self._tunnels[key]
 
     def open_tunnels(self, key: str) -> int:
-        """How many tunnels are held under the key."""
+        """Return the number of open tunnels under the key."""
         return self._tunnels.get(key, 0)
 
     def _evaluate(self, check: LimitCheck) -> LimitResult:
-        """What is true of the check alone; a block begins here."""
+        """Return the result of this check alone, and begin a block if it is due."""
         key, item = check.key, check.item
         if check.block_for:
             left = self.storage.get_expiry(_block_name(key)) - self._clock()
@@ -151,10 +152,10 @@ class MemoryCounters:
             self._tunnels[check.key] = self.open_tunnels(check.key) + 1
 
     def _wait(self, strategy: Strategy, item: RateLimitItem, name: str) -> float:
-        """In how many seconds the limit, which is used up, admits one again.
+        """Return the seconds until the exceeded limit admits a request again.
 
-        Not by the library's `get_window_stats`: of a sliding window it tells when the sum next changes, which may be
-        long before it admits, and in the time of day.
+        The library's `get_window_stats` does not say: for a sliding window it returns when the sum changes next, which
+        may be long before that, and as a time of day.
         """
         window = item.get_expiry()
         if strategy == "fixed":
@@ -163,24 +164,24 @@ class MemoryCounters:
             oldest, _ = self.storage.get_moving_window(name, item.amount, window)
             return oldest + window - self._clock()
         previous, left, current, _ = self.storage.get_sliding_window(name, window)
-        if current >= item.amount:  # all of it in this window, which begins to fade when it ends
+        if current >= item.amount:  # all in this window, whose share shrinks after its end
             return left + _MOMENT
         return left - (item.amount - current) * window / previous + _MOMENT
 
 
 def _block_name(key: str) -> str:
-    """The name under which a block is a fixed window, so that any storage of `limits` can hold it."""
+    """Return the name of a block, which is stored as a fixed window, so that any storage of `limits` can hold it."""
     return f"block/{key}"
 
 
-# What is kept of a key: when it has come to count nothing, its count, that of the window before; behind them, of a
-# moving window, the times of what was admitted, 8 bytes each, oldest first. Bytes, since the garbage collector never
-# looks at them: 200 000 tuples or objects hold the loop for 20 ms and more at a full collection (measured).
+# The entry of a key: the time from which it counts nothing, its count, and the count of the window before. For a moving
+# window the times of the admitted requests follow, oldest first, 8 bytes each. Entries are bytes, which the garbage
+# collector does not visit: with 200 000 tuples or objects, a full collection takes 20 ms or more (measured).
 _COUNTS = struct.Struct("dqq")
 
 
 def _count_slots(entry: bytes) -> int:
-    """How much of a shard's capacity an entry takes."""
+    """Return how much of a shard's capacity an entry takes."""
     return 1 + (len(entry) - _COUNTS.size) // (8 * TIMES_PER_SLOT)
 
 
@@ -190,10 +191,9 @@ def _expiry(entry: bytes) -> float:
 
 
 class _Shard:
-    """Some of a storage's keys, at most `capacity` slots of them; the least recently used leave first.
+    """A part of a storage's keys, with at most `capacity` slots. The least recently used keys are evicted first.
 
-    Those that were refused (`protect`) leave after the others while they count for something, up to half of the
-    capacity.
+    Protected keys are evicted after the others as long as they count something, up to half of the capacity.
     """
 
     __slots__ = ("_capacity", "_clock", "_protected", "_recent", "_slots")
@@ -202,9 +202,9 @@ class _Shard:
         self._capacity = capacity
         self._clock = clock
         self._slots = 0
-        # Least recently used first. Not OrderedDict: with 200 000 keys it holds a full collection for 60 ms, whatever
-        # the values (measured). What a dict is worse at, finding its first key after removals, is little on a short
-        # shard.
+        # Least recently used first. Not OrderedDict: with 200 000 keys it prolongs a full collection by 60 ms, whatever
+        # the values (measured). A dict is slower at finding its first key after removals, which matters little in a
+        # small shard.
         self._recent: dict[str, bytes] = {}
         self._protected: dict[str, bytes] = {}
 
@@ -215,7 +215,7 @@ class _Shard:
         return key in self._recent or key in self._protected
 
     def find(self, key: str) -> bytes | None:
-        """What there is of the key, which is now the most recently used."""
+        """Return the entry of the key, or None, and make it the most recently used."""
         for entries in (self._recent, self._protected):
             entry = entries.pop(key, None)
             if entry is not None:
@@ -224,15 +224,15 @@ class _Shard:
         return None
 
     def put(self, key: str, entry: bytes) -> None:
-        """Set what there is of the key. Makes room in an amortised step or two: an entry grows by one slot at most."""
+        """Set the entry of the key. Evicts an amortised one or two, since an entry grows by at most one slot."""
         now = self._clock()
         protected = self._protected.pop(key, None)
         old = self._recent.pop(key, None) if protected is None else protected
         (self._protected if protected and _expiry(protected) > now else self._recent)[key] = entry
         self._slots += _count_slots(entry) - (_count_slots(old) if old else 0)
         while self._slots > self._capacity:
-            longest = next(iter(self._protected.values()), None)
-            leaving = self._recent if self._recent and not (longest and _expiry(longest) <= now) else self._protected
+            oldest = next(iter(self._protected.values()), None)
+            leaving = self._recent if self._recent and not (oldest and _expiry(oldest) <= now) else self._protected
             self._slots -= _count_slots(leaving.pop(next(iter(leaving))))
 
     def remove(self, key: str) -> None:
@@ -251,24 +251,23 @@ class _Shard:
             return
         self._protected[key] = entry
         if len(self._protected) > self._capacity // 2:
-            longest = next(iter(self._protected))
-            self._recent[longest] = self._protected.pop(longest)
+            oldest = next(iter(self._protected))
+            self._recent[oldest] = self._protected.pop(oldest)
 
 
 class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
-    """A storage for `limits` that holds at most `capacity` keys; the least recently used leave first.
+    """A storage for the library `limits` with at most `capacity` keys. The least recently used are evicted first.
 
-    No threads, no timers, no look at all keys: a call takes some microseconds, however many keys there are. What has
-    expired stays until its room is needed. A moving window takes one key's room more for each 32 requests it
-    remembers, so that memory is bounded however many there are. The keys are spread over `shards`, since a
-    table that grows is copied:
-    one of 200 000 keys held the loop for 20 ms every now and then, 64 of them for less than one (measured). A key has
-    one kind of window: `limits` tells them apart by the namespace of an item.
+    It has no threads and no timers and never scans all keys: a call takes some microseconds, however many keys there
+    are. Expired keys stay until their room is needed. A moving window takes the room of another key for each 32
+    requests in it, so memory is bounded. The keys are spread over `shards`, since a table that grows is copied: one of
+    200 000 keys blocked the loop for 20 ms now and then, 64 smaller ones for less than 1 ms (measured). A key has one
+    kind of window, which the namespace of its item ensures.
 
-    Whoever can choose keys can push others out. A key that was refused is therefore protected (`protect`), up to
-    half of the capacity, until its time is over: to be forgotten it takes as many other refused keys, each with its
-    limit used up. A key that was not refused yet is forgotten after half the capacity in other keys, each at the price
-    of a handshake, and what is gained is what that key may do in a window.
+    A client that can choose keys can evict those of others. So a refused key is protected until it expires, up to half
+    of the capacity: evicting it takes as many other refused keys, each with its limit used up. A key that was not
+    refused is evicted by other keys for half of the capacity, each at the price of a handshake. The client gains no
+    more than the key's limit once again.
     """
 
     STORAGE_SCHEME = None
@@ -287,16 +286,16 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return key in self._shard(key)
 
     def protect(self, key: str) -> None:
-        """Let this key, which was refused, leave after those that were not. No key, no effect."""
+        """Evict this key, which was refused, after those that were not. An unknown key is ignored."""
         self._shard(key).protect(key)
 
     @property
     def base_exceptions(self) -> tuple[type[Exception], ...]:
-        """What `limits` should take for a failure of the storage: nothing here fails."""
+        """The exceptions that mean a failure of the storage: none, since it cannot fail."""
         return ()
 
     def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Count in a fixed window, which begins with the first that is counted and lasts `expiry` seconds."""
+        """Count in a fixed window, which begins with the first count and lasts `expiry` seconds."""
         now = self._clock()
         ends, count, _ = self._counts(key)
         if ends <= now:
@@ -305,17 +304,17 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return count + amount
 
     def get(self, key: str) -> int:
-        """The count of a fixed window."""
+        """Return the count of a fixed window."""
         ends, count, _ = self._counts(key)
         return count if ends > self._clock() else 0
 
     def get_expiry(self, key: str) -> float:
-        """When a fixed window ends, in the clock's time; now, if there is none."""
+        """Return when a fixed window ends, by the clock; now, if there is none."""
         ends, _, _ = self._counts(key)
         return max(ends, self._clock())
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Count in a moving window, if the last `expiry` seconds have room for it."""
+        """Count in a moving window, if the last `expiry` seconds have room. Return whether they had."""
         now = self._clock()
         times = self._times(key, now, expiry)
         if len(times) + amount > limit:
@@ -325,13 +324,13 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return True
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        """When the oldest in the last `expiry` seconds was counted (now, if there is none), and how many there are."""
+        """Return the time of the oldest request in the last `expiry` seconds (now, if none), and their number."""
         now = self._clock()
         times = self._times(key, now, expiry)
         return (times[0] if times else now), len(times)
 
     def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Count in a sliding window, if it has room: the window before counts by the share of it that is in view."""
+        """Count in a sliding window, if it has room. The window before counts by its share that overlaps."""
         previous, previous_left, current, _ = self.get_sliding_window(key, expiry)
         if int(previous * previous_left / expiry + current) + amount > limit:
             return False
@@ -340,14 +339,14 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return True
 
     def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        """The count before and the seconds for which it still counts, the count now and the seconds likewise.
+        """Return the count of the window before, the seconds for which it still counts, and both of this window.
 
         Windows are aligned to the clock.
         """
         now = self._clock()
         ends = _end_of_window(now, expiry)
         counts_until, current, previous = self._counts(key)
-        if counts_until == ends:  # the last was counted in the window before
+        if counts_until == ends:  # the last request was counted in the window before
             current, previous = 0, current
         elif counts_until < ends:
             current = previous = 0
@@ -362,18 +361,18 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         self._shard(key).remove(key)
 
     def check(self) -> bool:
-        """Whether the storage is there: always."""
+        """Return whether the storage is available: always."""
         return True
 
     def reset(self) -> int:
-        """Forget everything, and say how many keys that were."""
+        """Forget all keys, and return how many there were."""
         number = len(self)
         for shard in self._shards:
             shard.clear()
         return number
 
     def _shard(self, key: str) -> _Shard:
-        # Of a string, Python's hash is salted: nobody chooses a shard.
+        # Python's hash of a string is salted, so clients cannot choose a shard.
         return self._shards[hash(key) % len(self._shards)]
 
     def _counts(self, key: str) -> tuple[float, int, int]:
@@ -381,10 +380,10 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return until, count, previous
 
     def _times(self, key: str, now: float, window: int) -> "array[float]":
-        """The times that a moving window still remembers."""
+        """Return the times of the requests in a moving window."""
         entry = self._shard(key).find(key) or _NOTHING
         times = array("d", entry[_COUNTS.size :])
-        # The same sum that tells how long to wait: a difference would be rounded otherwise.
+        # The same sum as in `_wait`: a difference would be rounded in another way.
         del times[: bisect_right(times, now, key=lambda time: time + window)]
         return times
 

@@ -1,4 +1,4 @@
-"""What the firewall knows of one upgrade request: the fields that rules name, and the path that they compare."""
+"""The facts of a request: the fields that rules can read, and the normalised path that they compare."""
 
 import re
 from datetime import UTC, datetime
@@ -12,23 +12,23 @@ from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Reason
 
 MAX_QUERY_VALUES = 128
-"""Values of a query. PHP takes 1000, ModSecurity's recommended settings 1000, the guard of managed rules 64."""
+"""Values of a query. PHP and ModSecurity's recommended settings accept 1000, the guard of managed rules 64."""
 
 MAX_COOKIES = 200
-"""Cookies of a request. Chromium and Firefox keep 180 a site; RFC 6265 section 6.1 asks for 50."""
+"""Cookies of a request. Chromium and Firefox keep 180 per site; RFC 6265 section 6.1 requires 50."""
 
 MAX_ELEMENTS = 64
-"""Elements of Sec-WebSocket-Protocol, and of Sec-WebSocket-Extensions. Real clients name fewer than ten."""
+"""Elements of Sec-WebSocket-Protocol, and of Sec-WebSocket-Extensions. Real clients send fewer than ten."""
 
 _ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Facts:
-    """The fields of the rules, by their names; `request` is what they were read from. Made by `gather`.
+    """The fields that rules can read, as attributes, and the `request` that they come from. Made by `gather`.
 
-    Text that a client sent as bytes is decoded as latin-1, so that any bytes can be compared, but for `path` and
-    `query`, which are percent-decoded as UTF-8. Nothing here raises.
+    What a client sent is decoded as latin-1, so that all bytes can be compared, except `path` and `query`, which are
+    percent-decoded as UTF-8. No attribute raises.
     """
 
     def __init__(self, request: Request, connection: Connection, path: str, now: float) -> None:
@@ -48,12 +48,12 @@ class Facts:
 
     @cached_property
     def raw_path(self) -> str:
-        """The path as sent, escapes and all, without the query."""
+        """The path as sent, with its escapes, without the query."""
         return self.request.target.partition(b"?")[0].decode("ascii")
 
     @cached_property
     def query(self) -> dict[str, list[str]]:
-        """The values of each name in the query, in order; a ``+`` is a space, as forms write it."""
+        """The values of each name in the query, in order. A ``+`` is a space, as in forms."""
         query: dict[str, list[str]] = {}
         for pair in self.request.target.partition(b"?")[2].split(b"&"):
             if pair:
@@ -63,9 +63,9 @@ class Facts:
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """The values of fields by name in lower case, repeated ones joined (RFC 9110 section 5.3).
+        """The field values by name in lower case. Repeated fields are joined by a comma (RFC 9110 section 5.3).
 
-        Those of Cookie are joined with a semicolon (RFC 9113 section 8.2.3).
+        Cookie fields are joined by a semicolon (RFC 9113 section 8.2.3).
         """
         return {
             name.decode("ascii"): (b"; " if name == b"cookie" else b", ").join(values).decode("latin-1")
@@ -74,7 +74,7 @@ class Facts:
 
     @cached_property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name (RFC 6265 section 4.2.1). The first of a name counts, as most origins have it."""
+        """The cookies by name (RFC 6265 section 4.2.1). The first one of a name counts, as in most origins."""
         cookies: dict[str, str] = {}
         for pair in b";".join(self.request.by_name.get(b"cookie", ())).decode("latin-1").split(";"):
             name, equals, value = pair.partition("=")
@@ -86,28 +86,28 @@ class Facts:
 
     @cached_property
     def origin(self) -> str:
-        """The Origin field, "" without one; several, which is no origin, are joined."""
+        """The Origin field, or "". Several are joined, which makes no valid origin."""
         return self._header(b"origin")
 
     @cached_property
     def user_agent(self) -> str:
-        """The User-Agent field, "" without one."""
+        """The User-Agent field, or ""."""
         return self._header(b"user-agent")
 
     @cached_property
     def subprotocols(self) -> tuple[str, ...]:
-        """What Sec-WebSocket-Protocol offers, in order."""
+        """The offers of Sec-WebSocket-Protocol, in order."""
         return tuple(t.decode("latin-1") for t in tokens(self.request.by_name, b"sec-websocket-protocol"))
 
     @cached_property
     def extensions(self) -> tuple[str, ...]:
-        """The names of what Sec-WebSocket-Extensions offers, in order, without parameters."""
+        """The names of the extensions that Sec-WebSocket-Extensions offers, in order, without parameters."""
         offers = tokens(self.request.by_name, b"sec-websocket-extensions")
         return tuple(offer.split(b";", 1)[0].strip(b" \t").decode("latin-1") for offer in offers)
 
     @cached_property
     def now(self) -> datetime:
-        """When the request was judged, UTC."""
+        """The time of the check, UTC."""
         return datetime.fromtimestamp(self.seconds, UTC)
 
     def _header(self, name: bytes) -> str:
@@ -139,10 +139,10 @@ FIELDS = (
 
 
 def gather(request: Request, connection: Connection, *, strict_path: bool, now: float) -> Facts:
-    """Make the facts of a request judged at `now` (``time.time()``).
+    """Return the facts of a request that is checked at `now` (``time.time()``).
 
-    Raises `Refusal` (400) for a target whose path can be read in two ways, unless `strict_path` is false, and for more
-    elements than rules are to run over: leaving some out would hide them from a rule.
+    Raises `Refusal` (400) for more elements than rules may iterate over, since omitting some would hide them from the
+    rules, and with `strict_path` for a target that can be read in two ways.
     """
     fields = request.by_name
     raw_path, _, query = request.target.partition(b"?")
@@ -159,10 +159,11 @@ def gather(request: Request, connection: Connection, *, strict_path: bool, now: 
 
 
 def normal_path(raw: bytes) -> str:
-    """Give a path the one form that rules compare: decoded once, ``//`` one slash, no dot segments, case kept.
+    """Return a path in the form that rules compare: decoded once, ``//`` as one slash, no dot segments, case kept.
 
-    RFC 3986 section 5.2.4 removes the dot segments, after escapes are decoded: ``%2e`` is a dot (section 6.2.2.3).
-    Escapes that are no UTF-8 become U+FFFD, and an encoded slash a slash; where `strict_path` holds, neither is there.
+    Dot segments are removed (RFC 3986 section 5.2.4) after escapes are decoded, since ``%2e`` is a dot (section
+    6.2.2.3). Escapes that are not UTF-8 become U+FFFD, and an encoded slash becomes a slash. `refuse_ambiguous` refuses
+    both.
     """
     if b"%" not in raw and b"//" not in raw and b"/." not in raw:
         return raw.decode("ascii")
@@ -177,23 +178,23 @@ def normal_path(raw: bytes) -> str:
 
 
 def refuse_ambiguous(target: bytes) -> None:
-    """Refuse (400) what one server reads in one way and another in another: a rule for the one would miss the other.
+    """Refuse (400) a target that servers read in different ways: a rule that expects one way would miss the other.
 
-    In the query, slashes, backslashes and doubled escapes are ordinary: URLs stand in it.
+    In a query, slashes, backslashes and double escapes are ordinary, because queries contain URLs.
     """
     if b"%" not in target and b"\\" not in target:
         return
     path, _, query = target.partition(b"?")
     if b"\\" in path:
-        raise _ambiguous_target("the path holds a backslash")
+        raise _ambiguous_target("the path contains a backslash")
     if b"%" in path:
         decoded = _unescape(path)
         if _BROKEN_ESCAPE.search(path):
-            raise _ambiguous_target("the path holds a % that begins no escape")
+            raise _ambiguous_target("the path contains a % that does not begin an escape")
         if _ESCAPE.search(decoded):
-            raise _ambiguous_target("the path holds an escape of an escape")
+            raise _ambiguous_target("the path contains a double escape")
         if decoded.count(b"/") != path.count(b"/") or b"\\" in decoded:
-            raise _ambiguous_target("the path holds an encoded slash or backslash")
+            raise _ambiguous_target("the path contains an encoded slash or backslash")
         _refuse_binary(decoded)
     if b"%" in query:
         _refuse_binary(_unescape(query))
@@ -208,13 +209,13 @@ def _byte_of(escape: re.Match[bytes]) -> bytes:
 
 
 def _unescape(text: bytes) -> bytes:
-    """Percent-decode; what begins no escape stays. ``urllib.parse.unquote_to_bytes`` takes 26 ms for 16 kB of them."""
+    """Percent-decode; invalid escapes stay. ``urllib.parse.unquote_to_bytes`` takes 26 ms for 16 kB of escapes."""
     return _ESCAPE.sub(_byte_of, text) if b"%" in text else text
 
 
 def _refuse_binary(decoded: bytes) -> None:
     if b"\0" in decoded:
-        raise _ambiguous_target("the target holds a NUL")
+        raise _ambiguous_target("the target contains a NUL")
     try:
         decoded.decode()
     except UnicodeDecodeError:
@@ -230,7 +231,7 @@ def _decode(text: bytes) -> str:
 
 
 def _unmap(ip: str) -> str:
-    """`ip`, an IPv4-mapped IPv6 address as the IPv4 one: the same client."""
+    """Return an IPv4-mapped IPv6 address as the IPv4 address, and any other unchanged."""
     if not ip.startswith("::"):
         return ip
     mapped = IPv6Address(ip).ipv4_mapped

@@ -1,4 +1,4 @@
-"""Lists of addresses and of words: asked in a microsecond however long they are, read again when their file changes."""
+"""Lists of addresses and words, with lookups in a microsecond whatever their length. Changed files are reloaded."""
 
 import re
 import socket
@@ -13,31 +13,31 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.journal.events import Reason
 
 MAX_FILE = 64 << 20
-"""Bytes of a list's file: two million IPv6 networks. A larger one is a slip."""
+"""Bytes of a list's file: two million IPv6 networks. A larger file is probably a mistake."""
 
 MAX_REPORTED = 20
-"""Wrong entries of one list that are reported one by one: a file of another kind would fill the terminal."""
+"""Wrong entries of one list that are reported one by one. A file of another kind would fill the terminal."""
 
 MAX_ENTRY = 1024
 """Characters of an entry."""
 
-# What somebody meant as an address: four numbers, or something with a colon and a prefix length.
+# Entries that look like a mistyped network: four numbers, or something with a colon and a prefix length.
 _LIKE_NETWORK = re.compile(r"[0-9]+(?:\.[0-9]+){3}(?:/.*)?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/.*")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 _PREFIX = re.compile(r"[0-9]{1,3}")
 _MAPPED = 0xFFFF
-# The ranges of one family: their first and their last addresses, sorted, none touching another.
+# The ranges of one family: their first and last addresses, sorted. No two ranges touch.
 _Ranges = tuple[list[int], list[int]]
-# What stat says of a file: another content is another of these.
+# From stat: modification time, size and inode. New content changes at least one of them.
 _Signature = tuple[int, int, int]
 
 
 class AddressSet:
-    """A set of IPv4 and IPv6 networks that answers ``ip in addresses``, for an `ip` as text. It never changes.
+    """An immutable set of IPv4 and IPv6 networks for ``ip in addresses``, where `ip` is text.
 
-    An IPv4-mapped IPv6 address is taken for the IPv4 one; what is no address is not in it. Asking costs 1 us with
-    100 000 networks: a binary search in sorted ranges (`Networks` looks at each). Raises ValueError for what is no
-    network.
+    An IPv4-mapped IPv6 address counts as the IPv4 address. Text that is not an address is in no set. A lookup takes
+    1 us with 100 000 networks, by a binary search in sorted ranges (`Networks` compares with each). Raises ValueError
+    for an invalid network.
     """
 
     __slots__ = ("_v4", "_v6")
@@ -62,7 +62,7 @@ class AddressSet:
         return index >= 0 and number <= lasts[index]
 
     def __len__(self) -> int:
-        """How many ranges are left of the networks once those that touch are one."""
+        """Return the number of ranges, after joining networks that overlap or touch."""
         return len(self._v4[0]) + len(self._v6[0])
 
 
@@ -73,9 +73,9 @@ class _Content:
 
 
 class NamedList:
-    """A list, asked by ``value in named``: an entry that is a network stands for its addresses, another for itself.
+    """A named list, for ``value in named``. A network contains its addresses; any other entry only itself.
 
-    Its content changes when its file does; whoever holds the list sees that at once.
+    The content changes when the file does, and every user of the object sees the new content at once.
     """
 
     __slots__ = ("_content", "_signature", "file", "name", "networks_only")
@@ -96,16 +96,16 @@ class NamedList:
         return value in content.words or value in content.addresses
 
     def require_networks(self) -> None:
-        """Hold the list to networks from now on. Raises ConfigurationError if it has another entry already."""
+        """Accept only networks from now on. Raises ConfigurationError if the list already has another entry."""
         if words := self._content.words:
             word = quoted(min(words))
             raise ConfigurationError(f"lists.{self.name}: {word} is not a network, and the list is used for addresses")
         self.networks_only = True
 
     def refresh(self) -> bool:
-        """Read the file if it is not what it was, and say whether it was read.
+        """Read the file if it has changed, and return whether it was read.
 
-        Raises ConfigurationError, once for each state of the file, and keeps what it had.
+        If the file is invalid, raise ConfigurationError, once for each version of the file, and keep the old content.
         """
         if self.file is None:
             return False
@@ -120,7 +120,7 @@ class NamedList:
                 return False
             self._signature = _UNREADABLE
             raise ConfigurationError(f"{self.file}: cannot be read: {error.strerror}") from None
-        # Taken before the reading: what is written meanwhile gives another one, and is read at the next call.
+        # Taken before reading: if the file is written meanwhile, the next call sees another signature and reads again.
         self._signature = signature
         if data is None:
             raise ConfigurationError(f"{self.file}: the file has more than {MAX_FILE >> 20} MiB")
@@ -133,7 +133,7 @@ _UNREADABLE: _Signature = (-1, -1, -1)
 
 @dataclass(frozen=True, slots=True)
 class RefreshResult:
-    """Names of the lists that were read again, and what is wrong with those that could not be."""
+    """The names of the lists that were read again, and the errors of those that could not be."""
 
     lists: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
@@ -158,13 +158,14 @@ class NamedLists:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names, in the order of the file."""
+        """The names, in the order of the configuration."""
         return tuple(self._lists)
 
     def refresh(self) -> RefreshResult:
-        """Read again what has changed. Costs a ``stat`` a file (2 us), and 0.1 s for 100 000 new networks.
+        """Read the files that have changed. Takes 2 us per file (``stat``), and 0.1 s for 100 000 new networks.
 
-        A list whose new content is wrong keeps the old one; each error is told once. It may be called from a thread.
+        A list whose new content is invalid keeps the old content, and each error is returned once. May be called from
+        another thread.
         """
         read, errors = [], []
         for named in self._lists.values():
@@ -172,15 +173,15 @@ class NamedLists:
                 if named.refresh():
                     read.append(named.name)
             except ConfigurationError as error:
-                errors.append(f"list {named.name} stays as it was: {error}")
+                errors.append(f"list {named.name} is unchanged: {error}")
         return RefreshResult(tuple(read), tuple(errors))
 
 
 class AddressLists:
-    """The address lists of all sites, or of one: who may come, and who may not.
+    """The allowed and blocked addresses of all sites, or of one site.
 
-    `allow` and `block` are entries of the configuration: networks, and ``@NAME`` of a list in `lists`. Raises
-    ConfigurationError for a list with anything but networks.
+    `allow` and `block` are entries of the configuration: networks, or ``@NAME`` for a list in `lists`. Raises
+    ConfigurationError for a list that holds anything but networks.
     """
 
     __slots__ = ("_allow", "_block")
@@ -190,9 +191,9 @@ class AddressLists:
         self._block = _resolve(block, lists)
 
     def check(self, ip: str) -> Reason | None:
-        """Return why `ip` may not connect, or None. An address that is both blocked and allowed is blocked.
+        """Return why `ip` may not connect, or None. An address that is both allowed and blocked is blocked.
 
-        "", the address of a client of a Unix socket, is in no list: where only some are allowed, it is not.
+        A client on a Unix socket has the address "", which is in no list: if `allow` has entries, it is refused.
         """
         if any(ip in members for members in self._block):
             return Reason.ADDRESS_BLOCKED
@@ -210,7 +211,7 @@ def _resolve(entries: Sequence[str], lists: NamedLists) -> tuple[AddressSet | Na
 
 
 def _read_entries(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
-    """Give the entries of a file with their places, without comments and empty lines."""
+    """Yield each entry of a file with its place, without comments and empty lines."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -223,7 +224,7 @@ def _read_entries(file: Path, data: bytes) -> Iterable[tuple[str | int, str]]:
 
 
 def _parse_entries(entries: Iterable[tuple[str | int, str]], *, networks_only: bool) -> _Content:
-    """Read entries, each with its place: a file's line, or an index. Raises InvalidConfiguration."""
+    """Parse entries, each with its place: a line of a file, or an index. Raises InvalidConfiguration."""
     networks, words = [], []
     problems: list[Problem] = []
     for place, entry in entries:
@@ -233,7 +234,7 @@ def _parse_entries(entries: Iterable[tuple[str | int, str]], *, networks_only: b
             if networks_only or _LIKE_NETWORK.fullmatch(entry):
                 problems.append(_problem_at(place, str(error)))
             elif not entry.isprintable() or len(entry) > MAX_ENTRY:
-                reason = f"an entry has at most {MAX_ENTRY} characters, all printable"
+                reason = f"an entry may have at most {MAX_ENTRY} characters, all of them printable"
                 problems.append(_problem_at(place, f"{quoted(entry)}: {reason}"))
             else:
                 words.append(entry)
@@ -265,9 +266,9 @@ def _merge(ranges: list[tuple[int, int]]) -> _Ranges:
 
 
 def _parse_address(ip: str) -> tuple[int, int]:
-    """Give the family of an address, and the address as a number. Raises ValueError.
+    """Return the family of an address, and the address as a number. Raises ValueError.
 
-    Not with ``ipaddress``: this takes 0.4 us instead of 2, for each request and for each line of a list.
+    ``ipaddress`` would take 2 us instead of 0.4, for each request and for each line of a list.
     """
     try:
         if ":" not in ip:
@@ -279,7 +280,7 @@ def _parse_address(ip: str) -> tuple[int, int]:
 
 
 def _parse_network(network: str) -> tuple[int, int, int]:
-    """Give the family of a network, its first and its last address. Raises ValueError with a sentence."""
+    """Return the family of a network and its first and last address. Raises ValueError, which says what is wrong."""
     address, slash, length = network.partition("/")
     try:
         family, number = _parse_address(address)
@@ -288,10 +289,10 @@ def _parse_network(network: str) -> tuple[int, int, int]:
         if not _PREFIX.fullmatch(length):
             raise ValueError
         prefix = int(length) - (96 if family == 4 and ":" in address else 0)
-        hosts = (1 << ((32 if family == 4 else 128) - prefix)) - 1  # ValueError where it is too long
+        hosts = (1 << ((32 if family == 4 else 128) - prefix)) - 1  # ValueError if the prefix is too long
         if prefix < 0 or number & hosts:
             raise ValueError
     except ValueError:
-        (found,) = Networks.parse([network])  # it says what is wrong
+        (found,) = Networks.parse([network])  # raises with a full message
         return found.version, int(found.network_address), int(found.broadcast_address)
     return family, number, number | hosts

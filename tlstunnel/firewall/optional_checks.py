@@ -1,6 +1,7 @@
-"""The stages that need libraries of their own (CEL, limits, libmodsecurity), built from the configuration.
+"""The checks that need libraries of their own (CEL, limits, libmodsecurity), built from the configuration.
 
-This module is imported only when a configuration has such a stage: its libraries take as long to import as all else.
+This module is imported only if the configuration has such a check: importing its libraries takes as long as importing
+everything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 
 SiteChecks = tuple[Rules | None, RateLimits | None, ManagedRulesCheck | None]
-"""The rules, rate limits and managed rules of a site; None for a stage that has nothing to do."""
+"""The rules, rate limits and managed rules of a site; None for a check that is not configured."""
 
 CheckConfig = TypeVar("CheckConfig", RuleConfig, RateLimitConfig)
 Built = TypeVar("Built")
@@ -36,8 +37,8 @@ Addable = TypeVar("Addable", Rules, RateLimits)
 class OptionalChecks:
     """Rules, rate limits and managed rules of all sites. `pool` is None if no site has managed rules.
 
-    `by_site` has the stages of each site by its index; the rules and limits of all sites come before its own. Raises
-    InvalidConfiguration with every problem.
+    `by_site` has the checks of each site, by the site's index. Rules and limits of all sites come before the site's
+    own. Raises InvalidConfiguration with every problem.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class OptionalChecks:
         self.counters: Counters = MemoryCounters() if counters is None else counters
         self._expressions = Expressions(lists)
         problems = Problems()
-        rules = _build_collecting(self._build_rules, config.rules, problems, "rules")
-        limits = _build_collecting(partial(self._build_limits, scope=""), config.rate_limits, problems, "rate_limits")
+        rules = _build_or_collect(self._build_rules, config.rules, problems, "rules")
+        limits = _build_or_collect(partial(self._build_limits, scope=""), config.rate_limits, problems, "rate_limits")
         own = []
         rule_sets: dict[int, RuleSet] = {}
         for index, site in enumerate(sites):
@@ -71,13 +72,13 @@ class OptionalChecks:
         )
 
     def _build_own(self, index: int, site: SiteConfig, problems: Problems) -> tuple[Rules | None, RateLimits | None]:
-        """Build the rules and limits of one site. Its problems name it: an index alone is hard to find in a file."""
+        """Build the rules and limits of one site. Problems name the site, since an index is hard to find in a file."""
         name = f"site {site.names[0]}, "
         path = ("sites", index)
         limits = partial(self._build_limits, scope=site.names[0])
         return (
-            _build_collecting(self._build_rules, site.rules, problems, *path, "rules", name=name),
-            _build_collecting(limits, site.rate_limits, problems, *path, "rate_limits", name=name),
+            _build_or_collect(self._build_rules, site.rules, problems, *path, "rules", name=name),
+            _build_or_collect(limits, site.rate_limits, problems, *path, "rate_limits", name=name),
         )
 
     def _combine(
@@ -110,14 +111,14 @@ def _make_reporter(event: Event, what: str) -> Callable[[str, str], None]:
     return report
 
 
-def _build_collecting(
+def _build_or_collect(
     build: Callable[[Sequence[CheckConfig]], Built],
     configs: Sequence[CheckConfig],
     problems: Problems,
     *path: str | int,
     name: str = "",
 ) -> Built | None:
-    """Build what `configs` describe; None without any. If that fails, build each alone, to find all that are wrong."""
+    """Build what `configs` describe, None if there are none. If that fails, build each alone, to find all problems."""
     if not configs:
         return None
     try:
@@ -130,7 +131,7 @@ def _build_collecting(
             build((config,))
         except ConfigurationError as error:
             problems.add(f"{name}{error}", *path, index)
-    if len(problems.found) == before:  # they do not go together
+    if len(problems.found) == before:  # each is valid, but they conflict
         problems.add(f"{name}{whole}", *path)
     return None
 

@@ -1,12 +1,12 @@
-"""Rate limits: how often someone may ask for a tunnel, and how many they may hold.
+"""Rate limits: how often a client may open a tunnel, and how many tunnels it may have open.
 
-A limit counts by a key, made of what is known of the request. What a client is told when it is over is in the fields of
+A limit counts requests by a key, which is made of the request's facts. A client that exceeds a limit gets the fields of
 draft-ietf-httpapi-ratelimit-headers-11.
 
-A key of which a part is missing (no such cookie, no client certificate) is not counted by that limit: one counter for
-all who leave it out would let one of them refuse the others, and whoever leaves a cookie out to escape could as well
-send another one each time. So a key that clients choose limits those alone who want to be known, and a limit by `ip`
-belongs beside it.
+A request that lacks a part of the key (no such cookie, no client certificate) is not counted by that limit. With one
+counter for all such requests, one client could get the others refused, and a client that leaves out a cookie to escape
+the limit could as well send a new one each time. So a key that clients choose limits only cooperative clients, and
+needs a limit by `ip` next to it.
 """
 
 import difflib
@@ -35,13 +35,13 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 
 MAX_MOVING = 1_000
-"""The largest number of a moving window: it keeps the time of each request, 8 bytes, as long as the window."""
+"""The largest limit of a moving window, which keeps the time of each request in the window, 8 bytes each."""
 
 MAX_LIMIT = 10**15 - 1
-"""The largest number of any limit, since it stands in a field: RFC 9651 section 3.3.1."""
+"""The largest limit, since it is sent as an Integer of RFC 9651 (section 3.3.1)."""
 
 MAX_WINDOW = 366 * 86_400
-"""Seconds. What is counted in memory does not live longer than the process anyway."""
+"""Seconds. Counts in memory do not outlive the process anyway."""
 
 _EXAMPLES = '"30/minute", "1000/hour" or "10 per 10 seconds"'
 _SHORT_UNITS = {
@@ -58,28 +58,27 @@ _KEYS = ("ip", "header:NAME", "cookie:NAME", "path", "host", "ja4", "client_subj
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 
 REPORT_SECONDS = 60.0
-"""How often the failures of the same limit's `when` are reported: whoever makes it fail must not fill the log."""
+"""The shortest time between two reports that the same limit's `when` failed, so that a client cannot fill the log."""
 
 CompileWhen = Callable[[str, Callable[[str], None]], Callable[[Facts], bool]]
-"""Makes a condition of an expression: `Expressions.condition`.
+"""Compiles an expression into a condition, as `Expressions.condition` does. Raises ConfigurationError.
 
-Raises ConfigurationError for what is none. The condition raises nothing; where it has no result, it tells the function
-why.
+The condition never raises. If it cannot be evaluated, it calls the function with the reason and returns False.
 """
 
 _OUTCOMES: dict[Exceeded, str] = {
     "": "passed",
-    "limit": "over",
+    "limit": "exceeded",
     "tunnels": "too many tunnels",
     "blocked": "blocked",
 }
-"""What came of a limit, in metrics and in words."""
+"""The outcomes of a limit, in metrics and in text."""
 
 _Reader = Callable[[Facts], str | None]
 
 
 class Lease:
-    """The tunnels that one request was counted for; whoever holds it calls `release` when the tunnel has ended."""
+    """The tunnels that one request was counted under. Its holder calls `close` when the tunnel has ended."""
 
     __slots__ = ("_counters", "_keys")
 
@@ -88,7 +87,7 @@ class Lease:
         self._keys = tuple(keys)
 
     def close(self) -> None:
-        """Give them back, once, however often it is called. Never waits."""
+        """Return the tunnels to the counters. Closing twice is harmless. Never waits."""
         keys, self._keys = self._keys, ()
         if keys:
             self._counters.return_tunnels(keys)
@@ -96,10 +95,10 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LimitsOutcome:
-    """What the limits say of a request.
+    """The decision of the rate limits about a request.
 
-    `refusal` is None where it may pass, and `limit` is then empty, else the name of the first limit that was exceeded.
-    `lease` holds what was taken: nothing where the request is refused. `logged` names what only logs and was exceeded.
+    `refusal` is None if the request may pass. Otherwise `limit` is the name of the first exceeded limit, and `lease`
+    holds nothing. `logged` names the exceeded limits in mode "log".
     """
 
     refusal: Refusal | None
@@ -110,9 +109,9 @@ class LimitsOutcome:
 
 @dataclass(frozen=True, slots=True)
 class LimitTrace:
-    """What one limit outcome, for `tlstunnel firewall explain`.
+    """The result of one limit, for `tlstunnel firewall explain`.
 
-    `key` has the parts of its key with their values, as far as they are there; `outcome` says how it came out.
+    `key` holds the parts of the key that the request has, with their values.
     """
 
     limit: str
@@ -122,15 +121,16 @@ class LimitTrace:
 
 
 class RateLimits:
-    """All limits that a request meets, checked at once.
+    """All limits of a site, checked at once.
 
-    A request is counted by all of them or by none (`Counters.check`): one that is refused uses up no other limit.
-    Limits of `scope`, a site's name or "" for those of all sites, share counters with no other scope; ``+`` joins those
-    of two. `metrics` count the outcome of each limit; `report` is called with the name of a limit whose `when` could
-    not be evaluated, and why, once a minute for each. Raises ConfigurationError, which names the limit.
+    A request is counted by all of them or by none (`Counters.check`), so a refused request uses up no limit. `scope` is
+    a site's name, or "" for the limits of all sites; different scopes never share a counter, and ``+`` joins the limits
+    of two. `metrics` counts the outcome of each limit. `report` is called with the name of a limit whose `when` could
+    not be evaluated and the reason, at most once a minute for each limit. Raises ConfigurationError, which names the
+    limit.
     """
 
-    def __init__(  # noqa: PLR0913 - what it is made of, and whom to tell
+    def __init__(  # noqa: PLR0913 - the dependencies
         self,
         configs: Iterable[RateLimitConfig],
         counters: Counters,
@@ -145,14 +145,16 @@ class RateLimits:
         self._counts = (Registry() if metrics is None else metrics)[families.RATE_LIMITS]
         self._report = report
         self._clock = clock
-        self._limits = tuple(_Limit(config, scope, compile_when, self._failed) for config in configs)
+        self._limits = tuple(_Limit(config, scope, compile_when, self._report_failure) for config in configs)
         names = [limit.name for limit in self._limits]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigurationError(f"rate limit {quoted(name)}: there are two of this name; they would be one")
+                raise ConfigurationError(
+                    f"rate limit {quoted(name)}: two limits have this name and would share a counter"
+                )
 
     def __add__(self, other: Self) -> Self:
-        """These limits and then those, of the same counters: one check for both."""
+        """Return these limits followed by `other`, which must use the same counters."""
         joined = copy(self)
         joined._limits = self._limits + other._limits
         return joined
@@ -161,7 +163,7 @@ class RateLimits:
         return len(self._limits)
 
     async def judge(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
-        """Count the request, or say why it is refused. `trace` gets a `LimitTrace` for each limit."""
+        """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit."""
         applying: list[tuple[_Limit, LimitCheck]] = []
         for limit in self._limits:
             check = limit.make_check(facts)
@@ -171,23 +173,23 @@ class RateLimits:
         if trace is not None:
             found = {limit: result for (limit, _), result in zip(applying, results, strict=True)}
             trace += (limit.trace(facts, found.get(limit)) for limit in self._limits)
-        over: list[tuple[_Limit, LimitResult]] = []
+        exceeded: list[tuple[_Limit, LimitResult]] = []
         logged: list[str] = []
         taken: list[str] = []
         for (limit, check), result in zip(applying, results, strict=True):
-            self._counts.add(facts.site, limit.name, _OUTCOMES[result.over], limit.mode)
-            if result.over:
+            self._counts.add(facts.site, limit.name, _OUTCOMES[result.exceeded], limit.mode)
+            if result.exceeded:
                 if limit.enforced:
-                    over.append((limit, result))
+                    exceeded.append((limit, result))
                 else:
                     logged.append(limit.name)
             elif check.max_tunnels:
                 taken.append(check.key)
-        if over:
-            return LimitsOutcome(_refuse(over), over[0][0].name, Lease(self._counters), tuple(logged))
+        if exceeded:
+            return LimitsOutcome(_refuse(exceeded), exceeded[0][0].name, Lease(self._counters), tuple(logged))
         return LimitsOutcome(None, "", Lease(self._counters, taken), tuple(logged))
 
-    def _failed(self, limit: "_Limit", site: str, why: str) -> None:
+    def _report_failure(self, limit: "_Limit", site: str, why: str) -> None:
         self._counts.add(site, limit.name, "condition failed", limit.mode)
         now = self._clock()
         if self._report and now >= limit.report_from:
@@ -196,7 +198,7 @@ class RateLimits:
 
 
 class _Limit:
-    """One limit, made ready. `report_from` is when a failure of its `when` is reported again."""
+    """One limit, compiled. A failure of its `when` is reported from the time `report_from` on."""
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ class _Limit:
         failed: Callable[["_Limit", str, str], None],
     ) -> None:
         self.report_from = -math.inf
-        self._failed = failed
+        self._report_failure_to = failed
         self._condition_error = ""
         self.name = config.name
         self.mode = config.mode
@@ -216,10 +218,12 @@ class _Limit:
         self._max_tunnels = config.max_tunnels or 0
         try:
             if config.limit is None and not config.max_tunnels:
-                raise ConfigurationError(f"it limits nothing; write limit = {_EXAMPLES}, or max_tunnels = 50")
+                raise ConfigurationError(
+                    f"it has neither limit nor max_tunnels; write limit = {_EXAMPLES}, or max_tunnels = 50"
+                )
             self._item = None if config.limit is None else _parse_limit(config.limit, config.strategy)
             if not config.key:
-                raise ConfigurationError(f"key names nothing to count by; it may hold {', '.join(_KEYS)}")
+                raise ConfigurationError(f"key is empty; it may contain {', '.join(_KEYS)}")
             self._readers = tuple((kind, _parse_key(kind, config.ipv6_prefix)) for kind in config.key)
         except ConfigurationError as error:
             raise ConfigurationError(f"rate limit {quoted(config.name)}: {error}") from None
@@ -227,32 +231,32 @@ class _Limit:
             self._when = None if config.when is None else compile_when(config.when, self._on_condition_failed)
         except ConfigurationError as error:
             raise ConfigurationError(f"rate limit {quoted(config.name)}: when: {error}") from None
-        # What a key stands for in a storage that several limits, sites and processes share.
+        # Makes keys unique in a storage that limits, sites and processes may share.
         self._prefix = blake2b(_frame((scope, config.name, *config.key)), digest_size=16)
 
     def applies(self, facts: Facts) -> bool:
-        """Whether `when` holds, or gives no result: leaving out a header that it reads must not switch a limit off."""
+        """Return whether `when` is true or fails: leaving out a header that it reads must not disable the limit."""
         if self._when is None:
             return True
         self._condition_error = ""
         if self._when(facts):
             return True
         if self._condition_error:
-            self._failed(self, facts.site, self._condition_error)
+            self._report_failure_to(self, facts.site, self._condition_error)
         return bool(self._condition_error)
 
     def _on_condition_failed(self, why: str) -> None:
         self._condition_error = why
 
-    def describe(self, over: Exceeded) -> str:
+    def describe(self, exceeded: Exceeded) -> str:
         """Return what was exceeded, for the log and `firewall explain`."""
-        word = _OUTCOMES[over]
-        return word if self.enforced else f"{word}, let through"
+        outcome = _OUTCOMES[exceeded]
+        return outcome if self.enforced else f"{outcome}, only logged"
 
     def make_check(self, facts: Facts) -> LimitCheck | None:
-        """What to ask about the request; None where the limit does not apply.
+        """Return the check of the request, or None if the limit does not apply.
 
-        Where `when` is false but `block_for` is set, that is still checked: who is blocked stays blocked.
+        If `when` is false but `block_for` is set, only the block is checked: it covers all requests of the key.
         """
         applies = self.applies(facts)
         if not applies and not self._block_for:
@@ -266,34 +270,34 @@ class _Limit:
         return LimitCheck(key.hexdigest(), item, self._strategy, max_tunnels, self._block_for, self.enforced)
 
     def header_items(self, result: LimitResult, seconds: int) -> tuple[str, str]:
-        """The limit's items of RateLimit (section 4.1 of the draft) and of RateLimit-Policy (section 3.1)."""
+        """Return the limit's items of RateLimit (section 4.1 of the draft) and RateLimit-Policy (section 3.1)."""
         name = _render_string(self.name)
-        if self._item is None or result.over == "tunnels":
+        if self._item is None or result.exceeded == "tunnels":
             return f"{name};r=0", f'{name};q={self._max_tunnels};qu="concurrent-requests"'
         return f"{name};r=0;t={seconds}", f"{name};q={self._item.amount};w={self._item.get_expiry()}"
 
     def trace(self, facts: Facts, result: LimitResult | None) -> LimitTrace:
-        """What the limit found; `result` is None where nothing was checked."""
+        """Return what the limit found. `result` is None if it was not checked."""
         values = [(kind, reader(facts)) for kind, reader in self._readers]
         missing = [kind for kind, value in values if value is None]
-        if result is not None and result.over:
-            outcome = f"{self.describe(result.over)}, for {_round_up(result.wait)} s"
+        if result is not None and result.exceeded:
+            text = f"{self.describe(result.exceeded)}, for {_round_up(result.wait)} s"
         elif missing:
-            outcome = f"does not apply: the request has no {' and no '.join(missing)}"
+            text = f"does not apply: the request has no {' and no '.join(missing)}"
         elif not self.applies(facts):
-            outcome = "does not apply: its when is false"
+            text = "does not apply: when is false"
         else:
-            outcome = "within"
+            text = "within the limit"
         key = tuple((kind, value) for kind, value in values if value is not None)
-        return LimitTrace(self.name, "block" if self.enforced else "log", key, outcome)
+        return LimitTrace(self.name, "block" if self.enforced else "log", key, text)
 
 
-def _refuse(over: list[tuple[_Limit, LimitResult]]) -> Refusal:
-    """The 429 of what was exceeded: RFC 6585 section 4, with the longest wait of them."""
-    wait = max(_round_up(result.wait) for _, result in over)
-    items = [limit.header_items(result, _round_up(result.wait)) for limit, result in over]
-    limit, result = over[0]
-    tunnels = result.over == "tunnels"
+def _refuse(exceeded: list[tuple[_Limit, LimitResult]]) -> Refusal:
+    """Return the 429 (RFC 6585 section 4) for the exceeded limits, with the longest wait of them."""
+    wait = max(_round_up(result.wait) for _, result in exceeded)
+    items = [limit.header_items(result, _round_up(result.wait)) for limit, result in exceeded]
+    limit, result = exceeded[0]
+    tunnels = result.exceeded == "tunnels"
     what = "too many tunnels are open" if tunnels else "too many handshakes"
     return Refusal(
         429,
@@ -304,29 +308,29 @@ def _refuse(over: list[tuple[_Limit, LimitResult]]) -> Refusal:
             (b"RateLimit", ", ".join(item for item, _ in items).encode("ascii")),
             (b"RateLimit-Policy", ", ".join(policy for _, policy in items).encode("ascii")),
         ),
-        limit.describe(result.over),
+        limit.describe(result.exceeded),
     )
 
 
 def _round_up(wait: float) -> int:
-    """Whole seconds of which a client may wait: not before the end, and one at least."""
+    """Round a wait up to whole seconds, at least one, so that a client does not come back too early."""
     return max(math.ceil(wait), 1)
 
 
 def _render_string(text: str) -> str:
-    """A text as a String of RFC 9651 section 3.3.3, which is ASCII: what is not, percent-encoded."""
+    """Render a text as a String of RFC 9651 section 3.3.3, with percent-encoding for what is not ASCII."""
     ascii_only = "".join(char if " " <= char <= "~" else quote(char, safe="", errors="replace") for char in text)
     return '"' + ascii_only.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _frame(values: Iterable[str]) -> bytes:
-    """The values so that no others give the same bytes: each behind its length."""
+    """Encode values so that no other values result in the same bytes: each after its length."""
     encoded = [value.encode("utf-8", "surrogatepass") for value in values]
     return b"".join(b"%d:%b" % (len(value), value) for value in encoded)
 
 
 def _parse_limit(text: str, strategy: Strategy) -> RateLimitItem:
-    """Read the notation of `limits`. Raises ConfigurationError."""
+    """Parse the notation of the library `limits`. Raises ConfigurationError."""
     try:
         if len(text) > 100:
             raise ValueError
@@ -334,25 +338,27 @@ def _parse_limit(text: str, strategy: Strategy) -> RateLimitItem:
     except ValueError:
         raise ConfigurationError(f"{quoted(text)} is not a limit; write {_suggest(text)}") from None
     if len(items) > 1:
-        raise ConfigurationError(f"{quoted(text)} is more than one limit; write a rate limit for each")
+        raise ConfigurationError(f"{quoted(text)} contains several limits; write a rate limit for each")
     (item,) = items
     multiples = re.search(r"(?:/|per)\s*([0-9]+)", text, re.IGNORECASE)
     if not item.amount or (multiples and not int(multiples[1])):
         raise ConfigurationError(
-            f'{quoted(text)} lets nothing through; write {_EXAMPLES}, or a rule with action = "block" to refuse all'
+            f'{quoted(text)} allows no request; write {_EXAMPLES}, or a rule with action = "block" to refuse all'
         )
     if item.amount > MAX_LIMIT or item.get_expiry() > MAX_WINDOW:
-        raise ConfigurationError(f"{quoted(text)} is out of reach; a limit is less than 10^15 in at most 366 days")
+        raise ConfigurationError(
+            f"{quoted(text)} is too large; a limit is below 10^15, and its window at most 366 days"
+        )
     if strategy == "moving" and item.amount > MAX_MOVING:
         raise ConfigurationError(
-            f"{quoted(text)}: a moving window keeps the time of each request, of {MAX_MOVING} at most;"
+            f"{quoted(text)}: a moving window keeps the time of each request, at most {MAX_MOVING};"
             ' write strategy = "sliding", which keeps two numbers'
         )
     return type(item)(item.amount, item.multiples, namespace=strategy)
 
 
 def _suggest(text: str) -> str:
-    """What `text` may have meant: ``10/10s`` is the notation of others."""
+    """Suggest what `text` may mean: other tools write ``10/10s``, for example."""
     parts = _PARTS.fullmatch(text[:100])
     if not parts:
         return _EXAMPLES
@@ -362,12 +368,12 @@ def _suggest(text: str) -> str:
     if word == "7 days" and not multiples:
         return f'"{amount} per 7 days"'
     if not word or word == "7 days":
-        return f"{_EXAMPLES}; a time is in {', '.join(_UNITS)}"
+        return f"{_EXAMPLES}; units are {', '.join(_UNITS)}"
     return f'"{amount} per {multiples} {word}s"' if multiples else f'"{amount}/{word}"'
 
 
 def _parse_key(kind: str, ipv6_prefix: int) -> _Reader:
-    """What reads one part of a key from the facts, None where it is missing. Raises ConfigurationError."""
+    """Return a function that reads one part of a key, or None if it is missing. Raises ConfigurationError."""
     source, colon, name = kind.partition(":")
     if kind == "ip":
         return lambda facts: _client_network(facts.ip, ipv6_prefix)
@@ -395,20 +401,20 @@ def _describe_unknown(kind: str) -> str:
         source.lower(), ("header", "cookie", *(key for key in _KEYS if ":" not in key)), n=1
     )
     if not near:
-        return f"unknown key {quoted(kind)}; it may be {', '.join(_KEYS)}"
+        return f"unknown key {quoted(kind)}; keys are {', '.join(_KEYS)}"
     if near[0] not in ("header", "cookie"):
         return f'unknown key {quoted(kind)}; did you mean "{near[0]}"?'
     if colon and near[0] != source and _TOKEN.fullmatch(name):
         return f'unknown key {quoted(kind)}; did you mean "{near[0]}:{name}"?'
-    return f'key {quoted(kind)} names no {near[0]}; write "{near[0]}:NAME", such as "{near[0]}:X-User"'
+    return f'key {quoted(kind)} does not name a {near[0]}; write "{near[0]}:NAME", such as "{near[0]}:X-User"'
 
 
-# Several limits ask about the same address; parsing one takes 3 us.
+# Several limits use the same address, and parsing it takes 3 us.
 @lru_cache(maxsize=1024)
 def _client_network(text: str, ipv6_prefix: int) -> str:
-    """The address that counts: of IPv6 the network, since a client has all of it; as it is, what is no address.
+    """Return what a client is counted by: the IPv4 address, or the IPv6 network, all of which the client can use.
 
-    A client on a Unix socket has no address: all of those count as one.
+    Text that is not an address is returned as it is: all clients on a Unix socket, which have none, count as one.
     """
     try:
         address = ip_address(text)

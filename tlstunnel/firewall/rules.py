@@ -1,4 +1,4 @@
-"""Rules: what the owner of a site says of a request, in expressions, one after the other."""
+"""Rules: the site owner's own expressions, evaluated in order, each with an action."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -19,18 +19,18 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 
 REPORT_SECONDS = 60.0
-"""How often the same rule's failures are reported: a client that makes a rule fail must not fill the log."""
+"""The shortest time between two reports of the same rule's failures, so that a client cannot fill the log."""
 
-_NOTHING: frozenset[str] = frozenset()
+_SKIP_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class RulesOutcome:
-    """What the rules say of a request.
+    """The decision of the rules about a request.
 
-    `refusal` is None where it may go on; `rule` is the name of the rule that ended them, by ``block`` or ``allow``, or
-    "". `skip` holds the stages that are left out, ``rate_limits`` and ``managed_rules``; `logged` the names of the
-    rules that matched and only log.
+    `refusal` is None if the request may pass. `rule` is the name of the rule that decided, with ``block`` or ``allow``,
+    or "". `skip` holds the checks to skip: ``rate_limits``, ``managed_rules``. `logged` holds the names of the rules
+    that matched and only log.
     """
 
     refusal: Refusal | None
@@ -41,7 +41,7 @@ class RulesOutcome:
 
 @dataclass(frozen=True, slots=True)
 class RuleTrace:
-    """What one rule result, for `tlstunnel firewall explain`: `values` are those of the fields it reads, by name."""
+    """The result of one rule, for `tlstunnel firewall explain`. `values` are those of the fields it reads, by name."""
 
     rule: str
     action: str
@@ -59,10 +59,11 @@ class _Rule:
 
 
 class Rules:
-    """Rules in order. ``+`` joins those of all sites and those of one.
+    """Rules in order. ``+`` joins those of all sites and those of one site.
 
-    `metrics` count each rule that matched or failed; `report` is called with the name and the error of a rule that
-    failed, once a minute for each. Raises ConfigurationError, which names the rule and the place in its expression.
+    `metrics` counts each rule that matched or failed. `report` is called with the name and the error of a rule that
+    failed, at most once a minute for each rule. Raises ConfigurationError, which names the rule and the place in its
+    expression.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Rules:
         self._scope = self._common_scope()
 
     def __add__(self, other: Self) -> Self:
-        """These rules and then those, compiled by the same `Expressions`."""
+        """Return these rules followed by `other`, which the same `Expressions` must have compiled."""
         joined = copy(self)
         joined._rules = self._rules + other._rules
         joined._scope = joined._common_scope()
@@ -93,9 +94,9 @@ class Rules:
         return len(self._rules)
 
     def judge(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
-        """Ask one rule after the other, until one blocks or allows. `trace` gets a `RuleTrace` for each of them."""
+        """Evaluate the rules in order, until one blocks or allows. `trace` receives a `RuleTrace` for each rule."""
         logged: list[str] = []
-        skip = _NOTHING
+        skip = _SKIP_NOTHING
         refusal, name = None, ""
         evaluated = 0
         context = self._scope.context(facts)
@@ -148,7 +149,7 @@ def _compile(config: RuleConfig, expressions: Expressions) -> _Rule:
 
 
 def _determine_effect(config: RuleConfig, *, matched: bool, failed: bool) -> str:
-    """Give what comes of a rule: an action, or "" for none."""
+    """Return the action to take, or "" for none."""
     if not matched and not (failed and config.on_error == "block"):
         return ""
     if config.mode == "log":
@@ -157,7 +158,7 @@ def _determine_effect(config: RuleConfig, *, matched: bool, failed: bool) -> str
 
 
 def _refuse(config: RuleConfig, error: str) -> Refusal:
-    text = "a rule of this site refuses the request" if config.body is None else config.body
+    text = "refused by a rule of this site" if config.body is None else config.body
     return Refusal(config.status, f"{Reason.RULE}: {config.name}", text, detail=error)
 
 

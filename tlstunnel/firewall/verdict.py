@@ -1,8 +1,9 @@
-"""The firewall as a whole: one verdict on one upgrade request, in the order of its stages.
+"""The whole firewall: one verdict on each upgrade request, by these checks in this order.
 
-    address lists  ->  allowed origins  ->  rules  ->  rate limits  ->  managed rules
+    address lists  ->  web origins  ->  rules  ->  rate limits  ->  managed rules
 
-The lists of all sites also act at accept (`Firewall.check_address`). What comes after the ``101`` is never seen here.
+The address lists of all sites are also checked at accept (`Firewall.check_address`). Nothing after the ``101`` comes
+here.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed
 
-if TYPE_CHECKING:  # they bring libraries that most configurations do without: see optional_checks.py
+if TYPE_CHECKING:  # they need libraries that most configurations do not use: see optional_checks.py
     from tlstunnel.firewall.counters import Counters
     from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
     from tlstunnel.firewall.optional_checks import OptionalChecks
@@ -36,16 +37,16 @@ if TYPE_CHECKING:  # they bring libraries that most configurations do without: s
     from tlstunnel.firewall.rules import Rules
 
 REFRESH_SECONDS = 1.0
-"""How often the files of lists are looked at."""
+"""How often the files of lists are checked for changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the firewall says of a request.
+    """The firewall's decision about a request.
 
-    `refusal` is None where it may go on; `lease` is then to be released when its tunnel has ended. `rule` is the rule
-    that ended the rules, `logged` names what would have refused it were it not in mode "log". `managed` is what the
-    managed rules found, None where they were not asked.
+    `refusal` is None if the request may pass; close `lease` when its tunnel has ended. `rule` is the rule that blocked
+    or allowed the request, `logged` names the checks in mode "log" that would have refused it. `managed` is the outcome
+    of the managed rules, None if they were not evaluated.
     """
 
     refusal: Refusal | None = None
@@ -55,7 +56,7 @@ class Verdict:
     managed: "ManagedRulesOutcome | None" = None
 
     def to_record(self) -> dict[str, Any]:
-        """What of it belongs into the record, where it is anything."""
+        """Return the fields of the record that the verdict adds; those without a value are left out."""
         fields: dict[str, Any] = {}
         if self.rule:
             fields["rule"] = self.rule
@@ -74,7 +75,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class CheckTrace:
-    """What one stage result, for `tlstunnel firewall explain`; `entries` are those of its rules or limits."""
+    """The result of one check, for `tlstunnel firewall explain`. `entries` are the traces of its rules or limits."""
 
     name: str
     result: str
@@ -86,7 +87,7 @@ PASSED = Verdict()
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One site's part of the firewall, that of all sites included; None where a stage has nothing to ask."""
+    """The checks of one site, including those of all sites. None stands for a check that is not configured."""
 
     strict_path: bool
     addresses: AddressLists | None
@@ -99,16 +100,16 @@ class Policy:
 
     @property
     def empty(self) -> bool:
-        """Whether it asks nothing that needs the facts of a request."""
+        """Whether no check needs the facts of a request."""
         return not (self.addresses or self.web_origins or self.rules or self.limits or self.managed)
 
 
 class Firewall:
-    """The policies of all sites, and what they share: lists, counters, the helpers of the managed rules.
+    """The policies of all sites, and what they share: lists, counters, and helpers for managed rules.
 
-    `metrics` count what matched, was exceeded or failed. `counters` are those of the
-    firewall that this one replaces, so that requests and open tunnels stay counted; None starts at zero. Raises
-    InvalidConfiguration with every problem of the lists, rules, limits and managed rules.
+    `metrics` counts what matched, was exceeded or failed. `counters` are those of the firewall that this one replaces,
+    so that requests and open tunnels stay counted; with None they start at zero. Raises InvalidConfiguration with every
+    problem of the lists, rules, limits and managed rules.
     """
 
     def __init__(
@@ -161,14 +162,14 @@ class Firewall:
         )
 
     async def start(self) -> None:
-        """Start what runs beside: the helpers, the look at lists' files. Raises ConfigurationError."""
+        """Start the helpers and the task that reloads lists. Raises ConfigurationError."""
         if self._optional is not None and self._optional.pool is not None:
             await self._optional.pool.start()
         if self._has_files:
             self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
 
     async def close(self) -> None:
-        """End it."""
+        """Stop the helpers and the task that reloads lists."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -177,7 +178,7 @@ class Firewall:
             await self._optional.pool.close()
 
     def check_address(self, ip: str) -> Reason | None:
-        """Return why no connection from `ip` is accepted, by the lists of all sites, or None. Takes microseconds."""
+        """Return why the lists of all sites block a connection from `ip`, or None. Takes microseconds."""
         if self._addresses is None or (reason := self._addresses.check(ip)) is None:
             return None
         if self._addresses_mode == "log":
@@ -193,10 +194,10 @@ class Firewall:
         *,
         behind_proxy: bool = False,
     ) -> Verdict:
-        """The verdict on a request to the site `connection.site`. `behind_proxy` says that a proxy of ours is between.
+        """Return the verdict on a request to the site `connection.site`. Never raises.
 
-        Then the client's address was not known at accept, and the lists of all sites are asked here. `trace` receives
-        each stage that was asked. Never raises.
+        With `behind_proxy` the request came through a trusted proxy: the client's address was not known at accept, so
+        the lists of all sites are checked here. `trace` receives a `CheckTrace` for each check that ran.
         """
         policy = self._policies[connection.site]
         try:
@@ -208,7 +209,7 @@ class Firewall:
         except Refusal as refusal:
             _add_trace(trace, "target", refusal.text)
             return Verdict(refusal)
-        _add_trace(trace, "target", f"its path is {printable(facts.path)}")
+        _add_trace(trace, "target", f"the path is {printable(facts.path)}")
         return await self._check_all(policy, facts, trace, behind_proxy=behind_proxy)
 
     async def _check_all(
@@ -230,7 +231,7 @@ class Firewall:
         if policy.rules is not None:
             entries: list[Any] | None = None if trace is None else []
             found = policy.rules.judge(facts, entries)
-            _add_trace(trace, "rules", found.rule or "none of them decides", entries or ())
+            _add_trace(trace, "rules", found.rule or "no rule decided", entries or ())
             skip = found.skip
             verdict = Verdict(found.refusal, rule=found.rule, logged=(*logged, *found.logged))
         if verdict.refusal is None and policy.limits is not None:
@@ -250,7 +251,7 @@ class Firewall:
     ) -> Verdict:
         entries: list[Any] | None = None if trace is None else []
         outcome = await limits.judge(facts, entries)
-        _add_trace(trace, "rate limits", outcome.limit or "within all of them", entries or ())
+        _add_trace(trace, "rate limits", outcome.limit or "within all limits", entries or ())
         logged = (*verdict.logged, *outcome.logged)
         return replace(verdict, refusal=outcome.refusal, lease=outcome.lease, logged=logged)
 
@@ -272,21 +273,21 @@ class Firewall:
         if self._addresses is None:
             return None
         reason = self._addresses.check(facts.ip)
-        _add_trace(trace, "addresses of all sites", reason or "may come")
+        _add_trace(trace, "addresses of all sites", reason or "allowed")
         return _refuse_address(reason)
 
     def _check_site_addresses(self, policy: Policy, facts: Facts, trace: list[CheckTrace] | None) -> Refusal | None:
         if policy.addresses is None:
             return None
         reason = policy.addresses.check(facts.ip)
-        _add_trace(trace, "addresses of the site", reason or "may come")
+        _add_trace(trace, "addresses of the site", reason or "allowed")
         return _refuse_address(reason)
 
     def _check_web_origin(self, policy: Policy, facts: Facts, trace: list[CheckTrace] | None) -> Refusal | None:
         if policy.web_origins is None:
             return None
         refusal = policy.web_origins.check(facts)
-        _add_trace(trace, "web origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} may connect")
+        _add_trace(trace, "web origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} is allowed")
         return refusal
 
     async def _refresh(self) -> None:

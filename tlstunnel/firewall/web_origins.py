@@ -1,8 +1,8 @@
 """The origin check: which web pages may connect.
 
-A browser lets any page open a WebSocket to any host, sends the user's cookies along, and says in the Origin field whose
-page it is (RFC 6455 section 10.2). Without a look at that field another site's page is as good as the user: cross-site
-WebSocket hijacking. Nothing else keeps it off, as neither CORS nor a CSRF token applies to a handshake.
+A browser lets any page open a WebSocket to any host, sends the user's cookies with it, and names the page's web origin
+in the Origin field (RFC 6455 section 10.2). A server that ignores the field lets pages of other sites act as the user:
+cross-site WebSocket hijacking. Nothing else prevents it, since neither CORS nor CSRF tokens apply to a handshake.
 """
 
 import re
@@ -15,16 +15,16 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.journal.events import Reason
 
-# RFC 6454 section 7.1: one serialized origin, and nothing behind its port.
+# RFC 6454 section 7.1: one serialized origin, and nothing after its port.
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#@\\\s:]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _PORT_OF_HOST = re.compile(rb".*:([0-9]+)", re.DOTALL)
 
 
 class WebOriginCheck:
-    """The origins that a site lets in.
+    """The web origins that a site allows.
 
-    `allowed` are entries of ``web_origins`` as the configuration gives them, `names` the site's own. `required`
-    refuses requests without the field too, which are not a browser's.
+    `allowed` are the entries of ``web_origins`` as the configuration parsed them, and `names` are the site's names.
+    With `required`, requests without an Origin field, which do not come from browsers, are refused too.
     """
 
     __slots__ = ("_exact", "_names", "_required", "_same", "_subdomains")
@@ -38,24 +38,26 @@ class WebOriginCheck:
         self._required = required
 
     def check(self, facts: Facts) -> Refusal | None:
-        """Why a request with this Origin field is refused (403), or None."""
+        """Return the refusal (403) of a request with this Origin field, or None."""
         values = facts.request.by_name.get(b"origin", ())
         if not values:
-            # Browsers send none when they load a page.
+            # Browsers send none when they load a page, so plain requests may lack it.
             required = self._required and isinstance(facts.request, UpgradeRequest)
             if not required:
                 return None
-            return _refuse(Reason.WEB_ORIGIN_MISSING, "a request without an Origin field is refused here")
+            return _refuse(Reason.WEB_ORIGIN_MISSING, "requests without an Origin field are refused")
         if len(values) > 1:
-            return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "there must be one Origin field", "several Origin fields")
-        # Browsers send the canonical form, so this is all that it takes for most of those that may come.
+            return _refuse(
+                Reason.WEB_ORIGIN_NOT_ALLOWED, "a request may have only one Origin field", "several Origin fields"
+            )
+        # Browsers send the canonical form, so this settles most allowed requests.
         sent = values[0].decode("latin-1")
         if sent in self._exact:
             return None
         origin = normalise_web_origin(values[0])
         if origin and self._allows(origin, facts):
             return None
-        return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this origin may not connect here", sent)
+        return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this web origin may not connect", sent)
 
     def _allows(self, origin: str, facts: Facts) -> bool:
         if origin in self._exact:
@@ -65,9 +67,9 @@ class WebOriginCheck:
         return self._same and self._is_own(origin, facts)
 
     def _is_own(self, origin: str, facts: Facts) -> bool:
-        """Whether it is an https origin of a name of this site, on the scheme's port or the one in Host.
+        """Whether it is an https origin of one of this site's names, on the scheme's port or the one in Host.
 
-        A site of any name has no names of its own: there the page's host must be the one that the request is for.
+        The site "*" has no names of its own: there the page's host must equal the request's.
         """
         scheme, _, authority = origin.partition("://")
         host, port = _split_authority(authority)
@@ -79,10 +81,10 @@ class WebOriginCheck:
 
 
 def normalise_web_origin(value: bytes) -> str:
-    """Give an Origin field's value the form of the configuration, or "" if it is not one origin.
+    """Return an Origin field's value in the form that the configuration uses, or "" if it is not exactly one origin.
 
-    Scheme and host in lower case, A-labels, no final dot, no port that is the scheme's; ``null`` is an origin. A host
-    that is no name of the DNS is kept (an extension's id). Raises nothing.
+    Scheme and host are in lower case, with A-labels, without a final dot and the scheme's default port. ``null`` is an
+    origin. The host of an unknown scheme is kept even if it is not a DNS name (an extension's id). Never raises.
     """
     try:
         text = value.decode()
@@ -107,7 +109,7 @@ def normalise_web_origin(value: bytes) -> str:
 
 
 def _split_authority(authority: str) -> tuple[str, str]:
-    """Give host, without brackets, and port of a canonical origin, "" where it has none."""
+    """Return the host, without brackets, and the port of a canonical origin; "" if it has no port."""
     if authority.startswith("["):
         host, _, port = authority[1:].partition("]")
         return host, port[1:]
