@@ -317,7 +317,7 @@ def test_a_name_that_has_moved_out_is_asked_no_more(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_worker_has_chosen_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may choose: the least recently used goes, and what is used stays."""
-    monkeypatch.setattr(destinations, "MOST_POOLS", 10)
+    monkeypatch.setattr(destinations, "MAX_POOLS", 10)
     where = made("*.shards.internal", "10.0.0.0/8")
     kept = where.pool(OriginAddress("kept.shards.internal", 80))
     for number in range(1000):

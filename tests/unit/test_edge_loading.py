@@ -11,7 +11,7 @@ import pytest
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import OriginConfig, SiteConfig
-from tlstunnel.edge.loading import Loader, explained, line_in
+from tlstunnel.edge.loading import Loader, explain, find_line
 from tlstunnel.edge.workers import Workers
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.metrics.registry import Registry
@@ -63,13 +63,13 @@ def refusal(reference: str) -> str:
 def test_a_file_is_executed_anew_under_a_fresh_name(file: Path) -> None:
     one, two = Loader().load(f"{file}:fetch"), Loader().load(f"{file}:fetch")
     assert one.fetch is not two.fetch
-    assert one.fresh != two.fresh
-    assert {one.fresh, two.fresh} <= ours()
-    assert one.fetch.__module__ == one.fresh
+    assert one.module_name != two.module_name
+    assert {one.module_name, two.module_name} <= ours()
+    assert one.fetch.__module__ == one.module_name
     assert one.file == str(file)
-    one.forget()
-    assert one.fresh not in sys.modules
-    assert two.fresh in sys.modules
+    one.discard()
+    assert one.module_name not in sys.modules
+    assert two.module_name in sys.modules
 
 
 def test_of_one_configuration_once(file: Path) -> None:
@@ -144,9 +144,9 @@ def test_a_module_is_imported_once(package: Path) -> None:
     (package / "edge_module_a.py").write_text("VERSION = 22\n" + GOOD)
     two = Loader().load("edge_module_a:fetch")
     assert one.fetch is two.fetch
-    assert one.fresh == ""
+    assert one.module_name == ""
     assert one.file == str(package / "edge_module_a.py")
-    one.forget()
+    one.discard()
     assert sys.modules["edge_module_a"] is importlib.import_module("edge_module_a")
 
 
@@ -288,17 +288,17 @@ def test_every_worker_that_is_wrong_is_reported_and_executed_once(file: Path) ->
     assert "ValueError" in second
 
 
-def test_explained_is_one_line() -> None:
-    assert explained(ValueError(" a\n\tb ")) == "ValueError: a b"
-    assert explained(ValueError()) == "ValueError"
-    assert len(explained(ValueError("x" * 10_000))) < 400
+def test_explain_returns_one_line() -> None:
+    assert explain(ValueError(" a\n\tb ")) == "ValueError: a b"
+    assert explain(ValueError()) == "ValueError"
+    assert len(explain(ValueError("x" * 10_000))) < 400
 
 
-def test_line_in_is_the_innermost_of_that_file() -> None:
+def test_find_line_returns_the_innermost_of_that_file() -> None:
     def inner() -> None:
         raise LookupError("here")
 
     with pytest.raises(LookupError, match="here") as caught:
         inner()
-    assert line_in(caught.value, __file__) == inner.__code__.co_firstlineno + 1
-    assert line_in(caught.value, "other.py") == 0
+    assert find_line(caught.value, __file__) == inner.__code__.co_firstlineno + 1
+    assert find_line(caught.value, "other.py") == 0

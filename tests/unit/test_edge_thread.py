@@ -21,7 +21,7 @@ from tlstunnel.edge import stage as stages
 from tlstunnel.edge import worker as worker_module
 from tlstunnel.edge import workers as workers_module
 from tlstunnel.edge.stage import Directions, Edge
-from tlstunnel.edge.thread import EdgeThread, TooLate, _Post
+from tlstunnel.edge.thread import EdgeThread, TooLate, _CallQueue
 from tlstunnel.edge.values import Forwarded, WorkerRequest, to_worker_request
 from tlstunnel.edge.worker import Call, Worker
 from tlstunnel.edge.workers import Workers
@@ -56,7 +56,7 @@ KEEPS = (
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "RESPONDS_SECONDS", 0.3)
+    monkeypatch.setattr(workers_module, "RESPONSE_SECONDS", 0.3)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -68,7 +68,7 @@ def test_a_call_after_the_end_is_dropped(alone: bool) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: faults.append(context))
-        post = _Post(loop, loop, lambda: alone)
+        post = _CallQueue(loop, loop, lambda: alone)
         post.close()
         post.send(calls.append, None)
         for _ in range(3):
@@ -115,7 +115,7 @@ def workers(*sites: SiteConfig, before: Workers | None = None) -> Workers:
 
 
 def only(of: Workers) -> Worker:
-    (worker,) = of._all.values()
+    (worker,) = of._by_key.values()
     return worker
 
 
@@ -144,12 +144,12 @@ async def until(condition: Callable[[], object], seconds: float = 8.0) -> None:
 async def answered(worker: Worker, seconds: float = 5.0) -> Call:
     """Ask it, and wait for the answer."""
     done = asyncio.Event()
-    call = worker.ask(upgrade()[1], done.set)
+    call = worker.call(upgrade()[1], done.set)
     try:
         async with asyncio.timeout(seconds):
             await done.wait()
     finally:
-        call.leave()
+        call.close()
     return call
 
 
@@ -193,7 +193,7 @@ def test_it_runs_there_and_tells_here() -> None:
 
             assert await edge.run(where(), 5) == "edge workers"
             told: list[str] = []
-            edge.soon(lambda: edge.back(lambda: told.append(threading.current_thread().name)))
+            edge.send(lambda: edge.send_back(lambda: told.append(threading.current_thread().name)))
             await until(lambda: told)
             assert told == [threading.main_thread().name]
             assert await edge.responds(5)
@@ -459,7 +459,7 @@ def test_who_waits_blocks_nothing_and_an_idle_one_is_not_watched(folder: Path, l
         edge = only(of).thread
         assert edge is not None
         await answered(only(of))
-        await until(lambda: edge._looks is None)
+        await until(lambda: edge._timer is None)
         await of.close()
 
     run(work())
@@ -558,7 +558,7 @@ async def _ask(edge: Edge, client: Any = None, seconds: float = 0.1) -> Directio
 
 def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
     """One that ignores its cancellation is not asked for ever; when it is through with some, it is asked again."""
-    monkeypatch.setattr(stages, "MOST_LATE", 5)
+    monkeypatch.setattr(stages, "MAX_LATE", 5)
     code = (
         "async def fetch(request, env):\n    notes.append('asked')\n    while not let_go.is_set():\n        try:\n"
         "            await asyncio.sleep(0.01)\n        except asyncio.CancelledError:\n            pass\n"
@@ -580,10 +580,10 @@ def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pyte
         assert (busy.value.status, busy.value.reason) == (503, "edge: worker busy")
         assert len(module["notes"]) == 5
         forwarded = await _ask(_edge(of, 0.05, "forward", metrics))
-        assert (forwarded.saw, forwarded.pool) == ("busy", None)
+        assert (forwarded.outcome, forwarded.pool) == ("busy", None)
         module["let_go"].set()
         await until(lambda: only(of).late == 0)
-        assert (await _ask(edge, seconds=5)).saw == "forwarded"
+        assert (await _ask(edge, seconds=5)).outcome == "forwarded"
         outcomes = {outcome: count for (_, outcome), count in metrics[EDGE_REQUESTS].values.items()}
         assert outcomes == {"timed out": 5, "busy": 2, "forwarded": 1}
         await of.close()
@@ -666,9 +666,9 @@ def test_setup_and_teardown_are_called_once(folder: Path) -> None:
 
     async def work() -> None:
         of = workers(site(reference), site(reference, "b"), site(reference, "c", worker_config=WorkerTable(a=1)))
-        assert len(of._all) == 2
+        assert len(of._by_key) == 2
         await of.start()
-        notes = globals_of(next(iter(of._all.values())))["notes"]
+        notes = globals_of(next(iter(of._by_key.values())))["notes"]
         assert notes == ["setup", "setup"]
         await of.close()
         await of.close()
@@ -747,7 +747,7 @@ def test_the_second_setup_that_fails_has_the_first_torn_down(folder: Path) -> No
 
     async def work() -> None:
         of = workers(site(good), site(bad, "b"))
-        notes = globals_of(next(iter(of._all.values())))["notes"]
+        notes = globals_of(next(iter(of._by_key.values())))["notes"]
         with pytest.raises(ConfigurationError, match="ValueError"):
             await of.start()
         assert notes == ["setup", "teardown"]
@@ -775,14 +775,14 @@ def test_a_teardown_that_fails_holds_nobody(
 
     async def work() -> None:
         of = workers(site(bad), site(good, "b"))
-        notes = globals_of(list(of._all.values())[1])["notes"]
+        notes = globals_of(list(of._by_key.values())[1])["notes"]
         await of.start()
         try:
             await of.close()
         except asyncio.CancelledError:
             for one in threading.enumerate():
                 if one.name == "edge workers":
-                    edge = list(of._all.values())[1].thread
+                    edge = list(of._by_key.values())[1].thread
                     assert edge is not None
                     await edge.stop()
             pytest.fail("CancelledError")
@@ -802,11 +802,11 @@ def test_a_module_goes_on_with_its_env_and_a_file_does_not(folder: Path) -> None
     async def work() -> None:
         one = workers(site(module), site(file, "b"))
         await one.start()
-        kept, old = one._all.values()
+        kept, old = one._by_key.values()
         first = await answered(kept)
         assert isinstance(first.outcome, Forwarded)
         two = await switched(workers(site(module), site(file, "b"), before=one), one)
-        again, new = two._all.values()
+        again, new = two._by_key.values()
         assert new is not old
         assert again is not kept
         await answered(again)
@@ -833,10 +833,10 @@ def test_what_was_prepared_and_abandoned_touches_nothing(folder: Path) -> None:
         await one.start()
         prepared = workers(site(module), site(file, "b"), before=one)
         await prepared.start()
-        new = list(prepared._all.values())[1]
+        new = list(prepared._by_key.values())[1]
         await prepared.close()
         assert globals_of(new)["notes"] == ["setup", "teardown"]
-        for worker in one._all.values():
+        for worker in one._by_key.values():
             call = await answered(worker)
             assert call.outcome is not None
             assert "teardown" not in globals_of(worker)["notes"]
@@ -869,7 +869,7 @@ def test_many_reloads_leave_nothing(folder: Path) -> None:
     async def work() -> None:
         of = workers(site(module), site(file, "b"))
         await of.start()
-        gone = weakref.ref(list(of._all.values())[1])
+        gone = weakref.ref(list(of._by_key.values())[1])
         for _ in range(10):
             of = await switched(workers(site(module), site(file, "b"), before=of), of)
         assert threads() == 1
@@ -889,15 +889,15 @@ def test_a_thread_that_is_held_is_replaced(folder: Path, logged: Logged) -> None
     async def work() -> None:
         one = workers(site(module), site(file, "b"))
         await one.start()
-        kept, holder = one._all.values()
+        kept, holder = one._by_key.values()
         with pytest.raises(TimeoutError):
             await answered(holder, 0.2)
         old = kept.thread
         written(folder, "file", KEEPS)
         two = await switched(workers(site(module), site(file, "b"), before=one), one)
-        moved = next(iter(two._all.values()))
+        moved = next(iter(two._by_key.values()))
         assert moved.thread is not old
-        for worker in two._all.values():
+        for worker in two._by_key.values():
             assert (await answered(worker)).outcome is not None
         assert globals_of(moved)["notes"].count("setup") == 2
         globals_of(holder)["let_go"].set()
@@ -936,7 +936,7 @@ def test_what_is_late_on_a_thread_that_is_given_up_does_not_count(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A module that was held until it was asked no more is asked again on the new one."""
-    monkeypatch.setattr(stages, "MOST_LATE", 3)
+    monkeypatch.setattr(stages, "MAX_LATE", 3)
     module = written(
         folder,
         "edge_module_t7",
@@ -952,7 +952,7 @@ def test_what_is_late_on_a_thread_that_is_given_up_does_not_count(
                 await _ask(_edge(one, 0.05), seconds=0.05)
         two = await switched(workers(site(module), before=one), one)
         try:
-            assert (await _ask(_edge(two, 5), seconds=5)).saw == "forwarded"
+            assert (await _ask(_edge(two, 5), seconds=5)).outcome == "forwarded"
         finally:
             globals_of(only(two))["let_go"].set()
             await until(lambda: threads() == 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, KEY, Field, request, without
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, WorkerRequest
-from tlstunnel.edge.values import Forwarded, InvalidReply, outcome, to_worker_request
+from tlstunnel.edge.values import Forwarded, InvalidReply, to_outcome, to_worker_request
 from tlstunnel.firewall.facts import normal_path
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
@@ -58,7 +58,7 @@ def asked(
 
 def made(given: WorkerRequest) -> Forwarded:
     """What comes of it when a worker returns it."""
-    found = outcome(given, given)
+    found = to_outcome(given, given)
     assert isinstance(found, Forwarded)
     return found
 
@@ -650,7 +650,7 @@ def test_normal_path_is_the_firewalls() -> None:
 
 def rendered(reply: Reply) -> tuple[int, list[Field], bytes]:
     """What a client makes of it: one response, and nothing behind it."""
-    refusal = outcome(reply, asked())
+    refusal = to_outcome(reply, asked())
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.reason, refusal.detail) == (reply.status, "edge: reply", "")
     client = h11.Connection(h11.CLIENT)
@@ -774,16 +774,16 @@ def test_a_reply_keeps_the_headers_that_it_was_made_with() -> None:
 @pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])
 def test_what_is_neither_a_request_nor_a_reply(said: object) -> None:
     with pytest.raises(EdgeError, match=r"a worker returns the request, request\.forward"):
-        outcome(said, asked())
+        to_outcome(said, asked())
 
 
 def test_the_request_of_another_is_none() -> None:
     """Whatever was made of it: cookies and key would be another client's."""
     kept = asked()
     for said in (kept, kept.forward(), kept.forward(headers={"X-A": "1"}), dataclasses.replace(kept, id="other")):
-        assert outcome(said, kept)
+        assert to_outcome(said, kept)
         with pytest.raises(EdgeError, match="another client's"):
-            outcome(said, asked())
+            to_outcome(said, asked())
 
 
 class _Denied(Reply):
@@ -793,7 +793,7 @@ class _Denied(Reply):
 def test_a_kind_of_reply_is_a_refusal_or_an_invalid_one() -> None:
     """A refusal was meant: it is no failure for which `worker_on_error = "forward"` was said."""
     with contextlib.suppress(InvalidReply):
-        assert isinstance(outcome(_Denied(403), asked()), Refusal)
+        assert isinstance(to_outcome(_Denied(403), asked()), Refusal)
 
 
 def test_a_request_with_something_written_into_it_by_other_means() -> None:

@@ -134,7 +134,7 @@ async def _call(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
     ours.setblocking(False)
     try:
         pools = [build_pool(site, 30.0, b"", None), *(build_pool(route, 30.0, b"", None) for route in site.routes)]
-        edge = workers.edge(site, pools, 30.0, b"", None)
+        edge = workers.build_edge(site, pools, 30.0, b"", None)
         assert edge is not None
         wakeup = Wakeup(loop, loop.time() + edge.timeout)
         deadlines = Deadlines(loop, 0.01)
@@ -168,7 +168,7 @@ def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str
     origin = str(directions.address or "")
     edits = build_edits(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
     head = forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
-    return Outcome(directions.saw, seconds, origin, head)
+    return Outcome(directions.outcome, seconds, origin, head)
 
 
 def _render(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iterator[str]:

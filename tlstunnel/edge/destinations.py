@@ -10,7 +10,7 @@ from tlstunnel.journal.events import Reason
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLS
 
-MOST_POOLS = 1024
+MAX_POOLS = 1024
 """Pools kept for the origins that a site's worker has chosen: a worker may take a name from what the client sent. The
 least recently used is dropped."""
 
@@ -46,7 +46,7 @@ class Destinations:
         """Return a pool that has the origin at `address`. Raises Refusal (502) if the worker may not choose it."""
         if (known := self._chosen.pop(address, None)) is None:
             known = self._make_pool(address)
-            if len(self._chosen) >= MOST_POOLS:
+            if len(self._chosen) >= MAX_POOLS:
                 del self._chosen[next(iter(self._chosen))]
         self._chosen[address] = known
         return known

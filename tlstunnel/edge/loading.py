@@ -20,7 +20,7 @@ Fetch = Callable[[Any, Any], Awaitable[object]]
 SetUp = Callable[[dict[str, Any]], Awaitable[object]]
 TearDown = Callable[[Any], Awaitable[object]]
 
-LONGEST_REASON = 300
+MAX_REASON = 300
 
 IMPORT_SECONDS = 30.0
 """What a module has to be executed: a release waits for it (``release.upgrade_timeout`` is as long)."""
@@ -34,7 +34,7 @@ _numbers = itertools.count(1)
 class Code:
     """A worker's function, and its module's `setup` and `teardown` where there are any.
 
-    `file` is where it stands, "" where nobody knows. `fresh` is the name under which the module was executed for this
+    `file` is where it stands, "" where nobody knows. `module_name` is the name under which it was executed for this
     configuration alone, "" for one that was imported.
     """
 
@@ -42,12 +42,12 @@ class Code:
     setup: SetUp | None
     teardown: TearDown | None
     file: str
-    fresh: str = ""
+    module_name: str = ""
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Let the module go, which nobody else can import."""
-        if self.fresh:
-            sys.modules.pop(self.fresh, None)
+        if self.module_name:
+            sys.modules.pop(self.module_name, None)
 
 
 class Loader:
@@ -57,7 +57,7 @@ class Loader:
         self._files: dict[str, ModuleType] = {}
         self._broken: dict[str, str] = {}
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Discard every module that was executed, if none of them is used."""
         while self._files:
             _discard(self._files.popitem()[1])
@@ -66,16 +66,16 @@ class Loader:
         """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
         place, _, name = reference.rpartition(":")
         is_file = place.endswith(".py")
-        module = self._execute(place) if is_file else _imported(place)
+        module = self._execute(place) if is_file else _import_module(place)
         fetch = getattr(module, name, None)
         if fetch is None:
             raise ConfigurationError(f"the edge worker {reference}: there is no {name} in {place}")
-        _refuse_other(fetch, 2, f"async def {name}(request, env)", reference)
+        _check_signature(fetch, 2, f"async def {name}(request, env)", reference)
         setup, teardown = getattr(module, "setup", None), getattr(module, "teardown", None)
         if setup is not None:
-            _refuse_other(setup, 1, "async def setup(config)", reference)
+            _check_signature(setup, 1, "async def setup(config)", reference)
         if teardown is not None:
-            _refuse_other(teardown, 1, "async def teardown(env)", reference)
+            _check_signature(teardown, 1, "async def teardown(env)", reference)
         file = getattr(module, "__file__", None) or ""
         return Code(fetch, setup, teardown, file, module.__name__ if is_file else "")
 
@@ -86,14 +86,14 @@ class Loader:
         module = self._files.get(place)
         if module is None:
             try:
-                module = self._files[place] = _executed(place)
+                module = self._files[place] = _execute_file(place)
             except ConfigurationError as error:
                 self._broken[place] = str(error)
                 raise
         return module
 
 
-def _executed(place: str) -> ModuleType:
+def _execute_file(place: str) -> ModuleType:
     """Execute a file as a module of a new name.
 
     Compiled here: Python's own import would take a cached file for it where time and size are the same. The name is
@@ -110,15 +110,15 @@ def _executed(place: str) -> ModuleType:
         raise ConfigurationError(f"the edge worker {place}: cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise ConfigurationError(f"the edge worker {place}{line}: is not Python: {explained(error)}") from None
+        raise ConfigurationError(f"the edge worker {place}{line}: is not Python: {explain(error)}") from None
     sys.modules[name] = module  # dataclasses look for it there
     try:
-        _within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - what a worker is for
+        _run_within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - what a worker is for
     except BaseException as error:
         _discard(module)
         if isinstance(error, ConfigurationError):
             raise
-        raise _unimportable(place, error) from None
+        raise _import_error(place, error) from None
     return module
 
 
@@ -128,7 +128,7 @@ def _discard(module: ModuleType) -> None:
     vars(module).clear()
 
 
-def _within(seconds: float, place: str, work: Callable[[], T]) -> T:
+def _run_within(seconds: float, place: str, work: Callable[[], T]) -> T:
     """Do this in a thread of its own, which is left alone where it does not end.
 
     Raises what it raises; ConfigurationError.
@@ -156,9 +156,9 @@ def _within(seconds: float, place: str, work: Callable[[], T]) -> T:
         del error  # it holds this frame, and the worker's: what is refused is to be gone at once
 
 
-def _imported(name: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     try:
-        module = _within(IMPORT_SECONDS, name, lambda: importlib.import_module(name))
+        module = _run_within(IMPORT_SECONDS, name, lambda: importlib.import_module(name))
     except ConfigurationError:
         raise
     except ModuleNotFoundError as error:
@@ -167,23 +167,23 @@ def _imported(name: str) -> ModuleType:
                 "install it where tlstunnel is, or put its folder into PYTHONPATH; a file is written edge/chat.py:fetch"
             )
             raise ConfigurationError(f"the edge worker {name}: there is no module {error.name}; {hint}") from None
-        raise _unimportable(name, error) from None
+        raise _import_error(name, error) from None
     except BaseException as error:
-        raise _unimportable(name, error) from None
+        raise _import_error(name, error) from None
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)  # as that of a file, whose name is below ours
     return module
 
 
-def _unimportable(place: str, error: BaseException) -> ConfigurationError:
-    line = line_in(error, place)  # a module's name is no file's
+def _import_error(place: str, error: BaseException) -> ConfigurationError:
+    line = find_line(error, place)  # a module's name is no file's
     error.__traceback__ = None  # it holds every frame, and by them all that the module had
     where = f"{place}:{line}" if line else place
-    return ConfigurationError(f"the edge worker {where}: cannot be imported: {explained(error)}")
+    return ConfigurationError(f"the edge worker {where}: cannot be imported: {explain(error)}")
 
 
-def line_in(error: BaseException, file: str) -> int:
+def find_line(error: BaseException, file: str) -> int:
     """The line of `file` in which `error` was raised, or what was called there raised it; 0 where it was elsewhere."""
     line, traceback = 0, error.__traceback__
     while traceback is not None:
@@ -193,16 +193,16 @@ def line_in(error: BaseException, file: str) -> int:
     return line
 
 
-def explained(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """An exception in one line, fit for a terminal."""
     try:
-        text = printable(" ".join(str(error).split())[:LONGEST_REASON])
+        text = printable(" ".join(str(error).split())[:MAX_REASON])
     except BaseException as another:
         text = f"its text raises {type(another).__name__}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _refuse_other(function: object, arguments: int, wanted: str, reference: str) -> None:
+def _check_signature(function: object, arguments: int, wanted: str, reference: str) -> None:
     """Refuse what could not be called as it will be."""
     if not inspect.iscoroutinefunction(function):
         raise ConfigurationError(f"the edge worker {reference}: expected {wanted}, which is a coroutine function")

@@ -9,7 +9,7 @@ import structlog
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge.destinations import Destinations, refuse_destination
 from tlstunnel.edge.values import to_worker_request
-from tlstunnel.edge.worker import MOST_LATE, Call, Worker
+from tlstunnel.edge.worker import MAX_LATE, Call, Worker
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
@@ -32,14 +32,14 @@ _EVENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Where to send a request: `request` as the worker changed it, `edits` of its head, `saw` for the record.
+    """Where to send a request: `request` as the worker changed it, `edits` of its head, `outcome` for the record.
 
     `pool` has the origin at `address`; both are None if the worker has chosen none.
     """
 
     request: handshake.UpgradeRequest
     edits: Edits
-    saw: WorkerOutcome
+    outcome: WorkerOutcome
     pool: Pool | None = None
     address: OriginAddress | None = None
 
@@ -76,10 +76,10 @@ class Edge:
         Raises Refusal; ClientGone when the client does not wait.
         """
         request_id, wakeup = connection.request_id, client.wakeup
-        if self.worker.late >= MOST_LATE:
+        if self.worker.late >= MAX_LATE:
             busy = Refusal(503, Reason.WORKER_BUSY, "the edge worker is busy", RETRY_AFTER)
-            return self._failed(request, request_id, busy, WorkerOutcome.BUSY, late=self.worker.late)
-        call = self.worker.ask(to_worker_request(request, connection, time.time()), wakeup.fire)
+            return self._handle_failure(request, request_id, busy, WorkerOutcome.BUSY, late=self.worker.late)
+        call = self.worker.call(to_worker_request(request, connection, time.time()), wakeup.fire)
         try:
             while not call.finished:
                 if client.gone:
@@ -88,10 +88,10 @@ class Edge:
         except TimeoutError:
             text = f"the edge worker did not answer within {self.timeout:g} s"
             late = Refusal(504, Reason.WORKER_TIMED_OUT, text)
-            return self._failed(request, request_id, late, WorkerOutcome.TIMED_OUT, seconds=float(self.timeout))
+            return self._handle_failure(request, request_id, late, WorkerOutcome.TIMED_OUT, seconds=float(self.timeout))
         finally:
-            call.leave()
-        return self._directions(request, call, request_id)
+            call.close()
+        return self._to_directions(request, call, request_id)
 
     async def close(self) -> None:
         """Stop the look-ups of names that its worker has chosen."""
@@ -100,27 +100,27 @@ class Edge:
     def _count(self, outcome: WorkerOutcome) -> None:
         self._counts.add(self.worker.reference, outcome)
 
-    def _directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
-        made = call.outcome
-        if made is None:
+    def _to_directions(self, request: handshake.UpgradeRequest, call: Call, request_id: str) -> Directions:
+        result = call.outcome
+        if result is None:
             failure = Refusal(500, Reason.WORKER_FAILED, "the edge worker failed")
             forwards = self._forwards and not call.invalid
-            return self._failed(
+            return self._handle_failure(
                 request, request_id, failure, WorkerOutcome.FAILED, forwards=forwards, exception=call.failure
             )
-        if isinstance(made, Refusal):
+        if isinstance(result, Refusal):
             self._count(WorkerOutcome.REPLIED)
-            raise made
-        pool = None if made.address is None else self.destinations.pool(made.address)
+            raise result
+        pool = None if result.address is None else self.destinations.pool(result.address)
         self._count(WorkerOutcome.FORWARDED)
-        return Directions(made.request, made.edits, WorkerOutcome.FORWARDED, pool, made.address)
+        return Directions(result.request, result.edits, WorkerOutcome.FORWARDED, pool, result.address)
 
-    def _failed(
+    def _handle_failure(
         self,
         request: handshake.UpgradeRequest,
         request_id: str,
         refusal: Refusal,
-        saw: WorkerOutcome,
+        outcome: WorkerOutcome,
         *,
         forwards: bool | None = None,
         **facts: object,
@@ -128,8 +128,8 @@ class Edge:
         """Forward the request unchanged if it is configured so, else raise `refusal`; log and count either."""
         forwards = self._forwards if forwards is None else forwards
         going = {"forwarded": True} if forwards else {}
-        structlog.get_logger().warning(_EVENTS[saw], id=request_id, worker=self.worker.reference, **facts, **going)
-        self._count(saw)
+        structlog.get_logger().warning(_EVENTS[outcome], id=request_id, worker=self.worker.reference, **facts, **going)
+        self._count(outcome)
         if not forwards:
             raise refusal
-        return Directions(request, NO_EDITS, saw)
+        return Directions(request, NO_EDITS, outcome)

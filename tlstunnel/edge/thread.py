@@ -33,18 +33,18 @@ SWITCH_INTERVAL = 0.0005
 """Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would
 leave tunnels a tenth of their messages (`tlstunnel.service` has the measurement)."""
 
-BLOCKED = 0.25
+BLOCKED_SECONDS = 0.25
 """Seconds without a turn of the workers' loop after which whoever holds it is named."""
 
-LOOK_SECONDS = 0.1
+CHECK_SECONDS = 0.1
 """How often that is looked at while a request is with a worker."""
 
-HELD_CPU = LOOK_SECONDS + BLOCKED
+GIL_CPU_SECONDS = CHECK_SECONDS + BLOCKED_SECONDS
 """Seconds of computing, without a look of ours between, after which the stacks are written down by a signal's handler
 in C: who computes in C, such as a regular expression, holds Python's lock all the time, and when it is over the stack
 is another. The timer costs two system calls, and none while nobody waits for a worker."""
 
-MOST_STACKS = 1 << 20
+MAX_STACK_BYTES = 1 << 20
 """Bytes of them that are read; faulthandler writes 100 calls of each of 100 threads."""
 
 _STACK_LINE = re.compile(rb'  File "(?P<file>.*)", line (?P<line>[0-9]+) in .*')
@@ -59,7 +59,7 @@ class TooLate(Exception):
     """What was to be done in the workers' thread was not done in time."""
 
 
-class Named(Protocol):
+class WatchedWorker(Protocol):
     """What can be named where it stands."""
 
     reference: str
@@ -68,11 +68,11 @@ class Named(Protocol):
     def file(self) -> str:
         """Where its code is."""
 
-    def stands_in(self, frame: FrameType) -> bool:
+    def owns_frame(self, frame: FrameType) -> bool:
         """Whether `frame` is of one of its functions."""
 
 
-class _Post:
+class _CallQueue:
     """Calls from the thread of one loop into that of another, all of a turn at once.
 
     Each by itself, with its own system call, was picked up before the turn that made it was over: two changes of thread
@@ -142,8 +142,8 @@ class _Stacks:
         faulthandler.register(signal.SIGVTALRM, self._fd, all_threads=True)
 
     def arm(self) -> None:
-        """Write them down after `HELD_CPU` seconds of computing from now on."""
-        signal.setitimer(signal.ITIMER_VIRTUAL, HELD_CPU)
+        """Write them down after `GIL_CPU_SECONDS` seconds of computing from now on."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, GIL_CPU_SECONDS)
 
     def disarm(self) -> None:
         """Do not."""
@@ -151,7 +151,7 @@ class _Stacks:
 
     def take(self, thread: int) -> list[tuple[str, int]]:
         """The file and line of each call of a thread, innermost first, where that was written down; forget them all."""
-        written = os.pread(self._fd, MOST_STACKS, 0)
+        written = os.pread(self._fd, MAX_STACK_BYTES, 0)
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         # "Thread 0x...", or "Current thread 0x..." for the one that had the signal.
@@ -167,50 +167,50 @@ class EdgeThread:
     """Runs coroutines on its own loop, and notices when one of them holds it. Made and asked on the tunnels' loop."""
 
     def __init__(self) -> None:
-        self.workers: weakref.WeakSet[Named] = weakref.WeakSet()
+        self.workers: weakref.WeakSet[WatchedWorker] = weakref.WeakSet()
         self._here = asyncio.get_running_loop()
         self._watchers = 0
         self.loop = TunnelLoop()
         self._executor = ThreadPoolExecutor(thread_name_prefix="edge worker")
         self.loop.set_default_executor(self._executor)
-        self._there_post = _Post(self._here, self.loop, self._has_one)
-        self._here_post = _Post(self.loop, self._here, self._has_one)
-        self.soon = self._there_post.send
+        self._to_workers = _CallQueue(self._here, self.loop, self._is_alone)
+        self._to_tunnels = _CallQueue(self.loop, self._here, self._is_alone)
+        self.send = self._to_workers.send
         """Call a function there; to be called on the tunnels' loop."""
-        self.back = self._here_post.send
+        self.send_back = self._to_tunnels.send
         """Call a function on the tunnels' loop; to be called there."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
-        self._asked_at = self._looked_at = 0.0
+        self._pinged_at = self._checked_at = 0.0
         self._stacks = _stacks()
-        self._waits = False
-        self._held: tuple[float, str] | None = None
-        self._ending = self._left = False
+        self._ping_pending = False
+        self._blocked: tuple[float, str] | None = None
+        self._ended = self._stopped = False
         self.late = 0
         """Requests that were answered without their worker, which still has them."""
-        self._looks: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
         self._thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        while not self._ending:
+        while not self._ended:
             try:
                 self.loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:  # of a task that a worker left behind
                 structlog.get_logger().error(Event.EDGE_TASK_EXITED, reason=type(error).__name__)
         self.loop.close()
 
-    def _has_one(self) -> bool:
+    def _is_alone(self) -> bool:
         return self._watchers <= 1
 
     @property
     def usable(self) -> bool:
         """Whether it has not been told to end."""
-        return not self._left
+        return not self._stopped
 
     async def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
         """Have this done there, within so many seconds. Raises what it raises; TooLate, also after the end."""
-        if self._left:
+        if self._stopped:
             work.close()
             raise TooLate
         self.watch()
@@ -234,21 +234,21 @@ class EdgeThread:
 
     async def stop(self) -> None:
         """End it: what runs there is cancelled. Whoever holds it is left alone; it ends then, or with the process."""
-        if self._looks is not None:
-            self._looks.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._stacks.disarm()
-        if not self._left:
-            self._left = True
-            self.soon(self._begin_to_end)
+        if not self._stopped:
+            self._stopped = True
+            self.send(self._start_shutdown)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         if not self._thread.is_alive():
-            self._there_post.close()
-            self._here_post.close()
+            self._to_workers.close()
+            self._to_tunnels.close()
 
-    def _begin_to_end(self) -> None:
-        self._last = self.loop.create_task(self._end())
+    def _start_shutdown(self) -> None:
+        self._shutdown_task = self.loop.create_task(self._shut_down())
 
-    async def _end(self) -> None:
+    async def _shut_down(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -259,7 +259,7 @@ class EdgeThread:
                 await self.loop.shutdown_asyncgens()
         # What is under way there may take as long as it likes; the process does not wait for it.
         self._executor.shutdown(wait=False, cancel_futures=True)
-        self._ending = True
+        self._ended = True
         self.loop.stop()
 
     # The watchdog: only as long as somebody waits for what runs there, so that an idle tunnel costs nothing.
@@ -267,47 +267,47 @@ class EdgeThread:
     def watch(self) -> None:
         """Look after it until `unwatch`."""
         self._watchers += 1
-        if self._looks is None:
-            self._looked_at = time.monotonic()
+        if self._timer is None:
+            self._checked_at = time.monotonic()
             self._stacks.arm()
-            self._looks = self._here.call_later(LOOK_SECONDS, self._look)
+            self._timer = self._here.call_later(CHECK_SECONDS, self._check)
 
     def unwatch(self) -> None:
         """One fewer waits for it."""
         self._watchers -= 1
 
-    def _look(self) -> None:
-        self._looks = None
+    def _check(self) -> None:
+        self._timer = None
         now = time.monotonic()
-        if (stood := now - self._looked_at - LOOK_SECONDS) >= BLOCKED:
-            self._name_holder(stood)
-        self._looked_at = now
-        if not self._waits:
+        if (stood := now - self._checked_at - CHECK_SECONDS) >= BLOCKED_SECONDS:
+            self._warn_gil_held(stood)
+        self._checked_at = now
+        if not self._ping_pending:
             if not self._watchers:
                 self._stacks.disarm()
                 return
-            self._waits, self._asked_at = True, now
-            self.soon(self.back, self._answered)
-        if self._held is None and now - self._asked_at >= BLOCKED:
-            self._name(now - self._asked_at)
+            self._ping_pending, self._pinged_at = True, now
+            self.send(self.send_back, self._receive_pong)
+        if self._blocked is None and now - self._pinged_at >= BLOCKED_SECONDS:
+            self._warn_blocking(now - self._pinged_at)
         self._stacks.arm()
-        self._looks = self._here.call_later(LOOK_SECONDS, self._look)
+        self._timer = self._here.call_later(CHECK_SECONDS, self._check)
 
-    def _answered(self) -> None:
-        self._waits = False
-        if self._held is not None:
-            (since, worker), self._held = self._held, None
+    def _receive_pong(self) -> None:
+        self._ping_pending = False
+        if self._blocked is not None:
+            (since, worker), self._blocked = self._blocked, None
             structlog.get_logger().warning(
                 Event.WORKER_RESUMED, worker=worker, seconds=round(time.monotonic() - since, 2)
             )
 
-    def _name(self, seconds: float) -> None:
-        worker, file, line = self._place()
-        self._held = time.monotonic() - seconds, worker
+    def _warn_blocking(self, seconds: float) -> None:
+        worker, file, line = self._locate()
+        self._blocked = time.monotonic() - seconds, worker
         hint = "await what waits, and compute elsewhere: asyncio.to_thread"
         _warn(Event.WORKER_BLOCKING, worker, file, line, seconds, hint)
 
-    def _name_holder(self, seconds: float) -> None:
+    def _warn_gil_held(self, seconds: float) -> None:
         """No turn here either: somebody held Python's lock."""
         stack = self._stacks.take(self._thread.ident or 0)
         found = next(((one, file, line) for file, line in stack for one in self.workers if one.file == file), None)
@@ -319,12 +319,12 @@ class EdgeThread:
     @property
     def place(self) -> str:
         """Where it stands, a worker's name and its line; "" where that is in none."""
-        worker, file, line = self._place()
+        worker, file, line = self._locate()
         return f"{worker} {file}:{line}" if worker else ""
 
-    def _place(self) -> tuple[str, str, int]:
+    def _locate(self) -> tuple[str, str, int]:
         """The worker that stands on the stack, and file and line, of its own where that is on the stack too."""
-        stack = list(_stack(sys._current_frames().get(self._thread.ident or 0)))
+        stack = list(_walk_stack(sys._current_frames().get(self._thread.ident or 0)))
         if not stack:
             return "", "", 0
         # The innermost call of a worker's file, also in a task of its own; without one, whatever is called.
@@ -333,7 +333,7 @@ class EdgeThread:
         file = own.f_code.co_filename
         # Of several of one file, the one whose function is under way.
         workers = sorted((one for one in self.workers if one.file == file), key=lambda one: one.reference)
-        called = [one for one in workers if any(map(one.stands_in, stack))]
+        called = [one for one in workers if any(map(one.owns_frame, stack))]
         named = [one.reference for one in (*called, *workers)]
         return named[0] if named else "", file, own.f_lineno
 
@@ -345,7 +345,7 @@ def _warn(event: Event, worker: str, file: str, line: int, seconds: float, hint:
     structlog.get_logger().warning(event, worker=worker, line=place, code=code, seconds=round(seconds, 2), hint=hint)
 
 
-def _stack(innermost: FrameType | None) -> Iterable[FrameType]:
+def _walk_stack(innermost: FrameType | None) -> Iterable[FrameType]:
     while innermost is not None:
         yield innermost
         innermost = innermost.f_back

@@ -76,7 +76,7 @@ class WorkerRequest:
     _facts: Facts = dataclasses.field(kw_only=True, repr=False)
     _edits: Edits = dataclasses.field(kw_only=True, repr=False, default=NO_EDITS)
     _address: OriginAddress | None = dataclasses.field(kw_only=True, repr=False, default=None)
-    _asked: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
+    _original: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
 
     @cached_property
     def tls(self) -> TLS:
@@ -162,18 +162,18 @@ class WorkerRequest:
         """
         request = self._facts.request
         assert isinstance(request, handshake.UpgradeRequest)
-        address = self._address if origin is None else _address(origin)
-        edits = _edits(headers or {}, remove_headers)
+        address = self._address if origin is None else _parse_origin(origin)
+        edits = _build_edits(headers or {}, remove_headers)
         fields = tuple(edited(request.fields, edits))  # as the worker would see them were it asked again
         offered = request.subprotocols
         if subprotocols is not None:
             if isinstance(subprotocols, str) or not isinstance(subprotocols, Iterable):
                 raise EdgeError('subprotocols are a list, such as ["chat"]')
-            kept = _part(tuple(subprotocols), self.subprotocols)
-            fields, offered = _offering(fields, kept), frozenset(kept)
+            kept = _select(tuple(subprotocols), self.subprotocols)
+            fields, offered = _offer(fields, kept), frozenset(kept)
         changed = dataclasses.replace(
             request,
-            target=_target(request.target, path, query),
+            target=_build_target(request.target, path, query),
             fields=fields,
             subprotocols=offered,
             by_name=by_name(fields),
@@ -199,28 +199,28 @@ class Reply:
     status: int
     body: str | bytes = b""
     headers: Mapping[str, FieldValue] = dataclasses.field(default_factory=dict)
-    _answer: Refusal = dataclasses.field(init=False, repr=False, compare=False)
+    _refusal: Refusal = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.status, int) or isinstance(self.status, bool):
-            raise InvalidReply(f"the status of a reply is a number from 300 to 599, not {_kind(self.status)}")
+            raise InvalidReply(f"the status of a reply is a number from 300 to 599, not {_describe(self.status)}")
         if self.status < 300:
             raise InvalidReply(f"{_ENDPOINT}: a reply has a status from 300 to 599, not {self.status}")
         if self.status > 599:
             raise InvalidReply(f"a reply has a status from 300 to 599, not {self.status}")
         if not isinstance(self.body, str | bytes):
-            raise InvalidReply(f"the body of a reply is text or bytes, not {_kind(self.body)}")
+            raise InvalidReply(f"the body of a reply is text or bytes, not {_describe(self.body)}")
         if self.status == _BODILESS and self.body:
             raise InvalidReply("a reply with the status 304 has no body")
         body = self.body if isinstance(self.body, bytes) else self.body.encode("utf-8", "backslashreplace")
         # Once, here: whoever changes what was given afterwards changes nothing of it.
-        answer = Refusal(int(self.status), Reason.WORKER_REPLY, "", self._fields(), body=bytes(body))
-        object.__setattr__(self, "_answer", answer)
+        refusal = Refusal(int(self.status), Reason.WORKER_REPLY, "", self._build_fields(), body=bytes(body))
+        object.__setattr__(self, "_refusal", refusal)
 
-    def _fields(self) -> Fields:
+    def _build_fields(self) -> Fields:
         """The fields to send, the content's type among them."""
         try:
-            fields = _fields(self.headers, host=False)
+            fields = _encode_fields(self.headers, host=False)
         except EdgeError as error:
             raise InvalidReply(str(error)) from None
         names = {name.lower() for name, _ in fields}
@@ -237,7 +237,7 @@ def to_worker_request(request: handshake.UpgradeRequest, connection: Connection,
         id=connection.request_id,
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
         _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
-        _asked=request,
+        _original=request,
     )
 
 
@@ -250,45 +250,45 @@ class Forwarded:
     address: OriginAddress | None
 
 
-def outcome(said: object, asked: WorkerRequest) -> Forwarded | Refusal:
+def to_outcome(result: object, request: WorkerRequest) -> Forwarded | Refusal:
     """What a worker's return value amounts to, in values that nothing of the worker's is in. Raises EdgeError."""
-    if isinstance(said, Reply):
-        answer = getattr(said, "_answer", None)
-        if type(answer) is not Refusal:
+    if isinstance(result, Reply):
+        refusal = getattr(result, "_refusal", None)
+        if type(refusal) is not Refusal:
             raise InvalidReply("a reply is made by Reply(status, body, headers)")
-        return answer
-    if type(said) is not WorkerRequest:
-        kind = "None" if said is None else f"a {type(said).__name__}"
+        return refusal
+    if type(result) is not WorkerRequest:
+        kind = "None" if result is None else f"a {type(result).__name__}"
         raise EdgeError(f"a worker returns the request, request.forward(...) or a Reply, not {kind}")
-    if said._asked is not asked._asked:
+    if result._original is not request._original:
         raise EdgeError("a worker returns the request that it was asked about, and this is another client's")
-    changed = said._facts.request
+    changed = result._facts.request
     assert isinstance(changed, handshake.UpgradeRequest)
-    return Forwarded(changed, said._edits, said._address)
+    return Forwarded(changed, result._edits, result._address)
 
 
-def _address(origin: str) -> OriginAddress:
+def _parse_origin(origin: str) -> OriginAddress:
     if not isinstance(origin, str):
-        raise EdgeError(f'an origin is a text such as "shard-1.internal:3000", not {_kind(origin)}')
+        raise EdgeError(f'an origin is a text such as "shard-1.internal:3000", not {_describe(origin)}')
     try:
         return OriginAddress.parse(origin)
     except ValueError as error:
         raise EdgeError(str(error)) from None
 
 
-def _target(target: bytes, path: str | None, query: str | Mapping[str, FieldValue] | None) -> bytes:
+def _build_target(target: bytes, path: str | None, query: str | Mapping[str, FieldValue] | None) -> bytes:
     """The request target with another path or query. Raises EdgeError."""
     old_path, mark, old_query = target.partition(b"?")
     if path is not None:
         if not isinstance(path, str) or not path.startswith("/"):
-            raise EdgeError(f'a path begins with "/"; got {quoted(path) if isinstance(path, str) else _kind(path)}')
+            raise EdgeError(f'a path begins with "/"; got {quoted(path) if isinstance(path, str) else _describe(path)}')
         if "\0" in path:
             raise EdgeError("a path cannot hold NUL")
         old_path = quote(path, safe=_PATH_SAFE, errors="surrogatepass").encode("ascii")
     if query is None:
         return old_path + mark + old_query
     if not isinstance(query, str | Mapping):
-        raise EdgeError(f'a query is a text such as "room=1", or a mapping, not {_kind(query)}')
+        raise EdgeError(f'a query is a text such as "room=1", or a mapping, not {_describe(query)}')
     if isinstance(query, str):
         if not re.fullmatch(r"[!\"$-~]*", query):
             raise EdgeError("a query is visible ASCII without #; give a mapping to have its values escaped")
@@ -298,21 +298,21 @@ def _target(target: bytes, path: str | None, query: str | Mapping[str, FieldValu
     return old_path + b"?" + new_query if new_query else old_path
 
 
-def _edits(headers: Mapping[str, FieldValue], remove_headers: Iterable[str]) -> Edits:
+def _build_edits(headers: Mapping[str, FieldValue], remove_headers: Iterable[str]) -> Edits:
     if isinstance(remove_headers, str) or not isinstance(remove_headers, Iterable):
         raise EdgeError('remove_headers is a list of names, such as ["X-Debug"]')
-    added = _fields(headers, host=True)
+    added = _encode_fields(headers, host=True)
     hosts = [value for name, value in added if name.lower() == b"host"]
     if hosts and (len(hosts) > 1 or not handshake.is_authority(hosts[0])):
         raise EdgeError("Host is one host, with a port or without")
     return Edits(
         hosts[0] if hosts else None,
         tuple(field for field in added if field[0].lower() != b"host"),
-        frozenset(_name(name, host=False).lower() for name in remove_headers),
+        frozenset(_encode_name(name, host=False).lower() for name in remove_headers),
     )
 
 
-def _part(kept: tuple[str, ...], offered: tuple[str, ...]) -> tuple[bytes, ...]:
+def _select(kept: tuple[str, ...], offered: tuple[str, ...]) -> tuple[bytes, ...]:
     """What is left of the subprotocols. Raises EdgeError where these are not some of them, in order."""
     rest = iter(offered)
     for protocol in kept:
@@ -321,7 +321,7 @@ def _part(kept: tuple[str, ...], offered: tuple[str, ...]) -> tuple[bytes, ...]:
     return tuple(protocol.encode("latin-1") for protocol in kept)
 
 
-def _offering(fields: Fields, protocols: tuple[bytes, ...]) -> Fields:
+def _offer(fields: Fields, protocols: tuple[bytes, ...]) -> Fields:
     """The fields with these subprotocols, where the first field of them stood."""
     made: list[tuple[bytes, bytes]] = []
     value = b", ".join(protocols)
@@ -334,21 +334,21 @@ def _offering(fields: Fields, protocols: tuple[bytes, ...]) -> Fields:
     return tuple(made)
 
 
-def _fields(headers: Mapping[str, FieldValue], *, host: bool) -> Fields:
+def _encode_fields(headers: Mapping[str, FieldValue], *, host: bool) -> Fields:
     if not isinstance(headers, Mapping):
-        raise EdgeError(f'headers are a mapping such as {{"X-User": "7"}}, not {_kind(headers)}')
+        raise EdgeError(f'headers are a mapping such as {{"X-User": "7"}}, not {_describe(headers)}')
     made = []
     for name, value in headers.items():
-        written = _name(name, host=host)
+        written = _encode_name(name, host=host)
         several = value if isinstance(value, list | tuple) else (value,)
-        made += [(written, _value(name, one)) for one in several]
+        made += [(written, _encode_value(name, one)) for one in several]
     return tuple(made)
 
 
-def _name(name: object, *, host: bool) -> bytes:
+def _encode_name(name: object, *, host: bool) -> bytes:
     """The name of a field that a worker may set or remove. Raises EdgeError."""
     if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
-        shown = quoted(name) if isinstance(name, str) else _kind(name)
+        shown = quoted(name) if isinstance(name, str) else _describe(name)
         raise EdgeError(f"expected the name of a field, such as X-User, got {shown}")
     lower = name.lower()
     if KEPT_FIELD.fullmatch(lower.replace("_", "-")) and not (host and lower == "host"):
@@ -357,16 +357,16 @@ def _name(name: object, *, host: bool) -> bytes:
     return name.encode("ascii")
 
 
-def _value(name: str, value: object) -> bytes:
+def _encode_value(name: str, value: object) -> bytes:
     """A field's value (RFC 9110 section 5.5). Raises EdgeError."""
     if not isinstance(value, str):
         hint = "; remove_headers leaves a field out" if value is None else ""
-        raise EdgeError(f"the value of {name} is text, or a list of texts, not {_kind(value)}{hint}")
+        raise EdgeError(f"the value of {name} is text, or a list of texts, not {_describe(value)}{hint}")
     if not _VALUE.fullmatch(value):
         # The value itself is not said: it may be a secret, and the client's.
         raise EdgeError(f"the value of {name} holds a control character, or one beyond latin-1: escape it")
     return value.strip(" \t").encode("latin-1")
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     return f"{value!r}"[:100] if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"

@@ -7,9 +7,9 @@ from types import FrameType
 import structlog
 
 from tlstunnel.config import WorkerTable
-from tlstunnel.edge.loading import Code, explained, line_in
+from tlstunnel.edge.loading import Code, explain, find_line
 from tlstunnel.edge.thread import EdgeThread, TooLate
-from tlstunnel.edge.values import Forwarded, InvalidReply, WorkerRequest, outcome
+from tlstunnel.edge.values import Forwarded, InvalidReply, WorkerRequest, to_outcome
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
 from tlstunnel.handshake.refusal import Refusal
@@ -21,7 +21,7 @@ SETUP_SECONDS = 30.0
 TEARDOWN_SECONDS = 5.0
 """What its `teardown` may take: the end of the process waits for it."""
 
-MOST_LATE = 1000
+MAX_LATE = 1000
 """Requests that workers were too late for and still have: one that ignores its cancellation keeps the memory of each.
 Beyond that none is asked."""
 
@@ -33,62 +33,62 @@ class Call:
     meant. Whatever runs code of the worker's, its exceptions' texts included, is done in its thread.
     """
 
-    __slots__ = ("_done", "_left", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
+    __slots__ = ("_closed", "_done", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
 
     def __init__(self, thread: EdgeThread, request: WorkerRequest, done: Callable[[], object]) -> None:
         self._thread = thread
         self._request = request
         self._done = done
         self._task: asyncio.Task[None] | None = None
-        self._left = self.finished = self.invalid = False
+        self._closed = self.finished = self.invalid = False
         self.outcome: Forwarded | Refusal | None = None
         self.failure = ""
 
-    def begin(self, worker: "Worker") -> None:
+    def start(self, worker: "Worker") -> None:
         """In the workers' thread."""
-        if self._left:
-            self._thread.back(self._finish)
+        if self._closed:
+            self._thread.send_back(self._finish)
         else:
             self._task = self._thread.loop.create_task(self._run(worker))
 
     async def _run(self, worker: "Worker") -> None:
         """Ask, and tell: from within the task, whose callbacks would be another turn of the loop."""
         try:
-            self.outcome = outcome(await worker.fetch(self._request), self._request)
+            self.outcome = to_outcome(await worker.fetch(self._request), self._request)
         except BaseException as error:  # some would end the thread's loop
             self.invalid = isinstance(error, InvalidReply)
-            self.failure = _written(error)
+            self.failure = _render_traceback(error)
             error.__traceback__ = None  # it holds every frame, and by them all that the worker had
         self._task = None
-        self._thread.back(self._finish)
+        self._thread.send_back(self._finish)
 
     def _finish(self) -> None:
         self.finished = True
-        if self._left:
+        if self._closed:
             self._thread.late -= 1
         else:
             self._done()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Wait for it no more; have it end as soon as it will, where it has not. To be called once."""
         self._thread.unwatch()
         if not self.finished:
-            self._left = True
+            self._closed = True
             self._thread.late += 1
-            self._thread.soon(self._cancel)
+            self._thread.send(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
-            self._task.add_done_callback(self._untold)
+            self._task.add_done_callback(self._report_cancelled)
 
-    def _untold(self, _: "asyncio.Task[None]") -> None:
+    def _report_cancelled(self, _: "asyncio.Task[None]") -> None:
         if self._task is not None:  # it was cancelled before it had begun
             self._task = None
-            self._thread.back(self._finish)
+            self._thread.send_back(self._finish)
 
 
-def _written(error: BaseException) -> str:
+def _render_traceback(error: BaseException) -> str:
     """The traceback of what a worker raised, without our own frame; its text may raise, too."""
     traceback = error.__traceback__
     try:
@@ -124,7 +124,7 @@ class Worker:
         assert self._thread is not None
         return self._thread.late
 
-    def stands_in(self, frame: FrameType) -> bool:
+    def owns_frame(self, frame: FrameType) -> bool:
         """Whether `frame` is of one of its functions."""
         return frame.f_code in self._codes
 
@@ -132,12 +132,12 @@ class Worker:
         """Ask it. In the workers' thread."""
         return self.code.fetch(request, self._env)
 
-    def ask(self, request: WorkerRequest, done: Callable[[], object]) -> Call:
+    def call(self, request: WorkerRequest, done: Callable[[], object]) -> Call:
         """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
         assert self._thread is not None
         call = Call(self._thread, request, done)
         self._thread.watch()  # before it can begin: from then on it may hold this thread too
-        self._thread.soon(call.begin, self)
+        self._thread.send(call.start, self)
         return call
 
     async def set_up(self, thread: EdgeThread) -> None:
@@ -146,24 +146,26 @@ class Worker:
         if self.code.setup is not None:
             thread.workers.add(self)  # for the watchdog
             try:
-                env, failure = await thread.run(_called(self.code.setup, dict(self.config), self._told), SETUP_SECONDS)
+                env, failure = await thread.run(
+                    _call_guarded(self.code.setup, dict(self.config), self._explain_failure), SETUP_SECONDS
+                )
             except TooLate:
                 failure = f"did not end within {SETUP_SECONDS:g} s; it stands at {thread.place or 'an await'}"
             if failure:
                 thread.workers.discard(self)
                 raise ConfigurationError(f"the edge worker {self.reference}: its setup {failure}")
-        self._stand(env, thread, has_env=True)
+        self._attach(env, thread, has_env=True)
 
-    def go_on_from(self, before: "Worker") -> None:
+    def continue_from(self, before: "Worker") -> None:
         """Be asked with what `before` was set up with, which stays its own until `take_over`."""
         assert before._thread is not None
-        self._stand(before._env, before._thread, has_env=False)
+        self._attach(before._env, before._thread, has_env=False)
 
     def take_over(self, before: "Worker") -> None:
         """Tear down what it goes on with, in the place of `before`."""
         self._has_env, before._has_env = before._has_env, False
 
-    def _stand(self, env: object, thread: EdgeThread, *, has_env: bool) -> None:
+    def _attach(self, env: object, thread: EdgeThread, *, has_env: bool) -> None:
         self._env, self._thread, self._has_env = env, thread, has_env
         thread.workers.add(self)
 
@@ -179,7 +181,9 @@ class Worker:
             if self._has_env and teardown is not None:
                 log = structlog.get_logger()
                 try:
-                    _, failure = await thread.run(_called(teardown, self._env, printable_traceback), TEARDOWN_SECONDS)
+                    _, failure = await thread.run(
+                        _call_guarded(teardown, self._env, printable_traceback), TEARDOWN_SECONDS
+                    )
                 except TooLate:
                     log.warning(Event.WORKER_TEARDOWN_TIMED_OUT, worker=self.reference, seconds=TEARDOWN_SECONDS)
                 else:
@@ -187,17 +191,17 @@ class Worker:
                         log.warning(Event.WORKER_TEARDOWN_FAILED, worker=self.reference, exception=failure)
             thread.workers.discard(self)
         self._env, self._has_env = None, False
-        self.code.forget()
+        self.code.discard()
 
-    def _told(self, error: BaseException) -> str:
-        line = line_in(error, self.code.file)
-        return f"failed: {f'{self.code.file}:{line}: ' if line else ''}{explained(error)}"
+    def _explain_failure(self, error: BaseException) -> str:
+        line = find_line(error, self.code.file)
+        return f"failed: {f'{self.code.file}:{line}: ' if line else ''}{explain(error)}"
 
 
-async def _called(
-    function: Callable[..., Awaitable[object]], argument: object, told: Callable[[BaseException], str]
+async def _call_guarded(
+    function: Callable[..., Awaitable[object]], argument: object, render: Callable[[BaseException], str]
 ) -> tuple[object, str]:
-    """What a `setup` or `teardown` gives, or what is `told` of its failure: in its thread, as that runs its code.
+    """What a `setup` or `teardown` gives, or what is `render` of its failure: in its thread, as that runs its code.
 
     It ends normally in any case: some exceptions would end the thread's loop.
     """
@@ -205,6 +209,6 @@ async def _called(
         return await function(argument), ""
     except BaseException as error:
         try:
-            return None, told(error) or "failed"
+            return None, render(error) or "failed"
         except BaseException as another:
             return None, f"failed: {type(error).__name__}, whose text raises {type(another).__name__}"

@@ -21,7 +21,7 @@ from tlstunnel.origins.pool import Pool
 if TYPE_CHECKING:
     from tlstunnel.origins.tls import OriginTLS
 
-RESPONDS_SECONDS = 2.0
+RESPONSE_SECONDS = 2.0
 """What the workers' thread has for one turn at a reload, before its workers are moved to another."""
 
 
@@ -36,25 +36,27 @@ class Workers:
         self._metrics = metrics
         self._before = before
         self._thread: EdgeThread | None = None
-        self._all: dict[tuple[str, str], Worker] = {}
-        self._going_on: list[tuple[Worker, Worker]] = []
+        self._by_key: dict[tuple[str, str], Worker] = {}
+        self._continued: list[tuple[Worker, Worker]] = []
         self._loader = Loader()
         problems = Problems()
         for index, site in enumerate(sites):
-            if site.worker is None or _key(site) in self._all:
+            if site.worker is None or _worker_key(site) in self._by_key:
                 continue
             with problems.collect("sites", index, "worker"):
-                self._all[_key(site)] = Worker(site.worker, site.worker_config, self._loader.load(site.worker))
+                self._by_key[_worker_key(site)] = Worker(
+                    site.worker, site.worker_config, self._loader.load(site.worker)
+                )
         if problems.found:
-            self.forget()
+            self.discard()
             problems.raise_found()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Discard what was loaded, if it is never started."""
-        self._all = {}
-        self._loader.forget()
+        self._by_key = {}
+        self._loader.discard()
 
-    def edge(
+    def build_edge(
         self, site: SiteConfig, pools: Sequence[Pool], resolve_every: float, preface: bytes, tls: "OriginTLS | None"
     ) -> Edge | None:
         """The edge of a site with these `pools`, None where it has no worker. The others are as `Pool` has them."""
@@ -62,7 +64,7 @@ class Workers:
             return None
         allowed = Destinations(pools, site.worker_origins, resolve_every=resolve_every, preface=preface, tls=tls)
         return Edge(
-            self._all[_key(site)],
+            self._by_key[_worker_key(site)],
             allowed,
             timeout=site.worker_timeout,
             on_error=site.worker_on_error,
@@ -72,13 +74,15 @@ class Workers:
     async def start(self) -> None:
         """Set up those that are new, each in its turn. Raises ConfigurationError, with nothing of theirs left."""
         try:
-            self._thread = thread = await self._usable_thread() if self._all else None
-            for key, worker in self._all.items():
+            self._thread = thread = await self._usable_thread() if self._by_key else None
+            for key, worker in self._by_key.items():
                 assert thread is not None
-                known = self._before._all.get(key) if self._before is not None and not worker.code.fresh else None
+                known = (
+                    self._before._by_key.get(key) if self._before is not None and not worker.code.module_name else None
+                )
                 if known is not None and known.thread is thread:
-                    worker.go_on_from(known)
-                    self._going_on.append((worker, known))
+                    worker.continue_from(known)
+                    self._continued.append((worker, known))
                 else:
                     await worker.set_up(thread)
         except BaseException:
@@ -90,7 +94,7 @@ class Workers:
         thread = self._before._thread if self._before is not None else None
         if thread is None or not thread.usable:
             return EdgeThread()
-        if await thread.responds(RESPONDS_SECONDS):
+        if await thread.responds(RESPONSE_SECONDS):
             return thread
         # It goes on to be theirs who have it: whether this configuration is switched to or not is not known yet.
         structlog.get_logger().error(Event.EDGE_THREAD_REPLACED, place=thread.place)
@@ -98,18 +102,18 @@ class Workers:
 
     def adopt(self) -> None:
         """Take over from the workers of before, which are closed next: what goes on is this one's to end."""
-        for worker, known in self._going_on:
+        for worker, known in self._continued:
             worker.take_over(known)
-        self._going_on = []
+        self._continued = []
         self._before = None
 
     async def close(self) -> None:
         """Tear down those that nobody else has, and end the thread that nobody else uses."""
-        self._going_on = []
+        self._continued = []
         self._before = None
-        await asyncio.gather(*(worker.tear_down() for worker in self._all.values()))
-        executed = any(worker.code.fresh for worker in self._all.values())
-        self._all = {}
+        await asyncio.gather(*(worker.tear_down() for worker in self._by_key.values()))
+        executed = any(worker.code.module_name for worker in self._by_key.values())
+        self._by_key = {}
         if executed:
             # A module and its functions hold each other, and with them whatever it has read at its import, which may be
             # a hundred megabytes at each reload. 4 ms for each 1 000 tunnels of the process.
@@ -119,7 +123,7 @@ class Workers:
             await thread.stop()
 
 
-def _key(site: SiteConfig) -> tuple[str, str]:
+def _worker_key(site: SiteConfig) -> tuple[str, str]:
     """What makes the worker of another site the same."""
     assert site.worker is not None
     return site.worker, site.worker_config.canonical

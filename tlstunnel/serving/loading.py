@@ -192,7 +192,7 @@ def load(
             raise description.make_error(found)
     except BaseException:
         if workers is not None:
-            workers.forget()
+            workers.discard()
         raise
     return LoadedConfig(description, sites, firewall, workers)
 

@@ -95,7 +95,7 @@ class _Builder:
             edits=build_edits(config),
             max_age=config.max_age,
             max_age_jitter=config.max_age_jitter,
-            edge=workers.edge(config, pools, self._resolve_every, preface, tls) if workers is not None else None,
+            edge=workers.build_edge(config, pools, self._resolve_every, preface, tls) if workers is not None else None,
         )
 
     def _read_certificates(self, config: SiteConfig, path: KeyPath) -> Served | None:
