@@ -121,7 +121,7 @@ def test_a_worker_that_fails(folder: Path) -> None:
     out, err = run(folder, "GET /boom", "--header", "X-Given: 1", status=1)
     assert "worker failed: 500" in out
     assert f'File "{folder}/edge.py", line 18, in fetch' in err
-    assert "EdgeError: the value of X-Set holds a control character" in err
+    assert "EdgeError: the value of X-Set contains a control character" in err
 
 
 def test_a_worker_that_is_late(folder: Path) -> None:

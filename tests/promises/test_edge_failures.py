@@ -366,7 +366,7 @@ def test_what_is_neither_a_request_nor_a_reply(refusing: Stage, of: str, said: s
     outcome = asked(refusing, f"/value?of={of}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert (
-        f"a worker returns the request, request.forward(...) or a Reply, not {said}"
+        f"a worker must return the request, request.forward(...) or a Reply, not {said}"
         in (_logged(refusing[1], outcome)["exception"])
     )
 
@@ -395,7 +395,7 @@ def test_late_is_a_504_in_time(refusing: Stage) -> None:
     outcome = asked(refusing, "/late")
     took = time.monotonic() - began
     assert (outcome.status, outcome.reason) == (504, "edge: worker timed out")
-    assert outcome.body.startswith("504 Gateway Timeout: the edge worker did not answer within 0.3 s\nid: ")
+    assert outcome.body.startswith("504 Gateway Timeout: the edge worker did not respond within 0.3 s\nid: ")
     assert _logged(refusing[1], outcome, "edge worker timed out")["seconds"] == TIMEOUT
     assert TIMEOUT * 0.9 < took < TIMEOUT + 1, took
 

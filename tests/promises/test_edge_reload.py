@@ -201,7 +201,7 @@ def test_a_request_in_flight_is_answered_by_the_one_that_was_asked(started: Star
     ("code", "said"),
     [
         (None, "worker.py: cannot be read: No such file or directory"),
-        ("async def fetch(request, env)\n    pass\n", "worker.py:1: is not Python: SyntaxError: expected ':'"),
+        ("async def fetch(request, env)\n    pass\n", "worker.py:1: is not valid Python: SyntaxError: expected ':'"),
         ("import json\nimport no_such_module_here\n", "worker.py:2: cannot be imported: ModuleNotFoundError"),
         ("import sys\n\nsys.exit('no')\n", "worker.py:3: cannot be imported: SystemExit: no"),
         ("async def other(request, env): ...\n", "there is no fetch in"),

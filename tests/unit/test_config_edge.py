@@ -305,7 +305,7 @@ def test_check_loads_it(tmp_path: Path) -> None:
     ("worker", "wrong"),
     [
         (None, "worker.py: cannot be read: No such file"),
-        ("async def fetch(request, env)\n", "worker.py:1: is not Python"),
+        ("async def fetch(request, env)\n", "worker.py:1: is not valid Python"),
         ("import none_such\n", "worker.py:1: cannot be imported"),
         ("async def other(request, env): ...\n", "there is no fetch"),
     ],

@@ -517,7 +517,7 @@ def test_a_sub_list_stands_where_the_first_field_stood() -> None:
 )
 def test_no_other_list(wrong: Any) -> None:
     given = asked((b"Sec-WebSocket-Protocol", b"a, b, c"))
-    with pytest.raises(EdgeError, match=r"subprotocols are (some of those|a list)"):
+    with pytest.raises(EdgeError, match=r"subprotocols must be (some of those|a list)"):
         given.forward(subprotocols=wrong)
 
 
@@ -773,7 +773,7 @@ def test_a_reply_keeps_the_headers_that_it_was_made_with() -> None:
 
 @pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])
 def test_what_is_neither_a_request_nor_a_reply(said: object) -> None:
-    with pytest.raises(EdgeError, match=r"a worker returns the request, request\.forward"):
+    with pytest.raises(EdgeError, match=r"a worker must return the request, request\.forward"):
         to_outcome(said, asked())
 
 

@@ -1,6 +1,6 @@
-"""Edge workers: a user's function that looks at the upgrade request, between the firewall and the origin.
+"""Edge workers: users' functions that see each upgrade request between the firewall and the origin.
 
-What such a function needs is here; docs/edge.md says what it can do, and what it cannot.
+This module exports what such a function needs. docs/edge.md describes what it can and cannot do.
 """
 
 from tlstunnel.edge.values import TLS, ClientCertificate, EdgeError, Reply, WorkerRequest

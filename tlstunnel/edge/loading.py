@@ -1,4 +1,4 @@
-"""A worker's code: ``FILE:FUNCTION``, executed anew each time, or ``PACKAGE.MODULE:FUNCTION``, imported once."""
+"""Load a worker's code: ``FILE:FUNCTION`` is executed at each load, ``PACKAGE.MODULE:FUNCTION`` is imported once."""
 
 import importlib
 import inspect
@@ -21,9 +21,10 @@ SetUp = Callable[[dict[str, Any]], Awaitable[object]]
 TearDown = Callable[[Any], Awaitable[object]]
 
 MAX_REASON = 300
+"""Characters of an exception's text that an error shows."""
 
 IMPORT_SECONDS = 30.0
-"""What a module has to be executed: a release waits for it (``release.upgrade_timeout`` is as long)."""
+"""How long the import of a module may take. An upgrade waits for it (``release.upgrade_timeout`` is as long)."""
 
 T = TypeVar("T")
 
@@ -32,10 +33,10 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A worker's function, and its module's `setup` and `teardown` where there are any.
+    """A worker's function, and the `setup` and `teardown` of its module, if it has them.
 
-    `file` is where it stands, "" where nobody knows. `module_name` is the name under which it was executed for this
-    configuration alone, "" for one that was imported.
+    `file` is the path of the source, "" if unknown. `module_name` is the name under which a file was executed for this
+    configuration alone, "" for an imported module.
     """
 
     fetch: Fetch
@@ -45,25 +46,25 @@ class Code:
     module_name: str = ""
 
     def discard(self) -> None:
-        """Let the module go, which nobody else can import."""
+        """Remove a file's module from `sys.modules`. An imported module stays."""
         if self.module_name:
             sys.modules.pop(self.module_name, None)
 
 
 class Loader:
-    """Loads the workers of one configuration: each file is executed once, however many workers it has."""
+    """Loads the workers of one configuration. Each file is executed once, however many workers it has."""
 
     def __init__(self) -> None:
         self._files: dict[str, ModuleType] = {}
         self._broken: dict[str, str] = {}
 
     def discard(self) -> None:
-        """Discard every module that was executed, if none of them is used."""
+        """Discard all executed modules. Call this only if none of them is in use."""
         while self._files:
             _discard(self._files.popitem()[1])
 
     def load(self, reference: str) -> Code:
-        """Load a worker. Raises ConfigurationError, which says what is wrong with it and where."""
+        """Load the worker that `reference` names. Raises ConfigurationError with the file, the line and the problem."""
         place, _, name = reference.rpartition(":")
         is_file = place.endswith(".py")
         module = self._execute(place) if is_file else _import_module(place)
@@ -80,7 +81,7 @@ class Loader:
         return Code(fetch, setup, teardown, file, module.__name__ if is_file else "")
 
     def _execute(self, place: str) -> ModuleType:
-        """Execute a file, unless that was done: one that fails is not executed again for its next worker."""
+        """Return the module of a file, executed once. A file that failed is not executed again for another worker."""
         if place in self._broken:
             raise ConfigurationError(self._broken[place])
         module = self._files.get(place)
@@ -94,10 +95,10 @@ class Loader:
 
 
 def _execute_file(place: str) -> ModuleType:
-    """Execute a file as a module of a new name.
+    """Execute a file as a module with a new name.
 
-    Compiled here: Python's own import would take a cached file for it where time and size are the same. The name is
-    one below ``tlstunnel.edge``, so that what it logs by ``logging.getLogger(__name__)`` is shown from INFO on.
+    The file is compiled here because Python's own import would use cached bytecode if time and size are unchanged. The
+    name is below ``tlstunnel.edge``, so that ``logging.getLogger(__name__)`` logs from level INFO.
     """
     path = Path(place)
     name = f"tlstunnel.edge.{path.stem}_{next(_numbers)}"
@@ -110,10 +111,10 @@ def _execute_file(place: str) -> ModuleType:
         raise ConfigurationError(f"the edge worker {place}: cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise ConfigurationError(f"the edge worker {place}{line}: is not Python: {explain(error)}") from None
-    sys.modules[name] = module  # dataclasses look for it there
+        raise ConfigurationError(f"the edge worker {place}{line}: is not valid Python: {explain(error)}") from None
+    sys.modules[name] = module  # dataclasses look it up there
     try:
-        _run_within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - what a worker is for
+        _run_within(IMPORT_SECONDS, place, lambda: exec(code, module.__dict__))  # noqa: S102 - running a worker's code is the purpose
     except BaseException as error:
         _discard(module)
         if isinstance(error, ConfigurationError):
@@ -123,15 +124,15 @@ def _execute_file(place: str) -> ModuleType:
 
 
 def _discard(module: ModuleType) -> None:
-    """Let go what nobody uses, and what it holds: an exception's frames would keep it until they are collected."""
+    """Free an unused module and its contents. The frames of an exception would keep them until they are collected."""
     sys.modules.pop(module.__name__, None)
     vars(module).clear()
 
 
 def _run_within(seconds: float, place: str, work: Callable[[], T]) -> T:
-    """Do this in a thread of its own, which is left alone where it does not end.
+    """Call `work` in a thread of its own and return its result. The thread is abandoned if it takes too long.
 
-    Raises what it raises; ConfigurationError.
+    Raises what `work` raises, and ConfigurationError after `seconds`.
     """
     done: list[T] = []
     failed: list[BaseException] = []
@@ -148,12 +149,12 @@ def _run_within(seconds: float, place: str, work: Callable[[], T]) -> T:
     if done:
         return done[0]
     if not failed:
-        raise ConfigurationError(f"the edge worker {place}: its import did not end within {seconds:g} s")
+        raise ConfigurationError(f"the edge worker {place}: its import took longer than {seconds:g} s")
     error = failed.pop()
     try:
         raise error
     finally:
-        del error  # it holds this frame, and the worker's: what is refused is to be gone at once
+        del error  # it refers to this frame and the worker's; a refused worker must be freed at once
 
 
 def _import_module(name: str) -> ModuleType:
@@ -163,28 +164,26 @@ def _import_module(name: str) -> ModuleType:
         raise
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
-            hint = (
-                "install it where tlstunnel is, or put its folder into PYTHONPATH; a file is written edge/chat.py:fetch"
-            )
+            hint = "install it next to tlstunnel, or add its folder to PYTHONPATH; for a file, write edge/chat.py:fetch"
             raise ConfigurationError(f"the edge worker {name}: there is no module {error.name}; {hint}") from None
         raise _import_error(name, error) from None
     except BaseException as error:
         raise _import_error(name, error) from None
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)  # as that of a file, whose name is below ours
+        logger.setLevel(logging.INFO)  # the level that a file's logger has because its name is below ours
     return module
 
 
 def _import_error(place: str, error: BaseException) -> ConfigurationError:
-    line = find_line(error, place)  # a module's name is no file's
-    error.__traceback__ = None  # it holds every frame, and by them all that the module had
+    line = find_line(error, place)  # 0 for a module: its name is not a path
+    error.__traceback__ = None  # its frames would keep everything in the module alive
     where = f"{place}:{line}" if line else place
     return ConfigurationError(f"the edge worker {where}: cannot be imported: {explain(error)}")
 
 
 def find_line(error: BaseException, file: str) -> int:
-    """The line of `file` in which `error` was raised, or what was called there raised it; 0 where it was elsewhere."""
+    """Return the innermost line of `file` in the traceback of `error`; 0 if there is none."""
     line, traceback = 0, error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == file:
@@ -194,7 +193,7 @@ def find_line(error: BaseException, file: str) -> int:
 
 
 def explain(error: BaseException) -> str:
-    """An exception in one line, fit for a terminal."""
+    """Return an exception as one printable line."""
     try:
         text = printable(" ".join(str(error).split())[:MAX_REASON])
     except BaseException as another:
@@ -203,9 +202,9 @@ def explain(error: BaseException) -> str:
 
 
 def _check_signature(function: object, arguments: int, wanted: str, reference: str) -> None:
-    """Refuse what could not be called as it will be."""
+    """Raise ConfigurationError unless `function` is a coroutine function that takes so many positional `arguments`."""
     if not inspect.iscoroutinefunction(function):
-        raise ConfigurationError(f"the edge worker {reference}: expected {wanted}, which is a coroutine function")
+        raise ConfigurationError(f"the edge worker {reference}: expected a coroutine function, {wanted}")
     try:
         inspect.signature(function).bind(*[None] * arguments)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The edge stage: a site's worker is called with an upgrade request, and returns directions or a refusal."""
+"""The edge stage: call a site's worker with an upgrade request, and interpret what it returns."""
 
 import time
 from dataclasses import dataclass
@@ -27,14 +27,15 @@ _EVENTS = {
     WorkerOutcome.TIMED_OUT: Event.WORKER_TIMED_OUT,
     WorkerOutcome.BUSY: Event.WORKER_BUSY,
 }
-"""The event for a request that its worker returned nothing for."""
+"""The event for each outcome in which the worker returned nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Where to send a request: `request` as the worker changed it, `edits` of its head, `outcome` for the record.
+    """Where to send a request, and in which form.
 
-    `pool` has the origin at `address`; both are None if the worker has chosen none.
+    `request` is the request as the worker changed it, `edits` are the changes of its head, and `outcome` is for the
+    record. `pool` has the origin at `address`; both are None if the worker chose no origin.
     """
 
     request: handshake.UpgradeRequest
@@ -49,10 +50,10 @@ class Directions:
 
 
 class Edge:
-    """A site's edge: its `worker`, which has `timeout` seconds, and where that may send.
+    """A site's `worker`, which may take `timeout` seconds, and the `destinations` that it may choose.
 
-    With `on_error` "forward", a request whose worker failed or was late goes on as it came. `counted` counts what came
-    of each.
+    With `on_error` "forward", a request is forwarded unchanged if the worker fails or takes too long. `metrics` count
+    the outcomes.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class Edge:
         self._counts = metrics[families.EDGE_REQUESTS]
 
     async def call(self, request: handshake.UpgradeRequest, connection: Connection, client: Channel) -> Directions:
-        """Call the worker, and wait for it until the deadline of the `client`.
+        """Call the worker, and wait for its result until the deadline of the `client`.
 
-        Raises Refusal; ClientGone when the client does not wait.
+        Raises Refusal, and ClientGone if the client disconnects meanwhile.
         """
         request_id, wakeup = connection.request_id, client.wakeup
         if self.worker.late >= MAX_LATE:
@@ -86,7 +87,7 @@ class Edge:
                     raise ClientGone
                 await wakeup.wait()
         except TimeoutError:
-            text = f"the edge worker did not answer within {self.timeout:g} s"
+            text = f"the edge worker did not respond within {self.timeout:g} s"
             late = Refusal(504, Reason.WORKER_TIMED_OUT, text)
             return self._handle_failure(request, request_id, late, WorkerOutcome.TIMED_OUT, seconds=float(self.timeout))
         finally:
@@ -94,7 +95,7 @@ class Edge:
         return self._to_directions(request, call, request_id)
 
     async def close(self) -> None:
-        """Stop the look-ups of names that its worker has chosen."""
+        """Stop resolving the names that the worker has chosen."""
         await self.destinations.close()
 
     def _count(self, outcome: WorkerOutcome) -> None:
@@ -125,7 +126,7 @@ class Edge:
         forwards: bool | None = None,
         **facts: object,
     ) -> Directions:
-        """Forward the request unchanged if it is configured so, else raise `refusal`; log and count either."""
+        """Log and count a failure; raise `refusal`, or return directions that forward the request unchanged."""
         forwards = self._forwards if forwards is None else forwards
         going = {"forwarded": True} if forwards else {}
         structlog.get_logger().warning(_EVENTS[outcome], id=request_id, worker=self.worker.reference, **facts, **going)

@@ -1,8 +1,8 @@
-"""The thread in which edge workers run, on an event loop of their own.
+"""The thread in which edge workers run, on an event loop of its own, and its watchdog.
 
-On the loop of the tunnels, one worker that sleeps or computes would hold every tunnel of the process, and its own
-deadline with them. Here it holds other workers' requests, which are answered in time all the same: their deadline is
-kept on the loop of the tunnels. What it costs is in docs/performance.md.
+On the loop of the tunnels, a worker that sleeps or computes would block every tunnel of the process, and its own
+deadline too. On a loop of their own, workers can only block each other's requests, whose deadlines are kept on the loop
+of the tunnels. docs/performance.md has the cost.
 """
 
 import asyncio
@@ -30,53 +30,53 @@ from tlstunnel.journal.events import Event
 from tlstunnel.sockets.readiness import IN, TunnelLoop
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds that a worker which only computes may hold Python's lock while a tunnel waits for it: Python's 5 ms would
-leave tunnels a tenth of their messages (`tlstunnel.service` has the measurement)."""
+"""Seconds that a worker may compute in Python before the GIL goes to a tunnel that waits for it. With Python's default
+of 5 ms, tunnels would move a tenth of their messages (docs/performance.md has the measurement)."""
 
 BLOCKED_SECONDS = 0.25
-"""Seconds without a turn of the workers' loop after which whoever holds it is named."""
+"""Seconds without an iteration of the workers' loop after which the worker that blocks it is logged."""
 
 CHECK_SECONDS = 0.1
-"""How often that is looked at while a request is with a worker."""
+"""Seconds between two checks of the loop while a call runs."""
 
 GIL_CPU_SECONDS = CHECK_SECONDS + BLOCKED_SECONDS
-"""Seconds of computing, without a look of ours between, after which the stacks are written down by a signal's handler
-in C: who computes in C, such as a regular expression, holds Python's lock all the time, and when it is over the stack
-is another. The timer costs two system calls, and none while nobody waits for a worker."""
+"""Seconds of CPU time without a check in between, after which a signal handler in C records the stacks of all threads.
+C code that keeps the GIL, such as a regular expression, lets no check run, and once it returns the stack is a different
+one. The timer costs two system calls a check, and none while no call runs."""
 
 MAX_STACK_BYTES = 1 << 20
-"""Bytes of them that are read; faulthandler writes 100 calls of each of 100 threads."""
+"""How much of the recorded stacks is read. faulthandler writes up to 100 frames of each of 100 threads."""
 
 _STACK_LINE = re.compile(rb'  File "(?P<file>.*)", line (?P<line>[0-9]+) in .*')
 
 STOP_SECONDS = 1.0
-"""What is waited for the thread's end. A worker that blocks it then goes with the process."""
+"""How long to wait for the thread to end. A thread that is still blocked then ends with the process."""
 
 T = TypeVar("T")
 
 
 class TooLate(Exception):
-    """What was to be done in the workers' thread was not done in time."""
+    """A coroutine did not finish in the workers' thread in time."""
 
 
 class WatchedWorker(Protocol):
-    """What can be named where it stands."""
+    """What the watchdog needs to know about a worker to name it."""
 
     reference: str
 
     @property
     def file(self) -> str:
-        """Where its code is."""
+        """The path of its source; "" if unknown."""
 
     def owns_frame(self, frame: FrameType) -> bool:
-        """Whether `frame` is of one of its functions."""
+        """Return whether `frame` runs one of its functions."""
 
 
 class _CallQueue:
-    """Calls from the thread of one loop into that of another, all of a turn at once.
+    """Calls from the thread of one loop, `here`, into that of another, `there`, sent together once per iteration.
 
-    Each by itself, with its own system call, was picked up before the turn that made it was over: two changes of thread
-    a handshake, where now there are two for all of a turn (docs/performance.md). One that is `alone` goes at once.
+    If each call had its own system call, the other thread would wake up before the iteration is over: two thread
+    switches per handshake, instead of two per iteration (docs/performance.md). If `alone()`, a call is sent at once.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class _CallQueue:
         self._going = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         if isinstance(there, TunnelLoop):
-            # Called from within the loop's wait, so that what it makes ready is done in the same turn.
+            # Called from within the loop's wait, so that callbacks it schedules run in the same iteration.
             there.readiness.register(self._fd, IN, lambda _: self._deliver())
         else:
             there.add_reader(self._fd, self._deliver)
 
     def send(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this there, in turn. It must not raise."""
+        """Call `function` on the other loop. Calls stay in order. It must not raise."""
         self._calls.append((function, arguments))
         if self._alone():
             self._go()
@@ -119,8 +119,8 @@ class _CallQueue:
             function(*arguments)
 
     def close(self) -> None:
-        """Watch for no more; to be called where the calls arrive, or once that loop is closed."""
-        fd, self._fd = self._fd, -1  # before its number is another's
+        """Receive no more calls. Call this on the receiving loop, or once that loop is closed."""
+        fd, self._fd = self._fd, -1  # before the number is used again
         if fd < 0:
             return
         if not self._there.is_closed():
@@ -132,9 +132,9 @@ class _CallQueue:
 
 
 class _Stacks:
-    """The stacks of all threads as they were when a signal came, SIGVTALRM: nobody else here has a use for that one.
+    """Records the stacks of all threads when SIGVTALRM arrives, a signal that nothing else in the program uses.
 
-    One a process, for good: without its handler the signal would end the process.
+    There is one per process, and it is never closed: without its handler the signal would end the process.
     """
 
     def __init__(self) -> None:
@@ -142,19 +142,19 @@ class _Stacks:
         faulthandler.register(signal.SIGVTALRM, self._fd, all_threads=True)
 
     def arm(self) -> None:
-        """Write them down after `GIL_CPU_SECONDS` seconds of computing from now on."""
+        """Record the stacks after `GIL_CPU_SECONDS` of CPU time from now on."""
         signal.setitimer(signal.ITIMER_VIRTUAL, GIL_CPU_SECONDS)
 
     def disarm(self) -> None:
-        """Do not."""
+        """Stop the timer."""
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def take(self, thread: int) -> list[tuple[str, int]]:
-        """The file and line of each call of a thread, innermost first, where that was written down; forget them all."""
+        """Return file and line of each recorded frame of `thread`, innermost first, and discard the recording."""
         written = os.pread(self._fd, MAX_STACK_BYTES, 0)
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
-        # "Thread 0x...", or "Current thread 0x..." for the one that had the signal.
+        # "Thread 0x...", or "Current thread 0x..." for the one that received the signal.
         _, _, stack = written.rpartition(b"hread 0x%016x" % thread)
         lines = (_STACK_LINE.fullmatch(line) for line in stack.partition(b"\n\n")[0].splitlines())
         return [(os.fsdecode(line["file"]), int(line["line"])) for line in lines if line]
@@ -164,7 +164,10 @@ _stacks = cache(_Stacks)
 
 
 class EdgeThread:
-    """Runs coroutines on its own loop, and notices when one of them holds it. Made and asked on the tunnels' loop."""
+    """Runs coroutines on a loop of its own, and notices when one of them blocks it.
+
+    Create and use it on the tunnels' loop.
+    """
 
     def __init__(self) -> None:
         self.workers: weakref.WeakSet[WatchedWorker] = weakref.WeakSet()
@@ -176,17 +179,18 @@ class EdgeThread:
         self._to_workers = _CallQueue(self._here, self.loop, self._is_alone)
         self._to_tunnels = _CallQueue(self.loop, self._here, self._is_alone)
         self.send = self._to_workers.send
-        """Call a function there; to be called on the tunnels' loop."""
+        """Call a function on the workers' loop. Use it on the tunnels' loop."""
         self.send_back = self._to_tunnels.send
-        """Call a function on the tunnels' loop; to be called there."""
+        """Call a function on the tunnels' loop. Use it on the workers' loop."""
         self._thread = threading.Thread(target=self._run, name="edge workers", daemon=True)
         self._pinged_at = self._checked_at = 0.0
         self._stacks = _stacks()
         self._ping_pending = False
         self._blocked: tuple[float, str] | None = None
         self._ended = self._stopped = False
+        self._shutdown_task: asyncio.Task[None] | None = None
         self.late = 0
-        """Requests that were answered without their worker, which still has them."""
+        """Calls that were given up but still run."""
         self._timer: asyncio.TimerHandle | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
         self._thread.start()
@@ -196,7 +200,7 @@ class EdgeThread:
         while not self._ended:
             try:
                 self.loop.run_forever()
-            except (SystemExit, KeyboardInterrupt) as error:  # of a task that a worker left behind
+            except (SystemExit, KeyboardInterrupt) as error:  # raised by a task that a worker left running
                 structlog.get_logger().error(Event.EDGE_TASK_EXITED, reason=type(error).__name__)
         self.loop.close()
 
@@ -205,11 +209,14 @@ class EdgeThread:
 
     @property
     def usable(self) -> bool:
-        """Whether it has not been told to end."""
+        """Whether it runs and `stop` has not been called."""
         return not self._stopped
 
     async def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
-        """Have this done there, within so many seconds. Raises what it raises; TooLate, also after the end."""
+        """Run `work` on the workers' loop and return its result.
+
+        Raises what it raises, and TooLate after `seconds` or if the thread has been stopped.
+        """
         if self._stopped:
             work.close()
             raise TooLate
@@ -225,7 +232,7 @@ class EdgeThread:
             future.cancel()
 
     async def responds(self, seconds: float) -> bool:
-        """Whether its loop has a turn within so many seconds."""
+        """Return whether its loop runs an iteration within `seconds`."""
         try:
             await self.run(asyncio.sleep(0), seconds)
         except TooLate:
@@ -233,7 +240,7 @@ class EdgeThread:
         return True
 
     async def stop(self) -> None:
-        """End it: what runs there is cancelled. Whoever holds it is left alone; it ends then, or with the process."""
+        """Cancel what runs there, and end the thread. A thread that is blocked ends once it is released."""
         if self._timer is not None:
             self._timer.cancel()
         self._stacks.disarm()
@@ -257,15 +264,15 @@ class EdgeThread:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS / 4):
                 await self.loop.shutdown_asyncgens()
-        # What is under way there may take as long as it likes; the process does not wait for it.
+        # The process does not wait for what runs in worker threads.
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._ended = True
         self.loop.stop()
 
-    # The watchdog: only as long as somebody waits for what runs there, so that an idle tunnel costs nothing.
+    # The watchdog. It runs only while a call waits for its result, so that an idle tunnel costs nothing.
 
     def watch(self) -> None:
-        """Look after it until `unwatch`."""
+        """Check the loop until `unwatch`. Calls of both are counted."""
         self._watchers += 1
         if self._timer is None:
             self._checked_at = time.monotonic()
@@ -273,14 +280,14 @@ class EdgeThread:
             self._timer = self._here.call_later(CHECK_SECONDS, self._check)
 
     def unwatch(self) -> None:
-        """One fewer waits for it."""
+        """Undo one `watch`."""
         self._watchers -= 1
 
     def _check(self) -> None:
         self._timer = None
         now = time.monotonic()
-        if (stood := now - self._checked_at - CHECK_SECONDS) >= BLOCKED_SECONDS:
-            self._warn_gil_held(stood)
+        if (delay := now - self._checked_at - CHECK_SECONDS) >= BLOCKED_SECONDS:
+            self._warn_gil_held(delay)
         self._checked_at = now
         if not self._ping_pending:
             if not self._watchers:
@@ -304,34 +311,34 @@ class EdgeThread:
     def _warn_blocking(self, seconds: float) -> None:
         worker, file, line = self._locate()
         self._blocked = time.monotonic() - seconds, worker
-        hint = "await what waits, and compute elsewhere: asyncio.to_thread"
+        hint = "await I/O instead of blocking; move heavy work to asyncio.to_thread"
         _warn(Event.WORKER_BLOCKING, worker, file, line, seconds, hint)
 
     def _warn_gil_held(self, seconds: float) -> None:
-        """No turn here either: somebody held Python's lock."""
+        """Log the worker that held the GIL: this loop did not run either."""
         stack = self._stacks.take(self._thread.ident or 0)
         found = next(((one, file, line) for file, line in stack for one in self.workers if one.file == file), None)
         if found is not None:
             worker, file, line = found
-            hint = "every tunnel waited: it computes in C with Python's lock; another library, or another process"
+            hint = "every tunnel waited for a C function that held the GIL; use another library or another process"
             _warn(Event.WORKER_HOLDS_GIL, worker.reference, file, line, seconds, hint)
 
     @property
     def place(self) -> str:
-        """Where it stands, a worker's name and its line; "" where that is in none."""
+        """The worker and the line that it executes now; "" if it executes no worker."""
         worker, file, line = self._locate()
         return f"{worker} {file}:{line}" if worker else ""
 
     def _locate(self) -> tuple[str, str, int]:
-        """The worker that stands on the stack, and file and line, of its own where that is on the stack too."""
+        """Return the worker that is on the stack, and file and line, in its own file if that is on the stack too."""
         stack = list(_walk_stack(sys._current_frames().get(self._thread.ident or 0)))
         if not stack:
             return "", "", 0
-        # The innermost call of a worker's file, also in a task of its own; without one, whatever is called.
+        # The innermost frame in a worker's file, also in a task that it created; without one, the innermost frame.
         files = {one.file for one in self.workers}
         own = next((frame for frame in stack if frame.f_code.co_filename in files), stack[0])
         file = own.f_code.co_filename
-        # Of several of one file, the one whose function is under way.
+        # If several workers share the file, the one whose function is running.
         workers = sorted((one for one in self.workers if one.file == file), key=lambda one: one.reference)
         called = [one for one in workers if any(map(one.owns_frame, stack))]
         named = [one.reference for one in (*called, *workers)]

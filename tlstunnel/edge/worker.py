@@ -1,4 +1,4 @@
-"""A worker: its code, what `setup` gave it, and one request's way through it."""
+"""A worker: its code, its environment from `setup`, and its calls."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -16,21 +16,22 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Event
 
 SETUP_SECONDS = 30.0
-"""What a worker's `setup` may take: a release waits for it (``release.upgrade_timeout`` is as long)."""
+"""How long a worker's `setup` may take. An upgrade waits for it (``release.upgrade_timeout`` is as long)."""
 
 TEARDOWN_SECONDS = 5.0
-"""What its `teardown` may take: the end of the process waits for it."""
+"""How long a worker's `teardown` may take. The process waits for it before it exits."""
 
 MAX_LATE = 1000
-"""Requests that workers were too late for and still have: one that ignores its cancellation keeps the memory of each.
-Beyond that none is asked."""
+"""Calls that may still run after they have been given up. A worker that ignores cancellation keeps the memory of
+each request; beyond this number it is not called."""
 
 
 class Call:
-    """A request on its way through a worker. `done` is called on the tunnels' loop once it is through, unless left.
+    """A call of a worker with a request. `done` is called on the tunnels' loop once it has finished, unless closed.
 
-    `outcome` is then what came of it, or `failure` the traceback of what it raised; `invalid` says that a refusal was
-    meant. Whatever runs code of the worker's, its exceptions' texts included, is done in its thread.
+    Then either `outcome` is set, or `failure` is the traceback of what the worker raised; `invalid` is whether that was
+    an invalid reply. Everything that runs code of the worker, including the text of its exceptions, is done in the
+    workers' thread.
     """
 
     __slots__ = ("_closed", "_done", "_request", "_task", "_thread", "failure", "finished", "invalid", "outcome")
@@ -45,20 +46,20 @@ class Call:
         self.failure = ""
 
     def start(self, worker: "Worker") -> None:
-        """In the workers' thread."""
+        """Start the call. Runs in the workers' thread."""
         if self._closed:
             self._thread.send_back(self._finish)
         else:
             self._task = self._thread.loop.create_task(self._run(worker))
 
     async def _run(self, worker: "Worker") -> None:
-        """Ask, and tell: from within the task, whose callbacks would be another turn of the loop."""
+        """Call the worker and report the result, within the task: a done callback would need another iteration."""
         try:
             self.outcome = to_outcome(await worker.fetch(self._request), self._request)
-        except BaseException as error:  # some would end the thread's loop
+        except BaseException as error:  # SystemExit and KeyboardInterrupt would end the thread's loop
             self.invalid = isinstance(error, InvalidReply)
             self.failure = _render_traceback(error)
-            error.__traceback__ = None  # it holds every frame, and by them all that the worker had
+            error.__traceback__ = None  # its frames would keep everything in the worker alive
         self._task = None
         self._thread.send_back(self._finish)
 
@@ -70,7 +71,7 @@ class Call:
             self._done()
 
     def close(self) -> None:
-        """Wait for it no more; have it end as soon as it will, where it has not. To be called once."""
+        """Stop waiting, and cancel the call if it has not finished. To be called exactly once."""
         self._thread.unwatch()
         if not self.finished:
             self._closed = True
@@ -83,13 +84,13 @@ class Call:
             self._task.add_done_callback(self._report_cancelled)
 
     def _report_cancelled(self, _: "asyncio.Task[None]") -> None:
-        if self._task is not None:  # it was cancelled before it had begun
+        if self._task is not None:  # cancelled before it had started
             self._task = None
             self._thread.send_back(self._finish)
 
 
 def _render_traceback(error: BaseException) -> str:
-    """The traceback of what a worker raised, without our own frame; its text may raise, too."""
+    """Return the traceback of what a worker raised, without our own frame. The exception's text may raise, too."""
     traceback = error.__traceback__
     try:
         return printable_traceback(error.with_traceback(traceback and traceback.tb_next))
@@ -98,7 +99,7 @@ def _render_traceback(error: BaseException) -> str:
 
 
 class Worker:
-    """The worker that `reference` names, with its `config`, for one configuration; sites may share it."""
+    """The worker that `reference` names, with its `config`, in one configuration. Sites may share it."""
 
     def __init__(self, reference: str, config: WorkerTable, code: Code) -> None:
         self.reference = reference
@@ -115,33 +116,33 @@ class Worker:
 
     @property
     def file(self) -> str:
-        """Where its code is; "" where nobody knows."""
+        """The path of its source; "" if unknown."""
         return self.code.file
 
     @property
     def late(self) -> int:
-        """How many requests its thread holds that were answered without it."""
+        """How many calls of its thread were given up but still run."""
         assert self._thread is not None
         return self._thread.late
 
     def owns_frame(self, frame: FrameType) -> bool:
-        """Whether `frame` is of one of its functions."""
+        """Return whether `frame` runs one of its functions."""
         return frame.f_code in self._codes
 
     def fetch(self, request: WorkerRequest) -> Awaitable[object]:
-        """Ask it. In the workers' thread."""
+        """Call its function. Runs in the workers' thread."""
         return self.code.fetch(request, self._env)
 
     def call(self, request: WorkerRequest, done: Callable[[], object]) -> Call:
-        """Begin to ask it; `done` is called on the tunnels' loop. To be left in any case, by `Call.leave`."""
+        """Start a call; `done` is called on the tunnels' loop. The caller must close the call in any case."""
         assert self._thread is not None
         call = Call(self._thread, request, done)
-        self._thread.watch()  # before it can begin: from then on it may hold this thread too
+        self._thread.watch()  # before it can start: from then on it may block this thread too
         self._thread.send(call.start, self)
         return call
 
     async def set_up(self, thread: EdgeThread) -> None:
-        """Call its `setup` in `thread`, where it is asked from then on. Raises ConfigurationError."""
+        """Call its `setup` in `thread`, in which it runs from then on. Raises ConfigurationError."""
         env: object = None
         if self.code.setup is not None:
             thread.workers.add(self)  # for the watchdog
@@ -150,19 +151,19 @@ class Worker:
                     _call_guarded(self.code.setup, dict(self.config), self._explain_failure), SETUP_SECONDS
                 )
             except TooLate:
-                failure = f"did not end within {SETUP_SECONDS:g} s; it stands at {thread.place or 'an await'}"
+                failure = f"took longer than {SETUP_SECONDS:g} s; it is at {thread.place or 'an await'}"
             if failure:
                 thread.workers.discard(self)
                 raise ConfigurationError(f"the edge worker {self.reference}: its setup {failure}")
         self._attach(env, thread, has_env=True)
 
     def continue_from(self, before: "Worker") -> None:
-        """Be asked with what `before` was set up with, which stays its own until `take_over`."""
+        """Use the environment of `before`, which still owns it until `take_over`."""
         assert before._thread is not None
         self._attach(before._env, before._thread, has_env=False)
 
     def take_over(self, before: "Worker") -> None:
-        """Tear down what it goes on with, in the place of `before`."""
+        """Become the owner of the environment of `before`, and so the one that tears it down."""
         self._has_env, before._has_env = before._has_env, False
 
     def _attach(self, env: object, thread: EdgeThread, *, has_env: bool) -> None:
@@ -171,11 +172,11 @@ class Worker:
 
     @property
     def thread(self) -> EdgeThread | None:
-        """Where it is asked; None before it was set up."""
+        """The thread in which it runs; None before it is set up."""
         return self._thread
 
     async def tear_down(self) -> None:
-        """Call its `teardown`, if that is its to do; whatever that raises is logged."""
+        """Call its `teardown`, if it owns its environment. Log what that raises."""
         thread, teardown = self._thread, self.code.teardown
         if thread is not None:
             if self._has_env and teardown is not None:
@@ -201,9 +202,9 @@ class Worker:
 async def _call_guarded(
     function: Callable[..., Awaitable[object]], argument: object, render: Callable[[BaseException], str]
 ) -> tuple[object, str]:
-    """What a `setup` or `teardown` gives, or what is `render` of its failure: in its thread, as that runs its code.
+    """Call a `setup` or `teardown` and return its result, or its failure as `render` shows it.
 
-    It ends normally in any case: some exceptions would end the thread's loop.
+    Runs in the workers' thread. Raises nothing: some exceptions would end the thread's loop.
     """
     try:
         return await function(argument), ""

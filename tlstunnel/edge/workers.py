@@ -1,9 +1,8 @@
-"""The workers of one configuration: loaded with it, set up before it is switched to, and what goes on from the last."""
+"""The workers of one configuration: load them, set them up, and take over those that have not changed."""
 
 import asyncio
 import gc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,16 +16,14 @@ from tlstunnel.edge.worker import Worker
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
-
-if TYPE_CHECKING:
-    from tlstunnel.origins.tls import OriginTLS
+from tlstunnel.origins.tls import OriginTLS
 
 RESPONSE_SECONDS = 2.0
-"""What the workers' thread has for one turn at a reload, before its workers are moved to another."""
+"""How long the workers' thread may take to respond at a reload, before the workers move to a new thread."""
 
 
 class Workers:
-    """The workers of `sites`. Imported workers continue from those of `before` where nothing about them has changed.
+    """The workers of `sites`. Imported workers keep their environment of `before`, unless their configuration changed.
 
     `metrics` count the outcomes of calls. May be created in any thread. Raises InvalidConfiguration with the problem
     of every worker that cannot be loaded.
@@ -52,14 +49,14 @@ class Workers:
             problems.raise_found()
 
     def discard(self) -> None:
-        """Discard what was loaded, if it is never started."""
+        """Discard what was loaded, without having started it."""
         self._by_key = {}
         self._loader.discard()
 
     def build_edge(
-        self, site: SiteConfig, pools: Sequence[Pool], resolve_every: float, preface: bytes, tls: "OriginTLS | None"
+        self, site: SiteConfig, pools: Sequence[Pool], resolve_every: float, preface: bytes, tls: OriginTLS | None
     ) -> Edge | None:
-        """The edge of a site with these `pools`, None where it has no worker. The others are as `Pool` has them."""
+        """Return the edge of a site with these `pools`, None if it has no worker. The others are those of `Pool`."""
         if site.worker is None:
             return None
         allowed = Destinations(pools, site.worker_origins, resolve_every=resolve_every, preface=preface, tls=tls)
@@ -72,7 +69,7 @@ class Workers:
         )
 
     async def start(self) -> None:
-        """Set up those that are new, each in its turn. Raises ConfigurationError, with nothing of theirs left."""
+        """Set up the new workers, one after another. Raises ConfigurationError, after everything has been undone."""
         try:
             self._thread = thread = await self._usable_thread() if self._by_key else None
             for key, worker in self._by_key.items():
@@ -90,33 +87,33 @@ class Workers:
             raise
 
     async def _usable_thread(self) -> EdgeThread:
-        """The thread of before, as long as nobody holds it; another otherwise."""
+        """Return the thread of the previous configuration if it responds, else a new one."""
         thread = self._before._thread if self._before is not None else None
         if thread is None or not thread.usable:
             return EdgeThread()
         if await thread.responds(RESPONSE_SECONDS):
             return thread
-        # It goes on to be theirs who have it: whether this configuration is switched to or not is not known yet.
+        # The previous workers keep it: this configuration may still be refused.
         structlog.get_logger().error(Event.EDGE_THREAD_REPLACED, place=thread.place)
         return EdgeThread()
 
     def adopt(self) -> None:
-        """Take over from the workers of before, which are closed next: what goes on is this one's to end."""
-        for worker, known in self._continued:
-            worker.take_over(known)
+        """Take over the environments that are kept. The caller closes the previous workers next."""
+        for worker, previous in self._continued:
+            worker.take_over(previous)
         self._continued = []
         self._before = None
 
     async def close(self) -> None:
-        """Tear down those that nobody else has, and end the thread that nobody else uses."""
+        """Tear down the environments that it owns, and stop the thread if no other configuration uses it."""
         self._continued = []
         self._before = None
         await asyncio.gather(*(worker.tear_down() for worker in self._by_key.values()))
         executed = any(worker.code.module_name for worker in self._by_key.values())
         self._by_key = {}
         if executed:
-            # A module and its functions hold each other, and with them whatever it has read at its import, which may be
-            # a hundred megabytes at each reload. 4 ms for each 1 000 tunnels of the process.
+            # A module and its functions refer to each other, and keep what the import has read: perhaps a hundred
+            # megabytes at each reload. Takes 4 ms for each 1 000 tunnels of the process.
             gc.collect()
         thread, self._thread = self._thread, None
         if thread is not None and not thread.workers:
@@ -124,6 +121,6 @@ class Workers:
 
 
 def _worker_key(site: SiteConfig) -> tuple[str, str]:
-    """What makes the worker of another site the same."""
+    """Return what sites with the same worker have in common."""
     assert site.worker is not None
     return site.worker, site.worker_config.canonical
