@@ -2,21 +2,28 @@
 
 A pidfd (pidfd_open(2)) is readable once its process has exited, so no SIGCHLD handler is needed, and children that the
 program executed before this one has started can be watched as well. A signal sent through it reaches that process and
-none that has got its number since.
+none that has got its number since. Where the call does not exist (gVisor, valgrind, some seccomp filters), a thread
+waits for the child.
 """
 
 import asyncio
 import contextlib
+import errno
 import os
-import select
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Self, TypeVar
 
 from tlstunnel.backoff import Backoff
 
 T = TypeVar("T")
+
+_NO_PIDFD = frozenset({errno.ENOSYS, errno.EPERM})
+
+_POLL_SECONDS = 0.005
 
 
 class ChildProcess:
@@ -33,6 +40,10 @@ class ChildProcess:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:  # reaped by someone else
             self.exited.set_result(None)
+        except OSError as error:
+            if error.errno not in _NO_PIDFD:
+                raise
+            threading.Thread(target=self._wait_in_thread, name=f"wait for {pid}", daemon=True).start()
         else:
             self._loop.add_reader(self._pidfd, self._reap)
 
@@ -69,6 +80,8 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             if group:
                 os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            elif self._pidfd < 0:
+                os.kill(self.pid, signal.SIGKILL)
             else:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -79,6 +92,17 @@ class ChildProcess:
             code = os.waitstatus_to_exitcode(status)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._set_exited(code)
+
+    def _wait_in_thread(self) -> None:
+        code: int | None = None
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(self.pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._set_exited, code)
+
+    def _set_exited(self, code: int | None) -> None:
         if self._popen is not None:
             self._popen.returncode = code or 0
         self.exited.set_result(code)
@@ -111,12 +135,10 @@ async def start_with_retries(
 def wait_or_kill(pid: int, seconds: float) -> None:
     """Wait for a child's exit, without a loop, and kill it after so many seconds."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):  # reaped by someone else
-        pidfd = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(seconds * 1000):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
-        os.waitpid(pid, 0)
+        deadline = time.monotonic() + seconds
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() >= deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return
+            time.sleep(_POLL_SECONDS)

@@ -1,6 +1,7 @@
 """Child processes: their end is noticed, and nothing of them is left."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,17 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+@pytest.fixture(params=["pidfd", "thread"], autouse=True)
+def _way_of_watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with pidfds, and as on a system that has none."""
+    if request.param == "thread":
+
+        def pidfd_open(pid: int, flags: int = 0) -> int:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(os, "pidfd_open", pidfd_open)
 
 
 def _run(work: Callable[[], Awaitable[None]]) -> None:
