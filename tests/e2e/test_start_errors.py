@@ -146,7 +146,11 @@ def test_a_wrong_value_names_its_place(certificate: Certificate, tmp_path: Path)
 def test_a_certificate_named_in_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "tunnel.toml"
     path.write_text('[[sites]]\ncert = "absent.pem"\nkey = "absent-key.pem"\norigins = ["localhost:3000"]\n')
-    assert str(tmp_path / "absent.pem") in _refused(tmp_path, "--config", path)
+    done = _start(tmp_path, "--config", path)
+    assert done.returncode == 1, done
+    first, second = (line for line in done.stderr.splitlines() if line.startswith("tlstunnel: "))
+    assert f"{path}:2: sites[0].cert: {tmp_path / 'absent.pem'}: " in first
+    assert f"{path}:3: sites[0].key: {tmp_path / 'absent-key.pem'}: " in second
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from tests.handshakes import FIELDS, request
 from tlstunnel.addresses import Networks, OriginAddress
@@ -22,6 +21,7 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.record import Record
 from tlstunnel.origins.place import Place
 from tlstunnel.origins.pool import Pool
 from tlstunnel.sockets.channel import ClientGone
@@ -104,6 +104,8 @@ class Process:
         closing = ClosingSockets(self.readiness, loop)
         self.sites = Sites([site], None)
         self.journal = Journal()
+        self.records: list[Record] = []
+        self.journal.listeners.append(self.records.append)
         self.serving = Serving(
             sites=self.sites,
             timeouts=config.timeouts,
@@ -202,12 +204,11 @@ def test_a_client_may_have_one_turn_after_another(site: Site, issued: issue.Issu
         assert [lease.closed for lease in leases] == [1, 1]
         assert places[0] is not places[1]
         assert all(place is not None and place.closed for place in places)
+        records = [(record.path, record.status, record.reason) for record in process.records]
+        assert records == [("/first", 200, Reason.RESPONDED), ("/second", 200, Reason.RESPONDED)]
 
-    with capture_logs() as logs:
-        run(site, serve)
+    run(site, serve)
     assert bodies == [b"/first", b"/second"]
-    records = [(line["path"], line["status"], line["reason"]) for line in logs if line["event"] == "connection"]
-    assert records == [("/first", 200, Reason.RESPONDED), ("/second", 200, Reason.RESPONDED)]
 
 
 def test_each_of_two_turns_is_closed_once(site: Site) -> None:
@@ -283,8 +284,7 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
         await made.run(lambda: ended.append(member.tunnels), pytest.fail)
         assert ended == [0]
         assert "closed" in repr(made)
+        assert [record.reason for record in process.records] == [reason]
 
-    with capture_logs() as logs:
-        run(site, check)
+    run(site, check)
     assert [lease.closed for lease in leases] == [1]
-    assert [line["reason"] for line in logs if line["event"] == "connection"] == [reason]
