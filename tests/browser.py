@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from tests.harness import PATIENCE, require
+from tests.harness import TIMEOUT, require
 from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 _OPTIONS = [
@@ -24,7 +24,7 @@ _OPTIONS = [
 
 @contextmanager
 def browser_page(home: Path, ca: Path) -> Iterator[Page]:
-    """An empty page; whatever is waited for on it fails after `PATIENCE`. Its end leaves no process."""
+    """An empty page; whatever is waited for on it fails after `TIMEOUT`. Its end leaves no process."""
     chromium = require("chromium")
     _trust(home, ca)
     mark, environment = mark_environment({"HOME": str(home), "PATH": os.environ["PATH"]})
@@ -33,7 +33,7 @@ def browser_page(home: Path, ca: Path) -> Iterator[Page]:
             browser = playwright.chromium.launch(executable_path=chromium, args=_OPTIONS, env={**environment})
             try:
                 page = browser.new_page()
-                page.set_default_timeout(PATIENCE * 1000)
+                page.set_default_timeout(TIMEOUT * 1000)
                 yield page
             finally:
                 browser.close()

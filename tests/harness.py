@@ -49,7 +49,7 @@ from tlstunnel.testing import program as programs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "tlstunnel")
-PATIENCE = programs.TIMEOUT
+TIMEOUT = programs.TIMEOUT
 
 T = TypeVar("T")
 Record = programs.Record
@@ -80,7 +80,7 @@ def require(program: str, package: str | None = None) -> str:
     return shutil.which(program) or missing(f"{program} not found: ./scripts/install gets {package or program}")
 
 
-def eventually(condition: Callable[[], T], timeout: float = PATIENCE, interval: float = 0.01) -> T:
+def eventually(condition: Callable[[], T], timeout: float = TIMEOUT, interval: float = 0.01) -> T:
     """Call `condition` until it returns something true, and return that. Raises AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):
@@ -104,7 +104,7 @@ def child_environment(*, measured: bool = False) -> dict[str, str]:
     return environment
 
 
-def serving(parent: int) -> list[int]:
+def serving_pids(parent: int) -> list[int]:
     """Return the pids, in order, of the children of a tunnel's parent that serve or drain."""
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
@@ -215,9 +215,9 @@ class Tunnel:
             new = self.file.with_suffix(".new")
             new.write_text(config)
             new.replace(self.file)
-        return self.told("reload", status=status)
+        return self.run_command("reload", status=status)
 
-    def told(self, command: str, *options: str, status: int = 0, timeout: float = 4 * PATIENCE) -> list[str]:
+    def run_command(self, command: str, *options: str, status: int = 0, timeout: float = 4 * TIMEOUT) -> list[str]:
         """Run a command for a running tunnel, such as ``reload``; return the lines that it printed."""
         done = subprocess.run(
             [*PROGRAM, command, "--control", str(self.control), *options],
@@ -231,7 +231,7 @@ class Tunnel:
         assert done.returncode == status, done
         return (done.stderr if status else done.stdout).splitlines()
 
-    def tell(self, command: str) -> "subprocess.Popen[str]":
+    def start_command(self, command: str) -> "subprocess.Popen[str]":
         """Start a command for a running tunnel, and do not wait for it."""
         return subprocess.Popen(
             [*PROGRAM, command, "--control", str(self.control)],
@@ -244,7 +244,7 @@ class Tunnel:
 
     def status(self) -> Record:
         """Return what ``tlstunnel status --json`` prints."""
-        found: Record = json.loads("".join(self.told("status", "--json")))
+        found: Record = json.loads("".join(self.run_command("status", "--json")))
         return found
 
     @property
@@ -255,7 +255,7 @@ class Tunnel:
     @property
     def pids(self) -> list[int]:
         """The pids of the processes that serve or drain."""
-        return serving(self.parent)
+        return serving_pids(self.parent)
 
     @property
     def pid(self) -> int:
@@ -292,11 +292,11 @@ class Tunnel:
         """Return the log records so far, all or those of one event, oldest first."""
         return self._program.records() if event is None else self._program.records(event=event)
 
-    def wait_record(self, matches: Callable[[Record], bool], timeout: float = PATIENCE) -> Record:
+    def wait_record(self, matches: Callable[[Record], bool], timeout: float = TIMEOUT) -> Record:
         """Return the first record for which `matches` is true, past or future."""
         return self._wait(lambda: [record for record in self.records() if matches(record)], 1, timeout)[0]
 
-    def wait_records(self, count: int = 1, event: str = "connection", timeout: float = PATIENCE) -> list[Record]:
+    def wait_records(self, count: int = 1, event: str = "connection", timeout: float = TIMEOUT) -> list[Record]:
         """Return the records of `event` when there are at least `count`."""
         return self._wait(lambda: self.records(event), count, timeout)
 
@@ -304,11 +304,11 @@ class Tunnel:
         """Send it a signal and do not wait."""
         self._program.process.send_signal(number)
 
-    def stop(self, number: signal.Signals = signal.SIGINT, timeout: float = PATIENCE) -> int:
+    def stop(self, number: signal.Signals = signal.SIGINT, timeout: float = TIMEOUT) -> int:
         """Send it a signal unless it has exited already; return its exit status."""
         return self._program.stop(number, timeout)
 
-    def wait(self, timeout: float = PATIENCE) -> int:
+    def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait until it has exited; return its exit status."""
         return self._program.wait(timeout)
 
@@ -357,7 +357,7 @@ def _has_traceback(record: Record) -> bool:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """The response to a handshake. `leftover` is what followed its head in the same reads."""
 
     status: int
@@ -365,7 +365,7 @@ class Answer(NamedTuple):
     leftover: bytes
 
 
-def connect_tcp(tunnel: Tunnel, timeout: float = PATIENCE) -> socket.socket:
+def connect_tcp(tunnel: Tunnel, timeout: float = TIMEOUT) -> socket.socket:
     """Connect to the tunnel's first TCP listener, and send nothing."""
     return socket.create_connection(("127.0.0.1", tunnel.port), timeout)
 
@@ -383,7 +383,7 @@ def connect_tls(
     *,
     server_name: str | None = "localhost",
     context: ssl.SSLContext | None = None,
-    timeout: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> ssl.SSLSocket:
     """Connect to the tunnel, and do the TLS handshake. An end without ``close_notify`` raises `ssl.SSLEOFError`."""
     plain = connect_tcp(tunnel, timeout)
@@ -412,18 +412,20 @@ def handshake_request(
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def read_answer(sock: socket.socket) -> Answer:
+def read_response(sock: socket.socket) -> Response:
     """Read the head of one response."""
     head, leftover = _read_head(sock)
     status_line, _, fields = head.partition(b"\r\n")
-    return Answer(int(status_line.split()[1]), http.client.parse_headers(io.BytesIO(fields)), leftover)
+    return Response(int(status_line.split()[1]), http.client.parse_headers(io.BytesIO(fields)), leftover)
 
 
-def upgrade(sock: socket.socket, path: str = "/", headers: Iterable[Header] = (), *, host: str = "localhost") -> Answer:
+def upgrade(
+    sock: socket.socket, path: str = "/", headers: Iterable[Header] = (), *, host: str = "localhost"
+) -> Response:
     """Send a valid upgrade request and read the response's head; a 101 must have the right accept token."""
     key = base64.b64encode(secrets.token_bytes(16)).decode()
     sock.sendall(handshake_request(path, host, headers, key))
-    answer = read_answer(sock)
+    answer = read_response(sock)
     if answer.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
         assert answer.headers["Sec-WebSocket-Accept"] == accept_token(key)
     return answer
@@ -551,7 +553,7 @@ class WebsocketsOrigin:
     ) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has failed and is closed already
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         if error is None and self._failure is not None:
             raise self._failure
         assert error is not None or not self._thread.is_alive(), "the websockets origin does not stop"

@@ -17,12 +17,12 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import browser_page
-from tests.harness import PATIENCE, REPOSITORY, Certificate, Record, Tunnel, eventually, missing, require
+from tests.harness import REPOSITORY, TIMEOUT, Certificate, Record, Tunnel, eventually, missing, require
 from tests.promises.firewalled import policed
 from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 CLIENTS = REPOSITORY / "tests" / "clients"
-SLOW = 2 * PATIENCE * 1000
+SLOW = 2 * TIMEOUT * 1000
 """Milliseconds for what waits until JupyterLab has started in the browser, or its kernel in Python."""
 SITE = 'http = "pass"\nweb_origins = ["same"]\n'
 
@@ -59,7 +59,7 @@ def _application(
         assert found is not None
         yield found
         process.send_signal(signal.SIGTERM)
-        status = process.wait(PATIENCE)
+        status = process.wait(TIMEOUT)
     except BaseException:
         kill_left_behind(mark, grace=0)
         print(f"the application's output ({' '.join(command)}):\n{log.read_text()}")

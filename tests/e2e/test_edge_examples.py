@@ -28,7 +28,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from tests.harness import PATIENCE, REPOSITORY, RawOrigin, eventually, handshake_request, require
+from tests.harness import REPOSITORY, TIMEOUT, RawOrigin, eventually, handshake_request, require
 from tlstunnel.cli.config import command
 from tlstunnel.edge import Reply, WorkerRequest
 from tlstunnel.edge.loading import Code, Loader
@@ -334,7 +334,7 @@ class RedisServer:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self._process.kill()
-        self._process.communicate(timeout=PATIENCE)
+        self._process.communicate(timeout=TIMEOUT)
 
 
 def free_port() -> int:
@@ -427,7 +427,7 @@ class Held:
                         looked_up = b"HGET" in some
                         self.asked.append(some)
                     elif looked_up:
-                        assert self._open.wait(PATIENCE)
+                        assert self._open.wait(TIMEOUT)
                     (upstream if ready is sock else sock).sendall(some)
 
 
@@ -440,7 +440,7 @@ def test_clients_that_go_away_leave_nobody_anothers_session() -> None:
         with example("redis_session", config={"url": f"redis://{way.address}/0"}) as tunnel, ExitStack() as stack:
             held.hold()
             for _ in range(5):
-                plain = stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE))
+                plain = stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT))
                 sock = stack.enter_context(tunnel.context.wrap_socket(plain, server_hostname="localhost"))
                 sock.sendall(handshake_request("/gone", headers=cookie("anna")))
             eventually(lambda: len([some for some in held.asked if SIDS["anna"].encode() in some]) == 5)

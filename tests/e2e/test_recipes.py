@@ -15,9 +15,9 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
     REPOSITORY,
+    TIMEOUT,
     RawOrigin,
     Tunnel,
     WebsocketsOrigin,
@@ -71,7 +71,7 @@ def _context(tunnel: Tunnel) -> ssl.SSLContext:
 
 
 def _connect(port: int, host: str, context: ssl.SSLContext, origin: str | None = None) -> ClientConnection:
-    sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
     return connect(f"wss://{host}/", sock=sock, ssl=context, origin=Origin(origin) if origin else None)
 
 
@@ -149,7 +149,7 @@ def _haproxy(folder: Path, text: str) -> Iterator[None]:
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 def _free_port() -> int:
@@ -185,7 +185,7 @@ def test_behind_haproxy(tmp_path: Path) -> None:
 
 def _accepts(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+        socket.create_connection(("127.0.0.1", port), TIMEOUT).close()
     except ConnectionRefusedError:
         return False
     return True

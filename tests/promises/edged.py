@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from tests.harness import (
-    Answer,
     Certificate,
     Header,
     Record,
+    Response,
     Tunnel,
     eventually,
     handshake_request,
-    read_answer,
+    read_response,
     switching_protocols,
 )
 from tests.promises.firewalled import Outcome, Stage, connect_from, policy
@@ -68,7 +68,7 @@ def asked(
     statement = origin.tell(switching_protocols)
     with connect_from(tunnel, ip, context) as client:
         client.sendall(handshake_request(target, headers=headers) if request is None else request)
-        answer = read_answer(client)
+        answer = read_response(client)
         if answer.status != 101:
             outcome = _refused(tunnel, client, answer)
             assert statement.connections == 0, "an origin was asked"
@@ -83,7 +83,7 @@ def told(stage: Stage, target: str, headers: Iterable[Header] = (), **options: A
     return json.loads(asked(stage, target, headers, **options).body)
 
 
-def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Answer) -> Outcome:
+def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:
     body = (answer.leftover + read_until_end(client)).decode()
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["ended_by"]) == (answer.status, "refused", "tunnel"), record

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     Record,
     Tunnel,
@@ -149,7 +149,7 @@ class Ends:
 
     def __init__(self, certificate: Certificate, *, settings: str = "", measured: bool = False) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._listener.settimeout(PATIENCE)
+        self._listener.settimeout(TIMEOUT)
         self.tunnel = Tunnel(
             f"127.0.0.1:{self._listener.getsockname()[1]}", certificate, settings=settings, measured=measured
         )
@@ -214,7 +214,7 @@ class Ends:
 
     def _adopt(self, sock: socket.socket, buffers: int | None) -> None:
         self._sockets.append(sock)
-        sock.settimeout(PATIENCE)
+        sock.settimeout(TIMEOUT)
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if buffers is not None:

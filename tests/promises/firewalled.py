@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.harness import (
-    PATIENCE,
-    Answer,
+    TIMEOUT,
     Certificate,
     Header,
     Record,
+    Response,
     Tunnel,
     client_context,
     handshake_request,
-    read_answer,
+    read_response,
     receive_all,
     switching_protocols,
 )
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
 def connect_from(tunnel: Tunnel, ip: str, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
     """A TLS connection from this address of 127.0.0.0/8, each of which is another client to the tunnel."""
-    plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0))
+    plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=(ip, 0))
     try:
         return (context or client_context(tunnel)).wrap_socket(
             plain, server_hostname="localhost", suppress_ragged_eofs=False
@@ -83,7 +83,7 @@ def judged(
     statement = origin.tell(switching_protocols)
     with connect_from(tunnel, ip) as client:
         client.sendall(handshake_request(target, headers=headers) if request is None else request)
-        answer = read_answer(client)
+        answer = read_response(client)
         if answer.status != 101:
             outcome = refused(tunnel, client, answer)
             assert statement.connections == 0, "an origin was asked"
@@ -93,7 +93,7 @@ def judged(
     return Outcome(101, answer.headers, "", record, statement.heads[0])
 
 
-def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Answer) -> Outcome:
+def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:
     """The refusal whose head has been read: its id is in its body and in the log, which has the same status."""
     body = (answer.leftover + receive_all(client)).decode()
     record = record_of(tunnel, answer.headers)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     Request,
     Tunnel,
@@ -188,7 +188,7 @@ class SecureEnds(Ends):
         measured: bool = False,
     ) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._listener.settimeout(PATIENCE)
+        self._listener.settimeout(TIMEOUT)
         self.origin_context = server_context(origin or certificate)
         address = f"wss://localhost:{self._listener.getsockname()[1]}"
         text = site(certificate, address, settings or f'origin_ca = "{certificate.ca}"', head)
@@ -258,7 +258,7 @@ class Sealing:
 
 def refused(tunnel: Tunnel) -> bytes:
     """What a client is answered."""
-    with socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE) as sock:
+    with socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT) as sock:
         client = TlsEnd(sock, client_context(tunnel))
         client.send(handshake_request())
         answer = b""

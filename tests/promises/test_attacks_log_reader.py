@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import IO
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     child_environment,
     echo_bytes,
     eventually,
     receive_exactly,
-    serving,
+    serving_pids,
     upgrade,
 )
 
@@ -40,7 +40,7 @@ class Started:
 
     def connect(self) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=self.ca)
-        plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        plain = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
         return context.wrap_socket(plain, server_hostname="localhost")
 
 
@@ -58,7 +58,7 @@ def _started(origin: RawOrigin, certificate: Certificate) -> Iterator[Started]:
         yield Started(process, process.stderr, port, certificate.ca)
     finally:
         process.kill()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
         assert process.stderr is not None
         process.stderr.close()
 
@@ -86,12 +86,12 @@ def test_reader_that_does_not_read(certificate: Certificate) -> None:
         while count < REQUESTS + 1:
             count += json.loads(started.log.readline())["event"] == "connection"
         started.process.send_signal(signal.SIGINT)
-        assert started.process.wait(PATIENCE) == 0
+        assert started.process.wait(TIMEOUT) == 0
 
 
 def test_reader_that_is_gone(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
-        descriptors = Path(f"/proc/{serving(started.process.pid)[0]}/fd")
+        descriptors = Path(f"/proc/{serving_pids(started.process.pid)[0]}/fd")
         with started.connect() as client:
             assert upgrade(client).status == 101
             before = len(list(descriptors.iterdir()))
@@ -102,4 +102,4 @@ def test_reader_that_is_gone(certificate: Certificate) -> None:
             _echoed(client)
             eventually(lambda: len(list(descriptors.iterdir())) <= before)
         started.process.send_signal(signal.SIGINT)
-        assert started.process.wait(PATIENCE) == 0
+        assert started.process.wait(TIMEOUT) == 0

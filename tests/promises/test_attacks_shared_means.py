@@ -10,15 +10,15 @@ import time
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
     connect_tls,
     eventually,
     handshake_request,
-    read_answer,
     read_request,
+    read_response,
     receive_all,
     switching_protocols,
     upgrade,
@@ -56,12 +56,12 @@ def test_answer_without_an_end_does_not_take_the_loop(certificate: Certificate) 
                 began = time.monotonic()
                 with connect_tls(tunnel) as client:
                     client.sendall(b"no request\r\n\r\n")
-                    assert read_answer(client).status == 400
+                    assert read_response(client).status == 400
                 worst = max(worst, time.monotonic() - began)
         finally:
             over.set()
             for taker in takers:
-                taker.join(PATIENCE)
+                taker.join(TIMEOUT)
         assert worst < 0.5
 
 
@@ -92,7 +92,7 @@ def test_closing_sockets_make_way(certificate: Certificate) -> None:
                 break
         # Whatever is left is taken by connections that wait, and the tunnel still ends as it should.
         for _ in range(5):
-            stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE))
+            stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT))
         client.sendall(b"x")
         assert receive_all(client) == b"bye"  # with close_notify: without, it raises
         with connect_tls(tunnel) as other:
@@ -121,7 +121,7 @@ def test_trickling_reader_does_not_hold_the_exit(certificate: Certificate) -> No
                 if tunnel.records("connection"):
                     break
             tunnel.send_signal(signal.SIGINT)
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + TIMEOUT
             while not tunnel.records("stopped") and time.monotonic() < end:
                 with contextlib.suppress(OSError):
                     socket.socket.recv(client, 2000, socket.MSG_DONTWAIT)

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding
 
-from tests.harness import PATIENCE, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
+from tests.harness import TIMEOUT, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
 from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, s_client, typing, until
 from tests.promises.wire import read_until_end
 from tests.promises.witness import Witness
@@ -55,7 +55,7 @@ def connected(
     tunnel: Tunnel, context: ssl.SSLContext, name: str = "localhost", session: ssl.SSLSession | None = None
 ) -> Iterator[ssl.SSLSocket]:
     with (
-        socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE) as plain,
+        socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT) as plain,
         context.wrap_socket(plain, server_hostname=name, session=session) as client,
     ):
         yield client

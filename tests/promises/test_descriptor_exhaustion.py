@@ -6,7 +6,7 @@ import ssl
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
@@ -31,7 +31,7 @@ def _open(tunnel: Tunnel, context: ssl.SSLContext, patience: float) -> ssl.SSLSo
     except BaseException:
         plain.close()
         raise
-    client.settimeout(PATIENCE)
+    client.settimeout(TIMEOUT)
     return client
 
 
@@ -70,7 +70,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
             clients.append(stack.enter_context(wrapped))
             assert upgrade(clients[-1]).status == 101, "it did not resume by itself"
             while len(clients) < full:
-                clients.append(stack.enter_context(_open(tunnel, context, PATIENCE)))
+                clients.append(stack.enter_context(_open(tunnel, context, TIMEOUT)))
             assert all(_echoes(client) for client in clients)
 
         paused = tunnel.records("accepting paused")
@@ -95,6 +95,6 @@ def test_a_crowd_that_only_connects_does_not_use_them_up(certificate: Certificat
                 crowd.enter_context(connect_tcp(tunnel))
             tunnel.wait_records(1, "accepting paused")
             assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
-        with _open(tunnel, client_context(tunnel), PATIENCE) as client:
+        with _open(tunnel, client_context(tunnel), TIMEOUT) as client:
             assert _echoes(client)
         settled_descriptors(tunnel, idle)

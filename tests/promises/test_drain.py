@@ -77,7 +77,7 @@ def test_what_is_in_flight_is_delivered(certificate: Certificate) -> None:
 def test_commands(certificate: Certificate) -> None:
     for command in ("drain", "stop"):
         with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate) as tunnel:
-            assert tunnel.told(command) == ["ended"]
+            assert tunnel.run_command(command) == ["ended"]
             assert tunnel.wait() == 0
 
 
@@ -93,9 +93,11 @@ def test_stop_ends_a_drain(certificate: Certificate) -> None:
         status = tunnel.status()
         assert status["ending"] == "SIGTERM"
         assert status["processes"][0]["state"] == "draining"
-        assert tunnel.told("reload", status=1) == ["tlstunnel: nothing was changed: the tunnel is ending (SIGTERM)"]
-        assert "the tunnel is ending (SIGTERM)" in tunnel.told("upgrade", status=1)[0]
-        assert tunnel.told("stop") == ["ended"]
+        assert tunnel.run_command("reload", status=1) == [
+            "tlstunnel: nothing was changed: the tunnel is ending (SIGTERM)"
+        ]
+        assert "the tunnel is ending (SIGTERM)" in tunnel.run_command("upgrade", status=1)[0]
+        assert tunnel.run_command("stop") == ["ended"]
 
 
 ACTIONS = ("reload", "SIGHUP", "SIGUSR2", "status", "kill a process")
@@ -115,7 +117,7 @@ def test_signals_and_commands_in_every_order(
                     for pid in tunnel.pids[-1:]:
                         os.kill(pid, signal.SIGKILL)
                 case "reload" | "status":
-                    beside.append(tunnel.tell(action))
+                    beside.append(tunnel.start_command(action))
                 case number:
                     tunnel.send_signal(signal.Signals[number])
         if order[0] != "SIGUSR2":

@@ -17,8 +17,8 @@ from urllib.parse import quote
 import pytest
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
+    TIMEOUT,
     Certificate,
     Record,
     Tunnel,
@@ -175,19 +175,19 @@ async def said(request, env):
 '''
 )
 SECRET = "secret-of-the-worker"
-TIMEOUT = 0.3
+WORKER_TIMEOUT = 0.3
 
 
 @pytest.fixture(scope="module")
 def refusing(certificate: Certificate) -> Iterator[Stage]:
-    site = f'worker_timeout = "{int(TIMEOUT * 1000)}ms"\n'
+    site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\n'
     with Witness() as origin, edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel:
         yield origin, tunnel
 
 
 @pytest.fixture(scope="module")
 def forwarding(certificate: Certificate) -> Iterator[Stage]:
-    site = f'worker_timeout = "{int(TIMEOUT * 1000)}ms"\nworker_on_error = "forward"\n'
+    site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\nworker_on_error = "forward"\n'
     with Witness() as origin, edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel:
         yield origin, tunnel
 
@@ -296,10 +296,10 @@ class _Text:
     def stop(self) -> bytes:
         self._process.send_signal(signal.SIGINT)
         try:
-            assert self._process.wait(PATIENCE) == 0
+            assert self._process.wait(TIMEOUT) == 0
         finally:
             self._process.kill()
-            self._reader.join(PATIENCE)
+            self._reader.join(TIMEOUT)
             assert self._process.stderr is not None
             self._process.stderr.close()
         return self.raw
@@ -316,7 +316,7 @@ def in_text(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) 
     text = _Text(folder, policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     try:
         handshaker = Handshaker()
-        with socket.create_connection(("127.0.0.1", text.port), PATIENCE) as client:
+        with socket.create_connection(("127.0.0.1", text.port), TIMEOUT) as client:
             client.sendall(handshaker.step())
             handshaker.finish(client)
             client.sendall(handshaker.encrypt(handshake_request(f"/says?text={quote(NASTY + chr(10) + FORGED)}")))
@@ -396,8 +396,8 @@ def test_late_is_a_504_in_time(refusing: Stage) -> None:
     took = time.monotonic() - began
     assert (outcome.status, outcome.reason) == (504, "edge: worker timed out")
     assert outcome.body.startswith("504 Gateway Timeout: the edge worker did not respond within 0.3 s\nid: ")
-    assert _logged(refusing[1], outcome, "edge worker timed out")["seconds"] == TIMEOUT
-    assert TIMEOUT * 0.9 < took < TIMEOUT + 1, took
+    assert _logged(refusing[1], outcome, "edge worker timed out")["seconds"] == WORKER_TIMEOUT
+    assert WORKER_TIMEOUT * 0.9 < took < WORKER_TIMEOUT + 1, took
 
 
 @pytest.mark.alone
@@ -405,7 +405,7 @@ def test_one_that_swallows_its_cancellation(refusing: Stage) -> None:
     """It is answered in time all the same, and what it says later goes nowhere."""
     began = time.monotonic()
     assert asked(refusing, "/stubborn?id=s").status == 504
-    assert time.monotonic() - began < TIMEOUT + 1
+    assert time.monotonic() - began < WORKER_TIMEOUT + 1
     eventually(lambda: "cancelled s" in told(refusing, "/said"))
     assert _works(refusing)
     assert asked(refusing, "/let_go").status == 101

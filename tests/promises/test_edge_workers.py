@@ -20,7 +20,7 @@ from tests.harness import (
     connect_tcp,
     connect_tls,
     handshake_request,
-    read_answer,
+    read_response,
     receive_exactly,
     switching_protocols,
     upgrade,
@@ -438,7 +438,7 @@ def test_what_comes_behind_the_request_it_never_sees(stage: Stage) -> None:
     statement = origin.tell(switching_protocols, then="end")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request("/everything", headers=[("X-Marker", "here")]) + SMUGGLED)
-        assert read_answer(client).status == 101
+        assert read_response(client).status == 101
         client.unwrap()
     assert statement.surplus_at_end() == SMUGGLED
     assert b"X-All: " in statement.heads[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Record,
@@ -43,7 +43,7 @@ def _over(seconds: str, wait: str = "0s") -> str:
 def _ended_well(tunnel: Tunnel, within: float) -> None:
     """Exit status 0, in that time, and `stopped` is the last word."""
     began = time.monotonic()
-    assert tunnel.wait(within + PATIENCE) == 0
+    assert tunnel.wait(within + TIMEOUT) == 0
     assert time.monotonic() - began < within
     assert tunnel.records()[-1]["event"] == "stopped"
 
@@ -111,7 +111,7 @@ def test_endings_are_spread_out(certificate: Certificate) -> None:
         assert _refuses_connections(tunnel), "the listeners close at once"
 
         order, times = _ends_of(opened)
-        assert tunnel.wait(PATIENCE) == 0
+        assert tunnel.wait(TIMEOUT) == 0
         assert len(order) == 12
         # Jitter and a busy machine may bring two together, not all.
         assert times[-1] - times[0] > 1.5, times
@@ -132,7 +132,7 @@ def _ends_of(clients: list[ssl.SSLSocket]) -> tuple[list[int], list[float]]:
         for number, client in enumerate(clients):
             selector.register(client, selectors.EVENT_READ, number)
         while len(order) < len(clients):
-            ready = selector.select(PATIENCE)
+            ready = selector.select(TIMEOUT)
             assert ready, f"only {len(order)} have ended"
             for key, _ in ready:
                 client = clients[key.data]
@@ -155,7 +155,7 @@ def test_what_is_under_way_is_delivered_first(certificate: Certificate) -> None:
         request = accept_upgrade(sock)
         sock.sendall(from_origin)
         all_sent.set()
-        assert may_read.wait(PATIENCE)
+        assert may_read.wait(TIMEOUT)
         received.append(request.leftover + receive_all(sock))
 
     settings = _over("500ms")
@@ -167,7 +167,7 @@ def test_what_is_under_way_is_delivered_first(certificate: Certificate) -> None:
         answer = upgrade(client)
         assert answer.status == 101
         client.sendall(from_client)
-        assert all_sent.wait(PATIENCE)
+        assert all_sent.wait(TIMEOUT)
         tunnel.send_signal(signal.SIGTERM)
         tunnel.wait_record(lambda record: record["event"] == "draining")
         may_read.set()
@@ -226,7 +226,7 @@ def test_a_second_signal_ends_it_at_once(certificate: Certificate, number: signa
         for client in opened:
             raw = socket.socket(fileno=client.detach())  # below TLS, where a RST is one
             clients.enter_context(raw)
-            raw.settimeout(PATIENCE)
+            raw.settimeout(TIMEOUT)
             with pytest.raises(ConnectionResetError):
                 receive_all(raw)
         _ended_well(tunnel, within=5)
@@ -343,7 +343,7 @@ def test_a_stale_unix_socket_is_replaced(certificate: Certificate, tmp_path: Pat
         Tunnel(origin.address, certificate, listen=[f"unix:{path}"]) as tunnel,
         socket.socket(socket.AF_UNIX) as plain,
     ):
-        plain.settimeout(PATIENCE)
+        plain.settimeout(TIMEOUT)
         plain.connect(str(path))
         with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
             assert upgrade(client).status == 101
@@ -356,7 +356,7 @@ def test_a_live_unix_socket_is_left_alone(certificate: Certificate, tmp_path: Pa
             Tunnel(None, certificate, listen=[f"unix:{path}"]).__enter__()
         assert path.is_socket()
         with socket.socket(socket.AF_UNIX) as plain:
-            plain.settimeout(PATIENCE)
+            plain.settimeout(TIMEOUT)
             plain.connect(str(path))
             with client_context(first).wrap_socket(plain, server_hostname="localhost") as client:
                 assert upgrade(client).status == 101

@@ -11,13 +11,13 @@ import pytest
 from tests.corpus import corpus
 from tests.corpus.managed_rules import require_crs
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
     accept_upgrade,
     handshake_request,
-    read_answer,
+    read_response,
     receive_exactly,
     switching_protocols,
     upgrade,
@@ -88,7 +88,7 @@ def stage(certificate: Certificate) -> Iterator[tuple[Tunnel, list[bytes]]]:
         sending.start()
         rest = len(PAYLOAD) - len(request.leftover)
         received.append(request.leftover + receive_exactly(sock, rest))
-        sending.join(PATIENCE)
+        sending.join(TIMEOUT)
 
     with RawOrigin(handle) as origin, policed(origin.address, certificate, top=TOP, site=SITE) as tunnel:
         yield tunnel, received
@@ -130,7 +130,7 @@ def test_what_comes_behind_the_handshake_in_one_write_is_not_looked_at_either(ce
         statement = origin.tell(switching_protocols)
         with connect_from(tunnel, "127.0.0.1") as client:
             client.sendall(handshake_request("/chat") + early)
-            assert read_answer(client).status == 101
+            assert read_response(client).status == 101
             client.sendall(bytes(range(256)))
         assert statement.surplus_at_end() == early + bytes(range(256))
         assert statement.record(tunnel)["verdict"] == "pass"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus.managed_rules import require_libmodsecurity
-from tests.harness import PATIENCE, Certificate, Tunnel
+from tests.harness import TIMEOUT, Certificate, Tunnel
 from tests.promises.firewalled import Outcome, Stage, judged, policed, write_rules
 from tests.promises.witness import Witness
 
@@ -106,7 +106,7 @@ def stage(certificate: Certificate, rules: Path) -> Iterator[Stage]:
 def _closed_at_accept(tunnel: Tunnel, ip: str) -> None:
     """It ends without a byte, and though none was sent: nobody waited for a ClientHello."""
     with (
-        socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=(ip, 0)) as client,
+        socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=(ip, 0)) as client,
         contextlib.suppress(ConnectionResetError),
     ):
         assert client.recv(1) == b""

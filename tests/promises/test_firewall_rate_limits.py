@@ -17,8 +17,8 @@ from tests.harness import (
     client_context,
     eventually,
     handshake_request,
-    read_answer,
     read_request,
+    read_response,
     reset,
     switching_protocols,
     upgrade,
@@ -74,7 +74,7 @@ def _asked_at_once(clients: list[ssl.SSLSocket], path: str) -> list[int]:
     """Send all the requests before any answer is read, and give the statuses."""
     for client in clients:
         client.sendall(handshake_request(path))
-    return [read_answer(client).status for client in clients]
+    return [read_response(client).status for client in clients]
 
 
 @pytest.mark.parametrize("strategy", ["fixed", "moving", "sliding", "tunnels"])
@@ -150,7 +150,7 @@ def test_too_many_tunnels_is_told_as_such(certificate: Certificate) -> None:
     ):
         assert _asked_at_once(clients[:2], "/") == [101, 101]
         clients[2].sendall(handshake_request())
-        answer = read_answer(clients[2])
+        answer = read_response(clients[2])
         assert answer.status == 429
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.headers["RateLimit"] == '"tunnels";r=0'

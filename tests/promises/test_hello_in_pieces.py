@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
@@ -48,7 +48,7 @@ def connect(request: pytest.FixtureRequest, tunnel: Tunnel) -> Connect:
     def unix() -> socket.socket:
         path = next(address for address in tunnel.addresses if address.startswith("unix:")).removeprefix("unix:")
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
+        sock.settimeout(TIMEOUT)
         sock.connect(path)
         return sock
 

@@ -19,7 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
@@ -79,7 +79,7 @@ async def gate() -> None:
     """Go on only when the client has seen the last event."""
     import asyncio  # noqa: PLC0415
 
-    await asyncio.to_thread(_gates.acquire, timeout=PATIENCE)
+    await asyncio.to_thread(_gates.acquire, timeout=TIMEOUT)
 
 
 async def nothing(_: Request) -> Response:
@@ -112,7 +112,7 @@ def app() -> Iterator[str]:
     eventually(lambda: server.started)
     yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def tunnel(app: str, certificate: Certificate) -> Iterator[Tunnel]:
 
 
 def _ask(tunnel: Tunnel, method: str, target: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
-    connection = http.client.HTTPSConnection("localhost", tunnel.port, context=client_context(tunnel), timeout=PATIENCE)
+    connection = http.client.HTTPSConnection("localhost", tunnel.port, context=client_context(tunnel), timeout=TIMEOUT)
     connection.sock = connect_tls(tunnel)
     connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
     return connection.getresponse()
@@ -338,7 +338,7 @@ def test_expect_100_continue_reaches_the_client(tunnel: Tunnel) -> None:
 def test_what_takes_too_long(certificate: Certificate, timeouts: str, sent: bytes, status: int) -> None:
     silent = threading.Event()
     with (
-        RawOrigin(lambda sock: (silent.wait(PATIENCE), None)[1]) as origin,
+        RawOrigin(lambda sock: (silent.wait(TIMEOUT), None)[1]) as origin,
         policed(origin.address, certificate, top=timeouts, site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     child_environment,
@@ -82,17 +82,17 @@ class _Logged:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
-            assert self._process.wait(PATIENCE) == 0
+            assert self._process.wait(TIMEOUT) == 0
         finally:
             self._process.kill()
-            self._reader.join(PATIENCE)
+            self._reader.join(TIMEOUT)
             assert self._process.stderr is not None
             self._process.stderr.close()
         return self.raw
 
     def hello(self, data: bytes) -> None:
         """Send these bytes on a connection of their own and wait for its end."""
-        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as client:
+        with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as client:
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)
             read_until_end(client)
@@ -100,7 +100,7 @@ class _Logged:
     def request(self, data: bytes) -> None:
         """Send these bytes in a TLS connection of their own and wait for its end."""
         handshaker = Handshaker()
-        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as client:
+        with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as client:
             client.sendall(handshaker.step())
             handshaker.finish(client)
             client.sendall(handshaker.encrypt(data))

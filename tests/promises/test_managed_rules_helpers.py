@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject, with_pool
-from tests.harness import PATIENCE, eventually
+from tests.harness import TIMEOUT, eventually
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import pool as pool_module
 from tlstunnel.firewall.managed.messages import Evaluation, RuleSet, RuleSource
@@ -53,7 +53,7 @@ def running(pid: int) -> bool:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until `condition` is true."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():
             await asyncio.sleep(0.005)
 

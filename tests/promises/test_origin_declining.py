@@ -15,7 +15,7 @@ from tests.harness import (
     connect_tls,
     eventually,
     handshake_request,
-    read_answer,
+    read_response,
     receive_all,
     reset,
 )
@@ -140,7 +140,7 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
     statement = origin.tell(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
-        assert read_answer(client).status == 500
+        assert read_response(client).status == 500
         head_arrived.set()
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
@@ -172,7 +172,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> 
         statement = origin.tell(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         client.sendall(handshake_request())
-        received = bytearray(read_answer(client).leftover)
+        received = bytearray(read_response(client).leftover)
         while some := client.recv(65_536):
             received += some
             time.sleep(3 * len(some) / len(body))  # the slowness that this is about
@@ -189,7 +189,7 @@ def test_a_client_that_leaves_in_the_middle_is_noticed_at_once(
     statement = origin.tell(b"HTTP/1.1 200 OK\r\n\r\nstream")
     client = connect_tls(tunnel)
     client.sendall(handshake_request())
-    assert read_answer(client).status == 200
+    assert read_response(client).status == 200
     leave(client)
     eventually(lambda: statement.ended, 10)
     record = statement.record(tunnel)

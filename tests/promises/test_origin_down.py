@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
     accept_upgrade,
     connect_tls,
     handshake_request,
-    read_answer,
+    read_response,
     reset,
 )
 from tests.promises.wire import Response, ask
@@ -110,7 +110,7 @@ def test_a_unix_socket_whose_queue_empties_in_time_is_waited_for(certificate: Ce
         connect_tls(tunnel) as client,
     ):
         client.sendall(handshake_request())
-        listener.settimeout(PATIENCE)
+        listener.settimeout(TIMEOUT)
         # Those that filled the queue have left nothing to read; the tunnel's connection comes behind them.
         for _ in range(64):
             sock, _ = listener.accept()
@@ -118,7 +118,7 @@ def test_a_unix_socket_whose_queue_empties_in_time_is_waited_for(certificate: Ce
                 sock.settimeout(0.2)
                 with contextlib.suppress(TimeoutError):
                     accept_upgrade(sock)
-                    assert read_answer(client).status == 101
+                    assert read_response(client).status == 101
                     return
         pytest.fail("the tunnel did not come back to the queue")
 

@@ -17,8 +17,8 @@ from tests.harness import (
     accept_token,
     connect_tls,
     handshake_request,
-    read_answer,
     read_request,
+    read_response,
     receive_exactly,
     switching_protocols,
     upgrade,
@@ -107,7 +107,7 @@ def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -
     statement = origin.tell(lie)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + SMUGGLED)
-        answer = read_answer(client)
+        answer = read_response(client)
         assert answer.status == 502
         with contextlib.suppress(OSError):
             client.sendall(SMUGGLED)
@@ -166,7 +166,7 @@ def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Sc
         for _ in range(3):
             with connect_tls(tunnel) as client:
                 client.sendall(handshake_request(headers=wishes))
-                answer = read_answer(client)
+                answer = read_response(client)
                 assert answer.status == 101
                 assert answer.headers.get_all("Upgrade") == ["websocket"]
                 assert answer.headers["Link"] is None, "a field of a response that was dropped"

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
     connect_tls,
     eventually,
     handshake_request,
-    read_answer,
     read_request,
+    read_response,
     receive_all,
     reset,
 )
@@ -58,7 +58,7 @@ def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -
         read_request(sock)
         sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nX-Slow: ")
         with contextlib.suppress(ConnectionError):
-            for _ in range(int(PATIENCE * 50)):
+            for _ in range(int(TIMEOUT * 50)):
                 sock.sendall(b"a")
                 if gone.wait(0.02):
                     break
@@ -71,7 +71,7 @@ def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -
 
     with RawOrigin(trickle) as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
         assert ask(tunnel, handshake_request()).status == 504
-        assert gone.wait(PATIENCE), "the origin's connection outlived the 504"
+        assert gone.wait(TIMEOUT), "the origin's connection outlived the 504"
 
 
 def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> None:
@@ -79,7 +79,7 @@ def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> 
     statement = origin.tell(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 1000\r\n\r\nonly this")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
-        assert read_answer(client).status == 403
+        assert read_response(client).status == 403
         # Not a close_notify, which says that all has been sent.
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)

@@ -18,7 +18,7 @@ import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
@@ -517,7 +517,7 @@ def test_an_origin_that_is_silent_in_its_tls_handshake(certificate: Certificate)
     release = threading.Event()
 
     def silent(_: socket.socket) -> None:
-        release.wait(PATIENCE)
+        release.wait(TIMEOUT)
 
     with RawOrigin(silent) as origin:
         text = site(
@@ -589,12 +589,12 @@ http {{
                     with connect_websocket(tunnel.uri, ssl=client_context(tunnel), max_size=None) as websocket:
                         for size in (0, 1, 70_000, 2 * MIB):
                             websocket.send(DATA[:size])
-                            assert websocket.recv(PATIENCE) == DATA[:size]
+                            assert websocket.recv(TIMEOUT) == DATA[:size]
                 reasons = {record["reason"] for record in tunnel.wait_records(3)}
                 assert reasons == {"closed"}
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
 
 
 def _accepts(port: int) -> bool:
@@ -635,7 +635,7 @@ def test_openssl_s_server_that_changes_its_keys(certificate: Certificate) -> Non
             assert tunnel.wait_records(1)[0]["ended_by"] == "origin"
     finally:
         process.kill()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
         output.close()
 
 
@@ -661,14 +661,14 @@ class _Output:
     def wait_for(self, begin: bytes, end: bytes) -> bytes:
         """What stands between the next ``begin`` and the ``end`` behind it."""
         with self._changed:
-            found = self._changed.wait_for(lambda: end in self._data.partition(begin)[2], PATIENCE)
+            found = self._changed.wait_for(lambda: end in self._data.partition(begin)[2], TIMEOUT)
             assert found, self._data
             between, _, self._data = self._data.partition(begin)[2].partition(end)
             return between
 
     def close(self) -> None:
         """Once the process has ended."""
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
-    Answer,
+    TIMEOUT,
     Certificate,
     RawOrigin,
+    Response,
     Tunnel,
     accept_upgrade,
     connect_tls,
@@ -73,7 +73,7 @@ def serving(origins: list[Origin], certificate: Certificate, more: str = "", top
 
 
 @contextlib.contextmanager
-def opened(tunnel: Tunnel, path: str = "/", *headers: tuple[str, str]) -> Iterator[tuple[bytes, Answer]]:
+def opened(tunnel: Tunnel, path: str = "/", *headers: tuple[str, str]) -> Iterator[tuple[bytes, Response]]:
     """A tunnel, and the name of its origin; b"" where there is none."""
     with connect_tls(tunnel) as client:
         answer = upgrade(client, path, headers)
@@ -236,7 +236,7 @@ def test_it_is_exact_with_many_at_once(origins: list[Origin], certificate: Certi
     def one(_: int) -> int:
         with opened(tunnel) as (_name, answer):
             if answer.status == 101:
-                done.wait(PATIENCE)
+                done.wait(TIMEOUT)
             return answer.status
 
     with Tunnel(None, certificate, config=text) as tunnel, ThreadPoolExecutor(60) as threads:
@@ -349,7 +349,7 @@ def test_origins_killed_and_revived_under_load(origins: list[Origin], certificat
                 eventually(lambda back=back, v=victim: origins[v].name in names[back:], timeout=30)  # type: ignore[misc]
             over.set()
             for one in asking:
-                one.result(PATIENCE)
+                one.result(TIMEOUT)
         # Of those that were under way at each of four deaths; a 503 would be a refusal for want of an origin.
         assert set(cut) <= {101, 502}
         assert len(cut) <= 4 * ASKERS

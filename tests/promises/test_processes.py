@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
+    TIMEOUT,
     Certificate,
     RawOrigin,
     Tunnel,
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_seen(origin: RawOrigin, certificate: Certificate) -> N
             cwd=tunnel.folder,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
             env=child_environment(),
         )
@@ -144,7 +144,7 @@ def test_a_dead_process_leaves_nobody_waiting(origin: RawOrigin, certificate: Ce
         os.kill(victim, signal.SIGSTOP)
         with ExitStack() as stack:
             for _ in range(40):
-                plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE)
+                plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT)
                 stack.enter_context(plain)
             os.kill(victim, signal.SIGKILL)
             for _ in range(40):
@@ -243,7 +243,7 @@ def test_socket_activation(origin: RawOrigin, certificate: Certificate, tmp_path
         assert f"listening on 127.0.0.1:{port}\n" in said.stdout
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
 
 
 def test_the_end_during_the_start(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_end_during_the_start(origin: RawOrigin, certificate: Certificate, t
         )
         time.sleep(delay)  # the moment is what is tested
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        assert process.wait(TIMEOUT) in (0, -signal.SIGTERM)
         eventually(lambda process=process: not _in_session(process.pid))  # type: ignore[misc]
 
 
@@ -311,7 +311,7 @@ def test_one_that_hangs_does_not_hold_the_end(origin: RawOrigin, certificate: Ce
     settings = '[release]\ndrain_over = "0s"\n[timeouts]\nclose = "1s"\n'
     with Tunnel(origin.address, certificate, settings=settings, arguments=TWO) as tunnel:
         os.kill(tunnel.pids[0], signal.SIGSTOP)
-        assert tunnel.stop(signal.SIGTERM, timeout=4 * PATIENCE) == 0
+        assert tunnel.stop(signal.SIGTERM, timeout=4 * TIMEOUT) == 0
 
 
 def test_no_process_can_be_started(origin: RawOrigin, certificate: Certificate) -> None:

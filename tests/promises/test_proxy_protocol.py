@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     Tunnel,
     WebsocketsOrigin,
@@ -22,7 +22,7 @@ from tests.harness import (
     connect_tls,
     eventually,
     handshake_request,
-    read_answer,
+    read_response,
     receive_exactly,
     require,
     switching_protocols,
@@ -54,7 +54,7 @@ def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
     with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
         # An X-Forwarded-For is no word of a proxy's here.
         client.sendall(handshake_request("/", headers=[("X-Forwarded-For", "198.51.100.1")]))
-        return read_answer(client).status
+        return read_response(client).status
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_only_on_some_listeners(origin: Witness, certificate: Certificate) -> No
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
         host, _, port = tunnel.addresses[1].rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as plain:
+        with socket.create_connection((host.strip("[]"), int(port)), TIMEOUT) as plain:
             plain.sendall(b"\x16\x03\x01")
             assert read_until_end(plain) == b""
 
@@ -142,7 +142,7 @@ def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
             except OSError:
                 return
             with sock, contextlib.suppress(OSError):
-                sock.settimeout(PATIENCE)
+                sock.settimeout(TIMEOUT)
                 data = b""
                 while b"\r\n\r\n" not in data.removeprefix(SIGNATURE):
                     more = sock.recv(65536)
@@ -167,7 +167,7 @@ def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
         thread.start()
         yield f"127.0.0.1:{server.getsockname()[1]}", seen
         server.shutdown(socket.SHUT_RDWR)
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
@@ -202,7 +202,7 @@ def _haproxy(folder: Path, text: str) -> Iterator[None]:
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 def _free_port() -> int:
@@ -228,7 +228,7 @@ def test_haproxy_before_the_tunnel(certificate: Certificate, tmp_path: Path, ver
 
 def _connected(port: int) -> socket.socket | None:
     try:
-        return socket.create_connection(("127.0.0.1", port), PATIENCE, source_address=("127.0.0.3", 0))
+        return socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=("127.0.0.3", 0))
     except ConnectionRefusedError:
         return None
 
@@ -246,7 +246,7 @@ def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, ver
         with _haproxy(tmp_path, text), policed(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
             eventually(lambda: _listens(port))
             statement = origin.tell(switching_protocols)
-            plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE, source_address=("127.0.0.5", 0))
+            plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=("127.0.0.5", 0))
             with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
                 assert upgrade(client).status == 101
             eventually(lambda: statement.heads)

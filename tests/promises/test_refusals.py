@@ -16,7 +16,7 @@ from tests.harness import (
     connect_tcp,
     connect_tls,
     handshake_request,
-    read_answer,
+    read_response,
     receive_all,
     switching_protocols,
     upgrade,
@@ -196,7 +196,7 @@ def test_what_is_just_right_is_not_refused(stage: Stage, request_: bytes) -> Non
     origin.tell(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request_)
-        assert read_answer(client).status == 101
+        assert read_response(client).status == 101
 
 
 def test_100_fields_are_not_too_many(certificate: Certificate) -> None:
@@ -388,7 +388,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
     statement = origin.tell(switching_protocols)
     with connect_tls(tunnel, server_name=sni) as client:
         client.sendall(handshake_request(host=host))
-        answer = read_answer(client)
+        answer = read_response(client)
         assert answer.status == status
         if status == 421:
             record = record_of(tunnel, answer.headers)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    PATIENCE,
     PROGRAM,
+    TIMEOUT,
     Certificate,
     Tunnel,
     WebsocketsOrigin,
@@ -42,7 +42,7 @@ def _echo(client: socket.socket, text: bytes = b"hello") -> None:
 
 
 def _status(tunnel: Tunnel, path: str = "/", port: int | None = None) -> int:
-    plain = socket.create_connection(("127.0.0.1", port or tunnel.port), PATIENCE)
+    plain = socket.create_connection(("127.0.0.1", port or tunnel.port), TIMEOUT)
     with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
         status = upgrade(client, path).status
         if status != 101:
@@ -122,10 +122,10 @@ def test_listeners_come_and_go_and_their_tunnels_stay(origin: WebsocketsOrigin, 
         eventually(lambda: len(tunnel.addresses) == 2)
         new = int(tunnel.addresses[1].rpartition(":")[2])
         host = tunnel.addresses[1].rpartition(":")[0].strip("[]")
-        with socket.create_connection((host, new), PATIENCE) as plain:
+        with socket.create_connection((host, new), TIMEOUT) as plain:
             assert plain.getpeername()[1] == new
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", old), PATIENCE)
+            socket.create_connection(("127.0.0.1", old), TIMEOUT)
         _echo(client)
 
 
@@ -142,7 +142,7 @@ def test_tunnels_of_a_site_that_is_gone(
     top = f"drain_removed = {str(drain_removed).lower()}"
     with Tunnel(None, certificate, config=_two(origin, certificate, top)) as tunnel, connect_tls(tunnel) as stays:
         assert upgrade(stays).status == 101
-        plain = socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE)
+        plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with context.wrap_socket(plain, server_hostname="other.example") as goes:
@@ -152,7 +152,7 @@ def test_tunnels_of_a_site_that_is_gone(
             with (
                 pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"),
                 context.wrap_socket(
-                    socket.create_connection(("127.0.0.1", tunnel.port), PATIENCE), server_hostname="other.example"
+                    socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT), server_hostname="other.example"
                 ),
             ):
                 pass
@@ -267,7 +267,7 @@ def test_a_second_tunnel_does_not_take_it_and_a_dead_ones_is_replaced(certificat
 def test_what_cannot_be_understood_is_told(certificate: Certificate, line: bytes, said: str) -> None:
     with Tunnel("localhost:1", certificate) as tunnel:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(PATIENCE)
+            sock.settimeout(TIMEOUT)
             sock.connect(str(tunnel.control))
             sock.sendall(line)
             answer = json.loads(sock.makefile("rb").readline())

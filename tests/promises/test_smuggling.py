@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import (
-    PATIENCE,
+    TIMEOUT,
     Certificate,
     Request,
     Tunnel,
     connect_tls,
     eventually,
     handshake_request,
-    read_answer,
+    read_response,
     switching_protocols,
     upgrade,
 )
@@ -105,7 +105,7 @@ def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, r
     statement = origin.tell(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request_ + SMUGGLED)
-        answer = read_answer(client)
+        answer = read_response(client)
         assert answer.status == status
         with contextlib.suppress(OSError):
             client.sendall(SMUGGLED)
@@ -151,7 +151,7 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
     sent = threading.Event()
 
     def when_all_is_sent(_: Request) -> bytes:
-        assert sent.wait(PATIENCE)
+        assert sent.wait(TIMEOUT)
         return b"HTTP/1.1 " + answer
 
     statement = origin.tell(when_all_is_sent)
@@ -163,7 +163,7 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
             eventually(lambda: statement.heads)
             client.sendall(SMUGGLED)
         sent.set()
-        read = read_answer(client)
+        read = read_response(client)
         if when == "after the answer":
             with contextlib.suppress(OSError):
                 client.sendall(SMUGGLED)
@@ -190,7 +190,7 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
         client.sendall(handshake_request() + b"early ")
         eventually(lambda: statement.heads)
         client.sendall(b"bird")
-        assert read_answer(client).status == 101
+        assert read_response(client).status == 101
         eventually(lambda: statement.surplus == b"early bird")
     assert before == [b""]
 
@@ -204,7 +204,7 @@ def _forwarded(stage: Stage, *fields: str, request: bytes | None = None) -> dict
     statement = origin.tell(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request or _request(*fields))
-        assert read_answer(client).status == 101
+        assert read_response(client).status == 101
     lines = statement.heads[0].decode("latin-1").split("\r\n")
     assert lines[0] == "GET /socket HTTP/1.1"
     assert lines[-2:] == ["", ""]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import PATIENCE, REPOSITORY, Certificate, RawOrigin, Tunnel, echo_bytes, require
+from tests.harness import REPOSITORY, TIMEOUT, Certificate, RawOrigin, Tunnel, echo_bytes, require
 
 UNITS = REPOSITORY / "docs" / "systemd"
 
@@ -22,7 +22,7 @@ class Manager:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(TIMEOUT)
 
     def next(self) -> dict[str, str]:
         """What it is told next, but for the watchdog's messages."""

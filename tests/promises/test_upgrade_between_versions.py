@@ -104,7 +104,7 @@ def test_processes_of_the_earlier_release_are_drained_by_the_present_code(
             states = {one["generation"]: one["state"] for one in tunnel.status()["processes"]}
             assert states == {1: "draining", 2: "serving"}
             await asyncio.gather(first.exchange(), second.exchange())
-            await asyncio.to_thread(tunnel.told, "drain")
+            await asyncio.to_thread(tunnel.run_command, "drain")
             for one in (first, second):
                 with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                     await one.exchange()

@@ -56,6 +56,6 @@ class Versions:
 
 def upgraded(tunnel: Tunnel, status: int = 0) -> str:
     """Let it upgrade; give what the command says."""
-    said = tunnel.told("upgrade", status=status)
+    said = tunnel.run_command("upgrade", status=status)
     assert len(said) == 1, said
     return said[0]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from tests.harness import PATIENCE, Tunnel, connect_tls, receive_all
+from tests.harness import TIMEOUT, Tunnel, connect_tls, receive_all
 
 # Descriptions of alerts, RFC 8446 section 6.
 ILLEGAL_PARAMETER, PROTOCOL_VERSION, UNRECOGNIZED_NAME, NO_APPLICATION_PROTOCOL = 47, 70, 112, 120
@@ -159,7 +159,7 @@ def cpu_share(tunnel: Tunnel, seconds: float) -> float:
     return (tunnel.cpu_seconds() - before) / (time.monotonic() - began)
 
 
-def settled_descriptors(tunnel: Tunnel, most: int, timeout: float = PATIENCE) -> int:
+def settled_descriptors(tunnel: Tunnel, most: int, timeout: float = TIMEOUT) -> int:
     """Wait until the tunnel holds at most that many descriptors; return how many."""
     deadline = time.monotonic() + timeout
     while (held := tunnel.descriptors()) > most:

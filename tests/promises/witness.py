@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
-from tests.harness import PATIENCE, RawOrigin, Record, Request, Tunnel, eventually, read_request, reset
+from tests.harness import TIMEOUT, RawOrigin, Record, Request, Tunnel, eventually, read_request, reset
 
 Script = Callable[[Request], bytes]
 """What to answer a request with, as the bytes to send."""
@@ -82,7 +82,7 @@ class Witness:
             with contextlib.suppress(ConnectionError):  # what is said here is often not listened to
                 sock.sendall(statement.script(request))
             if statement.after is not None:
-                assert statement.after.wait(PATIENCE)
+                assert statement.after.wait(TIMEOUT)
             if statement.then == "reset":
                 return reset(sock)
             if statement.then == "end":

@@ -15,7 +15,7 @@ import structlog
 
 from tests.corpus.configurations import Configuration, read_corpus, write_named_files
 from tests.corpus.managed_rules import require_libmodsecurity
-from tests.harness import PATIENCE, PROGRAM, child_environment
+from tests.harness import PROGRAM, TIMEOUT, child_environment
 from tlstunnel.cli import main
 from tlstunnel.config import read
 from tlstunnel.config.invocation import Invocation
@@ -69,7 +69,7 @@ def start(file: Path, hints: Sequence[str] = ()) -> list[str]:
             invocation = Invocation(file, echo=1)
         service = await Service.begin(invocation, text, Journal())
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not all(any(hint in str(line) for line in logged) for hint in hints):
                     await asyncio.sleep(0.01)
         finally:
