@@ -205,13 +205,16 @@ def test_a_request_in_flight_is_answered_by_the_one_that_was_asked(started: Star
         ("import json\nimport no_such_module_here\n", "worker.py:2: cannot be imported: ModuleNotFoundError"),
         ("import sys\n\nsys.exit('no')\n", "worker.py:3: cannot be imported: SystemExit: no"),
         ("async def other(request, env): ...\n", "there is no fetch in"),
-        ("def fetch(request, env): ...\n", "expected async def fetch(request, env)"),
+        ("def fetch(request, env): ...\n", "expected a coroutine function, async def fetch(request, env)"),
         ("async def fetch(request): ...\n", "expected async def fetch(request, env)"),
         (
             "async def fetch(request, env): ...\nasync def setup(config):\n    raise LookupError(config['url'])\n",
             "its setup failed: ",
         ),
-        ("async def fetch(request, env): ...\ndef setup(config): ...\n", "expected async def setup(config)"),
+        (
+            "async def fetch(request, env): ...\ndef setup(config): ...\n",
+            "expected a coroutine function, async def setup(config)",
+        ),
         (
             "import sys\nasync def fetch(request, env): ...\nasync def setup(config):\n    sys.exit(1)\n",
             "its setup failed: ",
