@@ -64,8 +64,8 @@ def test_helper_judges_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
 
     async def ask(pool: HelperPool) -> None:
         pids.extend([*pool.pids(), *map(parent_of, pool.pids())])
-        assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
-        bad = await pool.judge(rule_set.name, BAD, 5)
+        assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
+        bad = await pool.evaluate(rule_set.name, BAD, 5)
         assert isinstance(bad, Evaluation)
         assert (bad.denied_by, bad.status) == (1001, 429)
         assert [(match.id, match.message) for match in bad.matches] == [(1001, "bad x")]
@@ -83,8 +83,8 @@ def test_hanging_evaluation_is_killed_and_the_next_is_answered(rule_set: RuleSet
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         began = time.monotonic()
-        hanging = asyncio.create_task(pool.judge(rule_set.name, SLOW, 0.05))
-        behind = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 5)) for _ in range(20)]
+        hanging = asyncio.create_task(pool.evaluate(rule_set.name, SLOW, 0.05))
+        behind = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 5)) for _ in range(20)]
         assert await hanging is Failure.LATE
         took = time.monotonic() - began
         assert await asyncio.gather(*behind) == [CLEAN] * 20
@@ -100,9 +100,9 @@ def test_stopped_helper_is_late_and_replaced(rule_set: RuleSet) -> None:
         for _ in range(3):
             stopped = pool.pids()[0]
             os.kill(stopped, signal.SIGSTOP)
-            assert await pool.judge(rule_set.name, ORDINARY, 0.05) is Failure.LATE
+            assert await pool.evaluate(rule_set.name, ORDINARY, 0.05) is Failure.LATE
             # Not before its successor has been asked: the deadline of this one is not spent on waiting.
-            assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
+            assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
             assert pool.pids() != (stopped,)
 
     with_pool(HelperPool([rule_set]), ask)
@@ -112,8 +112,8 @@ def test_helper_killed_in_the_middle_costs_its_request_alone(rule_set: RuleSet) 
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        middle = asyncio.create_task(pool.judge(rule_set.name, BAD, 60))
-        behind = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(20)]
+        middle = asyncio.create_task(pool.evaluate(rule_set.name, BAD, 60))
+        behind = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(20)]
         await asyncio.sleep(0)  # they have been asked
         os.kill(child, signal.SIGKILL)
         assert await middle is Failure.DIED
@@ -122,7 +122,7 @@ def test_helper_killed_in_the_middle_costs_its_request_alone(rule_set: RuleSet) 
     with_pool(HelperPool([rule_set]), ask)
 
 
-def test_helper_whose_loading_process_is_killed_is_started_anew(
+def test_helper_whose_loading_process_is_killed_is_restarted(
     rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
@@ -132,16 +132,16 @@ def test_helper_whose_loading_process_is_killed_is_started_anew(
         child = pool.pids()[0]
         os.kill(parent_of(child), signal.SIGKILL)
         await until(lambda: not pool.pids())
-        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) == CLEAN
         await until(lambda: not running(child))
 
     with_pool(HelperPool([rule_set], log=log.append), ask)
     assert len(log) == 1
-    assert "started anew" in log[0]
+    assert "restarted" in log[0]
     assert "SIGKILL" in log[0]
 
 
-def test_helper_whose_loading_process_hangs_is_started_anew(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helper_whose_loading_process_hangs_is_restarted(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "CHILD_TIMEOUT", 0.1)
     monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
     log: list[str] = []
@@ -151,13 +151,13 @@ def test_helper_whose_loading_process_hangs_is_started_anew(rule_set: RuleSet, m
         loader = parent_of(child)
         os.kill(loader, signal.SIGSTOP)
         os.kill(child, signal.SIGSTOP)
-        assert await pool.judge(rule_set.name, ORDINARY, 0.05) is Failure.LATE
-        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
+        assert await pool.evaluate(rule_set.name, ORDINARY, 0.05) is Failure.LATE
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) == CLEAN
         assert not running(loader)
         assert not running(child)
 
     with_pool(HelperPool([rule_set], log=log.append), ask)
-    assert "does not go on" in log[0]
+    assert "does not fork a child" in log[0]
 
 
 def test_helper_that_cannot_be_started_anew_is_tried_again(
@@ -171,10 +171,10 @@ def test_helper_that_cannot_be_started_anew_is_tried_again(
         rules.rename(tmp_path / "away")
         os.kill(parent_of(pool.pids()[0]), signal.SIGKILL)
         await until(lambda: any("next attempt" in line for line in log))
-        assert await pool.judge(rule_set.name, ORDINARY, 5) is Failure.WAITED
+        assert await pool.evaluate(rule_set.name, ORDINARY, 5) is Failure.WAITED
         (tmp_path / "away").rename(rules)
         await until(pool.pids)
-        assert await pool.judge(rule_set.name, ORDINARY, 5) == CLEAN
+        assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
 
     with_pool(HelperPool([rule_set], log=log.append), ask)
     assert str(rules) in log[1]
@@ -185,7 +185,7 @@ def test_recycling_fails_no_request(rule_set: RuleSet) -> None:
         seen: set[int] = set()
 
         async def one() -> None:
-            assert await pool.judge(rule_set.name, ORDINARY, 30) == CLEAN
+            assert await pool.evaluate(rule_set.name, ORDINARY, 30) == CLEAN
             seen.update(pool.pids())
 
         await asyncio.gather(*(one() for _ in range(100)))
@@ -242,7 +242,7 @@ async def main():
     pool = HelperPool([RuleSet("r", (RuleSource(text="SecRuleEngine On\\n"), RuleSource(file=sys.argv[1])))])
     await pool.start()
     print(*pool.pids(), flush=True)
-    await pool.judge("r", subject("/?y=" + "a" * 60 + "!"), 60)
+    await pool.evaluate("r", subject("/?y=" + "a" * 60 + "!"), 60)
 
 asyncio.run(main())
 """

@@ -48,7 +48,7 @@ def growth(evaluations: int) -> float:
         async def some(count: int) -> None:
             nonlocal scores
             for _ in range(count):
-                evaluation = await pool.judge(rule_set.name, subject(), 30)
+                evaluation = await pool.evaluate(rule_set.name, subject(), 30)
                 assert isinstance(evaluation, Evaluation)
                 scores += bool(evaluation.score)
 

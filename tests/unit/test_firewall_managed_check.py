@@ -28,7 +28,7 @@ class Answers(HelperPool):
         self.result = result
         self.asked: list[tuple[str, Subject, float]] = []
 
-    async def judge(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+    async def evaluate(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
         self.asked.append((rule_set, subject, deadline))
         return self.result
 

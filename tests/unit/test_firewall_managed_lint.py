@@ -61,24 +61,24 @@ def test_good_rules_pass(text: str, tmp_path: Path) -> None:
         ('\n\nSecRule ARGS "@rx a "id:1,phase:2,deny"\n', "3: a quote is not closed"),
         ('SecRule ARGS "@rx a" "id:1,phase:2,deny\n' + RULE, "1: a quote is not closed"),
         ('SecRule ARGS "@rx a" "id:1,msg:\'a,deny"\n', '1: a quote is not closed at "msg:\'a,deny"'),
-        ('SecRule ARGS "@rx a" "id:1,phase:2,deny,chain"\n', "1: the chain leads nowhere"),
-        ('SecRule ARGS "@eq 1" "id:1,chain"\nSecRule ARGS "@eq 2" "chain"\n', "2: the chain leads nowhere"),
-        ('SecRule ARGS "@eq 1" "id:1,chain"\nSecAction "id:2,pass"\n', "1: the chain leads nowhere"),
+        ('SecRule ARGS "@rx a" "id:1,phase:2,deny,chain"\n', "1: the chain has no next rule"),
+        ('SecRule ARGS "@eq 1" "id:1,chain"\nSecRule ARGS "@eq 2" "chain"\n', "2: the chain has no next rule"),
+        ('SecRule ARGS "@eq 1" "id:1,chain"\nSecAction "id:2,pass"\n', "1: the chain has no next rule"),
         ('SecRule ARGS "@rx a" "phase:2,deny"\n', "1: the rule has no id"),
         ('SecRule ARGS "@rx a"\n', "1: the rule has no id"),
         ('SecRule ARGS "@rx a" "id:0,deny"\n', "1: the rule has no id"),
         ('SecRule ARGS "@rx a" "id:one,deny"\n', "1: the rule has no id"),
         ('SecAction "phase:1,pass"\n', "1: the rule has no id"),
-        (RULE + "\n" + RULE, "3: the id 1 is taken by "),
-        ('SecRule ARGS "@rx a" "id:942100,deny"\n', "1: the id 942100 is taken by CRS"),
+        (RULE + "\n" + RULE, "3: the id 1 is already used by "),
+        ('SecRule ARGS "@rx a" "id:942100,deny"\n', "1: the id 942100 is already used by CRS"),
         ("SecRule ARGS\n", "1: expected SecRule VARIABLES"),
         ('SecRule ARGS "@rx a" "id:1,deny" "x"\n', "1: expected SecRule VARIABLES"),
-        ("SecRemoteRules key https://rules.example/\n", "1: secremoterules: rules are not fetched"),
-        ("Include other.conf\n", "1: include: a file that another includes is not looked at"),
+        ("SecRemoteRules key https://rules.example/\n", "1: secremoterules: rules cannot be fetched"),
+        ("Include other.conf\n", "1: include: included files are not checked"),
         ('SecRule REMOTE_ADDR "@rbl rbl.example" "id:1,deny"\n', "1: @rbl: a rule cannot ask the network"),
         ('SecRule ARGS "@inspectFile /x.lua" "id:1,deny"\n', "1: @inspectFile: rules cannot run programs"),
         ('SecRule ARGS "@rx a" "id:1,phase:2,exec:/bin/true"\n', "1: exec: rules cannot run programs"),
-        (RULE.rstrip(), "1: the last line does not end; put a newline behind it"),
+        (RULE.rstrip(), "1: the last line has no newline; add one"),
         (b"# \xff\n", " the file is not UTF-8"),
         (b"#" * (lint.MAX_FILE + 1), f" has more than {lint.MAX_FILE} bytes"),
     ],
@@ -91,7 +91,7 @@ def test_id_of_another_file_is_named_with_its_place(tmp_path: Path) -> None:
     first, second = tmp_path / "a.conf", tmp_path / "b.conf"
     first.write_text("\n" + RULE)
     second.write_text(RULE)
-    with pytest.raises(ConfigurationError, match=f"{second}:1: the id 1 is taken by {first}:2; choose another"):
+    with pytest.raises(ConfigurationError, match=f"{second}:1: the id 1 is already used by {first}:2; choose another"):
         lint.check([first, second], {})
 
 

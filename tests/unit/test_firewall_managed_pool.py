@@ -29,9 +29,9 @@ def test_full_queue_fails_at_once(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(4)]
+        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(4)]
         await asyncio.sleep(0)
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.FULL
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
         assert await asyncio.gather(*asked) == [CLEAN] * 4
 
@@ -44,9 +44,9 @@ def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) 
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60))
+        asked = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.WAITED
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.WAITED
         os.kill(child, signal.SIGCONT)
         # The one that had begun has its own deadline.
         assert await asked == CLEAN
@@ -58,15 +58,15 @@ def test_asker_that_leaves_gives_its_place_up(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(3)]
+        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(3)]
         await asyncio.sleep(0)
         asked[0].cancel()  # with the helper
         asked[1].cancel()  # in the queue
         await asyncio.gather(*asked[:2], return_exceptions=True)
         assert [task.cancelled() for task in asked] == [True, True, False]
-        behind = asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60))
+        behind = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.FULL
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
         assert await asked[2] == await behind == CLEAN
 
@@ -77,7 +77,7 @@ def test_all_helpers_work(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         stopped, free = pool.pids()
         os.kill(stopped, signal.SIGSTOP)
-        found = asyncio.gather(*(pool.judge(rule_set.name, ORDINARY, 60) for _ in range(50)))
+        found = asyncio.gather(*(pool.evaluate(rule_set.name, ORDINARY, 60) for _ in range(50)))
         # One question is with the stopped one; the other answers the rest.
         await asyncio.sleep(0)
         os.kill(stopped, signal.SIGCONT)
@@ -90,14 +90,14 @@ def test_all_helpers_work(rule_set: RuleSet) -> None:
 def test_closing_answers_everybody(rule_set: RuleSet) -> None:
     async def run() -> None:
         pool = HelperPool([rule_set])
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.CLOSED
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.start()
         os.kill(pool.pids()[0], signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.judge(rule_set.name, ORDINARY, 60)) for _ in range(5)]
+        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(5)]
         await asyncio.sleep(0)
         await pool.close()
         assert await asyncio.gather(*asked) == [Failure.CLOSED] * 5
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.CLOSED
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.close()
 
     asyncio.run(run())
@@ -109,7 +109,7 @@ def test_equal_rule_sets_are_loaded_once(rule_set: RuleSet, tmp_path: Path) -> N
 
     async def ask(pool: HelperPool) -> list[object]:
         target = subject("/?x=b")
-        return [await pool.judge(name, target, 60) for name in (rule_set.name, other.name)]
+        return [await pool.evaluate(name, target, 60) for name in (rule_set.name, other.name)]
 
     pool = HelperPool([rule_set, other, rule_set])
     assert pool.rule_sets == (rule_set, other)
@@ -140,7 +140,7 @@ if {packet!r}:
 """
 
 
-@pytest.mark.parametrize(("packet", "said"), [(b"\xc1", "it sent what cannot be read"), (b"", "it ended")])
+@pytest.mark.parametrize(("packet", "said"), [(b"\xc1", "it sent an invalid message"), (b"", "it exited")])
 def test_helper_that_talks_nonsense_is_started_anew(
     rule_set: RuleSet, packet: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,8 +153,8 @@ def test_helper_that_talks_nonsense_is_started_anew(
     log: list[str] = []
 
     async def ask(pool: HelperPool) -> None:
-        assert await pool.judge(rule_set.name, ORDINARY, 60) is Failure.DIED
-        assert await pool.judge(rule_set.name, ORDINARY, 60) == CLEAN
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.DIED
+        assert await pool.evaluate(rule_set.name, ORDINARY, 60) == CLEAN
 
     with_pool(HelperPool([rule_set], log=log.append), ask)
     assert len(log) == 1
@@ -163,7 +163,7 @@ def test_helper_that_talks_nonsense_is_started_anew(
 
 def test_helper_that_cannot_run_refuses_the_start(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlstunnel.program.PYTHON", "/bin/false")
-    with pytest.raises(ConfigurationError, match="ended while it started: exited with status 1"):
+    with pytest.raises(ConfigurationError, match="exited during its start: exited with status 1"):
         asyncio.run(HelperPool([rule_set]).start())
 
 
@@ -171,5 +171,5 @@ def test_helper_that_does_not_load_in_time_refuses_the_start(
     rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "LOAD_TIMEOUT", 0.001)
-    with pytest.raises(ConfigurationError, match="did not load them within"):
+    with pytest.raises(ConfigurationError, match="did not load the rules within"):
         asyncio.run(HelperPool([rule_set]).start())

@@ -215,7 +215,7 @@ def test_own_rules_are_linted_against_crs_and_us(tmp_path: Path) -> None:
     path = tmp_path / "own.conf"
     for number, taken in ((942100, "REQUEST-942-APPLICATION-ATTACK-SQLI.conf"), (99_900_001, "tlstunnel's own")):
         path.write_text(f'SecAction "id:{number},phase:1,pass"\n')
-        with pytest.raises(ConfigurationError, match=f"{path}:1: the id {number} is taken by {taken}"):
+        with pytest.raises(ConfigurationError, match=f"{path}:1: the id {number} is already used by {taken}"):
             build(SiteManagedRules(owasp_crs=True, rules=str(path)))
 
 
@@ -225,7 +225,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: p
             build(settings)
         return str(caught.value)
 
-    assert said(SiteManagedRules()) == "no rules: write owasp_crs = true, or name files with rules ="
+    assert said(SiteManagedRules()) == 'there are no rules; write owasp_crs = true, or rules = "FILES"'
     assert said(SiteManagedRules(rules=str(tmp_path / "*.conf"))).endswith('*.conf" matches no file')
     folder = tmp_path / "crs"
     assert f'crs: "{folder}" is not a folder' in said(SiteManagedRules(owasp_crs=True, crs=folder))
@@ -236,7 +236,9 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: p
     (folder / "rules" / "REQUEST-901-INITIALIZATION.conf").write_text("")
     assert "has neither crs-setup.conf nor crs-setup.conf.example" in said(SiteManagedRules(owasp_crs=True, crs=folder))
     monkeypatch.setattr(rule_sets, "DEBIAN_CRS", tmp_path / "none")
-    assert "install Debian's package modsecurity-crs, or name the folder" in said(SiteManagedRules(owasp_crs=True))
+    assert "install Debian's package modsecurity-crs, or set crs to the folder" in said(
+        SiteManagedRules(owasp_crs=True)
+    )
 
 
 def test_all_that_is_missing_is_reported_together(tmp_path: Path) -> None:

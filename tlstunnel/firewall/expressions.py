@@ -1,8 +1,8 @@
-"""Expressions of the Common Expression Language (CEL), checked when they are loaded, evaluated for each request.
+"""Expressions of the Common Expression Language (CEL), checked when they are loaded and evaluated for each request.
 
-The library `cel` parses and evaluates. It checks no names and no types, so that is done here: a tokenizer of our own
-goes over each expression (which the library has parsed by then) for its names, calls and literals. Regular expressions
-are google-re2's, compiled once; the library's own ``matches`` compiles its pattern at each call.
+The library `cel` parses and evaluates expressions, but does not check names or types. So this module does, with its own
+tokenizer for the names, calls and literals of an expression that the library has parsed. Regular expressions are
+compiled once, by google-re2; the library's ``matches`` compiles its pattern at each call.
 """
 
 import difflib
@@ -32,21 +32,22 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import MAX_FIELDS, UpgradeRequest
 
 MAX_EXPRESSION = 8192
-"""Bytes of an expression. Google Cloud Armor takes 2048 characters, Cloudflare 4096."""
+"""Bytes of an expression. Google Cloud Armor accepts 2048 characters, Cloudflare 4096."""
 
 MAX_STEPS = 2000
-"""Steps of comprehensions in each other: the product of what they run over. With a regular expression in each step that
-is 10 ms; three over 100 elements each would be 285 ms."""
+"""Steps of nested comprehensions: the product of their ranges. With a regular expression in each step, 2000 take 10 ms;
+three nested comprehensions over 100 elements each would take 285 ms."""
 
 MAX_RANGE = max(MAX_QUERY_VALUES, MAX_COOKIES, MAX_ELEMENTS, MAX_FIELDS)
-"""What a comprehension may run over, unless it runs over a list that stands in the expression."""
+"""The largest range of a comprehension, unless it is a list that is written in the expression."""
 
 MAX_PROGRAM = 1000
-"""Instructions of a regular expression. Where an input defeats RE2's cached automaton, each byte costs 13 ns for every
-one of them (16 KB and 900 instructions: 0.2 s). What is long is a list of words, and belongs into a named list."""
+"""Instructions of a regular expression. If an input defeats RE2's cached automaton, each byte costs 13 ns per
+instruction (16 KB and 900 instructions: 0.2 s). Long patterns are mostly lists of words, which belong in a named list.
+"""
 
 MAX_AUTOMATON = 1 << 20
-"""Bytes of memory for the cached automaton of each regular expression; inputs can make it grow that far. RE2's own
+"""Bytes of memory for the cached automaton of each regular expression, which inputs can make it use in full. RE2's
 default is 8 MiB. With 64 KiB, long alternations take ten times as long."""
 
 _MAPS = frozenset({"headers", "query", "cookies"})
@@ -81,12 +82,12 @@ _PARSE_ERROR = re.compile(r"<input>:([0-9]+):([0-9]+): ([^\n]*)")
 _PYTHON_ERROR = "Python function call failed: TypeError: "
 _MAX_ERROR = 200
 
-# It warns, with a client's value in the text, whenever a function of ours raises; `EvaluationError` says the same.
+# It warns whenever one of our functions raises, and quotes the client's value. `EvaluationError` says the same.
 logging.getLogger("cel").setLevel(logging.CRITICAL + 1)
 
 
 class ExpressionError(ConfigurationError):
-    """What is wrong with an expression, and at which `line` and `column` of it; both count from 1."""
+    """An expression is invalid, at this `line` and `column`, both counted from 1."""
 
     def __init__(self, reason: str, line: int, column: int) -> None:
         super().__init__(f"line {line}, column {column}: {reason}")
@@ -96,10 +97,10 @@ class ExpressionError(ConfigurationError):
 
 
 class EvaluationError(Exception):
-    """An expression gave no answer for a request; the text is fit for the log.
+    """An expression could not be evaluated for a request. The text is escaped for the log.
 
-    `typing` says that values of a wrong type met, which no request is to blame for; otherwise there was no such key or
-    index, or a text was no number or time.
+    `typing` means that a value has the wrong type, which is a fault of the expression. Otherwise the request has no
+    such key or index, or a text is not a number or a time.
     """
 
     def __init__(self, reason: str, *, typing: bool = False) -> None:
@@ -109,7 +110,7 @@ class EvaluationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A checked expression, the `fields` of `Facts` that it reads and the functions of ours that it calls."""
+    """A checked expression, with the `fields` of `Facts` that it reads and those of our `functions` that it calls."""
 
     text: str
     fields: frozenset[str]
@@ -117,26 +118,26 @@ class Expression:
     _program: cel.Program
 
     def evaluate(self, context: cel.Context) -> bool:
-        """Whether it holds. Raises `EvaluationError`, and nothing else for anything that a client sent."""
+        """Return whether the expression is true. Raises only `EvaluationError`, whatever the client sent."""
         try:
             found = self._program.execute(context)
         except KeyError as error:
             raise EvaluationError(f"there is no key {quoted(str(error.args[0]))}") from None
         except BaseException as error:
-            # The library maps its errors to a dozen types. A panic of its Rust is none of Exception, and no reason for
-            # a process to end.
+            # The library raises a dozen types. A panic in its Rust code is not an Exception, but must not end the
+            # process.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise _translate_error(error) from None
         if isinstance(found, bool):
             return found
-        raise EvaluationError(f"it gives {_name_type(found)}, not true or false", typing=True)
+        raise EvaluationError(f"the result is {_name_type(found)}, not true or false", typing=True)
 
 
 class Scope:
-    """What a group of expressions reads, so that a request's values are handed to the library once for all of them.
+    """The fields and functions that a group of expressions uses, to pass them to the library once per request.
 
-    Only what is read: handing over the scalars takes 8 us, the maps of a browser's request 55 us.
+    Only used fields are passed: passing the scalars takes 8 us, the maps of a browser's request 55 us.
     """
 
     __slots__ = ("_fields", "_functions")
@@ -149,12 +150,12 @@ class Scope:
         self._functions = {name: function for name, function in functions.items() if name in called}
 
     def context(self, facts: Facts) -> cel.Context:
-        """Make what `Expression.evaluate` takes."""
+        """Return the context of a request, for `Expression.evaluate`."""
         return cel.Context({name: getattr(facts, name) for name in self._fields}, self._functions)
 
 
 class Expressions:
-    """Compiles expressions. Their functions ask `lists` by name, and so see what a list holds at that moment."""
+    """Compiles expressions. They look lists up by name when they are evaluated, so they see the current content."""
 
     def __init__(self, lists: NamedLists | None = None) -> None:
         self._lists = lists or NamedLists()
@@ -168,9 +169,9 @@ class Expressions:
         }
 
     def compile(self, text: str) -> Expression:
-        """Check an expression and make it ready. Raises `ExpressionError`, which names the place and the nearest name.
+        """Check and compile an expression. Raises `ExpressionError`, which names the place and suggests a name.
 
-        It is tried on a request too: what mixes types there, or gives something else than true or false, is refused.
+        It is also evaluated for a sample request, and refused if that mixes types or the result is not true or false.
         """
         if len(text.encode()) > MAX_EXPRESSION:
             raise ExpressionError(f"the expression has more than {MAX_EXPRESSION} bytes", 1, 1)
@@ -179,7 +180,7 @@ class Expressions:
         except ValueError as error:
             raise _translate_parse_error(str(error)) from None
         checker = _Checker(text, self._prepare_literals)
-        # Were the tokenizer to overlook something, the library's own list would have it.
+        # The library's own list of names has anything that the tokenizer may have overlooked.
         unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - checker.seen
         if unseen:
             raise ExpressionError(f"{quoted(min(unseen))} cannot be used here", 1, 1)
@@ -188,13 +189,13 @@ class Expressions:
         return expression
 
     def scope(self, expressions: Iterable[Expression]) -> Scope:
-        """What these expressions read and call."""
+        """Return the scope that these expressions need."""
         return Scope(expressions, self._functions)
 
     def condition(self, text: str, failed: Callable[[str], None] | None = None) -> Callable[[Facts], bool]:
-        """Compile `text` into a function that raises nothing: where it gives no answer, `failed` is told why.
+        """Compile `text` into a function that never raises. Raises `ExpressionError`.
 
-        Raises `ExpressionError`.
+        If the expression cannot be evaluated, the function calls `failed` with the reason and returns False.
         """
         expression = self.compile(text)
         scope = self.scope([expression])
@@ -217,14 +218,14 @@ class Expressions:
                 raise ExpressionError(str(error), 1, 1) from None
 
     def _prepare_literals(self, function: str, values: list[str]) -> None:
-        """Take the literals of a call when it is loaded. Raises ValueError for what cannot be."""
+        """Prepare the literals of a call when the expression is loaded. Raises ValueError."""
         if function == "regex":
             self._patterns.setdefault(values[0], _compile_pattern(values[0]))
         elif function == "ip_in":
             self._networks.setdefault(tuple(values), AddressSet(values))
         elif values[0] not in self._lists:
             near = difflib.get_close_matches(values[0][:100], self._lists.names, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else "lists = { NAME = ... } at the top of the file makes one"
+            hint = f'did you mean "{near[0]}"?' if near else "lists = { NAME = ... } at the top of the file defines one"
             raise ValueError(f"there is no list {quoted(values[0])}; {hint}")
 
     def _ip_in(self, ip: object, *networks: str) -> bool:
@@ -240,7 +241,7 @@ class Expressions:
 
 def _translate_error(error: BaseException) -> EvaluationError:
     text = str(error)
-    # As the library reports what a function of ours raised.
+    # How the library reports an exception of one of our functions.
     _, ours, reason = text.partition(_PYTHON_ERROR)
     typing = bool(ours) or isinstance(error, TypeError)
     return EvaluationError(printable((reason or text).partition(". C")[0][:_MAX_ERROR]), typing=typing)
@@ -257,7 +258,7 @@ def _require_string(value: object, function: str) -> str:
 
 
 def _compile_pattern(pattern: str) -> Callable[[bytes], object]:
-    """Compile a regular expression and give its search. Raises ValueError."""
+    """Compile a regular expression and return its search method. Raises ValueError."""
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True
@@ -266,11 +267,11 @@ def _compile_pattern(pattern: str) -> Callable[[bytes], object]:
         compiled = re2.compile(pattern, options)
     except re2.error as error:
         reason = error.args[0]
-        said = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
-        raise ValueError(f"the pattern {quoted(pattern)} is not one of RE2: {printable(said)}") from None
+        message = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
+        raise ValueError(f"the pattern {quoted(pattern)} is not valid in RE2: {printable(message)}") from None
     if max(compiled.programsize, compiled.reverseprogramsize) > MAX_PROGRAM:
-        reason = "a named list is the place for many words, and a smaller count in {} for repetitions"
-        raise ValueError(f"the pattern {quoted(pattern)} is too large; {reason}")
+        hint = "use a named list for many words, and smaller counts in {}"
+        raise ValueError(f"the pattern {quoted(pattern)} is too large; {hint}")
     search: Callable[[bytes], object] = compiled.search
     return search
 
@@ -279,7 +280,7 @@ def _translate_parse_error(message: str) -> ExpressionError:
     match = _PARSE_ERROR.search(message)
     if not match:
         return ExpressionError(printable(message.partition("\n")[0][:_MAX_ERROR]), 1, 1)
-    # ANTLR lists every token that could have stood there.
+    # ANTLR lists every token that it would have accepted.
     reason = match[3].removeprefix("Syntax error: ").partition(" expecting ")[0]
     return ExpressionError(printable(f"not CEL: {reason}"[:_MAX_ERROR]), int(match[1]), int(match[2]))
 
@@ -292,19 +293,19 @@ class _Token:
 
 
 def _tokenize(text: str) -> list[_Token]:
-    """Cut an expression that the library has parsed into tokens, without white space and comments."""
+    """Split an expression that the library has parsed into tokens, without white space and comments."""
     tokens: list[_Token] = []
     at = 0
     while at < len(text):
         match = _TOKEN.match(text, at)
-        assert match is not None  # its last alternative takes any character
+        assert match is not None  # its last alternative matches any character
         assert match.lastgroup is not None
         end = match.end()
         if match.lastgroup == "string":
             prefix = match[0].rstrip("\"'")
             body = _BODY[match[0][len(prefix) :], "r" in prefix.lower()].match(text, end)
             if body is None:
-                raise _error("a string has no end", text, at)
+                raise _error("a string is not closed", text, at)
             end = body.end()
         if match.lastgroup != "space":
             tokens.append(_Token(match.lastgroup, text[at:end], at))
@@ -322,7 +323,7 @@ def _describe_unknown(what: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name[:100], names, n=1)
     return f"there is no {what} {quoted(name)}; " + (
-        f'did you mean "{near[0]}"?' if near else f"there are {', '.join(names)}"
+        f'did you mean "{near[0]}"?' if near else f"known are {', '.join(names)}"
     )
 
 
@@ -334,9 +335,9 @@ class _Comprehension:
 
 
 class _Checker:
-    """One walk over the tokens of an expression: what it uses, and whether it may.
+    """Walks over the tokens of an expression once, and checks what it uses. Raises `ExpressionError`.
 
-    `fields` and `functions` are those used, `seen` all names that were looked at. Raises `ExpressionError`.
+    `fields` and `functions` are those that it uses, `seen` are all its names.
     """
 
     def __init__(self, text: str, literals: Callable[[str, list[str]], None]) -> None:
@@ -346,7 +347,7 @@ class _Checker:
         self._text = text
         self._on_literals = literals
         self._tokens = _tokenize(text)
-        # For each open parenthesis, the comprehension whose it is, or None.
+        # For each open parenthesis, the comprehension that it belongs to, or None.
         self._open: list[_Comprehension | None] = []
         for index, token in enumerate(self._tokens):
             if token.kind == "name":
@@ -362,11 +363,11 @@ class _Checker:
         return self._tokens[index].text if 0 <= index < len(self._tokens) else ""
 
     def _map_indexed_by(self, index: int) -> str:
-        """Give the name in whose brackets this token stands, as in ``headers["x"]``."""
+        """Return the name of the map that this token indexes, as in ``headers["x"]``, or ""."""
         return self._text_at(index - 2) if self._text_at(index - 1) == "[" else ""
 
     def _map_searched_for(self, index: int) -> str:
-        """Give the name that is asked for this token, as in ``"x" in headers``."""
+        """Return the name of the map that is searched for this token, as in ``"x" in headers``, or ""."""
         return self._text_at(index + 2) if self._text_at(index + 1) == "in" else ""
 
     def _check_name(self, index: int, token: _Token) -> None:
@@ -386,7 +387,7 @@ class _Checker:
             self.fields.add(name)
 
     def _enclosing(self) -> list["_Comprehension"]:
-        """Give the comprehensions that are open here, the innermost last."""
+        """Return the comprehensions around this place, the innermost last."""
         return [one for one in self._open if one]
 
     def _check_call(self, index: int, token: _Token, *, member: bool) -> None:
@@ -403,7 +404,7 @@ class _Checker:
             self._take_literals(index, token)
 
     def _open_comprehension(self, index: int) -> "_Comprehension | None":
-        """Give the comprehension whose parenthesis this is. Refuses one that could take long."""
+        """Return the comprehension that begins at this parenthesis, or None. Refuses one that could take too long."""
         if self._text_at(index - 1) not in _MACROS or self._text_at(index - 2) != ".":
             return None
         macro, variable = self._tokens[index - 1], self._tokens[index + 1]
@@ -412,20 +413,20 @@ class _Checker:
         if self._text_at(index + 2) != ",":
             raise self._error(variable, f'{macro.text} takes a variable and an expression, such as (x, x == "a")')
         enclosing = self._enclosing()
-        # Each step copies what there is so far.
+        # Each of their steps copies the result so far.
         if enclosing and macro.text in ("map", "filter"):
-            raise self._error(macro, f"{macro.text} cannot stand in another comprehension; exists and all can")
+            raise self._error(macro, f"{macro.text} cannot be nested in another comprehension; exists and all can")
         size = self._count_steps(index - 3, enclosing[-1] if enclosing else None)
         if size * math.prod(one.size for one in enclosing) > MAX_STEPS:
             reason = f"these comprehensions could take more than {MAX_STEPS} steps"
-            hint = "the inner one may run over query[x], where the outer one runs over query, or over a short list"
+            hint = "iterate over query[x] inside a comprehension over query, or over a short list"
             raise self._error(macro, f"{reason}; {hint}")
         return _Comprehension(
             variable.text, size, self._text_at(index - 3) == "query" and self._text_at(index - 4) != "."
         )
 
     def _count_steps(self, last: int, outer: "_Comprehension | None") -> int:
-        """How many steps the comprehension takes for each step enclosing it, whose range ends at the token `last`."""
+        """Return the steps of a comprehension per step of `outer`. Its range ends at the token `last`."""
         if self._text_at(last) != "]":
             return MAX_RANGE
         start, depth, elements = last, 0, 1
@@ -439,29 +440,29 @@ class _Checker:
         before = self._tokens[start - 1] if start else None
         if before is None or (before.kind == "mark" and before.text not in (")", "]", "}")) or before.text == "in":
             return elements
-        # All values of all names together are no more than there may be in a query.
+        # All names of a query together have no more values than a query may have.
         if outer and outer.over_query and before.text == "query" and self._text_at(start + 1) == outer.variable:
             return 1 if last == start + 2 else MAX_RANGE
         return MAX_RANGE
 
     def _take_literals(self, index: int, token: _Token) -> None:
-        """Read the literals of a call: those behind the first argument, or all of a method's."""
+        """Read the literals of a call: the arguments after the first, or all of a method's."""
         arguments = self._split_arguments(index + 1)
         if token.text == "regex":
-            wanted, right = arguments, len(arguments) == 1
+            literals, valid = arguments, len(arguments) == 1
             usage = 'value.regex("pattern")'
         else:
-            wanted, right = arguments[1:], len(arguments) == 2 or (token.text == "ip_in" and len(arguments) > 2)
+            literals, valid = arguments[1:], len(arguments) == 2 or (token.text == "ip_in" and len(arguments) > 2)
             usage = 'ip_in(ip, "10.0.0.0/8", ...)' if token.text == "ip_in" else 'in_list(value, "name")'
-        if not right or any(len(argument) != 1 or argument[0].kind != "string" for argument in wanted):
-            raise self._error(token, f"{token.text} is written {usage}, and what stands in quotes here is a literal")
+        if not valid or any(len(argument) != 1 or argument[0].kind != "string" for argument in literals):
+            raise self._error(token, f"write {usage}; the quoted parts must be literals")
         try:
-            self._on_literals(token.text, [self._string_value(argument[0]) for argument in wanted])
+            self._on_literals(token.text, [self._string_value(argument[0]) for argument in literals])
         except ValueError as error:
-            raise self._error(wanted[0][0], str(error)) from None
+            raise self._error(literals[0][0], str(error)) from None
 
     def _split_arguments(self, start: int) -> list[list[_Token]]:
-        """Give the tokens of each argument of the call whose parenthesis is at `start`."""
+        """Return the tokens of each argument of the call whose parenthesis is at `start`."""
         arguments: list[list[_Token]] = [[]]
         depth = 0
         for token in self._tokens[start:]:
@@ -475,15 +476,15 @@ class _Checker:
         return arguments if arguments != [[]] else []
 
     def _string_value(self, token: _Token) -> str:
-        """Give what a string literal stands for, as the library reads it."""
+        """Return the value of a string literal, as the library reads it."""
         value = cel.compile(token.text).execute()
         if not isinstance(value, str):
-            raise self._error(token, "bytes stand nowhere here; write a string, without the b")
+            raise self._error(token, "bytes are not supported; write a string, without the b")
         return value
 
     def _check_header_name(self, token: _Token, name: str) -> None:
         if name != name.lower():
-            raise self._error(token, f"names of headers are in lower case here: {quoted(name.lower())}")
+            raise self._error(token, f"write header names in lower case: {quoted(name.lower())}")
 
     def _error(self, token: _Token, reason: str) -> ExpressionError:
         return _error(reason, self._text, token.at)
@@ -495,7 +496,7 @@ def _name_type(value: object) -> str:
 
 
 def _make_sample() -> Facts:
-    """Give a plain handshake, to try expressions on."""
+    """Return the facts of an ordinary handshake, to try expressions on."""
     fields = {b"host": [b"chat.example.com"], b"origin": [b"https://chat.example.com"], b"user-agent": [b"Mozilla/5.0"]}
     request = UpgradeRequest(
         target=b"/",

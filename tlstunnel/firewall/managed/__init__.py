@@ -1,1 +1,1 @@
-"""Managed rules: OWASP CRS and rules of one's own, evaluated by libmodsecurity in helper processes with a deadline."""
+"""Managed rules: OWASP CRS and users' own rules, evaluated by libmodsecurity in helper processes with a deadline."""

@@ -1,4 +1,4 @@
-"""The categories of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 number alike."""
+"""The categories of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 use the same numbers."""
 
 _CATEGORIES = {
     910: "IP reputation",
@@ -22,11 +22,11 @@ _CATEGORIES = {
 
 
 LOG4SHELL = 99_900_044
-"""The id of our own rule, in ``log4shell.conf``."""
+"""The id of the tunnel's own rule, in ``log4shell.conf``."""
 
 
 def name_category(rule: int) -> str:
-    """Name what a rule of CRS looks for; "own rule" for an id that is not CRS's (its own are 900000 to 999999)."""
+    """Return what a rule of CRS looks for, or "own rule" for an id outside 900000 to 999999, which are those of CRS."""
     if rule == LOG4SHELL:
         return _CATEGORIES[944]
     return _CATEGORIES.get(rule // 1000, "other" if 900_000 <= rule <= 999_999 else "own rule")

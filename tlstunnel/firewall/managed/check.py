@@ -1,4 +1,4 @@
-"""The managed rules' part of a verdict: the guard, the evaluation, and what a score or a failure means for a site."""
+"""The check by managed rules: the guard, the evaluation, and what a score or a failure means for a site."""
 
 import time
 from collections import OrderedDict
@@ -19,22 +19,22 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 
 PENALTY = 10.0
-"""Seconds for which an address (a /64 of IPv6) whose request was late is not evaluated again: a request that makes
-libmodsecurity hang takes a helper for the whole of the deadline, and 20 a second would take one for good."""
+"""Seconds for which requests of an address (for IPv6, of a /64) are not evaluated after one missed its deadline. Such a
+request occupies a helper until the deadline, and 20 per second would occupy one permanently."""
 
 MAX_PENALTIES = 4096
-"""Addresses that are remembered for it, the oldest forgotten first."""
+"""Addresses with a penalty. The oldest are dropped first."""
 
 _BLOCKED = "the firewall refused this request"
-_UNAVAILABLE = "the firewall cannot judge this request now; try again"
+_UNAVAILABLE = "the firewall cannot check this request now; try again"
 
 
 @dataclass(frozen=True, slots=True)
 class ManagedRulesOutcome:
-    """What the managed rules make of a request.
+    """The decision of the managed rules about a request.
 
-    `logged` has what would have refused it (``managed rules``, ``managed rules: guard``) had the mode been "block".
-    `failure` says why there was no evaluation. `matches` and `guard_reason` are there whatever the verdict.
+    `logged` holds the reason for which the request would be refused if the mode were not "log". `failure` says why it
+    was not evaluated. `matches` and `guard_reason` are set whatever the decision.
     """
 
     refusal: Refusal | None = None
@@ -47,7 +47,7 @@ class ManagedRulesOutcome:
 
     @property
     def rule_ids(self) -> tuple[int, ...]:
-        """The ids of the rules that matched, each once, in order."""
+        """The ids of the rules that matched, in order, without repetition."""
         return tuple(dict.fromkeys(match.id for match in self.matches))
 
     @property
@@ -57,9 +57,9 @@ class ManagedRulesOutcome:
 
 
 class ManagedRulesCheck:
-    """A site's managed rules: its settings, and the name of its rule set in a pool that others use too.
+    """A site's managed rules: its settings, and the name of its rule set in the pool that all sites share.
 
-    `metrics` count the outcome of each evaluation, and the rules that matched.
+    `metrics` counts the outcome of each evaluation, and the rules that matched.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class ManagedRulesCheck:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
-        self._rules_set = rule_set
+        self._rule_set = rule_set
         self._settings = settings
         self._outcomes = metrics[families.MANAGED_RULES]
         self._matches = metrics[families.MANAGED_RULE_MATCHES]
         self._penalties = _Penalties(clock)
 
     async def judge(self, facts: Facts, trace: list[object] | None = None) -> ManagedRulesOutcome:
-        """Judge a request; ``trace``, for a person who asks why, receives the outcome. Never raises."""
+        """Check a request. Never raises. `trace` receives the outcome."""
         outcome = await self._evaluate(facts)
         if trace is not None:
             trace.append(outcome)
@@ -91,7 +91,7 @@ class ManagedRulesCheck:
         if self._penalties.holds(facts.ip):
             return self._fail("late before", facts.site)
         subject = Subject(facts.ip, request.target, request.fields, request.method)
-        result = await self._pool.judge(self._rules_set, subject, self._settings.timeout)
+        result = await self._pool.evaluate(self._rule_set, subject, self._settings.timeout)
         if isinstance(result, Failure):
             if result is Failure.LATE:
                 self._penalties.add(facts.ip)
@@ -99,7 +99,7 @@ class ManagedRulesCheck:
         return self._conclude(result, facts.site)
 
     def _refuse_by_guard(self, guard_reason: str, site: str) -> ManagedRulesOutcome:
-        """What the guard stops is refused as an attack, not as a fault of ours, whatever ``on_failure`` says."""
+        """Refuse what the guard found as an attack, not as a failure of ours, whatever ``on_failure`` says."""
         self._outcomes.add(site, "guard")
         if self._settings.mode == "log":
             return ManagedRulesOutcome(guard_reason=guard_reason, logged=(Reason.MANAGED_RULES_GUARD,))
@@ -135,11 +135,13 @@ def _describe(evaluation: Evaluation) -> str:
 
 
 def _valid_status(status: int) -> int:
-    """Take the status that a user's rule names, if a refusal can have it."""
+    """Return the status that a user's rule sets, or 403 if a refusal cannot have it."""
     return status if 400 <= status <= 599 and status in HTTPStatus.__members__.values() else 403
 
 
 class _Penalties:
+    """The addresses whose requests are not evaluated for a while."""
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._until: OrderedDict[str, float] = OrderedDict()
@@ -150,7 +152,7 @@ class _Penalties:
             self._until.popitem(last=False)
 
     def holds(self, ip: str) -> bool:
-        # Asked for every request, and almost always empty.
+        # Called for every request, and almost always empty.
         return bool(self._until) and self._until.get(_network_of(ip), 0.0) > self._clock()
 
 

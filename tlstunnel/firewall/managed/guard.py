@@ -1,9 +1,9 @@
-"""What is refused before libmodsecurity sees it, because it could keep it busy for seconds.
+"""Refuse requests that could keep libmodsecurity busy for seconds, before it sees them.
 
-Backtracking regular expressions of CRS are quadratic and worse in runs of punctuation: 8 kB of ``$(`` in an argument
-took 10 s with CRS 3.3.4, 1 kB of ``{`` 1 to 2 s, a 4 kB cookie of brackets 8 s, and neither SecPcreMatchLimit nor
-anything else stops an evaluation. This costs microseconds. What it lets through may still be slow: that is the
-deadline's share. None of the ordinary handshakes in the tests is touched by it.
+The backtracking regular expressions of CRS take quadratic time or worse for runs of punctuation. With CRS 3.3.4, 8 kB
+of ``$(`` in an argument took 10 s, 1 kB of ``{`` 1 to 2 s, and a cookie of 4 kB of brackets 8 s. Neither
+SecPcreMatchLimit nor anything else stops an evaluation. The guard takes microseconds. What it accepts may still be
+slow, for which there is the deadline. It refuses none of the ordinary handshakes in the tests.
 """
 
 import re
@@ -11,11 +11,11 @@ import re
 from tlstunnel.handshake.refusal import Fields
 
 MAX_ARGUMENTS = 64
-"""Arguments of a query: each costs about 0.1 ms. ModSecurity's own recommendation is 1000, for forms."""
+"""Arguments of a query, each of which takes about 0.1 ms. ModSecurity recommends 1000, for forms."""
 
 MAX_RUN = 31
-"""Characters in a row that are neither letters nor digits. Bytes of 128 and more count as letters, being parts of them
-in UTF-8: 1 300 of them in a row took 2.5 ms."""
+"""Consecutive characters that are neither letters nor digits. Bytes from 128 on count as letters, which they are parts
+of in UTF-8: 1 300 of them in a row took 2.5 ms."""
 
 _CLASSES = bytes(ord("a") if chr(byte).isalnum() or byte >= 0x80 else ord(".") for byte in range(256))
 _RUN = b"." * (MAX_RUN + 1)
@@ -26,9 +26,9 @@ _BYTES = {b"%02x" % byte: bytes((byte,)) for byte in range(256)}
 
 
 def find_problem(target: bytes, fields: Fields) -> str | None:
-    """Why the rules are not to see this request, as a short fixed text, or None.
+    """Return why the rules must not see this request, as a short fixed text, or None.
 
-    Looks at the target and every field, as sent and percent-decoded once and twice, which is how far CRS decodes.
+    Examines the target and all fields, as sent and percent-decoded once and twice, as CRS does.
     """
     if target.count(b"&") >= MAX_ARGUMENTS:
         return f"more than {MAX_ARGUMENTS} arguments"
@@ -40,7 +40,7 @@ def find_problem(target: bytes, fields: Fields) -> str | None:
 
 
 def _has_run(text: bytes) -> bool:
-    if len(text) <= MAX_RUN:  # decoding does not lengthen
+    if len(text) <= MAX_RUN:  # decoding only shortens
         return False
     if _RUN in text.translate(_CLASSES):
         return True

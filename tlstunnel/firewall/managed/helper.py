@@ -1,8 +1,9 @@
-"""A helper: a process that loads rule sets once, and evaluates in a child of its own that can be killed at any time.
+"""A helper: a process that loads rule sets once, and evaluates in a child that can be killed at any time.
 
-The pool starts it by fork and exec. It loads, then forks, and for every child that ends it forks the next, which costs
-2 ms where loading costs 100 and more: so a request that makes libmodsecurity hang costs its own deadline, and not
-everybody's seconds. It has one thread, no loop and no other descriptor of the tunnel's than its end of the socket.
+The pool starts it by fork and exec. It loads the rules, then forks a child, and for each child that exits the next one.
+A fork takes 2 ms, loading 100 or more. So a request that makes libmodsecurity hang costs its own deadline, and does not
+delay others for seconds. A helper has one thread, no event loop, and no descriptor of the tunnel except its end of the
+socket.
 
     python -m tlstunnel.firewall.managed.helper DESCRIPTOR PARENT
 """
@@ -35,13 +36,13 @@ from tlstunnel.firewall.managed.messages import (
 from tlstunnel.firewall.managed.modsecurity import ModSecurity
 
 EVALUATIONS = 100_000
-"""Evaluations after which a child is replaced, whatever it may have leaked: some two minutes at full rate."""
+"""Evaluations after which a child is replaced, in case it leaks memory: about two minutes at full rate."""
 
 NICENESS = 5
-"""Established tunnels go first where a processor is short."""
+"""Established tunnels have precedence when CPU time is short."""
 
 EVALUATION_MEMORY = 268_435_456
-"""Bytes that evaluations may take beside what the rules take; 1 MiB is what they do take."""
+"""Bytes that evaluations may use in addition to the rules. They use about 1 MiB."""
 
 _FINISHED = 0
 _RECYCLED = 3
@@ -50,10 +51,10 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 
 def serve(connection: socket.socket, library: ModSecurity, loaded: Sequence[int], evaluations: int) -> bool:
-    """EvaluationResult questions until there are no more (False), or until `evaluations` were made (True)."""
+    """Evaluate requests until the pool closes the socket (False), or `evaluations` times (True)."""
     connection.setblocking(False)
     with suppress(BlockingIOError):
-        # What a killed predecessor did not read: nobody waits for it any more.
+        # Discard what a killed predecessor did not read: the pool no longer waits for it.
         while connection.recv(MAX_PACKET):
             pass
         return False
@@ -71,7 +72,7 @@ def serve(connection: socket.socket, library: ModSecurity, loaded: Sequence[int]
 
 
 def load(connection: socket.socket, library: ModSecurity | None = None) -> tuple[ModSecurity, list[int]] | None:
-    """Load the rule sets that are sent first, and say how it went; None when it went wrong, or nobody is there."""
+    """Load the rule sets that the pool sends first, and report the result. Return None if that fails."""
     rule_sets = []
     decoder = msgspec.msgpack.Decoder(RuleSet)
     while (packet := connection.recv(MAX_PACKET)) != END_OF_RULES:
@@ -93,7 +94,7 @@ def _send(connection: socket.socket, message: FromHelper) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be a helper; give the exit status."""
+    """Run a helper, and return the exit status."""
     descriptor, parent, evaluations = map(int, arguments)
     _die_with(parent)
     _drop_privileges()
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         ready = load(connection)
         if ready is None:
             return 1
-        # Collections of a child would copy the pages that it shares with this process.
+        # Garbage collections in a child would copy the pages that it shares with this process.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
             if os.waitpid(child, 0)[1] == _FINISHED:
                 return 0
             if time.monotonic() - began < 0.01:
-                time.sleep(0.01)  # one that cannot even begin is not to take a processor
+                time.sleep(0.01)  # a child that fails at once must not use all CPU time
     return 0
 
 
@@ -130,21 +131,21 @@ def _run_child(connection: socket.socket, library: ModSecurity, loaded: Sequence
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent ends, also in the middle of an evaluation."""
+    """Make the kernel kill this process when its parent exits, even during an evaluation."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # it exited before the call
         os._exit(1)
 
 
 def _drop_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # requests hold passwords
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # requests contain passwords
     with suppress(OSError):
         os.nice(NICENESS)
 
 
 def _limit_resources() -> None:
-    """With everything loaded, open no file and no socket any more, whatever libmodsecurity is made to do."""
+    """Limit memory, and forbid new files and sockets: everything is loaded, and libmodsecurity needs no more."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
             most = int(line.split()[1]) * 1024 + EVALUATION_MEMORY

@@ -1,8 +1,8 @@
-"""Faults in rules of one's own that libmodsecurity loads without a word, after which a rule never matches.
+"""Find faults in the user's own rules that libmodsecurity accepts silently, so that a rule never matches.
 
-Seen with 3.0.9: a regular expression that does not compile, an operator that does not exist, a quote that is not closed
-and a chain that leads nowhere. Also what it reports badly: a missing id (with a wrong file name), an id used twice. And
-what a rule for handshakes cannot do. Everything else libmodsecurity refuses itself, with line and column.
+Seen with 3.0.9: a regular expression that does not compile, an unknown operator, an unclosed quote, and a chain without
+a next rule. Also faults that it reports badly: a missing id (with a wrong file name), and an id that is used twice. And
+what rules for handshakes must not do. libmodsecurity refuses all other faults itself, with line and column.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from tlstunnel.addresses import quoted
 from tlstunnel.errors import ConfigurationError
 
 MAX_FILE = 4_194_304
-"""Bytes of a file of rules; the whole of CRS has 0.5 MB."""
+"""Bytes of a file of rules. The whole CRS has 0.5 MB."""
 
 _OPERATORS = """
 beginsWith contains containsWord detectSQLi detectXSS endsWith eq fuzzyHash ge geoLookup gt ipMatch ipMatchF
@@ -28,9 +28,9 @@ verifySVNR within
 _OPERATOR_NAMES = {name.lower(): name for name in _OPERATORS.split()}
 
 _FORBIDDEN = {
-    "secremoterules": "rules are not fetched from the network; keep them in a file",
-    "include": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
-    "includeoptional": 'a file that another includes is not looked at; name all files with rules = "folder/*.conf"',
+    "secremoterules": "rules cannot be fetched from the network; keep them in a file",
+    "include": 'included files are not checked; name all files with rules = "folder/*.conf"',
+    "includeoptional": 'included files are not checked; name all files with rules = "folder/*.conf"',
     "secrulescript": "rules cannot run programs",
     "@rbl": "a rule cannot ask the network; keep the addresses in a list of the firewall",
     "@gsblookup": "a rule cannot ask the network; keep the addresses in a list of the firewall",
@@ -38,19 +38,19 @@ _FORBIDDEN = {
     "exec": "rules cannot run programs",
 }
 
-_BROKEN_CHAIN = "the chain leads nowhere: another SecRule must follow, or remove the action chain"
+_BROKEN_CHAIN = "the chain has no next rule: add a SecRule after this one, or remove the action chain"
 
 _WORD = re.compile(r'(?:"((?:\\.|[^"\\])*)"|([^\s"]+))(?=\s|$)', re.DOTALL)
 _OPERATOR = re.compile(r"(!?)\s*@(\w+)\s*(.*)", re.DOTALL)
 _ACTION = re.compile(r"((?:\\.|[^,'\\]|'(?:\\.|[^'\\])*')*)(?:,|$)", re.DOTALL)
 
 FindPatternFault = Callable[[str], str | None]
-"""Says why a regular expression does not compile, or None."""
+"""Returns why a regular expression does not compile, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Directive:
-    """``name`` in lower case, its ``words`` without quotes, and the number of its first line."""
+    """A directive: its ``name`` in lower case, its ``words`` without quotes, and the number of its first line."""
 
     line: int
     name: str
@@ -58,7 +58,7 @@ class _Directive:
 
 
 class _Fault(Exception):
-    """What is wrong in line `line`."""
+    """A fault in line `line`."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
@@ -67,9 +67,9 @@ class _Fault(Exception):
 
 
 def check(files: Iterable[Path], known: Mapping[int, str]) -> None:
-    """Lint files of rules, in loading order; `known` are ids that are taken, and by what.
+    """Check files of rules, in loading order. `known` are the ids already in use, with their users.
 
-    Raises ConfigurationError with every problem, each ``FILE:LINE: ...``.
+    Raises ConfigurationError with all problems, each as ``FILE:LINE: ...``.
     """
     ids = dict(known)
     problems = [problem for path in files for problem in _lint_file(path, ids)]
@@ -80,7 +80,7 @@ def check(files: Iterable[Path], known: Mapping[int, str]) -> None:
 def _lint_file(path: Path, ids: dict[int, str]) -> list[str]:
     try:
         if path.stat().st_size > MAX_FILE:
-            return [f"{path}: has more than {MAX_FILE} bytes; it does not look like rules"]
+            return [f"{path}: the file has more than {MAX_FILE} bytes, too many for rules"]
         text = path.read_text("utf-8")
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror}"]
@@ -91,8 +91,8 @@ def _lint_file(path: Path, ids: dict[int, str]) -> list[str]:
 
 def _find_faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
     if text and not text.endswith("\n"):
-        # libmodsecurity's parser would go on in the next file, and name that one.
-        return [_Fault(text.count("\n") + 1, "the last line does not end; put a newline behind it")]
+        # libmodsecurity's parser would continue in the next file, and name that one.
+        return [_Fault(text.count("\n") + 1, "the last line has no newline; add one")]
     faults: list[_Fault] = []
     chain: _Directive | None = None
     try:
@@ -105,7 +105,7 @@ def _find_faults(text: str, file: str, ids: dict[int, str]) -> list[_Fault]:
             except _Fault as fault:
                 faults.append(fault)
                 chain = directive if _is_chained(directive) else None
-    except _Fault as fault:  # the text cannot be split any further
+    except _Fault as fault:  # the rest of the text cannot be split
         return [*faults, fault]
     if chain:
         faults.append(_Fault(chain.line, _BROKEN_CHAIN))
@@ -137,7 +137,7 @@ def _check_directive(
 
 
 def _split_directives(text: str) -> Iterator[_Directive]:
-    """Give each directive of a file; one goes on after a line that ends with a backslash."""
+    """Yield each directive of a file. A backslash at the end of a line continues it on the next."""
     lines = iter(enumerate(text.split("\n"), 1))
     for number, first in lines:
         line = first.rstrip("\r")
@@ -156,7 +156,7 @@ def _split_words(number: int, text: str) -> tuple[str, ...]:
     while text := text.lstrip():
         match = _WORD.match(text)
         if match is None:
-            raise _Fault(number, 'a quote is not closed; end it, or write \\" for one inside a text')
+            raise _Fault(number, 'a quote is not closed; end it, or write \\" for a quote inside a text')
         inside, plain = match.groups()
         words.append(plain if inside is None else inside.replace('\\"', '"'))
         text = text[match.end() :]
@@ -185,7 +185,7 @@ def _check_operator(directive: _Directive, find_fault: FindPatternFault) -> None
 
 
 def _parse_actions(directive: _Directive) -> dict[str, str]:
-    """Give the actions of a rule by name, in lower case; of repeated ones the last."""
+    """Return the actions of a rule by name in lower case. The last of repeated actions counts."""
     text = directive.words[-1] if len(directive.words) == (3 if directive.name == "secrule" else 1) else ""
     actions: dict[str, str] = {}
     position = 0
@@ -194,7 +194,7 @@ def _parse_actions(directive: _Directive) -> dict[str, str]:
         if match is None:
             shown = quoted(text[position:].strip())
             raise _Fault(
-                directive.line, f"a quote is not closed at {shown}; end it, or write \\\\' for one inside a text"
+                directive.line, f"a quote is not closed at {shown}; end it, or write \\\\' for a quote inside a text"
             )
         name, _, value = match[1].strip().partition(":")
         name = name.strip().lower()
@@ -208,19 +208,19 @@ def _parse_actions(directive: _Directive) -> dict[str, str]:
 def _check_id(directive: _Directive, actions: Mapping[str, str], file: str, ids: dict[int, str]) -> None:
     number = actions.get("id", "")
     if not number.isascii() or not number.isdigit() or len(number) > 9 or not int(number):
-        raise _Fault(directive.line, "the rule has no id; give it one of its own, such as id:1001")
+        raise _Fault(directive.line, "the rule has no id; add a unique one, such as id:1001")
     if taken := ids.get(int(number)):
         raise _Fault(
-            directive.line, f"the id {int(number)} is taken by {taken}; choose another, such as one below 100000"
+            directive.line, f"the id {int(number)} is already used by {taken}; choose another, such as one below 100000"
         )
     ids[int(number)] = f"{file}:{directive.line}"
 
 
 @cache
 def find_pattern_fault(pattern: str) -> str | None:
-    """Why PCRE2, which libmodsecurity uses, does not compile a regular expression; None where it does.
+    """Return why PCRE2, which libmodsecurity uses, does not compile a regular expression, or None.
 
-    Raises ConfigurationError where the library is missing.
+    Raises ConfigurationError if the library is missing.
     """
     library = _load_pcre2()
     raw = pattern.encode()

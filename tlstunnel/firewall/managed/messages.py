@@ -1,6 +1,6 @@
-"""What the tunnel and a helper say to each other: one msgpack value a packet of a SOCK_SEQPACKET socket pair.
+"""The messages between the tunnel and a helper: one msgpack value per packet of a SOCK_SEQPACKET socket pair.
 
-Packets keep their bounds, so there is no framing that a killed helper could leave half written.
+Packets keep their boundaries, so a killed helper cannot leave half a message.
 """
 
 import msgspec
@@ -9,21 +9,21 @@ from tlstunnel.handshake.refusal import Fields
 
 
 class RuleSource(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A part of a rule set, loaded in order: a text of ours, or the absolute path of a file. One of them is set."""
+    """A source of a rule set: a text of the tunnel, or the absolute path of a file. One of them is set."""
 
     text: str = ""
     file: str = ""
 
 
 class RuleSet(msgspec.Struct, frozen=True):
-    """Everything that one site's policy loads. Equal policies have equal names."""
+    """All that a site's managed rules load, in order. Equal rule sets have equal names."""
 
     name: str
     sources: tuple[RuleSource, ...]
 
 
 class Subject(msgspec.Struct, frozen=True, array_like=True):
-    """What is judged: the client's address, the method, and the target and fields as sent."""
+    """What is evaluated: the client's address, the method, and the target and fields as sent."""
 
     ip: str
     target: bytes
@@ -32,7 +32,7 @@ class Subject(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EvaluationRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Judge a subject by the rule set of that number, in the order in which they were sent at the start."""
+    """Evaluate a subject with the rule set of that index, in the order in which they were sent at the start."""
 
     number: int
     rule_set: int
@@ -40,7 +40,7 @@ class EvaluationRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Match(msgspec.Struct, frozen=True, array_like=True):
-    """A rule that matched. `data`, and in some rules `message`, quote the client.
+    """A rule that matched. `data`, and in some rules `message`, quote what the client sent.
 
     `severity` is 0 (emergency) to 7 (debug); CRS uses 2 (critical, 5 points) to 5 (notice, 2 points).
     """
@@ -52,10 +52,9 @@ class Match(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, array_like=True):
-    """What the rules say: the anomaly score, and the rules that matched.
+    """The result of the rules: the anomaly score, and the rules that matched.
 
-    `denied_by` is the rule that refused by itself, without regard to a score, with the status `status`; 0 when none
-    did.
+    `denied_by` is the rule that denied the request by itself, whatever the score, with `status`. It is 0 if none did.
     """
 
     score: int
@@ -65,19 +64,19 @@ class Evaluation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RulesLoaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """Every rule set is loaded, or `problem` says in a sentence why one cannot be."""
+    """All rule sets are loaded, or `problem` says in a sentence why one cannot be loaded."""
 
     problem: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """A new evaluating process takes questions; what was asked before is forgotten."""
+    """A new child, with this process id, is ready for requests. Earlier requests are lost."""
 
     pid: int
 
 
 class EvaluationResult(msgspec.Struct, frozen=True, tag="answer"):
-    """To the question of that number. After a `last` one the process ends, and a `Ready` of the next follows."""
+    """The result of the request of that number. After the `last` one the child exits, and the next sends `Ready`."""
 
     number: int
     evaluation: Evaluation
@@ -86,7 +85,7 @@ class EvaluationResult(msgspec.Struct, frozen=True, tag="answer"):
 
 FromHelper = RulesLoaded | Ready | EvaluationResult
 END_OF_RULES = b"\xc0"
-"""msgpack's nil: what follows the rule sets at the start."""
+"""msgpack's nil, which follows the rule sets at the start."""
 
 MAX_PACKET = 131_072
-"""Bytes; the kernel's default buffer takes 200 KiB. A question has at most a request's head, 16 KiB."""
+"""Bytes. The kernel's default buffer holds 200 KiB. A request has at most the client's head, 16 KiB."""

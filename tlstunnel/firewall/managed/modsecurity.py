@@ -1,6 +1,6 @@
-"""libmodsecurity 3 by ctypes: the C functions that judge a request without a body, and what they say as values.
+"""libmodsecurity 3 through ctypes: the C functions that evaluate a request without a body, with results as values.
 
-RulesLoaded in a helper process only: it can be kept busy for a minute by a few kilobytes, and cannot be interrupted.
+It is loaded in helper processes only: a few kilobytes can keep it busy for a minute, and it cannot be interrupted.
 """
 
 import ctypes
@@ -14,13 +14,13 @@ from tlstunnel.firewall.managed.messages import Evaluation, Match, RuleSet, Subj
 
 LIBRARY = "libmodsecurity.so.3"
 MAX_MATCHES = 64
-"""Matches that an evaluation reports. CRS has some 200 rules that can match a handshake; a person reads a few."""
+"""Matches that an evaluation reports. About 200 rules of CRS can match a handshake; people read a few."""
 
 MAX_LINES = 512
-"""Lines that are kept of one evaluation: rules times arguments, and libmodsecurity has no bound."""
+"""Log lines that are kept of one evaluation. libmodsecurity has no bound: it may write rules times arguments."""
 
 MAX_TEXT = 300
-"""Characters of a message, and of the data that matched."""
+"""Characters of a message, and of the matched data."""
 
 _SCORE_RULES = frozenset({949110, 949111})
 _SCORE = re.compile(r"Total Score: ([0-9]{1,9})")
@@ -36,7 +36,7 @@ _LogCallback = ctypes.CFUNCTYPE(None, _Pointer, _Text)
 
 
 class _Intervention(ctypes.Structure):
-    """``ModSecurityIntervention``. The texts are ours to free, so they are no ``c_char_p``, which loses the pointer."""
+    """``ModSecurityIntervention``. We have to free its texts, so they are not ``c_char_p``, which loses the pointer."""
 
     _fields_ = (
         ("status", ctypes.c_int),
@@ -48,7 +48,7 @@ class _Intervention(ctypes.Structure):
 
 
 class ModSecurity:
-    """The library, with its rule sets. One evaluation at a time. Raises ConfigurationError where it is missing."""
+    """The library, with its rule sets. It does one evaluation at a time. Raises ConfigurationError if it is missing."""
 
     def __init__(self) -> None:
         try:
@@ -61,13 +61,13 @@ class ModSecurity:
         self._c = _Functions(library)
         self._lines: list[bytes] = []
         self._mark = make_mark()
-        # libmodsecurity keeps the pointer, so the callback has to live as long. Without one it prints to stderr.
+        # libmodsecurity keeps the pointer, so the callback must stay alive. Without a callback it writes to stderr.
         self._callback = _LogCallback(self._on_log_line)
         self._engine = self._c.init()
         self._c.set_log_callback(self._engine, self._callback)
 
     def load(self, rule_set: RuleSet) -> int:
-        """Load a rule set; gives what `evaluate` takes. Raises ConfigurationError with what the library says."""
+        """Load a rule set and return its handle for `evaluate`. Raises ConfigurationError with the library's reason."""
         loaded: int = self._c.create_rules_set()
         for source in rule_set.sources:
             error = _Pointer()
@@ -78,12 +78,12 @@ class ModSecurity:
             message = self._take_text(error.value).decode("utf-8", "replace")
             if code < 0:
                 where = source.file or "tlstunnel's own settings"
-                message = " ".join(message.replace(self._mark, "").split())[:MAX_TEXT] or "no reason is given"
+                message = " ".join(message.replace(self._mark, "").split())[:MAX_TEXT] or "it gives no reason"
                 raise ConfigurationError(f"{where}: libmodsecurity cannot load it: {message}")
         return loaded
 
     def evaluate(self, loaded: int, subject: Subject) -> Evaluation:
-        """Judge a request. Takes milliseconds as a rule, and as long as a minute for some inputs."""
+        """Evaluate a request. Usually takes milliseconds, but up to a minute for some inputs."""
         self._lines.clear()
         transaction = self._c.new_transaction(self._engine, loaded, None)
         try:
@@ -93,12 +93,12 @@ class ModSecurity:
 
     def _run_phases(self, transaction: int, subject: Subject) -> Evaluation:
         c = self._c
-        # The server's address and the ports are asked for, and used by no rule of CRS.
+        # The server's address and the ports are required, but no rule of CRS uses them.
         c.process_connection(transaction, subject.ip.encode(), 0, b"127.0.0.1", 443)
         c.process_uri(transaction, subject.target, subject.method.encode(), b"1.1")
         for name, value in subject.fields:
             c.add_header(transaction, name, len(name), value, len(value))
-        # The rules of arguments are in the second phase, so it runs although there is no body.
+        # Rules about arguments are in the second phase, so it runs although there is no body.
         for phase in (c.process_headers, c.process_body):
             phase(transaction)
             intervention = _Intervention(status=403)
@@ -128,10 +128,10 @@ class ModSecurity:
         return tuple(found)[:MAX_MATCHES]
 
     def _parse_line(self, line: bytes) -> Match | None:
-        """Read a line such as ``... [file "F"] [line "1"] [id "942100"] [rev ""] [msg "..."] [data "..."] ...``.
+        """Parse a line such as ``... [file "F"] [line "1"] [id "942100"] [rev ""] [msg "..."] [data "..."] ...``.
 
-        An argument's name and value stand before ``[file``, unescaped, so a client can write all of these there. Only
-        the file's real name has the mark, which it cannot know.
+        An argument's name and value come before ``[file``, unescaped, so a client can imitate all of this. Only the
+        real file name contains the mark, which clients cannot know.
         """
         found = (
             _REST.match(line, line.find(self._mark.encode()) + len(self._mark)) if self._mark.encode() in line else None
@@ -146,7 +146,7 @@ class ModSecurity:
         return f"{folder}{self._mark}/{name}"
 
     def _take_text(self, pointer: int | None) -> bytes:
-        """Copy a text that the library gave away, and free it."""
+        """Copy a text that the library handed over, and free it."""
         if not pointer:
             return b""
         text = ctypes.string_at(pointer)
@@ -179,13 +179,13 @@ class _Functions:
         self.process_body = declare("msc_process_request_body", integer, _Pointer)
         self.intervene = declare("msc_intervention", integer, _Pointer, ctypes.POINTER(_Intervention))
         self.clean_up = declare("msc_transaction_cleanup", None, _Pointer)
-        # The C library's own free(): what libmodsecurity gives away comes from strdup().
+        # The C library's free(), since the texts of libmodsecurity come from strdup().
         self.free = ctypes.CDLL(None).free
         self.free.restype, self.free.argtypes = None, (_Pointer,)
 
 
 def make_mark() -> str:
-    """A detour in a path that leads nowhere else (``/.`` and ``/``), and that nobody can guess: 64 bits of it."""
+    """Return a path segment that leads nowhere (``/.`` and ``/``), with 64 random bits that clients cannot guess."""
     choice = random.SystemRandom().choice
     return "".join(choice(("/", "/.")) for _ in range(64))
 

@@ -1,6 +1,6 @@
-"""The helpers as the loop sees them: questions wait in a bounded queue, one at a time is with each helper.
+"""The pool of helpers. Requests wait in a bounded queue, and each helper evaluates one at a time.
 
-Nothing here waits for libmodsecurity longer than an evaluation's deadline, which counts from when the helper is asked.
+Nothing waits for libmodsecurity longer than an evaluation's deadline, which begins when a helper gets the request.
 """
 
 import asyncio
@@ -34,20 +34,20 @@ from tlstunnel.program import module_command, module_environment
 from tlstunnel.supervisor import ChildProcess, describe_exit, start_with_retries
 
 MAX_WAIT = 1.0
-"""Seconds that a question waits for a helper. A full queue of 256 takes 0.4 s, a helper that starts anew 0.4 too."""
+"""Seconds that a request waits for a helper. A full queue of 256 takes 0.4 s, and so does restarting a helper."""
 
 LOAD_TIMEOUT = 30.0
-"""Seconds for starting a helper and loading its rules; 0.2 each is usual."""
+"""Seconds for starting a helper and loading its rules, which usually take 0.2 each."""
 
 CHILD_TIMEOUT = 2.0
-"""Seconds for a helper to go on with a new child; 0.002 is usual. Beyond that the helper itself is killed."""
+"""Seconds for a helper to fork its next child, which usually takes 0.002. After that the helper itself is killed."""
 
 RESTARTS = Backoff(first=0.1, longest=10.0)
-"""Between attempts to start a helper that cannot load."""
+"""The waits between attempts to restart a helper."""
 
 
 class Failure(enum.Enum):
-    """Why there is no evaluation."""
+    """Why a request was not evaluated."""
 
     FULL = "queue full"
     WAITED = "waited too long"
@@ -72,9 +72,9 @@ class _Job:
 
 
 class HelperPool:
-    """Helpers that judge by `rule_sets`, `processes` of them, with `queue` questions waiting at most.
+    """A number of helpers (`processes`) that evaluate requests with `rule_sets`. At most `queue` requests wait.
 
-    `log` is told in a sentence of what ends a helper. A child is replaced after `evaluations`.
+    `log` is called with a sentence when a helper is restarted. A child is replaced after `evaluations`.
     """
 
     def __init__(
@@ -109,20 +109,20 @@ class HelperPool:
             raise
 
     async def close(self) -> None:
-        """End the helpers, with what they are doing, and wait for their processes."""
+        """Kill the helpers, even during an evaluation, and wait for their processes."""
         self._closed = True
         while self._queue:
             self._queue.popleft().end(Failure.CLOSED)
         await asyncio.gather(*(helper.close() for helper in self._helpers))
 
     def pids(self) -> tuple[int, ...]:
-        """The processes that evaluate, for a test or a person to look at; those that are being replaced left out."""
+        """Return the ids of the evaluating processes, without those that are being replaced."""
         return tuple(helper.child for helper in self._helpers if helper.child)
 
-    async def judge(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
-        """Evaluate a subject by the rule set of that name, within `deadline` seconds of its beginning.
+    async def evaluate(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
+        """Evaluate a subject with the rule set of that name, in at most `deadline` seconds once it has begun.
 
-        Comes back within `MAX_WAIT` and `deadline` together, whatever the subject is and whatever the helpers do.
+        Returns within `MAX_WAIT` plus `deadline`, whatever the subject is and whatever the helpers do.
         """
         if self._closed:
             return Failure.CLOSED
@@ -141,7 +141,7 @@ class HelperPool:
             raise
 
     def dispatch(self) -> None:
-        """Give waiting questions to helpers that have nothing to do."""
+        """Send waiting requests to idle helpers."""
         for helper in self._helpers:
             while self._queue and helper.idle:
                 helper.send(self._queue.popleft())
@@ -151,7 +151,7 @@ class HelperPool:
         job.end(Failure.WAITED)
 
     def _forget(self, job: _Job) -> None:
-        with suppress(ValueError):  # it is with a helper
+        with suppress(ValueError):  # it was sent to a helper
             self._queue.remove(job)
             if job.timer:
                 job.timer.cancel()
@@ -159,7 +159,7 @@ class HelperPool:
 
 @dataclass(slots=True, eq=False)
 class _Helper:
-    """One helper process and the socket to it. `child` is the process that evaluates, 0 while there is none."""
+    """One helper process and its socket. `child` is the process that evaluates, 0 while there is none."""
 
     pool: HelperPool
     child: int = 0
@@ -178,7 +178,7 @@ class _Helper:
         return self.child != 0 and self._job is None
 
     async def start(self) -> None:
-        """Start the process and wait until it takes questions. Raises ConfigurationError, or leaves none behind."""
+        """Start the process and wait until it is ready. If it fails, kill it and raise ConfigurationError."""
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -186,7 +186,7 @@ class _Helper:
         self._loaded = loop.create_future()
         with theirs:
             arguments = (str(theirs.fileno()), str(os.getpid()), str(self.pool.evaluations))
-            # Without standard error: what C++ writes when it ends a process is no line of our log.
+            # Without standard error, to which C++ writes when it aborts: that would not be a valid line of the log.
             self._process = ChildProcess.spawn(
                 module_command("tlstunnel.firewall.managed.helper", *arguments),
                 module_environment(),
@@ -202,11 +202,11 @@ class _Helper:
         except TimeoutError:
             await self._kill()
             raise ConfigurationError(
-                f"a helper for managed rules did not load them within {LOAD_TIMEOUT:.0f} s"
+                f"a helper for managed rules did not load the rules within {LOAD_TIMEOUT:.0f} s"
             ) from None
         except OSError:
             raise ConfigurationError(
-                f"a helper for managed rules ended while it started: {await self._kill()}"
+                f"a helper for managed rules exited during its start: {await self._kill()}"
             ) from None
         except BaseException:
             await self._kill()
@@ -221,19 +221,19 @@ class _Helper:
         self._fail(Failure.CLOSED)
 
     def send(self, job: _Job) -> None:
-        """Send a question; the deadline counts from here."""
+        """Send a request. Its deadline begins now."""
         assert self._socket is not None
         if job.timer:
             job.timer.cancel()
         self._job = job
         self._number += 1
-        question = EvaluationRequest(self._number, job.rule_set, job.subject)
+        request = EvaluationRequest(self._number, job.rule_set, job.subject)
         job.timer = asyncio.get_running_loop().call_later(job.deadline, self._on_deadline)
         try:
-            self._socket.send(msgspec.msgpack.encode(question))
-        except OSError:  # its end is noticed by reading
+            self._socket.send(msgspec.msgpack.encode(request))
+        except OSError:  # whether it exited is found by reading
             self._fail(Failure.DIED)
-            self._on_gone("its socket takes nothing")
+            self._on_gone("its socket accepts no data")
 
     def _on_readable(self) -> None:
         assert self._socket is not None
@@ -243,7 +243,7 @@ class _Helper:
         except BlockingIOError:
             return
         except (OSError, msgspec.MsgspecError) as error:
-            self._on_gone(f"it sent what cannot be read: {error}")
+            self._on_gone(f"it sent an invalid message: {error}")
             return
         match message:
             case EvaluationResult(number, evaluation, last):
@@ -254,21 +254,21 @@ class _Helper:
                 if problem and self._loaded and not self._loaded.done():
                     self._loaded.set_exception(ConfigurationError(problem))
             case None:
-                self._on_gone("it ended")
+                self._on_gone("it exited")
 
     def _on_result(self, number: int, evaluation: Evaluation, *, last: bool) -> None:
         if self._job is None or number != self._number:
-            return  # it came as the deadline did
+            return  # it arrived after its deadline
         job, self._job = self._job, None
         if last:
-            self._await_child()
+            self._expect_child()
         job.end(evaluation)
         self.pool.dispatch()
 
     def _on_ready(self, pid: int) -> None:
-        self._fail(Failure.DIED)  # of the child before, without being told to
-        self._await_child()
-        with suppress(ProcessLookupError):  # it died already, and the next says so
+        self._fail(Failure.DIED)  # the child before died by itself
+        self._expect_child()
+        with suppress(ProcessLookupError):  # it has died already; the next will report
             self._pidfd = os.pidfd_open(pid)
             self.child = pid
             if self._timer:
@@ -278,21 +278,21 @@ class _Helper:
         self.pool.dispatch()
 
     def _on_deadline(self) -> None:
-        """Kill the child; the helper forks the next."""
+        """Kill the child. The helper forks the next one."""
         self._fail(Failure.LATE)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._await_child()
+        self._expect_child()
 
-    def _await_child(self) -> None:
-        """Wait for the helper's next child."""
+    def _expect_child(self) -> None:
+        """Let go of the child, and expect the helper's next one."""
         self.child = 0
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
         if self._timer:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(CHILD_TIMEOUT, self._on_gone, "it does not go on")
+        self._timer = asyncio.get_running_loop().call_later(CHILD_TIMEOUT, self._on_gone, "it does not fork a child")
 
     def _fail(self, failure: Failure) -> None:
         job, self._job = self._job, None
@@ -300,7 +300,7 @@ class _Helper:
             job.end(failure)
 
     def _on_gone(self, reason: str) -> None:
-        """Start the helper anew; as it starts, what it was doing fails."""
+        """Restart the helper. If it is still starting, its start fails instead."""
         if self._loaded and not self._loaded.done():
             self._loaded.set_exception(OSError(reason))
             return
@@ -310,27 +310,27 @@ class _Helper:
             self._restart_task = asyncio.get_running_loop().create_task(self._restart_process(reason))
 
     async def _restart_process(self, reason: str) -> None:
-        self.pool.log(f"a helper for managed rules is started anew: {reason}, {await self._kill()}")
+        self.pool.log(f"a helper for managed rules is restarted: {reason}, {await self._kill()}")
 
         def report(error: Exception, seconds: float) -> None:
-            self.pool.log(f"a helper for managed rules cannot be started, next attempt in {seconds:.1f} s: {error}")
+            self.pool.log(f"a helper for managed rules cannot be restarted, next attempt in {seconds:.1f} s: {error}")
 
         await start_with_retries(self.start, RESTARTS, report, (ConfigurationError, OSError))
 
     async def _kill(self) -> str:
-        """Kill the process and its child, and wait for it; return how it ended."""
+        """Kill the process and its child, wait for it, and return how it exited."""
         self._close_handles()
         process = self._process
         if process is None:
             return "not started"
-        process.kill(group=True)  # its session's, so its child too
+        process.kill(group=True)  # with its child, which is in its session
         code = await process.wait()
         if self._process is process:  # only now: if this is cancelled, `close` still has to wait
             self._process = None
         return describe_exit(code)
 
     def _close_handles(self) -> None:
-        """Let go of the socket, the child and the timer."""
+        """Close the socket and the child's descriptor, and stop the timer."""
         self.child = 0
         if self._pidfd >= 0:
             os.close(self._pidfd)

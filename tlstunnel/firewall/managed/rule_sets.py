@@ -1,6 +1,6 @@
-"""A site's managed rules as what a helper loads: which files, in which order, with which settings of ours between.
+"""Build the rule set of a site: which files a helper loads, in which order, with which settings between them.
 
-Both layouts are known: Debian's, with the settings in ``/etc``, and a release's folder (CRS 3 and 4 alike):
+There are two layouts: Debian's, with settings in ``/etc``, and the folder of a release of CRS 3 or 4, with
 ``crs-setup.conf`` or its ``.example``, ``rules/``, and ``plugins/`` from version 4 on.
 """
 
@@ -23,7 +23,7 @@ DEBIAN_CRS = Path("/usr/share/modsecurity-crs")
 DEBIAN_SETUP = Path("/etc/modsecurity/crs")
 
 OWN_IDS = range(99_900_000, 99_900_100)
-"""Ids of our own rules, which a user's cannot have."""
+"""The ids of the tunnel's own rules, which rules of users cannot have."""
 
 _LOG4SHELL = Path(__file__).with_name("log4shell.conf")
 _LOG4SHELL_OF_CRS = 944150
@@ -34,8 +34,8 @@ SecResponseBodyAccess Off
 SecAuditEngine Off
 SecArgumentsLimit 64
 """
-# Not DetectionOnly: a user's rule that denies, or allows, does so only when the engine is on. Of what stands several
-# times, the first counts, so no later file can switch it off.
+# Not DetectionOnly: a user's rule can deny or allow only when the engine is on. The first of repeated directives
+# counts, so no later file can turn the engine off.
 
 _DEFAULT_ACTIONS = """\
 SecDefaultAction "phase:1,log,noauditlog,deny,status:403"
@@ -48,7 +48,7 @@ _ID = re.compile(r"^[^#\n]*?\bid:'?([0-9]+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class _Crs:
-    """The files of a CRS release that judge a request, in loading order but for `after`, which is last."""
+    """The files of a CRS release that concern requests, in loading order."""
 
     setup: tuple[Path, ...]
     before: tuple[Path, ...]
@@ -61,9 +61,9 @@ class _Crs:
 
 
 def build(settings: SiteManagedRules) -> RuleSet:
-    """Build the rule set of a site's settings.
+    """Build the rule set for a site's settings.
 
-    Reads CRS's folder and lints the user's rules. Raises InvalidConfiguration with every problem.
+    Reads the folder of CRS and checks the user's rules. Raises InvalidConfiguration with all problems.
     """
     problems = Problems()
     crs: _Crs | None = None
@@ -75,7 +75,7 @@ def build(settings: SiteManagedRules) -> RuleSet:
         with problems.collect("rules"):
             own = _find_own_files(settings.rules)
     if not settings.owasp_crs and settings.rules is None:
-        problems.add("no rules: write owasp_crs = true, or name files with rules =")
+        problems.add('there are no rules; write owasp_crs = true, or rules = "FILES"')
     known: dict[int, str] = {}
     with problems.collect():
         known = _read_ids(crs) if crs else {}
@@ -104,12 +104,12 @@ def _list_sources(
         text=_join_lines([_set_variables(settings.paranoia), *_allow_extensions(crs), *DEFAULTS, *exclusions])
     )
     yield from _file_sources(crs.before)
-    # The user's come when CRS's variables are set, and before any rule of CRS: there they can exclude, deny and score.
+    # The user's rules come after CRS's variables and before its rules, where they can exclude, deny and score.
     yield from _file_sources((crs.initialization, *ours, *own, *crs.rules, *crs.after))
 
 
 def _join_lines(directives: Iterable[str]) -> str:
-    """Each ends with a newline: without the last one, libmodsecurity's parser stumbles over the next file."""
+    """Join lines, the last with a newline too: without it, libmodsecurity's parser fails in the next file."""
     return "".join(f"{directive}\n" for directive in directives)
 
 
@@ -118,10 +118,10 @@ def _file_sources(paths: tuple[Path, ...]) -> Iterator[RuleSource]:
 
 
 def _set_variables(paranoia: int) -> str:
-    """CRS's variables, by their names in version 3 and 4; those of the other version do nothing.
+    """Return the action that sets CRS's variables, by their names in version 3 and 4. Unknown names have no effect.
 
-    With a threshold of 1 the rule that compares reports every score; the real threshold is applied by us. Blocking
-    early would end the evaluation with the first phase's score.
+    With a threshold of 1, CRS reports every score, and the tunnel applies the site's threshold. Early blocking would
+    end the evaluation with the score of the first phase.
     """
     variables = {
         "paranoia_level": paranoia,
@@ -132,14 +132,14 @@ def _set_variables(paranoia: int) -> str:
         "early_blocking": 0,
         "blocking_early": 0,
         "sampling_percentage": 100,
-        "real_ip": "%{REMOTE_ADDR}",  # of CRS 3, set by a rule that is removed
+        "real_ip": "%{REMOTE_ADDR}",  # in CRS 3 a rule sets it, which DEFAULTS removes
     }
     actions = ",".join(f"setvar:tx.{name}={value}" for name, value in variables.items())
     return f'SecAction "id:{OWN_IDS[0]},phase:1,pass,nolog,t:none,{actions}"'
 
 
 def _allow_extensions(crs: _Crs) -> list[str]:
-    """Take ``.ws`` out of the extensions that CRS 4 forbids, unless the setup file names some: Firebase uses it."""
+    """Allow the extension ``.ws``, which Firebase uses and CRS 4 forbids, unless the setup file sets its own list."""
     default = _EXTENSIONS.search(_read_text(crs.initialization))
     if default is None or ".ws/" not in default[1]:
         return []
@@ -149,7 +149,7 @@ def _allow_extensions(crs: _Crs) -> list[str]:
 
 
 def _find_crs(folder: Path | None) -> _Crs:
-    hint = "install Debian's package modsecurity-crs, or name the folder of a CRS release with crs ="
+    hint = "install Debian's package modsecurity-crs, or set crs to the folder of a CRS release"
     if folder is None:
         folder = DEBIAN_CRS
         if not folder.is_dir():
@@ -170,7 +170,7 @@ def _find_crs(folder: Path | None) -> _Crs:
     if setup is None:
         raise _folder_problem(f"{quoted(str(folder))} has neither crs-setup.conf nor crs-setup.conf.example")
     rules = sorted((folder / "rules").glob("REQUEST-*.conf"))
-    # Rules of responses judge what a tunnel never sees; but their last file is where exclusions are kept.
+    # A tunnel never evaluates responses, but the last file of their rules is the place for exclusions.
     after = sorted((folder / "rules").glob("RESPONSE-999-*.conf"))
     if debian:
         rules = [*sorted(DEBIAN_SETUP.glob("REQUEST-9*.conf")), *rules]
