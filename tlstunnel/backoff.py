@@ -1,16 +1,16 @@
-"""The delays between attempts at something that fails: each is twice the one before, up to the longest."""
+"""Exponential back-off: each delay between failed attempts is twice the previous one, up to a limit."""
 
 import random
 from dataclasses import dataclass
 
-_random = random.Random()  # noqa: S311 - it only spreads attempts
+_random = random.Random()  # noqa: S311 - not for cryptography
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """The rule; whoever makes the attempts keeps the current delay, in seconds, where 0 means that none has failed.
+    """The delays, in seconds. The caller keeps the current delay, which is 0 while no attempt has failed.
 
-    `jitter` is the part of a delay by which `spread` lengthens it at most.
+    `jitter` is the largest fraction of a delay that `spread` adds to it.
     """
 
     first: float
@@ -18,9 +18,9 @@ class Backoff:
     jitter: float = 0.0
 
     def after(self, delay: float) -> float:
-        """Return the delay that follows `delay`."""
+        """Return the delay after `delay`."""
         return min(2 * delay, self.longest) if delay else self.first
 
     def spread(self, delay: float) -> float:
-        """Return `delay` lengthened by chance, so that processes that failed together do not try again together."""
+        """Return `delay` plus a random jitter, so that processes that failed together do not retry together."""
         return delay * (1 + self.jitter * _random.random())

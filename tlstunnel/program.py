@@ -75,7 +75,7 @@ def starting_command() -> list[str]:
     script = sys.argv[0]
     if os.access(script, os.X_OK) and Path(script).name != "__main__.py":
         return [_absolute(script), *sys.argv[1:]]
-    # `python -m tlstunnel`. The interpreter's own path is not resolved either: a virtual environment's is a link.
+    # `python -m tlstunnel`. The path of the interpreter is not resolved either: in a virtual environment it is a link.
     return [sys.executable, *sys.orig_argv[1:]]
 
 
@@ -85,7 +85,7 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 def module_environment() -> Mapping[str, str]:
-    """Return the environment in which `module_command` finds this process's package, even if links have changed."""
+    """Return the environment for `module_command`, so that it runs this package even if links have changed."""
     folder = PACKAGE.parent
     installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
     if folder in installed:
@@ -102,7 +102,7 @@ def set_process_name(name: str) -> None:
 
 
 def _absolute(path: str) -> str:
-    """Make a path absolute by the shell's name of the working directory, which keeps its links."""
+    """Make a path absolute. The working directory is named as in ``PWD``, which keeps symbolic links."""
     folder = os.environ.get("PWD", "")
     try:
         same = Path(folder).samefile(Path.cwd())

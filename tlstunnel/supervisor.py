@@ -1,9 +1,9 @@
-"""Child processes: started, watched by a pidfd, killed and reaped, and started again with a back-off.
+"""Child processes: starts them, watches them with a pidfd, kills and reaps them, and retries failed starts.
 
-A pidfd (pidfd_open(2)) is readable once its process has exited, so no SIGCHLD handler is needed, and children that the
-program executed before this one has started can be watched as well. A signal sent through it reaches that process and
-none that has got its number since. Where the call does not exist (gVisor, valgrind, some seccomp filters), a thread
-waits for the child.
+A pidfd (pidfd_open(2)) becomes readable when its process exits. It needs no SIGCHLD handler, also works for children
+that the previous program has started, and a signal sent through it cannot reach another process that has got the same
+process ID since. Where the call does not exist (gVisor, valgrind, some seccomp filters), a thread waits for the
+child instead.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ _POLL_SECONDS = 0.005
 
 
 class ChildProcess:
-    """A child of this process, watched by the running loop. `exited` gets what `wait` returns."""
+    """A child of this process, watched by the running loop. The result of `exited` is what `wait` returns."""
 
     def __init__(self, pid: int, popen: "subprocess.Popen[bytes] | None" = None) -> None:
-        """Watch the child `pid`. Raises OSError: no descriptors are left."""
+        """Watch the child `pid`. Raises OSError if there are no descriptors left."""
         self.pid = pid
         self._popen = popen
         self._loop = asyncio.get_running_loop()
@@ -38,7 +38,7 @@ class ChildProcess:
         self._pidfd = -1
         try:
             self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:  # reaped by someone else
+        except ProcessLookupError:  # already reaped
             self.exited.set_result(None)
         except OSError as error:
             if error.errno not in _NO_PIDFD:
@@ -49,11 +49,8 @@ class ChildProcess:
 
     @classmethod
     def spawn(cls, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> Self:
-        """Start a process in a session of its own, with these descriptors and no others, and no standard streams.
-
-        Raises OSError.
-        """
-        popen = subprocess.Popen(  # noqa: S603 - commands of ours
+        """Start a process in its own session, with only these descriptors and no standard streams. Raises OSError."""
+        popen = subprocess.Popen(  # noqa: S603 - our own commands
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -70,16 +67,16 @@ class ChildProcess:
             raise
 
     async def wait(self) -> int | None:
-        """Wait until it has exited; return its exit code, negative for a signal, None if someone else has reaped it."""
+        """Wait until it has exited; return its exit code, negative for a signal, None if it was reaped elsewhere."""
         return await asyncio.shield(self.exited)
 
     def kill(self, *, group: bool = False) -> None:
-        """Kill it, whatever it does; with `group`, all processes of the group that it leads."""
+        """Kill it; with `group`, all processes of the group that it leads."""
         if self.exited.done():
             return
         with contextlib.suppress(ProcessLookupError):
             if group:
-                os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+                os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the ID is still its own
             elif self._pidfd < 0:
                 os.kill(self.pid, signal.SIGKILL)
             else:
@@ -88,7 +85,7 @@ class ChildProcess:
     def _reap(self) -> None:
         code: int | None = None
         with contextlib.suppress(ChildProcessError):
-            _, status = os.waitpid(self.pid, 0)  # does not wait: the pidfd is readable
+            _, status = os.waitpid(self.pid, 0)  # does not block, because the pidfd is readable
             code = os.waitstatus_to_exitcode(status)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
@@ -99,7 +96,7 @@ class ChildProcess:
         with contextlib.suppress(ChildProcessError):
             _, status = os.waitpid(self.pid, 0)
             code = os.waitstatus_to_exitcode(status)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for it
             self._loop.call_soon_threadsafe(self._set_exited, code)
 
     def _set_exited(self, code: int | None) -> None:
@@ -109,7 +106,7 @@ class ChildProcess:
 
 
 def describe_exit(code: int | None) -> str:
-    """Say how a process ended, by what `ChildProcess.wait` returned."""
+    """Describe how a process ended. `code` is what `ChildProcess.wait` returned."""
     if code is None:
         return "reaped by another process"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
@@ -121,7 +118,10 @@ async def start_with_retries(
     report: Callable[[Exception, float], None],
     errors: tuple[type[Exception], ...],
 ) -> T:
-    """Call `start` until it succeeds. After one of `errors`, `report` it with the seconds until the next attempt."""
+    """Call `start` until it succeeds, and return its result.
+
+    After one of `errors`, `report` is called with it and with the seconds until the next attempt.
+    """
     delay = 0.0
     while True:
         try:

@@ -94,9 +94,9 @@ def test_stop_ends_a_drain(certificate: Certificate) -> None:
         assert status["ending"] == "SIGTERM"
         assert status["processes"][0]["state"] == "draining"
         assert tunnel.run_command("reload", status=1) == [
-            "tlstunnel: nothing was changed: the tunnel is ending (SIGTERM)"
+            "tlstunnel: nothing was changed: the tunnel is shutting down (SIGTERM)"
         ]
-        assert "the tunnel is ending (SIGTERM)" in tunnel.run_command("upgrade", status=1)[0]
+        assert "the tunnel is shutting down (SIGTERM)" in tunnel.run_command("upgrade", status=1)[0]
         assert tunnel.run_command("stop") == ["ended"]
 
 

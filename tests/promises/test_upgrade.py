@@ -344,7 +344,7 @@ def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Cer
         (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
-        assert "a reload or an upgrade is under way" in upgraded(tunnel, status=1)
+        assert "a reload or an upgrade is in progress" in upgraded(tunnel, status=1)
         tunnel.wait_record(lambda record: "not ready within" in record.get("reason", ""))
         versions.install("3.0.0")
         assert upgraded(tunnel) == "1.0.0 -> 3.0.0, generation 2"

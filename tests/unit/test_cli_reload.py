@@ -69,4 +69,4 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_no_tunnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     assert status() == 1
-    assert capsys.readouterr().err.startswith(f"tlstunnel: no tunnel has a control socket in {tmp_path};")
+    assert capsys.readouterr().err.startswith(f"tlstunnel: no running tunnel has a control socket in {tmp_path};")

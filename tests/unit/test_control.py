@@ -115,8 +115,8 @@ def test_a_refusal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
-        (b'{"do": "relaod"}\n', 'cannot do "relaod"; did you mean "reload"?'),
-        (b'{"do": "x\\u001b"}\n', 'cannot do "x\\x1b"; there are refuse, reload'),
+        (b'{"do": "relaod"}\n', 'unknown command "relaod"; did you mean "reload"?'),
+        (b'{"do": "x\\u001b"}\n', 'unknown command "x\\x1b"; the commands are refuse, reload'),
         (b'{"do": 1}\n', 'expected an object with "do"'),
         (b"{}\n", 'expected an object with "do"'),
         (b"[]\n", 'expected an object with "do"'),
@@ -290,7 +290,7 @@ def test_the_named_one_is_found(folder: Path) -> None:
 
 
 def test_none_is_found(folder: Path) -> None:
-    with pytest.raises(ControlError, match=f"no tunnel has a control socket in {folder}"):
+    with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder}"):
         find_control_socket(None)
 
 
@@ -314,7 +314,7 @@ def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
             writer.close()
 
         async with await asyncio.start_unix_server(leave, path):
-            with pytest.raises(ControlError, match="ended without a response"):
+            with pytest.raises(ControlError, match="closed the connection without a response"):
                 await asyncio.to_thread(send_command, path, {"do": "reload"})
 
     asyncio.run(run())

@@ -83,7 +83,7 @@ def test_nothing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _give(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
-    with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} knows 1 and {FORMAT}"):
+    with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} supports 1 and {FORMAT}"):
         Handover.receive()
 
 

@@ -1,1 +1,1 @@
-"""The parent, which holds the sockets and answers commands, and its children, which serve (docs/operations.md)."""
+"""The parent, which holds the sockets and takes commands, and its children, which serve (docs/operations.md)."""

@@ -1,4 +1,4 @@
-"""A child that serves. It does what the parent asks for, and drains by itself once the parent is gone."""
+"""A child that serves connections. It handles the parent's requests, and drains by itself if the parent exits."""
 
 import argparse
 import asyncio
@@ -28,17 +28,17 @@ from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
 
 REPORT_SECONDS = 1.0
-"""Metrics are sent to the parent this long after they have changed: what a process that is killed may lose."""
+"""How long after a change the metrics are sent to the parent. A process that is killed loses as much."""
 
 STUCK_SECONDS = 1.0
-"""How long threads have to end once nothing is served."""
+"""How long threads may take to end once nothing is served."""
 
 FORMATS = (previous.FORMAT, messages.FORMAT)
-"""Of the parents whose children this program can be."""
+"""The formats of parents that this program can be a child of."""
 
 
 class ServingProcess:
-    """Does with a `Service` what the parent asks for."""
+    """Runs a `Service` as the parent's requests say."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._link = Link(
@@ -67,13 +67,13 @@ class ServingProcess:
         self._log = structlog.get_logger()
 
     async def run(self) -> None:
-        """Serve until there is nothing left to serve and nothing more will come."""
+        """Serve until it is drained or stopped."""
         loop = asyncio.get_running_loop()
-        # What a terminal or a person sends is for the parent, which decides. SIGTERM to this process alone: it drains.
+        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone drains it.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
-        # In a terminal with `stty tostop` a line of the log would stop a process that is not in the foreground's group.
+        # With `stty tostop`, logging to the terminal would stop a process that is not in the foreground process group.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         await self._exit.wait()
         if self._service is not None:
@@ -84,14 +84,14 @@ class ServingProcess:
     @property
     def _begun_service(self) -> Service:
         if self._service is None:
-            raise ProcessError("this process has not begun")
+            raise ProcessError("this process has not received Begin")
         return self._service
 
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
         if request.format not in FORMATS:
             raise ProcessError(
-                f"the package on disk, {__version__}, has link protocol {messages.FORMAT}, the running tunnel has"
-                f" {request.format}: it was replaced; run tlstunnel upgrade"
+                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
+                f" {request.format}: the package was replaced; run tlstunnel upgrade"
             )
         set_process_name(request.name)
         configure_logging(request.log_format)
@@ -148,7 +148,7 @@ class ServingProcess:
             self._link.notify(messages.Measured(metrics=self._metrics.snapshot()))
 
     async def _report_last(self) -> None:
-        """Send the metrics once more, now that nothing changes any more; the parent has a moment to take them."""
+        """Send the final metrics, and wait a moment until the parent has read them."""
         if self._reporting is not None:
             self._reporting.cancel()
         self._report()
@@ -159,13 +159,13 @@ class ServingProcess:
 
     def _handle_sigterm(self) -> None:
         self._log.info(Event.DRAIN_REQUESTED, signal="SIGTERM", process=os.getpid())
-        # The parent has another take its place; what waits to be accepted is accepted here.
+        # The parent starts another child in its place; this one accepts what waits in its backlogs.
         self._leaving = asyncio.ensure_future(self._report_leaving())
         self._close_listeners()
         self._start_draining(0.0, None)
 
     async def _report_leaving(self) -> None:
-        # A request and no notification, so that a parent of format 1 understands it.
+        # A request rather than a notification, so that a parent of format 1 understands it.
         with contextlib.suppress(ProcessError):
             await self._link.request(messages.Leaving())
 
@@ -192,7 +192,7 @@ class ServingProcess:
 
 
 def main() -> None:
-    """Serve as a child of the process that holds the other end of ``--link``."""
+    """Run as a child of the process that holds the other end of ``--link``."""
     parser = argparse.ArgumentParser(prog="tlstunnel child")
     parser.add_argument("--link", type=int, required=True)
     arguments = parser.parse_args()
@@ -202,9 +202,10 @@ def main() -> None:
 
 
 def _exit_despite_threads() -> None:
-    """Exit even if a thread does not end: the interpreter would wait without limit for what an edge worker left in one.
+    """Exit even if a thread does not end, such as one in which an edge worker still runs.
 
-    Daemon threads too: it waits for all threads of executors.
+    The interpreter would wait for it without limit. This includes daemon threads, because it waits for all threads of
+    executors.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     others = [one for one in threading.enumerate() if one is not threading.current_thread()]

@@ -1,4 +1,4 @@
-"""A child as the parent knows it: started, given what it serves, asked, and killed.
+"""A child process as the parent sees it: starts it, sends it requests, hands it over, kills it.
 
 Tested by tests/promises/test_processes.py.
 """
@@ -44,25 +44,25 @@ from tlstunnel.processes.spawn import SERVING, spawn
 from tlstunnel.supervisor import ChildProcess
 
 REPLY_SECONDS = 5.0
-"""How long the parent waits for a reply: 1 ms is usual, and a child that hangs must not hold up the others."""
+"""How long the parent waits for a reply. 1 ms is usual; a child that hangs must not hold up the others."""
 
 ChildNotifications = Mapping[type[Notification], Callable[["Child", Any], None]]
-"""What takes the notifications of children, by their type."""
+"""Handlers of the notifications that children send, by type."""
 
 
 class Role(Enum):
-    """What a child is for. The value is shown by ``tlstunnel status`` and handed over by an upgrade."""
+    """What a child does. An upgrade hands over the value."""
 
     SERVING = "serving"
 
 
 MODULES: Mapping[Role, str] = {Role.SERVING: SERVING}
-"""What the children of each role run."""
+"""The module that the children of each role run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """What a child begins with: `config` is made of `text`, that of the configuration file."""
+    """What children are started with. `text` is that of the configuration file, `config` what was parsed from it."""
 
     invocation: Invocation
     text: str | None
@@ -70,7 +70,7 @@ class Startup:
     log_format: Literal["text", "json"]
 
     def to_begin(self, name: str, *, quiet: bool) -> Begin:
-        """Return the request that begins a child named `name`."""
+        """Return the first request to a child, which is named `name`."""
         return Begin(
             format=FORMAT,
             name=name,
@@ -83,10 +83,10 @@ class Startup:
 
 
 class Identity(msgspec.Struct):
-    """What is known of a child from its start on.
+    """What identifies a child, from its start on.
 
-    `place` counts the children of a role from 1, `generation` the programs that were executed in the parent's place;
-    `format` is that of the child's messages, `started` seconds since the epoch.
+    `place` counts the children of a role from 1. `generation` is that of the parent's program that started it. `format`
+    is the format of its messages, `started` is in seconds since the epoch.
     """
 
     role: Role
@@ -98,7 +98,7 @@ class Identity(msgspec.Struct):
 
 
 class ChildHandover(msgspec.Struct, frozen=True):
-    """A child as an upgrade hands it over: `link` is a descriptor, `metrics` are the last that it sent."""
+    """A child as an upgrade hands it over. `link` is a descriptor, `metrics` are the last ones that it sent."""
 
     identity: Identity
     pid: int
@@ -110,12 +110,12 @@ class ChildHandover(msgspec.Struct, frozen=True):
 class Child:
     """A child and the link to it.
 
-    `ready`: it could serve. `draining`: it accepts no more and exits with its last tunnel. `leaving` is set when it
-    was told by someone else to end.
+    `ready`: it has loaded its configuration and can accept. `draining`: it accepts no more, and exits after its last
+    tunnel. `leaving` is set when it drains because of a signal that did not come from the parent.
     """
 
     def __init__(self, pid: int, identity: Identity, sock: socket.socket, notifications: ChildNotifications) -> None:
-        """Raises OSError: no descriptors are left."""
+        """Raises OSError if there are no descriptors left."""
         self.process = ChildProcess(pid)
         self.identity = identity
         self.ready = False
@@ -127,14 +127,14 @@ class Child:
             lambda: None,
             {type_: functools.partial(take, self) for type_, take in notifications.items()},
         )
-        # Its last metrics may still be there to be read.
+        # Its last metrics may not have been read yet.
         self.process.exited.add_done_callback(lambda _: self.link.read_rest())
 
     @classmethod
     def start(cls, role: Role, place: int, generation: int, notifications: ChildNotifications) -> "Child":
         """Start a child in a process group of its own, so that Ctrl-C in a terminal reaches only the parent.
 
-        Raises OSError: out of processes, memory or descriptors.
+        Raises OSError if the system is out of processes, memory or descriptors.
         """
         pid, sock = spawn(MODULES[role], group=True)
         try:
@@ -146,12 +146,12 @@ class Child:
             raise
 
     def hand_over(self) -> "ChildHandover":
-        """Return what `restore` takes in the program that is executed next."""
+        """Return what `restore` takes in the next program."""
         return ChildHandover(self.identity, self.pid, self.draining, self.link.sock.fileno())
 
     @classmethod
     def restore(cls, kept: "ChildHandover", notifications: ChildNotifications) -> "Child":
-        """Return a child that the program executed before this one has started."""
+        """Return a child that the previous program has started."""
         os.set_inheritable(kept.link, False)
         child = cls(kept.pid, kept.identity, socket.socket(fileno=kept.link), notifications)
         child.draining = kept.draining
@@ -160,12 +160,12 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The process ID."""
         return self.process.pid
 
     @property
     def exited(self) -> bool:
-        """Whether its process has ended."""
+        """Whether its process has exited."""
         return self.process.exited.done()
 
     @property
@@ -174,28 +174,31 @@ class Child:
         return "draining" if self.draining else "serving"
 
     async def request(self, request: Request[ReplyT], seconds: float = REPLY_SECONDS) -> ReplyT:
-        """Send a request and wait so long for the reply. Raises ProcessError: refused, ended or no reply in time."""
+        """Send a request and return the reply.
+
+        Raises ProcessError if the child refuses it, exits, or does not reply within `seconds`.
+        """
         if self.identity.format == previous.FORMAT:
             request = previous.translate_request(request)
         try:
             async with asyncio.timeout(seconds):
                 return await self.link.request(request)
         except TimeoutError:
-            raise ProcessError(f"process {self.pid} has not responded within {seconds:g} s") from None
+            raise ProcessError(f"process {self.pid} did not respond within {seconds:g} s") from None
 
     async def try_request(self, request: Request[Done]) -> None:
-        """Send a request and wait a moment until it is done; a child that has ended, or refuses, is ignored."""
+        """Send a request and wait for its reply; a failure is ignored."""
         with contextlib.suppress(ProcessError):
             await self.request(request)
 
     async def begin(self, startup: Startup) -> None:
-        """Have it load what it will serve, and wait until it could accept. Raises ProcessError."""
+        """Have it load the configuration, and wait until it is ready to accept. Raises ProcessError."""
         identity = self.identity
         request = startup.to_begin(f"tlstunnel {identity.place} g{identity.generation}", quiet=identity.place != 1)
         identity.version = (await self.link.request(request)).version
 
     async def send_listeners(self, slots: list[Slot]) -> None:
-        """Give it these sockets, to accept from once it is told to. Raises ProcessError."""
+        """Send it these sockets. It accepts at them once `Serve` names them. Raises ProcessError."""
         for start in range(0, len(slots), MAX_FDS):
             part = slots[start : start + MAX_FDS]
             await self.link.request(
@@ -207,20 +210,20 @@ class Child:
             )
 
     async def drain(self, after: float | None, over: float | None) -> None:
-        """Have it accept no more and exit with its last tunnel: see `Drain`."""
+        """Have it accept no more, and exit after its last tunnel: see `Drain`."""
         self.draining = True
         await self.try_request(Drain(after=after, over=over))
 
     async def stop(self) -> None:
-        """Have it end everything at once, with a record of each connection."""
+        """Have it close everything at once, with a record of each connection."""
         await self.try_request(Stop())
 
     async def request_load(self) -> Load:
-        """Return what it has. Raises ProcessError."""
+        """Return its load. Raises ProcessError."""
         return await self.request(Status())
 
     async def wait_until_leaving(self) -> None:
-        """Wait until it has ended or is about to."""
+        """Wait until it has exited, or drains because of a signal."""
         leaving = asyncio.ensure_future(self.leaving.wait())
         try:
             await asyncio.wait((leaving, self.process.exited), return_when=asyncio.FIRST_COMPLETED)
@@ -228,7 +231,7 @@ class Child:
             leaving.cancel()
 
     def kill(self) -> None:
-        """Kill it, whatever it does."""
+        """Kill it, whatever state it is in."""
         self.process.kill()
 
     async def _handle_leaving(self, _: Leaving, __: list[int]) -> Done:
@@ -238,7 +241,7 @@ class Child:
 
 
 async def try_child(startup: Startup) -> None:
-    """Bring one child to where it could accept, and end it. Raises ProcessError."""
+    """Start a child, wait until it is ready to accept, and stop it. Raises ProcessError."""
     pid, sock = spawn(SERVING, group=False)
     process = ChildProcess(pid)
     link = Link(sock, {}, lambda: None)
@@ -252,7 +255,7 @@ async def try_child(startup: Startup) -> None:
 
 
 def measure_pss(pid: int) -> int | None:
-    """Return the share of memory that a process has, KiB: a shared page counts by the number of those that share it."""
+    """Return the proportional set size of a process in KiB: a shared page is divided by the number of its users."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

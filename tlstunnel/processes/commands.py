@@ -1,6 +1,6 @@
 """The commands that a running tunnel takes: typed requests and results, the same for every transport.
 
-The control socket is the one there is; its ``do`` names the command, and the fields of the result are those of its
+Today they come over the control socket. ``do`` names the command, and the fields of its result become those of the
 response (docs/cli.md).
 
 Tested by tests/promises/test_reload.py, test_drain.py and test_processes.py.
@@ -32,13 +32,13 @@ class ReloadCommand(msgspec.Struct, frozen=True):
 
 
 class ReloadResult(msgspec.Struct, frozen=True):
-    """What has changed, one line each."""
+    """What has changed, a line for each change."""
 
     changes: list[str]
 
 
 class UpgradeCommand(msgspec.Struct, frozen=True):
-    """Go on with the code that is installed now. Its success is reported by that code."""
+    """Continue with the release that is installed now. That release reports success."""
 
 
 class StatusCommand(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ class StatusCommand(msgspec.Struct, frozen=True):
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
-    """One process that serves; `seconds` is its age, `pss_kib` its share of memory where that can be read."""
+    """A serving process. `seconds` is its age; `pss_kib` is its proportional set size, if that can be read."""
 
     process: int
     place: int
@@ -60,9 +60,9 @@ class ProcessStatus(msgspec.Struct, frozen=True):
 
 
 class StatusResult(msgspec.Struct, frozen=True):
-    """The parent and the processes; `ending` is the signal that ends them, empty where none does.
+    """The parent and the serving processes. `ending` is the signal that started a shutdown, empty without one.
 
-    `metrics` are the sums over all processes: docs/metrics.md.
+    `metrics` are the sums over all processes (docs/metrics.md).
     """
 
     version: str
@@ -76,19 +76,22 @@ class StatusResult(msgspec.Struct, frozen=True):
 
 
 class DrainCommand(msgspec.Struct, frozen=True):
-    """End all tunnels as ``[release]`` says, and the tunnel with them."""
+    """Drain all tunnels as configured in ``[release]``, and exit."""
 
 
 class StopCommand(msgspec.Struct, frozen=True):
-    """End all tunnels within seconds, and the tunnel with them."""
+    """Drain all tunnels within seconds, and exit."""
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """All tunnels have ended."""
+    """All tunnels have ended; the program exits."""
 
 
 class Commands:
-    """Does what the commands ask for. `end` begins the end for a signal, `ended` is set once it is over."""
+    """Carries out the commands.
+
+    `end` starts a shutdown as the given signal would; `ended` is set once all tunnels have ended.
+    """
 
     def __init__(
         self,
@@ -105,15 +108,18 @@ class Commands:
         self._ended = ended
 
     async def reload(self, _: ReloadCommand) -> ReloadResult:
-        """Raise ControlError: nothing was changed."""
+        """Reload. Raises ControlError if that fails; nothing was changed then."""
         return ReloadResult(changes=await self._rollout.reload())
 
     async def upgrade(self, _: UpgradeCommand, client: int | None) -> None:
-        """Raise ControlError: nothing was changed. Does not return otherwise: the new code responds to `client`."""
+        """Upgrade, and do not return: the new release responds to `client`.
+
+        Raises ControlError if that fails; nothing was changed then.
+        """
         await self._rollout.upgrade(client)
 
     async def status(self, _: StatusCommand) -> StatusResult:
-        """Ask every process; one that does not respond is left out."""
+        """Return the state of every process that responds."""
         now = time.time()
         loads = await self._fleet.loads()
         return StatusResult(
@@ -128,19 +134,19 @@ class Commands:
         )
 
     async def drain(self, _: DrainCommand) -> Ended:
-        """Wait until all have ended."""
+        """Start draining, and wait until all tunnels have ended."""
         self._end(signal.SIGTERM)
         await self._ended.wait()
         return Ended()
 
     async def stop(self, _: StopCommand) -> Ended:
-        """Wait until all have ended."""
+        """Start draining within seconds, and wait until all tunnels have ended."""
         self._end(signal.SIGINT)
         await self._ended.wait()
         return Ended()
 
     def make_handlers(self) -> Mapping[str, Handler]:
-        """Return the commands as the control socket takes them, by their names."""
+        """Return a handler for each command, by the name that it has on the control socket."""
 
         async def upgrade(request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
             await self.upgrade(_parse(request, UpgradeCommand), client)
@@ -179,7 +185,7 @@ def _parse(request: Mapping[str, Any], command: type[CommandT]) -> CommandT:
     try:
         return msgspec.convert(request, command)
     except msgspec.ValidationError as error:
-        raise ControlError(f"this request cannot be read: {error}") from None
+        raise ControlError(f"invalid request: {error}") from None
 
 
 def _to_json(result: msgspec.Struct) -> Mapping[str, Any]:

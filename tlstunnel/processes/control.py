@@ -1,7 +1,7 @@
 """The control socket: how commands reach a running tunnel (`tlstunnel.processes.commands`).
 
-A Unix socket of mode 0600. A client sends one JSON object on a line, such as ``{"do": "reload"}``, and gets one back
-when it is done: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection ends.
+A Unix socket of mode 0600. A client sends a line with a JSON object, such as ``{"do": "reload"}``. Once that is done it
+receives another: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection is closed.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
 
 MAX_LINE = 65_536
-"""Bytes of a request."""
+"""The largest request, in bytes."""
 
 MAX_CLIENTS = 16
-"""At once. Only this user and root may connect; this bounds mistakes."""
+"""How many clients may be connected at once. Only this user and root may connect; the limit is against mistakes."""
 
 FIRST_LINE_SECONDS = 10.0
 """How long a client may take to send its request."""
@@ -36,9 +36,9 @@ LONGEST_PATH = 107
 """Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
 
 Handler = Callable[[Mapping[str, Any], int], Awaitable[Mapping[str, Any]]]
-"""Does what a request asks for, and returns what the response has beside ``ok``. Raises ControlError.
+"""Carries out a request and returns the fields of the response, except ``ok``. Raises ControlError.
 
-The second argument is the descriptor of the client's socket: an upgrade leaves it to the next program to respond.
+The second argument is the descriptor of the client's socket: after an upgrade, the next program responds to it.
 """
 
 
@@ -51,7 +51,7 @@ class ControlHandover(msgspec.Struct, frozen=True):
 
 
 def default_folder() -> Path:
-    """Return the default folder of control sockets: systemd's, the user's, or the system's."""
+    """Return the default folder of control sockets: from systemd, of the user's session, or ``/run/tlstunnel``."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(given.partition(":")[0])
     if given := os.environ.get("XDG_RUNTIME_DIR"):
@@ -60,12 +60,12 @@ def default_folder() -> Path:
 
 
 def default_path(port: int) -> Path:
-    """Return the default path for a tunnel whose first listener has this port (0: a Unix socket)."""
+    """Return the default path for a tunnel whose first listener has this port (0 for a Unix socket)."""
     return default_folder() / f"control-{port}.sock"
 
 
 class ControlSocket:
-    """Listens on `path`, and has a handler do what a client asks for: the one that has the name in ``do``."""
+    """Listens at `path`, and passes each request to the handler that its ``do`` names."""
 
     def __init__(self, path: Path, sock: socket.socket, lock: BinaryIO) -> None:
         self.path = path
@@ -79,12 +79,14 @@ class ControlSocket:
 
     @classmethod
     def bind(cls, path: Path) -> Self:
-        """Make the socket's file, in place of one that a dead tunnel has left. Raises ControlError."""
+        """Create the socket, replacing one that a dead tunnel left behind. Raises ControlError."""
         if len(os.fsencode(path)) > LONGEST_PATH:
-            raise ControlError(f"{path}: longer than the {LONGEST_PATH} bytes of a socket's path; choose another")
+            raise ControlError(
+                f"{path}: longer than the {LONGEST_PATH} bytes of a socket's path; choose another with --control"
+            )
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # The lock goes with the process, however it ends, and two starts at one moment cannot both have it.
+            # The lock ends with the process, and only one of two simultaneous starts can get it.
             lock = path.with_name(path.name + ".lock").open("ab")
         except OSError as error:
             raise ControlError(f"{path}: {error.strerror}; choose another with --control") from None
@@ -93,7 +95,7 @@ class ControlSocket:
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
                 raise ControlError(f"{path}: this file exists and is not a socket")
             if _is_listening(path):
-                # Of another program: a tunnel would hold the lock.
+                # It is not a tunnel, which would hold the lock.
                 raise ControlError(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
             return cls(path, _bind(path), lock)
@@ -108,26 +110,26 @@ class ControlSocket:
             raise
 
     def hand_over(self) -> ControlHandover:
-        """Return what `restore` takes in the program that is executed next."""
+        """Return what `restore` takes in the next program."""
         return ControlHandover(path=str(self.path), fd=self._sock.fileno(), lock=self._lock.fileno())
 
     @classmethod
     def restore(cls, kept: ControlHandover) -> Self:
-        """Return the socket and its lock as the program executed before this one had them."""
+        """Return the control socket of the previous program, with its lock."""
         for fd in (kept.fd, kept.lock):
             os.set_inheritable(fd, False)
         return cls(Path(kept.path), socket.socket(fileno=kept.fd), os.fdopen(kept.lock, "ab"))
 
     async def serve(self, handlers: Mapping[str, Handler]) -> None:
-        """Begin to respond."""
+        """Start serving requests."""
         self._handlers = handlers
         self._server = await asyncio.start_unix_server(self._serve, sock=self._sock, limit=MAX_LINE)
 
     async def close(self) -> None:
-        """Stop responding; remove the file, if it is still this one's."""
+        """Stop serving requests, and remove the file if it is still this socket's."""
         if self._server is not None:
             self._server.close()
-        # A client that has sent a request gets its response; one that has not is not waited for.
+        # Clients that have sent a request get their response; the others are not waited for.
         for task in self._idle:
             task.cancel()
         if self._clients:
@@ -154,7 +156,7 @@ class ControlSocket:
             self._idle.discard(task)
             writer.close()
 
-    async def _respond(  # noqa: PLR0911 - each thing that can be wrong
+    async def _respond(  # noqa: PLR0911 - one for each error
         self, reader: asyncio.StreamReader, task: "asyncio.Task[None]", client: int
     ) -> Mapping[str, Any]:
         if len(self._clients) > MAX_CLIENTS:
@@ -163,25 +165,27 @@ class ControlSocket:
             line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
             self._idle.discard(task)
             request = json.loads(line)
-        except (ValueError, RecursionError):  # also of a line that is too long
+        except (ValueError, RecursionError):  # ValueError also if the line is too long
             return _make_error(
                 f'expected one JSON object on a line of at most {MAX_LINE} bytes, such as {{"do": "reload"}}'
             )
-        word = request.get("do") if isinstance(request, dict) else None
-        if not isinstance(word, str):
+        command = request.get("do") if isinstance(request, dict) else None
+        if not isinstance(command, str):
             return _make_error('expected an object with "do", such as {"do": "reload"}')
-        handler = self._handlers.get(word)
+        handler = self._handlers.get(command)
         if handler is None:
-            near = difflib.get_close_matches(word[:100], self._handlers, n=1)
-            hint = f"did you mean {quoted(near[0])}?" if near else f"there are {', '.join(sorted(self._handlers))}"
-            return _make_error(f"cannot do {quoted(word)}; {hint}")
+            near = difflib.get_close_matches(command[:100], self._handlers, n=1)
+            hint = (
+                f"did you mean {quoted(near[0])}?" if near else f"the commands are {', '.join(sorted(self._handlers))}"
+            )
+            return _make_error(f"unknown command {quoted(command)}; {hint}")
         try:
             return {"ok": True, **await handler(request, client)}
         except ControlError as error:
             return _make_error(str(error))
         except Exception:
-            structlog.get_logger().exception(Event.COMMAND_FAILED, command=word)
-            return _make_error("an internal error in the tunnel, which is in its log")
+            structlog.get_logger().exception(Event.COMMAND_FAILED, command=command)
+            return _make_error("internal error in the tunnel; see its log")
 
 
 def _make_error(error: str) -> Mapping[str, Any]:
@@ -191,7 +195,7 @@ def _make_error(error: str) -> Mapping[str, Any]:
 def _bind(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # On Linux the file gets the mode that the socket has, so there is no moment in which others may connect.
+        # On Linux the file gets the mode of the socket, so others cannot connect at any moment.
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(str(path))
         path.chmod(0o600)
@@ -204,16 +208,16 @@ def _bind(path: Path) -> socket.socket:
 
 
 def find_control_socket(control: Path | None) -> Path:
-    """Return `control`, or where it is None the only control socket of a running tunnel. Raises ControlError."""
+    """Return `control`, or if it is None the control socket of the only running tunnel. Raises ControlError."""
     if control is not None:
         return control
-    place = default_folder()
-    alive = [path for path in sorted(place.glob("control-*.sock")) if _is_listening(path)]
+    folder = default_folder()
+    alive = [path for path in sorted(folder.glob("control-*.sock")) if _is_listening(path)]
     if not alive:
-        raise ControlError(f"no tunnel has a control socket in {place}; is it running? Name its socket with --control")
+        raise ControlError(f"no running tunnel has a control socket in {folder}; if it is elsewhere, use --control")
     if len(alive) > 1:
         listed = ", ".join(str(path) for path in alive)
-        raise ControlError(f"several tunnels are running: choose one with --control: {listed}")
+        raise ControlError(f"several tunnels are running; choose one with --control: {listed}")
     return alive[0]
 
 
@@ -223,25 +227,25 @@ def _is_listening(path: Path) -> bool:
         try:
             sock.connect(str(path))
         except BlockingIOError:
-            return True  # it has more clients than it takes at once
+            return True  # its backlog is full
         except OSError:
             return False
         return True
 
 
 def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request and wait for the response, without a time limit. Raises ControlError, also for a refusal."""
+    """Send a request and return the response, without a time limit. Raises ControlError, also if it is refused."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
-            with contextlib.suppress(BrokenPipeError):  # refused before it was read: the response says why
+            with contextlib.suppress(BrokenPipeError):  # refused before it was read; the response says why
                 sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
         except OSError as error:
             raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
     if not line:
-        raise ControlError(f"{path}: the tunnel ended without a response")
+        raise ControlError(f"{path}: the tunnel closed the connection without a response")
     try:
         response = json.loads(line)
     except ValueError:

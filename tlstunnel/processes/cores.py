@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""The number of cores that this process may use."""
 
 import math
 import os
@@ -8,10 +8,10 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def count_usable(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores of this process's affinity, or fewer where a quota of its control groups allows less time; at least 1.
+    """Return the number of cores in the CPU affinity, or in the smallest quota of the control groups if that is lower.
 
-    Quotas of both versions: ``cpu.max`` (Linux, admin-guide/cgroup-v2) and ``cpu.cfs_quota_us`` (scheduler/sched-bwc).
-    A quota of one and a half cores is two: a process more uses what one alone cannot.
+    Reads the quotas of both versions: ``cpu.max`` (Linux, admin-guide/cgroup-v2) and ``cpu.cfs_quota_us``
+    (scheduler/sched-bwc). They are rounded up: one and a half cores need two processes to be used. At least 1.
     """
     cores = len(os.sched_getaffinity(0))
     return max(1, min([cores, *(math.ceil(quota) for quota in _find_quotas(root, own))]))
@@ -30,7 +30,7 @@ def _find_quotas(root: Path, own: Path) -> list[float]:
             continue
         top = root / controllers if controllers else root
         folder = top / path.lstrip("/")
-        # A quota of any group around this one holds too. In a container its own group may be seen as the root.
+        # Quotas of parent groups apply too. In a container, the process's own group may appear as the root.
         for place in {folder, *folder.parents} | {top}:
             if place == top or top in place.parents:
                 found += _read_quota(place)
@@ -42,7 +42,7 @@ def _read_quota(folder: Path) -> list[float]:
         try:
             quota, period = read(folder)
         except (OSError, ValueError):
-            continue  # there is none, or it is "max"
+            continue  # no quota, or "max"
         if quota > 0 and period > 0:
             return [quota / period]
     return []

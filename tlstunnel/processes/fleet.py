@@ -1,4 +1,4 @@
-"""The children, by role: started, kept running, given their listening sockets, drained and ended.
+"""The fleet of children: starts and restarts them, assigns them listening sockets, drains and stops them.
 
 Tested by tests/promises/test_processes.py.
 """
@@ -29,34 +29,34 @@ from tlstunnel.processes.slots import Slots
 from tlstunnel.supervisor import describe_exit, start_with_retries
 
 RESTARTS = Backoff(first=0.5, longest=30.0)
-"""Between starts of a child that keeps ending soon; the first restart is at once."""
+"""The delays between starts of a child that keeps exiting early; the first restart is immediate."""
 
 QUICK_SECONDS = 10.0
-"""A child that ends sooner than this after its start keeps ending soon."""
+"""A child that exits within this time of its start has exited early."""
 
 KILL_SECONDS = 10.0
-"""What a child has to end, beyond all the time it was given, before it is killed."""
+"""How long a child may take to exit after the time that it was given to drain; then it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says beside what is served: None where it says nothing."""
+    """Options of the command line about the processes; None for one that was not given."""
 
     control: Path | None = None
     processes: int | Literal["auto"] | None = None
 
     def count(self, config: Config) -> int:
-        """Return how many processes serve: as the command line says, else the file."""
-        wanted = config.processes if self.processes is None else self.processes
-        return cores.count_usable() if wanted == "auto" else wanted
+        """Return how many processes serve. The command line takes precedence over the file."""
+        count = config.processes if self.processes is None else self.processes
+        return cores.count_usable() if count == "auto" else count
 
 
 class Fleet:
-    """Keeps as many children of each role running as are wanted, until it is ended.
+    """Keeps the configured number of children of each role running, until it is stopped.
 
-    `startup` is what they begin with; `generation` counts the programs executed in the parent's place; `ending` says
-    why no more are started, and is empty until then. `totals` are the metrics of all children, those that have exited
-    included.
+    `startup` is what new children are started with. `generation` counts the programs that the parent has run, from 1.
+    `ending` is the reason for a shutdown, during which no child is started; empty otherwise. `totals` are the metrics
+    of all children, including those that have exited.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Fleet:
         self._log = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Child]:
-        """All that have not ended, of every role and generation."""
+        """Iterate over the children that have not exited, of every role and generation."""
         return iter([child for child in self._children.values() if not child.exited])
 
     @property
@@ -93,7 +93,7 @@ class Fleet:
         return self.startup.config
 
     def count(self, role: Role = Role.SERVING) -> int:
-        """Return how many children of a role are wanted."""
+        """Return how many children of a role should run."""
         match role:
             case Role.SERVING:
                 return self._options.count(self.config)
@@ -113,31 +113,31 @@ class Fleet:
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def restore(self, kept: Iterable[ChildHandover]) -> None:
-        """Take over the children that the program executed before this one has started."""
+        """Take over the children of the previous program."""
         for one in kept:
             self._add(Child.restore(one, self._notifications))
             if one.metrics is not None:
                 self.totals.update(one.pid, one.metrics)
 
     def start(self) -> list["asyncio.Future[None]"]:
-        """Start the children that are missing and keep them running from now on.
+        """Start the children that are missing, and keep them running.
 
-        Each future is done once its child is ready, and fails with ProcessError where it cannot be started.
+        Each future is done once its child is ready, and fails with ProcessError if it could not be started.
         """
-        wanted = [(role, place) for role in Role for place in range(1, self.count(role) + 1)]
-        return [self._keep_at(*place) for place in wanted if place not in self._keepers or self._keepers[place].done()]
+        places = [(role, place) for role in Role for place in range(1, self.count(role) + 1)]
+        return [self._keep_at(*place) for place in places if place not in self._keepers or self._keepers[place].done()]
 
     def mark_started(self) -> None:
-        """From now on, restart a child that ends before it was ready; until then the start fails as a whole."""
+        """Restart a child that exits before it is ready, from now on; until now, that makes the whole start fail."""
         self._started = True
 
     def replace_startup(self, text: str | None, config: Config) -> None:
-        """Start children with this configuration from now on."""
+        """Start new children with this configuration."""
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
 
     async def pause_starts(self) -> None:
-        """Start no children, and kill those that are not ready: they have never accepted."""
+        """Stop starting children, and kill those that are not ready: they have not accepted anything yet."""
         self._may_start.clear()
         for child in self:
             if not child.ready:
@@ -154,7 +154,7 @@ class Fleet:
         return first
 
     async def _keep(self, role: Role, place: int, first: "asyncio.Future[None]") -> None:
-        """Keep a child running at `place`; `first` is done once it is ready, or could not be started."""
+        """Keep a child running at `place`. `first` is done once it is ready, and fails if it could not be started."""
         delay = 0.0
         restarted = False
         while (child := await self._start_one(role, place, first)) is not None:
@@ -167,7 +167,7 @@ class Fleet:
             elif first.done():
                 await self.assign()
             else:
-                first.set_result(None)  # all of them together are assigned by whoever waits
+                first.set_result(None)  # the caller of `start` assigns all of them together
             await child.wait_until_leaving()
             if child.leaving.is_set() and not self.ending:
                 await self.assign()
@@ -175,7 +175,7 @@ class Fleet:
             code = await child.process.wait()
             if not first.done():
                 first.set_exception(
-                    ProcessError(*(problems or (f"a process ended at its start: {describe_exit(code)}",)))
+                    ProcessError(*(problems or (f"a process failed at its start: {describe_exit(code)}",)))
                 )
             if self.ending or child.draining or not (self._started or child.ready):
                 return
@@ -199,7 +199,7 @@ class Fleet:
             await asyncio.sleep(delay)
 
     async def _start_one(self, role: Role, place: int, first: "asyncio.Future[None]") -> Child | None:
-        """Start a child as soon as that is possible; None when it is not wanted any more."""
+        """Start a child as soon as possible; return None if it is no longer needed."""
 
         async def start() -> Child | None:
             await self._may_start.wait()
@@ -218,11 +218,14 @@ class Fleet:
         return await start_with_retries(start, RESTARTS, report, (OSError,))
 
     async def _prepare_child(self, child: Child) -> tuple[str, ...]:
-        """Have it load what it will serve; return what went wrong, empty where nothing did or its exit says more."""
+        """Have a child load its configuration, and send it the listeners.
+
+        Return the problems; none if it is ready, or if it exited, since its exit status then says more.
+        """
         try:
             await child.begin(self.startup)
             if child.identity.version != __version__:
-                hint = "it was replaced on the disk: tlstunnel upgrade"
+                hint = "the package on disk was replaced; run tlstunnel upgrade"
                 self._log.warning(Event.PACKAGE_REPLACED, process=child.pid, version=child.identity.version, hint=hint)
             await child.send_listeners(list(self._slots))
         except TlstunnelError as error:
@@ -245,7 +248,7 @@ class Fleet:
     # --- while they run -----------------------------------------------------------------------------------------------
 
     async def assign(self) -> None:
-        """Say which child accepts from which slot. A child takes a slot over before another one leaves it."""
+        """Assign the slots to the children that accept. A child takes a slot over before another one leaves it."""
         children = self.accepting()
         numbers = self._slots.assign([child.pid for child in children])
         kept = [slot.number for slot in self._slots]
@@ -254,9 +257,9 @@ class Fleet:
         )
 
     async def resize(self) -> None:
-        """Start children that are missing, and drain those that are too many: their slots go to the others."""
+        """Start the children that are missing, and drain those in excess; their slots go to the others."""
         for start in self.start():
-            with contextlib.suppress(TlstunnelError):  # tried again, with a delay
+            with contextlib.suppress(TlstunnelError):  # it is retried after a delay
                 await start
         for child in self.accepting():
             if child.identity.place > self.count():
@@ -265,7 +268,7 @@ class Fleet:
                 await self.retire(child)
 
     async def retire(self, child: Child) -> None:
-        """Drain a child as ``[release]`` says."""
+        """Drain a child as configured in ``[release]``."""
         release = self.config.release
         after = release.drain_after
         await child.drain(float(after) if after is not None else None, float(release.drain_over))
@@ -274,18 +277,18 @@ class Fleet:
         self.totals.update(child.pid, measured.metrics)
 
     async def loads(self) -> list[tuple[Child, Load]]:
-        """Return what each child has, without those that do not respond, and bring `totals` up to date."""
+        """Return the load of each child that responds, and bring `totals` up to date."""
         children = [child for child in self if child.ready]
         loads = await asyncio.gather(*(child.request_load() for child in children), return_exceptions=True)
         responded = [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
         for child, load in responded:
-            # The totals hold one that has exited already, with the metrics that it sent last.
+            # For a child that has exited, the totals already hold the metrics that it sent last.
             if load.metrics is not None and not child.exited:
                 self.totals.update(child.pid, load.metrics)
         return responded
 
     async def quiesce(self, seconds: float) -> None:
-        """Wait until no message is half sent. Raises ProcessError: a child has not taken one within so many seconds."""
+        """Wait until no message is half sent. Raises ProcessError if a child does not read one within `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not all(child.link.idle for child in self):  # noqa: ASYNC110 - for a moment, at an upgrade
@@ -295,29 +298,29 @@ class Fleet:
                 raise ProcessError(f"process {child.pid} does not respond")
 
     def hand_over(self) -> list[ChildHandover]:
-        """Return what `restore` takes in the program that is executed next."""
+        """Return what `restore` takes in the next program."""
         return [
             msgspec.structs.replace(child.hand_over(), metrics=self.totals.last(child.pid))
             for child in self
             if child.ready
         ]
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- shutdown -----------------------------------------------------------------------------------------------------
 
     async def drain(self, over: float) -> None:
-        """End all children, their tunnels spread over so many seconds; return when they have exited, or are late."""
+        """Drain all children over so many seconds; return when they have exited, or are overdue."""
         children = list(self)
         for child in children:
             if child.ready:
                 self._run_in_background(child.drain(0.0, over))
             else:
-                child.kill()  # has never accepted
+                child.kill()  # it has not accepted anything yet
         if children:
             longest = over + self.config.timeouts.close + KILL_SECONDS
             await asyncio.wait([child.process.exited for child in children], timeout=longest)
 
     async def stop(self) -> None:
-        """End what is left: at once, but with a record of each connection where that is possible."""
+        """Stop the remaining children at once; those that respond still log a record of each connection."""
         self.ending = self.ending or "start failed"
         for keeper in self._keepers.values():
             keeper.cancel()

@@ -1,9 +1,9 @@
-"""An upgrade: the new code is tried as a probe, then executed in this process's place.
+"""An upgrade: tries the new release as a probe, then executes it in place of this program.
 
-What the new program needs is in a file in memory, whose descriptor it inherits with all those that the file names:
-listening sockets, the links to the children, the control socket. The file has a format number. A program that does not
-know the number refuses, as the probe, before anything was given up; the program before then writes its previous format,
-so that it can be replaced by an earlier release too.
+The state that the new program needs is in a memory file. The program inherits the descriptor of this file and those
+that the file lists: listening sockets, the links to the children, the control socket. The file has a format number. A
+release that does not know the number refuses it as the probe, before anything has changed. This program then tries its
+previous format, so that it can also be downgraded.
 """
 
 import asyncio
@@ -32,23 +32,23 @@ from tlstunnel.program import starting_command
 from tlstunnel.supervisor import ChildProcess
 
 VARIABLE = "TLSTUNNEL_HANDOVER"
-"""The environment variable that names the descriptor of the file."""
+"""The environment variable with the number of the file's descriptor."""
 
 COMMAND = starting_command()
-"""At import, which is before anything could change the working directory."""
+"""The command that started this program. It is determined at import, before the working directory can change."""
 
 MAX_LINES = 20
-"""Lines that a probe has written last, kept to say why it failed."""
+"""How many of the last lines that a probe writes are kept, to report why it failed."""
 
 MAX_REASON = 500
-"""Characters of such a reason."""
+"""The longest reason that is reported, in characters."""
 
 REFUSAL = "hands over in format"
-"""What a program that does not know the format says, in every release: the program before tries another one."""
+"""What every release says, as a probe, if it does not know the format. The running program then tries another one."""
 
 
 class Handover(msgspec.Struct, frozen=True):
-    """What a parent gives to the program that is executed in its place. Descriptors are numbers."""
+    """What a parent hands over to the program that replaces it. Descriptors are numbers."""
 
     version: str
     generation: int
@@ -57,20 +57,23 @@ class Handover(msgspec.Struct, frozen=True):
     control_socket: ControlHandover | None
     echo: EchoHandover | None
     client: int | None
-    """The client of the control socket that asked for the upgrade, None if it was a signal."""
+    """The client of the control socket that requested the upgrade, None if a signal did."""
 
     config: str | None = None
-    """The text of the configuration file, if there is one: what the probe has accepted is what is served."""
+    """The text of the configuration file, if there is one, so that what is served is what the probe accepted."""
 
     metrics: Snapshot | None = None
-    """What the children that have exited by now had counted."""
+    """The metrics of the children that have exited."""
 
     probe: int | None = None
-    """Where a probe writes its release once all is well; None if this is no probe."""
+    """The descriptor to which a probe writes its release on success; None if the program is not a probe."""
 
     @classmethod
     def receive(cls) -> Self | None:
-        """Return what the program before has left, None without one. Raises ProcessError: it is of another format."""
+        """Return what the previous program handed over, None if there is none.
+
+        Raises ProcessError if its format is unknown.
+        """
         variable = os.environ.pop(VARIABLE, "")
         if not variable:
             return None
@@ -84,14 +87,14 @@ class Handover(msgspec.Struct, frozen=True):
             if format_ in {previous.FORMAT, FORMAT}:
                 return msgspec.convert(found, cls)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ProcessError(f"{VARIABLE} is for tlstunnel's own use: unset it ({error!r})") from None
+            raise ProcessError(f"{VARIABLE} is for internal use; unset it ({error!r})") from None
         raise ProcessError(
-            f"the running tunnel {REFUSAL} {format_}, and {__version__} knows {previous.FORMAT} and {FORMAT}:"
-            " restart it, or upgrade by way of a release between them"
+            f"the running tunnel {REFUSAL} {format_}, and {__version__} supports {previous.FORMAT} and {FORMAT};"
+            " restart it, or upgrade to an intermediate release first"
         )
 
     def list_descriptors(self) -> list[int]:
-        """Return all that the next program needs."""
+        """Return the descriptors that the next program inherits."""
         found = [slot.fd for slot in self.slots.open] + [child.link for child in self.children]
         if self.control_socket is not None:
             found += [self.control_socket.fd, self.control_socket.lock]
@@ -100,7 +103,7 @@ class Handover(msgspec.Struct, frozen=True):
         return found + ([self.client] if self.client is not None else [])
 
     def respond(self, response: Mapping[str, Any]) -> None:
-        """Send a response to the client that asked for the upgrade. To be called once."""
+        """Send a response to the client that requested the upgrade. Call this once."""
         if self.client is None:
             return
         with contextlib.suppress(OSError), socket.socket(fileno=self.client) as sock:
@@ -108,7 +111,7 @@ class Handover(msgspec.Struct, frozen=True):
             sock.sendall(json.dumps(response).encode() + b"\n")
 
     def write(self, format_: int, probe: int | None = None) -> int:
-        """Write it into a file in memory; return its descriptor."""
+        """Write the state to a memory file; return its descriptor."""
         text = {"format": format_, **msgspec.to_builtins(self), "probe": probe}
         if format_ == previous.FORMAT:
             text = previous.downgrade_handover(text)
@@ -120,9 +123,9 @@ class Handover(msgspec.Struct, frozen=True):
 
 
 async def probe(state: Handover, seconds: float) -> int:
-    """Run the code that is installed now as a probe, which does everything but accept, for at most so many seconds.
+    """Run the installed release as a probe, which does everything except accept, for at most so many seconds.
 
-    Return the format in which it takes the handover. Raises ControlError: it failed.
+    Return the format of the handover that it supports. Raises ControlError if the probe fails.
     """
     for format_ in (FORMAT, previous.FORMAT):
         problem = await _run_probe(state, format_, seconds)
@@ -130,18 +133,18 @@ async def probe(state: Handover, seconds: float) -> int:
             return format_
         if REFUSAL not in problem:
             break
-    raise ControlError(f"nothing was changed: the new code does not start: {problem}")
+    raise ControlError(f"nothing was changed: the new release fails to start: {problem}")
 
 
 async def _run_probe(state: Handover, format_: int, seconds: float) -> str:
-    """Return why a probe fails that is given this format, empty where it does not. Raises ControlError."""
+    """Run a probe with this format; return why it fails, empty if it does not. Raises ControlError."""
     reading, done = os.pipe()
     errors_reading, errors = os.pipe()
     file = state.write(format_, done)
     for fd in (done, file):
         os.set_inheritable(fd, True)
     try:
-        pid = os.posix_spawn(  # noqa: ASYNC221 - a millisecond, for this loop serves no connections
+        pid = os.posix_spawn(  # noqa: ASYNC221 - takes a millisecond, and this loop serves no connections
             COMMAND[0],
             COMMAND,
             {**os.environ, VARIABLE: str(file)},
@@ -163,29 +166,29 @@ async def _run_probe(state: Handover, format_: int, seconds: float) -> str:
         os.waitpid(pid, 0)  # noqa: ASYNC222 - it was killed
         for fd in (reading, errors_reading):
             os.close(fd)
-        raise ControlError(f"nothing was changed: the new code cannot be watched: {error.strerror}") from None
+        raise ControlError(f"nothing was changed: the probe cannot be watched: {error.strerror}") from None
     try:
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
             written = group.create_task(_read_lines(reading))
-            complaints = group.create_task(_read_lines(errors_reading))
+            errors_written = group.create_task(_read_lines(errors_reading))
     except TimeoutError:
         raise ControlError(
-            f"nothing was changed: the new code was not ready within {seconds:g} s (release.upgrade_timeout)"
+            f"nothing was changed: the new release was not ready within {seconds:g} s (release.upgrade_timeout)"
         ) from None
     finally:
-        process.kill(group=True)  # it has a child, too
+        process.kill(group=True)  # it has a child
         await process.wait()
-    return "" if written.result() else _explain(complaints.result())
+    return "" if written.result() else _explain(errors_written.result())
 
 
 def _explain(lines: list[str]) -> str:
-    """Return what a program that ended has written last, and what its child has written before that."""
+    """Return the last two lines of a probe: usually its child's error, then its own."""
     words = [" ".join(line.split()) for line in lines if not line.startswith((" ", "Traceback (most recent call"))]
     return "; ".join(words[-2:])[:MAX_REASON] or "it exited without output"
 
 
 async def _read_lines(descriptor: int) -> list[str]:
-    """Return the last lines that are not empty, once no process can write any more."""
+    """Return the last non-empty lines, once every process has closed the pipe."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(
@@ -206,9 +209,9 @@ async def _read_lines(descriptor: int) -> list[str]:
 
 
 def execute(state: Handover, format_: int, blocked: Collection[signal.Signals]) -> None:
-    """Execute the program as it was started, in this process's place. Raises ControlError: it cannot be executed.
+    """Execute the command that started this program, in this process. Raises ControlError if that fails.
 
-    The signals `blocked` wait until the new program handles them.
+    The signals `blocked` stay pending until the new program handles them.
     """
     file = state.write(format_)
     descriptors = [*state.list_descriptors(), file]

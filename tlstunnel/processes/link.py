@@ -1,9 +1,10 @@
-"""The link between the parent and a child: typed messages, each a JSON object on a line, with descriptors.
+"""The link between the parent and a child: typed messages with descriptors, over a stream socket pair.
 
-A stream socket pair. A request is ``{"ask": NUMBER, "do": TAG, ...}``, its reply ``{"answer": NUMBER, "ok": true,
-...}`` or ``{"answer": NUMBER, "ok": false, "error": "..."}``; a notification is ``{"answer": 0, "do": TAG, ...}``, as
-no request has the number 0. ``"fds"`` is how many descriptors came along (SCM_RIGHTS). Both sides see the other's end,
-however it ends: the kernel closes the pair.
+Each message is a line with a JSON object. A request is ``{"ask": NUMBER, "do": TAG, ...}``, and its reply
+``{"answer": NUMBER, "ok": true, ...}`` or ``{"answer": NUMBER, "ok": false, "error": "..."}``. A notification is
+``{"answer": 0, "do": TAG, ...}``, as no request has the number 0. ``"fds"`` is the number of descriptors that come with
+the message (SCM_RIGHTS). Each side notices when the other process exits, for whatever reason, because the kernel closes
+its socket.
 """
 
 import asyncio
@@ -23,22 +24,22 @@ from tlstunnel.journal.events import Event
 from tlstunnel.processes.messages import LinkReply, Notification, ReplyT, Request
 
 MAX_FDS = 64
-"""Descriptors in one message, below SCM_MAX_FD (253)."""
+"""The most descriptors in a message; the limit of Linux, SCM_MAX_FD, is 253."""
 
 _READ = 1 << 16
 
 RequestHandler = Callable[[Any, list[int]], Awaitable[LinkReply]]
-"""Does what a request asks for, with the descriptors that came, and returns the reply. Raises TlstunnelError."""
+"""Carries out a request, with the descriptors that came with it, and returns the reply. Raises TlstunnelError."""
 
 Requests = Mapping[type[Request[Any]], RequestHandler]
-"""What handles the requests of each type that a side takes."""
+"""The handlers of one side's requests, by type."""
 
 Notifications = Mapping[type[Notification], Callable[[Any], None]]
-"""What takes the notifications of each type that a side knows."""
+"""The handlers of one side's notifications, by type."""
 
 
 class Link:
-    """One side. `on_end` is called once, when the other side has ended."""
+    """One side of a link. `on_end` is called once, when the other side has closed it."""
 
     def __init__(
         self,
@@ -62,12 +63,12 @@ class Link:
         self._loop.add_reader(sock, self._read)
 
     async def request(self, request: Request[ReplyT], descriptors: Sequence[int] = ()) -> ReplyT:
-        """Send a request and wait for its reply, without a time limit.
+        """Send a request and return its reply, without a time limit.
 
-        Raises ProcessError: it was refused, or the other side has ended.
+        Raises ProcessError if the request is refused, or the other side closes the link.
         """
         if self.closed:
-            raise ProcessError("the process has ended")
+            raise ProcessError("the process has exited")
         self._number = number = self._number + 1
         reply = self._waiting[number] = self._loop.create_future()
         self._send({"ask": number}, request, descriptors)
@@ -78,17 +79,17 @@ class Link:
         if not received["ok"]:
             raise ProcessError(*(received.get("problems") or [received["error"]]))
         try:
-            return msgspec.convert(received, request.reply)  # type: ignore[return-value]  # the type that ReplyT is
+            return msgspec.convert(received, request.reply)  # type: ignore[return-value]  # it is ReplyT
         except msgspec.ValidationError as error:
-            raise ProcessError(f"the process sent a reply that cannot be read: {error}") from None
+            raise ProcessError(f"the process sent an invalid reply: {error}") from None
 
     def notify(self, notification: Notification) -> None:
-        """Send a notification; nothing is sent where the other side has ended."""
+        """Send a notification, unless the link is closed."""
         if not self.closed:
             self._send({"answer": 0}, notification)
 
     def close(self) -> None:
-        """Send and receive no more; requests that wait for their reply fail."""
+        """Close this side. Requests that wait for their reply fail."""
         if self.closed:
             return
         self._loop.remove_reader(self.sock)
@@ -102,22 +103,22 @@ class Link:
         self._unsent.clear()
         for reply in self._waiting.values():
             if not reply.done():
-                reply.set_exception(ProcessError("the process has ended"))
+                reply.set_exception(ProcessError("the process has exited"))
 
     def read_rest(self) -> None:
-        """Take what the other side sent before it ended, and close."""
+        """Handle what the other side sent before it exited, then close."""
         while not self.closed and self._read():
             pass
         self.close()
 
     @property
     def closed(self) -> bool:
-        """Whether the other side has ended, or this one has closed it."""
+        """Whether either side has closed the link."""
         return self.sock.fileno() < 0
 
     @property
     def idle(self) -> bool:
-        """Whether no message is half sent or half received: then another program can take the socket over."""
+        """Whether no message is half sent or half received, so that another program can take over the socket."""
         return not self._unsent and not self._received
 
     def _send(
@@ -127,9 +128,9 @@ class Link:
         descriptors: Sequence[int] = (),
     ) -> None:
         fields = msgspec.to_builtins(message) if message is not None else {}
-        # Duplicates, since they may be closed here before they are sent.
+        # Duplicated, because the caller may close them before they are sent.
         kept = [os.dup(fd) for fd in descriptors]
-        # Not msgspec's encoder: paths may have lone surrogates, in place of bytes that are no UTF-8.
+        # Not msgspec's encoder: paths with bytes that are not UTF-8 contain lone surrogates.
         self._unsent.append((json.dumps({**envelope, **fields, "fds": len(kept)}).encode() + b"\n", kept))
         self._write()
 
@@ -152,7 +153,7 @@ class Link:
         self._loop.remove_writer(self.sock)
 
     def _read(self) -> bool:
-        """Take what has arrived; return whether anything had."""
+        """Handle what has arrived; return whether anything had."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.sock, _READ, MAX_FDS)
         except BlockingIOError:
@@ -181,7 +182,7 @@ class Link:
             task.add_done_callback(self._handling.discard)
         elif message["answer"] == 0:
             self._handle_notification(message)
-        # No one waits for what a parent before this one has asked for.
+        # A reply to a request of the previous program is ignored.
         elif (reply := self._waiting.get(message["answer"])) is not None and not reply.done():
             reply.set_result(message)
 
@@ -192,23 +193,23 @@ class Link:
         except TlstunnelError as error:
             self._refuse(number, *error.problems)
         except msgspec.ValidationError as error:
-            self._refuse(number, f"this request cannot be read: {error}")
+            self._refuse(number, f"invalid request: {error}")
         except Exception as error:
             structlog.get_logger().exception(Event.REQUEST_FAILED, request=message.get("do"))
-            self._refuse(number, f"an internal error, which is in the log: {error!r}")
+            self._refuse(number, f"internal error, see the log: {error!r}")
         else:
             if not self.closed:
                 self._send({"answer": number, "ok": True}, reply)
 
     def _refuse(self, number: int, *problems: str) -> None:
         if not self.closed:
-            # The release before this one reads `error` alone.
+            # Releases of format 1 read `error` only.
             several = {"problems": problems} if len(problems) > 1 else {}
             self._send({"answer": number, "ok": False, "error": "; ".join(problems), **several})
 
     def _handle_notification(self, message: dict[str, Any]) -> None:
         if not self._notifications.knows(message):
-            return  # of a later release
+            return  # from a later release
         try:
             self._notifications.call(message)
         except Exception:
@@ -222,20 +223,20 @@ class Link:
 
 
 class _Handlers:
-    """The types of messages that one side knows, and what handles each."""
+    """The types of messages that one side knows, with their handlers."""
 
     def __init__(self, handlers: Mapping[Any, Callable[..., Any]]) -> None:
         self._handlers = dict(handlers)
         self._tags = {type_.__struct_config__.tag for type_ in handlers}
-        self._union: Any = Union[tuple(handlers)] if handlers else None  # noqa: UP007 - made of a tuple
+        self._union: Any = Union[tuple(handlers)] if handlers else None  # noqa: UP007 - built from a tuple
 
     def knows(self, message: Mapping[str, Any]) -> bool:
-        """Whether one of the types has the tag of `message`."""
+        """Return whether one of the types has the tag of `message`."""
         return message.get("do") in self._tags
 
     def call(self, message: Mapping[str, Any], *arguments: Any) -> Any:
-        """Call the handler of the message's type. Raises msgspec.ValidationError: it is of none of these."""
+        """Call the handler for the message's type. Raises msgspec.ValidationError if it is invalid."""
         if self._union is None:
-            raise msgspec.ValidationError("none is taken here")
+            raise msgspec.ValidationError("this side takes no requests")
         typed = msgspec.convert(message, self._union)
         return self._handlers[type(typed)](typed, *arguments)

@@ -1,9 +1,9 @@
-"""What the parent and its children say to each other.
+"""The messages between the parent and its children.
 
-A request has a reply; a notification has none. On the link each is a JSON object on a line, whose ``do`` is the tag of
-its type (`tlstunnel.processes.link`). Fields that are not known are ignored, and a new field has a default, so that
-releases can talk to each other. What cannot be said that way, and a new role of children, needs a new `FORMAT` and a
-translation to and from the one before (`tlstunnel.processes.previous`).
+A request has a reply, a notification has none. On the link, each message is a line with a JSON object, whose ``do`` is
+the tag of its type (`tlstunnel.processes.link`). Unknown fields are ignored and new fields have a default, so that
+different releases can talk to each other. Any other change, such as a new role of children, needs a new `FORMAT` and a
+translation to and from the previous one (`tlstunnel.processes.previous`).
 """
 
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -13,33 +13,33 @@ import msgspec
 from tlstunnel.metrics.snapshot import Snapshot
 
 FORMAT = 2
-"""Of these messages and of the handover."""
+"""The version of these messages and of the handover."""
 
 
 class LinkReply(msgspec.Struct, frozen=True):
-    """What a request is replied to with."""
+    """The reply to a request."""
 
 
 class Done(LinkReply, frozen=True):
-    """It is done, and there is nothing to say about it."""
+    """The reply to a request that returns nothing."""
 
 
 class Begun(LinkReply, frozen=True):
-    """The process could serve. `version` is its release."""
+    """The process is ready to accept. `version` is its release."""
 
     version: str
 
 
 class Prepared(LinkReply, frozen=True):
-    """The new configuration is loaded; `changes` are one line each."""
+    """The new configuration is loaded. `changes` has a line for each change."""
 
     changes: list[str]
 
 
 class Load(LinkReply, frozen=True):
-    """What a process has: its tunnels, and the connections whose handshake is not done.
+    """The tunnels of a process, and its connections whose handshake is not complete.
 
-    `metrics` are None from a release without them.
+    `metrics` is None from a release that has none.
     """
 
     tunnels: int
@@ -51,23 +51,23 @@ ReplyT = TypeVar("ReplyT", bound=LinkReply)
 
 
 class Request(msgspec.Struct, Generic[ReplyT], frozen=True, tag_field="do"):
-    """Asks the other side to do something; `reply` is the type of what comes back."""
+    """A message that has a reply. `reply` is the type of the reply."""
 
     reply: ClassVar[type[LinkReply]] = Done
 
 
 class Notification(msgspec.Struct, frozen=True, tag_field="do"):
-    """Tells the other side something; it is ignored where the receiver does not know its type."""
+    """A message without a reply. A receiver that does not know its type ignores it."""
 
 
 # --- parent to child --------------------------------------------------------------------------------------------------
 
 
 class Begin(Request[Begun], frozen=True, tag="begin"):
-    """Load what is to be served, without accepting yet.
+    """Load the configuration, without accepting yet.
 
-    `name` is shown by ``ps``; `wanted` is what the command line asked for, `config` the text of the configuration file.
-    A `quiet` process leaves warnings to another that has the same.
+    `name` is what ``ps`` shows, `invocation` comes from the command line, and `config` is the text of the configuration
+    file. A `quiet` process logs no warnings, because another one with the same configuration does.
     """
 
     format: int
@@ -82,21 +82,21 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
 
 
 class Listeners(Request[Done], frozen=True, tag="listeners"):
-    """Hold these listening sockets, whose descriptors come along in the same order."""
+    """Take these listening sockets. Their descriptors come with the message, in the same order."""
 
     numbers: list[int]
     written: list[str]
 
 
 class Serve(Request[Done], frozen=True, tag="serve"):
-    """Accept at the listeners with these `numbers` and at no others; close those that are not `kept`."""
+    """Accept at the listeners with these `numbers`, and at no others; close those that are not `kept`."""
 
     kept: list[int]
     numbers: list[int]
 
 
 class Prepare(Request[Prepared], frozen=True, tag="prepare"):
-    """Load a new configuration and go on serving the old one."""
+    """Load a new configuration, and continue to serve the old one."""
 
     config: str | None
 
@@ -104,18 +104,18 @@ class Prepare(Request[Prepared], frozen=True, tag="prepare"):
 
 
 class Commit(Request[Done], frozen=True, tag="commit"):
-    """Serve new connections with what was prepared."""
+    """Serve new connections with the configuration that was prepared."""
 
 
 class Abandon(Request[Done], frozen=True, tag="abandon"):
-    """Forget what was prepared."""
+    """Discard the configuration that was prepared."""
 
 
 class Drain(Request[Done], frozen=True, tag="drain"):
-    """Accept no more, and exit once no tunnel is left.
+    """Accept no more, and exit once no tunnel is open.
 
-    Those that are left `after` seconds (None: never) are ended one after another, spread `over` so many seconds (None:
-    as configured).
+    Tunnels still open after `after` seconds (None: no limit) are ended one by one over `over` seconds (None: as
+    configured).
     """
 
     after: float | None
@@ -123,7 +123,7 @@ class Drain(Request[Done], frozen=True, tag="drain"):
 
 
 class Stop(Request[Done], frozen=True, tag="stop"):
-    """End everything at once, and exit."""
+    """Close everything at once, and exit."""
 
 
 class Status(Request[Load], frozen=True, tag="status"):
@@ -136,10 +136,10 @@ class Status(Request[Load], frozen=True, tag="status"):
 
 
 class Leaving(Request[Done], frozen=True, tag="leaving"):
-    """Someone else told the process to end: another has to take its place."""
+    """The process drains because of a signal; start another one in its place."""
 
 
 class Measured(Notification, frozen=True, tag="measured"):
-    """What the process has counted: once in a while when something has changed, and before it exits."""
+    """The metrics of the process. Sent at most once a second after a change, and before it exits."""
 
     metrics: Snapshot

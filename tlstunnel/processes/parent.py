@@ -1,6 +1,6 @@
-"""The parent: signals, the service manager, and the end. It holds the sockets, and serves nothing itself.
+"""The parent process: it holds the listening sockets, handles signals, and shuts down. It serves no connection itself.
 
-It is replaced by new code in place (`tlstunnel.processes.rollout`): same process, same sockets, same children.
+An upgrade replaces its program in place (`tlstunnel.processes.rollout`): same process, same sockets, same children.
 
 Tested by tests/promises/test_ending.py and test_systemd.py.
 """
@@ -29,11 +29,14 @@ from tlstunnel.processes.rollout import HANDLED_SIGNALS, Rollout
 from tlstunnel.processes.slots import Slots
 
 SIGINT_SECONDS = 5.0
-"""Over how long SIGINT and `stop` spread the ends of tunnels: someone waits at a terminal."""
+"""The period over which SIGINT and `stop` end tunnels. It is short, because somebody waits at a terminal."""
 
 
 class Parent:
-    """Has children serve `startup` until it is told to end. To be made in the loop that runs it."""
+    """Keeps children running that serve `startup`, until a signal or a command. Create it in the loop that runs it.
+
+    `inherited` is what the previous program handed over, None unless this is an upgrade.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class Parent:
         echo: EchoOrigin | None = None,
         inherited: Handover | None = None,
     ) -> None:
-        """Raises ControlError: the control socket that the command line names cannot be had."""
+        """Raises ControlError if the control socket that the command line names cannot be created."""
         self._slots = slots
         self._options = options
         self._inherited = inherited
@@ -64,13 +67,13 @@ class Parent:
         self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._stopped)
 
     async def run(self) -> None:
-        """Serve until told to end. Raises TlstunnelError before it has begun."""
+        """Serve until a signal or a command ends it. Raises TlstunnelError if the start fails."""
         self._handle_signals()
         if self._inherited is not None:
             self._fleet.restore(self._inherited.children)
-            # The watchdog goes on counting; the start of many sites takes seconds.
+            # The watchdog does not stop during an upgrade, and starting many sites takes seconds.
             self._run_in_background(self._stay_alive())
-        # Blocked while the program was replaced, when there was nothing to handle them.
+        # They were blocked while the program was replaced, because there was no handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         ending = asyncio.ensure_future(self._drain_on_signal())
         begin = asyncio.ensure_future(self._begin())
@@ -89,7 +92,7 @@ class Parent:
             if self._control is not None:
                 await self._control.close()
             self._slots.close()
-            # The loop gives its handlers back: one more signal would end with a failure what has ended well.
+            # The loop removes its handlers when it closes: another signal would then turn a success into a failure.
             signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         self._log.info(Event.STOPPED)
 
@@ -101,7 +104,7 @@ class Parent:
         loop.add_signal_handler(signal.SIGUSR2, lambda: self._run_in_background(self._upgrade()))
 
     def _control_socket(self) -> ControlSocket | None:
-        """Make the control socket; without one the tunnel starts too, unless the command line names it."""
+        """Create the control socket. If that fails, the tunnel starts without one, unless the command line names it."""
         if self._inherited is not None:
             kept = self._inherited.control_socket
             return ControlSocket.restore(kept) if kept is not None else None
@@ -124,17 +127,17 @@ class Parent:
         where = {"control": str(self._control.path)} if self._control else {}
         self._log.info(Event.READY, version=__version__, processes=fleet.count(), generation=fleet.generation, **where)
         if os.geteuid() == 0 and self._inherited is None:
-            self._log.warning(Event.RUNNING_AS_ROOT, hint="it needs none of root's rights: docs/operations.md")
+            self._log.warning(Event.RUNNING_AS_ROOT, hint="root is not needed: see docs/operations.md")
         self._rollout.notify_ready()
         if self._inherited is None:
             self._run_in_background(self._stay_alive())
 
     async def _reload(self) -> None:
-        with contextlib.suppress(ControlError):  # it is in the log
+        with contextlib.suppress(ControlError):  # already logged
             await self._rollout.reload()
 
     async def _upgrade(self) -> None:
-        with contextlib.suppress(ControlError):  # it is in the log
+        with contextlib.suppress(ControlError):  # already logged
             await self._rollout.upgrade(None)
 
     async def _stay_alive(self) -> None:
@@ -142,10 +145,10 @@ class Parent:
             self._service_manager.notify_alive()
             await asyncio.sleep(every)
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- shutdown -----------------------------------------------------------------------------------------------------
 
     async def _drain_on_signal(self) -> None:
-        """Drain at the first signal, and return when that is done or at the second signal."""
+        """Drain at the first signal; return when that is done, or at the second signal."""
         number = await self._signals.get()
         self._fleet.ending = number.name
         self._log.info(Event.DRAIN_REQUESTED, signal=number.name)
@@ -160,12 +163,12 @@ class Parent:
         release = self._fleet.config.release
         wait, over = (0.0, SIGINT_SECONDS) if number == signal.SIGINT else (release.drain_wait, release.drain_over)
         await asyncio.sleep(wait)
-        # Before the children do: whichever closes a socket last has accepted what waited there.
+        # Before the children do: the last one to close a socket accepts what waits in its backlog.
         self._slots.close()
         await self._fleet.drain(float(over))
 
     async def _cancel_background(self) -> None:
-        """End what is under way: a probe ends with the upgrade that has started it."""
+        """Cancel a reload or an upgrade in progress; the probe of an upgrade ends with it."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -1,10 +1,10 @@
-"""The format before this one, so that a running tunnel can be upgraded from it, and back.
+"""The previous format, so that a running tunnel can be upgraded from it and downgraded to it.
 
-Format 1 is that of the code up to commit 581955a. Its messages are those of format 2, but ``drain`` was ``finish``, and
-there were no notifications: a message with ``"answer": 0``, which notifications have, was dropped. Its handover knows
-children of one role, and calls a draining child *finishing*.
+Format 1 was used up to commit 581955a. Its messages are those of format 2, except that ``drain`` was ``finish``, and
+that there were no notifications: messages with ``"answer": 0``, as notifications have, were ignored. Its handover has
+no roles of children, and a draining child is *finishing*.
 
-A child does not learn that its parent was replaced by one of an earlier release, so it understands both at all times.
+A child does not learn that an earlier release replaced its parent, so it always understands both formats.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ class Finish(Request[Done], frozen=True, tag="finish", kw_only=True):
     over: float | None
 
     def to_drain(self) -> Drain:
-        """Return the same in the present format."""
+        """Return the request in the current format."""
         return Drain(after=self.after, over=self.over)
 
 
 def translate_request(request: Request[ReplyT]) -> Request[ReplyT]:
-    """Return `request` as a child of format 1 understands it."""
+    """Translate `request` for a child of format 1."""
     if isinstance(request, Drain):
         return Finish(after=request.after, over=request.over)  # type: ignore[return-value]  # both have Done
     return request
@@ -39,7 +39,7 @@ IDENTITY = ("place", "generation", "version", "started")
 
 
 def upgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a handover of format 1 in the present format. Raises KeyError, TypeError: it is not one."""
+    """Translate a handover of format 1 to the current format. Raises KeyError or TypeError if it is not one."""
     children = [
         {
             "identity": {
@@ -57,7 +57,7 @@ def upgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def downgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a handover of the present format in format 1. Children of other roles than serving are left out."""
+    """Translate a handover of the current format to format 1. Only serving children are kept."""
     children = [
         {
             **{name: child["identity"][name] for name in IDENTITY},

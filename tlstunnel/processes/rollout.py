@@ -1,12 +1,12 @@
-"""Changes of what runs, as named steps: the first start, a reload, an upgrade. One at a time.
+"""Changes to what is running, as named steps: the first start, a reload, an upgrade. Only one runs at a time.
 
-A step that can be undone says how before the next one begins; whatever fails, or is cancelled, undoes the steps before
-it in reverse order. So each change is made as a whole or not at all.
+A step that can be undone registers how before the next one begins. A failure or a cancellation undoes the completed
+steps in reverse order, so each change is made as a whole or not at all.
 
     reload     read, prepare, open | switch, commit
     upgrade    read, probe, quiesce, execute | (the next program:) restore, start, retire
 
-What comes before the bar can be undone, and what follows does not fail.
+Steps before the bar can be undone; those after it do not fail.
 
 Tested by tests/promises/test_reload.py, test_upgrade.py and test_upgrade_between_versions.py.
 """
@@ -38,25 +38,24 @@ from tlstunnel.processes.notify import ServiceManager
 from tlstunnel.processes.slots import Slot, Slots
 
 PREPARE_SECONDS = 120.0
-"""What a child has to load a new configuration: ten thousand sites take 2 s."""
+"""How long a child may take to load a new configuration. Ten thousand sites take 2 s."""
 
 MAX_LOGGED = 50
-"""Changes of a reload that are logged one by one."""
+"""How many changes of a reload are logged."""
 
 POLL_SECONDS = 0.5
-"""Between looks at whether a new child accepts, where the first ones of an upgrade could not be started."""
+"""How often to check whether a new child accepts, if those of an upgrade could not be started at first."""
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
-"""What is left out on a machine without IPv6."""
-
+"""Addresses that are left out on a machine without IPv6."""
 
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
-"""Signals that wait while another program is executed. SIGCHLD is for programs of format 1, which handle it."""
+"""Signals that are blocked while another program is executed. Releases of format 1 handle SIGCHLD too."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewConfig:
-    """A configuration that was read, and the addresses that it listens on."""
+    """A configuration that was read, and the addresses to listen on."""
 
     text: str | None
     config: Config
@@ -64,9 +63,9 @@ class NewConfig:
 
 
 class Rollout:
-    """Makes the changes. `inherited` is what the program executed before this one has left, None at the first start."""
+    """Makes the changes. `inherited` is what the previous program handed over, None unless this is an upgrade."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - all that a change touches
+    def __init__(  # noqa: PLR0913, PLR0917 - everything that a change affects
         self,
         fleet: Fleet,
         slots: Slots,
@@ -90,7 +89,10 @@ class Rollout:
     # --- the start ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the children, and retire those of the program before. Raises ProcessError, at a first start only."""
+        """Start the children, and retire those of the previous program.
+
+        Raises ProcessError if this is the first start and it fails.
+        """
         try:
             await self._start()
         finally:
@@ -106,9 +108,9 @@ class Rollout:
             except TlstunnelError as error:
                 if self._inherited is None:
                     raise
-                # The old children go on; each of the new ones is tried again.
+                # The old children continue to serve; the start of each new one is retried.
                 self._log.error(Event.UPGRADE_PROCESSES_FAILED, reason=str(error))
-                reason = f"the new processes do not start, the old ones serve: {error}"
+                reason = f"the new processes fail to start, so the old ones continue to serve: {error}"
                 self._respond({"ok": False, "error": reason})
                 await asyncio.wait(starts)
                 self._retiring = asyncio.ensure_future(self._retire_when_possible(old))
@@ -116,7 +118,7 @@ class Rollout:
                 await self._retire(old)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel what is in progress."""
         if self._retiring is not None:
             self._retiring.cancel()
             await asyncio.gather(self._retiring, return_exceptions=True)
@@ -128,9 +130,9 @@ class Rollout:
             if not child.draining:
                 await self._fleet.retire(child)
         if self._inherited is not None:
-            facts = {"version": __version__, "before": self._inherited.version, "generation": self._fleet.generation}
-            self._log.info(Event.UPGRADED, **facts)
-            self._respond({"ok": True, **facts})
+            result = {"version": __version__, "before": self._inherited.version, "generation": self._fleet.generation}
+            self._log.info(Event.UPGRADED, **result)
+            self._respond({"ok": True, **result})
 
     async def _retire_when_possible(self, old: Iterable[Child]) -> None:
         while not self._fleet.accepting():  # noqa: ASYNC110 - rare, and nothing waits for it
@@ -138,13 +140,13 @@ class Rollout:
         await self._retire(old)
 
     def _respond(self, response: Mapping[str, Any]) -> None:
-        """Respond to the client that asked the program before for the upgrade, once."""
+        """Respond, once, to the client that asked the previous program for the upgrade."""
         if self._inherited is not None and not self._responded:
             self._responded = True
             self._inherited.respond(response)
 
     def notify_ready(self) -> None:
-        """Tell the service manager that a start or a change is over."""
+        """Notify the service manager that a start or a change is complete."""
         count = self._fleet.count()
         processes = f"{count} process{'es' if count > 1 else ''}"
         self._service_manager.notify_ready(f"{__version__}, generation {self._fleet.generation}, {processes}")
@@ -152,9 +154,9 @@ class Rollout:
     # --- a reload -----------------------------------------------------------------------------------------------------
 
     async def reload(self) -> list[str]:
-        """Read everything again, in every child, and switch to it; return what has changed, one line each.
+        """Read everything again, in every child, and switch to it; return a line for each change.
 
-        Raises ControlError: nothing was changed.
+        Raises ControlError if that fails; nothing was changed then.
         """
         await self._started.wait()
         async with self._change_lock, self._report_change(Event.NOT_RELOADED):
@@ -175,24 +177,27 @@ class Rollout:
 
     async def _read(self) -> NewConfig:
         """Read the file. Raises ConfigurationError."""
-        wanted = self._fleet.startup.invocation
+        invocation = self._fleet.startup.invocation
         text = self._read_text()
-        config = await asyncio.to_thread(wanted.configuration, text)
-        return NewConfig(text, config, addresses_to_listen_on(wanted, config, self._slots.passed))
+        config = await asyncio.to_thread(invocation.configuration, text)
+        return NewConfig(text, config, addresses_to_listen_on(invocation, config, self._slots.passed))
 
     def _read_text(self) -> str | None:
         file = self._fleet.startup.invocation.file
         return read(file) if file is not None else None
 
     async def _prepare(self, new: NewConfig, children: Sequence[Child], undo: AsyncExitStack) -> list[str]:
-        """Have every child load it beside what it serves; return what is different. Raises ProcessError."""
+        """Have every child load the new configuration, while it serves the old one; return what changes.
+
+        Raises ProcessError.
+        """
         undo.push_async_callback(self._abandon, children)
         request = Prepare(config=new.text)
         replies = await asyncio.gather(
             *(child.request(request, PREPARE_SECONDS) for child in children), return_exceptions=True
         )
         for child, reply in zip(children, replies, strict=True):
-            # One that has ended meanwhile is started again, with the new configuration.
+            # A child that has exited meanwhile is restarted with the new configuration.
             if isinstance(reply, BaseException) and not child.exited and not child.link.closed:
                 raise reply
         return next((reply.changes for reply in replies if isinstance(reply, Prepared)), [])
@@ -201,13 +206,13 @@ class Rollout:
         await asyncio.gather(*(child.try_request(Abandon()) for child in children))
 
     def _open(self, new: NewConfig, undo: AsyncExitStack) -> dict[ListenAddress, list[Slot]]:
-        """Open the listeners that are new. Raises ListenError."""
+        """Open the new listeners. Raises ListenError."""
         opened = self._slots.open(new.addresses, 1, OPTIONAL)
         undo.callback(self._slots.forget, opened)
         return opened
 
     def _switch(self, new: NewConfig, opened: Mapping[ListenAddress, list[Slot]]) -> list[Slot]:
-        """Let it be what is served; return the listeners that are new."""
+        """Make the new configuration the one that is served; return the new listeners."""
         gone = self._slots.update(opened, new.addresses)
         self._fleet.replace_startup(new.text, new.config)
         for slot in gone:
@@ -215,7 +220,7 @@ class Rollout:
         return [slot for slots in opened.values() for slot in slots]
 
     async def _commit(self, children: Iterable[Child], added: list[Slot]) -> None:
-        """Have the children serve it, as many of them as it says."""
+        """Have the children serve the new configuration, and adjust their number to it."""
         for child in children:
             with contextlib.suppress(ProcessError):
                 await child.send_listeners(added)
@@ -226,12 +231,12 @@ class Rollout:
     # --- an upgrade ---------------------------------------------------------------------------------------------------
 
     async def upgrade(self, client: int | None) -> None:
-        """Execute the new code in this process's place, and do not return; `client` is responded to by it.
+        """Replace this program by the new release, and do not return; that release responds to `client`.
 
-        Raises ControlError: nothing was changed.
+        Raises ControlError if that fails; nothing was changed then.
         """
         if self._change_lock.locked() or not self._started.is_set():
-            raise ControlError("nothing was changed: a reload or an upgrade is under way; try again when it is done")
+            raise ControlError("nothing was changed: a reload or an upgrade is in progress; try again when it is done")
         async with self._change_lock, self._report_change(Event.NOT_UPGRADED):
             self._refuse_if_ending()
             text = self._read_text()
@@ -243,7 +248,7 @@ class Rollout:
                 handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
 
     async def _quiesce(self, undo: AsyncExitStack) -> None:
-        """Bring the children to rest: none is being started, and no message is half sent. Raises ProcessError."""
+        """Wait until no child is being started and no message is half sent. Raises ProcessError."""
         await self._fleet.quiesce(REPLY_SECONDS)
         undo.callback(self._fleet.resume_starts)
         await self._fleet.pause_starts()
@@ -265,7 +270,7 @@ class Rollout:
 
     @contextlib.asynccontextmanager
     async def _report_change(self, event: Event) -> AsyncIterator[None]:
-        """Tell the service manager of a change, and log where it fails. Raises ControlError."""
+        """Report a change to the service manager, and log its failure. Raises ControlError."""
         self._service_manager.notify_reloading()
         try:
             yield
@@ -278,4 +283,4 @@ class Rollout:
 
     def _refuse_if_ending(self) -> None:
         if self._fleet.ending:
-            raise ControlError(f"nothing was changed: the tunnel is ending ({self._fleet.ending})")
+            raise ControlError(f"nothing was changed: the tunnel is shutting down ({self._fleet.ending})")

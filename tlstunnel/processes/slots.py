@@ -1,8 +1,8 @@
-"""The listening sockets, which the parent holds for as long as it lives, and which child serves which.
+"""The listening sockets, which the parent holds as long as it runs, and their assignment to children.
 
-For each address that is listened on from the start there are as many sockets as processes, so that the kernel spreads
-the connections (SO_REUSEPORT). A connection waits at a socket from which no child accepts, and closing that socket
-would reset it (both seen): so every socket has a child at all times, and none is closed while its address is wanted.
+An address that is listened on from the start has as many sockets as there are processes, and the kernel spreads the
+connections over them (SO_REUSEPORT). Connections wait at a socket where no child accepts, and they are reset if it is
+closed (both measured). So every socket has a child at all times, and none is closed while its address is configured.
 """
 
 import errno
@@ -24,14 +24,14 @@ FIRST_PASSED = 3
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One listening socket, and the number by which the parent and its children call it."""
+    """A listening socket, and the number by which the parent and its children refer to it."""
 
     number: int
     listener: Listener
 
 
 class SlotHandover(msgspec.Struct, frozen=True):
-    """A slot as an upgrade hands it over: its number, its descriptor, and the address as it was written."""
+    """A slot as an upgrade hands it over: its number, its descriptor, and its address as configured."""
 
     number: int
     fd: int
@@ -39,7 +39,7 @@ class SlotHandover(msgspec.Struct, frozen=True):
 
 
 class SlotsHandover(msgspec.Struct, frozen=True):
-    """All of them, the number that the last one has got, and the addresses given by socket activation."""
+    """All slots, the number of the last one, and the addresses from socket activation."""
 
     next: int
     open: list[SlotHandover]
@@ -47,7 +47,7 @@ class SlotsHandover(msgspec.Struct, frozen=True):
 
 
 class Slots:
-    """All of them, by the address as it was written."""
+    """All slots, by their address as configured. `passed` are the sockets from socket activation."""
 
     def __init__(self, passed: Sequence[Listener] = ()) -> None:
         self._by_address: dict[ListenAddress, list[Slot]] = {}
@@ -59,15 +59,15 @@ class Slots:
 
     @property
     def passed(self) -> tuple[ListenAddress, ...]:
-        """The addresses that were given by socket activation."""
+        """The addresses from socket activation."""
         return tuple(self._passed)
 
     def open(
         self, addresses: tuple[ListenAddress, ...], shares: int, optional: tuple[ListenAddress, ...] = ()
     ) -> dict[ListenAddress, list[Slot]]:
-        """Open those of `addresses` that are not open yet, with `shares` sockets each: all or none. Raises ListenError.
+        """Open those of `addresses` that are not open yet, with `shares` sockets each: all or none.
 
-        An `optional` address of a family that this machine does not have is left out.
+        An `optional` address is left out if this machine does not have its address family. Raises ListenError.
         """
         opened: dict[ListenAddress, list[Slot]] = {}
         try:
@@ -90,20 +90,20 @@ class Slots:
             raise
         return opened
 
-    def update(self, opened: Mapping[ListenAddress, list[Slot]], wanted: tuple[ListenAddress, ...]) -> list[Slot]:
-        """Keep these, and those of before that are wanted; return the others, which the caller closes."""
+    def update(self, opened: Mapping[ListenAddress, list[Slot]], addresses: tuple[ListenAddress, ...]) -> list[Slot]:
+        """Add the slots in `opened`; remove those not for `addresses`, and return them for the caller to close."""
         together = {**self._by_address, **opened}
-        self._by_address = {address: slots for address, slots in together.items() if address in wanted}
-        return [slot for address, slots in together.items() if address not in wanted for slot in slots]
+        self._by_address = {address: slots for address, slots in together.items() if address in addresses}
+        return [slot for address, slots in together.items() if address not in addresses for slot in slots]
 
     def forget(self, opened: Mapping[ListenAddress, list[Slot]]) -> None:
-        """Close what `open` has opened."""
+        """Close the slots that `open` has opened."""
         for slots in opened.values():
             for slot in slots:
                 slot.listener.remove()
 
     def close(self) -> None:
-        """Close them all: what connects from now on is refused by the kernel."""
+        """Close all slots. The kernel refuses connections from now on."""
         for slot in self:
             slot.listener.remove()
         self._by_address = {}
@@ -113,27 +113,27 @@ class Slots:
         return Slot(self._next, listener)
 
     def assign(self, children: Sequence[int]) -> dict[int, set[int]]:
-        """Return the slots of each of these children. Every slot has at least one child, every child at least one slot.
+        """Return the numbers of each child's slots. Each slot has at least one child, each child at least one slot.
 
-        With as many children as an address has sockets, each has its own; a socket that is alone is shared by all.
+        If an address has as many sockets as there are children, each child has its own; a single socket is shared.
         """
-        of: dict[int, set[int]] = {child: set() for child in children}
+        numbers: dict[int, set[int]] = {child: set() for child in children}
         for slots in self._by_address.values() if children else ():
             for place in range(max(len(slots), len(children))):
-                of[children[place % len(children)]].add(slots[place % len(slots)].number)
-        return of
+                numbers[children[place % len(children)]].add(slots[place % len(slots)].number)
+        return numbers
 
     @staticmethod
     def try_to_open(
         addresses: tuple[ListenAddress, ...], kept: SlotsHandover, optional: tuple[ListenAddress, ...]
     ) -> None:
-        """See whether those that are not `kept` could be opened, as a probe does. Raises ListenError."""
+        """Open and close those of `addresses` that are not in `kept`, as a test. Raises ListenError."""
         written = {one.written for one in kept.open}
         slots = Slots()
         slots.forget(slots.open(tuple(one for one in addresses if str(one) not in written), 1, optional))
 
     def hand_over(self) -> SlotsHandover:
-        """Return what `restore` takes in the program that is executed next."""
+        """Return what `restore` takes in the next program."""
         return SlotsHandover(
             next=self._next,
             open=[
@@ -146,7 +146,7 @@ class Slots:
 
     @classmethod
     def restore(cls, kept: SlotsHandover) -> "Slots":
-        """Return the slots that the program executed before this one has held. Raises ListenError."""
+        """Return the slots of the previous program. Raises ListenError."""
         slots = cls()
         slots._next = kept.next
         for one in kept.open:
@@ -160,7 +160,7 @@ class Slots:
 
 
 def take_passed_sockets() -> list[Listener]:
-    """Return the sockets of systemd's socket activation, none without it (sd_listen_fds(3)). Raises ListenError."""
+    """Return the sockets from systemd's socket activation, if it is used (sd_listen_fds(3)). Raises ListenError."""
     count, process = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if process != str(os.getpid()) or not count.isdecimal():
