@@ -13,7 +13,7 @@ import tlstunnel
 from tlstunnel.errors import ConfigurationError
 
 
-def _python() -> str:
+def _find_python() -> str:
     """Return the path of this process's interpreter: `sys.executable`, with links to its virtual environment resolved.
 
     The environment's own link to the interpreter is kept: Python finds the environment by it (PEP 405).
@@ -26,14 +26,14 @@ def _python() -> str:
 
 
 # Read once, at the start: a link that is changed later takes effect with the next upgrade.
-PYTHON = _python()
+PYTHON = _find_python()
 PACKAGE = Path(tlstunnel.__file__).resolve().parent
 
 IMPORTED_LATER = ("cel", "re2", "limits", "multidict")
 """Libraries that rules (18 MiB) and edge workers need. They are imported when a configuration has such a part."""
 
 
-def _files() -> Iterator[tuple[str, int, int]]:
+def _list_files() -> Iterator[tuple[str, int, int]]:
     paths = [*PACKAGE.rglob("*.py")]
     paths += [Path(spec.origin) for name in IMPORTED_LATER if (spec := importlib.util.find_spec(name)) and spec.origin]
     for path in paths:
@@ -41,13 +41,13 @@ def _files() -> Iterator[tuple[str, int, int]]:
         yield str(path), stat.st_ino, stat.st_mtime_ns
 
 
-_AT_START = frozenset(_files())
+_AT_START = frozenset(_list_files())
 
 
 def is_package_replaced() -> bool:
     """Return whether a module imported now could be of another release than the modules imported so far. Takes 2 ms."""
     try:
-        return frozenset(_files()) != _AT_START
+        return frozenset(_list_files()) != _AT_START
     except OSError:
         return True
 
@@ -66,7 +66,7 @@ def import_when_needed(module: str, needed_for: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def starting_command() -> list[str]:
+def find_starting_command() -> list[str]:
     """Return the command that started this process, as an absolute path with its links kept.
 
     A link that now points to another virtual environment therefore takes effect. Call this before anything changes the
@@ -74,18 +74,18 @@ def starting_command() -> list[str]:
     """
     script = sys.argv[0]
     if os.access(script, os.X_OK) and Path(script).name != "__main__.py":
-        return [_absolute(script), *sys.argv[1:]]
+        return [_to_absolute(script), *sys.argv[1:]]
     # `python -m tlstunnel`. The path of the interpreter is not resolved either: in a virtual environment it is a link.
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def module_command(module: str, *arguments: str) -> list[str]:
+def build_module_command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs a module of this package with this interpreter."""
     return [PYTHON, "-P", "-m", module, *arguments]
 
 
-def module_environment() -> Mapping[str, str]:
-    """Return the environment for `module_command`, so that it runs this package even if links have changed."""
+def build_module_environment() -> Mapping[str, str]:
+    """Return the environment for `build_module_command`, so that it runs this package even if links have changed."""
     folder = PACKAGE.parent
     installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
     if folder in installed:
@@ -101,7 +101,7 @@ def set_process_name(name: str) -> None:
         comm.write_text(name)
 
 
-def _absolute(path: str) -> str:
+def _to_absolute(path: str) -> str:
     """Make a path absolute. The working directory is named as in ``PWD``, which keeps symbolic links."""
     folder = os.environ.get("PWD", "")
     try:

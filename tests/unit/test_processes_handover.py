@@ -17,7 +17,7 @@ from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.handover import REFUSAL, VARIABLE, Handover
 from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.slots import SlotHandover, SlotsHandover
-from tlstunnel.program import module_command, module_environment, starting_command
+from tlstunnel.program import build_module_command, build_module_environment, find_starting_command
 
 STATE = Handover(
     version="1.2.3",
@@ -121,19 +121,19 @@ def test_a_link_on_the_way_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PWD", str(folder))
         monkeypatch.setattr(sys, "argv", [argument, "start", "--x"])
-        assert starting_command() == [str(tmp_path / "current" / "bin" / "tlstunnel"), "start", "--x"]
+        assert find_starting_command() == [str(tmp_path / "current" / "bin" / "tlstunnel"), "start", "--x"]
 
 
 def test_a_module_is_started_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/tlstunnel/__main__.py", "start"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "tlstunnel", "start"])
-    assert starting_command() == [sys.executable, "-X", "dev", "-m", "tlstunnel", "start"]
+    assert find_starting_command() == [sys.executable, "-X", "dev", "-m", "tlstunnel", "start"]
 
 
 def test_children_run_this_package() -> None:
     import tlstunnel  # noqa: PLC0415
 
-    assert Path(module_command("name")[0]).samefile(sys.executable)
+    assert Path(build_module_command("name")[0]).samefile(sys.executable)
     folder = Path(tlstunnel.__file__).resolve().parent.parent
-    path = module_environment().get("PYTHONPATH", "").split(os.pathsep)
+    path = build_module_environment().get("PYTHONPATH", "").split(os.pathsep)
     assert str(folder) in path or folder.name in {"site-packages", "dist-packages"}

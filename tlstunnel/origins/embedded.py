@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from tlstunnel.program import PYTHON, module_command, module_environment
+from tlstunnel.program import PYTHON, build_module_command, build_module_environment
 from tlstunnel.supervisor import wait_or_kill
 
 EXIT_SECONDS = 5.0
@@ -41,8 +41,8 @@ class EchoOrigin:
             # A group of its own: a Ctrl-C is for the tunnel, which ends its tunnels before it ends this.
             pid = os.posix_spawn(
                 PYTHON,
-                module_command("tlstunnel.origins.echo", str(listener.fileno())),
-                module_environment(),
+                build_module_command("tlstunnel.origins.echo", str(listener.fileno())),
+                build_module_environment(),
                 file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)],
                 setpgroup=0,
                 setsigmask=(),

@@ -28,13 +28,13 @@ from tlstunnel.processes.children import ChildHandover
 from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.slots import SlotsHandover
-from tlstunnel.program import starting_command
+from tlstunnel.program import find_starting_command
 from tlstunnel.supervisor import ChildProcess
 
 VARIABLE = "TLSTUNNEL_HANDOVER"
 """The environment variable with the number of the file's descriptor."""
 
-COMMAND = starting_command()
+COMMAND = find_starting_command()
 """The command that started this program. It is determined at import, before the working directory can change."""
 
 MAX_LINES = 20

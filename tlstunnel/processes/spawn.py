@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 
-from tlstunnel.program import PYTHON, module_command, module_environment
+from tlstunnel.program import PYTHON, build_module_command, build_module_environment
 
 SERVING = "tlstunnel.processes.child"
 """The module that serving children run. The first one is started ahead."""
@@ -23,7 +23,7 @@ def start_ahead() -> None:
     """Start a serving child for `spawn` to return later. An unused one is killed when this process exits."""
     with contextlib.suppress(OSError):  # then `spawn` raises it
         _ahead.append(_start(SERVING, group=True))
-        atexit.register(_forget)
+        atexit.register(_kill_unused)
 
 
 def spawn(module: str, *, group: bool) -> tuple[int, socket.socket]:
@@ -39,18 +39,18 @@ def _start(module: str, *, group: bool) -> tuple[int, socket.socket]:
     try:
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
-            command = module_command(module, "--link", str(theirs.fileno()))
+            command = build_module_command(module, "--link", str(theirs.fileno()))
             if group:
-                pid = os.posix_spawn(PYTHON, command, module_environment(), setpgroup=0, setsigmask=())
+                pid = os.posix_spawn(PYTHON, command, build_module_environment(), setpgroup=0, setsigmask=())
             else:
-                pid = os.posix_spawn(PYTHON, command, module_environment(), setsigmask=())
+                pid = os.posix_spawn(PYTHON, command, build_module_environment(), setsigmask=())
     except OSError:
         ours.close()
         raise
     return pid, ours
 
 
-def _forget() -> None:
+def _kill_unused() -> None:
     for pid, sock in _ahead:
         sock.close()
         with contextlib.suppress(OSError):
