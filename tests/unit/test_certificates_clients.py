@@ -27,9 +27,9 @@ from tests.pki import (
     until,
 )
 from tlstunnel.certificates import clients
-from tlstunnel.certificates.clients import ClientFiles, ClientRefused, allowed, read_policy, subject
+from tlstunnel.certificates.clients import ClientFiles, ClientRefused, is_allowed, read_policy, read_subject
 from tlstunnel.certificates.pairs import PairFiles
-from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.certificates.store import Certificates, ServerCredentials
 from tlstunnel.errors import CertificateError
 
 CA = Authority()
@@ -60,13 +60,13 @@ def der(cert: x509.Certificate) -> bytes:
 )
 def test_subject(values: list[str], text: str) -> None:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, value) for value in values])
-    assert subject(der(CA.sign(KEY, name))) == text
+    assert read_subject(der(CA.sign(KEY, name))) == text
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=16), min_size=1, max_size=3))
 def test_any_subject_is_visible_ascii_and_can_be_read_back(values: list[str]) -> None:
     name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, value) for value in values])
-    text = subject(der(CA.sign(KEY, name)))
+    text = read_subject(der(CA.sign(KEY, name)))
     assert text.isascii()
     assert text.isprintable()
     if not any("\0" in value for value in values):
@@ -76,13 +76,13 @@ def test_any_subject_is_visible_ascii_and_can_be_read_back(values: list[str]) ->
 def test_a_subject_that_is_too_long_is_none() -> None:
     name = x509.Name([x509.NameAttribute(NameOID.USER_ID, f"{number:050}") for number in range(100)])
     with pytest.raises(CertificateError, match="more than 4096 characters"):
-        subject(der(CA.sign(KEY, name)))
+        read_subject(der(CA.sign(KEY, name)))
 
 
 def test_what_is_no_certificate_has_no_subject() -> None:
     with pytest.raises(CertificateError):
-        subject(b"\x30\x00")
-    assert not allowed(b"\x30\x00", ("cn:ann",))
+        read_subject(b"\x30\x00")
+    assert not is_allowed(b"\x30\x00", ("cn:ann",))
 
 
 # The allow list.
@@ -101,7 +101,7 @@ ANN = der(
 
 
 @pytest.mark.parametrize(
-    ("allow", "is_allowed"),
+    ("allow", "expected"),
     [
         ((), True),
         (("cn:ann",), True),
@@ -120,15 +120,15 @@ ANN = der(
         (("uri:spiffe://x/bob",), False),
     ],
 )
-def test_allow_list(allow: tuple[str, ...], is_allowed: bool) -> None:
-    assert allowed(ANN, allow) is is_allowed
+def test_allow_list(allow: tuple[str, ...], expected: bool) -> None:
+    assert is_allowed(ANN, allow) is expected
 
 
 def test_two_common_names_are_none() -> None:
     names = [x509.NameAttribute(NameOID.COMMON_NAME, value) for value in ("ann", "bob")]
     cert = der(CA.sign(KEY, x509.Name(names)))
-    assert not allowed(cert, ("cn:ann", "cn:bob", "cn:ann,bob"))
-    assert allowed(cert, ("dns:localhost",))
+    assert not is_allowed(cert, ("cn:ann", "cn:bob", "cn:ann,bob"))
+    assert is_allowed(cert, ("dns:localhost",))
 
 
 # Authorities and revocation lists.
@@ -168,7 +168,7 @@ def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
     crl.write_bytes(CA.revoking().public_bytes(Encoding.DER))
     in_der = read_policy(ClientFiles(ca, crl))
     crl.write_bytes(crl_pem(CA.revoking()))
-    assert read_policy(ClientFiles(ca, crl)).crl_until == in_der.crl_until == NOW + DAY
+    assert read_policy(ClientFiles(ca, crl)).crl_expiry == in_der.crl_expiry == NOW + DAY
 
 
 def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
@@ -177,12 +177,12 @@ def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Pa
     good = read_policy(ClientFiles(ca, crl))
     crl.write_bytes(crl_pem(CA.revoking(end=NOW - DAY)))
     stale = read_policy(ClientFiles(ca, crl))
-    assert good.warning(NOW) is None
-    assert str(stale.warning(NOW)).startswith(f"{crl}: a list was to be replaced by ")
-    assert stale.objection(good, NOW) == stale.warning(NOW)
-    assert stale.objection(stale, NOW) is good.objection(stale, NOW) is None
+    assert good.find_warning(NOW) is None
+    assert str(stale.find_warning(NOW)).startswith(f"{crl}: a list was to be replaced by ")
+    assert stale.find_objection(good, NOW) == stale.find_warning(NOW)
+    assert stale.find_objection(stale, NOW) is good.find_objection(stale, NOW) is None
     ca.write_bytes(cert_pem(CA.cert, Authority("Old", end=NOW - DAY).cert))
-    assert str(read_policy(ClientFiles(ca)).warning(NOW)).startswith(f"{ca}: an authority expired on ")
+    assert str(read_policy(ClientFiles(ca)).find_warning(NOW)).startswith(f"{ca}: an authority expired on ")
 
 
 # Over real connections.
@@ -198,10 +198,10 @@ class Asked:
         self.files = (PairFiles(*CA.pair(folder, "site")),)
         self.ann = CA.pair(folder, "ann", "ann")
 
-    def site(self, *, crl: Path | None = None, required: bool = True, allow: tuple[str, ...] = ()) -> Served:
+    def site(self, *, crl: Path | None = None, required: bool = True, allow: tuple[str, ...] = ()) -> ServerCredentials:
         return Certificates().serve(self.files, ClientFiles(self.ca, crl, required, allow))
 
-    def open(self) -> Served:
+    def open(self) -> ServerCredentials:
         """Another one with the same certificate, that asks for nothing."""
         return Certificates().serve(self.files)
 
@@ -212,7 +212,7 @@ def asked(tmp_path: Path) -> Asked:
 
 
 @contextmanager
-def seen_by(site: Served) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
+def seen_by(site: ServerCredentials) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
     """The site's context, and a list that fills with the subject of each connection, or why it was refused."""
     seen: list[str] = []
 
@@ -220,7 +220,7 @@ def seen_by(site: Served) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
         def do_handshake(self, block: bool = False) -> None:
             super().do_handshake(block)
             try:
-                seen.append(site.client_subject(self))
+                seen.append(site.check_client(self))
             except ClientRefused as refused:
                 seen.append(f"refused: {refused}")
 
@@ -229,7 +229,7 @@ def seen_by(site: Served) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
     yield context, seen
 
 
-def subject_seen(site: Served, client: ssl.SSLContext, times: int = 1) -> list[str]:
+def subject_seen(site: ServerCredentials, client: ssl.SSLContext, times: int = 1) -> list[str]:
     with seen_by(site) as (context, seen), serving(context) as address:
         for _ in range(times):
             with connected(address, client):
@@ -237,7 +237,7 @@ def subject_seen(site: Served, client: ssl.SSLContext, times: int = 1) -> list[s
     return seen
 
 
-def refused(site: Served, client: ssl.SSLContext) -> str:
+def refused(site: ServerCredentials, client: ssl.SSLContext) -> str:
     """The alert that a client reads: with TLS 1.3 its own part of the TLS handshake is done before."""
     with serving(site.context()) as address, pytest.raises(ssl.SSLError) as caught, connected(address, client):
         pass
@@ -405,7 +405,7 @@ def test_a_client_that_expires_does_not_resume_for_ever(
     with seen_by(asked.site()) as (context, seen), serving(context) as address:
         with connected(address, client) as first:
             session = first.session
-        monkeypatch.setattr(clients, "_until", lambda _: NOW - DAY)
+        monkeypatch.setattr(clients, "_read_expiry", lambda _: NOW - DAY)
         with connected(address, client, session) as second:
             assert second.session_reused
     assert seen == ["CN=ann", "refused: the client certificate has expired"]
@@ -440,5 +440,5 @@ def test_tickets_end_with_the_policy_they_were_given_under(
     first = before.serve(asked.files, ClientFiles(asked.ca)).context()
     after = Certificates(before.contexts)
     second = after.serve(asked.files, change(asked), before).context()
-    after.begin()
+    after.activate()
     assert resumed(first, second, client) is (change is change_nothing)

@@ -57,8 +57,8 @@ def test_facts() -> None:
         ]
     )
     cert = make(names, x509.BasicConstraints(ca=True, path_length=None), name="Ann, Co")
-    facts = describe.facts(cert)
-    assert facts == describe.CertificateFacts(
+    facts = describe.describe(cert)
+    assert facts == describe.CertificateDescription(
         subject="CN=Ann\\, Co",
         issuer="CN=Ann\\, Co",
         names=("*.example.com", "::1", "spiffe://x/y", "a@example.com"),
@@ -72,7 +72,7 @@ def test_facts() -> None:
 
 
 def test_a_certificate_without_extensions() -> None:
-    facts = describe.facts(make())
+    facts = describe.describe(make())
     assert facts.names == ()
     assert not facts.is_ca
 
@@ -89,7 +89,7 @@ def test_a_certificate_without_extensions() -> None:
     ],
 )
 def test_kinds_of_keys(key: CertificateIssuerPrivateKeyTypes, text: str) -> None:
-    assert describe.facts(make(key=key)).key == text
+    assert describe.describe(make(key=key)).key == text
 
 
 def test_a_kind_of_key_that_is_not_known_is_shown_as_such() -> None:
@@ -97,14 +97,14 @@ def test_a_kind_of_key_that_is_not_known_is_shown_as_such() -> None:
     der = make().public_bytes(Encoding.DER)
     assert p256 in der
     cert = x509.load_der_x509_certificate(der.replace(p256, unknown))
-    assert describe.facts(cert).key == "unknown (1.2.840.10045.2.1)"
-    assert not describe.belongs(KEY, cert)
+    assert describe.describe(cert).key == "unknown (1.2.840.10045.2.1)"
+    assert not describe.matches(KEY, cert)
 
 
 def test_belongs() -> None:
-    assert describe.belongs(KEY, make())
-    assert not describe.belongs(ec.generate_private_key(ec.SECP256R1()), make())
-    assert not describe.belongs(ed25519.Ed25519PrivateKey.generate(), make())
+    assert describe.matches(KEY, make())
+    assert not describe.matches(ec.generate_private_key(ec.SECP256R1()), make())
+    assert not describe.matches(ed25519.Ed25519PrivateKey.generate(), make())
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_belongs() -> None:
     ],
 )
 def test_days_left_rounds_down(now: datetime, days: int) -> None:
-    assert describe.facts(make()).days_left(now) == days
+    assert describe.describe(make()).days_left(now) == days
 
 
 def test_what_does_not_print_is_escaped() -> None:
     names = x509.SubjectAlternativeName([x509.DNSName("a\x1b[2J\n\\0A"), x509.UniformResourceIdentifier("x:\r\x7f")])
-    facts = describe.facts(make(names, name="\x1b]0;own\x07\n\u202eé\x9b,\\"))
+    facts = describe.describe(make(names, name="\x1b]0;own\x07\n\u202eé\x9b,\\"))
     assert facts.names == ("a\\1B[2J\\0A\\\\0A", "x:\\0D\\7F")
     assert facts.subject == "CN=\\1B]0\\;own\\07\\0A\\E2\\80\\AEé\\C2\\9B\\,\\\\"
     for text in (facts.subject, facts.issuer, *facts.names):
@@ -134,7 +134,7 @@ def test_what_does_not_print_is_escaped() -> None:
 def test_a_name_that_cannot_be_decoded_is_an_error_and_not_a_crash() -> None:
     broken = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x00\x01")
     with pytest.raises(CertificateError, match="a certificate cannot be decoded: "):
-        describe.facts(make(broken))
+        describe.describe(make(broken))
 
 
 def test_read_gives_every_certificate_in_order(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_read_gives_every_certificate_in_order(tmp_path: Path) -> None:
     path = tmp_path / "chain.pem"
     key = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     path.write_bytes(b"a comment\n" + pem(first) + key + pem(second))
-    assert describe.read(path) == [first, second]
-    assert describe.belongs(describe.read_key(path), first)
+    assert describe.read_certificates(path) == [first, second]
+    assert describe.matches(describe.read_key(path), first)
 
 
 DAMAGED = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -169,7 +169,7 @@ def test_read_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reas
     path = tmp_path / "x.pem"
     path.write_bytes(content)
     with pytest.raises(CertificateError) as caught:
-        describe.read(path)
+        describe.read_certificates(path)
     assert str(caught.value).startswith(f"{path}: {reason}")
     assert str(caught.value).isprintable()
 
@@ -202,6 +202,6 @@ def test_read_key_names_the_file_and_the_reason(tmp_path: Path, content: bytes, 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match=r"no\.pem: cannot be read: No such file or directory"):
-        describe.read(tmp_path / "no.pem")
+        describe.read_certificates(tmp_path / "no.pem")
     with pytest.raises(CertificateError, match="cannot be read: Is a directory"):
         describe.read_key(tmp_path)

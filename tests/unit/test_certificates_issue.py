@@ -22,8 +22,8 @@ NOW = datetime.now(UTC)
 
 
 def verify(ca: Path, cert: Path, subject: x509.DNSName | x509.IPAddress) -> None:
-    verifier = PolicyBuilder().store(Store(describe.read(ca))).build_server_verifier(subject)
-    leaf, *rest = describe.read(cert)
+    verifier = PolicyBuilder().store(Store(describe.read_certificates(ca))).build_server_verifier(subject)
+    leaf, *rest = describe.read_certificates(cert)
     verifier.verify(leaf, rest)
 
 
@@ -70,10 +70,10 @@ def test_no_name_makes_localhost(tmp_path: Path) -> None:
         "localhost-key.pem",
         "localhost.pem",
     ]
-    chain = describe.read(issued.cert)
-    assert chain[1:] == describe.read(issued.ca)
-    assert describe.facts(chain[0]).names == ("localhost", "127.0.0.1", "::1")
-    assert describe.belongs(describe.read_key(issued.key), chain[0])
+    chain = describe.read_certificates(issued.cert)
+    assert chain[1:] == describe.read_certificates(issued.ca)
+    assert describe.describe(chain[0]).names == ("localhost", "127.0.0.1", "::1")
+    assert describe.matches(describe.read_key(issued.key), chain[0])
 
 
 def test_openssl_and_cryptography_verify_every_name(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_openssl_and_cryptography_verify_every_name(tmp_path: Path) -> None:
 
 
 def test_the_ca_and_the_leaf_may_do_only_their_part(tmp_path: Path) -> None:
-    leaf, ca = describe.read(issue.create([], tmp_path).cert)
+    leaf, ca = describe.read_certificates(issue.create([], tmp_path).cert)
     constraints = ca.extensions.get_extension_for_class(x509.BasicConstraints)
     assert constraints.critical
     assert constraints.value == x509.BasicConstraints(ca=True, path_length=0)
@@ -228,12 +228,15 @@ def test_a_name_whose_files_would_be_another_pairs_cannot_be_first(tmp_path: Pat
     with pytest.raises(CertificateError, match="cannot be the first name"):
         issue.create([name], tmp_path, force=True)
     assert (tmp_path / "ca.pem").read_bytes() == before
-    assert describe.facts(describe.read(issue.create(["a", name], tmp_path).cert)[0]).names[1] == name.lower()
+    assert (
+        describe.describe(describe.read_certificates(issue.create(["a", name], tmp_path).cert)[0]).names[1]
+        == name.lower()
+    )
 
 
 def test_names_given_twice_are_taken_once(tmp_path: Path) -> None:
     issued = issue.create(["a.example", "A.example", "::1", "0:0::1"], tmp_path)
-    assert describe.facts(describe.read(issued.cert)[0]).names == ("a.example", "::1")
+    assert describe.describe(describe.read_certificates(issued.cert)[0]).names == ("a.example", "::1")
 
 
 @pytest.mark.parametrize("left", ["localhost.pem", "localhost-key.pem"])
@@ -259,7 +262,7 @@ def test_force_replaces_the_leaf_and_never_the_ca(tmp_path: Path) -> None:
 def test_a_ca_that_somebody_else_made_is_used_and_outlives_its_leaves(tmp_path: Path) -> None:
     ca = write_ca(tmp_path, rsa.generate_private_key(65537, 2048), start=timedelta(minutes=-5))
     issued = issue.create([], tmp_path)
-    leaf = describe.read(issued.cert)[0]
+    leaf = describe.read_certificates(issued.cert)[0]
     assert not issued.ca_created
     assert leaf.not_valid_before_utc == ca.not_valid_before_utc
     assert leaf.not_valid_after_utc == ca.not_valid_after_utc
@@ -358,10 +361,10 @@ def test_ensure_renews_what_ends_within_a_day(tmp_path: Path) -> None:
 def test_ensure_repairs_half_a_pair(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(issue.ensure(tmp_path / "other").cert.with_name(name).read_bytes())
     issued = issue.ensure(tmp_path)
-    assert describe.belongs(describe.read_key(issued.key), describe.read(issued.cert)[0])
+    assert describe.matches(describe.read_key(issued.key), describe.read_certificates(issued.cert)[0])
     issued.cert.with_name(name).write_bytes((tmp_path / "other" / name).read_bytes())
     issued = issue.ensure(tmp_path)
-    assert describe.belongs(describe.read_key(issued.key), describe.read(issued.cert)[0])
+    assert describe.matches(describe.read_key(issued.key), describe.read_certificates(issued.cert)[0])
     verify(issued.ca, issued.cert, x509.DNSName("localhost"))
 
 

@@ -159,20 +159,22 @@ def test_what_replaces_what(tmp_path: Path) -> None:
     newer = read_pair(PairFiles(*CA.pair(tmp_path, "newer", end=NOW + 200 * DAY)))
     expired = read_pair(PairFiles(*CA.pair(tmp_path, "expired", start=NOW - 9 * DAY, end=NOW - DAY)))
     early = read_pair(PairFiles(*CA.pair(tmp_path, "early", start=NOW + DAY)))
-    assert newer.objection(valid, NOW) is None
-    assert valid.objection(newer, NOW) is None  # back to an older one is somebody's wish
-    assert valid.objection(expired, NOW) is None
-    assert early.objection(expired, NOW) is expired.objection(early, NOW) is None
-    assert str(expired.objection(valid, NOW)).startswith(f"{tmp_path}/expired.pem: the new certificate expired ")
-    assert str(early.objection(valid, NOW)).startswith(f"{tmp_path}/early.pem: the new certificate is not valid before")
-    assert early.objection(valid, NOW + DAY) is None
+    assert newer.find_objection(valid, NOW) is None
+    assert valid.find_objection(newer, NOW) is None  # back to an older one is somebody's wish
+    assert valid.find_objection(expired, NOW) is None
+    assert early.find_objection(expired, NOW) is expired.find_objection(early, NOW) is None
+    assert str(expired.find_objection(valid, NOW)).startswith(f"{tmp_path}/expired.pem: the new certificate expired ")
+    assert str(early.find_objection(valid, NOW)).startswith(
+        f"{tmp_path}/early.pem: the new certificate is not valid before"
+    )
+    assert early.find_objection(valid, NOW + DAY) is None
 
 
 def test_days_left(tmp_path: Path) -> None:
     pair = read_pair(PairFiles(*CA.pair(tmp_path, "x", end=NOW + 21 * DAY)))
     second = timedelta(seconds=1)
     assert pair.days_left(NOW) == 21
-    assert pair.warning(NOW) is None
-    assert "expires in 20 days" in str(pair.warning(NOW + second))
-    assert "expired on" in str(pair.warning(NOW + 22 * DAY))
-    assert pair.news(NOW) == f"{tmp_path}/x.pem: a new certificate is served, with 21 days left"
+    assert pair.find_warning(NOW) is None
+    assert "expires in 20 days" in str(pair.find_warning(NOW + second))
+    assert "expired on" in str(pair.find_warning(NOW + 22 * DAY))
+    assert pair.describe_renewal(NOW) == f"{tmp_path}/x.pem: a new certificate is served, with 21 days left"

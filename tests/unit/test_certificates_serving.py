@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from tests.pki import NOW, Key, client_context, connected, key_pem, s_client, serving, typing, until
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.serving import expiry_warning, server_context
+from tlstunnel.certificates.serving import find_expiry_warning, make_server_context
 from tlstunnel.errors import CertificateError
 
 
@@ -57,7 +57,7 @@ def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW 
 def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVersion, name: str) -> None:
     client = client_context(issued.ca, version)
     client.set_alpn_protocols(["h2", "http/1.1"])
-    with serving(server_context(issued.cert, issued.key)) as address:
+    with serving(make_server_context(issued.cert, issued.key)) as address:
         with connected(address, client) as first:
             assert first.version() == name
             assert first.selected_alpn_protocol() == "http/1.1"
@@ -72,7 +72,7 @@ def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVer
 def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        serving(server_context(cert, tmp_path / "x-key.pem")) as address,
+        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
         connected(address, client_context(cert, ssl.TLSVersion.TLSv1_2)) as client,
     ):
         cipher = client.cipher()
@@ -83,7 +83,7 @@ def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) ->
 def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
     old = client_context(issued.ca, ssl.TLSVersion.TLSv1_1, "DEFAULT:@SECLEVEL=0")
     with (
-        serving(server_context(issued.cert, issued.key)) as address,
+        serving(make_server_context(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"),
         connected(address, old),
     ):
@@ -93,7 +93,7 @@ def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
 @pytest.mark.parametrize("ciphers", ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-CCM"])
 def test_a_client_without_our_suites_is_refused(issued: issue.Issued, ciphers: str) -> None:
     with (
-        serving(server_context(issued.cert, issued.key)) as address,
+        serving(make_server_context(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
         connected(address, client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
@@ -106,7 +106,7 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 ) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        serving(server_context(cert, tmp_path / "x-key.pem")) as address,
+        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
         connected(address, client_context(cert, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
@@ -123,7 +123,7 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 )
 def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple[str, str]) -> None:
     client = client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ":".join(order))
-    with serving(server_context(issued.cert, issued.key)) as address, connected(address, client) as connection:
+    with serving(make_server_context(issued.cert, issued.key)) as address, connected(address, client) as connection:
         cipher = connection.cipher()
         assert cipher is not None
         assert cipher[0] == order[0]
@@ -134,14 +134,14 @@ def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple
     ["TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"],
 )
 def test_the_client_chooses_in_tls_1_3_too(issued: issue.Issued, suites: str) -> None:
-    with serving(server_context(issued.cert, issued.key)) as address:
+    with serving(make_server_context(issued.cert, issued.key)) as address:
         output, _ = s_client(address, "-tls1_3", "-ciphersuites", suites).communicate("Q\n", 20)
     assert f"Cipher is {suites.split(':', maxsplit=1)[0]}" in output
 
 
 def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
     with (
-        serving(server_context(issued.cert, issued.key)) as address,
+        serving(make_server_context(issued.cert, issued.key)) as address,
         typing(process := s_client(address, "-tls1_3", "-msg")) as type_line,
     ):
         # Tickets come before the first data, so an echo shows that all of them have arrived.
@@ -154,7 +154,7 @@ def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
-    context = server_context(issued.cert, issued.key)
+    context = make_server_context(issued.cert, issued.key)
     if allowed:  # shows that the test would see one
         context.options &= ~ssl.OP_NO_RENEGOTIATION
         context.options |= 0x100  # OpenSSL 3's SSL_OP_ALLOW_CLIENT_RENEGOTIATION, which ssl does not name
@@ -170,14 +170,17 @@ def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
 
 def test_session_keys_are_not_logged(issued: issue.Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    with serving(server_context(issued.cert, issued.key)) as address, connected(address, client_context(issued.ca)):
+    with (
+        serving(make_server_context(issued.cert, issued.key)) as address,
+        connected(address, client_context(issued.ca)),
+    ):
         pass
     assert not (tmp_path / "keys").exists()
 
 
 def reason(cert: Path, key: Path) -> str:
     with pytest.raises(CertificateError) as caught:
-        server_context(cert, key)
+        make_server_context(cert, key)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -212,7 +215,7 @@ def test_an_unreadable_file_is_named(
         paths[name].write_bytes(source.read_bytes())
         paths[name].chmod(0o644)
     with unprivileged():
-        server_context(paths["cert"], paths["key"])
+        make_server_context(paths["cert"], paths["key"])
     paths[which].chmod(0)
     with unprivileged():
         assert reason(paths["cert"], paths["key"]) == f"{paths[which]}: cannot be read: Permission denied"
@@ -272,7 +275,7 @@ def test_an_expired_certificate_is_served(tmp_path: Path) -> None:
         tmp_path, ec.generate_private_key(ec.SECP256R1()), start=NOW - timedelta(days=9), end=NOW - timedelta(days=1)
     )
     with (
-        serving(server_context(cert, tmp_path / "x-key.pem")) as address,
+        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLCertVerificationError, match="expired"),
         connected(address, client_context(cert)),
     ):
@@ -283,22 +286,22 @@ def test_expiry_warning(tmp_path: Path) -> None:
     start, end = NOW, NOW + timedelta(days=90)
     cert = write(tmp_path, ec.generate_private_key(ec.SECP256R1()), start=start, end=end)
     second = timedelta(seconds=1)
-    assert expiry_warning(cert, start) is None
-    assert expiry_warning(cert, end - timedelta(days=21)) is None
-    soon = expiry_warning(cert, end - timedelta(days=21) + second)
+    assert find_expiry_warning(cert, start) is None
+    assert find_expiry_warning(cert, end - timedelta(days=21)) is None
+    soon = find_expiry_warning(cert, end - timedelta(days=21) + second)
     assert soon is not None
     assert soon.startswith(f"{cert}: the certificate expires in 20 days, on {end:%Y-%m-%d}")
-    last = expiry_warning(cert, end)
+    last = find_expiry_warning(cert, end)
     assert last is not None
     assert "expires in 0 days" in last
-    expired = expiry_warning(cert, end + second)
+    expired = find_expiry_warning(cert, end + second)
     assert expired is not None
     assert f"{cert}: the certificate expired on {end:%Y-%m-%d}" in expired
-    early = expiry_warning(cert, start - second)
+    early = find_expiry_warning(cert, start - second)
     assert early is not None
     assert f"{cert}: the certificate is not valid before {start:%Y-%m-%d}" in early
 
 
 def test_expiry_warning_of_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="cannot be read"):
-        expiry_warning(tmp_path / "no.pem", NOW)
+        find_expiry_warning(tmp_path / "no.pem", NOW)

@@ -13,7 +13,7 @@ from tests.pki import DAY, NOW, Authority, cert_pem, client_context, connected, 
 from tlstunnel.certificates import store
 from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
-from tlstunnel.certificates.store import LIFE, Certificates, Contexts, Served
+from tlstunnel.certificates.store import CONTEXT_LIFETIME, Certificates, ServerContexts, ServerCredentials
 from tlstunnel.errors import CertificateError
 
 CA = Authority()
@@ -26,7 +26,7 @@ class Clock:
         return self.now
 
 
-def served(certificates: Certificates, folder: Path, number: int) -> Served:
+def served(certificates: Certificates, folder: Path, number: int) -> ServerCredentials:
     return certificates.serve((PairFiles(*CA.pair(folder, f"x{number}")),))
 
 
@@ -66,7 +66,7 @@ def test_another_client_policy_is_another_context(tmp_path: Path) -> None:
 
 
 def test_contexts_are_made_on_first_use_and_the_least_used_go(tmp_path: Path) -> None:
-    contexts = Contexts(most=2)
+    contexts = ServerContexts(most=2)
     certificates = Certificates(contexts)
     sites = [served(certificates, tmp_path, number) for number in range(3)]
     assert len(contexts) == 0
@@ -79,7 +79,7 @@ def test_contexts_are_made_on_first_use_and_the_least_used_go(tmp_path: Path) ->
 
 
 def test_a_context_in_use_is_not_made_twice(tmp_path: Path) -> None:
-    contexts = Contexts(most=1)
+    contexts = ServerContexts(most=1)
     certificates = Certificates(contexts)
     one, other = served(certificates, tmp_path, 1), served(certificates, tmp_path, 2)
     in_use = one.context()
@@ -89,7 +89,7 @@ def test_a_context_in_use_is_not_made_twice(tmp_path: Path) -> None:
 
 
 def test_unused_contexts_are_freed(tmp_path: Path) -> None:
-    contexts = Contexts(most=1)
+    contexts = ServerContexts(most=1)
     certificates = Certificates(contexts)
     sites = [served(certificates, tmp_path, number) for number in range(4)]
     for site in sites:
@@ -100,11 +100,11 @@ def test_unused_contexts_are_freed(tmp_path: Path) -> None:
 
 def test_after_a_day_the_keys_of_tickets_are_new(tmp_path: Path) -> None:
     clock = Clock()
-    site = served(Certificates(Contexts(clock=clock)), tmp_path, 0)
+    site = served(Certificates(ServerContexts(clock=clock)), tmp_path, 0)
     first = site.context()
-    clock.now = LIFE - 1
+    clock.now = CONTEXT_LIFETIME - 1
     assert site.context() is first
-    clock.now = LIFE
+    clock.now = CONTEXT_LIFETIME
     second = site.context()
     assert second is not first
     assert site.context() is second
@@ -112,7 +112,7 @@ def test_after_a_day_the_keys_of_tickets_are_new(tmp_path: Path) -> None:
 
 def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    certificates = Certificates(Contexts(clock=clock))
+    certificates = Certificates(ServerContexts(clock=clock))
     site, other = served(certificates, tmp_path, 0), served(certificates, tmp_path, 1)
     first = site.context()
 
@@ -120,13 +120,13 @@ def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pyte
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(os, "memfd_create", none_left)
-    clock.now = LIFE
+    clock.now = CONTEXT_LIFETIME
     assert site.context() is first
     with pytest.raises(CertificateError, match="cannot be given to the TLS library: Too many open files"):
         other.context()
     monkeypatch.undo()
     assert site.context() is first
-    clock.now += store.AGAIN
+    clock.now += store.RETRY_SECONDS
     assert site.context() is not first
 
 
@@ -151,7 +151,7 @@ def test_what_openssl_refuses_is_found_at_load(tmp_path: Path) -> None:
 
 def settle(*paths: Path) -> None:
     """Make files look as if they had been there for a while, so that they are relied on."""
-    while time.time_ns() - max(path.stat().st_ctime_ns for path in paths) < store.JUST_WRITTEN:
+    while time.time_ns() - max(path.stat().st_ctime_ns for path in paths) < store.UNSETTLED_NS:
         pass
 
 
@@ -163,7 +163,7 @@ def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store, "read_pair", None)
     after = Certificates(before.contexts)
     assert after.serve(files, None, before).context() is context
-    after.begin()
+    after.activate()
     assert after.serve(files).context() is context
 
 
@@ -175,7 +175,7 @@ def test_what_has_changed_is_read_and_the_old_forgotten(tmp_path: Path) -> None:
     after = Certificates(before.contexts)
     new = after.serve((PairFiles(*pairs),), None, before)
     assert new.context() is not old
-    after.begin()
+    after.activate()
     assert len(before.contexts) == 1
 
 
@@ -218,7 +218,7 @@ def test_many_reloads_keep_nothing(tmp_path: Path) -> None:
         CA.pair(tmp_path, "x")
         after = Certificates(certificates.contexts)
         after.serve(files, None, certificates).context()
-        after.begin()
+        after.activate()
         certificates = after
     gc.collect()
     assert len(certificates.contexts) == 1

@@ -15,7 +15,7 @@ from tests.pki import DAY, NOW, Authority, cert_pem, key_pem, new_key
 from tlstunnel.certificates import store, watch
 from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
-from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.certificates.store import Certificates, ServerCredentials
 from tlstunnel.certificates.watch import Watch
 
 CA = Authority()
@@ -39,7 +39,7 @@ class Watched:
         self.folder = folder
         self.cert, self.key = CA.pair(folder, "x", **pair)
         self.certificates = Certificates()
-        self.served: Served = self.certificates.serve((PairFiles(self.cert, self.key),), clients)
+        self.served: ServerCredentials = self.certificates.serve((PairFiles(self.cert, self.key),), clients)
         self.context = self.served.context()
 
     def look(self, times: int = 1) -> bool:
@@ -48,7 +48,7 @@ class Watched:
         async def several() -> None:
             watch = Watch(self.certificates)
             for _ in range(times):
-                await watch.look(list(self.certificates.sources()))
+                await watch.check(list(self.certificates.sources()))
             await watch.close()
 
         asyncio.run(several())
@@ -167,7 +167,7 @@ def test_one_that_is_not_valid_yet_is_taken_when_its_time_has_come(
     monkeypatch.setattr("tlstunnel.certificates.store.datetime", Tomorrow)
     assert not site.look(2)  # what was refused is not read at each look
     for source in site.certificates.sources():
-        source._again = 0.0  # a minute later
+        source._retry_at = 0.0  # a minute later
     assert site.look()
 
 
@@ -212,10 +212,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "ROUND", 0.02)
+    monkeypatch.setattr(watch, "ROUND_SECONDS", 0.02)
 
 
-def differs(served: Served, digest: bytes) -> bool:
+def differs(served: ServerCredentials, digest: bytes) -> bool:
     return served.digest != digest
 
 
@@ -250,7 +250,7 @@ def test_after_a_reload_the_next_store_is_watched(tmp_path: Path, log: list[Line
         second = after.serve((other,), None, site.certificates)
         assert first.context() is site.context
         old = second.context()
-        watching.follow(after)
+        watching.switch_to(after)
         CA.pair(tmp_path, "other")
         await until(lambda: second.context() is not old)
         await watching.close()
@@ -267,12 +267,12 @@ def test_a_fault_of_ours_does_not_end_the_watch(
     with monkeypatch.context() as patch:
 
         async def work() -> None:
-            patch.setattr(watch, "_seen", None)
+            patch.setattr(watch, "_check_all", None)
             watching = Watch(site.certificates)
             watching.start()
             await until(lambda: any(line["log_level"] == "error" for line in log))
             patch.undo()
-            patch.setattr(watch, "ROUND", 0.02)
+            patch.setattr(watch, "ROUND_SECONDS", 0.02)
             CA.pair(tmp_path, "x")
             await until(lambda: site.served.context() is not site.context)
             await watching.close()
@@ -296,8 +296,8 @@ def test_days_left_are_logged_and_warned_of_once(tmp_path: Path, log: list[Line]
     for number, days in enumerate((100, 20, 50)):
         certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + days * DAY)),))
     watching = Watch(certificates)
-    watching.tell_of_age(NOW)
-    watching.tell_of_age(NOW)
+    watching.log_expiry(NOW)
+    watching.log_expiry(NOW)
     info, warning, again = log
     assert (
         info
@@ -311,14 +311,14 @@ def test_days_left_are_logged_and_warned_of_once(tmp_path: Path, log: list[Line]
         }
     )
     assert "1.pem: the certificate expires in 20 days" in warning["reason"]
-    watching.tell_of_age(NOW + DAY)
+    watching.log_expiry(NOW + DAY)
     assert "expires in 19 days" in log[-1]["reason"]
 
 
 def test_very_many_warnings_are_counted(tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "MOST_TOLD", 2)
+    monkeypatch.setattr(watch, "MAX_WARNINGS", 2)
     certificates = Certificates()
     for number in range(5):
         certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + DAY)),))
-    Watch(certificates).tell_of_age(NOW)
+    Watch(certificates).log_expiry(NOW)
     assert warnings(log)[2:] == ["3 more are of that kind"]

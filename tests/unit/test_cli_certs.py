@@ -33,7 +33,11 @@ def test_create_says_what_it_wrote(tmp_path: Path) -> None:
     assert f"curl --cacert {folder / 'ca.pem'}" in result.output
     again = run("create", "a.example", "b.example", "--dir", folder)
     assert "(used again)" in again.output
-    assert describe.facts(describe.read(folder / "a.example.pem")[0]).names == ("a.example", "b.example")
+    leaf = describe.read_certificates(folder / "a.example.pem")[0]
+    assert describe.describe(leaf).names == (
+        "a.example",
+        "b.example",
+    )
 
 
 def test_create_puts_the_files_into_certs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,7 @@ def test_wrong_usage_is_status_2() -> None:
 def test_show_describes_every_certificate(tmp_path: Path) -> None:
     run("create", "*.example.com", "::1", "--dir", tmp_path)
     path = tmp_path / "_wildcard.example.com.pem"
-    leaf, ca = (describe.facts(cert) for cert in describe.read(path))
+    leaf, ca = (describe.describe(cert) for cert in describe.read_certificates(path))
     first, second = run("show", path).output.split("\n\n")
     assert first.startswith("certificate 1 of 2\n")
     assert second.startswith("certificate 2 of 2\n")

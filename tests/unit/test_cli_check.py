@@ -23,7 +23,7 @@ from websockets.sync.server import ServerConnection, serve
 
 from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import CloseResult, DnsResult, HandshakeResult, PingResult, Step, TcpResult, TlsResult
 from tlstunnel.check.results import Result as CheckResult
 from tlstunnel.cli import check
@@ -169,7 +169,7 @@ HOSTILE = "\x1b]0;x\x07\r\n\u202e"
 def test_nothing_of_the_servers_reaches_the_terminal_raw() -> None:
     now = datetime.now(UTC)
     day = timedelta(days=1)
-    leaf = CertificateFacts("", "CN=a", (), now - day, now + day, "1", "2", "ECDSA P-256", is_ca=False)
+    leaf = CertificateDescription("", "CN=a", (), now - day, now + day, "1", "2", "ECDSA P-256", is_ca=False)
     found: list[CheckResult | None] = [
         DnsResult("a.example"),
         TcpResult("1.2.3.4:5", (("[::1]:5", "connection refused"),)),

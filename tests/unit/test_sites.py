@@ -182,7 +182,7 @@ def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued
     assert first is not None
     context = first.context
     after = build_sites(config, None, before)
-    after.certificates.begin()
+    after.certificates.activate()
     second = after.choose(None)
     assert second is not None
     assert second is not first

@@ -21,10 +21,10 @@ from cryptography.x509.oid import NameOID
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
 
-MOST_KNOWN = 1024
+MAX_CACHED = 1024
 """Client certificates whose subject is kept: a million tunnels have few subjects, or each its own."""
 
-LONGEST_SUBJECT = 4096
+MAX_SUBJECT = 4096
 """Characters; half of what Apache, Tomcat and node.js take in a whole field. One that is cut would be another's."""
 
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
@@ -70,33 +70,33 @@ class ClientPolicy:
     ca: bytes = field(repr=False)
     crl: bytes = field(repr=False)
     whole_chain: bool
-    ca_until: datetime
-    crl_until: datetime | None
+    ca_expiry: datetime
+    crl_expiry: datetime | None
     digest: bytes
 
-    def warning(self, now: datetime) -> str | None:
+    def find_warning(self, now: datetime) -> str | None:
         """Say that an authority has expired, or a revocation list is out of date; None when all is well."""
-        if self.ca_until < now:
-            return f"{self.files.ca}: an authority expired on {self.ca_until:%Y-%m-%d %H:%M} UTC: it lets nobody in"
-        if self.crl_until is not None and self.crl_until < now:
+        if self.ca_expiry < now:
+            return f"{self.files.ca}: an authority expired on {self.ca_expiry:%Y-%m-%d %H:%M} UTC: it lets nobody in"
+        if self.crl_expiry is not None and self.crl_expiry < now:
             return (
-                f"{self.files.crl}: a list was to be replaced by {self.crl_until:%Y-%m-%d %H:%M} UTC: "
+                f"{self.files.crl}: a list was to be replaced by {self.crl_expiry:%Y-%m-%d %H:%M} UTC: "
                 "its authority's clients are refused"
             )
         return None
 
-    def objection(self, present: "ClientPolicy", now: datetime) -> str | None:
+    def find_objection(self, present: "ClientPolicy", now: datetime) -> str | None:
         """Say why it must not replace ``present``; None when it may."""
-        return self.warning(now) if present.warning(now) is None else None
+        return self.find_warning(now) if present.find_warning(now) is None else None
 
-    def news(self, now: datetime) -> str:
+    def describe_renewal(self, now: datetime) -> str:
         """Say that it decides from now on."""
         return f"{self.files.ca}: new authorities or revocation lists decide about clients"
 
 
 def read_policy(files: ClientFiles) -> ClientPolicy:
     """Read authorities and revocation lists. Raises CertificateError, naming the file and the reason."""
-    authorities = describe.read(files.ca)
+    authorities = describe.read_certificates(files.ca)
     lists = _read_lists(files.crl) if files.crl is not None else []
     for each in lists:
         _refuse_foreign(each, authorities, files)
@@ -115,8 +115,8 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
         crl=crl,
         # OpenSSL then wants a list of the issuer of each, and refuses everybody where one is missing.
         whole_chain=all(authority.issuer in issuers for authority in authorities),
-        ca_until=min(authority.not_valid_after_utc for authority in authorities),
-        crl_until=min(updates, default=None),
+        ca_expiry=min(authority.not_valid_after_utc for authority in authorities),
+        crl_expiry=min(updates, default=None),
         digest=digest.digest(),
     )
 
@@ -124,7 +124,10 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
 def find_problems(files: ClientFiles) -> list[tuple[str, str]]:
     """Return each problem of files that were refused, with the key of the configuration that it is about."""
     found = []
-    for key, path, read in (("client_ca", files.ca, describe.read), ("client_crl", files.crl, _read_lists)):
+    for key, path, read in (
+        ("client_ca", files.ca, describe.read_certificates),
+        ("client_crl", files.crl, _read_lists),
+    ):
         if path is None:
             continue
         try:
@@ -163,7 +166,7 @@ def _refuse_foreign(
         raise CertificateError(f"{files.crl}: a list is not signed by the authority of its name in {files.ca}")
 
 
-def client_subject(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
+def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
     """Give the subject of the client at ``tls``, TLS handshake done; "" for one without a certificate.
 
     Raises ClientRefused where ``policy`` does not let it in. 3 us for a certificate seen before.
@@ -177,17 +180,17 @@ def client_subject(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
         return ""
     try:
         # Looked at by OpenSSL in a full TLS handshake only; a resumed one may be hours later.
-        if _until(der) < datetime.now(UTC):
+        if _read_expiry(der) < datetime.now(UTC):
             raise ClientRefused("the client certificate has expired")
-        if not allowed(der, policy.files.allow):
+        if not is_allowed(der, policy.files.allow):
             raise ClientRefused("the client certificate is not among those allowed")
-        return subject(der)
+        return read_subject(der)
     except CertificateError as error:
         raise ClientRefused(str(error)) from None
 
 
-@lru_cache(maxsize=MOST_KNOWN)
-def subject(der: bytes) -> str:
+@lru_cache(maxsize=MAX_CACHED)
+def read_subject(der: bytes) -> str:
     r"""Give the subject of a certificate as an RFC 4514 string of visible ASCII: ``CN=M\C3\BCller,O=Example``.
 
     Other characters are pairs of hexadecimal digits (RFC 4514 section 2.4), so nothing in it ends a field's line, and
@@ -198,33 +201,33 @@ def subject(der: bytes) -> str:
         ascii_ = "".join(c if " " <= c <= "~" else "".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)
     except ValueError as error:
         raise CertificateError("the subject of a client certificate cannot be decoded") from error
-    if len(ascii_) > LONGEST_SUBJECT:
-        raise CertificateError(f"the subject of a client certificate has more than {LONGEST_SUBJECT} characters")
+    if len(ascii_) > MAX_SUBJECT:
+        raise CertificateError(f"the subject of a client certificate has more than {MAX_SUBJECT} characters")
     return ascii_
 
 
-def common_name(text: str) -> str:
+def find_common_name(text: str) -> str:
     """The common name of a subject as `subject` gives it; "" where it has none."""
     found = _COMMON_NAME.search(text)
     return found[1] if found else ""
 
 
-def allowed(der: bytes, client_allow: tuple[str, ...]) -> bool:
+def is_allowed(der: bytes, client_allow: tuple[str, ...]) -> bool:
     """Whether a verified certificate is among ``client_allow``: ``cn:NAME``, ``dns:NAME``, ``uri:URI``; empty: any.
 
     Names are compared whole: a ``*`` stands for itself. ``dns:`` does not tell case. A subject with several common
     names has none.
     """
-    return not client_allow or not _claims(der).isdisjoint(_folded(client_allow))
+    return not client_allow or not _list_claims(der).isdisjoint(_fold_case(client_allow))
 
 
-@lru_cache(maxsize=MOST_KNOWN)
-def _folded(client_allow: tuple[str, ...]) -> frozenset[str]:
+@lru_cache(maxsize=MAX_CACHED)
+def _fold_case(client_allow: tuple[str, ...]) -> frozenset[str]:
     return frozenset(entry.lower() if entry.startswith("dns:") else entry for entry in client_allow)
 
 
-@lru_cache(maxsize=MOST_KNOWN)
-def _claims(der: bytes) -> frozenset[str]:
+@lru_cache(maxsize=MAX_CACHED)
+def _list_claims(der: bytes) -> frozenset[str]:
     """All entries of an allow list that a certificate would fulfil; of one that cannot be decoded, none."""
     try:
         cert = _load(der)
@@ -241,8 +244,8 @@ def _claims(der: bytes) -> frozenset[str]:
     return frozenset(claims)
 
 
-@lru_cache(maxsize=MOST_KNOWN)
-def _until(der: bytes) -> datetime:
+@lru_cache(maxsize=MAX_CACHED)
+def _read_expiry(der: bytes) -> datetime:
     return _load(der).not_valid_after_utc
 
 

@@ -18,7 +18,7 @@ _CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 
 
 @dataclass(frozen=True, slots=True)
-class CertificateFacts:
+class CertificateDescription:
     """What a certificate says, escaped for display: its text was chosen by whoever asked for it.
 
     ``subject`` and ``issuer`` are RFC 4514 strings; ``names`` the DNS names, addresses, URIs and mailboxes of
@@ -41,25 +41,25 @@ class CertificateFacts:
         return (self.not_after - now).days
 
 
-def facts(cert: x509.Certificate) -> CertificateFacts:
+def describe(cert: x509.Certificate) -> CertificateDescription:
     """Say what ``cert`` holds.
 
     Raises CertificateError for one whose names or extensions cannot be decoded.
     """
     try:
-        return CertificateFacts(
-            subject=_printable(cert.subject.rfc4514_string()),
-            issuer=_printable(cert.issuer.rfc4514_string()),
-            names=_names(cert),
+        return CertificateDescription(
+            subject=_escape(cert.subject.rfc4514_string()),
+            issuer=_escape(cert.issuer.rfc4514_string()),
+            names=_list_names(cert),
             not_before=cert.not_valid_before_utc,
             not_after=cert.not_valid_after_utc,
             serial=f"{cert.serial_number:x}",
             sha256=cert.fingerprint(hashes.SHA256()).hex(),
-            key=kind(cert),
+            key=describe_key(cert),
             is_ca=is_ca(cert),
         )
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-        raise CertificateError(f"a certificate cannot be decoded: {_printable(str(error))}") from error
+        raise CertificateError(f"a certificate cannot be decoded: {_escape(str(error))}") from error
 
 
 def is_ca(cert: x509.Certificate) -> bool:
@@ -70,7 +70,7 @@ def is_ca(cert: x509.Certificate) -> bool:
         return False
 
 
-def read(path: Path) -> list[x509.Certificate]:
+def read_certificates(path: Path) -> list[x509.Certificate]:
     """Read every certificate of a PEM file, in its order.
 
     Raises CertificateError, naming the file, when it cannot be read, holds no certificate or one that is damaged.
@@ -82,7 +82,7 @@ def read(path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(data)
     except (ValueError, x509.InvalidVersion) as error:
-        raise CertificateError(f"{path}: holds a damaged certificate: {_printable(str(error))}") from error
+        raise CertificateError(f"{path}: holds a damaged certificate: {_escape(str(error))}") from error
 
 
 def read_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
@@ -111,7 +111,7 @@ def read_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
         raise CertificateError(f"{path}: holds a damaged or unknown private key") from error
 
 
-def belongs(key: PrivateKeyTypes, cert: x509.Certificate) -> bool:
+def matches(key: PrivateKeyTypes, cert: x509.Certificate) -> bool:
     """Whether ``key`` is the private key of ``cert``."""
     try:
         return key.public_key() == cert.public_key()
@@ -130,16 +130,16 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def _names(cert: x509.Certificate) -> tuple[str, ...]:
+def _list_names(cert: x509.Certificate) -> tuple[str, ...]:
     try:
         alternative = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return ()
     shown = (x509.DNSName, x509.IPAddress, x509.UniformResourceIdentifier, x509.RFC822Name)
-    return tuple(_printable(str(name.value).replace("\\", "\\\\")) for name in alternative if isinstance(name, shown))
+    return tuple(_escape(str(name.value).replace("\\", "\\\\")) for name in alternative if isinstance(name, shown))
 
 
-def kind(cert: x509.Certificate) -> str:
+def describe_key(cert: x509.Certificate) -> str:
     """Say which key is in ``cert``: ``ECDSA P-256``, ``RSA 2048``, ``Ed25519``."""
     try:
         key = cert.public_key()
@@ -158,6 +158,6 @@ def kind(cert: x509.Certificate) -> str:
             return type(key).__name__.removesuffix("PublicKey")
 
 
-def _printable(text: str) -> str:
+def _escape(text: str) -> str:
     r"""Write what does not print (controls, line ends, direction marks) as RFC 4514 section 2.4's pairs: ``\1B``."""
     return "".join(c if c.isprintable() else "".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)

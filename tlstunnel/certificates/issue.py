@@ -26,8 +26,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
 
-CA_LIFE = timedelta(days=3650)
-LEAF_LIFE = timedelta(days=397)
+CA_LIFETIME = timedelta(days=3650)
+LEAF_LIFETIME = timedelta(days=397)
 # A client whose clock is behind must be able to use a certificate made a moment ago.
 CLOCK_SKEW = timedelta(hours=1)
 # ``ensure`` renews when no more than this is left: a day's work with `tlstunnel start` never ends in an expired one.
@@ -66,9 +66,9 @@ def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued
     Raises CertificateError for a name that is none, files that exist, a CA that cannot sign, or a folder that cannot
     be written.
     """
-    wanted = tuple(dict.fromkeys(_general_name(name) for name in names or LOCAL_NAMES))
-    stem = _stem(wanted[0])
-    with _locked(folder):
+    wanted = tuple(dict.fromkeys(_parse_name(name) for name in names or LOCAL_NAMES))
+    stem = _file_stem(wanted[0])
+    with _lock(folder):
         return _issue(wanted, stem, folder, force=force)
 
 
@@ -77,25 +77,25 @@ def ensure(folder: Path) -> Issued:
 
     Raises CertificateError as ``create`` does.
     """
-    with _locked(folder):
+    with _lock(folder):
         issued = Issued(folder / "ca.pem", folder / "localhost.pem", folder / "localhost-key.pem", ca_created=False)
-        if _usable(issued):
+        if _is_usable(issued):
             return issued
-        return _issue(tuple(map(_general_name, LOCAL_NAMES)), "localhost", folder, force=True)
+        return _issue(tuple(map(_parse_name, LOCAL_NAMES)), "localhost", folder, force=True)
 
 
-def _usable(issued: Issued) -> bool:
+def _is_usable(issued: Issued) -> bool:
     try:
-        ca, leaf = describe.read(issued.ca)[0], describe.read(issued.cert)[0]
+        ca, leaf = describe.read_certificates(issued.ca)[0], describe.read_certificates(issued.cert)[0]
         leaf.verify_directly_issued_by(ca)
-        matches = describe.belongs(describe.read_key(issued.key), leaf)
+        matches = describe.matches(describe.read_key(issued.key), leaf)
     except (CertificateError, InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
         return False
     now = datetime.now(UTC)
     return matches and leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc - RENEW_BEFORE
 
 
-def _general_name(name: str) -> _San:
+def _parse_name(name: str) -> _San:
     with suppress(ValueError):
         # A zone ("fe80::1%eth0") has no place in a certificate; the DNS grammar refuses it below.
         if "%" not in name:
@@ -114,7 +114,7 @@ def _general_name(name: str) -> _San:
     return x509.DNSName(wildcard + base)
 
 
-def _stem(name: _San) -> str:
+def _file_stem(name: _San) -> str:
     """Name the files: no shell pattern, no colon (scp takes it for a host), nothing that another pair's files have."""
     stem = str(name.value).replace("*", "_wildcard").replace(":", "_")
     if stem == "ca" or stem.endswith("-key"):
@@ -123,7 +123,7 @@ def _stem(name: _San) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Make ``folder`` and hold it: two tunnels started in one place must not each make a CA."""
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -144,26 +144,26 @@ def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Is
         if path.exists() and not force:
             raise CertificateError(f"{path}: exists already; --force replaces it")
     now = datetime.now(UTC).replace(microsecond=0)
-    authority = _authority(folder, now)
+    authority = _load_authority(folder, now)
     leaf_key = ec.generate_private_key(ec.SECP256R1())
-    leaf = _leaf(names, leaf_key.public_key(), authority, now)
+    leaf = _sign_leaf(names, leaf_key.public_key(), authority, now)
     _write_pair(cert, (leaf, *authority.chain), key, leaf_key)
     return Issued(folder / "ca.pem", cert, key, ca_created=authority.created)
 
 
-def _authority(folder: Path, now: datetime) -> _Authority:
+def _load_authority(folder: Path, now: datetime) -> _Authority:
     """Give the CA of ``folder``, made when there is none. One that cannot be used is never replaced: it is trusted."""
     cert, key = folder / "ca.pem", folder / "ca-key.pem"
     if not cert.exists() and not key.exists():
         ca_key = ec.generate_private_key(ec.SECP256R1())
-        ca = _root(ca_key, now)
+        ca = _sign_root(ca_key, now)
         _write_pair(cert, (ca,), key, ca_key)
         return _Authority((ca,), ca_key, created=True)
-    chain, ca_key_read = tuple(describe.read(cert)), describe.read_key(key)
+    chain, ca_key_read = tuple(describe.read_certificates(cert)), describe.read_key(key)
     anew = f"remove {cert} and {key} to have a new CA made"
     if not isinstance(ca_key_read, _SigningKey):
         raise CertificateError(f"{key}: a CA's key must be ECDSA or RSA; {anew}")
-    if not describe.belongs(ca_key_read, chain[0]):
+    if not describe.matches(ca_key_read, chain[0]):
         raise CertificateError(f"{key}: is not the key of {cert}; {anew}")
     if not describe.is_ca(chain[0]):
         raise CertificateError(f"{cert}: is not a CA's certificate; {anew}")
@@ -173,7 +173,7 @@ def _authority(folder: Path, now: datetime) -> _Authority:
     return _Authority(chain, ca_key_read, created=False)
 
 
-def _root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
+def _sign_root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     # Trust stores look an issuer up by its name, so two folders' CAs must not share one.
     name = x509.Name(
@@ -183,17 +183,17 @@ def _root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
         ]
     )
     return (
-        _builder(name, name, key.public_key())
+        _new_builder(name, name, key.public_key())
         .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now - CLOCK_SKEW + CA_LIFE)
+        .not_valid_after(now - CLOCK_SKEW + CA_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(_build_key_usage(ca=True), critical=True)
         .add_extension(identifier, critical=False)
         .sign(key, hashes.SHA256())
     )
 
 
-def _leaf(
+def _sign_leaf(
     names: Sequence[_San], key: ec.EllipticCurvePublicKey, authority: _Authority, now: datetime
 ) -> x509.Certificate:
     ca = authority.chain[0]
@@ -201,20 +201,20 @@ def _leaf(
     common = str(names[0].value)[:64]
     not_before = max(now - CLOCK_SKEW, ca.not_valid_before_utc)
     return (
-        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)]), ca.subject, key)
+        _new_builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)]), ca.subject, key)
         .not_valid_before(not_before)
-        .not_valid_after(min(not_before + LEAF_LIFE, ca.not_valid_after_utc))
+        .not_valid_after(min(not_before + LEAF_LIFETIME, ca.not_valid_after_utc))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(_build_key_usage(ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(_authority_identifier(authority), critical=False)
+        .add_extension(_build_authority_identifier(authority), critical=False)
         .sign(authority.key, hashes.SHA256())
     )
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _new_builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -224,7 +224,7 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
     )
 
 
-def _authority_identifier(authority: _Authority) -> x509.AuthorityKeyIdentifier:
+def _build_authority_identifier(authority: _Authority) -> x509.AuthorityKeyIdentifier:
     """Name the CA by the identifier it gives itself (RFC 5280 section 4.2.1.1), which need not be our hash."""
     try:
         own = authority.chain[0].extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -233,7 +233,7 @@ def _authority_identifier(authority: _Authority) -> x509.AuthorityKeyIdentifier:
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
+def _build_key_usage(*, ca: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=not ca,
         key_cert_sign=ca,

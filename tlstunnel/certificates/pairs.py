@@ -20,7 +20,7 @@ WARN_DAYS = 21
 _KINDS = frozenset({"RSA", "ECDSA", "Ed25519", "Ed448"})
 
 # OpenSSL's PEM_BUFSIZE: `openssl` makes no key with a longer one.
-_LONGEST_PASSPHRASE = 1023
+_MAX_PASSPHRASE = 1023
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class Pair:
         """Whole days until it expires, rounded down: negative as soon as it has."""
         return (self.not_after - now).days
 
-    def warning(self, now: datetime) -> str | None:
+    def find_warning(self, now: datetime) -> str | None:
         """Say that it is expired, not valid yet, or has fewer than 21 days left; None when all is well."""
-        return validity_warning(self.cert, self.not_before, self.not_after, now)
+        return find_validity_warning(self.cert, self.not_before, self.not_after, now)
 
-    def objection(self, present: "Pair", now: datetime) -> str | None:
+    def find_objection(self, present: "Pair", now: datetime) -> str | None:
         """Say why it must not replace ``present``; None when it may."""
         if not present.not_before <= now <= present.not_after or self.not_before <= now <= self.not_after:
             return None
@@ -72,7 +72,7 @@ class Pair:
         )
         return f"{self.cert}: the new certificate {what} {when:%Y-%m-%d %H:%M} UTC, and the one in use is valid"
 
-    def news(self, now: datetime) -> str:
+    def describe_renewal(self, now: datetime) -> str:
         """Say that it is served from now on."""
         return f"{self.cert}: a new certificate is served, with {self.days_left(now)} days left"
 
@@ -82,9 +82,9 @@ def read_pair(files: PairFiles) -> Pair:
 
     Raises CertificateError, naming the file and the reason.
     """
-    chain = describe.read(files.cert)
-    key = describe.read_key(files.key, _passphrase(files))
-    place = next((place for place, cert in enumerate(chain) if describe.belongs(key, cert)), None)
+    chain = describe.read_certificates(files.cert)
+    key = describe.read_key(files.key, _read_passphrase(files))
+    place = next((place for place, cert in enumerate(chain) if describe.matches(key, cert)), None)
     if place is None:
         raise CertificateError(f"{files.key}: the private key does not match the certificate in {files.cert}")
     if place:
@@ -92,10 +92,10 @@ def read_pair(files: PairFiles) -> Pair:
             f"{files.cert}: must begin with the certificate of {files.key}, which is number {place + 1}"
         )
     leaf, *issuers = chain
-    kind, shape = _shape(leaf)
+    kind, shape = _describe_shape(leaf)
     if kind not in _KINDS:
         raise CertificateError(f"{files.cert}: TLS has no use for its key ({kind}); clients take RSA and ECDSA")
-    behind = [_issuer(cert) for cert in issuers]
+    behind = [_describe_issuer(cert) for cert in issuers]
     pem = b"".join(
         (
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
@@ -118,12 +118,12 @@ def find_problems(files: PairFiles) -> list[tuple[str, str]]:
     """Return each problem of a pair that was refused, with the key of the configuration that it is about."""
     found = []
     try:
-        describe.read(files.cert)
+        describe.read_certificates(files.cert)
     except CertificateError as error:
         found.append(("cert", str(error)))
     source = "passphrase_env" if files.passphrase_file is None else "passphrase_file"
     try:
-        passphrase = _passphrase(files)
+        passphrase = _read_passphrase(files)
         source = "key"
         describe.read_key(files.key, passphrase)
     except CertificateError as error:
@@ -136,7 +136,7 @@ def find_problems(files: PairFiles) -> list[tuple[str, str]]:
     return found
 
 
-def validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
+def find_validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
     """Say that a certificate is expired, not valid yet, or has fewer than 21 days left; all times aware."""
     if now < not_before:
         return f"{cert}: the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC: clients will refuse it"
@@ -149,17 +149,17 @@ def validity_warning(cert: Path, not_before: datetime, not_after: datetime, now:
 
 
 @lru_cache(maxsize=64)
-def _issuer(cert: x509.Certificate) -> tuple[str, bytes]:
+def _describe_issuer(cert: x509.Certificate) -> tuple[str, bytes]:
     """Give the shape and PEM of a certificate that is behind thousands of leaves."""
-    return _shape(cert)[1], cert.public_bytes(Encoding.PEM)
+    return _describe_shape(cert)[1], cert.public_bytes(Encoding.PEM)
 
 
-def _shape(cert: x509.Certificate) -> tuple[str, str]:
-    key = describe.kind(cert)
+def _describe_shape(cert: x509.Certificate) -> tuple[str, str]:
+    key = describe.describe_key(cert)
     return key.partition(" ")[0], f"{key} signed {cert.signature_algorithm_oid.dotted_string}"
 
 
-def _passphrase(files: PairFiles) -> bytes | None:
+def _read_passphrase(files: PairFiles) -> bytes | None:
     if files.passphrase_file is not None:
         # Of a file it is the first line, as for nginx's ssl_password_file and `openssl -passin file:`.
         source, lines = str(files.passphrase_file), describe.read_bytes(files.passphrase_file).splitlines()
@@ -170,6 +170,6 @@ def _passphrase(files: PairFiles) -> bytes | None:
         return None
     if not passphrase:
         raise CertificateError(f"{files.key}: {source} holds no passphrase for the private key")
-    if len(passphrase) > _LONGEST_PASSPHRASE:
-        raise CertificateError(f"{files.key}: the passphrase in {source} has more than {_LONGEST_PASSPHRASE} bytes")
+    if len(passphrase) > _MAX_PASSPHRASE:
+        raise CertificateError(f"{files.key}: the passphrase in {source} has more than {_MAX_PASSPHRASE} bytes")
     return passphrase

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tlstunnel.certificates import describe
 from tlstunnel.certificates.clients import ClientPolicy
-from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair, validity_warning
+from tlstunnel.certificates.pairs import Pair, PairFiles, find_validity_warning, read_pair
 from tlstunnel.errors import CertificateError
 from tlstunnel.tls.policy import apply_to_server_context
 
@@ -20,7 +20,7 @@ class ServerContext(ssl.SSLContext):
     until: float = 0.0
 
 
-def server_context(cert: Path, key: Path) -> ServerContext:
+def make_server_context(cert: Path, key: Path) -> ServerContext:
     """Make the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key``.
 
     Raises CertificateError as ``read_pair`` and ``make_context`` do.
@@ -41,43 +41,43 @@ def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> 
     apply_to_server_context(context)
     for pair in pairs:
         try:
-            with _in_memory(pair.pem) as path:
+            with _memory_file(pair.pem) as path:
                 context.load_cert_chain(path)
         except OSError as error:  # ssl.SSLError among them
-            raise _refused(pair.cert, error) from error
+            raise _convert_error(pair.cert, error) from error
     if clients is not None:
-        _ask(context, clients)
+        _verify_clients(context, clients)
     return context
 
 
-def expiry_warning(cert: Path, now: datetime) -> str | None:
+def find_expiry_warning(cert: Path, now: datetime) -> str | None:
     """Say that the leaf in ``cert`` is expired, not valid yet, or has fewer than 21 days left; None when all is well.
 
     ``now`` is an aware datetime. Raises CertificateError when the file cannot be read.
     """
-    leaf = describe.read(cert)[0]
-    return validity_warning(cert, leaf.not_valid_before_utc, leaf.not_valid_after_utc, now)
+    leaf = describe.read_certificates(cert)[0]
+    return find_validity_warning(cert, leaf.not_valid_before_utc, leaf.not_valid_after_utc, now)
 
 
-def _ask(context: ssl.SSLContext, clients: ClientPolicy) -> None:
+def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:
     context.verify_mode = ssl.CERT_REQUIRED if clients.files.required else ssl.CERT_OPTIONAL
     # Whoever names an authority trusts it, also one that is not self-signed and whose root is not there.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(cadata=clients.ca)
     except ssl.SSLError as error:
-        raise _refused(clients.files.ca, error) from error
+        raise _convert_error(clients.files.ca, error) from error
     if clients.files.crl is None:
         return
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if clients.whole_chain else ssl.VERIFY_CRL_CHECK_LEAF
     try:
-        with _in_memory(clients.crl) as path:  # cadata takes certificates only
+        with _memory_file(clients.crl) as path:  # cadata takes certificates only
             context.load_verify_locations(cafile=path)
     except OSError as error:
-        raise _refused(clients.files.crl, error) from error
+        raise _convert_error(clients.files.crl, error) from error
 
 
-def _refused(path: Path, error: OSError) -> CertificateError:
+def _convert_error(path: Path, error: OSError) -> CertificateError:
     """Say what OpenSSL did not take: it names no file and little else."""
     if isinstance(error, ssl.SSLError):
         return CertificateError(f"{path}: the TLS library refuses it: {error.reason or error}")
@@ -87,7 +87,7 @@ def _refused(path: Path, error: OSError) -> CertificateError:
 
 
 @contextmanager
-def _in_memory(data: bytes) -> Iterator[str]:
+def _memory_file(data: bytes) -> Iterator[str]:
     """Give a path at which OpenSSL finds ``data``: it reads keys and CRLs from files only, and a key is not for disks.
 
     A file that exists in memory alone (memfd_create(2)), found through this process's own /proc.

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 from weakref import WeakValueDictionary
 
-from tlstunnel.certificates.clients import ClientFiles, ClientPolicy, client_subject, read_policy
+from tlstunnel.certificates.clients import ClientFiles, ClientPolicy, check_client, read_policy
 from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair
 from tlstunnel.certificates.serving import ServerContext, make_context
 from tlstunnel.errors import CertificateError
 
-MOST_UNUSED = 1000
-"""Contexts kept that nobody may be using: 25 KiB each (measured, P-256 with one certificate behind the leaf)."""
+MAX_UNUSED = 1000
+"""ServerContexts kept that nobody may be using: 25 KiB each (measured, P-256 with one certificate behind the leaf)."""
 
-LIFE = 86_400.0
+CONTEXT_LIFETIME = 86_400.0
 """Seconds that a context serves new TLS handshakes, and so the life of the keys of its tickets: whoever finds them
 reads a day's resumed sessions at most. RFC 9325 section 3.4 asks for a change in a week at least."""
 
-AGAIN = 60.0
+RETRY_SECONDS = 60.0
 """Seconds until what failed is tried again though nothing seems to have changed."""
 
-JUST_WRITTEN = 50_000_000
+UNSETTLED_NS = 50_000_000
 """Nanoseconds. A file that changed so shortly ago may change again within one tick of the kernel's clock, and nobody
 would see it by its time."""
 
@@ -41,31 +41,31 @@ Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 # The shapes of pairs that OpenSSL has taken in this process. It takes or refuses others of that shape alike, at a
 # millisecond each: for ten thousand that is two seconds more than all else.
-_taken: set[tuple[str, ...]] = set()
+_accepted_shapes: set[tuple[str, ...]] = set()
 
 
-class Values(Protocol):
+class SourceValue(Protocol):
     """What files are read into."""
 
     @property
     def digest(self) -> bytes:
         """Of everything that counts."""
 
-    def warning(self, now: datetime) -> str | None:
+    def find_warning(self, now: datetime) -> str | None:
         """What somebody ought to do about it soon."""
 
-    def objection(self, present: Self, now: datetime) -> str | None:
+    def find_objection(self, present: Self, now: datetime) -> str | None:
         """Why it must not replace `present`."""
 
-    def news(self, now: datetime) -> str:
+    def describe_renewal(self, now: datetime) -> str:
         """What to say when it has replaced another."""
 
 
-V = TypeVar("V", bound=Values)
+V = TypeVar("V", bound=SourceValue)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen(Generic[V]):
+class FileChange(Generic[V]):
     """Files that are not those that were read last: what they hold, or why that cannot be served."""
 
     source: "Source[V]"
@@ -80,7 +80,7 @@ class Source(ABC, Generic[V]):
     `seen` may run in any thread; what changes the source runs in the loop's.
     """
 
-    __slots__ = ("_again", "_failing", "_refused", "_stamp", "complaint", "paths", "users", "value")
+    __slots__ = ("_failing", "_refused", "_retry_at", "_stamp", "complaint", "paths", "users", "value")
 
     def __init__(self, paths: tuple[Path, ...], before: "Source[V] | None") -> None:
         """Read, or take over from `before` what is still so, or what is better than the files as they are now.
@@ -88,73 +88,73 @@ class Source(ABC, Generic[V]):
         Raises CertificateError when there is nothing to go on with.
         """
         self.paths = paths
-        self.users: list[Served] = []
+        self.users: list[ServerCredentials] = []
         self.complaint = ""
         self._failing = False
         self._refused: Stamp | None = None
-        self._again = 0.0
+        self._retry_at = 0.0
         if before is None:
-            stamp, settled = self._look()
+            stamp, settled = self._read_stamp()
             self.value = self.read()
             self._stamp = stamp if settled else None
             return
         # In this order: `take`, in the loop, changes the value first, and a new stamp with an old value would stay.
         self._stamp = before._stamp
         self.value = before.value
-        seen = self.seen()
-        if seen is None:
+        change = self.check()
+        if change is None:
             return
-        if seen.value is not None:
-            self.value, self._stamp = seen.value, seen.stamp
+        if change.value is not None:
+            self.value, self._stamp = change.value, change.stamp
         else:
-            self.complaint = seen.error
-            self._refuse(seen.stamp)
+            self.complaint = change.error
+            self._refuse(change.stamp)
 
     @abstractmethod
     def read(self) -> V:
         """Read the files. Raises CertificateError."""
 
-    def seen(self) -> Seen[V] | None:
+    def check(self) -> FileChange[V] | None:
         """Look at the files, and read them if they are new, or were refused a minute ago: time may have mended them."""
-        stamp, settled = self._look()
-        if stamp == self._stamp or (stamp == self._refused and time.monotonic() < self._again):
+        stamp, settled = self._read_stamp()
+        if stamp == self._stamp or (stamp == self._refused and time.monotonic() < self._retry_at):
             return None
         try:
             value = self.read()
         except CertificateError as error:
-            return Seen(self, stamp, None, str(error))
-        if objection := value.objection(self.value, datetime.now(UTC)):
-            return Seen(self, stamp, None, objection)
-        return Seen(self, stamp if settled else None, value, "")
+            return FileChange(self, stamp, None, str(error))
+        if objection := value.find_objection(self.value, datetime.now(UTC)):
+            return FileChange(self, stamp, None, objection)
+        return FileChange(self, stamp if settled else None, value, "")
 
-    def take(self, seen: Seen[V]) -> tuple[bool, str]:
+    def apply(self, change: FileChange[V]) -> tuple[bool, str]:
         """Take what was seen: whether the value is another one now, and what there is to complain of.
 
         What is wrong is complained of when it is seen for the second time: of a certificate and its key, one is
         replaced first.
         """
-        if seen.value is None:
-            if seen.stamp == self._refused:
-                self._refuse(seen.stamp)
+        if change.value is None:
+            if change.stamp == self._refused:
+                self._refuse(change.stamp)
                 return False, ""
             told, self._failing = self._failing, True
             if told:
-                self._refuse(seen.stamp)
-            return False, seen.error if told else ""
-        changed = seen.value.digest != self.value.digest
-        self.value = seen.value
-        self._stamp = seen.stamp
+                self._refuse(change.stamp)
+            return False, change.error if told else ""
+        changed = change.value.digest != self.value.digest
+        self.value = change.value
+        self._stamp = change.stamp
         self._failing, self._refused = False, None
         return changed, ""
 
     def _refuse(self, stamp: Stamp | None) -> None:
-        self._failing, self._refused, self._again = False, stamp, time.monotonic() + AGAIN
+        self._failing, self._refused, self._retry_at = False, stamp, time.monotonic() + RETRY_SECONDS
 
-    def _look(self) -> tuple[Stamp, bool]:
+    def _read_stamp(self) -> tuple[Stamp, bool]:
         """Give the stamp of what is there now, and whether any later change will show in it."""
         stamp = tuple(map(_stamp, self.paths))
         newest = max((times[2] for times in stamp if times), default=0)
-        return stamp, not 0 <= time.time_ns() - newest < JUST_WRITTEN
+        return stamp, not 0 <= time.time_ns() - newest < UNSETTLED_NS
 
 
 class PairSource(Source[Pair]):
@@ -169,9 +169,9 @@ class PairSource(Source[Pair]):
     def read(self) -> Pair:
         """Read the pair. Raises CertificateError, also for what only OpenSSL finds fault with."""
         pair = read_pair(self.files)
-        if pair.shape not in _taken:
+        if pair.shape not in _accepted_shapes:
             make_context((pair,))
-            _taken.add(pair.shape)
+            _accepted_shapes.add(pair.shape)
         return pair
 
 
@@ -191,10 +191,10 @@ class ClientSource(Source[ClientPolicy]):
         return policy
 
 
-class Contexts:
+class ServerContexts:
     """Contexts by the digest of what they are made of: those in use, and the `most` used last."""
 
-    def __init__(self, most: int = MOST_UNUSED, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int = MAX_UNUSED, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
         self._kept: OrderedDict[bytes, ServerContext] = OrderedDict()
@@ -204,7 +204,7 @@ class Contexts:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def of(self, served: "Served") -> ServerContext:
+    def get(self, served: "ServerCredentials") -> ServerContext:
         """The context for `served`; it is made where there is none (1 ms), or where it is older than a day.
 
         Raises CertificateError, which is no fault of the files: they have been read.
@@ -233,24 +233,24 @@ class Contexts:
         self._kept.pop(digest, None)
         self._alive.pop(digest, None)
 
-    def _make(self, served: "Served", now: float, old: ServerContext | None) -> ServerContext:
+    def _make(self, served: "ServerCredentials", now: float, old: ServerContext | None) -> ServerContext:
         try:
             context = make_context(served.pairs, served.clients)
         except CertificateError:
             if old is None:
                 raise
-            old.until = now + AGAIN
+            old.until = now + RETRY_SECONDS
             return old
-        context.until = now + LIFE
+        context.until = now + CONTEXT_LIFETIME
         return context
 
 
-class Served:
+class ServerCredentials:
     """What sites with the same files are served with, as these are now."""
 
     __slots__ = ("_client_source", "_contexts", "_pair_sources", "clients", "digest", "pairs")
 
-    def __init__(self, contexts: Contexts, pairs: Sequence[PairSource], clients: ClientSource | None) -> None:
+    def __init__(self, contexts: ServerContexts, pairs: Sequence[PairSource], clients: ClientSource | None) -> None:
         self._contexts = contexts
         self._pair_sources = tuple(pairs)
         self._client_source = clients
@@ -266,25 +266,25 @@ class Served:
 
     def context(self) -> ssl.SSLContext:
         """The context for a TLS handshake that begins now. Raises CertificateError where it cannot be made."""
-        return self._contexts.of(self)
+        return self._contexts.get(self)
 
-    def client_subject(self, tls: ssl.SSLSocket) -> str:
+    def check_client(self, tls: ssl.SSLSocket) -> str:
         """Give the subject of the client's certificate, "" without one; raises ClientRefused."""
-        return client_subject(tls, self.clients)
+        return check_client(tls, self.clients)
 
 
 class Certificates:
     """All that the sites of one configuration are served with."""
 
-    def __init__(self, contexts: Contexts | None = None) -> None:
-        self.contexts = contexts if contexts is not None else Contexts()
+    def __init__(self, contexts: ServerContexts | None = None) -> None:
+        self.contexts = contexts if contexts is not None else ServerContexts()
         self._pairs: dict[PairFiles, PairSource] = {}
         self._clients: dict[ClientFiles, ClientSource] = {}
-        self._served: dict[tuple[tuple[PairFiles, ...], ClientFiles | None], Served] = {}
+        self._served: dict[tuple[tuple[PairFiles, ...], ClientFiles | None], ServerCredentials] = {}
 
     def serve(
         self, pairs: tuple[PairFiles, ...], clients: ClientFiles | None = None, before: "Certificates | None" = None
-    ) -> Served:
+    ) -> ServerCredentials:
         """Read what a site is served with, unless it is known, here or in the store `before`.
 
         A pair that `before` has and whose files are no good now goes on as it was. Raises CertificateError.
@@ -293,9 +293,9 @@ class Certificates:
         if (known := self._served.get(key)) is not None:
             return known
         pair_sources = [self.read_pair(files, before) for files in pairs]
-        self._refuse_doubles(pair_sources)
+        self._refuse_duplicates(pair_sources)
         client_source = self.read_clients(clients, before) if clients is not None else None
-        served = self._served[key] = Served(self.contexts, pair_sources, client_source)
+        served = self._served[key] = ServerCredentials(self.contexts, pair_sources, client_source)
         for source in (*pair_sources, *([client_source] if client_source is not None else ())):
             source.users.append(served)
         return served
@@ -312,17 +312,17 @@ class Certificates:
 
     def warnings(self, now: datetime) -> list[str]:
         """What somebody ought to do something about soon: one line each."""
-        return [warning for source in self.sources() if (warning := source.value.warning(now))]
+        return [warning for source in self.sources() if (warning := source.value.find_warning(now))]
 
     def complaints(self) -> list[str]:
         """What was wrong with files for which the store before had something better: one line each."""
         return [source.complaint for source in self.sources() if source.complaint]
 
-    def begin(self) -> None:
+    def activate(self) -> None:
         """Serve with this store from now on: contexts of what it does not have are forgotten."""
         self.contexts.retain({served.digest for served in self._served.values()})
 
-    def renewed(self, source: Source[Any]) -> None:
+    def apply_renewal(self, source: Source[Any]) -> None:
         """Serve with the new value of `source`. Its contexts are new, and so are the keys of their tickets."""
         for served in source.users:
             self.contexts.forget(served.digest)
@@ -342,7 +342,7 @@ class Certificates:
             source = self._clients[files] = ClientSource(files, before._clients.get(files) if before else None)
         return source
 
-    def _refuse_doubles(self, sources: Sequence[PairSource]) -> None:
+    def _refuse_duplicates(self, sources: Sequence[PairSource]) -> None:
         """OpenSSL would take the last of each kind, and not say so."""
         kinds: dict[str, Pair] = {}
         for source in sources:

@@ -9,10 +9,10 @@ from typing import Any
 
 import structlog
 
-from tlstunnel.certificates.store import Certificates, Seen, Source
+from tlstunnel.certificates.store import Certificates, FileChange, Source
 from tlstunnel.journal.events import Event
 
-ROUND = 2.0
+ROUND_SECONDS = 2.0
 """Seconds in which every file is looked at once, as long as they are few."""
 
 SOURCES_A_SECOND = 2000
@@ -24,7 +24,7 @@ SOURCES_AT_ONCE = 250
 DAY = 86_400.0
 """Seconds between two warnings of the same certificate."""
 
-MOST_TOLD = 100
+MAX_WARNINGS = 100
 """Warnings at once that are lines of their own; the rest is a number."""
 
 
@@ -42,19 +42,19 @@ class Watch:
         # Of its own: a file system that does not answer must hold neither the tunnels nor the resolver.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="certificates")
         self._task: asyncio.Task[None] | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def start(self) -> None:
         """Begin, and say how long the certificates last."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def follow(self, certificates: Certificates) -> None:
+    def switch_to(self, certificates: Certificates) -> None:
         """Serve with another store from now on: contexts that it does not have are forgotten."""
         self._certificates = certificates
-        certificates.begin()
+        certificates.activate()
         for complaint in certificates.complaints():
-            self._refused(complaint)
-        self.tell_of_age(datetime.now(UTC))
+            self._log_refusal(complaint)
+        self.log_expiry(datetime.now(UTC))
 
     async def close(self) -> None:
         """End."""
@@ -63,20 +63,22 @@ class Watch:
             await asyncio.wait([self._task])
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def look(self, sources: Sequence[Source[Any]]) -> None:
+    async def check(self, sources: Sequence[Source[Any]]) -> None:
         """Look at the files of these once, and serve with what is new in them."""
         certificates = self._certificates
-        found = await asyncio.get_running_loop().run_in_executor(self._thread, _seen, sources)
-        for seen in found if certificates is self._certificates else ():
-            changed, complaint = seen.source.take(seen)
+        changes = await asyncio.get_running_loop().run_in_executor(self._thread, _check_all, sources)
+        for change in changes if certificates is self._certificates else ():
+            replaced, complaint = change.source.apply(change)
             if complaint:
-                self._refused(complaint)
-            elif changed:
-                certificates.renewed(seen.source)
-                self._log.info(Event.CERTIFICATE_REPLACED, detail=seen.source.value.news(datetime.now(UTC)))
-                self._warn([seen.source.value.warning(datetime.now(UTC))])
+                self._log_refusal(complaint)
+            elif replaced:
+                certificates.apply_renewal(change.source)
+                self._log.info(
+                    Event.CERTIFICATE_REPLACED, detail=change.source.value.describe_renewal(datetime.now(UTC))
+                )
+                self._warn([change.source.value.find_warning(datetime.now(UTC))])
 
-    def tell_of_age(self, now: datetime) -> None:
+    def log_expiry(self, now: datetime) -> None:
         """Log how many days are left, and warn of what has fewer than 21 or is of no use, each once a day."""
         if self._quiet:
             return
@@ -87,44 +89,44 @@ class Watch:
         self._warn(self._certificates.warnings(now))
 
     async def _run(self) -> None:
-        told = -DAY
+        logged_at = -DAY
         while True:
-            if time.monotonic() - told >= DAY:
-                told = time.monotonic()
-                self._told.clear()
-                self.tell_of_age(datetime.now(UTC))
+            if time.monotonic() - logged_at >= DAY:
+                logged_at = time.monotonic()
+                self._warned.clear()
+                self.log_expiry(datetime.now(UTC))
             try:
                 await self._round()
             except Exception:
                 self._log.exception(Event.CERTIFICATE_CHECK_FAILED)
-                await asyncio.sleep(ROUND)
+                await asyncio.sleep(ROUND_SECONDS)
 
     async def _round(self) -> None:
         """Look at all sources, spread evenly, so that nothing has to wait for many at once."""
         certificates = self._certificates
         sources = list(certificates.sources())
         if not sources:
-            return await asyncio.sleep(ROUND)
-        seconds = max(ROUND, len(sources) / SOURCES_A_SECOND)
+            return await asyncio.sleep(ROUND_SECONDS)
+        seconds = max(ROUND_SECONDS, len(sources) / SOURCES_A_SECOND)
         for first in range(0, len(sources), SOURCES_AT_ONCE):
             some = sources[first : first + SOURCES_AT_ONCE]
             await asyncio.sleep(seconds * len(some) / len(sources))
             if certificates is not self._certificates:
                 return
-            await self.look(some)
+            await self.check(some)
 
-    def _refused(self, complaint: str) -> None:
+    def _log_refusal(self, complaint: str) -> None:
         self._log.warning(Event.CERTIFICATE_NOT_REPLACED, reason=complaint, hint="the previous one is still served")
 
     def _warn(self, warnings: Sequence[str | None]) -> None:
-        new = [warning for warning in warnings if warning and warning not in self._told]
-        self._told.update(new)
-        for warning in new[:MOST_TOLD]:
+        new = [warning for warning in warnings if warning and warning not in self._warned]
+        self._warned.update(new)
+        for warning in new[:MAX_WARNINGS]:
             self._log.warning(Event.CERTIFICATE_WARNING, reason=warning)
-        if len(new) > MOST_TOLD:
-            self._log.warning(Event.CERTIFICATE_WARNING, reason=f"{len(new) - MOST_TOLD} more are of that kind")
+        if len(new) > MAX_WARNINGS:
+            self._log.warning(Event.CERTIFICATE_WARNING, reason=f"{len(new) - MAX_WARNINGS} more are of that kind")
 
 
-def _seen(sources: Sequence[Source[Any]]) -> list[Seen[Any]]:
+def _check_all(sources: Sequence[Source[Any]]) -> list[FileChange[Any]]:
     """Look for changed files and read them: what may take its time, in a thread, and changes nothing."""
-    return [seen for source in sources if (seen := source.seen()) is not None]
+    return [change for source in sources if (change := source.check()) is not None]

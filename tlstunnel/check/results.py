@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.certificates.describe import CertificateDescription
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TlsResult:
     cipher: str | None = None
     group: str | None = None
     alpn: str | None = None
-    chain: tuple[CertificateFacts, ...] = ()
+    chain: tuple[CertificateDescription, ...] = ()
     unreadable: int = 0
     """How many further certificates of the chain could not be parsed."""
 

@@ -26,7 +26,7 @@ from wsproto.handshake import client_extensions_handshake
 from wsproto.utilities import ProtocolError, generate_accept_token, generate_nonce
 
 from tlstunnel import __version__
-from tlstunnel.certificates.describe import CertificateFacts, facts
+from tlstunnel.certificates.describe import CertificateDescription, describe
 from tlstunnel.check.results import (
     CloseResult,
     DnsResult,
@@ -337,12 +337,12 @@ def _endpoint(address: tuple[Any, ...]) -> str:
 
 def _tls_result(wire: Wire) -> TlsResult:
     cipher = wire.tls.cipher()
-    chain: list[CertificateFacts] = []
+    chain: list[CertificateDescription] = []
     sent = sent_chain(wire.tls)
     for der in sent:
         # OpenSSL takes certificates that are too odd to describe.
         with contextlib.suppress(CertificateError, ValueError, x509.InvalidVersion):
-            chain.append(facts(x509.load_der_x509_certificate(der)))
+            chain.append(describe(x509.load_der_x509_certificate(der)))
     return TlsResult(
         version=wire.tls.version(),
         cipher=cipher[0] if cipher else None,

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import idna
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tlstunnel.certificates.describe import read
+from tlstunnel.certificates.describe import read_certificates
 from tlstunnel.tls.policy import apply_to_client_context
 
 # RFC 6455 section 4.1: these are the check's own; RFC 9112 section 6: a handshake has no body.
@@ -123,7 +123,9 @@ class Trust:
 
         Raises CertificateError, naming the file, where it cannot be read or holds no certificate.
         """
-        given = b"".join(certificate.public_bytes(Encoding.DER) for certificate in read(ca)) if ca else None
+        given = (
+            b"".join(certificate.public_bytes(Encoding.DER) for certificate in read_certificates(ca)) if ca else None
+        )
         # It writes keys to SSLKEYLOGFILE where that is set, which someone who looks at a connection may want.
         context = ssl.create_default_context(cadata=given)
         # Python 3.13 turned both on: the verdict must not depend on whose Python asks. No browser is strict about the

@@ -11,7 +11,7 @@ from typing import Final
 
 from wsproto.events import CloseConnection
 
-from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import HandshakeResult
 from tlstunnel.escaping import printable
 
@@ -60,7 +60,7 @@ def explain_tls_error(error: ssl.SSLError, captured: bytes = b"") -> str:
 
 
 def explain_distrust(
-    error: ssl.SSLCertVerificationError, chain: Sequence[CertificateFacts], host: str, ca: Path | None
+    error: ssl.SSLCertVerificationError, chain: Sequence[CertificateDescription], host: str, ca: Path | None
 ) -> str:
     """Return why the certificates that the server sent are not trusted for `host`. `ca` is the file of --ca."""
     code, now = error.verify_code, datetime.now(UTC)
@@ -89,17 +89,17 @@ def explain_distrust(
     return words
 
 
-def _ca_advice(chain: Sequence[CertificateFacts], ca: Path | None) -> str:
+def _ca_advice(chain: Sequence[CertificateDescription], ca: Path | None) -> str:
     issuer = chain[-1].issuer if chain else "its authority"
     return f"pass --ca with the certificate of {issuer}" if ca is None else f"{ca} does not hold that of {issuer}"
 
 
-def _first_validity(chain: Sequence[CertificateFacts], now: datetime) -> str:
+def _first_validity(chain: Sequence[CertificateDescription], now: datetime) -> str:
     early = [certificate for certificate in chain if certificate.not_before > now]
     return "; ".join(f"{_subject(certificate)} begins {certificate.not_before:%Y-%m-%d}" for certificate in early)
 
 
-def _subject(certificate: CertificateFacts) -> str:
+def _subject(certificate: CertificateDescription) -> str:
     return certificate.subject or ", ".join(certificate.names) or "without a name"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tlstunnel.certificates import describe, issue
-from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.certificates.describe import CertificateDescription
 
 
 @click.group()
@@ -52,7 +52,7 @@ Whoever has {issued.ca.with_name("ca-key.pem")} can pose as any site to those cl
 def show(pem: Path, as_json: bool) -> None:
     """Show every certificate in PEM: names, key, validity, fingerprint."""
     now = datetime.now(UTC)
-    certificates = [describe.facts(cert) for cert in describe.read(pem)]
+    certificates = [describe.describe(cert) for cert in describe.read_certificates(pem)]
     if as_json:
         rows = [asdict(facts) | {"days_left": facts.days_left(now)} for facts in certificates]
         click.echo(json.dumps(rows, indent=2, default=datetime.isoformat))
@@ -61,7 +61,7 @@ def show(pem: Path, as_json: bool) -> None:
     click.echo("\n\n".join(blocks))
 
 
-def _text(facts: CertificateFacts, now: datetime) -> str:
+def _text(facts: CertificateDescription, now: datetime) -> str:
     days = facts.days_left(now)
     if now < facts.not_before:
         state = "not valid yet"

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from tlstunnel.certificates.describe import CertificateFacts
+from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import (
     CloseResult,
     DnsResult,
@@ -129,7 +129,7 @@ def _object(step: Step) -> dict[str, Any]:
     return {"step": step.name, "ok": step.ok, "seconds": round(step.seconds, 6)} | error | found
 
 
-def _certificate_object(certificate: CertificateFacts) -> dict[str, Any]:
+def _certificate_object(certificate: CertificateDescription) -> dict[str, Any]:
     times = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
     return asdict(certificate) | times | {"days_left": certificate.days_left(datetime.now(UTC))}
 

@@ -159,7 +159,7 @@ def client_context(
     elif ca is None:
         context.load_default_certs()
     else:
-        describe.read(ca)  # says what is wrong with it; OpenSSL names no file
+        describe.read_certificates(ca)  # says what is wrong with it; OpenSSL names no file
         try:
             context.load_verify_locations(ca)
         except OSError as error:
@@ -172,8 +172,8 @@ def client_context(
 
 
 def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    leaf, private = describe.read(cert)[0], describe.read_key(key)
-    if not describe.belongs(private, leaf):
+    leaf, private = describe.read_certificates(cert)[0], describe.read_key(key)
+    if not describe.matches(private, leaf):
         raise CertificateError(f"{key}: the private key does not match the first certificate in {cert}")
 
     def refuse_passphrase() -> NoReturn:

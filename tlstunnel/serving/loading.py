@@ -110,9 +110,9 @@ class LoadedConfig:
         """Return what expires soon, or has expired, for each site."""
         found = []
         for index, site in enumerate(self.sites):
-            hints = [pair.warning(now) for pair in site.served.pairs]
+            hints = [pair.find_warning(now) for pair in site.served.pairs]
             if site.served.clients is not None:
-                hints.append(site.served.clients.warning(now))
+                hints.append(site.served.clients.find_warning(now))
             found += [
                 LoadWarning(Event.CERTIFICATE_WARNING, ("sites", index), site.name, hint)
                 for hint in hints

@@ -78,7 +78,7 @@ class Service:
         if loaded.workers is not None:
             loaded.workers.adopt()
         loaded.sites.start()
-        self._watch.follow(loaded.sites.certificates)
+        self._watch.switch_to(loaded.sites.certificates)
         self._server.switch(loaded.config, loaded.sites, loaded.firewall)
         self._warn()
         self._run_in_background(self._retire(before))

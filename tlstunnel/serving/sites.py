@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tlstunnel.certificates import clients, describe, pairs
 from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
-from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.certificates.store import Certificates, ServerCredentials
 from tlstunnel.config import RouteConfig, SiteConfig
 from tlstunnel.config.document import KeyPath
 from tlstunnel.config.problems import Problems
@@ -98,7 +98,7 @@ class _Builder:
             edge=workers.build_edge(config, pools, self._resolve_every, preface, tls) if workers is not None else None,
         )
 
-    def _read_certificates(self, config: SiteConfig, path: KeyPath) -> Served | None:
+    def _read_certificates(self, config: SiteConfig, path: KeyPath) -> ServerCredentials | None:
         """Read the site's certificates and client policy; None if there is a problem, which is collected."""
         files = self._list_pairs(config, path)
         clients = _make_client_files(config)
@@ -210,8 +210,8 @@ def _find_origin_problems(ca: Path | None, cert: Path | None, key: Path | None) 
     """Return the files that cannot be read, each with its key; none if the files do not go together."""
     found = []
     for name, path, read in (
-        ("origin_ca", ca, describe.read),
-        ("origin_cert", cert, describe.read),
+        ("origin_ca", ca, describe.read_certificates),
+        ("origin_cert", cert, describe.read_certificates),
         ("origin_key", key, describe.read_key),
     ):
         if path is None:

@@ -99,7 +99,7 @@ async def accept_tls(client: Client, site: Site) -> None:
     except OSError as error:
         raise Dropped(Reason.TLS_CLIENT_CLOSED, detail=error.strerror or str(error)) from None
     try:
-        client.subject = site.client_subject(sock)
+        client.subject = site.check_client(sock)
     except ClientRefused as refused:
         # The client gets it as the response to its request: TLS 1.3 has no alert for it any more.
         client.certificate_refusal = str(refused)

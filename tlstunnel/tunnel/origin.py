@@ -2,7 +2,7 @@
 
 import asyncio
 
-from tlstunnel.certificates.clients import common_name
+from tlstunnel.certificates.clients import find_common_name
 from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import UpgradeRequest
@@ -82,7 +82,7 @@ def _render_proxy_header(turn: Turn, version: str) -> bytes:
     if version == "v2":
         return proxy_protocol.write_v2(source, here)
     tls = proxy_protocol.TLSFacts(
-        client.tls_version, client.cipher, client.sni, common_name(client.subject), verified=bool(client.subject)
+        client.tls_version, client.cipher, client.sni, find_common_name(client.subject), verified=bool(client.subject)
     )
     return proxy_protocol.write_v2(source, here, tls, turn.record.id)
 

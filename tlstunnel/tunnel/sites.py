@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tlstunnel.certificates.store import Certificates, Served
+from tlstunnel.certificates.store import Certificates, ServerCredentials
 from tlstunnel.firewall.facts import normal_path
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Fields
@@ -56,7 +56,7 @@ class Site:
 
     names: frozenset[str]
     name: str
-    served: Served
+    served: ServerCredentials
     pool: Pool
     routes: tuple[tuple[str, Pool], ...] = ()
     passes: bool = False
@@ -73,12 +73,12 @@ class Site:
         """
         return self.served.context()
 
-    def client_subject(self, tls: ssl.SSLSocket) -> str:
+    def check_client(self, tls: ssl.SSLSocket) -> str:
         """Return the subject (RFC 4514, visible ASCII) of the client's certificate; "" without one. TLS is established.
 
         Raises ClientRefused, whose text is for the client too. A resumed session is checked in the same way.
         """
-        return self.served.client_subject(tls)
+        return self.served.check_client(tls)
 
     def pool_of(self, request: Request) -> Pool:
         """Return the origins for a request, by its path as rules see it."""
