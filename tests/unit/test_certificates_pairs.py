@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from tests.pki import DAY, NOW, Authority, Key, cert_pem, client_context, connected, key_pem, new_key, serving
+from tlstunnel.certificates.contexts import make_context
 from tlstunnel.certificates.pairs import PairFiles, read_pair
-from tlstunnel.certificates.serving import make_context
 from tlstunnel.errors import CertificateError
 
 CA = Authority()

@@ -18,8 +18,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from tlstunnel.certificates.clients import ClientFiles, ClientPolicy, check_client, read_policy
+from tlstunnel.certificates.contexts import ServerContext, make_context
 from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair
-from tlstunnel.certificates.serving import ServerContext, make_context
 from tlstunnel.errors import CertificateError
 
 MAX_UNUSED = 1000

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from tests.pki import NOW, Key, client_context, connected, key_pem, s_client, serving, typing, until
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.serving import find_expiry_warning, make_server_context
+from tlstunnel.certificates.contexts import find_expiry_warning, make_server_context
 from tlstunnel.errors import CertificateError
 
 
