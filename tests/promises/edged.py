@@ -18,8 +18,8 @@ from tests.harness import (
     switching_protocols,
 )
 from tests.promises.firewalled import Outcome, Stage, connect_from, policy
+from tests.promises.scripted_origin import record_of
 from tests.promises.wire import read_until_end
-from tests.promises.witness import record_of
 
 BY_PATH = '''
 import asyncio, json, sys, time
@@ -65,17 +65,17 @@ def asked(
 ) -> Outcome:
     """Ask for a tunnel, and end it at once where there is one. A refusal reaches no origin: that is checked here."""
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols)
+    traffic = origin.play(switching_protocols)
     with connect_from(tunnel, ip, context) as client:
         client.sendall(handshake_request(target, headers=headers) if request is None else request)
         answer = read_response(client)
         if answer.status != 101:
             outcome = _refused(tunnel, client, answer)
-            assert statement.connections == 0, "an origin was asked"
+            assert traffic.connections == 0, "an origin was asked"
             return outcome
-    record = record_of(tunnel, statement.record(tunnel)["id"])
+    record = record_of(tunnel, traffic.record(tunnel)["id"])
     assert record["verdict"] == "pass"
-    return Outcome(101, answer.headers, "", record, statement.heads[0])
+    return Outcome(101, answer.headers, "", record, traffic.heads[0])
 
 
 def told(stage: Stage, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:

@@ -20,9 +20,9 @@ from tests.harness import (
     receive_all,
     switching_protocols,
 )
-from tests.promises.witness import Witness, record_of
+from tests.promises.scripted_origin import ScriptedOrigin, record_of
 
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 
 
 def policy(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> str:
@@ -80,17 +80,17 @@ def judged(
 ) -> Outcome:
     """Ask for a tunnel, and end it at once where there is one. What must be so of any refusal is checked here."""
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols)
+    traffic = origin.play(switching_protocols)
     with connect_from(tunnel, ip) as client:
         client.sendall(handshake_request(target, headers=headers) if request is None else request)
         answer = read_response(client)
         if answer.status != 101:
             outcome = refused(tunnel, client, answer)
-            assert statement.connections == 0, "an origin was asked"
+            assert traffic.connections == 0, "an origin was asked"
             return outcome
-    record = statement.record(tunnel)
+    record = traffic.record(tunnel)
     assert record["verdict"] == "pass"
-    return Outcome(101, answer.headers, "", record, statement.heads[0])
+    return Outcome(101, answer.headers, "", record, traffic.heads[0])
 
 
 def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:

@@ -29,7 +29,7 @@ from tests.harness import (
     switching_protocols,
 )
 from tests.harness import read_request as read_request_of
-from tests.promises.ends import READ, Ends, TlsEnd
+from tests.promises.both_ends import READ, BothEnds, TlsEnd
 from tlstunnel.tls.truncation import is_truncation
 
 DAY = timedelta(days=1)
@@ -156,7 +156,7 @@ class OriginEnd(TlsEnd):
     def receive(self) -> bytes:
         """As `TlsEnd.receive`; the client's first bytes may have come with the last of its TLS handshake."""
         with self._lock:
-            data = self._opened()
+            data = self._decrypt()
         return data or super().receive()
 
     def recv(self, _: int) -> bytes:
@@ -175,8 +175,8 @@ class SecurePair(NamedTuple):
     origin: OriginEnd
 
 
-class SecureEnds(Ends):
-    """As `Ends`, the origin's end in TLS too, with the certificate ``origin`` (None: the tunnel's own)."""
+class SecureEnds(BothEnds):
+    """As `BothEnds`, the origin's end in TLS too, with the certificate ``origin`` (None: the tunnel's own)."""
 
     def __init__(
         self,

@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import Certificate, Record, eventually, receive_exactly, reset
-from tests.promises.ends import Ends, Hands, Pair, arrived, received_all, until_reset
+from tests.promises.both_ends import (
+    BothEnds,
+    Pair,
+    Threads,
+    receive_until_fin,
+    receive_until_reset,
+    wait_until_acknowledged,
+)
 
 MIB = 1 << 20
 DATA = random.Random(3).randbytes(2 * MIB)
@@ -21,16 +28,16 @@ IDLE_CPU = 0.25
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def measured(certificate: Certificate) -> Iterator[Ends]:
+def measured(certificate: Certificate) -> Iterator[BothEnds]:
     """The same without coverage and the interpreter's debug modes, which change what is measured."""
-    with Ends(certificate, measured=True) as running:
+    with BothEnds(certificate, measured=True) as running:
         yield running
 
 
@@ -41,7 +48,7 @@ def _who_and_why(record: Record) -> tuple[str, str]:
 def _full(pair: Pair, direction: str) -> int:
     """Send in ``direction`` until its tunnel has no more room; how many bytes of `DATA`, over and over, went in."""
     sock = pair.client.sock if direction == "up" else pair.origin
-    sealed = pair.client.sealed if direction == "up" else bytes
+    sealed = pair.client.encrypt if direction == "up" else bytes
     sock.settimeout(0.5)
     size = 0
     try:
@@ -52,13 +59,13 @@ def _full(pair: Pair, direction: str) -> int:
         return size
 
 
-def _does_not_spin(ends: Ends) -> None:
+def _does_not_spin(ends: BothEnds) -> None:
     before = ends.tunnel.cpu_seconds()
     time.sleep(1)
     assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
-def test_a_reset_by_the_client(ends: Ends) -> None:
+def test_a_reset_by_the_client(ends: BothEnds) -> None:
     client, origin = ends.open()
     reset(client.sock)
     with pytest.raises(ConnectionResetError):
@@ -66,7 +73,7 @@ def test_a_reset_by_the_client(ends: Ends) -> None:
     assert _who_and_why(ends.record(client)) == ("client", "reset")
 
 
-def test_a_reset_by_the_origin(ends: Ends) -> None:
+def test_a_reset_by_the_origin(ends: BothEnds) -> None:
     client, origin = ends.open()
     reset(origin)
     with pytest.raises(ConnectionResetError):
@@ -75,11 +82,11 @@ def test_a_reset_by_the_origin(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5000, 200_000])
-def test_data_and_then_a_reset_by_the_client(ends: Ends, size: int) -> None:
+def test_data_and_then_a_reset_by_the_client(ends: BothEnds, size: int) -> None:
     for number in range(10):
         client, origin = ends.open()
         client.send(DATA[:size])
-        arrived(client.sock)
+        wait_until_acknowledged(client.sock)
         reset(client.sock)
         assert receive_exactly(origin, size) == DATA[:size], f"the {number}th"
         with pytest.raises(ConnectionResetError):
@@ -89,11 +96,11 @@ def test_data_and_then_a_reset_by_the_client(ends: Ends, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5000, 200_000])
-def test_data_and_then_a_reset_by_the_origin(ends: Ends, size: int) -> None:
+def test_data_and_then_a_reset_by_the_origin(ends: BothEnds, size: int) -> None:
     for number in range(10):
         client, origin = ends.open()
         origin.sendall(DATA[:size])
-        arrived(origin)
+        wait_until_acknowledged(origin)
         reset(origin)
         assert client.receive_exactly(size) == DATA[:size], f"the {number}th"
         with pytest.raises(ConnectionResetError):
@@ -103,23 +110,23 @@ def test_data_and_then_a_reset_by_the_origin(ends: Ends, size: int) -> None:
 
 
 @pytest.mark.parametrize("version", ["TLSv1.3", "TLSv1.2"])
-def test_a_fin_without_close_notify_is_a_truncation(ends: Ends, version: str) -> None:
+def test_a_fin_without_close_notify_is_a_truncation(ends: BothEnds, version: str) -> None:
     client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None)
     client.send(DATA)
     client.sock.shutdown(socket.SHUT_WR)
-    assert received_all(origin) == DATA
+    assert receive_until_fin(origin) == DATA
     assert _who_and_why(ends.record(client)) == ("client", "truncated")
 
 
-def test_a_record_cut_by_a_fin_is_a_truncation(ends: Ends) -> None:
+def test_a_record_cut_by_a_fin_is_a_truncation(ends: BothEnds) -> None:
     client, origin = ends.open()
-    client.sock.sendall(client.sealed(b"whole") + client.sealed(b"never whole")[:-3])
+    client.sock.sendall(client.encrypt(b"whole") + client.encrypt(b"never whole")[:-3])
     client.sock.shutdown(socket.SHUT_WR)
-    assert received_all(origin) == b"whole"
+    assert receive_until_fin(origin) == b"whole"
     assert _who_and_why(ends.record(client)) == ("client", "truncated")
 
 
-def test_a_client_that_goes_on_in_clear_is_an_error(ends: Ends) -> None:
+def test_a_client_that_goes_on_in_clear_is_an_error(ends: BothEnds) -> None:
     client, origin = ends.open()
     client.send(b"sealed")
     client.sock.sendall(b"in clear, which is no record")
@@ -132,14 +139,14 @@ def test_a_client_that_goes_on_in_clear_is_an_error(ends: Ends) -> None:
 
 
 @pytest.mark.alone
-def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: Ends) -> None:
+def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: BothEnds) -> None:
     """Nobody reads the client's socket then, and epoll tells of its error all the same, and again and again."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
     size = _full(Pair(client, origin), "up")
     reset(client.sock)
     _does_not_spin(measured)
-    received = until_reset(lambda: origin.recv(65_536))
+    received = receive_until_reset(lambda: origin.recv(65_536))
     # What was in the client's kernel went with it; what comes is a beginning of what it sent.
     assert received == (DATA[:MIB] * (size // MIB + 1))[: len(received)]
     record = measured.record(client)
@@ -148,13 +155,13 @@ def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: En
 
 
 @pytest.mark.alone
-def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: Ends) -> None:
+def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: BothEnds) -> None:
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
     size = _full(Pair(client, origin), "down")
     reset(origin)
     _does_not_spin(measured)
-    received = until_reset(client.receive)
+    received = receive_until_reset(client.receive)
     assert received == (DATA[:MIB] * (size // MIB + 1))[: len(received)]
     record = measured.record(client)
     assert (record["ended_by"], record["reason"]) == ("origin", "reset")
@@ -165,7 +172,7 @@ def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: E
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_side_that_never_reads_again_does_not_hold_a_hung_up_tunnel(certificate: Certificate, direction: str) -> None:
     """The sender hangs up with bytes still to deliver: no spin, and after ``timeouts.close`` the end of it."""
-    with Ends(certificate, settings='[timeouts]\nclose = "2s"\n', measured=True) as ends:
+    with BothEnds(certificate, settings='[timeouts]\nclose = "2s"\n', measured=True) as ends:
         idle = ends.tunnel.descriptors()
         pair = ends.open(buffers=65_536)
         _full(pair, direction)
@@ -176,7 +183,7 @@ def test_a_side_that_never_reads_again_does_not_hold_a_hung_up_tunnel(certificat
 
 
 @pytest.mark.parametrize("side", ["client", "origin"])
-def test_a_reset_by_the_side_that_does_not_read(measured: Ends, side: str) -> None:
+def test_a_reset_by_the_side_that_does_not_read(measured: BothEnds, side: str) -> None:
     """The tunnel waits for this side to take more when it goes: the other side is told at once."""
     idle = measured.tunnel.descriptors()
     pair = measured.open(buffers=65_536)
@@ -192,13 +199,13 @@ def test_a_reset_by_the_side_that_does_not_read(measured: Ends, side: str) -> No
 
 @pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
-def test_a_reset_by_the_side_that_had_ended(measured: Ends, side: str) -> None:
+def test_a_reset_by_the_side_that_had_ended(measured: BothEnds, side: str) -> None:
     """It sent its end and was to be answered: when it goes now, nobody is left to answer, and the tunnel is over."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open()
     if side == "client":
         client.end()
-        assert received_all(origin) == b""
+        assert receive_until_fin(origin) == b""
         origin.sendall(b"half an ans")
         assert client.receive() == b"half an ans"
         reset(client.sock)
@@ -213,15 +220,15 @@ def test_a_reset_by_the_side_that_had_ended(measured: Ends, side: str) -> None:
     assert measured.record(client)["ended_by"] == side
 
 
-def test_both_reset_at_once(ends: Ends) -> None:
-    with Hands() as hands:
+def test_both_reset_at_once(ends: BothEnds) -> None:
+    with Threads() as threads:
         idle = ends.tunnel.descriptors()
         for number in range(30):
             client, origin = ends.open()
             if number % 2:
                 client.send(DATA[:1000])
                 origin.sendall(DATA[:1000])
-            hands.do(reset, origin)
+            threads.do(reset, origin)
             reset(client.sock)
             who, why = _who_and_why(ends.record(client))
             assert who in ("client", "origin")
@@ -229,7 +236,7 @@ def test_both_reset_at_once(ends: Ends) -> None:
         eventually(lambda: ends.tunnel.descriptors() <= idle)
 
 
-def test_the_other_tunnels_do_not_notice(ends: Ends) -> None:
+def test_the_other_tunnels_do_not_notice(ends: BothEnds) -> None:
     witness = ends.open()
     for number in range(40):
         client, origin = ends.open()
@@ -242,7 +249,7 @@ def test_the_other_tunnels_do_not_notice(ends: Ends) -> None:
     assert witness.client.receive() == b"still here"
 
 
-def test_an_abort_is_no_proper_end_for_the_client(ends: Ends) -> None:
+def test_an_abort_is_no_proper_end_for_the_client(ends: BothEnds) -> None:
     """What the origin broke off must not look complete: no close_notify, so no `ssl.SSLSocket` reads an end."""
     client, origin = ends.open()
     origin.sendall(b"half of")

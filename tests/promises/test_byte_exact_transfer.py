@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness import Certificate
-from tests.promises.ends import Ends, Hands
+from tests.promises.both_ends import BothEnds, Threads
 
 MIB = 1 << 20
 _NOISE = random.Random(6455).randbytes(MIB) * 2
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def measured(certificate: Certificate) -> Iterator[Ends]:
+def measured(certificate: Certificate) -> Iterator[BothEnds]:
     """The same without coverage and the interpreter's debug modes, which change what is measured."""
-    with Ends(certificate, measured=True) as running:
+    with BothEnds(certificate, measured=True) as running:
         yield running
 
 
@@ -54,15 +54,15 @@ def _receive(receive: Callable[[], bytes]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("version", "count"), [("TLSv1.3", 256), ("TLSv1.2", 64)])
-def test_random_data_both_ways_at_once(measured: Ends, version: str, count: int) -> None:
+def test_random_data_both_ways_at_once(measured: BothEnds, version: str, count: int) -> None:
     # Measured, that is without the interpreter's debug modes and coverage, only because it is half a gigabyte.
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = measured.open(context=measured.tls_1_2() if version == "TLSv1.2" else None)
         assert client.version == version
-        upwards = hands.do(_receive, lambda: origin.recv(1 << 18))
-        downwards = hands.do(_receive, client.receive)
-        sent_up = hands.do(_send, client.send, client.end, count, 4099)
-        sent_down = hands.do(_send, origin.sendall, lambda: origin.shutdown(1), count, 7919)
+        upwards = threads.do(_receive, lambda: origin.recv(1 << 18))
+        downwards = threads.do(_receive, client.receive)
+        sent_up = threads.do(_send, client.send, client.end, count, 4099)
+        sent_down = threads.do(_send, origin.sendall, lambda: origin.shutdown(1), count, 7919)
         assert upwards.result() == (count * MIB, sent_up.result())
         assert downwards.result() == (count * MIB, sent_down.result())
         record = measured.record(client)
@@ -71,13 +71,13 @@ def test_random_data_both_ways_at_once(measured: Ends, version: str, count: int)
 
 
 @pytest.mark.parametrize("size", [1, 16_383, 16_384, 16_385, 65_536, 262_143, 262_144, 262_145])
-def test_sizes_about_those_of_records_and_buffers(ends: Ends, size: int) -> None:
+def test_sizes_about_those_of_records_and_buffers(ends: BothEnds, size: int) -> None:
     data = random.Random(size).randbytes(size)
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open()
         for _ in range(3):
-            hands.do(client.send, data)
-            hands.do(origin.sendall, data)
+            threads.do(client.send, data)
+            threads.do(origin.sendall, data)
             assert client.receive_exactly(size) == data
             received = b""
             while len(received) < size:
@@ -85,20 +85,20 @@ def test_sizes_about_those_of_records_and_buffers(ends: Ends, size: int) -> None
             assert received == data
 
 
-def test_any_size_of_record_arrives(ends: Ends) -> None:
+def test_any_size_of_record_arrives(ends: BothEnds) -> None:
     """Records of every length a client may choose, many to a segment: none is left behind in the TLS library."""
     seed = ssl.RAND_bytes(4).hex()
     print(f"seed {seed}")
     chooses = random.Random(seed)
     data = chooses.randbytes(2 * MIB)
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open()
 
         def send() -> None:
             start, sealed = 0, b""
             while start < len(data):
                 size = chooses.choice((1, 2, 100, 1500, 4096, 16_384))
-                sealed += client.sealed(data[start : start + size])
+                sealed += client.encrypt(data[start : start + size])
                 start += size
                 if len(sealed) > chooses.randrange(200_000):
                     client.sock.sendall(sealed)
@@ -106,7 +106,7 @@ def test_any_size_of_record_arrives(ends: Ends) -> None:
             client.sock.sendall(sealed)
             client.end()
 
-        hands.do(send)
+        threads.do(send)
         received = b""
         while some := origin.recv(1 << 18):
             received += some

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness import Certificate, handshake_request, read_request, receive_exactly, switching_protocols
-from tests.promises.ends import Ends, Hands, random_pieces
+from tests.promises.both_ends import BothEnds, Threads, random_pieces
 
 SIZES = [1, 2, 1000, 16_000, 16_384, 16_385, 65_536, 200 * 1024]
 UP = random.Random(11).randbytes(200 * 1024)
@@ -17,29 +17,29 @@ DOWN = random.Random(12).randbytes(200 * 1024)
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_in_the_same_segment_as_the_heads(ends: Ends, size: int) -> None:
-    with Hands() as hands:
+def test_in_the_same_segment_as_the_heads(ends: BothEnds, size: int) -> None:
+    with Threads() as threads:
         client = ends.connect()
-        hands.do(client.sock.sendall, client.sealed(handshake_request() + UP[:size]))
+        threads.do(client.sock.sendall, client.encrypt(handshake_request() + UP[:size]))
         origin = ends.accept()
         request = read_request(origin)
         assert request.leftover == b"", "sent before the 101"
-        hands.do(origin.sendall, switching_protocols(request) + DOWN[:size])
-        upwards = hands.do(receive_exactly, origin, size)
+        threads.do(origin.sendall, switching_protocols(request) + DOWN[:size])
+        upwards = threads.do(receive_exactly, origin, size)
         head, _, received = _received(client.receive, size).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
         assert received == DOWN[:size]
         assert upwards.result() == UP[:size]
 
 
-def test_not_a_byte_before_the_101(ends: Ends) -> None:
+def test_not_a_byte_before_the_101(ends: BothEnds) -> None:
     """The origin thinks for a while; what the client has sent meanwhile must not reach it before its answer."""
     client = ends.connect()
     client.send(handshake_request() + UP[:1000])
@@ -56,7 +56,7 @@ def test_not_a_byte_before_the_101(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("run", range(3))
-def test_in_random_pieces(ends: Ends, run: int) -> None:
+def test_in_random_pieces(ends: BothEnds, run: int) -> None:
     seed = os.environ.get("TLSTUNNEL_TEST_SEED") or f"{time.time_ns()}/{run}"
     print(f"TLSTUNNEL_TEST_SEED={seed}")  # pytest shows it when the test fails
     chooses = random.Random(seed)
@@ -65,21 +65,21 @@ def test_in_random_pieces(ends: Ends, run: int) -> None:
         for piece in random_pieces(data, chooses.randrange, most):
             sock.sendall(piece)
 
-    with Hands() as hands:
+    with Threads() as threads:
         for _ in range(8):
             size, most = chooses.choice(SIZES), chooses.choice([3, 100, 2000, 70_000])
             up, down = UP[: max(1, size // (2000 // min(most, 2000)))], DOWN[: chooses.choice(SIZES[:5])]
             client = ends.connect()
             records = b"".join(
-                client.sealed(piece) for piece in random_pieces(handshake_request() + up, chooses.randrange, most)
+                client.encrypt(piece) for piece in random_pieces(handshake_request() + up, chooses.randrange, most)
             )
-            hands.do(in_pieces, client.sock, records, max(most, len(records) // 2000))
+            threads.do(in_pieces, client.sock, records, max(most, len(records) // 2000))
             origin = ends.accept()
             request = read_request(origin)
             assert request.leftover == b""
             answer = switching_protocols(request) + down
-            hands.do(in_pieces, origin, answer, max(most, len(answer) // 2000))
-            upwards = hands.do(receive_exactly, origin, len(up))
+            threads.do(in_pieces, origin, answer, max(most, len(answer) // 2000))
+            upwards = threads.do(receive_exactly, origin, len(up))
             received = _received(client.receive, len(down)).partition(b"\r\n\r\n")[2]
             assert received == down, seed
             assert upwards.result() == up, seed

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from tests.harness import TIMEOUT, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
 from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, s_client, typing, until
+from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
-from tests.promises.witness import Witness
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def origin() -> Iterator[WebsocketsOrigin]:
 
 
 def site(
-    origin: WebsocketsOrigin | Witness, folder: Path, more: str = "", name: str = "localhost", stem: str = "a"
+    origin: WebsocketsOrigin | ScriptedOrigin, folder: Path, more: str = "", name: str = "localhost", stem: str = "a"
 ) -> str:
     return (
         f'[[sites]]\nnames = ["{name}"]\norigins = ["{origin.address}"]\n'
@@ -190,13 +190,13 @@ def test_the_subject_reaches_the_origin_and_cannot_be_claimed(
     forged = [("X-Client-Subject", "CN=root"), ("x_client_subject", "CN=root"), ("X-CLIENT-SUBJECT", "CN=root")]
     rule = '[[sites.rules]]\nname = "who"\nwhen = \'client_subject.contains("nobody")\'\naction = "block"\n'
     more = f'client_ca = "{clients[1]}"\nclient_auth = "request"\n{rule}'
-    with Witness() as origin, serving(site(origin, tmp_path, more)) as tunnel:
+    with ScriptedOrigin() as origin, serving(site(origin, tmp_path, more)) as tunnel:
         for pair, expected in ((ann, [b"CN=ann\\, of sales"]), (None, [])):
-            statement = origin.tell(switching_protocols)
+            traffic = origin.play(switching_protocols)
             with connected(tunnel, client_context(ca, pair=pair)) as client:
                 assert upgrade(client, headers=forged).status == 101
-            eventually(lambda told=statement: told.heads)  # type: ignore[misc]
-            found = re.findall(rb"(?i)\r\nx[-_]client[-_]subject: ([^\r]*)", statement.heads[0])
+            eventually(lambda told=traffic: told.heads)  # type: ignore[misc]
+            found = re.findall(rb"(?i)\r\nx[-_]client[-_]subject: ([^\r]*)", traffic.heads[0])
             assert found == expected
 
 

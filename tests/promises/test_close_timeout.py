@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness import Certificate, receive_exactly
-from tests.promises.ends import Ends, Hands, Pair, arrived, received_all, steps
+from tests.promises.both_ends import BothEnds, Pair, Threads, receive_until_fin, ticks, wait_until_acknowledged
 
 SETTINGS = '[timeouts]\nclose = "1s"\n'
 DATA = random.Random(9).randbytes(4 << 20)
@@ -22,7 +22,7 @@ LATE = 6.0
 
 def _client_ends(pair: Pair) -> None:
     pair.client.end()
-    assert received_all(pair.origin) == b""
+    assert receive_until_fin(pair.origin) == b""
 
 
 def _origin_ends(pair: Pair) -> None:
@@ -32,7 +32,7 @@ def _origin_ends(pair: Pair) -> None:
 
 @pytest.mark.parametrize("end", [_client_ends, _origin_ends], ids=["client", "origin"])
 def test_a_half_closed_tunnel_without_progress_ends(certificate: Certificate, end: Callable[[Pair], None]) -> None:
-    with Ends(certificate, settings=SETTINGS) as ends:
+    with BothEnds(certificate, settings=SETTINGS) as ends:
         pair = ends.open()
         begin = time.monotonic()
         end(pair)
@@ -45,7 +45,7 @@ def test_a_half_closed_tunnel_without_progress_ends(certificate: Certificate, en
 
 
 def test_a_tunnel_whose_last_bytes_nobody_takes_ends(certificate: Certificate) -> None:
-    with Ends(certificate, settings=SETTINGS) as ends, Hands() as hands:
+    with BothEnds(certificate, settings=SETTINGS) as ends, Threads() as threads:
         client, origin = ends.open(buffers=65_536)
 
         def send() -> None:
@@ -53,14 +53,14 @@ def test_a_tunnel_whose_last_bytes_nobody_takes_ends(certificate: Certificate) -
                 while True:
                     client.send(DATA)
 
-        hands.do(send)
+        threads.do(send)
         origin.shutdown(socket.SHUT_WR)
         record = ends.tunnel.wait_records(1)[0]
         assert (record["ended_by"], record["reason"]) == ("tunnel", "close timeout")
 
 
 def test_a_whole_tunnel_is_in_no_hurry(certificate: Certificate) -> None:
-    with Ends(certificate, settings=SETTINGS) as ends:
+    with BothEnds(certificate, settings=SETTINGS) as ends:
         client, origin = ends.open()
         time.sleep(2)
         client.send(b"still here")
@@ -70,7 +70,7 @@ def test_a_whole_tunnel_is_in_no_hurry(certificate: Certificate) -> None:
 def _origin_drips(pair: Pair) -> None:
     """The client has ended; the origin sends a byte now and then."""
     _client_ends(pair)
-    for _ in steps(3, 0.2):
+    for _ in ticks(3, 0.2):
         pair.origin.sendall(b".")
         assert pair.client.receive() == b"."
     pair.origin.close()
@@ -80,20 +80,20 @@ def _origin_drips(pair: Pair) -> None:
 def _client_drips(pair: Pair) -> None:
     """The origin has ended; the client sends a byte now and then."""
     _origin_ends(pair)
-    for _ in steps(3, 0.2):
+    for _ in ticks(3, 0.2):
         pair.client.send(b".")
         assert receive_exactly(pair.origin, 1) == b"."
     pair.client.end()
-    assert received_all(pair.origin) == b""
+    assert receive_until_fin(pair.origin) == b""
 
 
 def _client_sips(pair: Pair) -> None:
     """The origin has sent all it had, and closed; the client takes it in little by little."""
     pair.origin.sendall(DATA[:400_000])
-    arrived(pair.origin)
+    wait_until_acknowledged(pair.origin)
     pair.origin.shutdown(socket.SHUT_WR)
     received = bytearray()
-    for _ in steps(3, 0.2):
+    for _ in ticks(3, 0.2):
         received += pair.client.sock.recv(8192)
     while some := pair.client.sock.recv(65_536):
         received += some
@@ -106,19 +106,19 @@ def _origin_sips(pair: Pair) -> None:
     pair.client.send(DATA[:400_000])
     pair.client.end()
     received = bytearray()
-    for _ in steps(3, 0.2):
+    for _ in ticks(3, 0.2):
         received += pair.origin.recv(8192)
-    received += received_all(pair.origin)
+    received += receive_until_fin(pair.origin)
     assert received == DATA[:400_000]
     pair.origin.close()
 
 
 def test_slow_but_steady_progress_goes_on(certificate: Certificate) -> None:
     """All at once, since each takes three seconds: three times the timeout, which therefore is no limit in all."""
-    with Ends(certificate, settings=SETTINGS) as ends, Hands() as hands:
-        hands.do(_origin_drips, ends.open())
-        hands.do(_client_drips, ends.open())
+    with BothEnds(certificate, settings=SETTINGS) as ends, Threads() as threads:
+        threads.do(_origin_drips, ends.open())
+        threads.do(_client_drips, ends.open())
         # Small windows: a window is opened again only when half of it is free, and that shall be soon.
-        hands.do(_client_sips, ends.open(buffers=8192))
-        hands.do(_origin_sips, ends.open(buffers=8192))
+        threads.do(_client_sips, ends.open(buffers=8192))
+        threads.do(_origin_sips, ends.open(buffers=8192))
         assert {record["reason"] for record in ends.tunnel.wait_records(4)} == {"closed"}

@@ -19,7 +19,7 @@ from tests.harness import (
     receive_exactly,
     reset,
 )
-from tests.promises.wire import settled_descriptors
+from tests.promises.wire import wait_for_descriptors
 
 CONNECTIONS = 10_000
 WARM_UP = 1_000
@@ -132,13 +132,13 @@ def test_ten_thousand_connections_leave_nothing(certificate: Certificate) -> Non
         churn = _Churn(tunnel)
         fresh = tunnel.descriptors()
         churn.run(WARM_UP)
-        idle = settled_descriptors(tunnel, fresh)
+        idle = wait_for_descriptors(tunnel, fresh)
         warm, cpu, began = tunnel.rss(), tunnel.cpu_seconds(), time.monotonic()
 
         churn.run(CONNECTIONS)
 
         elapsed, used = time.monotonic() - began, tunnel.cpu_seconds() - cpu
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)
         eventually(lambda: tunnel.rss() < warm + SLACK)
         total = 1 + WARM_UP + CONNECTIONS
         records = tunnel.wait_records(total)

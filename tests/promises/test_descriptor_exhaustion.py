@@ -17,7 +17,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.wire import cpu_share, settled_descriptors
+from tests.promises.wire import cpu_share, wait_for_descriptors
 
 DESCRIPTORS = 100
 
@@ -77,7 +77,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         assert 1 <= len(paused) <= 4, "a line in 10 s, not one a try"
         for client in clients:
             client.close()
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)
         eventually(lambda: len(tunnel.records("connection")) >= full + 5)
         assert not [record for record in tunnel.records("connection") if record["ended_by"] != "client"]
 
@@ -97,4 +97,4 @@ def test_a_crowd_that_only_connects_does_not_use_them_up(certificate: Certificat
             assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
         with _open(tunnel, client_context(tunnel), TIMEOUT) as client:
             assert _echoes(client)
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)

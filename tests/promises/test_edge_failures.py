@@ -30,8 +30,8 @@ from tests.harness import (
 )
 from tests.promises.edged import BY_PATH, asked, edged, told
 from tests.promises.firewalled import Outcome, Stage, policy
-from tests.promises.wire import Handshaker
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
+from tests.promises.wire import MemoryTlsClient
 
 WORKER = (
     BY_PATH
@@ -181,14 +181,20 @@ WORKER_TIMEOUT = 0.3
 @pytest.fixture(scope="module")
 def refusing(certificate: Certificate) -> Iterator[Stage]:
     site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\n'
-    with Witness() as origin, edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel:
+    with (
+        ScriptedOrigin() as origin,
+        edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel,
+    ):
         yield origin, tunnel
 
 
 @pytest.fixture(scope="module")
 def forwarding(certificate: Certificate) -> Iterator[Stage]:
     site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\nworker_on_error = "forward"\n'
-    with Witness() as origin, edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel:
+    with (
+        ScriptedOrigin() as origin,
+        edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel,
+    ):
         yield origin, tunnel
 
 
@@ -315,12 +321,12 @@ def in_text(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "worker.py").write_text(WORKER)
     text = _Text(folder, policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     try:
-        handshaker = Handshaker()
+        tls = MemoryTlsClient()
         with socket.create_connection(("127.0.0.1", text.port), TIMEOUT) as client:
-            client.sendall(handshaker.step())
-            handshaker.finish(client)
-            client.sendall(handshaker.encrypt(handshake_request(f"/says?text={quote(NASTY + chr(10) + FORGED)}")))
-            assert b"HTTP/1.1 500 " in handshaker.read_all(client)
+            client.sendall(tls.step())
+            tls.finish(client)
+            client.sendall(tls.encrypt(handshake_request(f"/says?text={quote(NASTY + chr(10) + FORGED)}")))
+            assert b"HTTP/1.1 500 " in tls.read_all(client)
     finally:
         raw = text.stop()
     return raw
@@ -373,7 +379,7 @@ def test_what_is_neither_a_request_nor_a_reply(refusing: Stage, of: str, said: s
 
 def test_a_reply_whose_headers_are_changed_afterwards(certificate: Certificate) -> None:
     """A reply keeps what it was made with, or is a fault of the worker; it is answered in any case."""
-    with Witness() as origin, edged(origin.address, certificate, WORKER) as tunnel:
+    with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         outcome = asked((origin, tunnel), "/changed_afterwards")
         assert outcome.status in (403, 500)
         assert "X-Injected" not in outcome.headers
@@ -381,7 +387,7 @@ def test_a_reply_whose_headers_are_changed_afterwards(certificate: Certificate) 
 
 def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate) -> None:
     """One that a worker has kept, by mistake: its cookies and its key are not this client's."""
-    with Witness() as origin, edged(origin.address, certificate, WORKER) as tunnel:
+    with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         asked((origin, tunnel), "/anothers", [("Cookie", "sid=first")])
         assert asked((origin, tunnel), "/anothers", [("Cookie", "sid=second")]).status == 500
 
@@ -420,7 +426,10 @@ def test_late_ones_are_cancelled(refusing: Stage) -> None:
 
 @pytest.fixture(scope="module")
 def patient(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, edged(origin.address, certificate, WORKER, site='worker_timeout = "1h"\n') as tunnel:
+    with (
+        ScriptedOrigin() as origin,
+        edged(origin.address, certificate, WORKER, site='worker_timeout = "1h"\n') as tunnel,
+    ):
         yield origin, tunnel
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.harness import Certificate, RawOrigin, connect_tls, switching_protocols, upgrade
 from tests.promises.edged import BY_PATH, asked, edged
 from tests.promises.firewalled import Outcome, Stage, policy
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
 
 WORKER = (
     BY_PATH
@@ -46,24 +46,27 @@ async def protocol(request, env):
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[Witness]:
+def target() -> Iterator[ScriptedOrigin]:
     """An origin that is nobody's; it listens at 127.0.0.1, and whoever reaches it has found an open relay."""
-    with Witness() as target:
+    with ScriptedOrigin() as target:
         yield target
 
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
     site = 'worker_origins = ["127.0.0.2", "10.255.255.0/24", "2001:db8::/32", "inside.example", "*.inside.example"]\n'
-    with Witness() as origin, edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel:
+    with (
+        ScriptedOrigin() as origin,
+        edged(origin.address, certificate, WORKER, site=site, errors_expected=True) as tunnel,
+    ):
         yield origin, tunnel
 
 
-def _sent(stage: Stage, target: Witness, where: str) -> Outcome:
+def _sent(stage: Stage, target: ScriptedOrigin, where: str) -> Outcome:
     """Send it there; nothing has reached the origin that is nobody's."""
-    statement = target.tell(switching_protocols)
+    traffic = target.play(switching_protocols)
     outcome = asked(stage, "/to", [("X-To", where)])
-    assert statement.connections == 0, "an open relay"
+    assert traffic.connections == 0, "an open relay"
     return outcome
 
 
@@ -86,7 +89,7 @@ def _sent(stage: Stage, target: Witness, where: str) -> Outcome:
         "169.254.169.254:80",
     ],
 )
-def test_an_address_outside(stage: Stage, target: Witness, where: str) -> None:
+def test_an_address_outside(stage: Stage, target: ScriptedOrigin, where: str) -> None:
     """However it is written. The log has it, and the client only that there is no such origin for it."""
     where = where.format(port=target.address.rpartition(":")[2])
     outcome = _sent(stage, target, where)
@@ -97,7 +100,7 @@ def test_an_address_outside(stage: Stage, target: Witness, where: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "localhost."])
-def test_a_name_that_is_outside_by_its_addresses(stage: Stage, target: Witness, name: str) -> None:
+def test_a_name_that_is_outside_by_its_addresses(stage: Stage, target: ScriptedOrigin, name: str) -> None:
     """Networks are allowed, and so names may be asked for; but this one's addresses are in none of them."""
     outcome = _sent(stage, target, f"{name}:{target.address.rpartition(':')[2]}")
     assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
@@ -131,12 +134,12 @@ def test_a_name_that_is_outside_by_its_addresses(stage: Stage, target: Witness, 
         "*.inside.example:80",
     ],
 )
-def test_what_is_no_address(stage: Stage, target: Witness, where: str) -> None:
+def test_what_is_no_address(stage: Stage, target: ScriptedOrigin, where: str) -> None:
     """An old form of an IPv4 address, which resolvers would take, is none: a fault of the worker, and a 500."""
     assert _sent(stage, target, where).status == 500
 
 
-def test_a_name_that_cannot_be_resolved(stage: Stage, target: Witness) -> None:
+def test_a_name_that_cannot_be_resolved(stage: Stage, target: ScriptedOrigin) -> None:
     """A name that is allowed is asked for as any other origin's."""
     outcome = _sent(stage, target, "shard-1.inside.example:80")
     assert (outcome.status, outcome.reason) == (502, "origin unreachable")
@@ -148,9 +151,9 @@ def test_a_declared_origin(stage: Stage) -> None:
     assert (outcome.status, outcome.record["origin"]) == (101, origin.address)
 
 
-def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, target: Witness) -> None:
+def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, target: ScriptedOrigin) -> None:
     """Without `worker_origins` there is the declared one alone, as it is written, and no name is even asked for."""
-    with Witness() as origin, edged(origin.address, certificate, WORKER) as tunnel:
+    with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         port = origin.address.rpartition(":")[2]
         for where in (
             f"localhost:{port}",
@@ -171,21 +174,23 @@ def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, 
         ("localhost", ["localhost", "ws://localhost"]),
     ],
 )
-def test_what_is_allowed_is_reached(certificate: Certificate, target: Witness, allowed: str, hosts: list[str]) -> None:
+def test_what_is_allowed_is_reached(
+    certificate: Certificate, target: ScriptedOrigin, allowed: str, hosts: list[str]
+) -> None:
     port = target.address.rpartition(":")[2]
     with edged("127.0.0.1:1", certificate, WORKER, site=f'worker_origins = ["{allowed}"]\n') as tunnel:
         for host in hosts:
-            statement = target.tell(switching_protocols)
+            traffic = target.play(switching_protocols)
             with connect_tls(tunnel) as client:
                 assert upgrade(client, "/to", [("X-To", f"{host}:{port}")]).status == 101
-            assert statement.record(tunnel)["verdict"] == "pass"
+            assert traffic.record(tunnel)["verdict"] == "pass"
 
 
 def test_a_unix_socket_that_is_declared(certificate: Certificate, tmp_path: Path) -> None:
     def handler(sock: socket.socket) -> None:
         pytest.fail("the other one was reached")
 
-    with Witness() as origin, RawOrigin(handler, path=tmp_path / "other.sock"):
+    with ScriptedOrigin() as origin, RawOrigin(handler, path=tmp_path / "other.sock"):
         site = '[[sites.routes]]\npath = "/never"\norigins = ["unix:mine.sock"]\n'
         with edged(origin.address, certificate, WORKER, site=site) as tunnel:
             outcome = asked((origin, tunnel), "/to", [("X-To", f"unix:{tmp_path}/other.sock")])
@@ -194,20 +199,20 @@ def test_a_unix_socket_that_is_declared(certificate: Certificate, tmp_path: Path
             assert asked((origin, tunnel), "/to", [("X-To", declared)]).reason == "origin unreachable"
 
 
-def test_what_is_allowed_changes_with_a_reload(certificate: Certificate, target: Witness) -> None:
+def test_what_is_allowed_changes_with_a_reload(certificate: Certificate, target: ScriptedOrigin) -> None:
     with edged("127.0.0.1:1", certificate, WORKER, site='worker_origins = ["127.0.0.0/8"]\n') as tunnel:
         there = [("X-To", target.address)]
-        target.tell(switching_protocols)
+        target.play(switching_protocols)
         with connect_tls(tunnel) as client:
             assert upgrade(client, "/to", there).status == 101
         narrower = policy(
             "127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\nworker_origins = ["10.0.0.0/8"]\n'
         )
         assert tunnel.reload(narrower) == ["site localhost: changed: worker_origins"]
-        statement = target.tell(switching_protocols)
+        traffic = target.play(switching_protocols)
         with connect_tls(tunnel) as client:
             assert upgrade(client, "/to", there).status == 502
-        assert statement.connections == 0
+        assert traffic.connections == 0
 
 
 # --- and no other hole ------------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ def test_what_the_handshake_rests_on_stays(stage: Stage, name: str) -> None:
 def test_what_it_sets_nobody_claims_in_another_spelling(certificate: Certificate, forged: str) -> None:
     """CGI and WSGI take every underscore for a hyphen, and join what is then of one name."""
     code = BY_PATH + "async def ann(request, env):\n    return request.forward(headers={'X-User-Id': 'ann'})\n"
-    with Witness() as origin, edged(origin.address, certificate, code) as tunnel:
+    with ScriptedOrigin() as origin, edged(origin.address, certificate, code) as tunnel:
         head = asked((origin, tunnel), "/ann", [(forged, "bob")]).head
         assert b"ann" in head
         assert b"bob" not in head

@@ -28,8 +28,8 @@ from tests.harness import (
 from tests.pki import Authority, cert_pem
 from tests.promises.edged import BY_PATH, asked, edged, told
 from tests.promises.firewalled import Stage
-from tests.promises.wire import ask, parse_response, read_until_end
-from tests.promises.witness import SMUGGLED, Witness, record_of
+from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, record_of
+from tests.promises.wire import parse_response, read_until_end, send_request
 from tlstunnel.sockets.proxy_protocol import write_v2
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -147,20 +147,20 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Path, 
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[Witness]:
-    with Witness() as other:
+def other() -> Iterator[ScriptedOrigin]:
+    with ScriptedOrigin() as other:
         yield other
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate, other: Witness, people: tuple[Path, tuple[Path, Path]]) -> Iterator[Stage]:
+def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, tuple[Path, Path]]) -> Iterator[Stage]:
     site = (
         f'http = "pass"\nworker_config = {{ other = "{other.address}" }}\nblock_addresses = ["127.0.0.66"]\n'
         f'client_ca = "{people[0]}"\nclient_auth = "request"\n'
         f'[[sites.routes]]\npath = "/other"\norigins = ["{other.address}"]\n{RULES}'
     )
     with (
-        Witness() as origin,
+        ScriptedOrigin() as origin,
         edged(origin.address, certificate, WORKER, top=f'trusted_proxies = ["{PROXY}"]\n', site=site) as tunnel,
     ):
         yield origin, tunnel
@@ -186,13 +186,13 @@ def test_what_the_firewall_refuses_it_never_meets(stage: Stage) -> None:
     assert not {outcome.record["id"] for _, outcome in refused}.intersection(met)
 
 
-def test_whom_it_refuses_no_origin_meets(stage: Stage, other: Witness) -> None:
+def test_whom_it_refuses_no_origin_meets(stage: Stage, other: ScriptedOrigin) -> None:
     """`asked` sees that the site's origin was not connected to; here also the other's."""
-    statement = other.tell(switching_protocols)
+    traffic = other.play(switching_protocols)
     outcome = asked(stage, "/refused?status=401")
     assert (outcome.status, outcome.reason, outcome.record["origin"]) == (401, "edge: reply", "")
     assert outcome.body == "sign in first: ü\n"
-    assert statement.connections == 0
+    assert traffic.connections == 0
 
 
 def test_it_is_asked_once_a_request(stage: Stage) -> None:
@@ -206,12 +206,12 @@ def test_a_request_without_upgrade_goes_by_it(stage: Stage) -> None:
     """`http = "pass"`: it is for the upgrade alone."""
     origin, tunnel = stage
     before = told(stage, "/seen")
-    statement = origin.tell(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage", then="end")
-    answer = ask(tunnel, b"GET /refused?status=401 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    traffic = origin.play(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage", then="end")
+    answer = send_request(tunnel, b"GET /refused?status=401 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (answer.status, answer.body) == (200, b"page")
-    assert statement.heads[0].startswith(b"GET /refused?status=401 HTTP/1.1\r\n")
+    assert traffic.heads[0].startswith(b"GET /refused?status=401 HTTP/1.1\r\n")
     assert len(told(stage, "/seen")) == len(before) + 1
-    record = record_of(tunnel, _id_in(statement.heads[0]))
+    record = record_of(tunnel, _id_in(traffic.heads[0]))
     assert "edge" not in record
 
 
@@ -282,10 +282,10 @@ def test_forwarded_changed(stage: Stage) -> None:
     assert outcome.record["path"] == "/changed"
 
 
-def test_forwarded_elsewhere(stage: Stage, other: Witness) -> None:
+def test_forwarded_elsewhere(stage: Stage, other: ScriptedOrigin) -> None:
     """To a declared origin of its choice, here that of a route."""
     origin, tunnel = stage
-    mine, its = origin.tell(switching_protocols), other.tell(switching_protocols)
+    mine, its = origin.play(switching_protocols), other.play(switching_protocols)
     with connect_tls(tunnel) as client:
         assert upgrade(client, "/elsewhere").status == 101
     record = its.record(tunnel)
@@ -293,9 +293,9 @@ def test_forwarded_elsewhere(stage: Stage, other: Witness) -> None:
     assert (mine.connections, its.connections) == (0, 1)
 
 
-def test_the_path_that_it_sets_decides_about_the_route(stage: Stage, other: Witness) -> None:
+def test_the_path_that_it_sets_decides_about_the_route(stage: Stage, other: ScriptedOrigin) -> None:
     _, tunnel = stage
-    its = other.tell(switching_protocols)
+    its = other.play(switching_protocols)
     with connect_tls(tunnel) as client:
         assert upgrade(client, "/routed").status == 101
     assert its.heads[0].startswith(b"GET /other//routed HTTP/1.1\r\n")
@@ -306,7 +306,7 @@ def test_the_path_that_it_sets_decides_about_the_route(stage: Stage, other: Witn
     ("status", "phrase"), [(302, "Found"), (401, "Unauthorized"), (499, "Refused"), (599, "Refused")]
 )
 def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None:
-    answer = ask(stage[1], handshake_request(f"/refused?status={status}"))
+    answer = send_request(stage[1], handshake_request(f"/refused?status={status}"))
     head, _, body = answer.raw.partition(b"\r\n\r\n")
     assert head.decode().split("\r\n") == [
         f"HTTP/1.1 {status} {phrase}",
@@ -322,10 +322,10 @@ def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None
 
 
 def test_a_reply_of_bytes_and_one_without(stage: Stage) -> None:
-    picture = ask(stage[1], handshake_request("/picture"))
+    picture = send_request(stage[1], handshake_request("/picture"))
     assert (picture.status, picture.body) == (403, b"\x00\xff\r\n\r\n")
     assert picture.headers.get_all("Content-Type") == ["image/png"]
-    unmodified = ask(stage[1], handshake_request("/unmodified"))
+    unmodified = send_request(stage[1], handshake_request("/unmodified"))
     assert (unmodified.status, unmodified.body, unmodified.headers["ETag"]) == (304, b"", '"1"')
     assert unmodified.headers["Content-Length"] is None
     assert unmodified.raw.endswith(b"\r\n\r\n")
@@ -424,7 +424,7 @@ def test_a_token_in_a_subprotocol_is_taken_out(certificate: Certificate) -> None
 @pytest.mark.parametrize(("chosen", "status"), [("chat", 101), ("token", 502)])
 def test_an_origin_cannot_choose_what_was_taken_out(stage: Stage, chosen: str, status: int) -> None:
     origin, tunnel = stage
-    origin.tell(lambda request: switching_protocols(request, [("Sec-WebSocket-Protocol", chosen)]))
+    origin.play(lambda request: switching_protocols(request, [("Sec-WebSocket-Protocol", chosen)]))
     with connect_tls(tunnel) as client:
         assert upgrade(client, "/protocols", [("Sec-WebSocket-Protocol", "token, chat")]).status == status
 
@@ -435,15 +435,15 @@ def test_an_origin_cannot_choose_what_was_taken_out(stage: Stage, chosen: str, s
 def test_what_comes_behind_the_request_it_never_sees(stage: Stage) -> None:
     """Nothing that can be reached from the request holds it, and it arrives at the origin alone, after the 101."""
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols, then="end")
+    traffic = origin.play(switching_protocols, then="end")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request("/everything", headers=[("X-Marker", "here")]) + SMUGGLED)
         assert read_response(client).status == 101
         client.unwrap()
-    assert statement.surplus_at_end() == SMUGGLED
-    assert b"X-All: " in statement.heads[0]
-    assert b"here" in statement.heads[0].partition(b"X-All: ")[2]
-    assert b"/internal/secrets" not in statement.heads[0]
+    assert traffic.surplus_at_end() == SMUGGLED
+    assert b"X-All: " in traffic.heads[0]
+    assert b"here" in traffic.heads[0].partition(b"X-All: ")[2]
+    assert b"/internal/secrets" not in traffic.heads[0]
 
 
 def test_what_comes_behind_a_request_that_it_refuses_goes_nowhere(stage: Stage) -> None:
@@ -461,7 +461,7 @@ def test_it_never_sees_a_message(certificate: Certificate) -> None:
             for _ in range(100):
                 client.sendall(b"\x82\x84\0\0\0\0ping")
                 assert receive_exactly(client, 10) == b"\x82\x84\0\0\0\0ping"
-        met = json.loads(ask(tunnel, handshake_request("/seen")).body)
+        met = json.loads(send_request(tunnel, handshake_request("/seen")).body)
         assert len(met) == 2
 
 
@@ -498,6 +498,6 @@ def test_a_wss_origin_of_its_choice(certificate: Certificate, tmp_path: Path) ->
             client.sendall(b"ping")
             assert receive_exactly(client, 4) == b"ping"
         assert tunnel.wait_records()[0]["origin"] == where
-        refused = ask(tunnel, handshake_request(f"/to?where={where}"))
+        refused = send_request(tunnel, handshake_request(f"/to?where={where}"))
         assert refused.status == 502
         assert record_of(tunnel, refused.headers)["reason"] == "origin certificate from unknown issuer"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness import Certificate, eventually
-from tests.promises.ends import Ends, Hands, Pair
+from tests.promises.both_ends import BothEnds, Pair, Threads
 
 TUNNELS = 50
 ECHOES = 1000
@@ -22,7 +22,7 @@ BULK = bytes(1 << 20)
 
 @pytest.mark.alone
 def test_echoes_beside_bulk(certificate: Certificate) -> None:
-    with Ends(certificate, measured=True) as ends, Hands() as hands:
+    with BothEnds(certificate, measured=True) as ends, Threads() as threads:
         pairs = [ends.open() for _ in range(TUNNELS)]
         busy = ends.open()
         moved = {"up": 0, "down": 0}
@@ -38,10 +38,10 @@ def test_echoes_beside_bulk(certificate: Certificate) -> None:
                 while some := receiver():
                     moved[direction] += len(some)
 
-        hands.do(send, busy.client.send)
-        hands.do(send, busy.origin.sendall)
-        hands.do(receive, lambda: busy.origin.recv(1 << 18), "up")
-        hands.do(receive, busy.client.receive, "down")
+        threads.do(send, busy.client.send)
+        threads.do(send, busy.origin.sendall)
+        threads.do(receive, lambda: busy.origin.recv(1 << 18), "up")
+        threads.do(receive, busy.client.receive, "down")
         eventually(lambda: min(moved.values()) > BUSY)
         begin, before = time.monotonic(), dict(moved)
         latencies: list[float] = []

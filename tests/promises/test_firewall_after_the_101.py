@@ -23,7 +23,7 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import connect_from, helpers, judged, policed
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
 
 TOP = """
 [[rules]]
@@ -126,27 +126,27 @@ def _says_nothing(tunnel: Tunnel) -> None:
 def test_what_comes_behind_the_handshake_in_one_write_is_not_looked_at_either(certificate: Certificate) -> None:
     """It waits beside the request until the 101; nobody takes it for a part of it."""
     early = _attacks()[:8000]
-    with Witness() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
-        statement = origin.tell(switching_protocols)
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
+        traffic = origin.play(switching_protocols)
         with connect_from(tunnel, "127.0.0.1") as client:
             client.sendall(handshake_request("/chat") + early)
             assert read_response(client).status == 101
             client.sendall(bytes(range(256)))
-        assert statement.surplus_at_end() == early + bytes(range(256))
-        assert statement.record(tunnel)["verdict"] == "pass"
+        assert traffic.surplus_at_end() == early + bytes(range(256))
+        assert traffic.record(tunnel)["verdict"] == "pass"
         _says_nothing(tunnel)
 
 
 def test_a_second_request_in_a_tunnel_is_bytes(certificate: Certificate) -> None:
     """Neither counted by the limits, of which the first was the last, nor judged, nor made anybody else's."""
     second = handshake_request("/admin?x=1'%20OR%20'1'='1", headers=[("X-Forwarded-For", "203.0.113.1")])
-    with Witness() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
-        statement = origin.tell(switching_protocols)
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
+        traffic = origin.play(switching_protocols)
         with connect_from(tunnel, "127.0.0.1") as client:
             assert upgrade(client, "/chat").status == 101
             client.sendall(second * 100)
-        assert statement.surplus_at_end() == second * 100
-        statement.record(tunnel)
+        assert traffic.surplus_at_end() == second * 100
+        traffic.record(tunnel)
         _says_nothing(tunnel)
         # The policy does bite where it is asked.
         assert judged((origin, tunnel), "/chat").reason == "rate limit: one"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import Certificate, handshake_request
 from tests.promises.firewalled import Outcome, Stage, judged, policed
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
 
 SITE = """
 web_origins = ["same"]
@@ -53,13 +53,16 @@ action = "block"
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, policed(origin.address, certificate, site=SITE) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=SITE) as tunnel:
         yield origin, tunnel
 
 
 @pytest.fixture(scope="module")
 def lenient(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, policed(origin.address, certificate, site=f"strict_path = false\n{SITE}") as tunnel:
+    with (
+        ScriptedOrigin() as origin,
+        policed(origin.address, certificate, site=f"strict_path = false\n{SITE}") as tunnel,
+    ):
         yield origin, tunnel
 
 

@@ -26,7 +26,7 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import Outcome, Stage, helpers, judged, policed, policy, write_rules
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
 from tlstunnel.firewall.managed.categories import name_category
 
 CRS = '[sites.managed_rules]\nowasp_crs = true\ntimeout = "10s"\n'
@@ -43,7 +43,7 @@ def _head(sample: Sample) -> bytes:
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
     require_crs()
-    with Witness() as origin, policed(origin.address, certificate, site=CRS) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=CRS) as tunnel:
         yield origin, tunnel
 
 
@@ -68,19 +68,19 @@ def test_an_attack_is_refused_and_its_rules_are_in_the_record(stage: Stage, atta
 @pytest.mark.parametrize("sample", corpus.handshakes()[::5], ids=lambda sample: sample.name)
 def test_an_ordinary_handshake_passes(stage: Stage, sample: Sample) -> None:
     origin, tunnel = stage
-    statement = origin.tell(lambda _: b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", then="end")
+    traffic = origin.play(lambda _: b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", then="end")
     with connect_tls(tunnel) as client:
         client.sendall(_head(sample))
         assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
     # The origin's refusal, not ours.
-    assert statement.record(tunnel)["verdict"] == "pass"
+    assert traffic.record(tunnel)["verdict"] == "pass"
 
 
 @contextlib.contextmanager
 def _with_own_rules(certificate: Certificate, folder: Path, more: str) -> Iterator[Stage]:
     require_libmodsecurity()
     site = f'[sites.managed_rules]\nrules = "{write_rules(folder)}"\n{more}'
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
         yield origin, tunnel
 
 
@@ -97,7 +97,7 @@ def test_a_helper_that_is_killed_is_replaced_and_tunnels_live_on(certificate: Ce
         WebsocketsOrigin() as origin,
         policed(origin.address, certificate, site=site) as tunnel,
         connect_tls(tunnel) as client,
-        Witness() as other,
+        ScriptedOrigin() as other,
     ):
         assert upgrade(client).status == 101
         for _ in range(3):
@@ -181,7 +181,7 @@ def test_rules_that_are_not_there_refuse_the_start_and_name_the_packages(
 def test_no_helper_is_left_behind(certificate: Certificate, tmp_path: Path) -> None:
     require_libmodsecurity()
     site = f'[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\n'
-    with Witness() as origin:
+    with ScriptedOrigin() as origin:
         tunnel: Tunnel = policed(origin.address, certificate, site=site)
         with tunnel:
             (pid,) = eventually(lambda: helpers(tunnel))

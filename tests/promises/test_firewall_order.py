@@ -10,7 +10,7 @@ import pytest
 from tests.corpus.managed_rules import require_libmodsecurity
 from tests.harness import TIMEOUT, Certificate, Tunnel
 from tests.promises.firewalled import Outcome, Stage, judged, policed, write_rules
-from tests.promises.witness import Witness
+from tests.promises.scripted_origin import ScriptedOrigin
 
 BLOCKED_BY_ALL, BLOCKED_BY_THE_SITE, UNTRUSTED, PROXY = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"
 
@@ -96,7 +96,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(certificate: Certificate, rules: Path) -> Iterator[Stage]:
     """With a user who has had all of the day's tunnels."""
     with (
-        Witness() as origin,
+        ScriptedOrigin() as origin,
         policed(origin.address, certificate, top=TOP, site=SITE.replace("{rules}", str(rules))) as tunnel,
     ):
         assert judged((origin, tunnel), headers=[SPENT]).status == 101
@@ -299,7 +299,7 @@ def test_with_mode_log_everywhere_all_passes_and_the_record_says_what_would_not_
     certificate: Certificate, rules: Path
 ) -> None:
     site = LOGGED_SITE.replace("{rules}", str(rules))
-    with Witness() as origin, policed(origin.address, certificate, top=LOGGED_TOP, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=LOGGED_TOP, site=site) as tunnel:
         headers = [SPENT, ("Origin", "https://evil.example")]
         first = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
         again = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
@@ -337,7 +337,7 @@ when = 'path == "/limited"'
 
 @pytest.fixture(scope="module")
 def behind(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, policed(origin.address, certificate, **BEHIND) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, **BEHIND) as tunnel:
         yield origin, tunnel
 
 

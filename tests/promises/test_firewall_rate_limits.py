@@ -24,8 +24,8 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import connect_from, judged, policed, write_rules
+from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
-from tests.promises.witness import Witness
 
 CLIENTS, LIMIT = 200, 30
 
@@ -227,7 +227,7 @@ def test_a_client_that_goes_before_the_answer_keeps_no_tunnel_counted(certificat
 def test_a_request_that_managed_rules_refuse_keeps_no_tunnel_counted(certificate: Certificate, tmp_path: Path) -> None:
     require_libmodsecurity()
     site = f'{TWO}\n[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\ntimeout = "10s"\n'
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
         for _ in range(5):
             assert judged((origin, tunnel), "/?x=bad").reason == "managed rules"
         assert judged((origin, tunnel), "/?x=good").status == 101
@@ -240,7 +240,7 @@ def test_limits_of_all_sites_and_of_a_site_are_told_together(certificate: Certif
     """And one that refuses uses up none of the others: the second of all sites is there for another user."""
     top = '[[rate_limits]]\nname = "all"\nlimit = "2/day"\nstrategy = "moving"\n'
     site = '[[sites.rate_limits]]\nname = "user"\nkey = ["header:X-User"]\nlimit = "1/day"\nstrategy = "moving"\n'
-    with Witness() as origin, policed(origin.address, certificate, top=top, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=top, site=site) as tunnel:
         stage = origin, tunnel
         assert judged(stage, headers=[("X-User", "a")]).status == 101
         assert judged(stage, headers=[("X-User", "a")]).reason == "rate limit: user"
@@ -256,7 +256,7 @@ def test_who_is_blocked_for_a_time_is_refused_whatever_is_asked(certificate: Cer
         '[[sites.rate_limits]]\nname = "logins"\nlimit = "1/day"\nstrategy = "moving"\n'
         'when = \'path == "/login"\'\nblock_for = "1h"\n'
     )
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
         stage = origin, tunnel
         assert judged(stage, "/chat").status == 101
         assert judged(stage, "/login").status == 101
@@ -273,7 +273,7 @@ def test_a_limit_without_its_key_does_not_apply(certificate: Certificate) -> Non
     site = (
         '[[sites.rate_limits]]\nname = "sessions"\nkey = ["cookie:sid", "path"]\nlimit = "1/day"\nstrategy = "moving"\n'
     )
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
         stage = origin, tunnel
         for _ in range(3):
             assert judged(stage).status == 101

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness import Certificate, receive_exactly
-from tests.promises.ends import Ends, Hands, TlsEnd, received_all
+from tests.promises.both_ends import BothEnds, Threads, TlsEnd, receive_until_fin
 
 MIB = 1 << 20
 DATA = random.Random(5).randbytes(8 * MIB)
@@ -20,15 +20,15 @@ VERSIONS = pytest.mark.parametrize("version", ["TLSv1.3", "TLSv1.2"])
 
 
 @VERSIONS
-def test_the_origin_goes_on_after_the_client_has_ended(ends: Ends, version: str) -> None:
-    with Hands() as hands:
+def test_the_origin_goes_on_after_the_client_has_ended(ends: BothEnds, version: str) -> None:
+    with Threads() as threads:
         client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None)
-        hands.do(_in_turn, lambda: client.send(DATA), client.end)
-        assert received_all(origin) == DATA
+        threads.do(_in_turn, lambda: client.send(DATA), client.end)
+        assert receive_until_fin(origin) == DATA
         for number in range(20):
             origin.sendall(b"%3d" % number)
             assert client.receive() == b"%3d" % number
-        hands.do(_in_turn, lambda: origin.sendall(DATA), origin.close)
+        threads.do(_in_turn, lambda: origin.sendall(DATA), origin.close)
         assert client.receive_all() == DATA
         record = ends.record(client)
         assert (record["ended_by"], record["reason"]) == ("client", "closed")
@@ -36,17 +36,17 @@ def test_the_origin_goes_on_after_the_client_has_ended(ends: Ends, version: str)
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
-def test_a_close_notify_without_a_fin_is_an_end_too(ends: Ends) -> None:
+def test_a_close_notify_without_a_fin_is_an_end_too(ends: BothEnds) -> None:
     client, origin = ends.open()
     client.send(b"all of it")
     client.sock.sendall(client.close_notify())
-    assert received_all(origin) == b"all of it"
+    assert receive_until_fin(origin) == b"all of it"
     origin.sendall(b"and back")
     assert client.receive() == b"and back"
     origin.close()
@@ -54,7 +54,7 @@ def test_a_close_notify_without_a_fin_is_an_end_too(ends: Ends) -> None:
 
 
 @VERSIONS
-def test_the_client_goes_on_after_the_origin_has_ended(ends: Ends, version: str) -> None:
+def test_the_client_goes_on_after_the_origin_has_ended(ends: BothEnds, version: str) -> None:
     client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None)
     origin.sendall(b"all of it")
     origin.shutdown(socket.SHUT_WR)
@@ -63,7 +63,7 @@ def test_the_client_goes_on_after_the_origin_has_ended(ends: Ends, version: str)
         client.send(b"%3d" % number)
         assert receive_exactly(origin, 3) == b"%3d" % number
     client.end()
-    assert received_all(origin) == b""
+    assert receive_until_fin(origin) == b""
     record = ends.record(client)
     assert (record["ended_by"], record["reason"]) == ("origin", "closed")
     assert (record["up"], record["down"]) == (60, 9)
@@ -71,15 +71,15 @@ def test_the_client_goes_on_after_the_origin_has_ended(ends: Ends, version: str)
 
 @VERSIONS
 @pytest.mark.parametrize("reads", ["at once", "slowly"])
-def test_the_client_sends_all_the_while_the_origin_ends(ends: Ends, version: str, reads: str) -> None:
+def test_the_client_sends_all_the_while_the_origin_ends(ends: BothEnds, version: str, reads: str) -> None:
     """``close_notify`` is made while the client's records wait in the socket and half of one in the TLS library.
 
     `ssl.SSLSocket.unwrap` reads after it has sent, and would lose them, with the connection.
     """
-    with Hands() as hands:
+    with Threads() as threads:
         for _ in range(3):
             client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None, buffers=65_536)
-            sending = hands.do(_send_all, client)
+            sending = threads.do(_send_all, client)
             received = _received(origin, MIB)
             origin.shutdown(socket.SHUT_WR)
             if reads == "slowly":
@@ -92,12 +92,12 @@ def test_the_client_sends_all_the_while_the_origin_ends(ends: Ends, version: str
             assert client.receive_all() == b""
 
 
-def test_half_a_record_when_the_origin_ends(ends: Ends) -> None:
+def test_half_a_record_when_the_origin_ends(ends: BothEnds) -> None:
     """The rest of a record that the TLS library has begun to read comes after the tunnel's ``close_notify``."""
     for cut in (1, 3, 5, 6, 500, -1):
         client, origin = ends.open()
         client.send(b"before ")
-        record = client.sealed(b"x" * 1000)
+        record = client.encrypt(b"x" * 1000)
         client.sock.sendall(record[:cut])
         assert receive_exactly(origin, 7) == b"before "
         origin.shutdown(socket.SHUT_WR)
@@ -105,16 +105,16 @@ def test_half_a_record_when_the_origin_ends(ends: Ends) -> None:
         client.sock.sendall(record[cut:])
         client.send(b" after")
         client.end()
-        assert received_all(origin) == b"x" * 1000 + b" after"
+        assert receive_until_fin(origin) == b"x" * 1000 + b" after"
 
 
-def test_both_end_at_once(ends: Ends) -> None:
-    with Hands() as hands:
+def test_both_end_at_once(ends: BothEnds) -> None:
+    with Threads() as threads:
         for _ in range(20):
             client, origin = ends.open()
-            hands.do(lambda end: (end.send(DATA[:300_000]), end.end()), client)
-            hands.do(lambda end: (end.sendall(DATA[:300_000]), end.shutdown(socket.SHUT_WR)), origin)
-            upwards = hands.do(received_all, origin)
+            threads.do(lambda end: (end.send(DATA[:300_000]), end.end()), client)
+            threads.do(lambda end: (end.sendall(DATA[:300_000]), end.shutdown(socket.SHUT_WR)), origin)
+            upwards = threads.do(receive_until_fin, origin)
             assert client.receive_all() == DATA[:300_000]
             assert upwards.result() == DATA[:300_000]
             assert ends.record(client)["reason"] == "closed"

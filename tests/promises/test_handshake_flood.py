@@ -24,7 +24,7 @@ from tests.harness import (
     reset,
     upgrade,
 )
-from tests.promises.wire import ABRUPT_ENDS, client_hello, read_until_end, settled_descriptors
+from tests.promises.wire import ABRUPT_ENDS, client_hello, read_until_end, wait_for_descriptors
 
 FLOOD = 6_000
 AT_ONCE = 20
@@ -134,7 +134,7 @@ def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> 
         context = client_context(tunnel)
         _flood(tunnel, 400)  # warm: allocators, caches
         _bad_requests(tunnel, context, 100)
-        idle = settled_descriptors(tunnel, 30)
+        idle = wait_for_descriptors(tunnel, 30)
         warm = tunnel.rss()
 
         good = _GoodClient(tunnel)
@@ -148,7 +148,7 @@ def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> 
         assert not good.failures
         assert good.served > 3
 
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)
         eventually(lambda: tunnel.rss() < warm + SLACK)
         print(f"RSS {warm / MIB:.1f} MiB before, {tunnel.rss() / MIB:.1f} MiB after {elapsed:.1f} s of flood")
 
@@ -171,4 +171,4 @@ def test_a_listener_full_of_dead_connections_is_worked_off(certificate: Certific
             reset(sock)
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)

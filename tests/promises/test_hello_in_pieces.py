@@ -18,14 +18,14 @@ from tests.harness import (
 )
 from tests.promises.wire import (
     ILLEGAL_PARAMETER,
-    Handshaker,
+    MemoryTlsClient,
     alert,
     client_hello,
     cpu_share,
     has_ended,
-    in_records,
     read_until_end,
-    without_verification,
+    split_into_records,
+    unverified_context,
 )
 
 Connect = Callable[[], socket.socket]
@@ -60,10 +60,10 @@ def connect(request: pytest.FixtureRequest, tunnel: Tunnel) -> Connect:
     return unix if request.param == "unix" else tcp
 
 
-def _many_protocols(size: int) -> Handshaker:
+def _many_protocols(size: int) -> MemoryTlsClient:
     """A client whose hello has about this many bytes."""
     names = [f"protocol-{number:03}".ljust(250, "-") for number in range(size // 251)]
-    return Handshaker(without_verification(alpn=("http/1.1", *names)))
+    return MemoryTlsClient(unverified_context(alpn=("http/1.1", *names)))
 
 
 def _pieces(data: bytes, size: int) -> list[bytes]:
@@ -73,36 +73,36 @@ def _pieces(data: bytes, size: int) -> list[bytes]:
 @pytest.mark.parametrize("records", [None, 1, 7, 200], ids=lambda size: f"records-of-{size}" if size else "one-record")
 @pytest.mark.parametrize("segments", [1, 5, 100, 1 << 20], ids=lambda size: f"segments-of-{size}")
 def test_any_pieces_make_a_hello(connect: Connect, records: int | None, segments: int) -> None:
-    handshaker = Handshaker()
-    hello = handshaker.step()
-    sent = in_records(hello, records) if records else hello
+    tls = MemoryTlsClient()
+    hello = tls.step()
+    sent = split_into_records(hello, records) if records else hello
     with connect() as client:
         if client.family == socket.AF_UNIX:
             segments = max(segments, len(sent) // WRITES_ON_UNIX + 1)
         for piece in _pieces(sent, segments):
             client.sendall(piece)
-        handshaker.finish(client)
+        tls.finish(client)
 
 
 @pytest.mark.parametrize("size", [2_000, 8_000, 14_000])
 def test_large_hellos_are_served(connect: Connect, size: int) -> None:
-    handshaker = _many_protocols(size)
-    hello = handshaker.step()
+    tls = _many_protocols(size)
+    hello = tls.step()
     assert len(hello) >= size - 300
     with connect() as client:
         for piece in _pieces(hello, 1_000):
             client.sendall(piece)
-        handshaker.finish(client)
+        tls.finish(client)
 
 
 def test_a_pause_within_a_hello_is_waited_out(connect: Connect) -> None:
-    handshaker = Handshaker()
-    hello = handshaker.step()
+    tls = MemoryTlsClient()
+    hello = tls.step()
     with connect() as client:
         for piece in (hello[:3], hello[3:100], hello[100:-1], hello[-1:]):
             client.sendall(piece)
             time.sleep(0.1)  # the pause that this is about
-        handshaker.finish(client)
+        tls.finish(client)
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["whole", "in-pieces"])

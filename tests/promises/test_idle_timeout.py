@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.harness import Certificate
-from tests.promises.ends import Ends, Pair, received_all, steps
+from tests.promises.both_ends import BothEnds, Pair, receive_until_fin, ticks
 
 
 def _ping(pair: Pair) -> None:
@@ -16,10 +16,10 @@ def _ping(pair: Pair) -> None:
 
 
 def test_idle_ends_and_busy_does_not(certificate: Certificate) -> None:
-    with Ends(certificate, settings='[timeouts]\nidle = "1s"\n') as ends:
+    with BothEnds(certificate, settings='[timeouts]\nidle = "1s"\n') as ends:
         idle, busy, upwards, downwards = (ends.open() for _ in range(4))
         begin = time.monotonic()
-        for _ in steps(3, 0.2):
+        for _ in ticks(3, 0.2):
             _ping(busy)
             upwards.client.send(b".")
             assert upwards.origin.recv(2) == b"."
@@ -30,13 +30,13 @@ def test_idle_ends_and_busy_does_not(certificate: Certificate) -> None:
         assert (record["up"], record["down"]) == (0, 0)
         assert 0.9 < record["seconds"] < 3, time.monotonic() - begin
         # Both sides see a proper end.
-        assert received_all(idle.origin) == b""
+        assert receive_until_fin(idle.origin) == b""
         assert idle.client.receive_all() == b""
 
 
 @pytest.mark.parametrize("settings", ["", '[timeouts]\nidle = "off"\n', '[timeouts]\nclose = "1s"\n'])
 def test_off_by_default(certificate: Certificate, settings: str) -> None:
-    with Ends(certificate, settings=settings) as ends:
+    with BothEnds(certificate, settings=settings) as ends:
         pair = ends.open()
         time.sleep(1.5)
         _ping(pair)
@@ -44,7 +44,7 @@ def test_off_by_default(certificate: Certificate, settings: str) -> None:
 
 @pytest.mark.alone
 def test_a_tunnel_costs_nothing_while_it_is_idle(certificate: Certificate) -> None:
-    with Ends(certificate, measured=True) as ends:
+    with BothEnds(certificate, measured=True) as ends:
         for _ in range(50):
             ends.open()
         before = ends.tunnel.cpu_seconds()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Certificate, receive_exactly
-from tests.promises.ends import Ends, TlsEnd
+from tests.promises.both_ends import BothEnds, TlsEnd
 from tests.promises.secure import Sealing, SecureEnds
 
 HANDSHAKE, DATA = 22, 23
@@ -18,9 +18,9 @@ IDLE_CPU = 0.25
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """A tunnel to an origin without TLS."""
-    with Ends(certificate, measured=True) as running:
+    with BothEnds(certificate, measured=True) as running:
         yield running
 
 
@@ -40,20 +40,20 @@ def _sealing(end: TlsEnd, keys: Path, side: str) -> Sealing:
     return Sealing(cipher[0], bytes.fromhex(line.split()[2]), 1)
 
 
-def _client_context(ends: Ends, keys: Path) -> ssl.SSLContext:
+def _client_context(ends: BothEnds, keys: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=ends.tunnel.ca)
     context.keylog_filename = str(keys)
     return context
 
 
-def _does_not_spin(ends: Ends) -> None:
+def _does_not_spin(ends: BothEnds) -> None:
     before = ends.tunnel.cpu_seconds()
     time.sleep(1)
     assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
 @pytest.mark.alone
-def test_half_a_key_update_of_the_client(ends: Ends, tmp_path: Path) -> None:
+def test_half_a_key_update_of_the_client(ends: BothEnds, tmp_path: Path) -> None:
     """TLS writes nothing before the other half has come: writability is of no use then, and there all the time."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"))
     sealing = _sealing(client, tmp_path / "keys", "CLIENT")
@@ -84,7 +84,7 @@ def test_half_a_key_update_of_the_origin(secure: SecureEnds, tmp_path: Path) -> 
     assert client.receive_exactly(5) == b"after"
 
 
-def test_half_a_key_update_and_the_end(ends: Ends, tmp_path: Path) -> None:
+def test_half_a_key_update_and_the_end(ends: BothEnds, tmp_path: Path) -> None:
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"))
     sealing = _sealing(client, tmp_path / "keys", "CLIENT")
     client.sock.sendall(sealing.record(b"before", DATA) + sealing.record(KEY_UPDATE[:4], HANDSHAKE))
@@ -95,7 +95,7 @@ def test_half_a_key_update_and_the_end(ends: Ends, tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_a_key_update_that_cannot_be_answered(ends: Ends, tmp_path: Path) -> None:
+def test_a_key_update_that_cannot_be_answered(ends: BothEnds, tmp_path: Path) -> None:
     """The client reads nothing, so the answer waits for room, while more of the client's waits to be read."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"), buffers=65_536)
     sealing = _sealing(client, tmp_path / "keys", "CLIENT")

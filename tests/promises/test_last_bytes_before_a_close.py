@@ -10,16 +10,23 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import Certificate, handshake_request, read_request, switching_protocols
-from tests.promises.ends import Ends, Hands, TlsEnd, arrived, received_all, until_reset
+from tests.promises.both_ends import (
+    BothEnds,
+    Threads,
+    TlsEnd,
+    receive_until_fin,
+    receive_until_reset,
+    wait_until_acknowledged,
+)
 
 MIB = 1 << 20
 DATA = random.Random(16).randbytes(16 * MIB)
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
@@ -36,15 +43,15 @@ def _slowly(client: TlsEnd) -> bytes:
     return bytes(received)
 
 
-def test_16_mib_and_a_close_by_the_origin(ends: Ends) -> None:
-    with Hands() as hands:
+def test_16_mib_and_a_close_by_the_origin(ends: BothEnds) -> None:
+    with Threads() as threads:
         client, origin = ends.open(buffers=65_536)
 
         def send_and_close() -> None:
             origin.sendall(DATA)
             origin.close()
 
-        hands.do(send_and_close)
+        threads.do(send_and_close)
         assert _slowly(client) == DATA
         client.end()
         record = ends.record(client)
@@ -52,8 +59,8 @@ def test_16_mib_and_a_close_by_the_origin(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("version", ["TLSv1.3", "TLSv1.2"])
-def test_16_mib_and_a_close_by_the_client(ends: Ends, version: str) -> None:
-    with Hands() as hands:
+def test_16_mib_and_a_close_by_the_client(ends: BothEnds, version: str) -> None:
+    with Threads() as threads:
         client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None, buffers=65_536)
 
         def send_and_close() -> None:
@@ -61,7 +68,7 @@ def test_16_mib_and_a_close_by_the_client(ends: Ends, version: str) -> None:
             client.sock.sendall(client.close_notify())
             client.sock.close()
 
-        hands.do(send_and_close)
+        threads.do(send_and_close)
         received = bytearray()
         while some := origin.recv(256 * 1024):
             received += some
@@ -73,13 +80,13 @@ def test_16_mib_and_a_close_by_the_client(ends: Ends, version: str) -> None:
 
 
 @pytest.mark.parametrize("sends", ["now and then", "all the time"])
-def test_a_full_close_by_the_origin_while_the_client_sends(ends: Ends, sends: str) -> None:
+def test_a_full_close_by_the_origin_while_the_client_sends(ends: BothEnds, sends: str) -> None:
     """The origin's kernel answers what comes after close() with RST: it must not overtake what the origin sent before.
 
     The origin's own kernel throws away what it has not sent by then, so it closes when all of it is on its way.
     """
     data = DATA[: 2 * MIB]
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open()
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         more = True
@@ -91,9 +98,9 @@ def test_a_full_close_by_the_origin_while_the_client_sends(ends: Ends, sends: st
                     time.sleep(0 if sends == "all the time" else 0.01)
 
         origin.sendall(data)
-        arrived(origin)
+        wait_until_acknowledged(origin)
         origin.close()
-        hands.do(send)
+        threads.do(send)
         try:
             assert _slowly(client) == data
         finally:
@@ -101,25 +108,25 @@ def test_a_full_close_by_the_origin_while_the_client_sends(ends: Ends, sends: st
             client.sock.shutdown(socket.SHUT_RDWR)  # wakes the sender
 
 
-def test_a_reset_by_the_origin_right_after_data(ends: Ends) -> None:
+def test_a_reset_by_the_origin_right_after_data(ends: BothEnds) -> None:
     """An origin that closes with something unread resets; what had left it before is delivered all the same."""
     data = DATA[: 2 * MIB]
     client, origin = ends.open()
     client.send(b"never read")
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     origin.sendall(data)
-    arrived(origin)
+    wait_until_acknowledged(origin)
     origin.close()
 
     def slowly() -> bytes:
         time.sleep(0.001)
         return client.receive()
 
-    assert until_reset(slowly) == data
+    assert receive_until_reset(slowly) == data
 
 
 @pytest.mark.parametrize("size", [1, 1000, 300_000])
-def test_data_and_a_close_right_behind_the_101(ends: Ends, size: int) -> None:
+def test_data_and_a_close_right_behind_the_101(ends: BothEnds, size: int) -> None:
     client = ends.connect()
     client.send(handshake_request())
     origin = ends.accept()
@@ -131,23 +138,23 @@ def test_data_and_a_close_right_behind_the_101(ends: Ends, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000, 300_000])
-def test_data_and_an_end_right_behind_the_request(ends: Ends, size: int) -> None:
-    with Hands() as hands:
+def test_data_and_an_end_right_behind_the_request(ends: BothEnds, size: int) -> None:
+    with Threads() as threads:
         client = ends.connect()
-        hands.do(client.sock.sendall, client.sealed(handshake_request() + DATA[:size]) + client.close_notify())
+        threads.do(client.sock.sendall, client.encrypt(handshake_request() + DATA[:size]) + client.close_notify())
         origin = ends.accept()
         request = read_request(origin)
         assert request.leftover == b"", "sent before the 101"
         origin.sendall(switching_protocols(request))
-        assert received_all(origin) == DATA[:size]
+        assert receive_until_fin(origin) == DATA[:size]
         origin.sendall(b"until the end")
         origin.close()
         assert client.receive_all().endswith(b"\r\n\r\nuntil the end")
 
 
-def test_the_library_client_sees_no_truncation(ends: Ends) -> None:
+def test_the_library_client_sees_no_truncation(ends: BothEnds) -> None:
     """`ssl.SSLSocket`, which most Python clients are, takes the end for a proper one."""
-    with Hands() as hands:
+    with Threads() as threads:
         plain = socket.create_connection(("127.0.0.1", ends.tunnel.port), 15)
         with ends.context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as client:
             client.sendall(handshake_request())
@@ -157,7 +164,7 @@ def test_the_library_client_sees_no_truncation(ends: Ends) -> None:
                 origin.sendall(switching_protocols(read_request(origin)) + DATA[:MIB])
                 origin.close()
 
-            hands.do(answer)
+            threads.do(answer)
             received = bytearray()
             try:
                 while some := client.recv(65_536):

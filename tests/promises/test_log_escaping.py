@@ -25,7 +25,7 @@ from tests.harness import (
     read_request,
     switching_protocols,
 )
-from tests.promises.wire import ABRUPT_ENDS, Handshaker, client_hello, read_until_end
+from tests.promises.wire import ABRUPT_ENDS, MemoryTlsClient, client_hello, read_until_end
 
 # What acts on terminals, ends lines, or forges fields: C0, ANSI, C1 raw and in UTF-8, bidi and separator characters.
 NASTY = {
@@ -99,13 +99,13 @@ class _Logged:
 
     def request(self, data: bytes) -> None:
         """Send these bytes in a TLS connection of their own and wait for its end."""
-        handshaker = Handshaker()
+        tls = MemoryTlsClient()
         with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as client:
-            client.sendall(handshaker.step())
-            handshaker.finish(client)
-            client.sendall(handshaker.encrypt(data))
+            client.sendall(tls.step())
+            tls.finish(client)
+            client.sendall(tls.encrypt(data))
             with contextlib.suppress(AssertionError, ssl.SSLError, *ABRUPT_ENDS):
-                handshaker.read_all(client)
+                tls.read_all(client)
 
 
 @pytest.fixture(params=["json", "text"])

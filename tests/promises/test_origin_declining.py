@@ -19,8 +19,8 @@ from tests.harness import (
     receive_all,
     reset,
 )
-from tests.promises.wire import ABRUPT_ENDS, Response, ask, read_until_end
-from tests.promises.witness import SMUGGLED, Then, Witness
+from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, Then
+from tests.promises.wire import ABRUPT_ENDS, Response, read_until_end, send_request
 
 LARGE = random.Random(6455).randbytes(2 << 20)
 
@@ -51,21 +51,21 @@ FRAMINGS: dict[str, Callable[[bytes, bytes], bytes]] = {
 }
 
 
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
         yield origin, tunnel
 
 
 def _declined(stage: Stage, answer: bytes, *, then: Then) -> tuple[Response, Record]:
     origin, tunnel = stage
-    statement = origin.tell(answer, then=then)
-    response = ask(tunnel, handshake_request() + SMUGGLED)
-    assert statement.surplus_at_end() == b""
-    return response, statement.record(tunnel)
+    traffic = origin.play(answer, then=then)
+    response = send_request(tunnel, handshake_request() + SMUGGLED)
+    assert traffic.surplus_at_end() == b""
+    return response, traffic.record(tunnel)
 
 
 @pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS.keys())
@@ -137,14 +137,14 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
     origin, tunnel = stage
     head_arrived = threading.Event()
     # Only when the client has the head is there a body to be cut short.
-    statement = origin.tell(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
+    traffic = origin.play(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
         assert read_response(client).status == 500
         head_arrived.set()
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
-    record = statement.record(tunnel)
+    record = traffic.record(tunnel)
     assert record["status"] == 500
     assert (record["ended_by"], record["reason"]) == ("origin", "response truncated"), record
 
@@ -152,24 +152,24 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
 def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
     """In the very segment of the head, so that it is met before anything has gone to the client."""
     origin, tunnel = stage
-    statement = origin.tell(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
+    traffic = origin.play(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + SMUGGLED)
         received = read_until_end(client)
     assert b"this is no chunk" not in received
-    assert statement.surplus_at_end() == b""
-    assert statement.record(tunnel)["reason"] in {"response truncated", "invalid response"}
+    assert traffic.surplus_at_end() == b""
+    assert traffic.record(tunnel)["reason"] in {"response truncated", "invalid response"}
 
 
 def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> None:
     """Longer than timeouts.close in all, but never so long without a byte."""
     body = LARGE * 2
     with (
-        Witness() as origin,
+        ScriptedOrigin() as origin,
         Tunnel(origin.address, certificate, settings='[timeouts]\nclose = "1500ms"\n') as tunnel,
         connect_tls(tunnel) as client,
     ):
-        statement = origin.tell(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
+        traffic = origin.play(_by_length(b"HTTP/1.1 403 Forbidden\r\n", body))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         client.sendall(handshake_request())
         received = bytearray(read_response(client).leftover)
@@ -177,7 +177,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> 
             received += some
             time.sleep(3 * len(some) / len(body))  # the slowness that this is about
         assert bytes(received) == body
-        assert statement.record(tunnel)["reason"] == "declined"
+        assert traffic.record(tunnel)["reason"] == "declined"
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
@@ -186,11 +186,11 @@ def test_a_client_that_leaves_in_the_middle_is_noticed_at_once(
 ) -> None:
     """The origin streams on, or waits: its connection is not held for ``timeouts.close`` (30 s here)."""
     origin, tunnel = stage
-    statement = origin.tell(b"HTTP/1.1 200 OK\r\n\r\nstream")
+    traffic = origin.play(b"HTTP/1.1 200 OK\r\n\r\nstream")
     client = connect_tls(tunnel)
     client.sendall(handshake_request())
     assert read_response(client).status == 200
     leave(client)
-    eventually(lambda: statement.ended, 10)
-    record = statement.record(tunnel)
+    eventually(lambda: traffic.ended, 10)
+    record = traffic.record(tunnel)
     assert (record["ended_by"], record["reason"]) == ("client", "closed during the response")

@@ -18,12 +18,12 @@ from tests.harness import (
     read_response,
     reset,
 )
-from tests.promises.wire import Response, ask
+from tests.promises.wire import Response, send_request
 
 
 def _refused(tunnel: Tunnel, status: int, reasons: set[str]) -> Response:
     """Ask for a tunnel; the answer must be this status, and the record must agree with it."""
-    response = ask(tunnel, handshake_request("/down"))
+    response = send_request(tunnel, handshake_request("/down"))
     assert response.status == status, response.raw
     assert response.headers["Connection"] == "close"
     request_id = response.headers["X-Request-Id"]

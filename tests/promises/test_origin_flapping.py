@@ -15,7 +15,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.wire import ask, read_until_end
+from tests.promises.wire import read_until_end, send_request
 
 # A process of its own: only then is there something to kill.
 ORIGIN = """
@@ -51,8 +51,8 @@ def test_a_flapping_origin_is_served_whenever_it_is_there(certificate: Certifica
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 assert read_until_end(client) == b""
-            assert ask(tunnel, handshake_request()).status == 502
-            assert ask(tunnel, handshake_request()).status == 502
+            assert send_request(tunnel, handshake_request()).status == 502
+            assert send_request(tunnel, handshake_request()).status == 502
 
             process, _ = stack.enter_context(_origin(port))
             with connect_tls(tunnel) as client:

@@ -23,8 +23,8 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
-from tests.promises.wire import ask, read_until_end
-from tests.promises.witness import SMUGGLED, Script, Witness, record_of
+from tests.promises.scripted_origin import SMUGGLED, Script, ScriptedOrigin, record_of
+from tests.promises.wire import read_until_end, send_request
 
 LIE = b"WORDS-OF-THE-LIAR"
 
@@ -92,19 +92,19 @@ LIES: dict[str, Script | bytes] = {
 }
 
 
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
         yield origin, tunnel
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -> None:
     origin, tunnel = stage
-    statement = origin.tell(lie)
+    traffic = origin.play(lie)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + SMUGGLED)
         answer = read_response(client)
@@ -115,7 +115,7 @@ def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -
     assert LIE not in rest
     assert LIE.decode() not in str(answer.headers)
     assert answer.headers["X-Request-Id"].encode() in rest
-    assert statement.surplus_at_end() == b""
+    assert traffic.surplus_at_end() == b""
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["reason"]) == (502, "refused", "invalid response")
     assert record["ended_by"] == "tunnel"
@@ -153,7 +153,7 @@ TRUTHS: dict[str, Script] = {
 def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Script) -> None:
     pieces = iter((1, 7, 1 << 20))
 
-    def tell(sock: socket.socket) -> None:
+    def play(sock: socket.socket) -> None:
         request = read_request(sock)
         answer, piece = truth(request) + b"first words", next(pieces)
         for at in range(0, len(answer), piece):
@@ -162,7 +162,7 @@ def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Sc
         sock.sendall(b"last words")
 
     wishes = [("Sec-WebSocket-Protocol", "chat, superchat"), ("Sec-WebSocket-Extensions", "permessage-deflate")]
-    with RawOrigin(tell) as origin, Tunnel(origin.address, certificate) as tunnel:
+    with RawOrigin(play) as origin, Tunnel(origin.address, certificate) as tunnel:
         for _ in range(3):
             with connect_tls(tunnel) as client:
                 client.sendall(handshake_request(headers=wishes))
@@ -179,9 +179,9 @@ def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Sc
 def test_a_lie_to_one_client_costs_the_next_nothing(stage: Stage) -> None:
     origin, tunnel = stage
     turns = itertools.count()
-    origin.tell(lambda request: LIE + b"\r\n\r\n" if next(turns) % 2 == 0 else switching_protocols(request))
+    origin.play(lambda request: LIE + b"\r\n\r\n" if next(turns) % 2 == 0 else switching_protocols(request))
     for _ in range(3):
-        assert ask(tunnel, handshake_request()).status == 502
+        assert send_request(tunnel, handshake_request()).status == 502
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
 
@@ -194,6 +194,6 @@ def test_an_answer_before_the_request_is_still_judged(certificate: Certificate) 
         read_until_end(sock)
 
     with RawOrigin(hasty) as origin, Tunnel(origin.address, certificate) as tunnel:
-        response = ask(tunnel, handshake_request())
+        response = send_request(tunnel, handshake_request())
         assert response.status == 502
         assert LIE not in response.raw

@@ -21,16 +21,16 @@ from tests.harness import (
     receive_all,
     reset,
 )
-from tests.promises.wire import ABRUPT_ENDS, ask, read_until_end
-from tests.promises.witness import SMUGGLED, Witness, record_of
+from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, record_of
+from tests.promises.wire import ABRUPT_ENDS, read_until_end, send_request
 
 SETTINGS = '[timeouts]\norigin_response = "1s"\nclose = "300ms"\n'
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
         yield origin, tunnel
 
 
@@ -39,15 +39,15 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 )
 def test_no_answer_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
     origin, tunnel = stage
-    statement = origin.tell(beginning)
+    traffic = origin.play(beginning)
     began = time.monotonic()
-    response = ask(tunnel, handshake_request() + SMUGGLED)
+    response = send_request(tunnel, handshake_request() + SMUGGLED)
     assert time.monotonic() - began >= 0.9
     assert response.status == 504
     record = record_of(tunnel, response.headers)
     assert record["id"] in response.body.decode()
     assert (record["status"], record["ended_by"], record["reason"]) == (504, "tunnel", "origin response timed out")
-    assert statement.surplus_at_end() == b""
+    assert traffic.surplus_at_end() == b""
 
 
 def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -> None:
@@ -70,35 +70,35 @@ def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -
         gone.set()
 
     with RawOrigin(trickle) as origin, Tunnel(origin.address, certificate, settings=SETTINGS) as tunnel:
-        assert ask(tunnel, handshake_request()).status == 504
+        assert send_request(tunnel, handshake_request()).status == 504
         assert gone.wait(TIMEOUT), "the origin's connection outlived the 504"
 
 
 def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> None:
     origin, tunnel = stage
-    statement = origin.tell(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 1000\r\n\r\nonly this")
+    traffic = origin.play(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 1000\r\n\r\nonly this")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
         assert read_response(client).status == 403
         # Not a close_notify, which says that all has been sent.
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
-    record = statement.record(tunnel)
+    record = traffic.record(tunnel)
     assert (record["status"], record["ended_by"], record["reason"]) == (403, "tunnel", "response timed out")
-    assert statement.surplus_at_end() == b""
+    assert traffic.surplus_at_end() == b""
 
 
 def test_a_client_that_leaves_a_silent_origin_takes_its_connection_along(certificate: Certificate) -> None:
     """The 30 s of origin_response are not waited out: the harness would not wait that long."""
-    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
         for leave in (socket.socket.close, reset):
-            statement = origin.tell(b"")
+            traffic = origin.play(b"")
             client = connect_tls(tunnel)
             client.sendall(handshake_request() + SMUGGLED)
-            eventually(lambda: statement.heads)  # noqa: B023 - asked here and now
+            eventually(lambda: traffic.heads)  # noqa: B023 - asked here and now
             leave(client)
-            assert statement.surplus_at_end() == b""
-            assert statement.record(tunnel)["ended_by"] == "client"
+            assert traffic.surplus_at_end() == b""
+            assert traffic.record(tunnel)["ended_by"] == "client"
 
 
 def test_a_good_client_is_served_while_others_wait_for_an_answer(certificate: Certificate) -> None:
@@ -118,4 +118,4 @@ def test_a_good_client_is_served_while_others_wait_for_an_answer(certificate: Ce
     ):
         for _ in range(20):
             stack.enter_context(connect_tls(tunnel)).sendall(handshake_request("/silent"))
-        assert ask(tunnel, handshake_request("/prompt")).status == 404
+        assert send_request(tunnel, handshake_request("/prompt")).status == 404

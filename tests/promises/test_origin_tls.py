@@ -33,7 +33,7 @@ from tests.harness import (
     reset,
     upgrade,
 )
-from tests.promises.ends import Hands, TlsEnd, arrived, until_reset
+from tests.promises.both_ends import Threads, TlsEnd, receive_until_reset, wait_until_acknowledged
 from tests.promises.secure import DAY, Authority, OriginEnd, SecureEnds, refused, server_context, site, truncated
 
 MIB = 1 << 20
@@ -92,11 +92,11 @@ def _send(end: TlsEnd, times: int, step: int) -> str:
 @VERSIONS
 def test_every_byte_both_ways_at_once(measured: SecureEnds, tls_1_2: bool) -> None:
     count = 32
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = measured.open_secure(tls_1_2=tls_1_2)
         assert origin.version == ("TLSv1.2" if tls_1_2 else "TLSv1.3")
-        upwards, downwards = hands.do(_digest, origin.receive), hands.do(_digest, client.receive)
-        sent_up, sent_down = hands.do(_send, client, count, 4099), hands.do(_send, origin, count, 7919)
+        upwards, downwards = threads.do(_digest, origin.receive), threads.do(_digest, client.receive)
+        sent_up, sent_down = threads.do(_send, client, count, 4099), threads.do(_send, origin, count, 7919)
         assert upwards.result() == (count * MIB, sent_up.result())
         assert downwards.result() == (count * MIB, sent_down.result())
         record = measured.record(client)
@@ -109,14 +109,14 @@ def test_records_of_any_size_arrive(ends: SecureEnds, tls_1_2: bool) -> None:
     seed = ssl.RAND_bytes(4).hex()
     print(f"seed {seed}")
     chooses = random.Random(seed)
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open_secure(tls_1_2=tls_1_2)
 
         def send() -> None:
             start, sealed = 0, b""
             while start < MIB:
                 size = chooses.choice((1, 2, 100, 1500, 4096, 16_384))
-                sealed += origin.sealed(DATA[start : min(start + size, MIB)])
+                sealed += origin.encrypt(DATA[start : min(start + size, MIB)])
                 start += size
                 if len(sealed) > chooses.randrange(200_000):
                     origin.sock.sendall(sealed)
@@ -124,17 +124,17 @@ def test_records_of_any_size_arrive(ends: SecureEnds, tls_1_2: bool) -> None:
             origin.sock.sendall(sealed)
             origin.end()
 
-        hands.do(send)
+        threads.do(send)
         assert client.receive_all() == DATA[:MIB]
 
 
 @pytest.mark.parametrize("size", [1, 16_383, 16_384, 16_385, 262_143, 262_144, 262_145])
 def test_sizes_about_those_of_records_and_buffers(ends: SecureEnds, size: int) -> None:
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open_secure()
         for _ in range(3):
-            hands.do(client.send, DATA[:size])
-            hands.do(origin.send, DATA[-size:])
+            threads.do(client.send, DATA[:size])
+            threads.do(origin.send, DATA[-size:])
             assert client.receive_exactly(size) == DATA[-size:]
             assert origin.receive_exactly(size) == DATA[:size]
 
@@ -147,7 +147,7 @@ def test_bytes_behind_both_heads_arrive(ends: SecureEnds) -> None:
     request = origin.read_request()
     head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
     head += accept_token(request.headers["Sec-WebSocket-Key"]).encode() + b"\r\n\r\n"
-    origin.sock.sendall(origin.sealed(head + b"early down, ") + origin.sealed(b"and later"))
+    origin.sock.sendall(origin.encrypt(head + b"early down, ") + origin.encrypt(b"and later"))
     received = b""
     while not received.endswith(b"\r\n\r\nearly down, and later"):
         received += client.receive()
@@ -165,11 +165,11 @@ def _request(path: str) -> bytes:
 @pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_slow_reader_holds_the_sender_and_no_memory(measured: SecureEnds, direction: str) -> None:
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = measured.open_secure(buffers=65_536)
         sender, receiver = (client, origin) if direction == "up" else (origin, client)
         before = measured.tunnel.rss()
-        sending = hands.do(_send, sender, 32, 4099)
+        sending = threads.do(_send, sender, 32, 4099)
         time.sleep(0.5)
         assert measured.tunnel.rss() - before < 4 * MIB
         received = _digest(receiver.receive)
@@ -186,14 +186,14 @@ def _send_and_end(end: TlsEnd, data: bytes) -> None:
 
 @VERSIONS
 def test_the_origin_goes_on_after_the_client_has_ended(ends: SecureEnds, tls_1_2: bool) -> None:
-    with Hands() as hands:
+    with Threads() as threads:
         client, origin = ends.open_secure(tls_1_2=tls_1_2)
-        hands.do(_send_and_end, client, DATA)
+        threads.do(_send_and_end, client, DATA)
         assert origin.receive_all() == DATA
         for number in range(20):
             origin.send(b"%3d" % number)
             assert client.receive() == b"%3d" % number
-        hands.do(_send_and_end, origin, DATA)
+        threads.do(_send_and_end, origin, DATA)
         assert client.receive_all() == DATA
         record = ends.record(client)
         assert (record["ended_by"], record["reason"]) == ("client", "closed")
@@ -217,13 +217,13 @@ def test_the_client_goes_on_after_the_origin_has_ended(ends: SecureEnds, tls_1_2
 @VERSIONS
 def test_the_origin_sends_all_the_while_the_client_ends(ends: SecureEnds, tls_1_2: bool) -> None:
     """``close_notify`` is made while the origin's records wait in the socket and half of one in the TLS library."""
-    with Hands() as hands:
+    with Threads() as threads:
         for _ in range(3):
             client, origin = ends.open_secure(tls_1_2=tls_1_2, buffers=65_536)
-            sending = hands.do(_send, origin, 8, 4099)
+            sending = threads.do(_send, origin, 8, 4099)
             client.receive()
             client.end()
-            ending = hands.do(origin.receive_all)
+            ending = threads.do(origin.receive_all)
             size, _ = _digest(client.receive)
             sending.result()
             assert ending.result() == b""
@@ -237,7 +237,7 @@ def test_half_a_record_when_the_client_ends(ends: SecureEnds) -> None:
     for cut in (1, 3, 5, 6, 500, -1):
         client, origin = ends.open_secure()
         origin.send(b"before ")
-        record = origin.sealed(b"x" * 1000)
+        record = origin.encrypt(b"x" * 1000)
         origin.sock.sendall(record[:cut])
         assert client.receive_exactly(7) == b"before "
         client.end()
@@ -249,12 +249,12 @@ def test_half_a_record_when_the_client_ends(ends: SecureEnds) -> None:
 
 
 def test_both_end_at_once(ends: SecureEnds) -> None:
-    with Hands() as hands:
+    with Threads() as threads:
         for _ in range(20):
             client, origin = ends.open_secure()
-            hands.do(_send_and_end, client, DATA[:300_000])
-            hands.do(_send_and_end, origin, DATA[:300_000])
-            upwards = hands.do(origin.receive_all)
+            threads.do(_send_and_end, client, DATA[:300_000])
+            threads.do(_send_and_end, origin, DATA[:300_000])
+            upwards = threads.do(origin.receive_all)
             assert client.receive_all() == DATA[:300_000]
             assert upwards.result() == DATA[:300_000]
             assert ends.record(client)["reason"] == "closed"
@@ -272,7 +272,7 @@ def test_an_origin_cut_off_is_a_truncation_for_the_client_too(ends: SecureEnds, 
 
 def test_a_record_of_the_origin_cut_by_a_fin_is_a_truncation(ends: SecureEnds) -> None:
     client, origin = ends.open_secure()
-    origin.sock.sendall(origin.sealed(b"whole") + origin.sealed(b"never whole")[:-3])
+    origin.sock.sendall(origin.encrypt(b"whole") + origin.encrypt(b"never whole")[:-3])
     origin.sock.shutdown(socket.SHUT_WR)
     assert client.receive_exactly(5) == b"whole"
     truncated(client.receive)
@@ -296,9 +296,9 @@ def test_data_and_then_a_reset(ends: SecureEnds, side: str, size: int) -> None:
         client, origin = ends.open_secure()
         aborts, other = (client, origin) if side == "client" else (origin, client)
         aborts.send(DATA[:size])
-        arrived(aborts.sock)
+        wait_until_acknowledged(aborts.sock)
         reset(aborts.sock)
-        assert until_reset(other.receive) == DATA[:size], f"the {number}th"
+        assert receive_until_reset(other.receive) == DATA[:size], f"the {number}th"
         assert _who_and_why(ends, client) == (side, "reset")
     eventually(lambda: ends.tunnel.descriptors() <= idle)
 
@@ -326,11 +326,11 @@ def test_a_reset_while_the_tunnel_waits_for_the_other(measured: SecureEnds, side
     sent = 0
     with contextlib.suppress(TimeoutError):
         while True:
-            aborts.sock.sendall(aborts.sealed(DATA[sent % MIB :][:16_384]))
+            aborts.sock.sendall(aborts.encrypt(DATA[sent % MIB :][:16_384]))
             sent += 16_384
     reset(aborts.sock)
     _does_not_spin(measured)
-    received = until_reset(other.receive)
+    received = receive_until_reset(other.receive)
     assert received == (DATA[:MIB] * (sent // MIB + 1))[: len(received)]
     assert _who_and_why(measured, client) == (side, "reset")
     eventually(lambda: measured.tunnel.descriptors() <= idle)

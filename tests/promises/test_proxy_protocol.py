@@ -29,8 +29,8 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import policed, policy
+from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
-from tests.promises.witness import Witness
 from tlstunnel.sockets.proxy_protocol import SIGNATURE, read_header, write_v1, write_v2
 
 REQUIRED = 'proxy_protocol = "required"\ntrusted_proxies = ["127.0.0.1"]\n'
@@ -39,8 +39,8 @@ SERVER = ("192.0.2.1", 443)
 
 
 @pytest.fixture
-def origin() -> Iterator[Witness]:
-    with Witness() as origin:
+def origin() -> Iterator[ScriptedOrigin]:
+    with ScriptedOrigin() as origin:
         yield origin
 
 
@@ -68,17 +68,19 @@ def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
         (b"PROXY UNKNOWN\r\n", "127.0.0.1"),
     ],
 )
-def test_its_address_is_the_clients(origin: Witness, certificate: Certificate, header: bytes, address: str) -> None:
+def test_its_address_is_the_clients(
+    origin: ScriptedOrigin, certificate: Certificate, header: bytes, address: str
+) -> None:
     with policed(origin.address, certificate, top=REQUIRED) as tunnel:
         for pieces in ((), (1,), (5, 6, 11), (len(header) - 1,)):
-            statement = origin.tell(switching_protocols)
+            traffic = origin.play(switching_protocols)
             assert _asked(tunnel, header, *pieces) == 101
-            assert statement.record(tunnel)["client"] == address
+            assert traffic.record(tunnel)["client"] == address
             told = f"[{address}]" if ":" in address else address
-            assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in statement.heads[0], told
+            assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in traffic.heads[0], told
 
 
-def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: Witness, certificate: Certificate) -> None:
+def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: ScriptedOrigin, certificate: Certificate) -> None:
     top = REQUIRED + f'block_addresses = ["{CLIENT[0]}"]\n'
     rule = '[[sites.rules]]\nname = "seven"\nwhen = \'ip == "203.0.113.7"\'\naction = "block"\n'
     with policed(origin.address, certificate, top=top, site=rule) as tunnel:
@@ -86,14 +88,14 @@ def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: Witness, certi
             plain.sendall(write_v2(CLIENT, SERVER))
             assert read_until_end(plain) == b""
         assert _asked(tunnel, write_v2(("203.0.113.7", 1), SERVER)) == 403
-        origin.tell(switching_protocols)
+        origin.play(switching_protocols)
         assert _asked(tunnel, write_v2(("203.0.113.8", 1), SERVER)) == 101
 
 
 @pytest.mark.parametrize(
     "sent", [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\n\r\n", SIGNATURE + b"\x11\x11\0\0", b"PROX"]
 )
-def test_who_sends_no_header_is_closed(origin: Witness, certificate: Certificate, sent: bytes) -> None:
+def test_who_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Certificate, sent: bytes) -> None:
     top = REQUIRED + 'timeouts.tls_handshake = "300ms"\n'
     with policed(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
         plain.sendall(sent)
@@ -102,7 +104,7 @@ def test_who_sends_no_header_is_closed(origin: Witness, certificate: Certificate
         assert record["reason"].startswith("PROXY header: ")
 
 
-def test_a_stranger_is_closed_whatever_it_says(origin: Witness, certificate: Certificate) -> None:
+def test_a_stranger_is_closed_whatever_it_says(origin: ScriptedOrigin, certificate: Certificate) -> None:
     with policed(origin.address, certificate, top=REQUIRED.replace("127.0.0.1", "10.0.0.1")) as tunnel:
         with connect_tcp(tunnel) as plain:
             with contextlib.suppress(OSError):
@@ -111,14 +113,14 @@ def test_a_stranger_is_closed_whatever_it_says(origin: Witness, certificate: Cer
         assert tunnel.wait_records(1, "not accepted")[0]["reason"] == "untrusted proxy"
 
 
-def test_only_on_some_listeners(origin: Witness, certificate: Certificate) -> None:
+def test_only_on_some_listeners(origin: ScriptedOrigin, certificate: Certificate) -> None:
     top = REQUIRED + 'proxy_protocol_listen = ["localhost:0"]\n'
     text = policy(origin.address, certificate, top=top).replace(
         'listen = ["127.0.0.1:0"]', 'listen = ["127.0.0.1:0", "localhost:0"]', 1
     )
     text = text.replace('trusted_proxies = ["127.0.0.1"]', 'trusted_proxies = ["127.0.0.1", "::1"]')
     with Tunnel(None, certificate, config=text) as tunnel:
-        origin.tell(switching_protocols)
+        origin.play(switching_protocols)
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
         host, _, port = tunnel.addresses[1].rpartition(":")
@@ -237,7 +239,7 @@ def _connected(port: int) -> socket.socket | None:
 def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
     """It refuses connections without a header, and tells its own server whom the header named."""
     port = _free_port()
-    with Witness() as origin:
+    with ScriptedOrigin() as origin:
         text = (
             f"listen l\n mode http\n bind 127.0.0.1:{port} accept-proxy\n option forwardfor header X-Seen\n"
             f" timeout tunnel 60s\n server s {origin.address}\n"
@@ -245,12 +247,12 @@ def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, ver
         site = f'send_proxy_protocol = "{version}"\nhealth = {{ type = "tcp", interval = "100ms" }}'
         with _haproxy(tmp_path, text), policed(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
             eventually(lambda: _listens(port))
-            statement = origin.tell(switching_protocols)
+            traffic = origin.play(switching_protocols)
             plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=("127.0.0.5", 0))
             with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
                 assert upgrade(client).status == 101
-            eventually(lambda: statement.heads)
-            assert re.search(rb"(?i)\r\nx-seen: 127\.0\.0\.5\r\n", statement.heads[0])
+            eventually(lambda: traffic.heads)
+            assert re.search(rb"(?i)\r\nx-seen: 127\.0\.0\.5\r\n", traffic.heads[0])
 
 
 def _listens(port: int) -> bool:
@@ -263,12 +265,16 @@ def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
         'origin_host = "chat.internal:81"\nset_headers = { X-Site = "chat", X-Forwarded-Proto = "wss" }\n'
         'remove_headers = ["X-Debug", "cookie"]\n'
     )
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel, connect_tls(tunnel) as client:
-        statement = origin.tell(switching_protocols)
+    with (
+        ScriptedOrigin() as origin,
+        policed(origin.address, certificate, site=site) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        traffic = origin.play(switching_protocols)
         sent = [("X-Site", "forged"), ("X-DEBUG", "1"), ("Cookie", "a=b"), ("X-Other", "kept")]
         assert upgrade(client, headers=sent).status == 101
-        eventually(lambda: statement.heads)
-        lines = statement.heads[0].decode().split("\r\n")
+        eventually(lambda: traffic.heads)
+        lines = traffic.heads[0].decode().split("\r\n")
         assert "Host: chat.internal:81" in lines
         assert [line for line in lines if line.lower().startswith("x-site")] == ["X-Site: chat"]
         assert [line for line in lines if line.lower().startswith("x-forwarded-proto")] == ["X-Forwarded-Proto: wss"]

@@ -21,23 +21,23 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
+from tests.promises.scripted_origin import ScriptedOrigin, record_of
 from tests.promises.wire import (
     NO_APPLICATION_PROTOCOL,
     PROTOCOL_VERSION,
     UNRECOGNIZED_NAME,
-    Handshaker,
+    MemoryTlsClient,
     Response,
     alert,
-    ask,
     client_hello,
     parse_response,
-    without_verification,
+    send_request,
+    unverified_context,
 )
-from tests.promises.witness import Witness, record_of
 from tlstunnel.certificates import issue
 from tlstunnel.sockets.closing import DISCARD_BYTES
 
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 KEY = base64.b64encode(b"sixteen bytes ok").decode()
 RIGHT = {
     "Host": "localhost",
@@ -50,7 +50,7 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with Witness() as origin, Tunnel(origin.address, certificate) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
         yield origin, tunnel
 
 
@@ -148,14 +148,14 @@ def _as_all_refusals_are(tunnel: Tunnel, response: Response, status: int, reason
 
 
 def _ask_with_more_than_is_drained(tunnel: Tunnel, request: bytes) -> Response:
-    """As `ask`, but the tunnel may reset the connection before it has been sent everything."""
-    handshaker = Handshaker(server_name="localhost")
+    """As `send_request`, but the tunnel may reset the connection before it has been sent everything."""
+    tls = MemoryTlsClient(server_name="localhost")
     with connect_tcp(tunnel) as client:
-        client.sendall(handshaker.step())
-        handshaker.finish(client)
+        client.sendall(tls.step())
+        tls.finish(client)
         with contextlib.suppress(ConnectionError):  # what it has said stays said
-            client.sendall(handshaker.encrypt(request))
-        return parse_response(handshaker.read_all(client))
+            client.sendall(tls.encrypt(request))
+        return parse_response(tls.read_all(client))
 
 
 @pytest.mark.parametrize(("request_", "status", "fields", "reason"), REFUSED.values(), ids=REFUSED.keys())
@@ -163,15 +163,15 @@ def test_each_refusal_over_the_wire(
     stage: Stage, request_: bytes, status: int, fields: dict[str, str], reason: str
 ) -> None:
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols)
-    asking = ask if len(request_) <= DISCARD_BYTES else _ask_with_more_than_is_drained
+    traffic = origin.play(switching_protocols)
+    asking = send_request if len(request_) <= DISCARD_BYTES else _ask_with_more_than_is_drained
     response = asking(tunnel, request_)
     _as_all_refusals_are(tunnel, response, status, reason)
     for name, value in fields.items():
         assert response.headers.get_all(name) == [value]
     if "Upgrade" in fields:
         assert response.headers["Connection"] == "close, Upgrade"  # RFC 9110 section 7.8
-    assert statement.connections == 0
+    assert traffic.connections == 0
 
 
 ACCEPTED = {
@@ -193,14 +193,14 @@ ACCEPTED = {
 @pytest.mark.parametrize("request_", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_is_just_right_is_not_refused(stage: Stage, request_: bytes) -> None:
     origin, tunnel = stage
-    origin.tell(switching_protocols)
+    origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request_)
         assert read_response(client).status == 101
 
 
 def test_100_fields_are_not_too_many(certificate: Certificate) -> None:
-    """Not by `Witness`: with ours they are more than Python's own HTTP parser takes."""
+    """Not by `ScriptedOrigin`: with ours they are more than Python's own HTTP parser takes."""
 
     def decline(sock: socket.socket) -> None:
         received = b""
@@ -210,22 +210,22 @@ def test_100_fields_are_not_too_many(certificate: Certificate) -> None:
         sock.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 
     with RawOrigin(decline) as origin, Tunnel(origin.address, certificate) as tunnel:
-        assert ask(tunnel, _fields(100)).status == 404
+        assert send_request(tunnel, _fields(100)).status == 404
 
 
 def test_a_slow_head_is_a_408(certificate: Certificate) -> None:
     """Each byte counts for nothing: the head has to be whole in time."""
     with (
-        Witness() as origin,
+        ScriptedOrigin() as origin,
         Tunnel(origin.address, certificate, settings='[timeouts]\nrequest = "300ms"\n') as tunnel,
     ):
-        statement = origin.tell(switching_protocols)
+        traffic = origin.play(switching_protocols)
         for sent in (b"", b"G", _request()[:-2]):
             with connect_tls(tunnel) as client:
                 client.sendall(sent)
                 response = parse_response(receive_all(client))
             _as_all_refusals_are(tunnel, response, 408, "request timed out")
-        assert statement.connections == 0
+        assert traffic.connections == 0
 
 
 # --- an answer, and not a reset --------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_tls_1_1_alone_is_a_protocol_version_alert(stage: Stage) -> None:
 
 @pytest.mark.parametrize("offered", [("h2",), ("h3", "h2"), ("http/1.0",), ("HTTP/1.1",)], ids=str)
 def test_alpn_without_http_1_1_is_a_no_application_protocol_alert(stage: Stage, offered: tuple[str, ...]) -> None:
-    hello = client_hello(context=without_verification(alpn=offered))
+    hello = client_hello(context=unverified_context(alpn=offered))
     assert _alerted(stage[1], hello) == alert(NO_APPLICATION_PROTOCOL)
 
 
@@ -304,8 +304,8 @@ def test_alpn_without_http_1_1_is_a_no_application_protocol_alert(stage: Stage, 
 )
 def test_alpn_with_http_1_1_or_none_is_served(stage: Stage, offered: tuple[str, ...], agreed: str | None) -> None:
     origin, tunnel = stage
-    origin.tell(switching_protocols)
-    with connect_tls(tunnel, context=without_verification(alpn=offered)) as client:
+    origin.play(switching_protocols)
+    with connect_tls(tunnel, context=unverified_context(alpn=offered)) as client:
         assert client.selected_alpn_protocol() == agreed
         assert upgrade(client).status == 101
 
@@ -313,7 +313,7 @@ def test_alpn_with_http_1_1_or_none_is_served(stage: Stage, offered: tuple[str, 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
 
-def _sites(folder: Path, origin: Witness, default: str | None) -> str:
+def _sites(folder: Path, origin: ScriptedOrigin, default: str | None) -> str:
     """A configuration with two sites, each with a certificate of its own, one of them the default if it is named."""
     sites = {"a": ["a.example", "*.a.example"], "b": ["b.example"]}
     text = 'listen = ["127.0.0.1:0"]\n'
@@ -328,7 +328,7 @@ def _sites(folder: Path, origin: Witness, default: str | None) -> str:
 @pytest.fixture(scope="module", params=["a", None], ids=["default", "no-default"])
 def two_sites(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, bool]]:
     folder = tmp_path_factory.mktemp("sites")
-    with Witness() as origin:
+    with ScriptedOrigin() as origin:
         config = _sites(folder, origin, request.param)
         served = Certificate(folder / "ca.pem", folder / "a.example.pem", folder / "a.example-key.pem")
         with Tunnel(None, served, config=config) as tunnel:
@@ -346,7 +346,7 @@ def two_sites(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 )
 def test_sni_chooses_the_certificate(two_sites: tuple[Stage, bool], name: str, certificate_for: str) -> None:
     (origin, tunnel), _ = two_sites
-    origin.tell(switching_protocols)
+    origin.play(switching_protocols)
     with connect_tls(tunnel, server_name=name) as client:
         assert ("DNS", certificate_for) in dict(client.getpeercert() or {})["subjectAltName"]
         assert upgrade(client, host=name).status == 101
@@ -360,11 +360,11 @@ def test_a_name_of_no_site_is_an_unrecognized_name_alert(two_sites: tuple[Stage,
 
 def test_no_name_gets_the_default_site_or_none(two_sites: tuple[Stage, bool]) -> None:
     (origin, tunnel), has_default = two_sites
-    origin.tell(switching_protocols)
+    origin.play(switching_protocols)
     if not has_default:
         assert _alerted(tunnel, client_hello(None)) == alert(UNRECOGNIZED_NAME)
         return
-    with connect_tls(tunnel, server_name=None, context=without_verification()) as client:
+    with connect_tls(tunnel, server_name=None, context=unverified_context()) as client:
         assert upgrade(client, host="a.example").status == 101
 
 
@@ -385,7 +385,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
     two_sites: tuple[Stage, bool], sni: str, host: str, status: int
 ) -> None:
     (origin, tunnel), _ = two_sites
-    statement = origin.tell(switching_protocols)
+    traffic = origin.play(switching_protocols)
     with connect_tls(tunnel, server_name=sni) as client:
         client.sendall(handshake_request(host=host))
         answer = read_response(client)
@@ -393,7 +393,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
         if status == 421:
             record = record_of(tunnel, answer.headers)
             assert (record["status"], record["reason"], record["sni"]) == (421, "misdirected", sni)
-            assert statement.connections == 0
+            assert traffic.connections == 0
 
 
 def test_an_unknown_name_shows_as_what_it_is_to_a_real_client(two_sites: tuple[Stage, bool]) -> None:

@@ -26,8 +26,8 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import judged, policed, policy
+from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import has_ended, read_until_end
-from tests.promises.witness import Witness
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_what_rate_limits_have_counted_goes_on_to_count(certificate: Certificate
         '[[sites.rate_limits]]\nname = "two"\nlimit = "2/day"\nstrategy = "moving"\n'
         '[[sites.rate_limits]]\nname = "open"\nmax_tunnels = 1\nkey = ["header:x-user"]\n'
     )
-    with Witness() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
         assert judged((origin, tunnel)).status == 101
         assert tunnel.reload(policy(origin.address, certificate, site=site + RULE)) == [
             "site localhost: changed: rules"

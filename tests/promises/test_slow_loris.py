@@ -20,7 +20,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.wire import ABRUPT_ENDS, Handshaker, client_hello, has_ended, settled_descriptors
+from tests.promises.wire import ABRUPT_ENDS, MemoryTlsClient, client_hello, has_ended, wait_for_descriptors
 
 CAP = 50
 SHARE = 5
@@ -32,22 +32,22 @@ def _from(number: int, tunnel: Tunnel) -> socket.socket:
     return socket.create_connection(("127.0.0.1", tunnel.port), 15, source_address=(f"127.0.0.{number}", 0))
 
 
-def _hung_after_hello(tunnel: Tunnel, number: int) -> tuple[socket.socket, Handshaker]:
+def _hung_after_hello(tunnel: Tunnel, number: int) -> tuple[socket.socket, MemoryTlsClient]:
     """A connection from 127.0.0.NUMBER that has been accepted for certain: the server's flight is on its way back."""
-    sock, handshaker = _from(number, tunnel), Handshaker()
-    sock.sendall(handshaker.step())
+    sock, tls = _from(number, tunnel), MemoryTlsClient()
+    sock.sendall(tls.step())
     sock.recv(1, socket.MSG_PEEK)
-    return sock, handshaker
+    return sock, tls
 
 
-def _alive(held: tuple[socket.socket, Handshaker]) -> bool:
+def _alive(held: tuple[socket.socket, MemoryTlsClient]) -> bool:
     """Whether the handshake of this one can still be finished."""
-    sock, handshaker = held
+    sock, tls = held
     sock.settimeout(15)
     try:
-        handshaker.finish(sock)
-        sock.sendall(handshaker.encrypt(b"GET / HTTP/1.0\r\n\r\n"))
-        return b"505" in handshaker.read_all(sock)
+        tls.finish(sock)
+        sock.sendall(tls.encrypt(b"GET / HTTP/1.0\r\n\r\n"))
+        return b"505" in tls.read_all(sock)
     except (AssertionError, *ABRUPT_ENDS):
         return False
 
@@ -102,7 +102,7 @@ def test_trickling_clients_are_ended_while_good_ones_are_served(certificate: Cer
         assert worst < 5, "a good client waited"
         late = [r for r in tunnel.wait_records(30) if r["status"] == 408]
         assert len(late) == 30
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)
 
 
 def _has_tls_ended(client: socket.socket) -> bool:
@@ -172,7 +172,7 @@ def test_a_burst_over_the_cap_leaves_nothing_behind(certificate: Certificate) ->
         assert [has_ended(sock) for sock in burst[-SHARE:]] == [False] * SHARE
         for sock in burst:
             sock.close()
-        settled_descriptors(tunnel, settled)
+        wait_for_descriptors(tunnel, settled)
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
 

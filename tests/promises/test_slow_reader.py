@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness import Certificate
-from tests.promises.ends import Ends, Hands, Pair
+from tests.promises.both_ends import BothEnds, Pair, Threads
 
 MIB = 1 << 20
 TUNNELS = 20
@@ -85,7 +85,7 @@ def _digest(receive: Callable[[], bytes]) -> str:
 @pytest.mark.alone
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_a_side_that_does_not_read(certificate: Certificate, direction: str) -> None:
-    with Ends(certificate, measured=True) as ends, Hands() as hands:
+    with BothEnds(certificate, measured=True) as ends, Threads() as threads:
         other = ends.open()
         pairs = [ends.open(buffers=65_536) for _ in range(TUNNELS)]
         for _ in range(20):
@@ -95,8 +95,8 @@ def test_a_side_that_does_not_read(certificate: Certificate, direction: str) -> 
         if direction == "down":
             floods = [Flood(pair.origin, lambda data: data) for pair in pairs]
         else:
-            floods = [Flood(pair.client.sock, pair.client.sealed) for pair in pairs]
-        flooding = hands.do(_until_held_back, floods)
+            floods = [Flood(pair.client.sock, pair.client.encrypt) for pair in pairs]
+        flooding = threads.do(_until_held_back, floods)
         latencies: list[float] = []
         while not flooding.done() or len(latencies) < 100:
             latencies.append(_echo_latency(other))
@@ -108,7 +108,7 @@ def test_a_side_that_does_not_read(certificate: Certificate, direction: str) -> 
         assert ends.tunnel.cpu_seconds() - burnt < 0.2, "it spins while it waits"
         for pair, flood in zip(pairs, floods, strict=True):
             client, origin = pair
-            sent = hands.do(flood.end, b"" if direction == "down" else client.close_notify())
+            sent = threads.do(flood.end, b"" if direction == "down" else client.close_notify())
             received = _digest(client.receive if direction == "down" else lambda: origin.recv(1 << 18))  # noqa: B023
             assert received == sent.result()
         assert ends.tunnel.peak_rss() - before < GROWTH

@@ -23,10 +23,10 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
-from tests.promises.wire import ask, read_until_end
-from tests.promises.witness import SMUGGLED, Witness, record_of
+from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, record_of
+from tests.promises.wire import read_until_end, send_request
 
-Stage = tuple[Witness, Tunnel]
+Stage = tuple[ScriptedOrigin, Tunnel]
 FOREIGN = b"Sec-WebSocket-Accept: xUFfT1/AIvZnGdK/XSbIr7zQO10="
 KEY = base64.b64encode(b"sixteen bytes ok").decode()
 
@@ -34,7 +34,7 @@ KEY = base64.b64encode(b"sixteen bytes ok").decode()
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
     settings = '[timeouts]\nclose = "500ms"\n'  # one of these origins never ends its answer
-    with Witness() as origin, Tunnel(origin.address, certificate, settings=settings) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate, settings=settings) as tunnel:
         yield origin, tunnel
 
 
@@ -102,7 +102,7 @@ NEVER_FORWARDED: dict[str, tuple[bytes, int]] = {
 @pytest.mark.parametrize(("request_", "status"), NEVER_FORWARDED.values(), ids=NEVER_FORWARDED.keys())
 def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, request_: bytes, status: int) -> None:
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols)
+    traffic = origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request_ + SMUGGLED)
         answer = read_response(client)
@@ -113,7 +113,7 @@ def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, r
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["origin"]) == (status, "refused", "")
     # The record is the connection's last word: an origin would have been asked before it.
-    assert statement.connections == 0
+    assert traffic.connections == 0
 
 
 # --- scenario 1 and 2: an answer that is no upgrade, while the client already sends its next request -----------------
@@ -154,13 +154,13 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
         assert sent.wait(TIMEOUT)
         return b"HTTP/1.1 " + answer
 
-    statement = origin.tell(when_all_is_sent)
+    traffic = origin.play(when_all_is_sent)
     with connect_tls(tunnel) as client:
         client.sendall(
             _request(line="GET /api/health?u=http://evil.example/ HTTP/1.1") + SMUGGLED * (when == "with it")
         )
         if when == "behind it":
-            eventually(lambda: statement.heads)
+            eventually(lambda: traffic.heads)
             client.sendall(SMUGGLED)
         sent.set()
         read = read_response(client)
@@ -168,11 +168,11 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
             with contextlib.suppress(OSError):
                 client.sendall(SMUGGLED)
         read_until_end(client)
-    assert statement.surplus_at_end() == b""
-    assert statement.connections == 1
-    assert len(statement.heads) == 1
+    assert traffic.surplus_at_end() == b""
+    assert traffic.connections == 1
+    assert len(traffic.heads) == 1
     assert read.status == status
-    record = statement.record(tunnel)
+    record = traffic.record(tunnel)
     assert (record["up"], record["down"]) == (0, 0)
 
 
@@ -182,16 +182,16 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
     before: list[bytes] = []
 
     def late_but_right(request: Request) -> bytes:
-        before.append(request.leftover + statement.surplus)
+        before.append(request.leftover + traffic.surplus)
         return switching_protocols(request)
 
-    statement = origin.tell(late_but_right)
+    traffic = origin.play(late_but_right)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request() + b"early ")
-        eventually(lambda: statement.heads)
+        eventually(lambda: traffic.heads)
         client.sendall(b"bird")
         assert read_response(client).status == 101
-        eventually(lambda: statement.surplus == b"early bird")
+        eventually(lambda: traffic.surplus == b"early bird")
     assert before == [b""]
 
 
@@ -201,11 +201,11 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
 def _forwarded(stage: Stage, *fields: str, request: bytes | None = None) -> dict[str, list[str]]:
     """The fields that the origin gets of a handshake that is accepted, by their names in lower case."""
     origin, tunnel = stage
-    statement = origin.tell(switching_protocols)
+    traffic = origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
         client.sendall(request or _request(*fields))
         assert read_response(client).status == 101
-    lines = statement.heads[0].decode("latin-1").split("\r\n")
+    lines = traffic.heads[0].decode("latin-1").split("\r\n")
     assert lines[0] == "GET /socket HTTP/1.1"
     assert lines[-2:] == ["", ""]
     found: dict[str, list[str]] = {}
@@ -269,10 +269,10 @@ def test_a_length_of_nothing_is_no_body(stage: Stage) -> None:
 def test_a_smuggler_costs_the_next_client_nothing(stage: Stage) -> None:
     """Origin connections are never used again, so there is none to poison."""
     origin, tunnel = stage
-    refused = origin.tell(b"HTTP/1.1 " + REFUSALS["200"][1])
-    assert ask(tunnel, _request() + SMUGGLED).status == 200
+    refused = origin.play(b"HTTP/1.1 " + REFUSALS["200"][1])
+    assert send_request(tunnel, _request() + SMUGGLED).status == 200
     assert refused.surplus_at_end() == b""
-    accepted = origin.tell(switching_protocols)
+    accepted = origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
         assert upgrade(client, "/socket").status == 101
     assert accepted.surplus_at_end() == b""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import Certificate, receive_exactly
-from tests.promises.ends import Ends, received_all
+from tests.promises.both_ends import BothEnds, receive_until_fin
 
 PAYLOADS = {
     "every byte": bytes(range(256)) * 4,
@@ -35,14 +35,14 @@ PAYLOADS = {
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One for all of them."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
-def test_passes_through_both_ways(ends: Ends, payload: bytes) -> None:
+def test_passes_through_both_ways(ends: BothEnds, payload: bytes) -> None:
     client, origin = ends.open()
     client.send(payload)
     assert receive_exactly(origin, len(payload)) == payload
@@ -51,7 +51,7 @@ def test_passes_through_both_ways(ends: Ends, payload: bytes) -> None:
     # Nobody answered it, added to it, or ended the tunnel for it.
     client.send(b"end")
     client.end()
-    assert received_all(origin) == b"end"
+    assert receive_until_fin(origin) == b"end"
     origin.sendall(b"end")
     origin.close()
     assert client.receive_all() == b"end"

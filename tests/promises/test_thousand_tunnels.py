@@ -19,7 +19,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.wire import settled_descriptors
+from tests.promises.wire import wait_for_descriptors
 
 TUNNELS = 1_000
 KIB = 1024
@@ -71,7 +71,7 @@ def test_a_thousand_tunnels(certificate: Certificate) -> None:
         records = tunnel.wait_records(TUNNELS + 1)
         assert len({record["id"] for record in records}) == TUNNELS + 1
         assert [(record["up"], record["down"]) for record in records[1:]] == [(128, 128)] * TUNNELS
-        settled_descriptors(tunnel, idle)
+        wait_for_descriptors(tunnel, idle)
 
 
 def _open(tunnel: Tunnel, context: ssl.SSLContext) -> ssl.SSLSocket:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness import Certificate, receive_exactly
-from tests.promises.ends import Ends, Hands
+from tests.promises.both_ends import BothEnds, Threads
 
 COUNT = 3000
 UP = random.Random(1).randbytes(COUNT)
@@ -19,37 +19,37 @@ def _byte_by_byte(send: Callable[[bytes], object], data: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def ends(certificate: Certificate) -> Iterator[Ends]:
+def ends(certificate: Certificate) -> Iterator[BothEnds]:
     """One tunnel process for all of this file."""
-    with Ends(certificate) as running:
+    with BothEnds(certificate) as running:
         yield running
 
 
-def test_a_byte_a_record_from_the_client(ends: Ends) -> None:
-    with Hands() as hands:
+def test_a_byte_a_record_from_the_client(ends: BothEnds) -> None:
+    with Threads() as threads:
         client, origin = ends.open()
-        hands.do(_byte_by_byte, client.send, UP)
+        threads.do(_byte_by_byte, client.send, UP)
         assert receive_exactly(origin, COUNT) == UP
 
 
-def test_a_byte_a_write_from_the_origin(ends: Ends) -> None:
-    with Hands() as hands:
+def test_a_byte_a_write_from_the_origin(ends: BothEnds) -> None:
+    with Threads() as threads:
         client, origin = ends.open()
-        hands.do(_byte_by_byte, origin.sendall, DOWN)
+        threads.do(_byte_by_byte, origin.sendall, DOWN)
         assert client.receive_exactly(COUNT) == DOWN
 
 
-def test_both_at_once(ends: Ends) -> None:
-    with Hands() as hands:
+def test_both_at_once(ends: BothEnds) -> None:
+    with Threads() as threads:
         client, origin = ends.open()
-        hands.do(_byte_by_byte, client.send, UP)
-        hands.do(_byte_by_byte, origin.sendall, DOWN)
-        upwards = hands.do(receive_exactly, origin, COUNT)
+        threads.do(_byte_by_byte, client.send, UP)
+        threads.do(_byte_by_byte, origin.sendall, DOWN)
+        upwards = threads.do(receive_exactly, origin, COUNT)
         assert client.receive_exactly(COUNT) == DOWN
         assert upwards.result() == UP
 
 
-def test_a_byte_there_and_a_byte_back(ends: Ends) -> None:
+def test_a_byte_there_and_a_byte_back(ends: BothEnds) -> None:
     """Nothing is held back in the hope of more."""
     client, origin = ends.open()
     for place in range(500):
@@ -59,16 +59,16 @@ def test_a_byte_there_and_a_byte_back(ends: Ends) -> None:
         assert client.receive() == DOWN[place : place + 1]
 
 
-def test_thousands_of_one_byte_records_in_one_segment(ends: Ends) -> None:
+def test_thousands_of_one_byte_records_in_one_segment(ends: BothEnds) -> None:
     client, origin = ends.open()
-    client.sock.sendall(b"".join(client.sealed(UP[place : place + 1]) for place in range(COUNT)))
+    client.sock.sendall(b"".join(client.encrypt(UP[place : place + 1]) for place in range(COUNT)))
     assert receive_exactly(origin, COUNT) == UP
 
 
-def test_a_record_a_byte_at_a_time(ends: Ends) -> None:
+def test_a_record_a_byte_at_a_time(ends: BothEnds) -> None:
     """A record that comes in one-byte segments is delivered when it is whole, and so is the next."""
     client, origin = ends.open()
-    sealed = client.sealed(b"first") + client.sealed(b"second")
+    sealed = client.encrypt(b"first") + client.encrypt(b"second")
     for place in range(len(sealed)):
         client.sock.sendall(sealed[place : place + 1])
     assert receive_exactly(origin, 11) == b"firstsecond"

@@ -44,14 +44,14 @@ def parse_response(raw: bytes) -> Response:
     return Response(response.status, response.headers, response.read(), raw)
 
 
-def ask(tunnel: Tunnel, request: bytes, *, server_name: str | None = "localhost") -> Response:
+def send_request(tunnel: Tunnel, request: bytes, *, server_name: str | None = "localhost") -> Response:
     """Send these bytes in one TLS connection and read the answer up to its close_notify."""
     with connect_tls(tunnel, server_name=server_name) as client:
         client.sendall(request)
         return parse_response(receive_all(client))
 
 
-def without_verification(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+def unverified_context(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     """A context that trusts anybody: for a TLS handshake whose end is not this test's subject."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -63,12 +63,12 @@ def without_verification(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion |
     return context
 
 
-class Handshaker:
+class MemoryTlsClient:
     """A TLS client that hands out the bytes it would send, and is given those it would receive."""
 
     def __init__(self, context: ssl.SSLContext | None = None, server_name: str | None = "localhost") -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = (context or without_verification()).wrap_bio(self._in, self._out, server_hostname=server_name)
+        self._tls = (context or unverified_context()).wrap_bio(self._in, self._out, server_hostname=server_name)
 
     def step(self, received: bytes = b"") -> bytes:
         """Go on with the handshake after these bytes; return what is to be sent."""
@@ -115,7 +115,7 @@ class Handshaker:
 
 def client_hello(server_name: str | None = "localhost", context: ssl.SSLContext | None = None) -> bytes:
     """A ClientHello in one TLS record, as OpenSSL makes it."""
-    return Handshaker(context, server_name).step()
+    return MemoryTlsClient(context, server_name).step()
 
 
 def alert(description: int) -> bytes:
@@ -123,7 +123,7 @@ def alert(description: int) -> bytes:
     return bytes((21, 3, 3, 0, 2, 2, description))
 
 
-def in_records(hello: bytes, size: int) -> bytes:
+def split_into_records(hello: bytes, size: int) -> bytes:
     """The same ClientHello in TLS records of ``size`` bytes each (RFC 8446 section 5.1 allows it)."""
     message = hello[5:]
     pieces = [message[at : at + size] for at in range(0, len(message), size)]
@@ -159,7 +159,7 @@ def cpu_share(tunnel: Tunnel, seconds: float) -> float:
     return (tunnel.cpu_seconds() - before) / (time.monotonic() - began)
 
 
-def settled_descriptors(tunnel: Tunnel, most: int, timeout: float = TIMEOUT) -> int:
+def wait_for_descriptors(tunnel: Tunnel, most: int, timeout: float = TIMEOUT) -> int:
     """Wait until the tunnel holds at most that many descriptors; return how many."""
     deadline = time.monotonic() + timeout
     while (held := tunnel.descriptors()) > most:

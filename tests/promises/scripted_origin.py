@@ -20,7 +20,7 @@ SMUGGLED = b"GET /internal/secrets HTTP/1.1\r\nHost: localhost\r\n\r\n"
 """What a client sends behind its handshake, which no origin may see before a verified 101."""
 
 
-class Statement:
+class Traffic:
     """What reached the origin while it followed one script: request heads, and in `surplus` what came behind them."""
 
     def __init__(self, script: Script, then: Then, after: threading.Event | None) -> None:
@@ -50,13 +50,13 @@ def record_of(tunnel: Tunnel, request_id: str | email.message.Message) -> Record
     return tunnel.wait_record(lambda record: record["event"] == "connection" and record["id"] == wanted)
 
 
-class Witness:
+class ScriptedOrigin:
     """Follows the script that it was told last, on every connection that begins from then on."""
 
     def __init__(self) -> None:
         self._origin = RawOrigin(self._handle)
         self.address = self._origin.address
-        self.tell(b"")
+        self.play(b"")
 
     def __enter__(self) -> Self:
         self._origin.__enter__()
@@ -67,27 +67,27 @@ class Witness:
     ) -> None:
         self._origin.__exit__(kind, error, trace)
 
-    def tell(self, script: Script | bytes, *, then: Then = "keep", after: threading.Event | None = None) -> Statement:
+    def play(self, script: Script | bytes, *, then: Then = "keep", after: threading.Event | None = None) -> Traffic:
         """Answer with ``script`` from now on, and then do ``then``, if given ``after`` that; note it down apart."""
-        self._now = Statement(script if callable(script) else lambda _: script, then, after)
+        self._now = Traffic(script if callable(script) else lambda _: script, then, after)
         return self._now
 
     def _handle(self, sock: socket.socket) -> None:
-        statement = self._now
-        statement.connections += 1
+        traffic = self._now
+        traffic.connections += 1
         try:
             request = read_request(sock)
-            statement.heads.append(request.head)
-            statement.surplus += request.leftover
+            traffic.heads.append(request.head)
+            traffic.surplus += request.leftover
             with contextlib.suppress(ConnectionError):  # what is said here is often not listened to
-                sock.sendall(statement.script(request))
-            if statement.after is not None:
-                assert statement.after.wait(TIMEOUT)
-            if statement.then == "reset":
+                sock.sendall(traffic.script(request))
+            if traffic.after is not None:
+                assert traffic.after.wait(TIMEOUT)
+            if traffic.then == "reset":
                 return reset(sock)
-            if statement.then == "end":
+            if traffic.then == "end":
                 sock.shutdown(socket.SHUT_WR)
             while some := sock.recv(65536):
-                statement.surplus += some
+                traffic.surplus += some
         finally:
-            statement.ended += 1
+            traffic.ended += 1

@@ -60,7 +60,7 @@ class TlsEnd:
         """Of TLS, such as ``TLSv1.3``."""
         return self._tls.version()
 
-    def sealed(self, data: bytes | memoryview) -> bytes:
+    def encrypt(self, data: bytes | memoryview) -> bytes:
         """The records of ``data``, to be sent on `sock` by the test itself."""
         with self._lock:
             view = memoryview(data)
@@ -79,7 +79,7 @@ class TlsEnd:
         """Send all of ``data``."""
         view = memoryview(data)
         for start in range(0, len(view), READ):
-            self.sock.sendall(self.sealed(view[start : start + READ]))
+            self.sock.sendall(self.encrypt(view[start : start + READ]))
 
     def end(self) -> None:
         """Send ``close_notify`` and FIN; the other direction stays as it is."""
@@ -98,7 +98,7 @@ class TlsEnd:
                     self._incoming.write(some)
                 else:
                     self._incoming.write_eof()
-                if data := self._opened():
+                if data := self._decrypt():
                     return data
         return b""
 
@@ -120,7 +120,7 @@ class TlsEnd:
         assert self.sock.recv(1) == b"", "bytes behind close_notify"
         return bytes(received)
 
-    def _opened(self) -> bytes:
+    def _decrypt(self) -> bytes:
         parts = []
         try:
             while part := self._tls.read(16_384):
@@ -140,7 +140,7 @@ class Pair(NamedTuple):
     origin: socket.socket
 
 
-class Ends:
+class BothEnds:
     """A running tunnel of which the test is the client and the origin, without threads unless it wants them.
 
     ``settings`` and ``measured`` are the tunnel's (`Tunnel`). All sockets are reset when the ``with`` is left, so
@@ -222,7 +222,7 @@ class Ends:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
 
 
-class Hands(ThreadPoolExecutor):
+class Threads(ThreadPoolExecutor):
     """Threads that do things at the same time; what fails in one fails the test, at the end if nobody asked before."""
 
     def __init__(self) -> None:
@@ -242,7 +242,7 @@ class Hands(ThreadPoolExecutor):
                 future.result()
 
 
-def received_all(sock: socket.socket) -> bytes:
+def receive_until_fin(sock: socket.socket) -> bytes:
     """Everything up to a FIN."""
     received = bytearray()
     while some := sock.recv(READ):
@@ -250,7 +250,7 @@ def received_all(sock: socket.socket) -> bytes:
     return bytes(received)
 
 
-def until_reset(receive: Callable[[], bytes]) -> bytes:
+def receive_until_reset(receive: Callable[[], bytes]) -> bytes:
     """All that ``receive`` gives before a RST; a proper end instead fails the test."""
     received = bytearray()
     try:
@@ -261,18 +261,18 @@ def until_reset(receive: Callable[[], bytes]) -> bytes:
     pytest.fail(f"a proper end after {len(received)} bytes")
 
 
-def waits_unacknowledged(sock: socket.socket) -> int:
+def unacknowledged_bytes(sock: socket.socket) -> int:
     """Bytes sent on ``sock`` that the other side's kernel does not have yet (SIOCOUTQ, tcp(7))."""
     answer = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
     return int(struct.unpack("i", answer)[0])
 
 
-def arrived(sock: socket.socket) -> None:
+def wait_until_acknowledged(sock: socket.socket) -> None:
     """Wait until all that was sent on ``sock`` is in the other side's kernel."""
-    eventually(lambda: not waits_unacknowledged(sock))
+    eventually(lambda: not unacknowledged_bytes(sock))
 
 
-def steps(seconds: float, interval: float) -> Iterator[float]:
+def ticks(seconds: float, interval: float) -> Iterator[float]:
     """The passage of time: a value every ``interval`` seconds, for ``seconds``."""
     begin = time.monotonic()
     while (passed := time.monotonic() - begin) < seconds:
