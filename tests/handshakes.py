@@ -34,13 +34,13 @@ RICH_FIELDS: tuple[Field, ...] = (
     (b"Content-Length", b"0"),
 )
 
-ANSWER_FIELDS: tuple[Field, ...] = (
+RESPONSE_FIELDS: tuple[Field, ...] = (
     (b"Upgrade", b"websocket"),
     (b"Connection", b"Upgrade"),
     (b"Sec-WebSocket-Accept", ACCEPT),
 )
 
-_MEANT = (
+_FRAGMENTS = (
     b"\r",
     b"\n",
     b"\r\n",
@@ -74,8 +74,8 @@ _MEANT = (
 _POSITION = st.integers(0, 2000)
 _CHANGES = st.lists(
     st.one_of(
-        st.tuples(st.just("insert"), _POSITION, st.sampled_from(_MEANT) | st.binary(min_size=1, max_size=4)),
-        st.tuples(st.just("replace"), _POSITION, st.sampled_from(_MEANT) | st.binary(min_size=1, max_size=4)),
+        st.tuples(st.just("insert"), _POSITION, st.sampled_from(_FRAGMENTS) | st.binary(min_size=1, max_size=4)),
+        st.tuples(st.just("replace"), _POSITION, st.sampled_from(_FRAGMENTS) | st.binary(min_size=1, max_size=4)),
         st.tuples(st.just("delete"), _POSITION, st.integers(1, 30)),
         st.tuples(st.just("swap lines"), _POSITION, _POSITION),
         st.tuples(st.just("double line"), _POSITION, _POSITION),
@@ -85,16 +85,16 @@ _CHANGES = st.lists(
 )
 
 
-def start(line: bytes, fields: tuple[Field, ...] | list[Field]) -> bytes:
+def render_head(line: bytes, fields: tuple[Field, ...] | list[Field]) -> bytes:
     return line + b"\r\n" + b"".join(b"%b: %b\r\n" % field for field in fields) + b"\r\n"
 
 
 def request(fields: tuple[Field, ...] | list[Field] = FIELDS, line: bytes = b"GET /chat?room=1 HTTP/1.1") -> bytes:
-    return start(line, fields)
+    return render_head(line, fields)
 
 
-def answer(fields: tuple[Field, ...] | list[Field], line: bytes = b"HTTP/1.1 101 Switching Protocols") -> bytes:
-    return start(line, fields)
+def response(fields: tuple[Field, ...] | list[Field], line: bytes = b"HTTP/1.1 101 Switching Protocols") -> bytes:
+    return render_head(line, fields)
 
 
 def without(name: bytes, fields: tuple[Field, ...] = FIELDS) -> tuple[Field, ...]:

@@ -42,20 +42,22 @@ def cert_pem(*certs: x509.Certificate) -> bytes:
     return b"".join(cert.public_bytes(Encoding.PEM) for cert in certs)
 
 
-def named(common_name: str) -> x509.Name:
+def subject_name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 class Authority:
-    """Signs what it is asked to, by itself or by the authority `above`."""
+    """Signs what it is asked to, by itself or by the authority `issuer`."""
 
-    def __init__(self, name: str = "Test CA", above: "Authority | None" = None, end: datetime = NOW + 90 * DAY) -> None:
+    def __init__(
+        self, name: str = "Test CA", issuer: "Authority | None" = None, end: datetime = NOW + 90 * DAY
+    ) -> None:
         self.key = new_key()
-        self.name = named(name)
+        self.name = subject_name(name)
         builder = (
             x509.CertificateBuilder()
             .subject_name(self.name)
-            .issuer_name(above.name if above else self.name)
+            .issuer_name(issuer.name if issuer else self.name)
             .public_key(self.key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(min(NOW, end) - DAY)
@@ -63,7 +65,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
         )
-        self.cert = builder.sign(above.key if above else self.key, hashes.SHA256())
+        self.cert = builder.sign(issuer.key if issuer else self.key, hashes.SHA256())
 
     def sign(
         self,
@@ -75,7 +77,7 @@ class Authority:
     ) -> x509.Certificate:
         builder = (
             x509.CertificateBuilder()
-            .subject_name(named(name) if isinstance(name, str) else name)
+            .subject_name(subject_name(name) if isinstance(name, str) else name)
             .issuer_name(self.name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
@@ -104,7 +106,7 @@ class Authority:
         key_file.write_bytes(key_pem(key))
         return cert, key_file
 
-    def revoking(
+    def revoke(
         self, *revoked: x509.Certificate, end: datetime = NOW + DAY, key: Key | None = None
     ) -> x509.CertificateRevocationList:
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.name)
@@ -135,7 +137,7 @@ def client_context(
 
 
 @contextmanager
-def serving(*contexts: ssl.SSLContext) -> Iterator[tuple[str, int]]:
+def tls_server(*contexts: ssl.SSLContext) -> Iterator[tuple[str, int]]:
     """Serve one connection after another: say hello, echo what comes, until the client ends. Gives the address.
 
     Each connection has the next of `contexts`, the last one again and again.
@@ -174,7 +176,7 @@ def serving(*contexts: ssl.SSLContext) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def connected(
+def tls_client(
     address: tuple[str, int], context: ssl.SSLContext, session: ssl.SSLSession | None = None
 ) -> Iterator[ssl.SSLSocket]:
     with (
@@ -195,7 +197,7 @@ def s_client(address: tuple[str, int], *options: str) -> subprocess.Popen[str]:
     )
 
 
-def until(process: subprocess.Popen[str], pattern: str) -> str:
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     """Read the process's output up to the line that holds ``pattern``; all of it when none does."""
     assert process.stdout is not None
     read: list[str] = []

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from tests.pki import DAY, NOW, Authority, cert_pem, key_pem, named, new_key
+from tests.pki import DAY, NOW, Authority, cert_pem, key_pem, new_key, subject_name
 
 FOLDER = Path(__file__).with_name("configurations")
 PASSPHRASE_VARIABLE = "TLSTUNNEL_TEST_PASSPHRASE"
@@ -36,9 +36,9 @@ class Configuration:
     def name(self) -> str:
         return self.file.stem
 
-    def copy_to(self, folder: Path, named: Path) -> Path:
+    def copy_to(self, folder: Path, referenced: Path) -> Path:
         """Copy it and the files that it names into a folder, and return its path there."""
-        shutil.copytree(named, folder, dirs_exist_ok=True)
+        shutil.copytree(referenced, folder, dirs_exist_ok=True)
         return Path(shutil.copyfile(self.file, folder / "t.toml"))
 
 
@@ -86,10 +86,10 @@ def _write_certificates(folder: Path) -> None:
     (folder / "ca.pem").write_bytes(cert_pem(authority.cert))
     (folder / "expired-ca.pem").write_bytes(cert_pem(Authority("Old CA", end=NOW - DAY).cert))
     for name, crl in (
-        ("ca", authority.revoking()),
-        ("old", authority.revoking(end=NOW - DAY)),
-        ("foreign", other.revoking()),
-        ("forged", authority.revoking(key=new_key())),
+        ("ca", authority.revoke()),
+        ("old", authority.revoke(end=NOW - DAY)),
+        ("foreign", other.revoke()),
+        ("forged", authority.revoke(key=new_key())),
     ):
         (folder / f"{name}.crl").write_bytes(crl.public_bytes(Encoding.PEM))
 
@@ -97,7 +97,7 @@ def _write_certificates(folder: Path) -> None:
 def _write_dsa_pair(folder: Path, authority: Authority) -> None:
     """DSA has no place in TLS 1.3, and none in the suites of TLS 1.2 that are offered."""
     key = dsa.generate_private_key(2048)
-    builder: Any = x509.CertificateBuilder().subject_name(named("dsa")).issuer_name(authority.name)
+    builder: Any = x509.CertificateBuilder().subject_name(subject_name("dsa")).issuer_name(authority.name)
     builder = builder.public_key(key.public_key()).serial_number(1).not_valid_before(NOW - DAY)
     cert = builder.not_valid_after(NOW + 90 * DAY).sign(authority.key, hashes.SHA256())
     (folder / "dsa.pem").write_bytes(cert_pem(cert))

@@ -53,7 +53,7 @@ def _write_certificates(folder: Path, name: str) -> Authority:
     issue.create([name], certs)
     devices = Authority("devices")
     (certs / "devices-ca.pem").write_bytes(cert_pem(devices.cert))
-    (certs / "devices-crl.pem").write_bytes(devices.revoking().public_bytes(Encoding.PEM))
+    (certs / "devices-crl.pem").write_bytes(devices.revoke().public_bytes(Encoding.PEM))
     return devices
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding
 
 from tests.harness import TIMEOUT, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
-from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, s_client, typing, until
+from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, read_until, s_client, typing
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
 
@@ -209,7 +209,7 @@ def test_the_allow_list_and_the_revocation_list(
     bob = devices.pair(tmp_path, "bob", "bob", names=(x509.DNSName("bob.example"),))
     eve = devices.pair(tmp_path, "eve", "eve", names=())
     crl = tmp_path / "crl.pem"
-    crl.write_bytes(devices.revoking().public_bytes(Encoding.PEM))
+    crl.write_bytes(devices.revoke().public_bytes(Encoding.PEM))
     more = f'client_ca = "{file}"\nclient_crl = "{crl}"\nclient_allow = ["cn:ann", "dns:bob.example"]\n'
     with serving(site(origin, tmp_path, more)) as tunnel:
         assert status(tunnel, client_context(ca, pair=ann)) == 101
@@ -219,7 +219,7 @@ def test_the_allow_list_and_the_revocation_list(
         assert record["status"] == 403
         revoked = x509.load_pem_x509_certificate(ann[0].read_bytes())
         new = crl.with_suffix(".new")
-        new.write_bytes(devices.revoking(revoked).public_bytes(Encoding.PEM))
+        new.write_bytes(devices.revoke(revoked).public_bytes(Encoding.PEM))
         os.replace(new, crl)  # noqa: PTH105
 
         def refused() -> bool:
@@ -252,7 +252,7 @@ def test_a_ticket_of_an_open_site_opens_no_closed_one(
             process = s_client(where, "-servername", name, version, "-ign_eof", *options)
             with typing(process) as type_line:
                 type_line(f"GET / HTTP/1.1\r\nHost: {name}\r\n\r")
-                return until(process, "426 Upgrade Required|alert|:error:|closed")
+                return read_until(process, "426 Upgrade Required|alert|:error:|closed")
 
         assert "426" in ask("localhost", "-sess_out", str(session))
         # The ticket is good where it was given.

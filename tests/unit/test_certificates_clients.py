@@ -19,12 +19,12 @@ from tests.pki import (
     Authority,
     cert_pem,
     client_context,
-    connected,
     new_key,
+    read_until,
     s_client,
-    serving,
+    tls_client,
+    tls_server,
     typing,
-    until,
 )
 from tlstunnel.certificates import clients
 from tlstunnel.certificates.clients import ClientFiles, ClientRefused, is_allowed, read_policy, read_subject
@@ -157,25 +157,25 @@ def test_files_that_are_no_good_are_named(ca: Path, tmp_path: Path) -> None:
     crl.write_bytes(b"hello")
     assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no certificate revocation list, or a damaged one"
     other = Authority("Other")
-    crl.write_bytes(crl_pem(other.revoking()))
+    crl.write_bytes(crl_pem(other.revoke()))
     assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no list of an authority in {ca}: no client could pass"
-    crl.write_bytes(crl_pem(CA.revoking(key=other.key)))
+    crl.write_bytes(crl_pem(CA.revoke(key=other.key)))
     assert reason(ClientFiles(ca, crl)) == f"{crl}: a list is not signed by the authority of its name in {ca}"
 
 
 def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl"
-    crl.write_bytes(CA.revoking().public_bytes(Encoding.DER))
+    crl.write_bytes(CA.revoke().public_bytes(Encoding.DER))
     in_der = read_policy(ClientFiles(ca, crl))
-    crl.write_bytes(crl_pem(CA.revoking()))
+    crl.write_bytes(crl_pem(CA.revoke()))
     assert read_policy(ClientFiles(ca, crl)).crl_expiry == in_der.crl_expiry == NOW + DAY
 
 
 def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
-    crl.write_bytes(crl_pem(CA.revoking()))
+    crl.write_bytes(crl_pem(CA.revoke()))
     good = read_policy(ClientFiles(ca, crl))
-    crl.write_bytes(crl_pem(CA.revoking(end=NOW - DAY)))
+    crl.write_bytes(crl_pem(CA.revoke(end=NOW - DAY)))
     stale = read_policy(ClientFiles(ca, crl))
     assert good.find_warning(NOW) is None
     assert str(stale.find_warning(NOW)).startswith(f"{crl}: a list was to be replaced by ")
@@ -230,16 +230,16 @@ def seen_by(site: ServerCredentials) -> Iterator[tuple[ssl.SSLContext, list[str]
 
 
 def subject_seen(site: ServerCredentials, client: ssl.SSLContext, times: int = 1) -> list[str]:
-    with seen_by(site) as (context, seen), serving(context) as address:
+    with seen_by(site) as (context, seen), tls_server(context) as address:
         for _ in range(times):
-            with connected(address, client):
+            with tls_client(address, client):
                 pass
     return seen
 
 
 def refused(site: ServerCredentials, client: ssl.SSLContext) -> str:
     """The alert that a client reads: with TLS 1.3 its own part of the TLS handshake is done before."""
-    with serving(site.context()) as address, pytest.raises(ssl.SSLError) as caught, connected(address, client):
+    with tls_server(site.context()) as address, pytest.raises(ssl.SSLError) as caught, tls_client(address, client):
         pass
     return str(caught.value.reason)
 
@@ -288,7 +288,7 @@ def test_an_expired_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> 
 def test_a_revoked_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> None:
     crl = asked.folder / "crl.pem"
     bob = CA.pair(asked.folder, "bob", "bob")
-    crl.write_bytes(crl_pem(CA.revoking(x509.load_pem_x509_certificate(asked.ann[0].read_bytes()))))
+    crl.write_bytes(crl_pem(CA.revoke(x509.load_pem_x509_certificate(asked.ann[0].read_bytes()))))
     site = asked.site(crl=crl)
     assert refused(site, client_context(asked.ca, version, pair=asked.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
     assert subject_seen(site, client_context(asked.ca, version, pair=bob)) == ["CN=bob"]
@@ -300,9 +300,9 @@ def test_intermediates_are_looked_for_in_the_lists_too(asked: Asked) -> None:
     leaf[0].write_bytes(leaf[0].read_bytes() + cert_pem(middle.cert))
     client = client_context(asked.ca, pair=leaf)
     crl = asked.folder / "crl.pem"
-    crl.write_bytes(crl_pem(CA.revoking(), middle.revoking()))
+    crl.write_bytes(crl_pem(CA.revoke(), middle.revoke()))
     assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
-    crl.write_bytes(crl_pem(CA.revoking(middle.cert), middle.revoking()))
+    crl.write_bytes(crl_pem(CA.revoke(middle.cert), middle.revoke()))
     assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
 
 
@@ -313,9 +313,9 @@ def test_an_intermediate_may_be_the_only_authority(asked: Asked) -> None:
     ann = client_context(asked.ca, pair=asked.ann)
     asked.ca.write_bytes(cert_pem(middle.cert))
     assert subject_seen(asked.site(), client) == ["CN=leaf"]
-    crl.write_bytes(crl_pem(middle.revoking()))  # without the root's
+    crl.write_bytes(crl_pem(middle.revoke()))  # without the root's
     assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
-    crl.write_bytes(crl_pem(middle.revoking(x509.load_pem_x509_certificate(leaf[0].read_bytes()))))
+    crl.write_bytes(crl_pem(middle.revoke(x509.load_pem_x509_certificate(leaf[0].read_bytes()))))
     assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
     assert refused(asked.site(), ann) == "TLSV1_ALERT_UNKNOWN_CA"
 
@@ -325,11 +325,11 @@ def test_an_intermediate_may_be_the_only_authority(asked: Asked) -> None:
 
 def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContext) -> bool:
     """Whether a session that began with ``first`` goes on with ``second``."""
-    with serving(first, second) as address:
-        with connected(address, client) as one:
+    with tls_server(first, second) as address:
+        with tls_client(address, client) as one:
             assert not one.session_reused
             session = one.session
-        with connected(address, client, session) as two:
+        with tls_client(address, client, session) as two:
             return bool(two.session_reused)
 
 
@@ -370,14 +370,14 @@ def test_no_ticket_of_another_site_resumes_in_openssl(asked: Asked, version: str
     def ask(address: tuple[str, int], *options: str, waits_for: str = "^hello") -> str:
         process: subprocess.Popen[str] = s_client(address, version, *options)
         with typing(process) as type_line:
-            output = until(process, waits_for)
+            output = read_until(process, waits_for)
             type_line("Q")
-            return output + until(process, "(?!)")
+            return output + read_until(process, "(?!)")
 
-    with serving(free) as address:
+    with tls_server(free) as address:
         assert "New, TLS" in ask(address, "-sess_out", str(session))
         assert "Reused, TLS" in ask(address, "-sess_in", str(session))
-    with serving(strict) as address:
+    with tls_server(strict) as address:
         offered = ask(address, "-sess_in", str(session), waits_for="alert number")
     assert "Reused" not in offered
     assert "hello" not in offered.splitlines()
@@ -389,10 +389,10 @@ def test_a_resumed_session_is_asked_for_no_less(asked: Asked, version: ssl.TLSVe
     """Tickets carry the certificate: it is judged by what is allowed when the session resumes."""
     client = client_context(asked.ca, version, pair=asked.ann)
     site = asked.site(allow=("cn:ann",))
-    with seen_by(site) as (context, seen), serving(context) as address:
-        with connected(address, client) as first:
+    with seen_by(site) as (context, seen), tls_server(context) as address:
+        with tls_client(address, client) as first:
             session = first.session
-        with connected(address, client, session) as second:
+        with tls_client(address, client, session) as second:
             assert second.session_reused
     assert seen == ["CN=ann", "CN=ann"]
 
@@ -402,11 +402,11 @@ def test_a_client_that_expires_does_not_resume_for_ever(
     asked: Asked, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_context(asked.ca, version, pair=asked.ann)
-    with seen_by(asked.site()) as (context, seen), serving(context) as address:
-        with connected(address, client) as first:
+    with seen_by(asked.site()) as (context, seen), tls_server(context) as address:
+        with tls_client(address, client) as first:
             session = first.session
         monkeypatch.setattr(clients, "_read_expiry", lambda _: NOW - DAY)
-        with connected(address, client, session) as second:
+        with tls_client(address, client, session) as second:
             assert second.session_reused
     assert seen == ["CN=ann", "refused: the client certificate has expired"]
 
@@ -422,7 +422,7 @@ def change_authorities(asked: Asked) -> ClientFiles:
 
 def change_lists(asked: Asked) -> ClientFiles:
     crl = asked.folder / "crl.pem"
-    crl.write_bytes(crl_pem(CA.revoking()))
+    crl.write_bytes(crl_pem(CA.revoke()))
     return ClientFiles(asked.ca, crl)
 
 

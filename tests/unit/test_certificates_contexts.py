@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from tests.pki import NOW, Key, client_context, connected, key_pem, s_client, serving, typing, until
+from tests.pki import NOW, Key, client_context, key_pem, read_until, s_client, tls_client, tls_server, typing
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.contexts import find_expiry_warning, make_server_context
 from tlstunnel.errors import CertificateError
@@ -57,14 +57,14 @@ def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW 
 def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVersion, name: str) -> None:
     client = client_context(issued.ca, version)
     client.set_alpn_protocols(["h2", "http/1.1"])
-    with serving(make_server_context(issued.cert, issued.key)) as address:
-        with connected(address, client) as first:
+    with tls_server(make_server_context(issued.cert, issued.key)) as address:
+        with tls_client(address, client) as first:
             assert first.version() == name
             assert first.selected_alpn_protocol() == "http/1.1"
             assert first.compression() is None
             assert not first.session_reused
             session = first.session
-        with connected(address, client, session) as second:
+        with tls_client(address, client, session) as second:
             assert second.session_reused
             assert second.version() == name
 
@@ -72,8 +72,8 @@ def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVer
 def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
-        connected(address, client_context(cert, ssl.TLSVersion.TLSv1_2)) as client,
+        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_client(address, client_context(cert, ssl.TLSVersion.TLSv1_2)) as client,
     ):
         cipher = client.cipher()
         assert cipher is not None
@@ -83,9 +83,9 @@ def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) ->
 def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
     old = client_context(issued.ca, ssl.TLSVersion.TLSv1_1, "DEFAULT:@SECLEVEL=0")
     with (
-        serving(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(make_server_context(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"),
-        connected(address, old),
+        tls_client(address, old),
     ):
         pass
 
@@ -93,9 +93,9 @@ def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
 @pytest.mark.parametrize("ciphers", ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-CCM"])
 def test_a_client_without_our_suites_is_refused(issued: issue.Issued, ciphers: str) -> None:
     with (
-        serving(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(make_server_context(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
-        connected(address, client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ciphers)),
+        tls_client(address, client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
         pass
 
@@ -106,9 +106,9 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 ) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
-        connected(address, client_context(cert, ssl.TLSVersion.TLSv1_2, ciphers)),
+        tls_client(address, client_context(cert, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
         pass
 
@@ -123,7 +123,7 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 )
 def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple[str, str]) -> None:
     client = client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ":".join(order))
-    with serving(make_server_context(issued.cert, issued.key)) as address, connected(address, client) as connection:
+    with tls_server(make_server_context(issued.cert, issued.key)) as address, tls_client(address, client) as connection:
         cipher = connection.cipher()
         assert cipher is not None
         assert cipher[0] == order[0]
@@ -134,20 +134,20 @@ def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple
     ["TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"],
 )
 def test_the_client_chooses_in_tls_1_3_too(issued: issue.Issued, suites: str) -> None:
-    with serving(make_server_context(issued.cert, issued.key)) as address:
+    with tls_server(make_server_context(issued.cert, issued.key)) as address:
         output, _ = s_client(address, "-tls1_3", "-ciphersuites", suites).communicate("Q\n", 20)
     assert f"Cipher is {suites.split(':', maxsplit=1)[0]}" in output
 
 
 def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
     with (
-        serving(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(make_server_context(issued.cert, issued.key)) as address,
         typing(process := s_client(address, "-tls1_3", "-msg")) as type_line,
     ):
         # Tickets come before the first data, so an echo shows that all of them have arrived.
-        output = until(process, "^hello")
+        output = read_until(process, "^hello")
         type_line("echo")
-        output += until(process, "^echo")
+        output += read_until(process, "^echo")
     assert output.endswith("echo\n")
     assert output.count("NewSessionTicket") == 1
 
@@ -158,12 +158,12 @@ def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
     if allowed:  # shows that the test would see one
         context.options &= ~ssl.OP_NO_RENEGOTIATION
         context.options |= 0x100  # OpenSSL 3's SSL_OP_ALLOW_CLIENT_RENEGOTIATION, which ssl does not name
-    with serving(context) as address, typing(process := s_client(address, "-tls1_2")) as type_line:
-        until(process, "^hello")
+    with tls_server(context) as address, typing(process := s_client(address, "-tls1_2")) as type_line:
+        read_until(process, "^hello")
         type_line("R")
-        until(process, "^RENEGOTIATING")
+        read_until(process, "^RENEGOTIATING")
         type_line("still here")
-        output = until(process, "no renegotiation|^still here")
+        output = read_until(process, "no renegotiation|^still here")
     assert ("no renegotiation" in output) is not allowed
     assert ("still here" in output) is allowed
 
@@ -171,8 +171,8 @@ def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
 def test_session_keys_are_not_logged(issued: issue.Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     with (
-        serving(make_server_context(issued.cert, issued.key)) as address,
-        connected(address, client_context(issued.ca)),
+        tls_server(make_server_context(issued.cert, issued.key)) as address,
+        tls_client(address, client_context(issued.ca)),
     ):
         pass
     assert not (tmp_path / "keys").exists()
@@ -275,9 +275,9 @@ def test_an_expired_certificate_is_served(tmp_path: Path) -> None:
         tmp_path, ec.generate_private_key(ec.SECP256R1()), start=NOW - timedelta(days=9), end=NOW - timedelta(days=1)
     )
     with (
-        serving(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLCertVerificationError, match="expired"),
-        connected(address, client_context(cert)),
+        tls_client(address, client_context(cert)),
     ):
         pass
 

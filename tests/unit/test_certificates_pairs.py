@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import dsa, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from tests.pki import DAY, NOW, Authority, Key, cert_pem, client_context, connected, key_pem, new_key, serving
+from tests.pki import DAY, NOW, Authority, Key, cert_pem, client_context, key_pem, new_key, tls_client, tls_server
 from tlstunnel.certificates.contexts import make_context
 from tlstunnel.certificates.pairs import PairFiles, read_pair
 from tlstunnel.errors import CertificateError
@@ -42,8 +42,8 @@ def test_a_pair_of_any_kind_is_served_from_memory(tmp_path: Path, kind: str) -> 
     assert pair.shape[0].startswith(kind)
     (tmp_path / "ca.pem").write_bytes(cert_pem(CA.cert))
     with (
-        serving(make_context((pair,))) as address,
-        connected(address, client_context(tmp_path / "ca.pem", ssl.TLSVersion.TLSv1_3)),
+        tls_server(make_context((pair,))) as address,
+        tls_client(address, client_context(tmp_path / "ca.pem", ssl.TLSVersion.TLSv1_3)),
     ):
         pass
     assert sorted(tmp_path.iterdir()) == [tmp_path / "ca.pem"]  # nothing else was ever a file
@@ -62,7 +62,7 @@ def test_the_chain_is_served(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_bytes(cert_pem(CA.cert))
     pair = read_pair(PairFiles(cert, cert))  # all in one file, as HAProxy has it
     assert len(pair.shape) == 2
-    with serving(make_context((pair,))) as address, connected(address, client_context(tmp_path / "ca.pem")):
+    with tls_server(make_context((pair,))) as address, tls_client(address, client_context(tmp_path / "ca.pem")):
         pass
 
 
@@ -73,10 +73,10 @@ def test_rsa_and_ecdsa_in_one_context(tmp_path: Path) -> None:
     ]
     (tmp_path / "ca.pem").write_bytes(cert_pem(CA.cert))
     for order in (pairs, pairs[::-1]):
-        with serving(make_context(order)) as address:
+        with tls_server(make_context(order)) as address:
             for suite in ("ECDHE-RSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-GCM-SHA256"):
                 client = client_context(tmp_path / "ca.pem", ssl.TLSVersion.TLSv1_2, suite)
-                with connected(address, client) as connection:
+                with tls_client(address, client) as connection:
                     cipher = connection.cipher()
                     assert cipher is not None
                     assert cipher[0] == suite

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.pki import DAY, NOW, Authority, cert_pem, client_context, connected, serving
+from tests.pki import DAY, NOW, Authority, cert_pem, client_context, tls_client, tls_server
 from tlstunnel.certificates import store
 from tlstunnel.certificates.clients import ClientFiles
 from tlstunnel.certificates.pairs import PairFiles
@@ -253,5 +253,5 @@ def test_serving_goes_on_with_the_files_gone(tmp_path: Path) -> None:
     site = Certificates().serve((PairFiles(cert, key),), ClientFiles(ca, required=False))
     for path in (cert, key, ca):
         path.unlink()
-    with serving(site.context()) as address, connected(address, client):
+    with tls_server(site.context()) as address, tls_client(address, client):
         pass

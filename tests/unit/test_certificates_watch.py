@@ -182,14 +182,14 @@ def test_a_passphrase_is_watched_too(tmp_path: Path) -> None:
 def test_authorities_and_lists_are_watched(tmp_path: Path, log: list[Line]) -> None:
     ca, crl = tmp_path / "ca.pem", tmp_path / "crl.pem"
     ca.write_bytes(cert_pem(CA.cert))
-    crl.write_bytes(CA.revoking().public_bytes(Encoding.PEM))
+    crl.write_bytes(CA.revoke().public_bytes(Encoding.PEM))
     site = Watched(tmp_path, ClientFiles(ca, crl))
     assert not site.look(2)
     revoked = CA.sign(new_key())
-    crl.write_bytes(CA.revoking(revoked).public_bytes(Encoding.PEM))
+    crl.write_bytes(CA.revoke(revoked).public_bytes(Encoding.PEM))
     assert site.look()
     assert [line["detail"] for line in log] == [f"{ca}: new authorities or revocation lists decide about clients"]
-    crl.write_bytes(CA.revoking(end=NOW - DAY).public_bytes(Encoding.PEM))
+    crl.write_bytes(CA.revoke(end=NOW - DAY).public_bytes(Encoding.PEM))
     assert not site.look(2)
     assert [reason.startswith(f"{crl}: a list was to be replaced") for reason in warnings(log)] == [True]
 

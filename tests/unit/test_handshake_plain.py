@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, pieces, request, splits, start, without
+from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, pieces, render_head, request, splits, without
 from tlstunnel.addresses import Networks
 from tlstunnel.handshake.body import MAX_CHUNK_LINE, MAX_TRAILER, BadBody, Chunked
 from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
@@ -144,7 +144,7 @@ def test_framing_is_told_once(fields: tuple[Field, ...], length: int | None, is_
     framing = [(b"Transfer-Encoding", b"chunked")] if is_chunked else []
     if length is not None:
         framing = [(b"Content-Length", b"%d" % length)]
-    assert forwarded_head(found, FROM_CLIENT) == start(b"POST / HTTP/1.1", [HOST, *framing, CLOSE, *TOLD])
+    assert forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, *framing, CLOSE, *TOLD])
 
 
 @pytest.mark.parametrize("passing", [True, False])
@@ -298,7 +298,9 @@ def test_ambiguous_framing_is_refused(method: bytes, fields: tuple[Field, ...], 
     ],
 )
 def test_field_ends_here(fields: tuple[Field, ...]) -> None:
-    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == start(b"GET /app?x=1 HTTP/1.1", [HOST, CLOSE, *TOLD])
+    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
+        b"GET /app?x=1 HTTP/1.1", [HOST, CLOSE, *TOLD]
+    )
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_field_ends_here(fields: tuple[Field, ...]) -> None:
     ],
 )
 def test_field_goes_on_as_it_stands(fields: tuple[Field, ...]) -> None:
-    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == start(
+    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
         b"GET /app?x=1 HTTP/1.1", [HOST, *fields, CLOSE, *TOLD]
     )
 
@@ -320,7 +322,7 @@ def test_field_goes_on_as_it_stands(fields: tuple[Field, ...]) -> None:
 def test_what_frames_the_request_cannot_be_nominated_away(name: bytes) -> None:
     framing = CHUNKED if name == b"Transfer-Encoding" else (b"Content-Length", b"5")
     found = read(asking(framing, (b"Connection", name), line=b"POST / HTTP/1.1"))
-    assert forwarded_head(found, FROM_CLIENT) == start(b"POST / HTTP/1.1", [HOST, framing, CLOSE, *TOLD])
+    assert forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, framing, CLOSE, *TOLD])
 
 
 # The body to the origin.
@@ -568,8 +570,8 @@ def body_of(response: http.client.HTTPResponse) -> bytes:
 
 def test_response_goes_on_with_fields_in_order_and_case() -> None:
     fields = [(b"sERVER", b"x"), (b"Set-Cookie", b"a"), (b"Set-Cookie", b"b"), (b"Content-Length", b"2")]
-    reader, out = relayed(start(b"HTTP/1.1 200 Very OK", fields) + b"ok")
-    assert out == start(b"HTTP/1.1 200 Very OK", [*fields, CLOSE]) + b"ok"
+    reader, out = relayed(render_head(b"HTTP/1.1 200 Very OK", fields) + b"ok")
+    assert out == render_head(b"HTTP/1.1 200 Very OK", [*fields, CLOSE]) + b"ok"
     assert reader.status == 200
 
 
@@ -584,7 +586,9 @@ def test_response_goes_on_with_fields_in_order_and_case() -> None:
 )
 def test_hop_by_hop_fields_of_a_response_end_here(fields: tuple[Field, ...]) -> None:
     length = (b"Content-Length", b"0")
-    assert relayed(start(b"HTTP/1.1 200 OK", [*fields, length]))[1] == start(b"HTTP/1.1 200 OK", [length, CLOSE])
+    assert relayed(render_head(b"HTTP/1.1 200 OK", [*fields, length]))[1] == render_head(
+        b"HTTP/1.1 200 OK", [length, CLOSE]
+    )
 
 
 def test_1xx_are_passed_on_at_once() -> None:
@@ -593,20 +597,20 @@ def test_1xx_are_passed_on_at_once() -> None:
     assert reader.feed(HINTS + b"HTTP/1.1 102") == HINTS
     assert reader.status == 0
     assert reader.feed(b" Processing\r\n\r\n") == b"HTTP/1.1 102 Processing\r\n\r\n"
-    out = reader.feed(start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"0")]))
-    assert out == start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"0"), CLOSE])
+    out = reader.feed(render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"0")]))
+    assert out == render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"0"), CLOSE])
     assert reader.complete
 
 
 def test_1xx_go_on_without_framing_and_hop_by_hop_fields() -> None:
     fields = [(b"Content-Length", b"9"), CHUNKED, (b"Connection", b"close, X-Private"), (b"X-Private", b"1")]
-    assert PlainResponseReader(GET).feed(start(b"HTTP/1.0 103 x", fields)) == b"HTTP/1.1 103 x\r\n\r\n"
+    assert PlainResponseReader(GET).feed(render_head(b"HTTP/1.0 103 x", fields)) == b"HTTP/1.1 103 x\r\n\r\n"
 
 
 @pytest.mark.parametrize("before", [b"", CONTINUE, HINTS])
 @pytest.mark.parametrize("fields", [[], [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]])
 def test_101_is_a_bad_answer(before: bytes, fields: list[Field]) -> None:
-    assert bad(before + start(b"HTTP/1.1 101 Switching Protocols", fields)) == (
+    assert bad(before + render_head(b"HTTP/1.1 101 Switching Protocols", fields)) == (
         0,
         "101 to a request that asks for no upgrade",
     )
@@ -623,7 +627,7 @@ def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
 def test_head_too_large_is_a_bad_answer(size: int) -> None:
     reader = PlainResponseReader(GET)
     with pytest.raises(BadResponse):
-        fed(reader, start(b"HTTP/1.1 200 OK", [(b"X", b"a" * MAX_RESPONSE_HEAD)]), size)
+        fed(reader, render_head(b"HTTP/1.1 200 OK", [(b"X", b"a" * MAX_RESPONSE_HEAD)]), size)
     assert reader.status == 0
 
 
@@ -634,12 +638,12 @@ FRAMINGS: list[list[Field]] = [[], [(b"Content-Length", b"5")], [CHUNKED]]
 @pytest.mark.parametrize("fields", FRAMINGS)
 def test_response_to_head_has_no_body(status: int, fields: list[Field]) -> None:
     """RFC 9112 section 6.3, item 1. Content-Length stays: it is that of the response to a GET."""
-    data = start(b"HTTP/1.1 %d x" % status, fields)
+    data = render_head(b"HTTP/1.1 %d x" % status, fields)
     for behind in (b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n"):
         reader = PlainResponseReader(HEAD)
         out = reader.feed(data + behind)
         assert reader.complete
-        assert out == start(b"HTTP/1.1 %d x" % status, [*(f for f in fields if f is not CHUNKED), CLOSE])
+        assert out == render_head(b"HTTP/1.1 %d x" % status, [*(f for f in fields if f is not CHUNKED), CLOSE])
         assert body_of(understood(out, "HEAD")) == b""
 
 
@@ -649,21 +653,23 @@ def test_response_to_head_has_no_body(status: int, fields: list[Field]) -> None:
 def test_204_and_304_have_no_body(status: int, fields: list[Field], to: PlainRequest) -> None:
     """Nor has a 204 a length (RFC 9110 section 8.6)."""
     reader = PlainResponseReader(to)
-    out = reader.feed(start(b"HTTP/1.1 %d x" % status, fields) + b"hello")
+    out = reader.feed(render_head(b"HTTP/1.1 %d x" % status, fields) + b"hello")
     assert reader.complete
     kept = [] if status == 204 else [field for field in fields if field is not CHUNKED]
-    assert out == start(b"HTTP/1.1 %d x" % status, [*kept, CLOSE])
+    assert out == render_head(b"HTTP/1.1 %d x" % status, [*kept, CLOSE])
 
 
 def test_length_delimits_the_response() -> None:
-    _, out = relayed(start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"hel", b"lo" + b"HTTP/1.1 200 OK\r\n")
+    _, out = relayed(
+        render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"hel", b"lo" + b"HTTP/1.1 200 OK\r\n"
+    )
     assert body_of(understood(out)) == b"hello"
 
 
 def test_chunks_of_the_response_are_framed_anew_and_streamed() -> None:
     reader = PlainResponseReader(GET)
-    head = reader.feed(start(b"HTTP/1.1 200 OK", [CHUNKED, (b"Trailer", b"X-Sum")]))
-    assert head == start(b"HTTP/1.1 200 OK", [CHUNKED, CLOSE])
+    head = reader.feed(render_head(b"HTTP/1.1 200 OK", [CHUNKED, (b"Trailer", b"X-Sum")]))
+    assert head == render_head(b"HTTP/1.1 200 OK", [CHUNKED, CLOSE])
     first = reader.feed(b"5;a\r\nhel")
     assert first == b"3\r\nhel\r\n"
     rest = reader.feed(b"lo\r\n1\r\n!\r\n0\r\nX-Sum: 1\r\n\r\nmore")
@@ -683,12 +689,12 @@ def test_end_delimits_the_response(version: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"6")]) + b"hello",
-        start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"6")]),
-        start(b"HTTP/1.1 200 OK", [CHUNKED]),
-        start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"6\r\nhello",
-        start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5\r\nhello\r\n",
-        start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5\r\nhello\r\n0\r\n",
+        render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"6")]) + b"hello",
+        render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"6")]),
+        render_head(b"HTTP/1.1 200 OK", [CHUNKED]),
+        render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"6\r\nhello",
+        render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5\r\nhello\r\n",
+        render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5\r\nhello\r\n0\r\n",
     ],
 )
 def test_response_cut_short_is_never_made_whole(data: bytes) -> None:
@@ -709,16 +715,16 @@ def test_response_cut_short_is_never_made_whole(data: bytes) -> None:
         ((CONTINUE,), 0),
         ((b"HTTP/1.1 200 OK\r\n",), 0),
         ((b"hello\r\n\r\n",), 0),
-        ((start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), CHUNKED]),), 0),
-        ((start(b"HTTP/1.0 200 OK", [CHUNKED]),), 0),
-        ((start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"gzip, chunked")]),), 0),
-        ((start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), (b"Content-Length", b"6")]),), 0),
-        ((start(b"HTTP/1.1 200 \x1b[2J", []),), 0),
-        ((start(b"HTTP/1.1 200 OK", [(b"X", b"\x7f")]),), 0),
-        ((start(b"HTTP/1.1 103 x", [(b"X", b"\x7f")]),), 0),
-        ((start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"x\r\n",), 0),
-        ((start(b"HTTP/1.1 200 OK", [CHUNKED]), b"x\r\n"), 200),
-        ((start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"1\r\nh\r\n", b"x\r\n"), 200),
+        ((render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), CHUNKED]),), 0),
+        ((render_head(b"HTTP/1.0 200 OK", [CHUNKED]),), 0),
+        ((render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"gzip, chunked")]),), 0),
+        ((render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), (b"Content-Length", b"6")]),), 0),
+        ((render_head(b"HTTP/1.1 200 \x1b[2J", []),), 0),
+        ((render_head(b"HTTP/1.1 200 OK", [(b"X", b"\x7f")]),), 0),
+        ((render_head(b"HTTP/1.1 103 x", [(b"X", b"\x7f")]),), 0),
+        ((render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"x\r\n",), 0),
+        ((render_head(b"HTTP/1.1 200 OK", [CHUNKED]), b"x\r\n"), 200),
+        ((render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"1\r\nh\r\n", b"x\r\n"), 200),
     ],
 )
 def test_status_says_whether_a_bad_answer_can_still_be_replaced(data: tuple[bytes, ...], status: int) -> None:
@@ -727,7 +733,7 @@ def test_status_says_whether_a_bad_answer_can_still_be_replaced(data: tuple[byte
 
 def test_426_keeps_what_to_upgrade_to() -> None:
     fields = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade"), (b"Content-Length", b"0")]
-    _, out = relayed(start(b"HTTP/1.1 426 Upgrade Required", fields))
+    _, out = relayed(render_head(b"HTTP/1.1 426 Upgrade Required", fields))
     assert b"\r\nUpgrade: websocket\r\nConnection: close, Upgrade\r\n" in out
 
 
@@ -820,11 +826,11 @@ def test_any_plain_request_is_forwarded_as_one_clean_head(data: bytes, trusted: 
 
 
 RESPONSES = (
-    HINTS + start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), (b"Connection", b"keep-alive, X")]) + b"hello",
-    start(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5;a\r\nhello\r\n6\r\n world\r\n0\r\nX: y\r\n\r\n",
-    CONTINUE + start(b"HTTP/1.0 404 Not Found", [(b"Server", b"x")]) + b"not here",
+    HINTS + render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5"), (b"Connection", b"keep-alive, X")]) + b"hello",
+    render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5;a\r\nhello\r\n6\r\n world\r\n0\r\nX: y\r\n\r\n",
+    CONTINUE + render_head(b"HTTP/1.0 404 Not Found", [(b"Server", b"x")]) + b"not here",
     b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n",
-    start(b"HTTP/1.1 101 x", [(b"Upgrade", b"websocket"), (b"Connection", b"upgrade")]),
+    render_head(b"HTTP/1.1 101 x", [(b"Upgrade", b"websocket"), (b"Connection", b"upgrade")]),
 )
 
 

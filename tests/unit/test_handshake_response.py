@@ -8,16 +8,16 @@ from hypothesis import given, settings
 
 from tests.handshakes import (
     ACCEPT,
-    ANSWER_FIELDS,
     FIELDS,
     KEY,
+    RESPONSE_FIELDS,
     Field,
-    answer,
     mutated,
     pieces,
+    render_head,
     request,
+    response,
     splits,
-    start,
     without,
 )
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
@@ -25,7 +25,7 @@ from tlstunnel.handshake.response import MAX_RESPONSE_HEAD, BadResponse, Decline
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
-RIGHT = answer(ANSWER_FIELDS)
+RIGHT = response(RESPONSE_FIELDS)
 
 
 def asked(*more: Field) -> UpgradeRequest:
@@ -121,20 +121,20 @@ def test_what_follows_the_101_is_kept(leftover: bytes) -> None:
     "fields",
     [
         ((b"upgrade", b"WebSocket"), (b"CONNECTION", b"upgrade"), (b"sec-websocket-accept", ACCEPT)),
-        (*without(b"Connection", ANSWER_FIELDS), (b"Connection", b"keep-alive, Upgrade")),
-        (*without(b"Connection", ANSWER_FIELDS), (b"Connection", b"keep-alive"), (b"Connection", b"upgrade")),
-        (*without(b"Sec-WebSocket-Accept", ANSWER_FIELDS), (b"Sec-WebSocket-Accept", b"  " + ACCEPT + b"\t")),
+        (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"keep-alive, Upgrade")),
+        (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"keep-alive"), (b"Connection", b"upgrade")),
+        (*without(b"Sec-WebSocket-Accept", RESPONSE_FIELDS), (b"Sec-WebSocket-Accept", b"  " + ACCEPT + b"\t")),
     ],
     ids=["case", "more in Connection", "two Connection lines", "white space"],
 )
 def test_101_may_be_written_so(fields: tuple[Field, ...]) -> None:
-    assert switched(answer(fields)).head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+    assert switched(response(fields)).head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
 
 
 def test_fields_of_a_101_keep_order_and_case() -> None:
     more = ((b"sERVER", b"x"), (b"Set-Cookie", b"a=1"), (b"Set-Cookie", b"b=2"), (b"X-Name", b"M\xfcller\tx"))
-    assert switched(answer((*more, *ANSWER_FIELDS))).head == answer(
-        (*ANSWER_FIELDS[:2], *more, (b"Sec-WebSocket-Accept", ACCEPT))
+    assert switched(response((*more, *RESPONSE_FIELDS))).head == response(
+        (*RESPONSE_FIELDS[:2], *more, (b"Sec-WebSocket-Accept", ACCEPT))
     )
 
 
@@ -149,19 +149,19 @@ def test_fields_of_a_101_keep_order_and_case() -> None:
     ids=["subprotocol", "extension", "parameters", "two lines"],
 )
 def test_what_was_asked_for_is_passed_on(more: tuple[Field, ...]) -> None:
-    assert switched(answer((*ANSWER_FIELDS, *more)), OFFERS).head == answer((*ANSWER_FIELDS, *more))
+    assert switched(response((*RESPONSE_FIELDS, *more)), OFFERS).head == response((*RESPONSE_FIELDS, *more))
 
 
 @pytest.mark.parametrize("dropped", [b"Content-Length", b"Transfer-Encoding", b"Keep-Alive", b"X-Private"])
 def test_101_goes_on_without_body_and_hop_by_hop_fields(dropped: bytes) -> None:
     value = {b"Content-Length": b"0", b"Transfer-Encoding": b"chunked"}.get(dropped, b"x")
-    fields = (*without(b"Connection", ANSWER_FIELDS), (b"Connection", b"Upgrade, X-Private"), (dropped, value))
-    assert switched(answer(fields) + b"\x81\x00") == Switched(RIGHT, b"\x81\x00")
+    fields = (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"Upgrade, X-Private"), (dropped, value))
+    assert switched(response(fields) + b"\x81\x00") == Switched(RIGHT, b"\x81\x00")
 
 
 def test_accept_cannot_be_nominated_away() -> None:
-    fields = (*without(b"Connection", ANSWER_FIELDS), (b"Connection", b"Upgrade, Sec-WebSocket-Accept"))
-    assert b"Sec-WebSocket-Accept: " + ACCEPT in switched(answer(fields)).head
+    fields = (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"Upgrade, Sec-WebSocket-Accept"))
+    assert b"Sec-WebSocket-Accept: " + ACCEPT in switched(response(fields)).head
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_accept_cannot_be_nominated_away() -> None:
     ],
 )
 def test_reason_of_a_101(line: bytes, sent: bytes) -> None:
-    assert switched(answer(ANSWER_FIELDS, line)).head == answer(ANSWER_FIELDS, sent)
+    assert switched(response(RESPONSE_FIELDS, line)).head == response(RESPONSE_FIELDS, sent)
 
 
 def test_byte_by_byte_gives_the_same() -> None:
@@ -187,7 +187,7 @@ def test_byte_by_byte_gives_the_same() -> None:
 
 
 def changed(name: bytes, *values: bytes) -> bytes:
-    return answer((*without(name, ANSWER_FIELDS), *((name, value) for value in values)))
+    return response((*without(name, RESPONSE_FIELDS), *((name, value) for value in values)))
 
 
 WRONG: dict[str, tuple[bytes, str]] = {
@@ -224,14 +224,14 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "two subprotocols": (changed(b"Sec-WebSocket-Protocol", b"chat, superchat"), "subprotocol"),
     "two subprotocols on two lines": (changed(b"Sec-WebSocket-Protocol", b"chat", b"superchat"), "subprotocol"),
     "subprotocol doubled": (changed(b"Sec-WebSocket-Protocol", b"chat", b"chat"), "subprotocol"),
-    "control character in a value": (answer((*ANSWER_FIELDS, (b"X", b"a\x1b[31m"))), "control character"),
-    "DEL in a value": (answer((*ANSWER_FIELDS, (b"X", b"a\x7f"))), "control character"),
-    "control character in the reason": (answer(ANSWER_FIELDS, b"HTTP/1.1 101 \x1b[2J"), "control character"),
+    "control character in a value": (response((*RESPONSE_FIELDS, (b"X", b"a\x1b[31m"))), "control character"),
+    "DEL in a value": (response((*RESPONSE_FIELDS, (b"X", b"a\x7f"))), "control character"),
+    "control character in the reason": (response(RESPONSE_FIELDS, b"HTTP/1.1 101 \x1b[2J"), "control character"),
     **{
-        f"version {version.decode()}": (answer(ANSWER_FIELDS, b"HTTP/%b 101 x" % version), "version")
+        f"version {version.decode()}": (response(RESPONSE_FIELDS, b"HTTP/%b 101 x" % version), "version")
         for version in (b"1.0", b"1.2", b"2.0")
     },
-    "two lengths": (answer((*ANSWER_FIELDS, (b"Content-Length", b"0, 1"))), "not HTTP"),
+    "two lengths": (response((*RESPONSE_FIELDS, (b"Content-Length", b"0, 1"))), "not HTTP"),
 }
 
 
@@ -296,22 +296,22 @@ GARBAGE: dict[str, bytes] = {
     "another protocol": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
     "the preface of HTTP/2": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00",
     "version in lower case": RIGHT.replace(b"HTTP", b"http", 1),
-    "no status": answer(ANSWER_FIELDS, b"HTTP/1.1"),
-    "status of two digits": answer(ANSWER_FIELDS, b"HTTP/1.1 10"),
-    "status of four digits": answer(ANSWER_FIELDS, b"HTTP/1.1 1010 x"),
-    "status 000": answer(ANSWER_FIELDS, b"HTTP/1.1 000 x"),
-    "status in words": answer(ANSWER_FIELDS, b"HTTP/1.1 abc x"),
+    "no status": response(RESPONSE_FIELDS, b"HTTP/1.1"),
+    "status of two digits": response(RESPONSE_FIELDS, b"HTTP/1.1 10"),
+    "status of four digits": response(RESPONSE_FIELDS, b"HTTP/1.1 1010 x"),
+    "status 000": response(RESPONSE_FIELDS, b"HTTP/1.1 000 x"),
+    "status in words": response(RESPONSE_FIELDS, b"HTTP/1.1 abc x"),
     "empty line before": b"\r\n" + RIGHT,
-    "white space before the colon": answer((*ANSWER_FIELDS, (b"X ", b"a"))),
+    "white space before the colon": response((*RESPONSE_FIELDS, (b"X ", b"a"))),
     "field without a colon": RIGHT[:-2] + b"X\r\n\r\n",
     "field without a name": RIGHT[:-2] + b": x\r\n\r\n",
-    "NUL in a value": answer((*ANSWER_FIELDS, (b"X", b"a\x00b"))),
-    "lone CR in a value": answer((*ANSWER_FIELDS, (b"X", b"a\rb"))),
-    "lone CR in the reason": answer(ANSWER_FIELDS, b"HTTP/1.1 101 a\rb"),
-    "length that is no number": start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"x")]),
-    "negative length": start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"-1")]),
-    "different lengths": start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"1"), (b"Content-Length", b"2")]),
-    "transfer coding doubled": start(
+    "NUL in a value": response((*RESPONSE_FIELDS, (b"X", b"a\x00b"))),
+    "lone CR in a value": response((*RESPONSE_FIELDS, (b"X", b"a\rb"))),
+    "lone CR in the reason": response(RESPONSE_FIELDS, b"HTTP/1.1 101 a\rb"),
+    "length that is no number": render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"x")]),
+    "negative length": render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"-1")]),
+    "different lengths": render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"1"), (b"Content-Length", b"2")]),
+    "transfer coding doubled": render_head(
         b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked"), (b"Transfer-Encoding", b"chunked")]
     ),
 }
@@ -335,15 +335,15 @@ def test_end_instead_of_an_answer_says_so() -> None:
 def test_both_length_and_transfer_encoding_is_a_bad_answer(name: bytes) -> None:
     """RFC 9112 section 6.1: it ought to be handled as an error; two readers may disagree on where it ends."""
     fields = [(name, b"5"), (b"Transfer-Encoding", b"chunked")]
-    assert "both" in bad(start(b"HTTP/1.1 200 OK", fields) + b"5\r\nhello\r\n0\r\n\r\n")
-    assert "both" in bad(start(b"HTTP/1.1 200 OK", fields[::-1]) + b"5\r\nhello\r\n0\r\n\r\n")
+    assert "both" in bad(render_head(b"HTTP/1.1 200 OK", fields) + b"5\r\nhello\r\n0\r\n\r\n")
+    assert "both" in bad(render_head(b"HTTP/1.1 200 OK", fields[::-1]) + b"5\r\nhello\r\n0\r\n\r\n")
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        start(b"HTTP/1.1 403 Forbidden", [(b"X", b"\x1b[31m")]),
-        start(b"HTTP/1.1 403 \x07", [(b"Content-Length", b"0")]),
+        render_head(b"HTTP/1.1 403 Forbidden", [(b"X", b"\x1b[31m")]),
+        render_head(b"HTTP/1.1 403 \x07", [(b"Content-Length", b"0")]),
     ],
     ids=["field", "reason"],
 )
@@ -355,8 +355,8 @@ def test_control_character_in_a_declining_head_is_a_bad_answer(data: bytes) -> N
 
 
 def sized(size: int) -> bytes:
-    unfilled = len(answer((*ANSWER_FIELDS, (b"X-Fill", b""))))
-    return answer((*ANSWER_FIELDS, (b"X-Fill", b"a" * (size - unfilled))))
+    unfilled = len(response((*RESPONSE_FIELDS, (b"X-Fill", b""))))
+    return response((*RESPONSE_FIELDS, (b"X-Fill", b"a" * (size - unfilled))))
 
 
 @pytest.mark.parametrize("piece", [1000, 16_384, 65_535, 65_536, 65_537, 200_000])
@@ -375,7 +375,7 @@ def test_line_without_end_is_a_bad_answer() -> None:
 
 def test_body_does_not_count() -> None:
     body = b"x" * 200_000
-    _, out = relayed(start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"200000")]) + body)
+    _, out = relayed(render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"200000")]) + body)
     assert understood(out)[1] == body
 
 
@@ -385,7 +385,7 @@ def test_body_does_not_count() -> None:
 @pytest.mark.parametrize("status", [200, 204, 301, 302, 304, 307, 400, 401, 403, 404, 429, 500, 503])
 def test_any_other_status_is_relayed(status: int) -> None:
     fields = [(b"Content-Length", b"0")] if status not in {204, 304} else []
-    found, out = relayed(start(b"HTTP/1.1 %d Reason of theirs" % status, fields))
+    found, out = relayed(render_head(b"HTTP/1.1 %d Reason of theirs" % status, fields))
     head, body = understood(out)
     assert (found.status, head.status_code, head.reason, body) == (status, status, b"Reason of theirs", b"")
     assert field(head, b"connection") == b"close"
@@ -400,8 +400,8 @@ def test_fields_are_relayed_in_order_and_case() -> None:
         (b"Location", b"/login"),
         (b"Content-Length", b"2"),
     ]
-    found, out = relayed(start(b"HTTP/1.1 401 Unauthorized", fields) + b"no")
-    assert found.head == start(b"HTTP/1.1 401 Unauthorized", [*fields, (b"Connection", b"close")])
+    found, out = relayed(render_head(b"HTTP/1.1 401 Unauthorized", fields) + b"no")
+    assert found.head == render_head(b"HTTP/1.1 401 Unauthorized", [*fields, (b"Connection", b"close")])
     assert out == found.head + b"no"
 
 
@@ -414,8 +414,8 @@ def test_hop_by_hop_fields_of_a_response_end_here() -> None:
         (b"Trailer", b"X"),
         (b"Content-Length", b"0"),
     ]
-    found, _ = relayed(start(b"HTTP/1.1 404 Not Found", fields))
-    assert found.head == start(b"HTTP/1.1 404 Not Found", [(b"Content-Length", b"0"), (b"Connection", b"close")])
+    found, _ = relayed(render_head(b"HTTP/1.1 404 Not Found", fields))
+    assert found.head == render_head(b"HTTP/1.1 404 Not Found", [(b"Content-Length", b"0"), (b"Connection", b"close")])
 
 
 def test_426_keeps_what_to_upgrade_to() -> None:
@@ -426,7 +426,7 @@ def test_426_keeps_what_to_upgrade_to() -> None:
         (b"Sec-WebSocket-Version", b"13"),
         (b"Content-Length", b"0"),
     ]
-    head, _ = understood(relayed(start(b"HTTP/1.1 426 Upgrade Required", fields))[1])
+    head, _ = understood(relayed(render_head(b"HTTP/1.1 426 Upgrade Required", fields))[1])
     assert field(head, b"upgrade") == b"websocket, HTTP/3.0"
     assert field(head, b"sec-websocket-version") == b"13"
 
@@ -434,19 +434,19 @@ def test_426_keeps_what_to_upgrade_to() -> None:
 def test_426_names_upgrade_in_connection() -> None:
     """RFC 9110 section 7.8: a sender of Upgrade MUST also send an "Upgrade" connection option."""
     fields = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade"), (b"Content-Length", b"0")]
-    head, _ = understood(relayed(start(b"HTTP/1.1 426 Upgrade Required", fields))[1])
+    head, _ = understood(relayed(render_head(b"HTTP/1.1 426 Upgrade Required", fields))[1])
     options = [value for name, value in head.headers if name == b"connection"]
     assert {option.strip().lower() for value in options for option in value.split(b",")} == {b"close", b"upgrade"}
 
 
 def test_length_delimits_the_body() -> None:
-    found, out = relayed(start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"he", b"ll", b"o and more")
+    found, out = relayed(render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"he", b"ll", b"o and more")
     assert out == found.head + b"hello"
 
 
 def test_length_nought_is_complete_at_once() -> None:
     reader = UpgradeResponseReader(PLAIN)
-    assert reader.feed(start(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"0")])) is not None
+    assert reader.feed(render_head(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"0")])) is not None
     assert not reader.complete
     assert reader.body(None) == b""
     assert reader.complete
@@ -455,7 +455,7 @@ def test_length_nought_is_complete_at_once() -> None:
 def test_chunks_are_framed_anew() -> None:
     fields = [(b"Transfer-Encoding", b"Chunked"), (b"Trailer", b"X-Sum")]
     _, out = relayed(
-        start(b"HTTP/1.1 200 OK", fields) + b"5;a=b\r\nhello\r\n00",
+        render_head(b"HTTP/1.1 200 OK", fields) + b"5;a=b\r\nhello\r\n00",
         b"3\r\n wo\r\n3\r\nr",
         b"ld\r\n0\r\nX-Sum: 1\r\nSet-Cookie: a=1\r\n\r\nmore",
     )
@@ -470,7 +470,7 @@ def test_chunks_are_framed_anew() -> None:
 
 
 def test_end_delimits_the_body() -> None:
-    found, out = relayed(start(b"HTTP/1.1 200 OK", [(b"Content-Type", b"text/plain")]) + b"hel", b"lo")
+    found, out = relayed(render_head(b"HTTP/1.1 200 OK", [(b"Content-Type", b"text/plain")]) + b"hel", b"lo")
     assert out == found.head + b"hello"
     head, body = understood(out)
     assert (field(head, b"connection"), body) == (b"close", b"hello")
@@ -488,7 +488,7 @@ def test_end_right_behind_the_head_is_an_empty_body() -> None:
 def test_204_and_304_have_no_body(status: int, fields: list[Field]) -> None:
     """RFC 9112 section 6.3, item 1: the empty line ends them, whatever the fields say."""
     reader = UpgradeResponseReader(PLAIN)
-    found = reader.feed(start(b"HTTP/1.1 %d x" % status, fields) + b"hello")
+    found = reader.feed(render_head(b"HTTP/1.1 %d x" % status, fields) + b"hello")
     assert isinstance(found, Declined)
     assert reader.body(None) == b""
     assert reader.complete
@@ -502,13 +502,13 @@ def test_response_of_http_1_0_is_relayed_as_1_1() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]),
-        start(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"hell",
-        start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]),
-        start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhell",
-        start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhello\r\n",
-        start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhello\r\n0\r\n",
-        start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5",
+        render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]),
+        render_head(b"HTTP/1.1 200 OK", [(b"Content-Length", b"5")]) + b"hell",
+        render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]),
+        render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhell",
+        render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhello\r\n",
+        render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5\r\nhello\r\n0\r\n",
+        render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5",
     ],
 )
 def test_body_cut_short_is_a_bad_answer(data: bytes) -> None:
@@ -523,7 +523,7 @@ def test_body_cut_short_is_a_bad_answer(data: bytes) -> None:
 @pytest.mark.parametrize("chunk", [b"x\r\n", b"-5\r\n", b"5 5\r\n", b"5\r\nhelloX", b"F" * 21 + b"\r\n"])
 def test_bad_chunk_is_a_bad_answer(chunk: bytes) -> None:
     reader = UpgradeResponseReader(PLAIN)
-    assert reader.feed(start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + chunk) is not None
+    assert reader.feed(render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + chunk) is not None
     with pytest.raises(BadResponse):
         reader.body(None)
 
@@ -533,13 +533,13 @@ def test_bad_chunk_is_a_bad_answer(chunk: bytes) -> None:
 BASES = (
     RIGHT + b"\x81\x05hello",
     CONTINUE + RIGHT,
-    answer((*ANSWER_FIELDS, (b"Sec-WebSocket-Protocol", b"chat"), (b"Sec-WebSocket-Extensions", b"x-other; a=b"))),
-    start(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"5"), (b"Connection", b"keep-alive, X"), (b"X", b"1")])
+    response((*RESPONSE_FIELDS, (b"Sec-WebSocket-Protocol", b"chat"), (b"Sec-WebSocket-Extensions", b"x-other; a=b"))),
+    render_head(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"5"), (b"Connection", b"keep-alive, X"), (b"X", b"1")])
     + b"hello",
-    start(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")])
+    render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")])
     + b"5;a\r\nhello\r\n6\r\n world\r\n0\r\nX: y\r\n\r\n",
-    HINTS + start(b"HTTP/1.0 404 Not Found", [(b"Server", b"x")]) + b"not here",
-    start(b"HTTP/1.1 426 Upgrade Required", [(b"Upgrade", b"websocket"), (b"Content-Length", b"0")]),
+    HINTS + render_head(b"HTTP/1.0 404 Not Found", [(b"Server", b"x")]) + b"not here",
+    render_head(b"HTTP/1.1 426 Upgrade Required", [(b"Upgrade", b"websocket"), (b"Content-Length", b"0")]),
     b"HTTP/1.1 304 Not Modified\r\n\r\n",
 )
 
