@@ -401,7 +401,7 @@ class _TlsSide(_Side):
         try:
             if self._other.end == Reason.TRUNCATED:
                 return True
-            if self.end == Reason.CLOSED:
+            if self.end == Reason.CLOSED and not self._close_notify:
                 self.sock.unwrap()  # the peer's close_notify has been read: this only sends
             elif not self._send_close_notify():
                 return False
