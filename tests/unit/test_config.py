@@ -364,7 +364,7 @@ def test_what_is_no_duration(text: str) -> None:
         ),
         ("[timeouts]\nidle = '0s'", 'expected "off" or a duration such as "10s", longer than zero, got "0s"'),
         ("[timeouts]\nclose = '367d'", 'expected a duration such as "10s", of at most 366 days, got "367d"'),
-        ('listen = [\n"127.0.0.1:1", # one\n\n"8443"\n]', 't.toml:4: listen[1]: "8443" names no host'),
+        ('listen = [\n"127.0.0.1:1", # one\n\n"8443"\n]', 't.toml:4: listen[1]: "8443" has no host'),
         ('trusted_proxies = [ # 1\n"::1",\n"10.0.0.1/8"\n]', "t.toml:3: trusted_proxies[1]: "),
         ('[[sites]]\nnames = ["a b"]', 't.toml:2: sites[0].names[0]: "a b" is not a host name'),
         (
@@ -505,7 +505,7 @@ def test_what_is_no_duration(text: str) -> None:
             f"lists = {{bots = 'a'}}\n{SITE}allow_addresses = ['@bot']",
             't.toml:4: sites[0].allow_addresses[0]: there is no list "bot"; did you mean "@bots"?',
         ),
-        (f"{SITE}block_addresses = ['10.0.0.1/8']", 'block_addresses[0]: "10.0.0.1/8" has bits set behind the /8'),
+        (f"{SITE}block_addresses = ['10.0.0.1/8']", 'block_addresses[0]: "10.0.0.1/8" has bits set after the /8'),
         (f"{SITE}web_origins = ['a.example']", 'web_origins[0]: "a.example" is not a web origin such as'),
         (f"{SITE}web_origins = ['https://a/']", '"https://a/" has a path; a web origin is scheme, host and port'),
         (

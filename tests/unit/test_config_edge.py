@@ -121,7 +121,7 @@ def test_origins(written: str, meant: str) -> None:
     ("written", "said"),
     [
         ('["*"]', "open relay"),
-        ('["10.0.0.1/8"]', "bits set behind the /8"),
+        ('["10.0.0.1/8"]', "bits set after the /8"),
         ('["10.0.0.0/33"]', "is not a network"),
         ('["::ffff:10.0.0.0/104"]', "IPv4-mapped"),
         ('["fe80::1%eth0"]', "is not a network"),

@@ -178,7 +178,7 @@ def test_every_field_is_known() -> None:
         ("path.regex('a', 'b')", "write value.regex"),
         ("path.regex(b'a')", "line 1, column 12: bytes are not supported; write a string, without the b"),
         ("ip_in(ip, '10.0.0.0/33')", 'line 1, column 11: "10.0.0.0/33" is not a network'),
-        ("ip_in(ip, '10.0.0.0/8', '10.0.0.1/8')", '"10.0.0.1/8" has bits set behind the /8'),
+        ("ip_in(ip, '10.0.0.0/8', '10.0.0.1/8')", '"10.0.0.1/8" has bits set after the /8'),
         ("ip_in(ip)", 'line 1, column 1: write ip_in(ip, "10.0.0.0/8", ...)'),
         ("ip_in(ip, ip)", "write ip_in("),
         ("ip_in(ip, ['10.0.0.0/8'])", "write ip_in("),

@@ -138,7 +138,7 @@ def test_a_file_has_comments_and_empty_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"# a\n\n10.0.0.1/8\n", ':3: "10.0.0.1/8" has bits set behind the /8; write 10.0.0.0/8'),
+        (b"# a\n\n10.0.0.1/8\n", ':3: "10.0.0.1/8" has bits set after the /8; write 10.0.0.0/8'),
         (b"10.0.0.0/33", ':1: "10.0.0.0/33" is not a network'),
         (b"10.0.0.256", ':1: "10.0.0.256" is not a network'),
         (b"a\n2001:db8::/129", ':2: "2001:db8::/129" is not a network'),
