@@ -148,7 +148,7 @@ class Networks:
         return f"Networks.parse({[str(network) for network in self._networks]})"
 
 
-def canonical_name(text: str) -> str:
+def normalise_name(text: str) -> str:
     """Return a site's name in the form in which names are compared: lower case, A-labels, no trailing dot.
 
     `text` is a host name, a host name after ``*.`` (any one label), ``*`` (any name), or an IP address. An IPv6 address

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tlstunnel.addresses import ListenAddress, Networks, OriginAddress, canonical_name, quoted
+from tlstunnel.addresses import ListenAddress, Networks, OriginAddress, normalise_name, quoted
 
 FOLDER = Path("/etc/tlstunnel")
 
@@ -206,9 +206,9 @@ def test_networks_refused(text: str, reason: str) -> None:
         ("[2001:DB8:0::1]", "2001:db8::1"),
     ],
 )
-def test_canonical_name(text: str, name: str) -> None:
-    assert canonical_name(text) == name
-    assert canonical_name(name) == name
+def test_normalise_name(text: str, name: str) -> None:
+    assert normalise_name(text) == name
+    assert normalise_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,9 @@ def test_canonical_name(text: str, name: str) -> None:
         "\u2603.b",
     ],
 )
-def test_canonical_name_refused(text: str) -> None:
+def test_normalise_name_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r'^"') as caught:
-        canonical_name(text)
+        normalise_name(text)
     assert "\n" not in str(caught.value)
 
 
@@ -260,7 +260,7 @@ def test_parsers_raise_value_errors_of_one_line(text: str) -> None:
         OriginAddress.parse,
         lambda text: OriginAddress.parse(text, FOLDER),
         lambda text: Networks.parse([text]),
-        canonical_name,
+        normalise_name,
     ):
         try:
             value = parse(text)
@@ -270,7 +270,7 @@ def test_parsers_raise_value_errors_of_one_line(text: str) -> None:
             if isinstance(value, ListenAddress | OriginAddress):
                 assert type(value).parse(str(value)) == value
             if isinstance(value, str):
-                assert canonical_name(value) == value
+                assert normalise_name(value) == value
     for refusal in refusals:
         assert type(refusal) is ValueError  # and none of its subclasses, whose messages are not for people
         assert len(str(refusal).splitlines()) == 1

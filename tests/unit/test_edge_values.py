@@ -14,7 +14,7 @@ from tests.handshakes import FIELDS, KEY, Field, request, without
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, WorkerRequest
 from tlstunnel.edge.values import Forwarded, InvalidReply, to_outcome, to_worker_request
-from tlstunnel.firewall.facts import normal_path
+from tlstunnel.firewall.facts import normalise_path
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
 from tlstunnel.handshake.refusal import Refusal, render
@@ -640,9 +640,9 @@ def test_only_the_path() -> None:
     assert head(asked(line=b"GET /a? HTTP/1.1").forward(path="/b")).target == b"/b?"
 
 
-def test_normal_path_is_the_firewalls() -> None:
+def test_normalise_path_is_the_firewalls() -> None:
     for path in ("/a/../b", "/%2e", "/a//b", "/a/./", "/"):
-        assert _normal(path.replace("%2e", ".")) == normal_path(path.encode())
+        assert _normal(path.replace("%2e", ".")) == normalise_path(path.encode())
 
 
 # --- Reply ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tlstunnel.firewall.facts import (
     MAX_QUERY_VALUES,
     Facts,
     gather,
-    normal_path,
+    normalise_path,
 )
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
@@ -190,7 +190,7 @@ def test_ipv4_mapped_addresses_are_ipv4(ip: str, seen: str) -> None:
     ],
 )
 def test_path(raw: bytes, path: str) -> None:
-    assert normal_path(raw) == path
+    assert normalise_path(raw) == path
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_path(raw: bytes, path: str) -> None:
     ],
 )
 def test_dot_segments_as_the_rfc_removes_them(reference: bytes, target: str) -> None:
-    assert normal_path(b"/b/c/" + reference) == target
+    assert normalise_path(b"/b/c/" + reference) == target
 
 
 AMBIGUOUS = {
@@ -317,12 +317,12 @@ visible = st.binary(max_size=60).map(lambda data: b"/" + bytes(33 + byte % 94 fo
 @given(raw=paths | visible)
 @example(raw=b"/%2e%2e/%2e%2e/")
 def test_a_path_has_one_form(raw: bytes) -> None:
-    path = normal_path(raw)
+    path = normalise_path(raw)
     assert path.startswith("/")
     assert "//" not in path
     assert not {".", ".."} & set(path.split("/"))
     # A form that is sent as it is comes out as it is.
-    assert normal_path(quote(path).encode()) == path
+    assert normalise_path(quote(path).encode()) == path
 
 
 @given(target=paths | visible)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from tlstunnel.addresses import Networks, canonical_name, quoted
+from tlstunnel.addresses import Networks, normalise_name, quoted
 from tlstunnel.config.document import KeyPath
 from tlstunnel.config.kinds import UNREADABLE, Kind, PlacedText, Reading, Schema, Text, describe
 from tlstunnel.config.secrets import hide_secrets
@@ -28,14 +28,14 @@ def parse_worker_origin(text: str) -> str:
         raise ValueError('"*" would make the worker an open relay; list networks such as 10.0.0.0/8, or names')
     if "/" in text or text.count(":") > 1 or text.replace(".", "").isdecimal():
         return str(next(iter(Networks.parse([text]))))
-    return canonical_name(text)
+    return normalise_name(text)
 
 
 WorkerReference = Annotated[str, PlacedText(parse_worker_reference, "edge/chat.py:fetch", expected=_WORKER_FORMS)]
 """``FILE:FUNCTION``, the path of the file absolute and ending in ``.py``, or ``PACKAGE.MODULE:FUNCTION``."""
 
 WorkerOrigin = Annotated[str, Text(parse_worker_origin, "*.shards.internal")]
-"""A network in its shortest form, or a name as ``addresses.canonical_name`` returns it."""
+"""A network in its shortest form, or a name as ``addresses.normalise_name`` returns it."""
 
 
 class WorkerTable(dict[str, Any]):

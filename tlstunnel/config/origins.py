@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from tlstunnel.addresses import OriginAddress, canonical_name, quoted
+from tlstunnel.addresses import OriginAddress, normalise_name, quoted
 from tlstunnel.config.durations import Timeout
 from tlstunnel.config.headers import FIELD_NAME
 from tlstunnel.config.kinds import Integer, Kind, PlacedText, Text
@@ -45,7 +45,7 @@ def parse_origin_name(text: str) -> str:
 
 def _is_name(text: str) -> bool:
     try:
-        return "*" not in canonical_name(text)
+        return "*" not in normalise_name(text)
     except ValueError:
         return False
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from tlstunnel.addresses import canonical_name, quoted
+from tlstunnel.addresses import normalise_name, quoted
 from tlstunnel.config.certificates import CertificateConfig, ClientName, PassphraseFile, PemFile
 from tlstunnel.config.durations import Duration, OffOr, Timeout
 from tlstunnel.config.edge import WorkerOrigin, WorkerReference, WorkerTable
@@ -61,12 +61,12 @@ def parse_web_origin(text: str) -> str:
         raise ValueError(f"{quoted(text)} has a path; {_ONLY}")
     if host == "*":
         raise ValueError(f"{quoted(text)} would allow every web page; to allow all, leave web_origins out")
-    name = canonical_name(host)
+    name = normalise_name(host)
     name = f"[{name}]" if ":" in name else name
     return f"{scheme}://{name}" + (f":{int(port)}" if port and int(port) != WEB_PORTS[scheme] else "")
 
 
-SiteName = Annotated[str, Text(canonical_name, "chat.example.com")]
+SiteName = Annotated[str, Text(normalise_name, "chat.example.com")]
 WebOrigin = Annotated[str, Text(parse_web_origin, "https://chat.example.com")]
 
 _NEEDS_CLIENT_CA = "requires client_ca, the authorities that issue the certificates of clients"

@@ -16,7 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy
 
 from tlstunnel.addresses import OriginAddress, quoted
 from tlstunnel.config import FIELD_NAME, KEPT_FIELD
-from tlstunnel.firewall.facts import Facts, normal_path
+from tlstunnel.firewall.facts import Facts, normalise_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import by_name
@@ -183,7 +183,7 @@ class WorkerRequest:
         return dataclasses.replace(
             self,
             origin=self.origin if origin is None else origin,
-            _facts=Facts(changed, facts.connection, normal_path(changed.target.partition(b"?")[0]), facts.seconds),
+            _facts=Facts(changed, facts.connection, normalise_path(changed.target.partition(b"?")[0]), facts.seconds),
             _edits=self._edits.then(edits),
             _address=address,
         )
@@ -237,7 +237,7 @@ def to_worker_request(request: handshake.UpgradeRequest, connection: Connection,
     return WorkerRequest(
         id=connection.request_id,
         client_certificate=ClientCertificate(connection.client_subject, der) if der is not None else None,
-        _facts=Facts(request, connection, normal_path(request.target.partition(b"?")[0]), now),
+        _facts=Facts(request, connection, normalise_path(request.target.partition(b"?")[0]), now),
         _original=request,
     )
 

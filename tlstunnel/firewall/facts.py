@@ -155,10 +155,10 @@ def gather(request: Request, connection: Connection, *, strict_path: bool, now: 
             raise Refusal(400, Reason.TOO_MANY_ELEMENTS, f"{name.decode()} has more than {MAX_ELEMENTS} elements")
     if strict_path:
         refuse_ambiguous(request.target)
-    return Facts(request, connection, normal_path(raw_path), now)
+    return Facts(request, connection, normalise_path(raw_path), now)
 
 
-def normal_path(raw: bytes) -> str:
+def normalise_path(raw: bytes) -> str:
     """Return a path in the form that rules compare: decoded once, ``//`` as one slash, no dot segments, case kept.
 
     Dot segments are removed (RFC 3986 section 5.2.4) after escapes are decoded, since ``%2e`` is a dot (section

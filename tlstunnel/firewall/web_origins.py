@@ -8,7 +8,7 @@ cross-site WebSocket hijacking. Nothing else prevents it, since neither CORS nor
 import re
 from collections.abc import Iterable, Sequence
 
-from tlstunnel.addresses import canonical_name
+from tlstunnel.addresses import normalise_name
 from tlstunnel.config import WEB_PORTS
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
@@ -98,7 +98,7 @@ def normalise_web_origin(value: bytes) -> str:
     scheme, host, number = match[1].lower(), match[2], int(match[3] or 0)
     if scheme in WEB_PORTS:
         try:
-            host = canonical_name(host)
+            host = normalise_name(host)
         except ValueError:
             return ""
         if "*" in host:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tlstunnel.certificates.store import Certificates, ServerCredentials
-from tlstunnel.firewall.facts import normal_path
+from tlstunnel.firewall.facts import normalise_path
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Fields
 from tlstunnel.handshake.request import Request
@@ -83,7 +83,7 @@ class Site:
     def pool_of(self, request: Request) -> Pool:
         """Return the origins for a request, by its path as rules see it."""
         if self.routes:
-            path = normal_path(request.target.partition(b"?")[0])
+            path = normalise_path(request.target.partition(b"?")[0])
             for beginning, pool in self.routes:
                 if path.startswith(beginning):
                     return pool
