@@ -155,12 +155,16 @@ def test_files_that_are_no_good_are_named(ca: Path, tmp_path: Path) -> None:
     assert reason(ClientFiles(crl)) == f"{crl}: cannot be read: No such file or directory"
     assert reason(ClientFiles(ca, crl)) == f"{crl}: cannot be read: No such file or directory"
     crl.write_bytes(b"hello")
-    assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no certificate revocation list, or a damaged one"
+    assert reason(ClientFiles(ca, crl)) == f"{crl}: contains no certificate revocation list, or a damaged one"
     other = Authority("Other")
     crl.write_bytes(crl_pem(other.revoke()))
-    assert reason(ClientFiles(ca, crl)) == f"{crl}: holds no list of an authority in {ca}: no client could pass"
+    assert reason(ClientFiles(ca, crl)) == (
+        f"{crl}: contains no revocation list of an authority in {ca}: every client would be refused"
+    )
     crl.write_bytes(crl_pem(CA.revoke(key=other.key)))
-    assert reason(ClientFiles(ca, crl)) == f"{crl}: a list is not signed by the authority of its name in {ca}"
+    assert reason(ClientFiles(ca, crl)) == (
+        f"{crl}: a revocation list is not signed by the authority in {ca} that it names"
+    )
 
 
 def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
@@ -178,7 +182,7 @@ def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Pa
     crl.write_bytes(crl_pem(CA.revoke(end=NOW - DAY)))
     stale = read_policy(ClientFiles(ca, crl))
     assert good.find_warning(NOW) is None
-    assert str(stale.find_warning(NOW)).startswith(f"{crl}: a list was to be replaced by ")
+    assert str(stale.find_warning(NOW)).startswith(f"{crl}: a revocation list expired on ")
     assert stale.find_objection(good, NOW) == stale.find_warning(NOW)
     assert stale.find_objection(stale, NOW) is good.find_objection(stale, NOW) is None
     ca.write_bytes(cert_pem(CA.cert, Authority("Old", end=NOW - DAY).cert))
@@ -250,7 +254,7 @@ def test_a_client_with_a_certificate_is_let_in(asked: Asked, version: ssl.TLSVer
     assert subject_seen(asked.site(), client) == ["CN=ann"]
     assert subject_seen(asked.site(allow=("cn:ann",)), client) == ["CN=ann"]
     assert subject_seen(asked.site(allow=("cn:bob",)), client) == [
-        "refused: the client certificate is not among those allowed"
+        "refused: the client certificate is not in client_allow"
     ]
     assert subject_seen(asked.open(), client) == [""]
 

@@ -225,7 +225,7 @@ def test_an_unreadable_file_is_named(
     ("content", "why_cert", "why_key"),
     [
         ("", "is empty", "is empty"),
-        ("hello", "holds no certificate in PEM form", "holds no private key in PEM form"),
+        ("hello", "contains no certificate in PEM form", "contains no private key in PEM form"),
     ],
 )
 def test_what_is_not_pem_is_named(
@@ -238,8 +238,8 @@ def test_what_is_not_pem_is_named(
 
 
 def test_swapped_files_are_named(issued: issue.Issued) -> None:
-    assert reason(issued.key, issued.cert) == f"{issued.key}: holds a private key, no certificate"
-    assert reason(issued.cert, issued.cert) == f"{issued.cert}: holds a certificate, no private key in PEM form"
+    assert reason(issued.key, issued.cert) == f"{issued.key}: contains a private key, not a certificate"
+    assert reason(issued.cert, issued.cert) == f"{issued.cert}: contains a certificate, not a private key in PEM form"
 
 
 def test_a_key_of_another_certificate_is_named(
@@ -267,7 +267,7 @@ def test_an_encrypted_key_is_named_and_no_passphrase_asked(tmp_path: Path, form:
 
 def test_what_only_the_tls_library_refuses_has_its_reason(tmp_path: Path) -> None:
     cert = write(tmp_path, rsa.generate_private_key(65537, 1024))
-    assert reason(cert, tmp_path / "x-key.pem") == f"{cert}: the TLS library refuses it: EE_KEY_TOO_SMALL"
+    assert reason(cert, tmp_path / "x-key.pem") == f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"
 
 
 def test_an_expired_certificate_is_served(tmp_path: Path) -> None:

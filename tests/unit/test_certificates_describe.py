@@ -153,16 +153,16 @@ DAMAGED = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     ("content", "reason"),
     [
         (b" \n", "is empty"),
-        (b"hello", "holds no certificate in PEM form"),
-        (make().public_bytes(Encoding.DER), "holds no certificate in PEM form"),
+        (b"hello", "contains no certificate in PEM form"),
+        (make().public_bytes(Encoding.DER), "contains no certificate in PEM form"),
         (
             KEY.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()),
-            "holds a private key, no certificate",
+            "contains a private key, not a certificate",
         ),
-        (DAMAGED, "holds a damaged certificate: "),
-        (pem(make())[:200], "holds a damaged certificate: "),
-        (pem(make()) + DAMAGED, "holds a damaged certificate: "),
-        (b"\xff\xfe-----BEGIN CERTIFICATE-----\n\xff", "holds a damaged certificate: "),
+        (DAMAGED, "contains a damaged certificate: "),
+        (pem(make())[:200], "contains a damaged certificate: "),
+        (pem(make()) + DAMAGED, "contains a damaged certificate: "),
+        (b"\xff\xfe-----BEGIN CERTIFICATE-----\n\xff", "contains a damaged certificate: "),
     ],
 )
 def test_read_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -178,10 +178,16 @@ def test_read_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reas
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"hello", "holds no private key in PEM form"),
-        (pem(make()), "holds a certificate, no private key in PEM form"),
-        (b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "holds a damaged or unknown private key"),
-        (b"-----BEGIN WEIRD PRIVATE KEY-----\nAAAA\n-----END WEIRD PRIVATE KEY-----\n", "holds a damaged or unknown"),
+        (b"hello", "contains no private key in PEM form"),
+        (pem(make()), "contains a certificate, not a private key in PEM form"),
+        (
+            b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+            "contains a damaged or unsupported private key",
+        ),
+        (
+            b"-----BEGIN WEIRD PRIVATE KEY-----\nAAAA\n-----END WEIRD PRIVATE KEY-----\n",
+            "contains a damaged or unsupported",
+        ),
         (
             KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")),
             "the private key is encrypted; name its passphrase",

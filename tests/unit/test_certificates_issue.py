@@ -242,7 +242,7 @@ def test_names_given_twice_are_taken_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", ["localhost.pem", "localhost-key.pem"])
 def test_an_existing_file_is_kept_without_force(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("mine")
-    with pytest.raises(CertificateError, match=f"{left}: exists already; --force"):
+    with pytest.raises(CertificateError, match=f"{left}: already exists; --force"):
         issue.create([], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [left]
     assert (tmp_path / left).read_text() == "mine"
@@ -294,18 +294,18 @@ def test_a_ca_key_that_is_not_the_cas_is_refused(tmp_path: Path) -> None:
 def test_a_ca_key_that_cannot_sign_here_is_refused(tmp_path: Path, key: PrivateKeyTypes) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()))
     (tmp_path / "ca-key.pem").write_bytes(pem(key))
-    refused(tmp_path, "a CA's key must be ECDSA or RSA")
+    refused(tmp_path, "the key of a CA must be ECDSA or RSA")
 
 
 def test_a_damaged_ca_key_is_refused(tmp_path: Path) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()))
     (tmp_path / "ca-key.pem").write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
-    refused(tmp_path, "ca-key.pem: holds a damaged or unknown private key")
+    refused(tmp_path, "ca-key.pem: contains a damaged or unsupported private key")
 
 
 def test_a_leaf_in_the_place_of_the_ca_is_refused(tmp_path: Path) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()), ca=False)
-    refused(tmp_path, "ca.pem: is not a CA's certificate")
+    refused(tmp_path, "ca.pem: is not the certificate of a CA")
 
 
 @pytest.mark.parametrize(

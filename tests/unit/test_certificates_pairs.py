@@ -118,14 +118,14 @@ def test_a_wrong_passphrase_is_named(tmp_path: Path, form: PrivateFormat, monkey
     assert reason(PairFiles(cert, key)).startswith(f"{key}: the private key is encrypted; name its passphrase")
     monkeypatch.setenv("TLSTUNNEL_TEST_WORDS", "wrong")
     files = PairFiles(cert, key, passphrase_env="TLSTUNNEL_TEST_WORDS")
-    assert reason(files) == f"{key}: the passphrase does not fit, or the private key is damaged"
+    assert reason(files) == f"{key}: the passphrase is wrong, or the private key is damaged"
     monkeypatch.setenv("TLSTUNNEL_TEST_WORDS", "w" * 1024)
     assert reason(files) == f"{key}: the passphrase in $TLSTUNNEL_TEST_WORDS has more than 1023 bytes"
     for value in ("", None):
         monkeypatch.setenv("TLSTUNNEL_TEST_WORDS", value) if value is not None else monkeypatch.delenv(
             "TLSTUNNEL_TEST_WORDS"
         )
-        assert reason(files) == f"{key}: $TLSTUNNEL_TEST_WORDS holds no passphrase for the private key"
+        assert reason(files) == f"{key}: $TLSTUNNEL_TEST_WORDS contains no passphrase for the private key"
     missing = tmp_path / "missing"
     assert (
         reason(PairFiles(cert, key, passphrase_file=missing)) == f"{missing}: cannot be read: No such file or directory"
@@ -133,7 +133,7 @@ def test_a_wrong_passphrase_is_named(tmp_path: Path, form: PrivateFormat, monkey
     missing.write_bytes(b"\nsecond line\n")
     assert (
         reason(PairFiles(cert, key, passphrase_file=missing))
-        == f"{key}: {missing} holds no passphrase for the private key"
+        == f"{key}: {missing} contains no passphrase for the private key"
     )
 
 
@@ -151,7 +151,7 @@ def test_a_key_that_tls_does_not_use_is_named(tmp_path: Path) -> None:
     cert.write_bytes(
         cert_pem(CA.sign(key)) + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())  # type: ignore[arg-type]
     )
-    assert reason(PairFiles(cert, cert)).startswith(f"{cert}: TLS has no use for its key (DSA)")
+    assert reason(PairFiles(cert, cert)).startswith(f"{cert}: unsupported key type DSA")
 
 
 def test_what_replaces_what(tmp_path: Path) -> None:

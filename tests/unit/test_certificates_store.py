@@ -122,7 +122,7 @@ def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "memfd_create", none_left)
     clock.now = CONTEXT_LIFETIME
     assert site.context() is first
-    with pytest.raises(CertificateError, match="cannot be given to the TLS library: Too many open files"):
+    with pytest.raises(CertificateError, match="cannot be passed to OpenSSL: Too many open files"):
         other.context()
     monkeypatch.undo()
     assert site.context() is first
@@ -133,7 +133,7 @@ def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_two_certificates_of_one_kind_are_refused(tmp_path: Path) -> None:
     certificates = Certificates()
     first, second = PairFiles(*CA.pair(tmp_path, "a")), PairFiles(*CA.pair(tmp_path, "b"))
-    with pytest.raises(CertificateError, match=r"b\.pem: a second certificate with an ECDSA key, beside .*a\.pem"):
+    with pytest.raises(CertificateError, match=r"b\.pem: a second certificate with an ECDSA key, besides .*a\.pem"):
         certificates.serve((first, second))
     other = PairFiles(*CA.pair(tmp_path, "c", key=rsa.generate_private_key(65537, 2048)))
     certificates.serve((first, other)).context()
@@ -142,7 +142,7 @@ def test_two_certificates_of_one_kind_are_refused(tmp_path: Path) -> None:
 def test_what_openssl_refuses_is_found_at_load(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "weak", key=rsa.generate_private_key(65537, 1024))
     for _ in range(2):
-        with pytest.raises(CertificateError, match=f"{cert}: the TLS library refuses it: EE_KEY_TOO_SMALL"):
+        with pytest.raises(CertificateError, match=f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"):
             Certificates().serve((PairFiles(cert, key),))
 
 

@@ -111,7 +111,7 @@ def broken(site: Watched, how: str) -> str:
         return f"{site.key}: cannot be read: No such file or directory"
     if how == "half":
         site.cert.write_bytes(site.cert.read_bytes()[:300])
-        return f"{site.cert}: holds a damaged certificate"
+        return f"{site.cert}: contains a damaged certificate"
     CA.pair(site.folder, "x", start=NOW - 9 * DAY, end=NOW - DAY)
     return f"{site.cert}: the new certificate expired on "
 
@@ -188,10 +188,10 @@ def test_authorities_and_lists_are_watched(tmp_path: Path, log: list[Line]) -> N
     revoked = CA.sign(new_key())
     crl.write_bytes(CA.revoke(revoked).public_bytes(Encoding.PEM))
     assert site.look()
-    assert [line["detail"] for line in log] == [f"{ca}: new authorities or revocation lists decide about clients"]
+    assert [line["detail"] for line in log] == [f"{ca}: new authorities or revocation lists are in use"]
     crl.write_bytes(CA.revoke(end=NOW - DAY).public_bytes(Encoding.PEM))
     assert not site.look(2)
-    assert [reason.startswith(f"{crl}: a list was to be replaced") for reason in warnings(log)] == [True]
+    assert [reason.startswith(f"{crl}: a revocation list expired on") for reason in warnings(log)] == [True]
 
 
 # In a running loop.
@@ -321,4 +321,4 @@ def test_very_many_warnings_are_counted(tmp_path: Path, log: list[Line], monkeyp
     for number in range(5):
         certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + DAY)),))
     Watch(certificates).log_expiry(NOW)
-    assert warnings(log)[2:] == ["3 more are of that kind"]
+    assert warnings(log)[2:] == ["3 more of these warnings"]

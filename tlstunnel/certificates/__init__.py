@@ -1,6 +1,6 @@
-"""Certificates: issuing test ones, describing any, serving a site's."""
+"""Certificates: issue test certificates, describe any certificate, and serve those of sites."""
 
 from pathlib import Path
 
 CERTIFICATES = Path("certs")
-"""Where test certificates are, in the folder where the tunnel is started."""
+"""The folder of test certificates, relative to the folder in which the tunnel is started."""

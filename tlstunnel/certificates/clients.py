@@ -1,7 +1,7 @@
-"""Client certificates: whom a site asks for one, which it takes, and what it tells the origin of them.
+"""Client certificates: which ones a site requires and accepts, and the subject that the origin gets.
 
-OpenSSL verifies that a certificate comes from an authority of the site, is in its time and is not revoked; the rest is
-decided here, on every connection, also on a resumed one, whose ticket carries the certificate.
+OpenSSL verifies that a certificate comes from an authority of the site, is valid now and is not revoked. The rest is
+checked here, for every connection, including resumed ones, whose tickets carry the certificate.
 """
 
 import hashlib
@@ -22,10 +22,11 @@ from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
 
 MAX_CACHED = 1024
-"""Client certificates whose subject is kept: a million tunnels have few subjects, or each its own."""
+"""Client certificates whose parsed form is cached. A million tunnels share few certificates, or each has its own."""
 
 MAX_SUBJECT = 4096
-"""Characters; half of what Apache, Tomcat and node.js take in a whole field. One that is cut would be another's."""
+"""Characters: half of what Apache, Tomcat and node.js accept as a whole field. A longer subject is refused, not cut,
+because a cut one could equal another subject."""
 
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _IssuerKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
@@ -35,15 +36,15 @@ _COMMON_NAME = re.compile(r"(?:^|[,+])CN=((?:[^,+\\]|\\.)*)")
 
 
 class ClientRefused(Exception):
-    """The certificate of a client, or its absence, is not what the site asks for."""
+    """The client has no certificate, or one that the site does not accept."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientFiles:
-    """What a site asks of clients, as it is configured.
+    """What a site requires of clients, as configured.
 
-    ``ca`` and ``crl`` are files. Without ``required`` a client may come without a certificate. ``allow`` holds
-    ``cn:NAME``, ``dns:NAME`` and ``uri:URI``; where it is empty, whoever the authorities have signed is allowed.
+    ``ca`` and ``crl`` are files. Unless ``required``, a client may connect without a certificate. ``allow`` has entries
+    ``cn:NAME``, ``dns:NAME`` and ``uri:URI``; if it is empty, every certificate from the authorities is allowed.
     """
 
     ca: Path
@@ -53,17 +54,17 @@ class ClientFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that the policy is made of."""
+        """The files of the policy."""
         return (self.ca,) if self.crl is None else (self.ca, self.crl)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
-    """What a site asks of clients, with the files read.
+    """What a site requires of clients, with the content of the files.
 
-    ``ca`` is DER, one certificate behind the other; ``crl`` is PEM. With ``whole_chain`` intermediates are looked for
-    in the revocation lists too. The times, aware, are those at which the first authority expires and at which the
-    first revocation list ought to have been replaced. ``digest`` is of everything that decides.
+    ``ca`` is DER, one certificate after another; ``crl`` is PEM. With ``whole_chain``, intermediates are looked up in
+    the revocation lists too. ``ca_expiry`` is when the first authority expires, and ``crl_expiry`` when the first
+    revocation list does; both are aware. ``digest`` covers everything that affects a decision.
     """
 
     files: ClientFiles
@@ -75,34 +76,38 @@ class ClientPolicy:
     digest: bytes
 
     def find_warning(self, now: datetime) -> str | None:
-        """Say that an authority has expired, or a revocation list is out of date; None when all is well."""
+        """Return a warning if an authority has expired or a revocation list is out of date, else None."""
         if self.ca_expiry < now:
-            return f"{self.files.ca}: an authority expired on {self.ca_expiry:%Y-%m-%d %H:%M} UTC: it lets nobody in"
+            return (
+                f"{self.files.ca}: an authority expired on {self.ca_expiry:%Y-%m-%d %H:%M} UTC: its clients are refused"
+            )
         if self.crl_expiry is not None and self.crl_expiry < now:
             return (
-                f"{self.files.crl}: a list was to be replaced by {self.crl_expiry:%Y-%m-%d %H:%M} UTC: "
-                "its authority's clients are refused"
+                f"{self.files.crl}: a revocation list expired on {self.crl_expiry:%Y-%m-%d %H:%M} UTC: "
+                "the clients of its authority are refused"
             )
         return None
 
     def find_objection(self, present: "ClientPolicy", now: datetime) -> str | None:
-        """Say why it must not replace ``present``; None when it may."""
+        """Return why it must not replace ``present``, None if it may."""
         return self.find_warning(now) if present.find_warning(now) is None else None
 
     def describe_renewal(self, now: datetime) -> str:
-        """Say that it decides from now on."""
-        return f"{self.files.ca}: new authorities or revocation lists decide about clients"
+        """Return a text for the log: this policy is in use now."""
+        return f"{self.files.ca}: new authorities or revocation lists are in use"
 
 
 def read_policy(files: ClientFiles) -> ClientPolicy:
-    """Read authorities and revocation lists. Raises CertificateError, naming the file and the reason."""
+    """Read authorities and revocation lists. Raises CertificateError with the file and the reason."""
     authorities = describe.read_certificates(files.ca)
     lists = _read_lists(files.crl) if files.crl is not None else []
     for each in lists:
         _refuse_foreign(each, authorities, files)
     issuers = {each.issuer for each in lists}
     if lists and not issuers & {authority.subject for authority in authorities}:
-        raise CertificateError(f"{files.crl}: holds no list of an authority in {files.ca}: no client could pass")
+        raise CertificateError(
+            f"{files.crl}: contains no revocation list of an authority in {files.ca}: every client would be refused"
+        )
     ca = b"".join(authority.public_bytes(Encoding.DER) for authority in authorities)
     crl = b"".join(each.public_bytes(Encoding.PEM) for each in lists)
     digest = hashlib.sha256()
@@ -113,7 +118,7 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
         files=files,
         ca=ca,
         crl=crl,
-        # OpenSSL then wants a list of the issuer of each, and refuses everybody where one is missing.
+        # OpenSSL then needs a list of each issuer in the chain, and refuses every client if one is missing.
         whole_chain=all(authority.issuer in issuers for authority in authorities),
         ca_expiry=min(authority.not_valid_after_utc for authority in authorities),
         crl_expiry=min(updates, default=None),
@@ -150,26 +155,28 @@ def _read_lists(path: Path) -> list[x509.CertificateRevocationList]:
             return [x509.load_pem_x509_crl(block) for block in blocks]
         return [x509.load_der_x509_crl(data)]
     except (ValueError, x509.InvalidVersion) as error:
-        raise CertificateError(f"{path}: holds no certificate revocation list, or a damaged one") from error
+        raise CertificateError(f"{path}: contains no certificate revocation list, or a damaged one") from error
 
 
 def _refuse_foreign(
     revoked: x509.CertificateRevocationList, authorities: list[x509.Certificate], files: ClientFiles
 ) -> None:
-    """Find out now that a list is not of the authority it says: OpenSSL would refuse every client later."""
+    """Refuse a list that its authority has not signed. OpenSSL would only notice later, and refuse every client."""
     keys = [authority.public_key() for authority in authorities if authority.subject == revoked.issuer]
     try:
         signed = not keys or any(isinstance(key, _IssuerKey) and revoked.is_signature_valid(key) for key in keys)
     except (UnsupportedAlgorithm, ValueError, TypeError):
         signed = False
     if not signed:
-        raise CertificateError(f"{files.crl}: a list is not signed by the authority of its name in {files.ca}")
+        raise CertificateError(
+            f"{files.crl}: a revocation list is not signed by the authority in {files.ca} that it names"
+        )
 
 
 def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
-    """Give the subject of the client at ``tls``, TLS handshake done; "" for one without a certificate.
+    """Return the subject of the client at ``tls``, after the TLS handshake; "" for a client without a certificate.
 
-    Raises ClientRefused where ``policy`` does not let it in. 3 us for a certificate seen before.
+    Raises ClientRefused if ``policy`` does not accept the client. Takes 3 us for a certificate in the cache.
     """
     if policy is None:
         return ""
@@ -179,11 +186,11 @@ def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
             raise ClientRefused("no client certificate")
         return ""
     try:
-        # Looked at by OpenSSL in a full TLS handshake only; a resumed one may be hours later.
+        # OpenSSL checks this in a full TLS handshake only; a resumed one may take place hours later.
         if _read_expiry(der) < datetime.now(UTC):
             raise ClientRefused("the client certificate has expired")
         if not is_allowed(der, policy.files.allow):
-            raise ClientRefused("the client certificate is not among those allowed")
+            raise ClientRefused("the client certificate is not in client_allow")
         return read_subject(der)
     except CertificateError as error:
         raise ClientRefused(str(error)) from None
@@ -191,10 +198,11 @@ def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
 
 @lru_cache(maxsize=MAX_CACHED)
 def read_subject(der: bytes) -> str:
-    r"""Give the subject of a certificate as an RFC 4514 string of visible ASCII: ``CN=M\C3\BCller,O=Example``.
+    r"""Return the subject of a certificate as an RFC 4514 string of visible ASCII: ``CN=M\C3\BCller,O=Example``.
 
-    Other characters are pairs of hexadecimal digits (RFC 4514 section 2.4), so nothing in it ends a field's line, and
-    no two subjects look alike. Raises CertificateError for one that cannot be decoded, or is longer than 4 096.
+    Other characters are escaped as hexadecimal pairs (RFC 4514 section 2.4), so that a subject cannot end the line of a
+    field, and no two subjects look alike. Raises CertificateError if it cannot be decoded, or has more than 4 096
+    characters.
     """
     try:
         text = _load(der).subject.rfc4514_string()
@@ -207,16 +215,16 @@ def read_subject(der: bytes) -> str:
 
 
 def find_common_name(text: str) -> str:
-    """The common name of a subject as `subject` gives it; "" where it has none."""
+    """Return the common name in the result of `read_subject`; "" if there is none."""
     found = _COMMON_NAME.search(text)
     return found[1] if found else ""
 
 
 def is_allowed(der: bytes, client_allow: tuple[str, ...]) -> bool:
-    """Whether a verified certificate is among ``client_allow``: ``cn:NAME``, ``dns:NAME``, ``uri:URI``; empty: any.
+    """Return whether ``client_allow`` allows a verified certificate. If it is empty, it allows any.
 
-    Names are compared whole: a ``*`` stands for itself. ``dns:`` does not tell case. A subject with several common
-    names has none.
+    Entries are ``cn:NAME``, ``dns:NAME`` and ``uri:URI``. They are compared whole, and ``*`` is an ordinary character;
+    ``dns:`` ignores case. A subject with several common names matches no ``cn:``.
     """
     return not client_allow or not _list_claims(der).isdisjoint(_fold_case(client_allow))
 
@@ -228,7 +236,7 @@ def _fold_case(client_allow: tuple[str, ...]) -> frozenset[str]:
 
 @lru_cache(maxsize=MAX_CACHED)
 def _list_claims(der: bytes) -> frozenset[str]:
-    """All entries of an allow list that a certificate would fulfil; of one that cannot be decoded, none."""
+    """Return all entries of an allow list that a certificate would match; none if it cannot be decoded."""
     try:
         cert = _load(der)
         common = cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)

@@ -1,4 +1,4 @@
-"""The TLS context that a site is served with, made of what is in memory."""
+"""Create the TLS context with which a site is served, from certificates and keys in memory."""
 
 import os
 import ssl
@@ -15,13 +15,13 @@ from tlstunnel.tls.policy import apply_to_server_context
 
 
 class ServerContext(ssl.SSLContext):
-    """A context that knows until when it may be used for new TLS handshakes, by the clock of who made it."""
+    """A context that may be used for new TLS handshakes ``until`` a time of its creator's clock."""
 
     until: float = 0.0
 
 
 def make_server_context(cert: Path, key: Path) -> ServerContext:
-    """Make the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key``.
+    """Create the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key``.
 
     Raises CertificateError as ``read_pair`` and ``make_context`` do.
     """
@@ -29,14 +29,15 @@ def make_server_context(cert: Path, key: Path) -> ServerContext:
 
 
 def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> ServerContext:
-    """Make a context of ``pairs``, one of each kind of key (OpenSSL chooses by what the client takes). About 1 ms.
+    """Create a context with ``pairs``, one for each type of key; OpenSSL chooses one that the client supports.
 
-    TLS 1.2 and 1.3, no renegotiation, no compression, one session ticket, ALPN ``http/1.1``. ``clients`` is what is
-    asked of clients. The keys of its tickets are its own, so nothing resumes that another context began: that is what
-    keeps a session of a site without client certificates, or with others, away from this one.
-    Raises CertificateError, naming the file and the reason, when OpenSSL does not take it.
+    TLS 1.2 and 1.3, no renegotiation, no compression, one session ticket, ALPN ``http/1.1``. ``clients`` is what the
+    site requires of clients. Each context has ticket keys of its own, so a session can only be resumed in the context
+    in which it began. A session of a site with another client policy is therefore never accepted here.
+
+    Takes about 1 ms. Raises CertificateError with the file and the reason if OpenSSL refuses something.
     """
-    # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
+    # Not create_default_context, which writes the keys of all sessions to the file in SSLKEYLOGFILE.
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     apply_to_server_context(context)
     for pair in pairs:
@@ -51,9 +52,9 @@ def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> 
 
 
 def find_expiry_warning(cert: Path, now: datetime) -> str | None:
-    """Say that the leaf in ``cert`` is expired, not valid yet, or has fewer than 21 days left; None when all is well.
+    """Return a warning if the leaf in ``cert`` has expired, is not valid yet, or has fewer than 21 days left.
 
-    ``now`` is an aware datetime. Raises CertificateError when the file cannot be read.
+    ``now`` is an aware datetime. Raises CertificateError if the file cannot be read.
     """
     leaf = describe.read_certificates(cert)[0]
     return find_validity_warning(cert, leaf.not_valid_before_utc, leaf.not_valid_after_utc, now)
@@ -61,7 +62,7 @@ def find_expiry_warning(cert: Path, now: datetime) -> str | None:
 
 def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:
     context.verify_mode = ssl.CERT_REQUIRED if clients.files.required else ssl.CERT_OPTIONAL
-    # Whoever names an authority trusts it, also one that is not self-signed and whose root is not there.
+    # A configured authority is trusted even if it is an intermediate whose root is not in the file.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(cadata=clients.ca)
@@ -71,26 +72,26 @@ def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:
         return
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if clients.whole_chain else ssl.VERIFY_CRL_CHECK_LEAF
     try:
-        with _memory_file(clients.crl) as path:  # cadata takes certificates only
+        with _memory_file(clients.crl) as path:  # cadata accepts certificates only
             context.load_verify_locations(cafile=path)
     except OSError as error:
         raise _convert_error(clients.files.crl, error) from error
 
 
 def _convert_error(path: Path, error: OSError) -> CertificateError:
-    """Say what OpenSSL did not take: it names no file and little else."""
+    """Convert an error of OpenSSL, which names no file and little else."""
     if isinstance(error, ssl.SSLError):
-        return CertificateError(f"{path}: the TLS library refuses it: {error.reason or error}")
+        return CertificateError(f"{path}: OpenSSL refuses it: {error.reason or error}")
     if isinstance(error, FileNotFoundError):
-        return CertificateError(f"{path}: cannot be given to the TLS library: /proc is not mounted")
-    return CertificateError(f"{path}: cannot be given to the TLS library: {error.strerror or error}")
+        return CertificateError(f"{path}: cannot be passed to OpenSSL: /proc is not mounted")
+    return CertificateError(f"{path}: cannot be passed to OpenSSL: {error.strerror or error}")
 
 
 @contextmanager
 def _memory_file(data: bytes) -> Iterator[str]:
-    """Give a path at which OpenSSL finds ``data``: it reads keys and CRLs from files only, and a key is not for disks.
+    """Provide a path at which OpenSSL can read ``data``: it reads keys and CRLs from files only.
 
-    A file that exists in memory alone (memfd_create(2)), found through this process's own /proc.
+    The file exists in memory only (memfd_create(2)), so that no key is written to a disk; its path is below /proc/self.
     """
     with os.fdopen(os.memfd_create("tlstunnel", os.MFD_CLOEXEC), "wb") as file:
         file.write(data)

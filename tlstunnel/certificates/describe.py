@@ -1,4 +1,4 @@
-"""PEM files read, and what a certificate says as text that is safe to show."""
+"""Read PEM files, and describe certificates in text that is safe to display."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tlstunnel.errors import CertificateError
 
-# The names people know; OpenSSL's and cryptography's are SEC 2's.
+# The usual names; OpenSSL and cryptography use those of SEC 2.
 _CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateDescription:
-    """What a certificate says, escaped for display: its text was chosen by whoever asked for it.
+    """What a certificate says, escaped for display: anyone can request a certificate with any text in it.
 
     ``subject`` and ``issuer`` are RFC 4514 strings; ``names`` the DNS names, addresses, URIs and mailboxes of
     subjectAltName; ``not_before`` and ``not_after`` are aware (UTC); ``serial`` and ``sha256`` (the fingerprint of the
@@ -37,15 +37,12 @@ class CertificateDescription:
     is_ca: bool
 
     def days_left(self, now: datetime) -> int:
-        """Whole days until ``not_after``, rounded down: negative as soon as it has passed."""
+        """Return the whole days until ``not_after``, rounded down: negative once it has passed."""
         return (self.not_after - now).days
 
 
 def describe(cert: x509.Certificate) -> CertificateDescription:
-    """Say what ``cert`` holds.
-
-    Raises CertificateError for one whose names or extensions cannot be decoded.
-    """
+    """Describe ``cert``. Raises CertificateError if its names or extensions cannot be decoded."""
     try:
         return CertificateDescription(
             subject=_escape(cert.subject.rfc4514_string()),
@@ -63,7 +60,7 @@ def describe(cert: x509.Certificate) -> CertificateDescription:
 
 
 def is_ca(cert: x509.Certificate) -> bool:
-    """Whether ``cert`` may sign others (RFC 5280 section 4.2.1.9)."""
+    """Return whether ``cert`` may sign others (RFC 5280 section 4.2.1.9)."""
     try:
         return cert.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
@@ -71,56 +68,56 @@ def is_ca(cert: x509.Certificate) -> bool:
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
-    """Read every certificate of a PEM file, in its order.
+    """Read all certificates of a PEM file, in order.
 
-    Raises CertificateError, naming the file, when it cannot be read, holds no certificate or one that is damaged.
+    Raises CertificateError, naming the file, if it cannot be read or contains no certificate or a damaged one.
     """
     data = read_bytes(path)
     if b"-----BEGIN CERTIFICATE-----" not in data:
-        what = "a private key, no certificate" if b"PRIVATE KEY-----" in data else "no certificate in PEM form"
-        raise CertificateError(f"{path}: holds {what}")
+        what = "a private key, not a certificate" if b"PRIVATE KEY-----" in data else "no certificate in PEM form"
+        raise CertificateError(f"{path}: contains {what}")
     try:
         return x509.load_pem_x509_certificates(data)
     except (ValueError, x509.InvalidVersion) as error:
-        raise CertificateError(f"{path}: holds a damaged certificate: {_escape(str(error))}") from error
+        raise CertificateError(f"{path}: contains a damaged certificate: {_escape(str(error))}") from error
 
 
 def read_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
-    """Read the private key of a PEM file; ``passphrase`` is not looked at where the key is not encrypted.
+    """Read the private key of a PEM file. ``passphrase`` is ignored if the key is not encrypted.
 
-    Raises CertificateError, naming the file, when it cannot be read, holds no key, or one that is damaged, of a kind
-    we do not know, or encrypted with another passphrase.
+    Raises CertificateError, naming the file, if it cannot be read or contains no key, or one that is damaged, of an
+    unknown type, or encrypted with another passphrase.
     """
     data = read_bytes(path)
     if b"PRIVATE KEY-----" not in data:
-        what = "a certificate, no private key" if b"-----BEGIN CERTIFICATE-----" in data else "no private key"
-        raise CertificateError(f"{path}: holds {what} in PEM form")
+        what = "a certificate, not a private key" if b"-----BEGIN CERTIFICATE-----" in data else "no private key"
+        raise CertificateError(f"{path}: contains {what} in PEM form")
     if passphrase is not None and not (b"ENCRYPTED PRIVATE KEY-----" in data or b"Proc-Type: 4,ENCRYPTED" in data):
         passphrase = None
     try:
-        # RSA's full validation looks for primes: 45 ms a key. What matters, that it is the certificate's, is compared.
+        # The full validation of an RSA key tests primes, which takes 45 ms. `matches` checks what matters here.
         return load_pem_private_key(data, passphrase, unsafe_skip_rsa_key_validation=True)
-    except TypeError as error:  # cryptography's way to ask for a passphrase
+    except TypeError as error:  # how cryptography asks for a passphrase
         raise CertificateError(
             f"{path}: the private key is encrypted; name its passphrase with passphrase_file or passphrase_env, or "
             f"decrypt it with `openssl pkey -in {path}`"
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         if passphrase is not None:
-            raise CertificateError(f"{path}: the passphrase does not fit, or the private key is damaged") from error
-        raise CertificateError(f"{path}: holds a damaged or unknown private key") from error
+            raise CertificateError(f"{path}: the passphrase is wrong, or the private key is damaged") from error
+        raise CertificateError(f"{path}: contains a damaged or unsupported private key") from error
 
 
 def matches(key: PrivateKeyTypes, cert: x509.Certificate) -> bool:
-    """Whether ``key`` is the private key of ``cert``."""
+    """Return whether ``key`` is the private key of ``cert``."""
     try:
         return key.public_key() == cert.public_key()
-    except (UnsupportedAlgorithm, ValueError):  # a kind of key we do not know
+    except (UnsupportedAlgorithm, ValueError):  # an unknown type of key
         return False
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file that holds something. Raises CertificateError, naming the file."""
+    """Read a file that must not be empty. Raises CertificateError, naming the file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -140,7 +137,7 @@ def _list_names(cert: x509.Certificate) -> tuple[str, ...]:
 
 
 def describe_key(cert: x509.Certificate) -> str:
-    """Say which key is in ``cert``: ``ECDSA P-256``, ``RSA 2048``, ``Ed25519``."""
+    """Return the type of the key in ``cert``: ``ECDSA P-256``, ``RSA 2048``, ``Ed25519``."""
     try:
         key = cert.public_key()
     except (UnsupportedAlgorithm, ValueError):
@@ -159,5 +156,5 @@ def describe_key(cert: x509.Certificate) -> str:
 
 
 def _escape(text: str) -> str:
-    r"""Write what does not print (controls, line ends, direction marks) as RFC 4514 section 2.4's pairs: ``\1B``."""
+    r"""Escape unprintable characters (controls, line ends, direction marks) as in RFC 4514 section 2.4: ``\1B``."""
     return "".join(c if c.isprintable() else "".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)

@@ -1,7 +1,7 @@
 """A test certificate authority in a folder, and certificates signed by it.
 
-For development and tests. Keys are P-256, as browsers and every TLS library take them; the lives are those that
-clients bear: Apple refuses leaves of more than 825 days, public authorities give 398 at most.
+For development and tests. Keys are P-256, which browsers and all TLS libraries accept. Clients limit lifetimes: Apple
+refuses leaf certificates of more than 825 days, and public authorities issue 398 days at most.
 """
 
 import fcntl
@@ -28,14 +28,14 @@ from tlstunnel.errors import CertificateError
 
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=397)
-# A client whose clock is behind must be able to use a certificate made a moment ago.
+# A client whose clock is behind must be able to use a certificate that has just been issued.
 CLOCK_SKEW = timedelta(hours=1)
-# ``ensure`` renews when no more than this is left: a day's work with `tlstunnel start` never ends in an expired one.
+# ``ensure`` renews a certificate that has less than this left, so that none expires during a day of development.
 RENEW_BEFORE = timedelta(days=1)
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
-# RFC 1123 section 2.1: letters, digits, hyphens within; 63 a label.
+# RFC 1123 section 2.1: letters, digits, and hyphens inside; at most 63 characters a label.
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 _San = x509.DNSName | x509.IPAddress
@@ -44,7 +44,7 @@ _SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """Where the files are: the CA's certificate, the leaf with its chain, the leaf's key; whether the CA is new."""
+    """The files: the CA's certificate, the leaf with its chain, and the leaf's key; and whether the CA is new."""
 
     ca: Path
     cert: Path
@@ -60,11 +60,10 @@ class _Authority:
 
 
 def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued:
-    """Issue a certificate for ``names`` (none: localhost) into ``folder``, by the CA there or by a new one.
+    """Issue a certificate for ``names`` (default: localhost) into ``folder``, by the CA there or by a new one.
 
-    ``force`` replaces an existing certificate and key of that name, never the CA.
-    Raises CertificateError for a name that is none, files that exist, a CA that cannot sign, or a folder that cannot
-    be written.
+    ``force`` replaces an existing certificate and key of that name, never the CA. Raises CertificateError for an
+    invalid name, files that exist, a CA that cannot sign, or a folder that cannot be written.
     """
     wanted = tuple(dict.fromkeys(_parse_name(name) for name in names or LOCAL_NAMES))
     stem = _file_stem(wanted[0])
@@ -73,7 +72,7 @@ def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued
 
 
 def ensure(folder: Path) -> Issued:
-    """Give a usable ``localhost`` certificate in ``folder``: the one that is there, else a new one.
+    """Return a usable ``localhost`` certificate in ``folder``: the existing one, else a new one.
 
     Raises CertificateError as ``create`` does.
     """
@@ -97,7 +96,7 @@ def _is_usable(issued: Issued) -> bool:
 
 def _parse_name(name: str) -> _San:
     with suppress(ValueError):
-        # A zone ("fe80::1%eth0") has no place in a certificate; the DNS grammar refuses it below.
+        # A certificate cannot contain a zone ("fe80::1%eth0"); the check of DNS names below refuses it.
         if "%" not in name:
             return x509.IPAddress(ipaddress.ip_address(name))
     wildcard, base = ("*.", name[2:]) if name.startswith("*.") else ("", name)
@@ -115,21 +114,23 @@ def _parse_name(name: str) -> _San:
 
 
 def _file_stem(name: _San) -> str:
-    """Name the files: no shell pattern, no colon (scp takes it for a host), nothing that another pair's files have."""
+    """Return the stem of the file names: without shell patterns or colons (scp), and not that of another pair."""
     stem = str(name.value).replace("*", "_wildcard").replace(":", "_")
     if stem == "ca" or stem.endswith("-key"):
-        raise CertificateError(f"{stem!r} cannot be the first name: {stem}.pem may be another file's; give it second")
+        raise CertificateError(
+            f"{stem!r} cannot be the first name: {stem}.pem may be another certificate's file; pass it second"
+        )
     return stem
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold it: two tunnels started in one place must not each make a CA."""
+    """Create ``folder`` and lock it, so that two tunnels that start at once do not both create a CA."""
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with suppress(OSError):  # some network file systems lock no folder
+            with suppress(OSError):  # some network file systems cannot lock a folder
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -142,7 +143,7 @@ def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Is
     cert, key = folder / f"{stem}.pem", folder / f"{stem}-key.pem"
     for path in (cert, key):
         if path.exists() and not force:
-            raise CertificateError(f"{path}: exists already; --force replaces it")
+            raise CertificateError(f"{path}: already exists; --force replaces it")
     now = datetime.now(UTC).replace(microsecond=0)
     authority = _load_authority(folder, now)
     leaf_key = ec.generate_private_key(ec.SECP256R1())
@@ -152,7 +153,7 @@ def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Is
 
 
 def _load_authority(folder: Path, now: datetime) -> _Authority:
-    """Give the CA of ``folder``, made when there is none. One that cannot be used is never replaced: it is trusted."""
+    """Return the CA of ``folder``, a new one if there is none. An unusable CA is not replaced: clients trust it."""
     cert, key = folder / "ca.pem", folder / "ca-key.pem"
     if not cert.exists() and not key.exists():
         ca_key = ec.generate_private_key(ec.SECP256R1())
@@ -160,22 +161,22 @@ def _load_authority(folder: Path, now: datetime) -> _Authority:
         _write_pair(cert, (ca,), key, ca_key)
         return _Authority((ca,), ca_key, created=True)
     chain, ca_key_read = tuple(describe.read_certificates(cert)), describe.read_key(key)
-    anew = f"remove {cert} and {key} to have a new CA made"
+    remedy = f"remove {cert} and {key}, and a new CA will be created"
     if not isinstance(ca_key_read, _SigningKey):
-        raise CertificateError(f"{key}: a CA's key must be ECDSA or RSA; {anew}")
+        raise CertificateError(f"{key}: the key of a CA must be ECDSA or RSA; {remedy}")
     if not describe.matches(ca_key_read, chain[0]):
-        raise CertificateError(f"{key}: is not the key of {cert}; {anew}")
+        raise CertificateError(f"{key}: is not the key of {cert}; {remedy}")
     if not describe.is_ca(chain[0]):
-        raise CertificateError(f"{cert}: is not a CA's certificate; {anew}")
+        raise CertificateError(f"{cert}: is not the certificate of a CA; {remedy}")
     if not chain[0].not_valid_before_utc <= now < chain[0].not_valid_after_utc:
         validity = f"{chain[0].not_valid_before_utc:%Y-%m-%d} to {chain[0].not_valid_after_utc:%Y-%m-%d}"
-        raise CertificateError(f"{cert}: is valid from {validity} only; {anew}")
+        raise CertificateError(f"{cert}: is valid from {validity} only; {remedy}")
     return _Authority(chain, ca_key_read, created=False)
 
 
 def _sign_root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    # Trust stores look an issuer up by its name, so two folders' CAs must not share one.
+    # Trust stores look up an issuer by its name, so the CAs of two folders need different names.
     name = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "tlstunnel"),
@@ -197,7 +198,7 @@ def _sign_leaf(
     names: Sequence[_San], key: ec.EllipticCurvePublicKey, authority: _Authority, now: datetime
 ) -> x509.Certificate:
     ca = authority.chain[0]
-    # Clients read subjectAltName only (RFC 9525); the common name is for people, and holds 64 characters at most.
+    # Clients only read subjectAltName (RFC 9525). The common name is for people, and has at most 64 characters.
     common = str(names[0].value)[:64]
     not_before = max(now - CLOCK_SKEW, ca.not_valid_before_utc)
     return (
@@ -225,7 +226,7 @@ def _new_builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
 
 
 def _build_authority_identifier(authority: _Authority) -> x509.AuthorityKeyIdentifier:
-    """Name the CA by the identifier it gives itself (RFC 5280 section 4.2.1.1), which need not be our hash."""
+    """Return the CA's own identifier (RFC 5280 section 4.2.1.1), which need not be the hash of its key."""
     try:
         own = authority.chain[0].extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:
@@ -248,7 +249,7 @@ def _build_key_usage(*, ca: bool) -> x509.KeyUsage:
 
 
 def _write_pair(cert: Path, chain: Sequence[x509.Certificate], key: Path, private: ec.EllipticCurvePrivateKey) -> None:
-    """Write both files whole under other names, then rename them: no reader, and no crash, sees a part of one."""
+    """Write both files under other names, then rename them, so that no reader sees an incomplete one."""
     pem = b"".join(each.public_bytes(Encoding.PEM) for each in chain)
     secret = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     token = secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""A certificate chain and its private key: read, checked against each other, and kept as they are served."""
+"""Read a certificate chain and its private key, and check that they match."""
 
 import hashlib
 import os
@@ -13,19 +13,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
 
-# Public certificates live 90 days and less, and are usually renewed when a third is left: by now that has failed.
+# Public certificates are valid for 90 days or less, and usually renewed when a third is left. With fewer days left
+# than this, a renewal has failed.
 WARN_DAYS = 21
 
-# The kinds of key that certificates of TLS 1.2 and 1.3 have with our suites; OpenSSL keeps one certificate of each.
+# The types of key that our cipher suites of TLS 1.2 and 1.3 use. OpenSSL serves one certificate of each.
 _KINDS = frozenset({"RSA", "ECDSA", "Ed25519", "Ed448"})
 
-# OpenSSL's PEM_BUFSIZE: `openssl` makes no key with a longer one.
+# OpenSSL's PEM_BUFSIZE: `openssl` cannot create a key with a longer one.
 _MAX_PASSPHRASE = 1023
 
 
 @dataclass(frozen=True, slots=True)
 class PairFiles:
-    """Where a pair is: PEM files, and where its passphrase is, a file or a variable of the environment."""
+    """The PEM files of a pair, and the file or environment variable with its passphrase."""
 
     cert: Path
     key: Path
@@ -34,17 +35,17 @@ class PairFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that the pair is made of."""
+        """The files of the pair."""
         return (self.cert, self.key) if self.passphrase_file is None else (self.cert, self.key, self.passphrase_file)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair that belongs together. Serving goes on with it when its files are broken later, so it holds all of them.
+    """A certificate chain and the matching key, in memory: they are still served if the files are damaged later.
 
-    ``pem`` is the key, no longer encrypted, and the chain, leaf first; ``digest`` is pem's SHA-256. ``cert`` is the
-    file. ``kind`` is ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what TLS libraries judge a chain by,
-    apart from its time: each certificate's kind of key, its size, and the algorithm of its signature.
+    ``cert`` is the file. ``pem`` is the decrypted key and the chain, leaf first; ``digest`` is its SHA-256. ``kind`` is
+    ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what a TLS library checks in a chain, apart from its
+    validity: the type and size of each certificate's key, and the algorithm of its signature.
     """
 
     cert: Path
@@ -56,31 +57,31 @@ class Pair:
     shape: tuple[str, ...]
 
     def days_left(self, now: datetime) -> int:
-        """Whole days until it expires, rounded down: negative as soon as it has."""
+        """Return the whole days until it expires, rounded down: negative once it has expired."""
         return (self.not_after - now).days
 
     def find_warning(self, now: datetime) -> str | None:
-        """Say that it is expired, not valid yet, or has fewer than 21 days left; None when all is well."""
+        """Return a warning if it has expired, is not valid yet, or has fewer than 21 days left, else None."""
         return find_validity_warning(self.cert, self.not_before, self.not_after, now)
 
     def find_objection(self, present: "Pair", now: datetime) -> str | None:
-        """Say why it must not replace ``present``; None when it may."""
+        """Return why it must not replace ``present``, None if it may."""
         if not present.not_before <= now <= present.not_after or self.not_before <= now <= self.not_after:
             return None
         what, when = (
             ("is not valid before", self.not_before) if now < self.not_before else ("expired on", self.not_after)
         )
-        return f"{self.cert}: the new certificate {what} {when:%Y-%m-%d %H:%M} UTC, and the one in use is valid"
+        return f"{self.cert}: the new certificate {what} {when:%Y-%m-%d %H:%M} UTC, and the current one is valid"
 
     def describe_renewal(self, now: datetime) -> str:
-        """Say that it is served from now on."""
+        """Return a text for the log: this pair is served now."""
         return f"{self.cert}: a new certificate is served, with {self.days_left(now)} days left"
 
 
 def read_pair(files: PairFiles) -> Pair:
-    """Read a pair and compare its keys. Validity is not checked. 0.1 ms, where the key is not encrypted.
+    """Read a pair and check that the key matches. The period of validity is not checked.
 
-    Raises CertificateError, naming the file and the reason.
+    Takes 0.1 ms if the key is not encrypted. Raises CertificateError with the file and the reason.
     """
     chain = describe.read_certificates(files.cert)
     key = describe.read_key(files.key, _read_passphrase(files))
@@ -94,13 +95,13 @@ def read_pair(files: PairFiles) -> Pair:
     leaf, *issuers = chain
     kind, shape = _describe_shape(leaf)
     if kind not in _KINDS:
-        raise CertificateError(f"{files.cert}: TLS has no use for its key ({kind}); clients take RSA and ECDSA")
-    behind = [_describe_issuer(cert) for cert in issuers]
+        raise CertificateError(f"{files.cert}: unsupported key type {kind}; use ECDSA or RSA")
+    issuer_parts = [_describe_issuer(cert) for cert in issuers]
     pem = b"".join(
         (
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
             leaf.public_bytes(Encoding.PEM),
-            *(pem for _, pem in behind),
+            *(pem for _, pem in issuer_parts),
         )
     )
     return Pair(
@@ -110,7 +111,7 @@ def read_pair(files: PairFiles) -> Pair:
         not_before=leaf.not_valid_before_utc,
         not_after=leaf.not_valid_after_utc,
         kind=kind,
-        shape=(shape, *(shape for shape, _ in behind)),
+        shape=(shape, *(shape for shape, _ in issuer_parts)),
     )
 
 
@@ -137,7 +138,7 @@ def find_problems(files: PairFiles) -> list[tuple[str, str]]:
 
 
 def find_validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
-    """Say that a certificate is expired, not valid yet, or has fewer than 21 days left; all times aware."""
+    """Return a warning if a certificate has expired, is not valid yet, or has fewer than 21 days left, else None."""
     if now < not_before:
         return f"{cert}: the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC: clients will refuse it"
     if now > not_after:
@@ -150,7 +151,7 @@ def find_validity_warning(cert: Path, not_before: datetime, not_after: datetime,
 
 @lru_cache(maxsize=64)
 def _describe_issuer(cert: x509.Certificate) -> tuple[str, bytes]:
-    """Give the shape and PEM of a certificate that is behind thousands of leaves."""
+    """Return shape and PEM of an issuer. Cached, because thousands of leaf certificates may share one."""
     return _describe_shape(cert)[1], cert.public_bytes(Encoding.PEM)
 
 
@@ -161,7 +162,7 @@ def _describe_shape(cert: x509.Certificate) -> tuple[str, str]:
 
 def _read_passphrase(files: PairFiles) -> bytes | None:
     if files.passphrase_file is not None:
-        # Of a file it is the first line, as for nginx's ssl_password_file and `openssl -passin file:`.
+        # The first line of the file, as with nginx's ssl_password_file and `openssl -passin file:`.
         source, lines = str(files.passphrase_file), describe.read_bytes(files.passphrase_file).splitlines()
         passphrase = lines[0]
     elif files.passphrase_env is not None:
@@ -169,7 +170,7 @@ def _read_passphrase(files: PairFiles) -> bytes | None:
     else:
         return None
     if not passphrase:
-        raise CertificateError(f"{files.key}: {source} holds no passphrase for the private key")
+        raise CertificateError(f"{files.key}: {source} contains no passphrase for the private key")
     if len(passphrase) > _MAX_PASSPHRASE:
         raise CertificateError(f"{files.key}: the passphrase in {source} has more than {_MAX_PASSPHRASE} bytes")
     return passphrase

@@ -1,7 +1,7 @@
-"""What the sites are served with: every pair and client policy once, and the contexts made of them on first use.
+"""The certificates of all sites: each pair and client policy is read once, and contexts are created on first use.
 
-A store belongs to one configuration; a reload makes the next, which takes over what its files still hold. It is filled
-off the loop that serves tunnels, and used on it.
+A store belongs to one configuration. A reload creates the next store, which takes over what has not changed in the
+files. A store is filled in any thread, and then used on the loop that serves tunnels.
 """
 
 import ssl
@@ -23,42 +23,42 @@ from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair
 from tlstunnel.errors import CertificateError
 
 MAX_UNUSED = 1000
-"""ServerContexts kept that nobody may be using: 25 KiB each (measured, P-256 with one certificate behind the leaf)."""
+"""Contexts that are kept although they may be unused: 25 KiB each (measured, P-256 with one intermediate)."""
 
 CONTEXT_LIFETIME = 86_400.0
-"""Seconds that a context serves new TLS handshakes, and so the life of the keys of its tickets: whoever finds them
-reads a day's resumed sessions at most. RFC 9325 section 3.4 asks for a change in a week at least."""
+"""Seconds for which a context serves new TLS handshakes, and so the lifetime of its ticket keys. With a stolen key, the
+resumed sessions of one day at most can be read. RFC 9325 section 3.4 asks for new keys at least once a week."""
 
 RETRY_SECONDS = 60.0
-"""Seconds until what failed is tried again though nothing seems to have changed."""
+"""Seconds after which something that failed is tried again, even if no file has changed."""
 
 UNSETTLED_NS = 50_000_000
-"""Nanoseconds. A file that changed so shortly ago may change again within one tick of the kernel's clock, and nobody
-would see it by its time."""
+"""Nanoseconds. A file that has just changed may change again within one tick of the kernel's clock, and its time would
+not show that."""
 
 Stamp = tuple[tuple[int, int, int, int] | None, ...]
-"""What tells a file from another one that was put in its place, for each file; None where there is none."""
+"""For each file, what distinguishes it from a replacement; None for a file that does not exist."""
 
-# The shapes of pairs that OpenSSL has taken in this process. It takes or refuses others of that shape alike, at a
-# millisecond each: for ten thousand that is two seconds more than all else.
+# The shapes of pairs that OpenSSL has accepted in this process. It accepts other pairs of the same shape too. Trying
+# takes a millisecond, which for ten thousand pairs would add more time than everything else takes.
 _accepted_shapes: set[tuple[str, ...]] = set()
 
 
 class SourceValue(Protocol):
-    """What files are read into."""
+    """The value that a `Source` reads from its files."""
 
     @property
     def digest(self) -> bytes:
-        """Of everything that counts."""
+        """A digest of everything that affects TLS handshakes."""
 
     def find_warning(self, now: datetime) -> str | None:
-        """What somebody ought to do about it soon."""
+        """Return what needs attention soon, None if nothing does."""
 
     def find_objection(self, present: Self, now: datetime) -> str | None:
-        """Why it must not replace `present`."""
+        """Return why it must not replace `present`, None if it may."""
 
     def describe_renewal(self, now: datetime) -> str:
-        """What to say when it has replaced another."""
+        """Return a text for the log about the replacement."""
 
 
 V = TypeVar("V", bound=SourceValue)
@@ -66,7 +66,7 @@ V = TypeVar("V", bound=SourceValue)
 
 @dataclass(frozen=True, slots=True)
 class FileChange(Generic[V]):
-    """Files that are not those that were read last: what they hold, or why that cannot be served."""
+    """Files that have changed since they were read: the new value, or the error for which it cannot be served."""
 
     source: "Source[V]"
     stamp: Stamp | None
@@ -75,17 +75,17 @@ class FileChange(Generic[V]):
 
 
 class Source(ABC, Generic[V]):
-    """Files, and what they held when they were read last and were good.
+    """Files, and the last valid value that was read from them.
 
-    `seen` may run in any thread; what changes the source runs in the loop's.
+    `check` may run in any thread; everything that changes the source runs on the loop.
     """
 
     __slots__ = ("_failing", "_refused", "_retry_at", "_stamp", "complaint", "paths", "users", "value")
 
     def __init__(self, paths: tuple[Path, ...], before: "Source[V] | None") -> None:
-        """Read, or take over from `before` what is still so, or what is better than the files as they are now.
+        """Read the files, or take over the value of `before` if they have not changed or are now invalid.
 
-        Raises CertificateError when there is nothing to go on with.
+        Raises CertificateError if there is no valid value.
         """
         self.paths = paths
         self.users: list[ServerCredentials] = []
@@ -98,7 +98,7 @@ class Source(ABC, Generic[V]):
             self.value = self.read()
             self._stamp = stamp if settled else None
             return
-        # In this order: `take`, in the loop, changes the value first, and a new stamp with an old value would stay.
+        # In this order: `apply`, on the loop, changes the value first, and a new stamp with an old value would persist.
         self._stamp = before._stamp
         self.value = before.value
         change = self.check()
@@ -115,7 +115,7 @@ class Source(ABC, Generic[V]):
         """Read the files. Raises CertificateError."""
 
     def check(self) -> FileChange[V] | None:
-        """Look at the files, and read them if they are new, or were refused a minute ago: time may have mended them."""
+        """Read the files if they have changed, or if they were refused a minute ago: they may be valid by now."""
         stamp, settled = self._read_stamp()
         if stamp == self._stamp or (stamp == self._refused and time.monotonic() < self._retry_at):
             return None
@@ -128,19 +128,19 @@ class Source(ABC, Generic[V]):
         return FileChange(self, stamp if settled else None, value, "")
 
     def apply(self, change: FileChange[V]) -> tuple[bool, str]:
-        """Take what was seen: whether the value is another one now, and what there is to complain of.
+        """Apply a change. Return whether there is a new value, and a complaint for the log or "".
 
-        What is wrong is complained of when it is seen for the second time: of a certificate and its key, one is
-        replaced first.
+        An error becomes a complaint when it is found for the second time, because the two files of a pair are not
+        replaced at once.
         """
         if change.value is None:
             if change.stamp == self._refused:
                 self._refuse(change.stamp)
                 return False, ""
-            told, self._failing = self._failing, True
-            if told:
+            repeated, self._failing = self._failing, True
+            if repeated:
                 self._refuse(change.stamp)
-            return False, change.error if told else ""
+            return False, change.error if repeated else ""
         changed = change.value.digest != self.value.digest
         self.value = change.value
         self._stamp = change.stamp
@@ -151,14 +151,14 @@ class Source(ABC, Generic[V]):
         self._failing, self._refused, self._retry_at = False, stamp, time.monotonic() + RETRY_SECONDS
 
     def _read_stamp(self) -> tuple[Stamp, bool]:
-        """Give the stamp of what is there now, and whether any later change will show in it."""
+        """Return the present stamp, and whether any later change of the files will change it."""
         stamp = tuple(map(_stamp, self.paths))
         newest = max((times[2] for times in stamp if times), default=0)
         return stamp, not 0 <= time.time_ns() - newest < UNSETTLED_NS
 
 
 class PairSource(Source[Pair]):
-    """A pair's files."""
+    """The files of a pair."""
 
     __slots__ = ("files",)
 
@@ -167,7 +167,7 @@ class PairSource(Source[Pair]):
         super().__init__(files.paths, before)
 
     def read(self) -> Pair:
-        """Read the pair. Raises CertificateError, also for what only OpenSSL finds fault with."""
+        """Read the pair. Raises CertificateError, also if only OpenSSL refuses it."""
         pair = read_pair(self.files)
         if pair.shape not in _accepted_shapes:
             make_context((pair,))
@@ -176,7 +176,7 @@ class PairSource(Source[Pair]):
 
 
 class ClientSource(Source[ClientPolicy]):
-    """The files of what is asked of clients."""
+    """The files of a client policy."""
 
     __slots__ = ("files",)
 
@@ -185,29 +185,29 @@ class ClientSource(Source[ClientPolicy]):
         super().__init__(files.paths, before)
 
     def read(self) -> ClientPolicy:
-        """Read authorities and lists. Raises CertificateError, also for what only OpenSSL finds fault with."""
+        """Read authorities and lists. Raises CertificateError, also if only OpenSSL refuses them."""
         policy = read_policy(self.files)
         make_context((), policy)
         return policy
 
 
 class ServerContexts:
-    """Contexts by the digest of what they are made of: those in use, and the `most` used last."""
+    """Contexts by the digest of their content: those in use, and the `most` used last."""
 
     def __init__(self, most: int = MAX_UNUSED, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
         self._kept: OrderedDict[bytes, ServerContext] = OrderedDict()
-        # A tunnel holds its context; a site whose tunnels are many must not get another one for each.
+        # Tunnels keep their context alive. Without this, a site with open tunnels could get a second context.
         self._alive: WeakValueDictionary[bytes, ServerContext] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, served: "ServerCredentials") -> ServerContext:
-        """The context for `served`; it is made where there is none (1 ms), or where it is older than a day.
+        """Return the context for `served`, a new one (1 ms) if there is none or it is older than a day.
 
-        Raises CertificateError, which is no fault of the files: they have been read.
+        Raises CertificateError for lack of resources; the files themselves have been verified.
         """
         digest = served.digest
         now = self._clock()
@@ -222,14 +222,14 @@ class ServerContexts:
         return context
 
     def retain(self, digests: AbstractSet[bytes]) -> None:
-        """Forget all others, with the sessions that could be resumed in them."""
+        """Discard all other contexts; the sessions in them can no longer be resumed."""
         for digest in [digest for digest in self._kept if digest not in digests]:
             del self._kept[digest]
         for digest in [digest for digest in self._alive if digest not in digests]:
             self._alive.pop(digest, None)
 
     def forget(self, digest: bytes) -> None:
-        """Forget this one."""
+        """Discard the context of this digest."""
         self._kept.pop(digest, None)
         self._alive.pop(digest, None)
 
@@ -246,7 +246,7 @@ class ServerContexts:
 
 
 class ServerCredentials:
-    """What sites with the same files are served with, as these are now."""
+    """The certificates and client policy of sites that have the same files, as last read."""
 
     __slots__ = ("_client_source", "_contexts", "_pair_sources", "clients", "digest", "pairs")
 
@@ -257,24 +257,24 @@ class ServerCredentials:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take what its sources have now."""
+        """Use the present values of its sources."""
         self.pairs = tuple(source.value for source in self._pair_sources)
         self.clients = self._client_source.value if self._client_source is not None else None
         parts = [pair.digest for pair in self.pairs] + ([self.clients.digest] if self.clients is not None else [])
-        # As many parts as there are make another digest: all of them have 32 bytes, and clients are marked.
+        # Unambiguous: every part has 32 bytes, and the presence of a client policy is marked.
         self.digest = sha256(b"".join(parts) + (b"clients" if self.clients is not None else b"")).digest()
 
     def context(self) -> ssl.SSLContext:
-        """The context for a TLS handshake that begins now. Raises CertificateError where it cannot be made."""
+        """Return the context for a new TLS handshake. Raises CertificateError if it cannot be created."""
         return self._contexts.get(self)
 
     def check_client(self, tls: ssl.SSLSocket) -> str:
-        """Give the subject of the client's certificate, "" without one; raises ClientRefused."""
+        """Return the subject of the client's certificate, "" if it has none. Raises ClientRefused."""
         return check_client(tls, self.clients)
 
 
 class Certificates:
-    """All that the sites of one configuration are served with."""
+    """The certificates and client policies of all sites of one configuration."""
 
     def __init__(self, contexts: ServerContexts | None = None) -> None:
         self.contexts = contexts if contexts is not None else ServerContexts()
@@ -285,9 +285,9 @@ class Certificates:
     def serve(
         self, pairs: tuple[PairFiles, ...], clients: ClientFiles | None = None, before: "Certificates | None" = None
     ) -> ServerCredentials:
-        """Read what a site is served with, unless it is known, here or in the store `before`.
+        """Return the credentials of a site, read from files unless they are known here or in the store `before`.
 
-        A pair that `before` has and whose files are no good now goes on as it was. Raises CertificateError.
+        If the files of a pair are invalid now, the value in `before` stays in use. Raises CertificateError.
         """
         key = (pairs, clients)
         if (known := self._served.get(key)) is not None:
@@ -301,29 +301,29 @@ class Certificates:
         return served
 
     def sources(self) -> Iterator[Source[Any]]:
-        """All that is read from files."""
+        """Iterate over everything that is read from files."""
         yield from self._pairs.values()
         yield from self._clients.values()
 
     def pairs(self) -> Iterator[Pair]:
-        """All pairs as they are served now."""
+        """Iterate over all pairs as they are served now."""
         for source in self._pairs.values():
             yield source.value
 
     def warnings(self, now: datetime) -> list[str]:
-        """What somebody ought to do something about soon: one line each."""
+        """Return what needs attention soon, one line each."""
         return [warning for source in self.sources() if (warning := source.value.find_warning(now))]
 
     def complaints(self) -> list[str]:
-        """What was wrong with files for which the store before had something better: one line each."""
+        """Return the errors of files for which the value of the previous store is still used, one line each."""
         return [source.complaint for source in self.sources() if source.complaint]
 
     def activate(self) -> None:
-        """Serve with this store from now on: contexts of what it does not have are forgotten."""
+        """Discard the contexts of previous stores. To be called when this store comes into use."""
         self.contexts.retain({served.digest for served in self._served.values()})
 
     def apply_renewal(self, source: Source[Any]) -> None:
-        """Serve with the new value of `source`. Its contexts are new, and so are the keys of their tickets."""
+        """Serve the new value of `source`, with new contexts and new ticket keys."""
         for served in source.users:
             self.contexts.forget(served.digest)
             served.refresh()
@@ -343,14 +343,14 @@ class Certificates:
         return source
 
     def _refuse_duplicates(self, sources: Sequence[PairSource]) -> None:
-        """OpenSSL would take the last of each kind, and not say so."""
+        """Refuse two pairs with the same type of key: OpenSSL would silently use the last one."""
         kinds: dict[str, Pair] = {}
         for source in sources:
             first = kinds.setdefault(source.value.kind, source.value)
             if first is not source.value:
                 raise CertificateError(
-                    f"{source.value.cert}: a second certificate with an {source.value.kind} key, beside {first.cert}; "
-                    "a site has one of each kind"
+                    f"{source.value.cert}: a second certificate with an {source.value.kind} key, besides {first.cert}; "
+                    "a site can have one for each type of key"
                 )
 
 
@@ -359,5 +359,5 @@ def _stamp(path: Path) -> tuple[int, int, int, int] | None:
         found = path.stat()
     except OSError:
         return None
-    # ctime, which nobody can set back, also tells of a change of mode.
+    # ctime cannot be set back, and also shows a change of mode.
     return found.st_ino, found.st_size, found.st_ctime_ns, found.st_mtime_ns

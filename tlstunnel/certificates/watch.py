@@ -1,4 +1,4 @@
-"""Certificates renewed while they are served: their files are looked at again and again, and read when they change."""
+"""Renew certificates while they are served: check their files regularly, and read them when they have changed."""
 
 import asyncio
 import time
@@ -13,43 +13,43 @@ from tlstunnel.certificates.store import Certificates, FileChange, Source
 from tlstunnel.journal.events import Event
 
 ROUND_SECONDS = 2.0
-"""Seconds in which every file is looked at once, as long as they are few."""
+"""Seconds in which every file is checked once, unless there are very many."""
 
 SOURCES_A_SECOND = 2000
-"""Pairs looked at in a second at most: ten thousand every 5 s, which takes 2 % of a core (9 us for two files)."""
+"""Pairs that are checked in a second at most: ten thousand in 5 s, which takes 2 % of a core (9 us for two files)."""
 
 SOURCES_AT_ONCE = 250
-"""Two milliseconds of the thread's."""
+"""Pairs that are checked without a pause: two milliseconds of the thread."""
 
 DAY = 86_400.0
 """Seconds between two warnings of the same certificate."""
 
 MAX_WARNINGS = 100
-"""Warnings at once that are lines of their own; the rest is a number."""
+"""Warnings that are logged one by one; of the rest only the number is logged."""
 
 
 class Watch:
-    """Keeps what is served as its files are, in the running loop, from `start` to `close`.
+    """Serves what is in the files, on the running loop, from `start` to `close`.
 
-    Files that cannot be served are told of in the log, and what was there before is served. `quiet`: another process
-    tells how long the same certificates last.
+    Errors in files are logged, and the previous certificate is still served. With `quiet`, the days that certificates
+    have left are not logged, because another process does so for the same files.
     """
 
     def __init__(self, certificates: Certificates, *, quiet: bool = False) -> None:
         self._certificates = certificates
         self._quiet = quiet
         self._log = structlog.get_logger()
-        # Of its own: a file system that does not answer must hold neither the tunnels nor the resolver.
+        # A thread of its own: a file system that hangs must block neither the tunnels nor the resolver.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="certificates")
         self._task: asyncio.Task[None] | None = None
         self._warned: set[str] = set()
 
     def start(self) -> None:
-        """Begin, and say how long the certificates last."""
+        """Start checking, and log how many days the certificates have left."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def switch_to(self, certificates: Certificates) -> None:
-        """Serve with another store from now on: contexts that it does not have are forgotten."""
+        """Watch another store from now on, and discard the contexts that it does not use."""
         self._certificates = certificates
         certificates.activate()
         for complaint in certificates.complaints():
@@ -57,14 +57,14 @@ class Watch:
         self.log_expiry(datetime.now(UTC))
 
     async def close(self) -> None:
-        """End."""
+        """Stop checking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def check(self, sources: Sequence[Source[Any]]) -> None:
-        """Look at the files of these once, and serve with what is new in them."""
+        """Check the files of `sources` once, and serve what is new in them."""
         certificates = self._certificates
         changes = await asyncio.get_running_loop().run_in_executor(self._thread, _check_all, sources)
         for change in changes if certificates is self._certificates else ():
@@ -79,7 +79,7 @@ class Watch:
                 self._warn([change.source.value.find_warning(datetime.now(UTC))])
 
     def log_expiry(self, now: datetime) -> None:
-        """Log how many days are left, and warn of what has fewer than 21 or is of no use, each once a day."""
+        """Log how many days are left, and warn of what has fewer than 21 or is not valid, once a day each."""
         if self._quiet:
             return
         pairs = list(self._certificates.pairs())
@@ -102,7 +102,7 @@ class Watch:
                 await asyncio.sleep(ROUND_SECONDS)
 
     async def _round(self) -> None:
-        """Look at all sources, spread evenly, so that nothing has to wait for many at once."""
+        """Check all sources, spread evenly over the time."""
         certificates = self._certificates
         sources = list(certificates.sources())
         if not sources:
@@ -124,9 +124,9 @@ class Watch:
         for warning in new[:MAX_WARNINGS]:
             self._log.warning(Event.CERTIFICATE_WARNING, reason=warning)
         if len(new) > MAX_WARNINGS:
-            self._log.warning(Event.CERTIFICATE_WARNING, reason=f"{len(new) - MAX_WARNINGS} more are of that kind")
+            self._log.warning(Event.CERTIFICATE_WARNING, reason=f"{len(new) - MAX_WARNINGS} more of these warnings")
 
 
 def _check_all(sources: Sequence[Source[Any]]) -> list[FileChange[Any]]:
-    """Look for changed files and read them: what may take its time, in a thread, and changes nothing."""
+    """Find changed files and read them. This may take time, so it runs in a thread, and it modifies nothing."""
     return [change for source in sources if (change := source.check()) is not None]
