@@ -121,7 +121,7 @@ class FakeSocket:
 
     def events(self) -> int:
         events = IN if self.incoming or self.peer_ended or self.broken else 0
-        events |= OUT if self.window or self.broken else 0
+        events |= OUT if self.window or self.broken or self.has_fin else 0
         events |= HUP if self.broken or (self.peer_ended and self.has_fin) else 0
         return events | (ERR if self.error else 0)
 
@@ -158,7 +158,10 @@ class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of 
         assert not self.failed
         assert nbytes == RECORD
         self.did_tls()
-        if self.must_write:
+        if self.must_write and not self.record_taken:  # what it does after our close_notify is left out
+            if self.broken:
+                self.failed = True
+                raise self.taken_error() if self.error else BrokenPipeError(errno.EPIPE, "broken pipe")
             if not self.window:
                 raise ssl.SSLWantWriteError
             self.must_write = False
@@ -536,6 +539,20 @@ def test_a_close_notify_that_does_not_fit_is_sent_in_pieces_and_once() -> None:
     assert play.client.has_fin
 
 
+def test_a_close_notify_that_waits_is_sent_although_the_client_ends_as_well() -> None:
+    play = Playbook().start()
+    play.origin.end()
+    play.client.window = 5
+    play.run()
+    play.client.end()
+    play.run()
+    assert not play.ends
+    play.client.window = UNLIMITED
+    play.run()
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.ended() == ("origin", "closed")
+
+
 @both_origins
 def test_a_truncation_is_passed_on_as_one(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
@@ -880,6 +897,7 @@ def _check(play: Playbook) -> None:
     for sock, other in ((play.client, play.origin), (play.origin, play.client)):
         assert (play.started_with[sock.descriptor] + other.fed).startswith(sock.sent), "in order, nothing left out"
     assert len(play.ends) <= 1
+    assert play.splice.reason != "internal error", "a fake was used in a way that it does not allow"
     assert play.splice.closed == bool(play.ends)
     if not play.ends:
         assert len(play.splice.client.unsent) <= TURN + 1

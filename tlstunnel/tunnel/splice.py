@@ -31,7 +31,8 @@ the other. There is no queue, no task and no timer for each tunnel.
   truth about a side: errors and hang-ups that epoll reports are left for the read to find.
 - A send that fails takes the socket's error with it, and the next read finds a regular end. So a side remembers that
   error (`send_error`), and its end is then reported as a reset.
-- epoll reports ERR and HUP even if nobody asked for them, again and again.
+- epoll reports ERR and HUP even if nobody asked for them, again and again. OUT comes with both: a socket that failed,
+  or whose FIN was sent, rejects every write at once.
 
 ## The states of a flow, from side A to side B
 
