@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import h11
@@ -109,20 +109,41 @@ class _StepError(Exception):
         self.result = found
 
 
-@dataclass
 class _Check:
-    """One connection on its way through the steps: what a step leaves for the next."""
+    """One connection on its way through the steps, and what each step leaves for the next."""
 
-    target: Target
-    trust: Trust
-    fields: tuple[tuple[str, str], ...]
-    subprotocols: tuple[str, ...]
-    deadline: Deadline
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        target: Target,
+        trust: Trust,
+        fields: tuple[tuple[str, str], ...],
+        subprotocols: tuple[str, ...],
+        deadline: Deadline,
+    ) -> None:
+        self.target = target
+        self.trust = trust
+        self.fields = fields
+        self.subprotocols = subprotocols
+        self.deadline = deadline
         self.resources = contextlib.ExitStack()
         self.addresses: tuple[tuple[socket.AddressFamily, tuple[Any, ...]], ...] = ()
         self.unasked = 0
+        self._connected: int | None = None  # which of the addresses took the connection
+        self._sock: socket.socket | None = None
+        self._wire: Wire | None = None
+        self._ws: Connection | None = None
+
+    @property
+    def wire(self) -> Wire:
+        """The TLS connection, from the step tls on."""
+        assert self._wire is not None
+        return self._wire
+
+    @property
+    def ws(self) -> Connection:
+        """The WebSocket connection, from the step handshake on."""
+        assert self._ws is not None
+        return self._ws
 
     def resolve(self) -> DnsResult:
         """Ask for all addresses of the name, in the system's order (RFC 6724)."""
@@ -154,27 +175,28 @@ class _Check:
             shown = _endpoint(address)
             try:
                 share = self.deadline.left() / (len(self.addresses) - index)
-                self._open(index, share)
+                self._sock = self._open(index, share)
             except TimeoutError:
                 failed.append((shown, "no answer in time; does a firewall drop it?"))
             except OSError as error:
                 failed.append((shown, CONNECT_ERRORS.get(error.errno or 0, os.strerror(error.errno or 0))))
             else:
-                self.connected = index
+                self._connected = index
                 return TcpResult(shown, tuple(failed))
         raise _StepError("; ".join(f"{address}: {why}" for address, why in failed), TcpResult(None, tuple(failed)))
 
     def _open(self, index: int, timeout: float) -> socket.socket:
         family, address = self.addresses[index]
-        self.sock = self.resources.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        self.sock.settimeout(timeout)
-        self.sock.connect(address)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self.sock
+        sock = self.resources.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.settimeout(timeout)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
 
     def secure(self) -> TlsResult:
         """Do the TLS handshake, verified against the context's trust and the URL's host."""
-        self.wire = wire = Wire(self.sock, self.trust.context, self.target.host, self.deadline)
+        assert self._sock is not None
+        self._wire = wire = Wire(self._sock, self.trust.context, self.target.host, self.deadline)
         during = "during the TLS handshake"
         with self._explained(during):
             try:
@@ -196,7 +218,8 @@ class _Check:
         context.verify_mode = ssl.CERT_NONE
         apply_to_client_context(context)
         try:
-            wire = Wire(self._open(self.connected, self.deadline.left()), context, self.target.host, self.deadline)
+            assert self._connected is not None
+            wire = Wire(self._open(self._connected, self.deadline.left()), context, self.target.host, self.deadline)
             wire.secure()
             found = _tls_result(wire)
             wire.end()
@@ -219,7 +242,7 @@ class _Check:
                 extensions = _agreed(response, key, self.subprotocols)
             except ValueError as error:
                 raise _StepError(f"101, but {printable(str(error))}", found) from None
-        self.ws = Connection(ConnectionType.CLIENT, extensions, http.trailing_data[0])
+        self._ws = Connection(ConnectionType.CLIENT, extensions, http.trailing_data[0])
         return found
 
     def _request(self, key: bytes) -> h11.Request:
