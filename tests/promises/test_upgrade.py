@@ -340,7 +340,7 @@ def test_a_full_disk(origin: WebsocketsOrigin, certificate: Certificate, tmp_pat
 
 
 def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
-    with _started(origin, certificate, versions, 'upgrade_timeout = "2s"') as tunnel:
+    with _started(origin, certificate, versions, 'upgrade_timeout = "10s"') as tunnel:
         (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
