@@ -151,14 +151,14 @@ class _Terminal(io.StringIO):
 def test_the_writer_of_a_terminal(monkeypatch: pytest.MonkeyPatch, stream: _Terminal, style: str) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
     # Markup is what rich would make of brackets.
-    check._writer()("[bold]" + "x" * 200, style)
+    check._make_writer()("[bold]" + "x" * 200, style)
     assert "[bold]" + "x" * 200 in stream.getvalue()
 
 
 def test_an_encoding_that_lacks_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
-    check._writer()("München", "")
+    check._make_writer()("München", "")
     sys.stdout.flush()
     assert raw.getvalue() == b"M\\xfcnchen\n"
 
@@ -183,11 +183,11 @@ def test_nothing_of_the_servers_reaches_the_terminal_raw() -> None:
     ]
     for facts in found:
         for error in (None, "why"):
-            lines = list(check._lines(Step("step", 0.1, facts, error)))
+            lines = list(check._render(Step("step", 0.1, facts, error)))
             assert lines
             assert all(line.isprintable() for line in lines), lines
-    assert json.dumps(check._object(Step("step", 0.1, found[4], None))).isprintable()
-    shown = list(check._lines(Step("tls", 0.1, found[3], None)))
+    assert json.dumps(check._to_json(Step("step", 0.1, found[4], None))).isprintable()
+    shown = list(check._render(Step("tls", 0.1, found[3], None)))
     assert shown[1].strip() == "no subject; 0 days left; ECDSA P-256; by CN=a"
     assert shown[2].strip() == "certificates that cannot be decoded: 2"
 

@@ -28,13 +28,13 @@ from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_fiel
 from tlstunnel.errors import TlstunnelError
 from tlstunnel.escaping import printable
 
-_LABEL: Final = 11
-_TEXT: Final = 62
+_LABEL_WIDTH: Final = 11
+_TEXT_WIDTH: Final = 62
 # A day: nobody waits longer, and sockets refuse to wait for ever.
-_LONGEST: Final = 86_400
+_MAX_SECONDS: Final = 86_400
 
 
-def _checked(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def _make_callback(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """Make a callback of a function that parses, its ValueError being wrong usage."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -46,18 +46,18 @@ def _checked(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Para
     return callback
 
 
-def _fields(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _parse_fields(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(map(parse_field, texts))
 
 
-def _seconds(seconds: float) -> float:
-    if not 0 < seconds <= _LONGEST:
-        raise ValueError(f"must be more than 0 and at most {_LONGEST} seconds")
+def _check_seconds(seconds: float) -> float:
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ValueError(f"must be more than 0 and at most {_MAX_SECONDS} seconds")
     return seconds
 
 
 @click.command()
-@click.argument("target", metavar="URL", callback=_checked(Target.parse))
+@click.argument("target", metavar="URL", callback=_make_callback(Target.parse))
 @click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust the certificates in PEM, only those.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option(
@@ -65,7 +65,7 @@ def _seconds(seconds: float) -> float:
     "fields",
     multiple=True,
     metavar="'N: V'",
-    callback=_checked(_fields),
+    callback=_make_callback(_parse_fields),
     help="Add a field to the request; may be repeated.",
 )
 @click.option(
@@ -73,13 +73,13 @@ def _seconds(seconds: float) -> float:
     "subprotocols",
     multiple=True,
     metavar="NAME",
-    callback=_checked(check_subprotocols),
+    callback=_make_callback(check_subprotocols),
     help="Ask for a subprotocol; may be repeated, the preferred one first.",
 )
 @click.option(
     "--timeout",
     type=float,
-    callback=_checked(_seconds),
+    callback=_make_callback(_check_seconds),
     default=10,
     show_default=True,
     metavar="SECONDS",
@@ -101,18 +101,18 @@ def command(  # noqa: PLR0913 (an argument an option)
     steps = run(target, Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
     if as_json:
         done = list(steps)
-        click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_object(step) for step in done]}))
+        click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_to_json(step) for step in done]}))
         sys.exit(0 if done[-1].ok else 1)
-    show = _writer()
+    show = _make_writer()
     for step in steps:
-        for line in _lines(step):
+        for line in _render(step):
             show(line, "" if step.ok else "red")
         if step.error is not None:
             raise TlstunnelError(f"{step.name} failed: {step.error}")
     show("ok", "green")
 
 
-def _writer() -> Callable[[str, str], None]:
+def _make_writer() -> Callable[[str, str], None]:
     if not sys.stdout.isatty():
         # A name of a certificate may hold what the terminal's or the file's encoding does not.
         encoding = sys.stdout.encoding
@@ -121,28 +121,28 @@ def _writer() -> Callable[[str, str], None]:
     return lambda line, style: console.print(Text(line, style), soft_wrap=True)
 
 
-def _object(step: Step) -> dict[str, Any]:
+def _to_json(step: Step) -> dict[str, Any]:
     found = {} if step.result is None else asdict(step.result)
     if isinstance(step.result, TlsResult):
-        found["chain"] = [_certificate_object(certificate) for certificate in step.result.chain]
+        found["chain"] = [_certificate_to_json(certificate) for certificate in step.result.chain]
     error = {} if step.ok else {"error": step.error}
     return {"step": step.name, "ok": step.ok, "seconds": round(step.seconds, 6)} | error | found
 
 
-def _certificate_object(certificate: CertificateDescription) -> dict[str, Any]:
+def _certificate_to_json(certificate: CertificateDescription) -> dict[str, Any]:
     times = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
     return asdict(certificate) | times | {"days_left": certificate.days_left(datetime.now(UTC))}
 
 
-def _lines(step: Step) -> Iterator[str]:
-    first, *more = _described(step.result) or [""]
+def _render(step: Step) -> Iterator[str]:
+    first, *more = _describe(step.result) or [""]
     text = first if step.ok else f"failed; {first}" if first else "failed"
-    yield f"{step.name:<{_LABEL}}{text:<{_TEXT}} {step.seconds * 1000:>8.1f} ms"
+    yield f"{step.name:<{_LABEL_WIDTH}}{text:<{_TEXT_WIDTH}} {step.seconds * 1000:>8.1f} ms"
     for line in more:
-        yield " " * _LABEL + line
+        yield " " * _LABEL_WIDTH + line
 
 
-def _described(found: Result | None) -> list[str]:
+def _describe(found: Result | None) -> list[str]:
     """Say what was found: the line of the step, then those below it. Everything from the server is escaped."""
     lines: list[str] = []
     match found:
@@ -151,9 +151,9 @@ def _described(found: Result | None) -> list[str]:
         case TcpResult(address, failed):
             lines = [address or "no address took the connection", *(f"{other}: {why}" for other, why in failed)]
         case TlsResult():
-            lines = _tls(found)
+            lines = _describe_tls(found)
         case HandshakeResult():
-            lines = _handshake(found)
+            lines = _describe_handshake(found)
         case PingResult(round_trip):
             lines = [f"pong after {round_trip * 1000:.1f} ms"]
         case CloseResult(code, reason):
@@ -161,7 +161,7 @@ def _described(found: Result | None) -> list[str]:
     return lines
 
 
-def _tls(found: TlsResult) -> list[str]:
+def _describe_tls(found: TlsResult) -> list[str]:
     agreed = " ".join(each for each in (found.version, found.cipher, found.group) if each)
     lines = [f"{agreed or 'nothing agreed'}, ALPN {printable(found.alpn) if found.alpn else 'none'}"]
     now = datetime.now(UTC)
@@ -176,7 +176,7 @@ def _tls(found: TlsResult) -> list[str]:
     return lines
 
 
-def _handshake(found: HandshakeResult) -> list[str]:
+def _describe_handshake(found: HandshakeResult) -> list[str]:
     lines = [
         f"{found.status} {printable(found.reason)}".rstrip(),
         *(f"{printable(name)}: {printable(value)}" for name, value in found.fields),

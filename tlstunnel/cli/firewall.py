@@ -78,7 +78,7 @@ def explain(  # noqa: PLR0913 - the command's options
     head = build_request_head(request, headers, description.sites[0], plain=plain)
     site, verdict = asyncio.run(_judge(description, head, connection, trace))
     if as_json:
-        click.echo(json.dumps(_to_json(site, verdict, trace), default=_plain, ensure_ascii=True))
+        click.echo(json.dumps(_to_json(site, verdict, trace), default=_encode, ensure_ascii=True))
     else:
         for line in _render(site, verdict, trace):
             click.echo(line)
@@ -154,7 +154,7 @@ def _to_json(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> dict[s
     }
 
 
-def _plain(value: object) -> object:
+def _encode(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if hasattr(value, "__struct_fields__"):

@@ -30,21 +30,21 @@ def command(*, control: Path | None, as_json: bool) -> None:
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),
-            _age(one["seconds"]),
+            _render_age(one["seconds"]),
             one["state"],
             *(str(one[name]) for name in ("tunnels", "handshakes")),
-            _memory(one["pss_kib"]),
+            _render_memory(one["pss_kib"]),
         ]
         for one in response["processes"]
     ]
-    rows.append([str(response["process"]), "", "", "", "parent", "", "", _memory(response["pss_kib"])])
-    for line in _table([HEADINGS, *rows]):
+    rows.append([str(response["process"]), "", "", "", "parent", "", "", _render_memory(response["pss_kib"])])
+    for line in _align([HEADINGS, *rows]):
         click.echo(line)
-    for line in _totals(response.get("metrics", {})):
+    for line in _render_totals(response.get("metrics", {})):
         click.echo(line)
 
 
-def _totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def _render_totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     """Return the main totals of all processes since the start, those that have exited included."""
 
     def total(family: Family, **labels: str) -> int:
@@ -59,10 +59,10 @@ def _totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]
         f" established, {total(families.TUNNELS_OPENED)} tunnels opened"
     )
     up, down = (total(families.BYTES, direction=direction) for direction in ("up", "down"))
-    yield f"moved: {_size(up)} up, {_size(down)} down"
+    yield f"moved: {_render_size(up)} up, {_render_size(down)} down"
 
 
-def _size(count: int) -> str:
+def _render_size(count: int) -> str:
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -71,15 +71,15 @@ def _size(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _age(seconds: float) -> str:
+def _render_age(seconds: float) -> str:
     size, unit = next((unit for unit in UNITS if seconds >= unit[0]), UNITS[-1])
     return f"{seconds / size:.0f} {unit}"
 
 
-def _memory(kib: int | None) -> str:
+def _render_memory(kib: int | None) -> str:
     return "?" if kib is None else f"{kib / 1024:.0f} MiB"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
