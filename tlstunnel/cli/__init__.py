@@ -11,7 +11,7 @@ from tlstunnel.errors import TlstunnelError
 
 
 class _Group(click.Group):
-    """Imports a command's module only when it is used: ``certs create`` does not need the server's libraries."""
+    """Imports the module of a command only when it is used. ``certs create`` does not need the server's libraries."""
 
     _COMMANDS = (
         "start",
@@ -33,7 +33,7 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        # The probe of an upgrade and its child end together, and no one waits for a start of the new program.
+        # Not in an upgrade: the child of a probe ends with it, and nothing waits for the start of the new program.
         first = not ctx.resilient_parsing and "TLSTUNNEL_HANDOVER" not in os.environ
         if args[0] == "start" and first and not {"-h", "--help"} & set(args):
             from tlstunnel.processes.spawn import start_ahead  # noqa: PLC0415 - for this command only
@@ -55,7 +55,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed with the reason on standard error, 2 wrong usage."""
+    """Run the command line. The exit status is 0, 1 with the reason on standard error, or 2 for wrong usage."""
     try:
         cli(prog_name="tlstunnel")
     except TlstunnelError as error:

@@ -1,4 +1,4 @@
-"""``tlstunnel certs``: test certificates, and what is in a PEM file."""
+"""``tlstunnel certs``: creates test certificates, and shows the certificates in a PEM file."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from tlstunnel.certificates.describe import CertificateDescription
 
 @click.group()
 def command() -> None:
-    """Make test certificates, or show what is in a PEM file."""
+    """Create test certificates, or show the certificates in a PEM file."""
 
 
 @command.command()
@@ -24,31 +24,31 @@ def command() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("certs"),
     show_default=True,
-    help="Where the files go. A CA that is there is used again.",
+    help="The folder for the files. A CA in it is used again.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing certificate and key. Never replaces the CA.")
 def create(names: tuple[str, ...], folder: Path, force: bool) -> None:
-    """Make a certificate for NAMEs (DNS names, *.wildcards, IP addresses), signed by a test CA.
+    """Create a certificate for NAMEs (DNS names, *.wildcards, IP addresses), signed by a test CA.
 
-    The first NAME names the files. Without one: localhost, 127.0.0.1 and ::1.
+    The files are named after the first NAME. The default is localhost, 127.0.0.1 and ::1.
     """
     issued = issue.create(names, folder, force=force)
-    made = "new" if issued.ca_created else "used again"
+    state = "new" if issued.ca_created else "used again"
     click.echo(f"""\
-{issued.ca}  the test CA ({made}): what clients must trust
-{issued.cert}  the certificate and its chain: --cert
-{issued.key}  its private key: --key
+{issued.ca}  the test CA ({state}), which clients must trust
+{issued.cert}  the certificate and its chain, for --cert
+{issued.key}  its private key, for --key
 
 To trust the CA:
   curl --cacert {issued.ca} ...
   SSL_CERT_FILE={issued.ca} websockets wss://...
   NODE_EXTRA_CA_CERTS={issued.ca} node ...
-Whoever has {issued.ca.with_name("ca-key.pem")} can pose as any site to those clients: keep it here.""")
+Keep {issued.ca.with_name("ca-key.pem")} secret: its holder can impersonate any site to these clients.""")
 
 
 @command.command()
 @click.argument("pem", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object a certificate.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with an object for each certificate.")
 def show(pem: Path, as_json: bool) -> None:
     """Show every certificate in PEM: names, key, validity, fingerprint."""
     now = datetime.now(UTC)
@@ -72,7 +72,7 @@ def _text(facts: CertificateDescription, now: datetime) -> str:
     rows = [
         ("subject", facts.subject),
         ("issuer", facts.issuer),
-        # A line each: a name may hold a comma.
+        # A line for each, because a name may contain a comma.
         *(("name", name) for name in facts.names),
         ("ca", "yes" if facts.is_ca else "no"),
         ("key", facts.key),

@@ -1,4 +1,4 @@
-"""``tlstunnel check``: what a client meets at a ``wss://`` URL, step by step."""
+"""``tlstunnel check``: connects to a ``wss://`` URL as a client does, and reports each step."""
 
 import json
 import sys
@@ -30,12 +30,12 @@ from tlstunnel.escaping import printable
 
 _LABEL_WIDTH: Final = 11
 _TEXT_WIDTH: Final = 62
-# A day: nobody waits longer, and sockets refuse to wait for ever.
+# A day. A socket's timeout has a limit, too.
 _MAX_SECONDS: Final = 86_400
 
 
 def _make_callback(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """Make a callback of a function that parses, its ValueError being wrong usage."""
+    """Return a callback that parses a value; a ValueError is reported as wrong usage."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         try:
@@ -58,8 +58,8 @@ def _check_seconds(seconds: float) -> float:
 
 @click.command()
 @click.argument("target", metavar="URL", callback=_make_callback(Target.parse))
-@click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust the certificates in PEM, only those.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust only the certificates in PEM.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
     "--header",
     "fields",
@@ -74,7 +74,7 @@ def _check_seconds(seconds: float) -> float:
     multiple=True,
     metavar="NAME",
     callback=_make_callback(check_subprotocols),
-    help="Ask for a subprotocol; may be repeated, the preferred one first.",
+    help="Offer a subprotocol; may be repeated, the preferred one first.",
 )
 @click.option(
     "--timeout",
@@ -83,9 +83,9 @@ def _check_seconds(seconds: float) -> float:
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="For the whole check.",
+    help="Timeout for the whole check.",
 )
-def command(  # noqa: PLR0913 (an argument an option)
+def command(  # noqa: PLR0913 - the command's options
     *,
     target: Target,
     ca: Path | None,
@@ -94,9 +94,10 @@ def command(  # noqa: PLR0913 (an argument an option)
     subprotocols: tuple[str, ...],
     timeout: float,
 ) -> None:
-    """Connect to wss://HOST[:PORT]/PATH as a client does, and say what each step found.
+    """Connect to wss://HOST[:PORT]/PATH as a client does, and report each step.
 
-    DNS, TCP, TLS, the handshake, a ping and its pong, a clean close. Where one fails: which, and why; exit status 1.
+    The steps are DNS, TCP, TLS, the WebSocket handshake, a ping and its pong, and a clean close. If one fails, the
+    reason is printed and the exit status is 1.
     """
     steps = run(target, Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
     if as_json:
@@ -114,7 +115,7 @@ def command(  # noqa: PLR0913 (an argument an option)
 
 def _make_writer() -> Callable[[str, str], None]:
     if not sys.stdout.isatty():
-        # A name of a certificate may hold what the terminal's or the file's encoding does not.
+        # A name in a certificate may contain characters that the output's encoding does not have.
         encoding = sys.stdout.encoding
         return lambda line, _style: click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
     console = Console()
@@ -143,7 +144,7 @@ def _render(step: Step) -> Iterator[str]:
 
 
 def _describe(found: Result | None) -> list[str]:
-    """Say what was found: the line of the step, then those below it. Everything from the server is escaped."""
+    """Return the text for the line of the step, then the lines below it. Everything from the server is escaped."""
     lines: list[str] = []
     match found:
         case DnsResult(host, addresses):

@@ -1,4 +1,4 @@
-"""``tlstunnel config``: look at a configuration file without starting anything."""
+"""``tlstunnel config``: checks or shows a configuration file without starting the tunnel."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """Check a configuration file, show all its values, or print its schema."""
+    """Check a configuration file, show all its values, or print the schema of such files."""
 
 
 @command.command()
@@ -27,10 +27,10 @@ def command() -> None:
 def check(file: Path) -> None:
     """Check FILE, and the certificates, lists, rules and edge workers that it names, as a start would.
 
-    FILE is tlstunnel.toml if it is left out. Every problem is reported. No address is looked up or listened on. The
-    modules of edge workers are executed; their setup is not called.
+    FILE defaults to tlstunnel.toml. Every problem is reported. No address is looked up or listened on. The modules of
+    edge workers are executed, but their setup is not called.
     """
-    # Imported here: it brings libraries that the other commands do without.
+    # Imported here, because it needs libraries that the other commands do not.
     from tlstunnel.serving.loading import Description, load  # noqa: PLC0415
 
     description = Description.from_file(file)
@@ -45,7 +45,7 @@ def check(file: Path) -> None:
 
 
 async def _try_helpers(loaded: "LoadedConfig") -> None:
-    """Start the helpers of the managed rules and stop them: only libmodsecurity finds some mistakes."""
+    """Start and stop the helpers of the managed rules, because some mistakes are only found by libmodsecurity."""
     try:
         await loaded.start_firewall()
     finally:
@@ -65,7 +65,7 @@ def show(file: Path) -> None:
 
 @command.command()
 def schema() -> None:
-    """Print the JSON Schema of a configuration file, by which editors complete and check it."""
+    """Print the JSON Schema of configuration files, for completion and checks in editors."""
     click.echo(json.dumps(render_schema(), indent=2))
 
 

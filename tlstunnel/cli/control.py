@@ -1,4 +1,4 @@
-"""What the commands that talk to a running tunnel share."""
+"""The shared part of the commands for a running tunnel."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from tlstunnel.processes.control import find_control_socket, send_command
 
 
 def control_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--control`` and ``--json``, which is `as_json`."""
+    """Add the options ``--control`` and ``--json``, whose parameter is `as_json`."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
-    where = "Its control socket; by default that of the only tunnel that is running."
+    where = "The control socket of the tunnel; not needed if only one is running."
     return click.option("--control", type=click.Path(path_type=Path), help=where)(command)
 
 
 def run_command(control: Path | None, do: str, *, as_json: bool) -> Mapping[str, Any] | None:
-    """Have the tunnel `do` that; return its response, or print it and return None. Raises ControlError."""
+    """Send the command `do`; return the response, or with `as_json` print it and return None. Raises ControlError."""
     try:
         response = send_command(find_control_socket(control), {"do": do})
     except ControlError as error:

@@ -1,4 +1,4 @@
-"""``tlstunnel drain``: end a running tunnel without a storm of clients that come back."""
+"""``tlstunnel drain``: shuts a tunnel down slowly enough that its clients do not all reconnect at once."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from tlstunnel.cli.control import control_options, run_command
 @click.command()
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
-    """Accept no more, and end the tunnels spread over release.drain_over, oldest first. Then end. SIGTERM does it too.
+    """Stop accepting, end the open tunnels over release.drain_over, oldest first, and exit. SIGTERM does the same.
 
-    Waits until that is done. `tlstunnel stop` meanwhile ends it at once.
+    Waits until that is done. Meanwhile, `tlstunnel stop` ends it at once.
     """
     if run_command(control, "drain", as_json=as_json):
         click.echo("ended")

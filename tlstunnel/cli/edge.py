@@ -1,4 +1,4 @@
-"""``tlstunnel edge``: see what an edge worker does with a request, without a client and without an origin."""
+"""``tlstunnel edge``: shows what an edge worker does with a request, without a client and an origin."""
 
 import asyncio
 import json
@@ -64,7 +64,7 @@ def command() -> None:
     "--config", "file", type=click.Path(path_type=Path), help="Take origins and limits from the site that Host names."
 )
 @click.option("--worker-config", metavar="JSON", help="The argument of setup, instead of the site's worker_config.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(  # noqa: PLR0913 - the command's options
     *,
     worker: str,
@@ -88,7 +88,7 @@ def run(  # noqa: PLR0913 - the command's options
         parsed = RequestReader().feed(build_request_head(request, headers, sites[0]))
     except Refusal as refusal:
         raise ConfigurationError(f"the request is refused before a worker is called: {refusal.text}") from None
-    assert parsed is not None  # the head is whole
+    assert parsed is not None  # the head is complete
     site = find_site(sites, parsed)
     if site is None:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""``tlstunnel firewall``: see what the firewall decides about a request, without sending one."""
+"""``tlstunnel firewall``: shows what the firewall decides about a request, without sending it."""
 
 import asyncio
 import dataclasses
@@ -47,10 +47,10 @@ def command() -> None:
 @command.command()
 @request_options
 @click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
-@click.option("--ja4", default="", help="The fingerprint of the client's TLS, as the log has it.")
+@click.option("--ja4", default="", help="The JA4 fingerprint of the client's TLS, as in the log.")
 @click.option("--tls-version", default="TLSv1.3", show_default=True)
-@click.option("--plain", is_flag=True, help='A request that asks for no upgrade, to a site with http = "pass".')
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--plain", is_flag=True, help='Make it a plain request, for a site with http = "pass".')
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def explain(  # noqa: PLR0913 - the command's options
     *,
     request: str,
@@ -71,7 +71,7 @@ def explain(  # noqa: PLR0913 - the command's options
     if not description.sites:
         raise ConfigurationError(f"{file}: there are no [[sites]], so there is no policy to explain")
     refuse_invalid_address(ip)
-    # The output has everything that the log would say about this request.
+    # The output contains everything that would be logged about this request.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     trace: list[CheckTrace] = []
     connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
@@ -90,7 +90,7 @@ async def _judge(
     """Return the name of the request's site, "" without one, and the verdict. Raises ConfigurationError."""
     try:
         request = RequestReader(True).feed(head)
-        assert request is not None  # the head is whole
+        assert request is not None  # the head is complete
         site = find_site(description.sites, request)
         if site is None:
             return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field does not name a site"))

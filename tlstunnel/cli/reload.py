@@ -1,4 +1,4 @@
-"""``tlstunnel reload``: let a running tunnel read its configuration and its certificates again."""
+"""``tlstunnel reload``: makes a running tunnel read its configuration and its certificates again."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from tlstunnel.cli.control import control_options, run_command
 @click.command()
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
-    """Read the configuration, the certificates and the lists again, and serve what connects from now on with them.
+    """Read the configuration, the certificates and the lists again, and use them for new connections.
 
-    Waits until that is done and says what has changed. Nobody is disconnected. Where anything in it is wrong, nothing
-    is changed: the exit status is 1.
+    Waits until that is done, and prints what has changed. No client is disconnected. If there is a problem, nothing is
+    changed and the exit status is 1.
     """
     if response := run_command(control, "reload", as_json=as_json):
         for line in response["changes"] or ["nothing has changed"]:

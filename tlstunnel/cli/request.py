@@ -1,4 +1,4 @@
-"""What commands that take a request have in common: its options, its head, the client's address, and its site."""
+"""The shared part of commands that take a request: its options, its head, the client's address, and its site."""
 
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address

@@ -1,4 +1,4 @@
-"""``tlstunnel start``: serve until stopped."""
+"""``tlstunnel start``: starts the tunnel and serves until it is stopped."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from tlstunnel.processes.slots import Slots, take_passed_sockets
 from tlstunnel.program import set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
-"""Left out on a machine without IPv6."""
+"""Addresses that are left out on a machine without IPv6."""
 
 
 class _Processes(click.ParamType[int | Literal["auto"]]):
@@ -48,13 +48,21 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
 
 @click.command()
 @click.argument("origin", required=False, metavar="[ORIGIN]")
-@click.option("--listen", "listen_texts", multiple=True, metavar="HOST:PORT", help="Where to listen; may be repeated.")
-@click.option("--cert", type=click.Path(path_type=Path), help="Certificate and chain, PEM.")
+@click.option(
+    "--listen", "listen_texts", multiple=True, metavar="HOST:PORT", help="Listen at this address; may be repeated."
+)
+@click.option("--cert", type=click.Path(path_type=Path), help="Certificate and its chain, PEM.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
 @click.option("--control", type=click.Path(path_type=Path), help="Path of the control socket.")
-@click.option("--processes", type=_Processes(), help="How many processes serve; 1 unless the file says otherwise.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), help="How to log; text unless the file says json.")
+@click.option(
+    "--processes", type=_Processes(), help="The number of serving processes, instead of the file's; the default is 1."
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="The format of the log, instead of the file's; the default is text.",
+)
 def command(  # noqa: PLR0913 - the command's options
     *,
     origin: str | None,
@@ -77,9 +85,9 @@ def command(  # noqa: PLR0913 - the command's options
     listen = _parse_addresses(listen_texts)
     config = Invocation(config_file).configuration(text)
     if config.sites and (origin or cert or key):
-        raise click.UsageError(f"{config_file} has [[sites]]: ORIGIN, --cert and --key belong there")
+        raise click.UsageError(f"{config_file} has [[sites]], so ORIGIN, --cert and --key must be set there")
     if bool(cert) != bool(key):
-        raise click.UsageError("--cert and --key go together")
+        raise click.UsageError("--cert and --key must be given together")
     if origin is not None:
         _refuse_invalid_origin(origin)
     style = log_format or config.log.format
@@ -120,7 +128,7 @@ def _open_slots(handed: Handover | None, startup: Startup, options: Options) -> 
     try:
         gone = slots.update(slots.open(addresses, 1, OPTIONAL), addresses)
     except ListenError as error:
-        # The probe could open them: another program was faster. Exiting now would end the open tunnels.
+        # The probe could open them, but another program has taken one since. Exiting would end the open tunnels.
         structlog.get_logger().error(Event.UPGRADE_LISTENERS_KEPT, reason=str(error))
         return slots
     for slot in gone:
@@ -151,10 +159,10 @@ def _start_echo(handed: Handover | None, stack: contextlib.ExitStack) -> EchoOri
 
 
 def _ensure_test_certificate(invocation: Invocation, config: Config, *, log: bool) -> None:
-    """Create the test certificate if a site uses it. The parent does this: each child would create its own."""
+    """Create the test certificate if a site uses it. The parent does this, or each child would create its own."""
     if not uses_test_certificate(sites_to_serve(invocation, config)):
         return
-    # Imported here: cryptography takes memory, which the parent otherwise does without.
+    # Imported here, because the parent otherwise does not need cryptography, which takes memory.
     from tlstunnel.certificates import CERTIFICATES, issue  # noqa: PLC0415
 
     test = issue.ensure(CERTIFICATES)

@@ -1,4 +1,4 @@
-"""``tlstunnel status``: the processes of a running tunnel."""
+"""``tlstunnel status``: shows the processes of a running tunnel."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,15 +18,15 @@ HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "hand
 @click.command()
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
-    """Its processes, by generation: each upgrade begins one. Memory is the share of each (PSS)."""
+    """Show the processes of the tunnel. Each upgrade starts a new generation. Memory is proportional (PSS)."""
     response = run_command(control, "status", as_json=as_json)
     if response is None:
         return
-    state = f", ending ({response['ending']})" if response["ending"] else ""
+    state = f", shutting down ({response['ending']})" if response["ending"] else ""
     click.echo(
         f"tlstunnel {response['version']}, generation {response['generation']}, process {response['process']}{state}"
     )
-    click.echo(f"listening on {', '.join(response['listening']) or 'nothing any more'}")
+    click.echo(f"listening on {', '.join(response['listening']) or 'nothing'}")
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),
@@ -45,13 +45,13 @@ def command(*, control: Path | None, as_json: bool) -> None:
 
 
 def _render_totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    """Return the main totals of all processes since the start, those that have exited included."""
+    """Return the main totals of all processes since the start, including those that have exited."""
 
     def total(family: Family, **labels: str) -> int:
         series = metrics.get(family.name, ())
         return sum(one["value"] for one in series if labels.items() <= one["labels"].items())
 
-    if not metrics:  # of a release without them
+    if not metrics:  # from a release without them
         return
     refused = total(families.TLS_HANDSHAKES_FAILED) + total(families.CONNECTIONS_NOT_ACCEPTED)
     yield (

@@ -1,4 +1,4 @@
-"""``tlstunnel stop``: end a running tunnel within seconds."""
+"""``tlstunnel stop``: shuts a tunnel down within seconds."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from tlstunnel.cli.control import control_options, run_command
 @click.command()
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
-    """Accept no more, and end the tunnels within five seconds; at once where it is ending already. SIGINT does it too.
+    """Stop accepting, end the open tunnels over five seconds, and exit. SIGINT does the same.
 
-    Waits until that is done.
+    If the tunnel is already shutting down, it ends at once. Waits until that is done.
     """
     if run_command(control, "stop", as_json=as_json):
         click.echo("ended")

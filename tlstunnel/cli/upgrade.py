@@ -1,4 +1,4 @@
-"""``tlstunnel upgrade``: let a running tunnel go on with the code that is installed now."""
+"""``tlstunnel upgrade``: replaces the program of a running tunnel by the release that is installed now."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from tlstunnel.cli.control import control_options, run_command
 @click.command()
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
-    """Go on with the code that is installed now, with the configuration and the certificates as they are now.
+    """Continue with the release that is installed now, and with the current configuration and certificates.
 
-    The new code is tried first, whole but for accepting. Where it does not start, nothing is changed: the exit status
-    is 1. Then it serves what connects, and the old processes finish their tunnels for up to release.drain_after. Nobody
-    is disconnected.
+    The new release is tried first, in everything except accepting. If it fails to start, nothing is changed and the
+    exit status is 1. Then it serves new connections. The old processes keep their tunnels until these end, at most for
+    release.drain_after. No client is disconnected by the upgrade itself.
     """
     if response := run_command(control, "upgrade", as_json=as_json):
         click.echo(f"{response['before']} -> {response['version']}, generation {response['generation']}")

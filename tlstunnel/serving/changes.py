@@ -1,4 +1,4 @@
-"""What a reload changes, in words for a person."""
+"""Describes what a reload changes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,37 +7,37 @@ import msgspec
 
 from tlstunnel.config import Config, Duration, SiteConfig
 
-_LATER = ("log",)
-"""Tables that are read once, at the start."""
+_AT_START = ("log",)
+"""Tables that are only read at the start."""
 
 _TABLES = ("timeouts", "limits", "release", "managed_rules")
 
 
 def describe_changes(old: Config, new: Config) -> list[str]:
-    """Return a line for each difference between two configurations. It has no value that may be a secret."""
+    """Return a line for each difference between two configurations, without values that may be secret."""
     return list(_describe(old, new))
 
 
 def _describe(old: Config, new: Config) -> Iterator[str]:
-    for word, having, lacking in (("added", new, old), ("removed", old, new)):
-        for address in having.listen:
-            if address not in lacking.listen:
-                yield f"listen: {address} {word}"
+    for change, one, other in (("added", new, old), ("removed", old, new)):
+        for address in one.listen:
+            if address not in other.listen:
+                yield f"listen: {address} {change}"
     for key in Config.__struct_fields__:
         before, after = getattr(old, key), getattr(new, key)
         if before == after or key in ("listen", "sites"):
             continue
-        later = "; this takes effect at the next start" if key in _LATER else ""
-        if key in _TABLES or key in _LATER:
-            for inner, was, becomes in _compare(before, after):
-                yield f"{key}.{inner}: {_render(was)} -> {_render(becomes)}{later}"
+        note = "; this takes effect at the next start" if key in _AT_START else ""
+        if key in _TABLES or key in _AT_START:
+            for inner, old_value, new_value in _compare(before, after):
+                yield f"{key}.{inner}: {_render(old_value)} -> {_render(new_value)}{note}"
         else:
             yield f"{key}: changed"
     yield from _describe_sites(old.sites, new.sites)
 
 
 def _describe_sites(old: tuple[SiteConfig, ...], new: tuple[SiteConfig, ...]) -> Iterator[str]:
-    """Compare sites. A site stays the same as long as it keeps one of its names."""
+    """Compare sites. Two sites are the same if they have a name in common."""
     before = {name: site for site in old for name in site.names}
     kept = set()
     for site in new:

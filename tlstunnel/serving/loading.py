@@ -1,7 +1,7 @@
 """The loader: builds what a configuration describes, as a whole or a part of it, and reports every problem.
 
 `start`, `reload`, the probe of an upgrade, `config check`, `firewall explain` and `edge run` all use it, so that they
-accept and reject the same files. Nothing that is in service changes before everything is built.
+accept and reject the same files. What is being served changes only after everything is built.
 """
 
 from collections.abc import Sequence
@@ -102,12 +102,12 @@ class LoadedConfig:
         return self.description.config
 
     def warnings(self) -> list[LoadWarning]:
-        """Return what should be changed in the configuration."""
-        # The hints name keys of a file; the command line has none of them.
+        """Return the warnings about the configuration."""
+        # The hints name keys of a file, so there are none for the site of the command line.
         return [warning for index, site in enumerate(self.config.sites) for warning in _find_site_warnings(index, site)]
 
     def certificate_warnings(self, now: datetime) -> list[LoadWarning]:
-        """Return what expires soon, or has expired, for each site."""
+        """Return a warning for each certificate that expires soon or has expired."""
         found = []
         for index, site in enumerate(self.sites):
             hints = [pair.find_warning(now) for pair in site.served.pairs]
@@ -150,7 +150,7 @@ class LoadedConfig:
             raise self.description.make_error(problems.found)
 
     async def close(self) -> None:
-        """Stop what was started, except what a later configuration has taken over."""
+        """Stop everything that was started, except what a later configuration has taken over."""
         await self.firewall.close()
         await self.sites.close()
         if self.workers is not None:
@@ -165,7 +165,7 @@ def load(
 ) -> LoadedConfig:
     """Build everything that `description` describes.
 
-    It takes over what is still valid of `before`. The test certificate, if a site needs one, is in `test_folder`, and
+    It takes over what is still valid in `before`. The test certificate, if a site needs one, is in `test_folder`, and
     is created there if necessary. Raises ConfigurationError with every problem.
     """
     metrics = Registry() if metrics is None else metrics

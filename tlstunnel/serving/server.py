@@ -1,4 +1,4 @@
-"""One process's tunnels: the accept loop, the cap on unfinished handshakes, the switch of what serves, and the end."""
+"""The tunnels of one process: accepts connections, limits unfinished handshakes, switches configurations, drains."""
 
 import asyncio
 import contextlib
@@ -29,19 +29,19 @@ from tlstunnel.tunnel.splice import Splices
 from tlstunnel.tunnel.tunnel import Tunnel
 
 ACCEPTS_A_TURN = 64
-"""Connections accepted before those already here go on; what waits longer waits in the kernel's backlog."""
+"""How many connections are accepted at once before others get a turn. The rest wait in the kernel's backlog."""
 
 SHARE = 10
-"""One address may hold this part of the cap on unfinished handshakes: a tenth."""
+"""One address may have at most a tenth of the unfinished handshakes."""
 
 PAUSES = Backoff(first=0.005, longest=1.0)
-"""Between attempts to accept when out of descriptors or memory. The bounds of Go's net/http."""
+"""The delays between attempts to accept when out of descriptors or memory. The bounds are those of Go's net/http."""
 
 RESERVED_DESCRIPTORS = 32
-"""Kept for everything that is no connection: listeners, epoll, the resolver's files, a close_notify."""
+"""Descriptors kept for other things than connections: listeners, epoll, the resolver's files, a close_notify."""
 
 MAX_DESCRIPTORS = 1 << 20
-"""What counts where there is no limit: fs.nr_open of Linux."""
+"""The limit if none is set: fs.nr_open of Linux."""
 
 _SHORTAGES = {
     errno.EMFILE: Reason.OUT_OF_DESCRIPTORS,
@@ -52,9 +52,10 @@ _SHORTAGES = {
 
 
 class Unfinished:
-    """Connections whose handshake is not done, oldest first, none of them more than a tenth of one address.
+    """Connections whose handshake is not complete, oldest first, at most a tenth of them from one address.
 
-    When there are too many the oldest goes: whoever means it is done in a moment, whoever holds on is the oldest.
+    When there are too many, the oldest is evicted: an honest client completes its handshake in a moment, so the oldest
+    connection is most likely an attacker's.
     """
 
     def __init__(self, cap: int) -> None:
@@ -69,7 +70,7 @@ class Unfinished:
         return iter(list(self._all))
 
     def add(self, task: asyncio.Task[None], address: str) -> asyncio.Task[None] | None:
-        """Count `task` for `address` ("" belongs to nobody in particular); give the one that has to go for it."""
+        """Add `task` for `address` ("" is not counted for any address); return the one to evict for it, if any."""
         self._all[task] = address
         if address:
             own = self._by_address.setdefault(address, {})
@@ -79,7 +80,7 @@ class Unfinished:
         return next(iter(self._all)) if len(self._all) > self.cap else None
 
     def discard(self, task: asyncio.Task[None]) -> None:
-        """Forget `task`: its handshake is done, or it is."""
+        """Remove `task`, because its handshake is complete or it has ended."""
         address = self._all.pop(task, "")
         if address:
             own = self._by_address[address]
@@ -89,7 +90,7 @@ class Unfinished:
 
 
 class Server:
-    """Serves with `config` and `sites` at the listeners that it is told, until it is told to end. One a process."""
+    """Serves `config` and `sites` at the listeners given to `accept`, until drained or stopped. One per process."""
 
     def __init__(self, config: Config, sites: Sites, firewall: Firewall, journal: Journal) -> None:
         self._loop = asyncio.get_running_loop()
@@ -111,22 +112,22 @@ class Server:
         self._paused: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        # What was made until now stays: the collector need not look at it again.
+        # Everything created so far stays, so the garbage collector need not look at it again.
         gc.collect()
         gc.freeze()
 
     @property
     def tunnels(self) -> int:
-        """How many there are."""
+        """The number of open tunnels."""
         return len(self._splices.all)
 
     @property
     def unfinished(self) -> int:
-        """Connections whose handshake is not done yet."""
+        """The number of connections whose handshake is not complete."""
         return len(self._unfinished)
 
     def _collect(self) -> Collected:
-        """Return what can be read off the tunnels that are open, for a snapshot of the metrics."""
+        """Return the metrics that are counted from the open tunnels, for a snapshot."""
         sites: dict[str, tuple[int, int, int]] = {}
         for splice in self._splices.all:
             tunnels, up, down = sites.get(splice.site, (0, 0, 0))
@@ -153,15 +154,15 @@ class Server:
         )
 
     def accept(self, listeners: Iterable[Listener]) -> None:
-        """Accept at these from now on, and at no others."""
-        wanted = list(listeners)
+        """Accept at these listeners from now on, and at no others."""
+        new = list(listeners)
         self._watch(self._listeners, on=False)
-        self._listeners = wanted
+        self._listeners = new
         if self._paused is None:
-            self._watch(wanted, on=True)
+            self._watch(new, on=True)
 
     def close_listener(self, listener: Listener) -> None:
-        """Close `listener`. What waits in its backlog is accepted first, if it is this process's: it would be reset."""
+        """Close `listener`. If this process accepts at it, the backlog is accepted first: it would be reset."""
         if listener in self._listeners:
             self._listeners.remove(listener)
             self._loop.remove_reader(listener.sock)
@@ -170,9 +171,9 @@ class Server:
         listener.close()
 
     def switch(self, config: Config, sites: Sites, firewall: Firewall) -> None:
-        """Serve what connects from now on with these.
+        """Serve new connections with these from now on.
 
-        Whatever has connected before goes on with what it had, to the end of its tunnel.
+        Connections that are already open keep the previous ones to the end.
         """
         self._serving = self._make_serving(config, sites, firewall)
         self._unfinished.cap = config.limits.unfinished_handshakes
@@ -182,17 +183,17 @@ class Server:
                     splice.drain(Reason.SITE_REMOVED)
 
     async def wait_for_handshakes(self) -> None:
-        """Wait until every handshake that has begun by now is done, however it ends."""
+        """Wait until every handshake that has begun by now is complete or has failed."""
         begun = set(self._unfinished)
-        # Looked at again: one that becomes a plain exchange goes on, but asks the firewall no more.
+        # Checked repeatedly: a plain exchange continues, but no longer uses the firewall.
         while begun := begun.intersection(self._unfinished):
             await asyncio.wait(begun, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
 
     async def drain(self, after: float | None, over: float) -> None:
-        """Let the tunnels end for `after` seconds (None: for ever), then end them, spread over `over` seconds.
+        """Wait `after` seconds (None: no limit) for the tunnels to end, then end the rest over `over` seconds.
 
-        Oldest first, at even distances with jitter, so that clients do not all come back at one moment. Connections
-        whose handshake is not done yet may finish it, and are ended with the rest. Accepts nothing.
+        The oldest come first, at even intervals with jitter, so that clients do not all reconnect at the same moment.
+        Unfinished handshakes may complete, and are ended with the rest. Nothing is accepted.
         """
         self.accept(())
         with contextlib.suppress(TimeoutError):
@@ -200,9 +201,9 @@ class Server:
                 await self._idle.wait()
         tunnels = list(self._splices.all)
         self._log.info(Event.DRAINING, tunnels=len(tunnels), unfinished=len(self._unfinished), seconds=float(over))
-        distance = over / max(len(tunnels), 1)
+        interval = over / max(len(tunnels), 1)
         for place, splice in enumerate(tunnels):
-            self._loop.call_later(distance * (place + random.random()), splice.drain, Reason.DRAINED)  # noqa: S311
+            self._loop.call_later(interval * (place + random.random()), splice.drain, Reason.DRAINED)  # noqa: S311
         try:
             async with asyncio.timeout(over):
                 await self._idle.wait()
@@ -211,15 +212,15 @@ class Server:
                 splice.drain(Reason.DRAINED)
             for task in (*self._unfinished, *self._exchanges):
                 self._cancel(task)
-            # Each of them ends by itself, or is ended once it has made no progress for `timeouts.close`.
+            # Each of them ends, at the latest when it has made no progress for `timeouts.close`.
             await self._idle.wait()
-        # Bounded as a whole: one that takes a byte now and then would hold the release for as long as it likes.
+        # Limited in total: a client that reads a byte now and then could delay the exit without limit.
         deadline = self._loop.time() + self._serving.timeouts.close
         while self._closing.open and self._loop.time() < deadline:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.01)
 
     def stop(self) -> None:
-        """End everything at once."""
+        """Abort every tunnel and handshake at once."""
         self.accept(())
         for splice in list(self._splices.all):
             splice.abort(Reason.STOPPED)
@@ -227,7 +228,7 @@ class Server:
             self._cancel(task)
 
     async def close(self) -> None:
-        """Release everything, once `stop` or `drain` is through."""
+        """Stop, and close everything."""
         self.stop()
         await self._idle.wait()
         self._closing.reset_all()
@@ -255,9 +256,9 @@ class Server:
             except OSError as error:
                 if error.errno in _SHORTAGES:
                     return self._pause_accepting(_SHORTAGES[error.errno])
-                continue  # the connection failed before it was accepted (accept(2)); the next may be well
+                continue  # the connection failed before it was accepted (accept(2)); the next one may work
             self._pause = 0.0
-            # A connection takes two descriptors, what is being closed has one.
+            # A connection needs two descriptors, a socket that is being closed one.
             while (
                 self._closing.open and 2 * self._connections + len(self._closing.open) >= 2 * self._max_connections - 1
             ):
@@ -270,7 +271,7 @@ class Server:
             self._journal.not_accepted(peer, Reason.UNTRUSTED_PROXY)
             return sock.close()
         if reason := self._serving.firewall.check_address(peer):
-            # Before anything is paid for it: no TLS, no task, and a sample in the log at most.
+            # Refused before it costs anything: no TLS, no task, and only a sample of them is logged.
             self._journal.not_accepted(peer, reason)
             return sock.close()
         sock.setblocking(False)
@@ -286,7 +287,7 @@ class Server:
             self._cancel(evicted)
 
     def _count_exchange(self) -> None:
-        """Count the connection of the current task no more among those whose handshake is to be done."""
+        """Move the connection of the current task from the unfinished handshakes to the plain exchanges."""
         task = asyncio.current_task()
         assert task is not None
         self._unfinished.discard(task)
@@ -294,7 +295,7 @@ class Server:
         task.add_done_callback(self._exchanges.discard)
 
     def _cancel(self, task: asyncio.Task[None]) -> None:
-        """Cancel `task` once it has begun: before, it would run nothing, not even what closes its socket."""
+        """Cancel `task` after it has begun to run. Before, nothing of it would run, not even what closes its socket."""
         self._loop.call_soon(task.cancel)
 
     def _count_ended(self) -> None:
@@ -304,7 +305,7 @@ class Server:
         self._resume_accepting()
 
     def _to_share_key(self, peer: str) -> str:
-        """What `peer` counts as for its share: its address, an IPv6 /64; nothing for a proxy, behind which many are."""
+        """Return what `peer` is counted by for its share: its address, the /64 of IPv6, "" for a trusted proxy."""
         trusted = self._serving.trusted_proxies
         if not peer or (trusted and peer in trusted):
             return ""
@@ -313,7 +314,7 @@ class Server:
         return peer
 
     def _pause_accepting(self, reason: Reason) -> None:
-        """Accept nothing for a moment, or until a connection has ended: level-triggered, accept would spin."""
+        """Accept nothing for a moment, or until a connection ends, because level-triggered readiness would spin."""
         self._pause = PAUSES.after(self._pause)
         self._watch(self._listeners, on=False)
         self._journal.accepting_paused(reason, self._connections)
@@ -327,22 +328,22 @@ class Server:
 
 
 def _list_proxied(config: Config) -> frozenset[ListenAddress] | None:
-    """The listeners on which a PROXY header is required: None for all of them."""
+    """Return the listeners that require a PROXY header, None for all of them."""
     if config.proxy_protocol == "off":
         return frozenset()
     return frozenset(config.proxy_protocol_listen) or None
 
 
-def _choose_precision(timeouts: Timeouts, of_workers: float) -> float:
-    """How often deadlines are looked through, seconds: a quarter of a second, or a tenth of the shortest timeout."""
-    shortest = min(timeouts.shortest, of_workers)
+def _choose_precision(timeouts: Timeouts, shortest_of_workers: float) -> float:
+    """Return how often deadlines are checked, in seconds: a tenth of the shortest timeout, from 0.01 to 0.25."""
+    shortest = min(timeouts.shortest, shortest_of_workers)
     return max(min(shortest / 10, 0.25), 0.01)
 
 
 def _raise_descriptor_limit() -> int:
-    """The most descriptors that this process may have: the soft limit, raised to the hard one."""
+    """Raise the soft limit on descriptors to the hard one; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A hard limit above fs.nr_open cannot be asked for, nor can an infinite one everywhere.
+    # Fails for a hard limit above fs.nr_open, and on some systems for an infinite one.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
