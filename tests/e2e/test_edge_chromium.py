@@ -41,7 +41,7 @@ def test_a_script_signs_in_by_a_subprotocol(tunnel: EdgeTunnel, page: Page) -> N
     assert b"bearer." not in request.head.lower().replace(b"authorization: bearer ", b"")
 
 
-def test_a_refusal_is_an_error_of_the_page(tunnel: EdgeTunnel, page: Page) -> None:
+def test_a_refusal_is_an_error_event_of_the_page(tunnel: EdgeTunnel, page: Page) -> None:
     """It learns no more than that; the log has the rest. Nothing reaches the origin."""
     before = len(tunnel.origin.requests)
     assert page.evaluate(ASK, [tunnel.uri, ["bearer.abc"]]) is None
@@ -50,7 +50,7 @@ def test_a_refusal_is_an_error_of_the_page(tunnel: EdgeTunnel, page: Page) -> No
     assert tunnel.origin.requests[before:] == []
 
 
-def test_without_a_token_the_request_goes_on_as_it_is(tunnel: EdgeTunnel, page: Page) -> None:
+def test_without_a_token_the_request_is_forwarded_unchanged(tunnel: EdgeTunnel, page: Page) -> None:
     before = len(tunnel.origin.requests)
     assert page.evaluate(ASK, [tunnel.uri, []]) == ["", "grüße"]
     (request,) = tunnel.origin.requests[before:]

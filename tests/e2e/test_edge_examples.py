@@ -82,7 +82,7 @@ def user_of(answer: HandshakeResult) -> list[str]:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_configuration_in_a_docstring_is_one(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_in_a_docstring_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = loaded(path.stem)
     docstring = path.read_text().split('"""')[1]
     block = re.search(r"^    \[\[sites\]\]\n(?:    .*\n|\n)*", docstring, re.MULTILINE)
@@ -189,7 +189,7 @@ def _signed(key: str, algorithm: str) -> Callable[[Issuer], Pairs]:
     ],
     ids=["rsa", "ec", "ed25519", "case", "cookie", "first-of-two-cookies", "field-before-cookie", "several-audiences"],
 )
-def test_a_valid_token_is_let_in_as_its_subject(
+def test_a_valid_token_is_accepted_as_its_subject(
     jwt_tunnel: EdgeTunnel, issuer: Issuer, fields: Callable[[Issuer], Pairs]
 ) -> None:
     answer = jwt_tunnel.handshake("/chat", headers=[*FORGED, *fields(issuer)], messages=["hello"])
@@ -258,7 +258,7 @@ ATTACKS: dict[str, Callable[[Issuer], Pairs]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_other_token_is(jwt_tunnel: EdgeTunnel, issuer: Issuer, attack: str) -> None:
+def test_other_tokens_are_refused(jwt_tunnel: EdgeTunnel, issuer: Issuer, attack: str) -> None:
     fields = ATTACKS[attack](issuer)
     answer = jwt_tunnel.handshake(f"/chat?token={issuer.token()}", headers=[("X-User", "root"), *fields])
     assert refused(answer, 401)
@@ -369,7 +369,7 @@ def sessions() -> Iterator[tuple[EdgeTunnel, Any]]:
     ("name", "user"),
     [("anna", "anna@example.com"), ("bert", "bert"), ("odd", "J%C3%B6rg%0D%0AX-Admin:%201%20%25")],
 )
-def test_a_session_is_let_in_as_its_user(sessions: tuple[EdgeTunnel, Any], name: str, user: str) -> None:
+def test_a_session_is_accepted_as_its_user(sessions: tuple[EdgeTunnel, Any], name: str, user: str) -> None:
     answer = sessions[0].handshake(headers=cookie(name), messages=["hello"])
     assert (answer.status, answer.messages, user_of(answer)) == (101, ("hello",), [user])
     assert answer.request is not None
@@ -393,11 +393,11 @@ def test_a_session_is_let_in_as_its_user(sessions: tuple[EdgeTunnel, Any], name:
         [("Sid", SIDS["anna"])],
     ],
 )
-def test_who_has_none_is_not(sessions: tuple[EdgeTunnel, Any], fields: Pairs) -> None:
+def test_clients_without_a_session_are_refused(sessions: tuple[EdgeTunnel, Any], fields: Pairs) -> None:
     assert refused(sessions[0].handshake(f"/?sid={SIDS['anna']}", headers=[("X-User", "root"), *fields]), 401)
 
 
-def test_a_session_that_ends_is_none(sessions: tuple[EdgeTunnel, Any]) -> None:
+def test_an_ended_session_is_refused(sessions: tuple[EdgeTunnel, Any]) -> None:
     tunnel, client = sessions
     sid = "ending-0123456789_abcdef"
     client.hset(f"session:{sid}", "user", "carl")
@@ -431,7 +431,7 @@ class Held:
                     (upstream if ready is sock else sock).sendall(some)
 
 
-def test_clients_that_go_away_leave_nobody_anothers_session() -> None:
+def test_clients_that_disconnect_do_not_mix_up_sessions() -> None:
     """A look-up that is cancelled must not leave its answer to the next one (redis-py had that fault in 2023)."""
     server = RedisServer()
     held = Held(server.port)
@@ -455,7 +455,7 @@ def test_clients_that_go_away_leave_nobody_anothers_session() -> None:
 
 
 @pytest.mark.alone
-def test_while_redis_is_down_or_slow_clients_are_told_to_come_back() -> None:
+def test_while_redis_is_down_or_slow_clients_get_503() -> None:
     server = RedisServer()
     with example("redis_session", config={"url": server.url}) as tunnel:
 
@@ -520,7 +520,7 @@ def test_visitors_keep_to_their_variant() -> None:
                 assert answer.request.headers.getall("X-Variant") == ["old"]
 
 
-def test_the_parts_are_as_large_as_they_are_said_to_be() -> None:
+def test_the_shares_are_as_configured() -> None:
     code = loaded("ab_cookie")
     assert code.setup is not None
 
@@ -589,7 +589,7 @@ def test_a_room_has_one_shard_by_whatever_path() -> None:
             assert refused(tunnel.handshake(path), 404), path
 
 
-def test_a_shard_more_moves_only_what_it_takes() -> None:
+def test_adding_a_shard_moves_only_its_own_share() -> None:
     code = loaded("shard_by_path")
     requests = [worker_request(f"GET /rooms/{number}") for number in range(500)]
 
@@ -612,7 +612,7 @@ def test_a_shard_more_moves_only_what_it_takes() -> None:
 @pytest.mark.parametrize(
     "config", [{"shards": []}, {"shards": ["a:1", "a:1"]}, {"prefix": "rooms/"}, {"prefix": "/rooms"}]
 )
-def test_shards_that_are_none_refuse_the_start(config: dict[str, Any]) -> None:
+def test_invalid_shards_refuse_the_start(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"shards are|prefix begins"):
         asked(loaded("shard_by_path"), worker_request(), {"prefix": "/", "shards": ["a:1"]} | config)
 
@@ -620,7 +620,7 @@ def test_shards_that_are_none_refuse_the_start(config: dict[str, Any]) -> None:
 # --- maintenance
 
 
-def test_during_maintenance_only_those_let_through_are_served(tmp_path: Path) -> None:
+def test_during_maintenance_only_allowed_addresses_are_served(tmp_path: Path) -> None:
     flag = tmp_path / "maintenance"
     config = {"flag": str(flag), "retry_after": 120, "let_through": ["127.0.0.2", "2001:db8::/32"]}
     with example("maintenance", config=config) as tunnel:
@@ -636,7 +636,7 @@ def test_during_maintenance_only_those_let_through_are_served(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("address", "passes"), [("2001:db8::7", True), ("2001:db9::7", False), ("", False)])
-def test_whoever_cannot_be_known_is_not_let_through(tmp_path: Path, address: str, passes: bool) -> None:
+def test_unknown_addresses_are_refused_during_maintenance(tmp_path: Path, address: str, passes: bool) -> None:
     flag = tmp_path / "maintenance"
     flag.touch()
     config = {"flag": str(flag), "let_through": ["10.0.0.0/8", "2001:db8::/32"]}
@@ -668,7 +668,7 @@ def test_a_browsers_token_becomes_a_field(token_tunnel: EdgeTunnel) -> None:
 
 
 @pytest.mark.parametrize("protocols", [(), ("chat",), ("Bearer.x", "chat")])
-def test_who_sends_no_token_so_goes_on_as_they_came(token_tunnel: EdgeTunnel, protocols: Sequence[str]) -> None:
+def test_requests_without_a_token_are_forwarded_unchanged(token_tunnel: EdgeTunnel, protocols: Sequence[str]) -> None:
     answer = token_tunnel.handshake(headers={"Authorization": "Bearer own"}, subprotocols=protocols)
     assert answer.request is not None
     assert answer.request.headers.getall("Authorization") == ["Bearer own"]
@@ -688,7 +688,7 @@ def test_who_sends_no_token_so_goes_on_as_they_came(token_tunnel: EdgeTunnel, pr
         "bearer.a, bearer.a",
     ],
 )
-def test_what_is_no_token_or_stands_alone_is_refused(token_tunnel: EdgeTunnel, value: str) -> None:
+def test_an_invalid_token_or_one_alone_is_refused(token_tunnel: EdgeTunnel, value: str) -> None:
     answer = token_tunnel.handshake(headers={"Sec-WebSocket-Protocol": value})
     assert refused(answer, 400)
 

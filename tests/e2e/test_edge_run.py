@@ -80,7 +80,7 @@ def run(folder: Path, *arguments: str, status: int = 0) -> tuple[str, str]:
     return said(folder, "edge", "run", "edge.py:fetch", *arguments, status=status)
 
 
-def test_what_the_origin_would_be_asked(folder: Path) -> None:
+def test_the_request_for_the_origin(folder: Path) -> None:
     """Also by the site's own changes of fields, the worker's after them."""
     out, err = run(
         folder, "GET /shard?a=1", "--config", "tlstunnel.toml", "--ip", "198.51.100.7", "--header", "X-User: 1"
@@ -94,12 +94,12 @@ def test_what_the_origin_would_be_asked(folder: Path) -> None:
     assert "set up with ['shard']" in err
 
 
-def test_the_tunnel_chooses_where_the_worker_does_not(folder: Path) -> None:
+def test_the_tunnel_chooses_if_the_worker_does_not(folder: Path) -> None:
     out, _ = run(folder, "GET /", "--config", "tlstunnel.toml")
     assert "chosen by the tunnel: 10.0.0.5:3000, unix:chat.sock" in out
 
 
-def test_what_the_client_would_get(folder: Path) -> None:
+def test_the_response_for_the_client(folder: Path) -> None:
     out, _ = run(folder, "GET /no")
     lines = [line.strip() for line in out.splitlines()]
     assert {"HTTP/1.1 302 Found", "Location: /login", "Set-Cookie: a=1", "Set-Cookie: b=2", "elsewhere"} <= set(lines)
@@ -131,7 +131,7 @@ def test_a_worker_that_is_late(folder: Path) -> None:
     assert "within 0.1 s" in out
 
 
-def test_an_origin_that_it_may_not_have(folder: Path) -> None:
+def test_an_origin_that_is_not_allowed(folder: Path) -> None:
     out, _ = run(folder, "GET /shard", "--config", "tlstunnel.toml", "--header", "Host: closed.example", status=1)
     assert "origin not allowed: 502" in out
     assert "one.shards.example:3000: neither an origin of the site nor in worker_origins" in out
@@ -157,13 +157,13 @@ def test_an_origin_that_it_may_not_have(folder: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(folder: Path, arguments: tuple[str, ...], status: int, words: str) -> None:
+def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], status: int, words: str) -> None:
     _, err = said(folder, "edge", "run", *arguments, status=status)
     assert words in err
     assert "Traceback" not in err
 
 
-def test_config_check_loads_workers_and_sets_none_up(folder: Path) -> None:
+def test_config_check_loads_workers_without_setup(folder: Path) -> None:
     out, err = said(folder, "config", "check")
     assert f"worker {folder}/edge.py:fetch" in out
     assert "set up" not in err

@@ -76,7 +76,7 @@ def status(tunnel: Tunnel, context: ssl.SSLContext, name: str = "localhost") -> 
         return answer.status
 
 
-def test_a_renewed_pair_is_served_by_itself_and_tunnels_stay(
+def test_a_renewed_pair_is_served_and_tunnels_stay_open(
     origin: WebsocketsOrigin, authority: Authority, ca: Path, tmp_path: Path
 ) -> None:
     authority.pair(tmp_path, "a")
@@ -96,7 +96,7 @@ def test_a_renewed_pair_is_served_by_itself_and_tunnels_stay(
 
 
 @pytest.mark.parametrize("what", ["nonsense", "another key", "expired", "gone"])
-def test_what_cannot_be_served_replaces_nothing(
+def test_an_invalid_pair_replaces_nothing(
     origin: WebsocketsOrigin, authority: Authority, ca: Path, tmp_path: Path, what: str
 ) -> None:
     cert, _ = authority.pair(tmp_path, "a")
@@ -164,7 +164,7 @@ def clients(tmp_path: Path) -> tuple[Authority, Path]:
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_only_clients_of_the_authority_are_let_in(  # noqa: PLR0917
+def test_only_clients_of_the_authority_are_accepted(  # noqa: PLR0917
     origin: WebsocketsOrigin,
     authority: Authority,
     clients: tuple[Authority, Path],
@@ -233,7 +233,7 @@ def test_the_allow_list_and_the_revocation_list(
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_a_ticket_of_an_open_site_opens_no_closed_one(
+def test_a_ticket_of_an_open_site_does_not_open_a_closed_one(
     origin: WebsocketsOrigin,
     authority: Authority,
     clients: tuple[Authority, Path],

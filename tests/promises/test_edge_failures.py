@@ -239,7 +239,7 @@ def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refu
         ("interrupts", "KeyboardInterrupt"),
     ],
 )
-def test_whatever_it_raises(refusing: Stage, how: str, named: str) -> None:
+def test_any_exception_is_a_500(refusing: Stage, how: str, named: str) -> None:
     """An exit or an interrupt, too: it ends no process."""
     tunnel = refusing[1]
     pid = tunnel.pid
@@ -251,7 +251,7 @@ def test_whatever_it_raises(refusing: Stage, how: str, named: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["stops_the_loop", "exits_beside"])
-def test_its_loop_goes_on_whatever_stops_it(refusing: Stage, how: str) -> None:
+def test_its_loop_survives_whatever_stops_it(refusing: Stage, how: str) -> None:
     pid = refusing[1].pid
     assert asked(refusing, f"/{how}").status == 101
     assert _works(refusing)
@@ -261,7 +261,7 @@ def test_its_loop_goes_on_whatever_stops_it(refusing: Stage, how: str) -> None:
 NASTY = "a\x1b[2Jb\nTraceback\r\n{}\x07\x9b\u2028\u202e\x85\\x"
 
 
-def test_what_a_client_wrote_into_an_exception_is_escaped(refusing: Stage) -> None:
+def test_client_text_in_an_exception_is_escaped(refusing: Stage) -> None:
     outcome = asked(refusing, f"/says?text={quote(NASTY)}")
     assert outcome.status == 500
     exception = _logged(refusing[1], outcome)["exception"]
@@ -332,12 +332,12 @@ def in_text(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) 
     return raw
 
 
-def test_the_same_in_text(in_text: bytes) -> None:
+def test_exceptions_in_the_text_log(in_text: bytes) -> None:
     assert re.fullmatch(rb"[\n\x20-\x7e]*", in_text), re.findall(rb".{0,80}[^\n\x20-\x7e].{0,80}", in_text)[:3]
     assert rb"\x1b[2Jb" in in_text
 
 
-def test_no_line_of_the_text_log_is_forged(in_text: bytes) -> None:
+def test_no_line_of_the_text_log_can_be_forged(in_text: bytes) -> None:
     """A line of an exception's text begins no line of the log: one could not be told from a record."""
     assert FORGED.encode() in in_text
     assert FORGED not in in_text.decode().splitlines()
@@ -347,7 +347,7 @@ def test_no_line_of_the_text_log_is_forged(in_text: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [101, 100, 200, 204, 299, 0, -1, 600, 1000])
-def test_a_reply_that_would_make_it_an_endpoint(refusing: Stage, status: int) -> None:
+def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Stage, status: int) -> None:
     outcome = asked(refusing, f"/endpoint?status={status}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "hello" not in outcome.body
@@ -368,7 +368,7 @@ def test_a_reply_that_would_make_it_an_endpoint(refusing: Stage, status: int) ->
         ("pair", "a tuple"),
     ],
 )
-def test_what_is_neither_a_request_nor_a_reply(refusing: Stage, of: str, said: str) -> None:
+def test_other_return_values_are_errors(refusing: Stage, of: str, said: str) -> None:
     outcome = asked(refusing, f"/value?of={of}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert (
@@ -377,7 +377,7 @@ def test_what_is_neither_a_request_nor_a_reply(refusing: Stage, of: str, said: s
     )
 
 
-def test_a_reply_whose_headers_are_changed_afterwards(certificate: Certificate) -> None:
+def test_changing_the_headers_of_a_reply_later(certificate: Certificate) -> None:
     """A reply keeps what it was made with, or is a fault of the worker; it is answered in any case."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         outcome = asked((origin, tunnel), "/changed_afterwards")
@@ -396,7 +396,7 @@ def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate
 
 
 @pytest.mark.alone
-def test_late_is_a_504_in_time(refusing: Stage) -> None:
+def test_a_late_worker_is_a_504_in_time(refusing: Stage) -> None:
     began = time.monotonic()
     outcome = asked(refusing, "/late")
     took = time.monotonic() - began
@@ -407,7 +407,7 @@ def test_late_is_a_504_in_time(refusing: Stage) -> None:
 
 
 @pytest.mark.alone
-def test_one_that_swallows_its_cancellation(refusing: Stage) -> None:
+def test_a_worker_that_ignores_its_cancellation(refusing: Stage) -> None:
     """It is answered in time all the same, and what it says later goes nowhere."""
     began = time.monotonic()
     assert asked(refusing, "/stubborn?id=s").status == 504
@@ -419,7 +419,7 @@ def test_one_that_swallows_its_cancellation(refusing: Stage) -> None:
     assert _works(refusing)
 
 
-def test_late_ones_are_cancelled(refusing: Stage) -> None:
+def test_late_calls_are_cancelled(refusing: Stage) -> None:
     assert asked(refusing, "/waits?id=w").status == 504
     eventually(lambda: "cancelled w" in told(refusing, "/said"))
 
@@ -434,7 +434,7 @@ def patient(certificate: Certificate) -> Iterator[Stage]:
 
 
 @pytest.mark.parametrize("leave", [reset, socket.socket.close], ids=["reset", "end"])
-def test_a_client_that_leaves_has_its_worker_cancelled(patient: Stage, leave: Callable[[socket.socket], None]) -> None:
+def test_a_client_that_leaves_cancels_its_worker(patient: Stage, leave: Callable[[socket.socket], None]) -> None:
     """At once, and not at the deadline; it is no failure of the worker's."""
     tunnel, name = patient[1], leave.__name__
     client = connect_tls(tunnel)
@@ -460,7 +460,7 @@ def test_a_client_that_leaves_has_its_worker_cancelled(patient: Stage, leave: Ca
         ("late", "timed out", "edge worker timed out"),
     ],
 )
-def test_forward_sends_it_on_as_it_came(forwarding: Stage, how: str, saw: str, event: str) -> None:
+def test_on_error_forward_sends_the_request_unchanged(forwarding: Stage, how: str, saw: str, event: str) -> None:
     """Nothing that the worker has done to it by then."""
     outcome = asked(forwarding, f"/{how}", [("Cookie", "a=1")])
     assert (outcome.status, outcome.record["edge"]) == (101, saw)
@@ -471,14 +471,14 @@ def test_forward_sends_it_on_as_it_came(forwarding: Stage, how: str, saw: str, e
 
 
 @pytest.mark.parametrize("how", ["endpoint?status=101", "endpoint?status=200", f"spoilt?text={quote(chr(10))}"])
-def test_forward_is_not_for_a_refusal_that_is_invalid(forwarding: Stage, how: str) -> None:
+def test_on_error_forward_does_not_apply_to_an_invalid_reply(forwarding: Stage, how: str) -> None:
     """A refusal was meant."""
     outcome = asked(forwarding, f"/{how}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "forwarded" not in _logged(forwarding[1], outcome)
 
 
-def test_forward_changes_nothing_for_one_that_answers(forwarding: Stage) -> None:
+def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Stage) -> None:
     assert asked(forwarding, "/spoilt?text=well").status == 403
     assert asked(forwarding, "/asis").record["edge"] == "forwarded"
 
@@ -486,7 +486,7 @@ def test_forward_changes_nothing_for_one_that_answers(forwarding: Stage) -> None
 # --- starting with one ------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_cannot_be_loaded_is_one_line(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_be_loaded_is_one_line_of_error(certificate: Certificate, tmp_path: Path) -> None:
     """At the start, and from `config check` where that loads it: the file, the line and what is wrong."""
     (tmp_path / "t.toml").write_text(policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     (tmp_path / "worker.py").write_text("import json\n\nraise ValueError('no \\x1b[2J settings')\n")

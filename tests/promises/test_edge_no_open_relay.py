@@ -89,7 +89,7 @@ def _sent(stage: Stage, target: ScriptedOrigin, where: str) -> Outcome:
         "169.254.169.254:80",
     ],
 )
-def test_an_address_outside(stage: Stage, target: ScriptedOrigin, where: str) -> None:
+def test_an_address_outside_is_refused(stage: Stage, target: ScriptedOrigin, where: str) -> None:
     """However it is written. The log has it, and the client only that there is no such origin for it."""
     where = where.format(port=target.address.rpartition(":")[2])
     outcome = _sent(stage, target, where)
@@ -100,7 +100,7 @@ def test_an_address_outside(stage: Stage, target: ScriptedOrigin, where: str) ->
 
 
 @pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "localhost."])
-def test_a_name_that_is_outside_by_its_addresses(stage: Stage, target: ScriptedOrigin, name: str) -> None:
+def test_a_name_that_resolves_outside_is_refused(stage: Stage, target: ScriptedOrigin, name: str) -> None:
     """Networks are allowed, and so names may be asked for; but this one's addresses are in none of them."""
     outcome = _sent(stage, target, f"{name}:{target.address.rpartition(':')[2]}")
     assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
@@ -134,7 +134,7 @@ def test_a_name_that_is_outside_by_its_addresses(stage: Stage, target: ScriptedO
         "*.inside.example:80",
     ],
 )
-def test_what_is_no_address(stage: Stage, target: ScriptedOrigin, where: str) -> None:
+def test_an_old_form_of_an_address_is_a_500(stage: Stage, target: ScriptedOrigin, where: str) -> None:
     """An old form of an IPv4 address, which resolvers would take, is none: a fault of the worker, and a 500."""
     assert _sent(stage, target, where).status == 500
 
@@ -151,7 +151,7 @@ def test_a_declared_origin(stage: Stage) -> None:
     assert (outcome.status, outcome.record["origin"]) == (101, origin.address)
 
 
-def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, target: ScriptedOrigin) -> None:
+def test_a_declared_origin_under_another_name_is_refused(certificate: Certificate, target: ScriptedOrigin) -> None:
     """Without `worker_origins` there is the declared one alone, as it is written, and no name is even asked for."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         port = origin.address.rpartition(":")[2]
@@ -174,7 +174,7 @@ def test_a_declared_origin_under_another_name_is_none(certificate: Certificate, 
         ("localhost", ["localhost", "ws://localhost"]),
     ],
 )
-def test_what_is_allowed_is_reached(
+def test_allowed_origins_are_reached(
     certificate: Certificate, target: ScriptedOrigin, allowed: str, hosts: list[str]
 ) -> None:
     port = target.address.rpartition(":")[2]
@@ -199,7 +199,7 @@ def test_a_unix_socket_that_is_declared(certificate: Certificate, tmp_path: Path
             assert asked((origin, tunnel), "/to", [("X-To", declared)]).reason == "origin unreachable"
 
 
-def test_what_is_allowed_changes_with_a_reload(certificate: Certificate, target: ScriptedOrigin) -> None:
+def test_allowed_origins_change_with_a_reload(certificate: Certificate, target: ScriptedOrigin) -> None:
     with edged("127.0.0.1:1", certificate, WORKER, site='worker_origins = ["127.0.0.0/8"]\n') as tunnel:
         there = [("X-To", target.address)]
         target.play(switching_protocols)
@@ -230,7 +230,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("value", HOSTILE)
 @pytest.mark.parametrize("how", ["user?u=", "field?f=", "query?q=", "host?h=", "reply?l=", "protocol?s="])
-def test_no_head_is_split(stage: Stage, how: str, value: str) -> None:
+def test_no_value_can_split_the_head(stage: Stage, how: str, value: str) -> None:
     """A value that the client chose, decoded by the worker, ends no line. It is a 500, and no origin is asked."""
     if "\0" in value:  # the firewall's own, before the worker
         assert asked(stage, f"/{how}{quote(value)}").status == 400
@@ -242,7 +242,7 @@ def test_no_head_is_split(stage: Stage, how: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", [value for value in HOSTILE if "\0" not in value])
-def test_no_request_line_is_split(stage: Stage, value: str) -> None:
+def test_no_path_can_split_the_request_line(stage: Stage, value: str) -> None:
     """A path may hold anything: it is escaped."""
     outcome = asked(stage, f"/path?p=/{quote(value)}")
     assert outcome.status == 101
@@ -271,12 +271,12 @@ def test_no_request_line_is_split(stage: Stage, value: str) -> None:
         "Sec-WebSocket-Anything",
     ],
 )
-def test_what_the_handshake_rests_on_stays(stage: Stage, name: str) -> None:
+def test_fields_of_the_handshake_stay(stage: Stage, name: str) -> None:
     assert asked(stage, f"/field?f={name}").status == 500
 
 
 @pytest.mark.parametrize("forged", ["X-User_Id", "x_user-ID"])
-def test_what_it_sets_nobody_claims_in_another_spelling(certificate: Certificate, forged: str) -> None:
+def test_a_client_cannot_forge_a_set_field_in_another_spelling(certificate: Certificate, forged: str) -> None:
     """CGI and WSGI take every underscore for a hyphen, and join what is then of one name."""
     code = BY_PATH + "async def ann(request, env):\n    return request.forward(headers={'X-User-Id': 'ann'})\n"
     with ScriptedOrigin() as origin, edged(origin.address, certificate, code) as tunnel:

@@ -125,7 +125,7 @@ def _echoes(client: Any) -> None:
 # --- a changed file ---------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_file_takes_effect_and_tunnels_stay(started: Started, notes: Notes) -> None:
+def test_a_changed_file_takes_effect_and_tunnels_stay_open(started: Started, notes: Notes) -> None:
     with started(worker("one")) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
         for version in ("two", "six"):  # as long as the one before, and perhaps within one tick of the file's clock
@@ -169,7 +169,7 @@ async def fetch(request, env):
         assert _says(tunnel) == '418 {"a": 2}'
 
 
-def test_the_first_worker_may_come_with_a_reload(origin: RawOrigin, certificate: Certificate, notes: Notes) -> None:
+def test_a_reload_may_add_the_first_worker(origin: RawOrigin, certificate: Certificate, notes: Notes) -> None:
     config = policy(origin.address, certificate)
     with Tunnel(None, certificate, config=config, environment=notes.environment) as tunnel:
         assert _says(tunnel) == ""
@@ -178,7 +178,7 @@ def test_the_first_worker_may_come_with_a_reload(origin: RawOrigin, certificate:
         assert _says(tunnel) == "418 one"
 
 
-def test_a_request_in_flight_is_answered_by_the_one_that_was_asked(started: Started, notes: Notes) -> None:
+def test_a_request_in_flight_is_finished_by_the_old_worker(started: Started, notes: Notes) -> None:
     """And that one's teardown comes after it."""
     with started(worker("one"), site='worker_timeout = "1m"\n') as tunnel, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(_says, tunnel, "/slow/version")
@@ -221,7 +221,9 @@ def test_a_request_in_flight_is_answered_by_the_one_that_was_asked(started: Star
         ),
     ],
 )
-def test_what_is_wrong_refuses_it_and_the_old_goes_on(shared: Tunnel, code: str | None, said: str) -> None:
+def test_an_invalid_worker_refuses_the_reload_and_the_old_one_stays(
+    shared: Tunnel, code: str | None, said: str
+) -> None:
     tunnel = shared
     before = _says(tunnel)
     with connect_tls(tunnel) as client:
@@ -252,7 +254,9 @@ def test_the_command_says_why(shared: Tunnel) -> None:
     assert f"sites[0].worker: the edge worker {shared.folder}/worker.py:2: cannot be imported: " in line
 
 
-def test_a_refused_one_leaves_nothing_of_the_others(started: Started, notes: Notes, certificate: Certificate) -> None:
+def test_a_refused_reload_tears_down_the_other_new_workers(
+    started: Started, notes: Notes, certificate: Certificate
+) -> None:
     """Of two that are new, the first is set up, and torn down again when the second cannot be."""
     with started(worker("one")) as tunnel:
         written(tunnel, worker("two"))
@@ -273,7 +277,7 @@ def test_a_refused_one_leaves_nothing_of_the_others(started: Started, notes: Not
 # --- processes and releases -------------------------------------------------------------------------------------------
 
 
-def test_setup_is_once_a_process(started: Started, notes: Notes) -> None:
+def test_setup_is_called_once_per_process(started: Started, notes: Notes) -> None:
     with started(worker("one"), arguments=("--processes", "2")) as tunnel:
         pids = tunnel.pids
         assert sorted(notes.pids("one setup")) == pids
@@ -286,7 +290,7 @@ def test_setup_is_once_a_process(started: Started, notes: Notes) -> None:
         assert sorted(notes.pids("two teardown")) == pids
 
 
-def test_one_process_that_refuses_refuses_for_all(started: Started, notes: Notes) -> None:
+def test_a_reload_that_one_process_refuses_is_refused_by_all(started: Started, notes: Notes) -> None:
     """And in the other, what was set up for it is torn down."""
     first_alone = (
         "import os\nfrom pathlib import Path\n"
@@ -307,7 +311,7 @@ def test_one_process_that_refuses_refuses_for_all(started: Started, notes: Notes
         assert not notes.pids("one teardown")
 
 
-def test_a_module_changes_by_an_upgrade_alone(
+def test_a_module_changes_only_with_an_upgrade(
     origin: RawOrigin, certificate: Certificate, notes: Notes, tmp_path: Path
 ) -> None:
     """A reload lets it go on, `env` and all; its tunnels stay through both."""
@@ -340,7 +344,7 @@ def test_a_module_changes_by_an_upgrade_alone(
     assert new in notes.pids("two teardown")
 
 
-def test_an_upgrade_takes_the_files_that_are_there(started: Started, notes: Notes, tmp_path: Path) -> None:
+def test_an_upgrade_loads_the_present_files(started: Started, notes: Notes, tmp_path: Path) -> None:
     versions = Versions(tmp_path / "versions")
     with (
         started(worker("one"), environment=dict(versions.environment)) as tunnel,
@@ -373,7 +377,7 @@ async def fetch(request, env):
 """
 
 
-def test_a_thread_that_is_held_for_ever_is_replaced(started: Started, notes: Notes) -> None:
+def test_a_thread_that_never_responds_is_replaced(started: Started, notes: Notes) -> None:
     with (
         started(HOLD, site='worker_timeout = "300ms"\n', errors_expected=True) as tunnel,
         connect_tls(tunnel) as client,
@@ -394,7 +398,7 @@ def test_a_thread_that_is_held_for_ever_is_replaced(started: Started, notes: Not
         assert _says(tunnel) == "418 two"
 
 
-def test_a_thread_that_is_held_and_a_reload_that_is_refused(started: Started, notes: Notes) -> None:
+def test_a_blocked_thread_and_a_refused_reload(started: Started, notes: Notes) -> None:
     """The old one goes on, once it is let go; and the next reload does what it says."""
     with started(HOLD, site='worker_timeout = "300ms"\n', errors_expected=True) as tunnel:
         assert _says(tunnel, "/hold").startswith("504 ")
@@ -408,7 +412,7 @@ def test_a_thread_that_is_held_and_a_reload_that_is_refused(started: Started, no
         assert _says(tunnel) == "418 two"
 
 
-def test_a_refused_first_worker_and_then_a_good_one(
+def test_a_refused_first_worker_and_then_a_valid_one(
     started: Started, origin: RawOrigin, certificate: Certificate
 ) -> None:
     with started(worker("one")) as tunnel:
@@ -430,7 +434,7 @@ def test_a_refused_first_worker_and_then_a_good_one(
         "task = asyncio.ensure_future(asyncio.sleep(60)); task.cancel(); await task",
     ],
 )
-def test_a_teardown_that_fails_holds_nothing(started: Started, notes: Notes, ends: str) -> None:
+def test_a_failed_teardown_does_not_block_the_others(started: Started, notes: Notes, ends: str) -> None:
     """At a reload and at the end: it is logged, and what comes after it comes. The third is how tasks are ended."""
     code = worker("one").replace('note("one teardown", env["version"])', f'note("one teardown"); {ends}')
     with started(code) as tunnel:

@@ -262,7 +262,7 @@ def _unaffected(tunnel: Tunnel, attack: Callable[[], object]) -> object:
         ("/talks", 1, {101, 504}),
     ],
 )
-def test_it_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set[int]) -> None:
+def test_a_worker_that_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set[int]) -> None:
     found = _unaffected(tunnel, lambda: _statuses(tunnel, path, count))
     assert isinstance(found, set)
     assert found <= statuses
@@ -275,7 +275,7 @@ def test_it_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set
         ("/computes", "# it computes here", "sum(range(1000))  # it computes here"),
     ],
 )
-def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
+def test_a_worker_that_blocks_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
     """Its requests are answered by the deadline, and the log names it with the line in which it stands."""
     seen = len(tunnel.records("edge worker blocks the event loop"))
 
@@ -300,7 +300,7 @@ def test_it_holds_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code:
     assert len(tunnel.records("edge worker blocks the event loop")) == seen + 1
 
 
-def test_it_is_named_when_it_calls_what_holds_the_interpreter(tunnel: Tunnel) -> None:
+def test_a_worker_that_holds_the_gil_is_named(tunnel: Tunnel) -> None:
     """A regular expression that backtracks holds Python's lock, and so the tunnels too: it is named once it is over."""
     _statuses(tunnel, "/calls_c", 1)
     (named,) = tunnel.wait_records(1, "edge worker holds the GIL", timeout=5)
@@ -310,7 +310,7 @@ def test_it_is_named_when_it_calls_what_holds_the_interpreter(tunnel: Tunnel) ->
     assert named["seconds"] >= 0.25
 
 
-def test_other_requests_of_its_site_meanwhile(tunnel: Tunnel) -> None:
+def test_other_requests_of_a_blocked_worker(tunnel: Tunnel) -> None:
     """They wait for the one that holds the thread, but no longer than their own deadline."""
     with ThreadPoolExecutor(1) as pool:
         holds = pool.submit(_statuses, tunnel, "/sleeps", 1)
@@ -324,7 +324,7 @@ def test_other_requests_of_its_site_meanwhile(tunnel: Tunnel) -> None:
         assert time.monotonic() - began < HELD + MOST
 
 
-def test_it_leaks_every_descriptor(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+def test_a_worker_that_leaks_every_descriptor(origin: WebsocketsOrigin, certificate: Certificate) -> None:
     """Then there is none for another connection; but what is established has its own."""
     with _both(origin, certificate, descriptors=256) as tunnel:
 
@@ -357,11 +357,11 @@ def _stops_within(origin: WebsocketsOrigin, certificate: Certificate, path: str,
         assert time.monotonic() - began < seconds
 
 
-def test_a_process_ends_though_a_worker_does_not(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+def test_a_process_exits_although_a_worker_does_not_end(origin: WebsocketsOrigin, certificate: Certificate) -> None:
     _stops_within(origin, certificate, "/forever", 2.5)
 
 
-def test_a_process_ends_though_a_thread_of_a_worker_does_not(
+def test_a_process_exits_although_a_thread_of_a_worker_does_not_end(
     origin: WebsocketsOrigin, certificate: Certificate
 ) -> None:
     """What the watchdog recommends: `asyncio.to_thread`. One that sleeps for an hour would hold a release that long."""

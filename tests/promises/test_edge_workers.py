@@ -169,7 +169,7 @@ def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, t
 # --- its place --------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_firewall_refuses_it_never_meets(stage: Stage) -> None:
+def test_the_worker_is_not_called_for_what_the_firewall_refuses(stage: Stage) -> None:
     """Rules, rate limits, malformed requests and unknown hosts are refused before it."""
     assert asked(stage, "/asis/limited").status == 101
     refused = [
@@ -186,7 +186,7 @@ def test_what_the_firewall_refuses_it_never_meets(stage: Stage) -> None:
     assert not {outcome.record["id"] for _, outcome in refused}.intersection(met)
 
 
-def test_whom_it_refuses_no_origin_meets(stage: Stage, other: ScriptedOrigin) -> None:
+def test_a_refused_request_reaches_no_origin(stage: Stage, other: ScriptedOrigin) -> None:
     """`asked` sees that the site's origin was not connected to; here also the other's."""
     traffic = other.play(switching_protocols)
     outcome = asked(stage, "/refused?status=401")
@@ -195,14 +195,14 @@ def test_whom_it_refuses_no_origin_meets(stage: Stage, other: ScriptedOrigin) ->
     assert traffic.connections == 0
 
 
-def test_it_is_asked_once_a_request(stage: Stage) -> None:
+def test_it_is_called_once_per_request(stage: Stage) -> None:
     before = told(stage, "/seen")
     record = asked(stage, "/asis").record
     after = told(stage, "/seen")
     assert after[len(before) : -1] == [record["id"]]
 
 
-def test_a_request_without_upgrade_goes_by_it(stage: Stage) -> None:
+def test_it_is_not_called_for_plain_requests(stage: Stage) -> None:
     """`http = "pass"`: it is for the upgrade alone."""
     origin, tunnel = stage
     before = told(stage, "/seen")
@@ -231,7 +231,7 @@ SENT = (
 )
 
 
-def test_forwarded_as_it_is(stage: Stage) -> None:
+def test_a_request_forwarded_unchanged(stage: Stage) -> None:
     """Byte by byte what the origin of a site without a worker gets."""
     outcome = asked(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
@@ -258,7 +258,7 @@ def test_forwarded_as_it_is(stage: Stage) -> None:
     assert outcome.record["edge"] == "forwarded"
 
 
-def test_forwarded_changed(stage: Stage) -> None:
+def test_a_request_forwarded_with_changes(stage: Stage) -> None:
     """Byte by byte: what it sets takes the place of the client's, in the spelling with an underscore too."""
     outcome = asked(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
@@ -282,7 +282,7 @@ def test_forwarded_changed(stage: Stage) -> None:
     assert outcome.record["path"] == "/changed"
 
 
-def test_forwarded_elsewhere(stage: Stage, other: ScriptedOrigin) -> None:
+def test_a_request_forwarded_to_another_origin(stage: Stage, other: ScriptedOrigin) -> None:
     """To a declared origin of its choice, here that of a route."""
     origin, tunnel = stage
     mine, its = origin.play(switching_protocols), other.play(switching_protocols)
@@ -293,7 +293,7 @@ def test_forwarded_elsewhere(stage: Stage, other: ScriptedOrigin) -> None:
     assert (mine.connections, its.connections) == (0, 1)
 
 
-def test_the_path_that_it_sets_decides_about_the_route(stage: Stage, other: ScriptedOrigin) -> None:
+def test_the_changed_path_selects_the_route(stage: Stage, other: ScriptedOrigin) -> None:
     _, tunnel = stage
     its = other.play(switching_protocols)
     with connect_tls(tunnel) as client:
@@ -321,7 +321,7 @@ def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None
     assert body == "sign in first: ü\n".encode()
 
 
-def test_a_reply_of_bytes_and_one_without(stage: Stage) -> None:
+def test_a_reply_of_bytes_and_one_without_a_body(stage: Stage) -> None:
     picture = send_request(stage[1], handshake_request("/picture"))
     assert (picture.status, picture.body) == (403, b"\x00\xff\r\n\r\n")
     assert picture.headers.get_all("Content-Type") == ["image/png"]
@@ -406,7 +406,7 @@ def test_the_clients_certificate(stage: Stage, people: tuple[Path, tuple[Path, P
 # --- subprotocols -----------------------------------------------------------------------------------------------------
 
 
-def test_a_token_in_a_subprotocol_is_taken_out(certificate: Certificate) -> None:
+def test_a_token_in_a_subprotocol_is_removed(certificate: Certificate) -> None:
     """Client and origin agree on what is left: negotiated by libraries that nobody here wrote."""
     with (
         WebsocketsOrigin(subprotocols=["secret-token", "chat"]) as origin,
@@ -422,7 +422,7 @@ def test_a_token_in_a_subprotocol_is_taken_out(certificate: Certificate) -> None
 
 
 @pytest.mark.parametrize(("chosen", "status"), [("chat", 101), ("token", 502)])
-def test_an_origin_cannot_choose_what_was_taken_out(stage: Stage, chosen: str, status: int) -> None:
+def test_an_origin_cannot_choose_a_removed_subprotocol(stage: Stage, chosen: str, status: int) -> None:
     origin, tunnel = stage
     origin.play(lambda request: switching_protocols(request, [("Sec-WebSocket-Protocol", chosen)]))
     with connect_tls(tunnel) as client:
@@ -432,7 +432,7 @@ def test_an_origin_cannot_choose_what_was_taken_out(stage: Stage, chosen: str, s
 # --- what it cannot ---------------------------------------------------------------------------------------------------
 
 
-def test_what_comes_behind_the_request_it_never_sees(stage: Stage) -> None:
+def test_it_never_sees_bytes_after_the_request(stage: Stage) -> None:
     """Nothing that can be reached from the request holds it, and it arrives at the origin alone, after the 101."""
     origin, tunnel = stage
     traffic = origin.play(switching_protocols, then="end")
@@ -446,7 +446,7 @@ def test_what_comes_behind_the_request_it_never_sees(stage: Stage) -> None:
     assert b"/internal/secrets" not in traffic.heads[0]
 
 
-def test_what_comes_behind_a_request_that_it_refuses_goes_nowhere(stage: Stage) -> None:
+def test_bytes_after_a_refused_request_are_discarded(stage: Stage) -> None:
     outcome = asked(stage, request=handshake_request("/everything?refuse") + SMUGGLED)
     assert outcome.status == 400
     assert "/internal/secrets" not in outcome.body
@@ -474,7 +474,7 @@ def _chatty(sock: socket.socket) -> None:
 # --- a wss:// origin --------------------------------------------------------------------------------------------------
 
 
-def test_a_wss_origin_of_its_choice(certificate: Certificate, tmp_path: Path) -> None:
+def test_it_may_choose_a_wss_origin(certificate: Certificate, tmp_path: Path) -> None:
     """Its certificate is verified as the site's own origins' are: by `origin_ca`, for the name that was chosen."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.cert, certificate.key)

@@ -73,13 +73,13 @@ def test_any_subject_is_visible_ascii_and_can_be_read_back(values: list[str]) ->
         assert x509.Name.from_rfc4514_string(text) == name
 
 
-def test_a_subject_that_is_too_long_is_none() -> None:
+def test_a_subject_that_is_too_long_is_refused() -> None:
     name = x509.Name([x509.NameAttribute(NameOID.USER_ID, f"{number:050}") for number in range(100)])
     with pytest.raises(CertificateError, match="more than 4096 characters"):
         read_subject(der(CA.sign(KEY, name)))
 
 
-def test_what_is_no_certificate_has_no_subject() -> None:
+def test_an_invalid_certificate_has_no_subject() -> None:
     with pytest.raises(CertificateError):
         read_subject(b"\x30\x00")
     assert not is_allowed(b"\x30\x00", ("cn:ann",))
@@ -124,7 +124,7 @@ def test_allow_list(allow: tuple[str, ...], expected: bool) -> None:
     assert is_allowed(ANN, allow) is expected
 
 
-def test_two_common_names_are_none() -> None:
+def test_several_common_names_match_nothing() -> None:
     names = [x509.NameAttribute(NameOID.COMMON_NAME, value) for value in ("ann", "bob")]
     cert = der(CA.sign(KEY, x509.Name(names)))
     assert not is_allowed(cert, ("cn:ann", "cn:bob", "cn:ann,bob"))
@@ -150,7 +150,7 @@ def reason(files: ClientFiles) -> str:
     return str(caught.value)
 
 
-def test_files_that_are_no_good_are_named(ca: Path, tmp_path: Path) -> None:
+def test_errors_name_the_file(ca: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
     assert reason(ClientFiles(crl)) == f"{crl}: cannot be read: No such file or directory"
     assert reason(ClientFiles(ca, crl)) == f"{crl}: cannot be read: No such file or directory"
@@ -167,7 +167,7 @@ def test_files_that_are_no_good_are_named(ca: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
+def test_a_revocation_list_may_be_der(ca: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl"
     crl.write_bytes(CA.revoke().public_bytes(Encoding.DER))
     in_der = read_policy(ClientFiles(ca, crl))
@@ -175,7 +175,7 @@ def test_a_list_may_be_der(ca: Path, tmp_path: Path) -> None:
     assert read_policy(ClientFiles(ca, crl)).crl_expiry == in_der.crl_expiry == NOW + DAY
 
 
-def test_what_is_out_of_date_is_told_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
+def test_an_expired_policy_is_a_warning_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
     crl.write_bytes(crl_pem(CA.revoke()))
     good = read_policy(ClientFiles(ca, crl))
@@ -249,7 +249,7 @@ def refused(site: ServerCredentials, client: ssl.SSLContext) -> str:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_client_with_a_certificate_is_let_in(asked: Asked, version: ssl.TLSVersion) -> None:
+def test_a_client_with_a_certificate_is_accepted(asked: Asked, version: ssl.TLSVersion) -> None:
     client = client_context(asked.ca, version, pair=asked.ann)
     assert subject_seen(asked.site(), client) == ["CN=ann"]
     assert subject_seen(asked.site(allow=("cn:ann",)), client) == ["CN=ann"]
@@ -263,7 +263,7 @@ def test_a_client_with_a_certificate_is_let_in(asked: Asked, version: ssl.TLSVer
     ("version", "alert"),
     [(VERSIONS[0], "SSLV3_ALERT_HANDSHAKE_FAILURE"), (VERSIONS[1], "TLSV13_ALERT_CERTIFICATE_REQUIRED")],
 )
-def test_a_client_without_one_is_refused_by_an_alert(asked: Asked, version: ssl.TLSVersion, alert: str) -> None:
+def test_a_client_without_a_certificate_gets_an_alert(asked: Asked, version: ssl.TLSVersion, alert: str) -> None:
     client = client_context(asked.ca, version)
     assert refused(asked.site(), client) == alert
     assert subject_seen(asked.site(required=False), client) == [""]
@@ -298,7 +298,7 @@ def test_a_revoked_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> N
     assert subject_seen(site, client_context(asked.ca, version, pair=bob)) == ["CN=bob"]
 
 
-def test_intermediates_are_looked_for_in_the_lists_too(asked: Asked) -> None:
+def test_intermediates_are_looked_up_in_the_revocation_lists_too(asked: Asked) -> None:
     middle = Authority("Middle", CA)
     leaf = middle.pair(asked.folder, "leaf", "leaf")
     leaf[0].write_bytes(leaf[0].read_bytes() + cert_pem(middle.cert))
@@ -338,7 +338,7 @@ def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContex
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_no_ticket_of_another_site_resumes_where_certificates_are_required(
+def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
     asked: Asked, version: ssl.TLSVersion
 ) -> None:
     """Python gives every context one session id context: nothing but their own keys keeps tickets apart (seen)."""
@@ -356,7 +356,7 @@ def test_no_ticket_of_another_site_resumes_where_certificates_are_required(
     assert resumed(strict, strict, with_one)
 
 
-def test_no_session_is_kept_for_a_client_without_tickets(asked: Asked) -> None:
+def test_no_session_is_stored_for_a_client_without_tickets(asked: Asked) -> None:
     """By its id it could resume in TLS 1.2, and thousands of them would be memory."""
     client = client_context(asked.ca, VERSIONS[0])
     client.options |= ssl.OP_NO_TICKET
@@ -366,7 +366,7 @@ def test_no_session_is_kept_for_a_client_without_tickets(asked: Asked) -> None:
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_no_ticket_of_another_site_resumes_in_openssl(asked: Asked, version: str) -> None:
+def test_a_ticket_of_another_site_does_not_resume_with_openssl(asked: Asked, version: str) -> None:
     """The client that nobody here wrote."""
     free, strict = asked.open().context(), asked.site().context()
     session = asked.folder / "session.pem"
@@ -389,7 +389,7 @@ def test_no_ticket_of_another_site_resumes_in_openssl(asked: Asked, version: str
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_resumed_session_is_asked_for_no_less(asked: Asked, version: ssl.TLSVersion) -> None:
+def test_a_resumed_session_is_checked_like_a_new_one(asked: Asked, version: ssl.TLSVersion) -> None:
     """Tickets carry the certificate: it is judged by what is allowed when the session resumes."""
     client = client_context(asked.ca, version, pair=asked.ann)
     site = asked.site(allow=("cn:ann",))
@@ -402,7 +402,7 @@ def test_a_resumed_session_is_asked_for_no_less(asked: Asked, version: ssl.TLSVe
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_client_that_expires_does_not_resume_for_ever(
+def test_an_expired_certificate_does_not_resume(
     asked: Asked, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_context(asked.ca, version, pair=asked.ann)
@@ -436,7 +436,7 @@ def change_nothing(asked: Asked) -> ClientFiles:
 
 @pytest.mark.parametrize("change", [change_allow, change_authorities, change_lists, change_nothing])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_tickets_end_with_the_policy_they_were_given_under(
+def test_tickets_are_void_once_the_policy_changes(
     asked: Asked, version: ssl.TLSVersion, change: Callable[[Asked], ClientFiles]
 ) -> None:
     client = client_context(asked.ca, version, pair=asked.ann)

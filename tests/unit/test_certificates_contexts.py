@@ -91,7 +91,7 @@ def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
 
 
 @pytest.mark.parametrize("ciphers", ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-CCM"])
-def test_a_client_without_our_suites_is_refused(issued: issue.Issued, ciphers: str) -> None:
+def test_a_client_without_a_common_suite_is_refused(issued: issue.Issued, ciphers: str) -> None:
     with (
         tls_server(make_server_context(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
@@ -228,7 +228,7 @@ def test_an_unreadable_file_is_named(
         ("hello", "contains no certificate in PEM form", "contains no private key in PEM form"),
     ],
 )
-def test_what_is_not_pem_is_named(
+def test_a_file_that_is_not_pem_is_named(
     issued: issue.Issued, tmp_path: Path, content: str, why_cert: str, why_key: str
 ) -> None:
     bad = tmp_path / "bad.pem"
@@ -258,14 +258,14 @@ def test_a_chain_in_the_wrong_order_is_named(issued: issue.Issued, tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
-def test_an_encrypted_key_is_named_and_no_passphrase_asked(tmp_path: Path, form: PrivateFormat) -> None:
+def test_an_encrypted_key_is_an_error_and_no_prompt_appears(tmp_path: Path, form: PrivateFormat) -> None:
     private = ec.generate_private_key(ec.SECP256R1())
     cert, key = write(tmp_path, private), tmp_path / "x-key.pem"
     key.write_bytes(private.private_bytes(Encoding.PEM, form, BestAvailableEncryption(b"secret")))
     assert reason(cert, key).startswith(f"{key}: the private key is encrypted; name its passphrase")
 
 
-def test_what_only_the_tls_library_refuses_has_its_reason(tmp_path: Path) -> None:
+def test_what_only_openssl_refuses_has_its_reason(tmp_path: Path) -> None:
     cert = write(tmp_path, rsa.generate_private_key(65537, 1024))
     assert reason(cert, tmp_path / "x-key.pem") == f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"
 
@@ -282,7 +282,7 @@ def test_an_expired_certificate_is_served(tmp_path: Path) -> None:
         pass
 
 
-def test_expiry_warning(tmp_path: Path) -> None:
+def test_find_expiry_warning(tmp_path: Path) -> None:
     start, end = NOW, NOW + timedelta(days=90)
     cert = write(tmp_path, ec.generate_private_key(ec.SECP256R1()), start=start, end=end)
     second = timedelta(seconds=1)
@@ -302,6 +302,6 @@ def test_expiry_warning(tmp_path: Path) -> None:
     assert f"{cert}: the certificate is not valid before {start:%Y-%m-%d}" in early
 
 
-def test_expiry_warning_of_an_unreadable_file(tmp_path: Path) -> None:
+def test_find_expiry_warning_of_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="cannot be read"):
         find_expiry_warning(tmp_path / "no.pem", NOW)

@@ -46,7 +46,7 @@ def pem(cert: x509.Certificate) -> bytes:
     return cert.public_bytes(Encoding.PEM)
 
 
-def test_facts() -> None:
+def test_describe() -> None:
     names = x509.SubjectAlternativeName(
         [
             x509.DNSName("*.example.com"),
@@ -88,11 +88,11 @@ def test_a_certificate_without_extensions() -> None:
         (dsa.generate_private_key(2048), "DSA"),
     ],
 )
-def test_kinds_of_keys(key: CertificateIssuerPrivateKeyTypes, text: str) -> None:
+def test_types_of_keys(key: CertificateIssuerPrivateKeyTypes, text: str) -> None:
     assert describe.describe(make(key=key)).key == text
 
 
-def test_a_kind_of_key_that_is_not_known_is_shown_as_such() -> None:
+def test_an_unknown_type_of_key_is_shown_as_unknown() -> None:
     p256, unknown = bytes.fromhex("06082a8648ce3d030107"), bytes.fromhex("06082a8648ce3d030177")
     der = make().public_bytes(Encoding.DER)
     assert p256 in der
@@ -101,7 +101,7 @@ def test_a_kind_of_key_that_is_not_known_is_shown_as_such() -> None:
     assert not describe.matches(KEY, cert)
 
 
-def test_belongs() -> None:
+def test_matches() -> None:
     assert describe.matches(KEY, make())
     assert not describe.matches(ec.generate_private_key(ec.SECP256R1()), make())
     assert not describe.matches(ed25519.Ed25519PrivateKey.generate(), make())
@@ -122,7 +122,7 @@ def test_days_left_rounds_down(now: datetime, days: int) -> None:
     assert describe.describe(make()).days_left(now) == days
 
 
-def test_what_does_not_print_is_escaped() -> None:
+def test_unprintable_characters_are_escaped() -> None:
     names = x509.SubjectAlternativeName([x509.DNSName("a\x1b[2J\n\\0A"), x509.UniformResourceIdentifier("x:\r\x7f")])
     facts = describe.describe(make(names, name="\x1b]0;own\x07\n\u202eé\x9b,\\"))
     assert facts.names == ("a\\1B[2J\\0A\\\\0A", "x:\\0D\\7F")
@@ -131,13 +131,13 @@ def test_what_does_not_print_is_escaped() -> None:
         assert text.isprintable()
 
 
-def test_a_name_that_cannot_be_decoded_is_an_error_and_not_a_crash() -> None:
+def test_an_undecodable_name_is_an_error() -> None:
     broken = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x00\x01")
     with pytest.raises(CertificateError, match="a certificate cannot be decoded: "):
         describe.describe(make(broken))
 
 
-def test_read_gives_every_certificate_in_order(tmp_path: Path) -> None:
+def test_read_certificates_returns_all_in_order(tmp_path: Path) -> None:
     first, second = make(name="one"), make(name="two")
     path = tmp_path / "chain.pem"
     key = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -165,7 +165,7 @@ DAMAGED = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
         (b"\xff\xfe-----BEGIN CERTIFICATE-----\n\xff", "contains a damaged certificate: "),
     ],
 )
-def test_read_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_read_certificates_names_the_file_and_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "x.pem"
     path.write_bytes(content)
     with pytest.raises(CertificateError) as caught:
@@ -206,7 +206,7 @@ def test_read_key_names_the_file_and_the_reason(tmp_path: Path, content: bytes, 
     assert str(caught.value).startswith(f"{path}: {reason}")
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match=r"no\.pem: cannot be read: No such file or directory"):
         describe.read_certificates(tmp_path / "no.pem")
     with pytest.raises(CertificateError, match="cannot be read: Is a directory"):

@@ -57,7 +57,7 @@ def write_ca(
     return cert
 
 
-def test_no_name_makes_localhost(tmp_path: Path) -> None:
+def test_the_default_name_is_localhost(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "certs"
     issued = issue.create([], folder)
     assert issued == issue.Issued(
@@ -96,7 +96,7 @@ def test_openssl_and_cryptography_verify_every_name(tmp_path: Path) -> None:
         verify(issued.ca, issued.cert, x509.DNSName("example.com"))
 
 
-def test_the_ca_and_the_leaf_may_do_only_their_part(tmp_path: Path) -> None:
+def test_ca_and_leaf_have_only_their_own_usages(tmp_path: Path) -> None:
     leaf, ca = describe.read_certificates(issue.create([], tmp_path).cert)
     constraints = ca.extensions.get_extension_for_class(x509.BasicConstraints)
     assert constraints.critical
@@ -204,7 +204,7 @@ def test_the_first_name_names_the_files(tmp_path: Path, name: str, stem: str) ->
         ".".join(["a" * 49] * 5) + ".example",
     ],
 )
-def test_what_is_no_name_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "certs"
     with pytest.raises(CertificateError, match="is not a valid DNS name") as caught:
         issue.create(["fine.example", name], folder)
@@ -213,7 +213,7 @@ def test_what_is_no_name_is_refused_and_nothing_is_written(tmp_path: Path, name:
     assert not folder.exists()
 
 
-def test_the_longest_name_that_dns_has_is_taken(tmp_path: Path) -> None:
+def test_the_longest_dns_name_is_accepted(tmp_path: Path) -> None:
     name = ".".join(["a" * 49] * 5) + ".exa"
     assert len(name) == 253
     issued = issue.create(["short.example", name], tmp_path)
@@ -223,7 +223,7 @@ def test_the_longest_name_that_dns_has_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ca", "CA", "ca-key", "a.example-key"])
-def test_a_name_whose_files_would_be_another_pairs_cannot_be_first(tmp_path: Path, name: str) -> None:
+def test_a_name_whose_files_could_be_another_pairs_cannot_be_first(tmp_path: Path, name: str) -> None:
     before = issue.create([], tmp_path).ca.read_bytes()
     with pytest.raises(CertificateError, match="cannot be the first name"):
         issue.create([name], tmp_path, force=True)
@@ -234,7 +234,7 @@ def test_a_name_whose_files_would_be_another_pairs_cannot_be_first(tmp_path: Pat
     )
 
 
-def test_names_given_twice_are_taken_once(tmp_path: Path) -> None:
+def test_duplicate_names_are_used_once(tmp_path: Path) -> None:
     issued = issue.create(["a.example", "A.example", "::1", "0:0::1"], tmp_path)
     assert describe.describe(describe.read_certificates(issued.cert)[0]).names == ("a.example", "::1")
 
@@ -259,7 +259,7 @@ def test_force_replaces_the_leaf_and_never_the_ca(tmp_path: Path) -> None:
     verify(second.ca, second.cert, x509.DNSName("localhost"))
 
 
-def test_a_ca_that_somebody_else_made_is_used_and_outlives_its_leaves(tmp_path: Path) -> None:
+def test_a_ca_from_elsewhere_is_used_and_outlives_its_leaves(tmp_path: Path) -> None:
     ca = write_ca(tmp_path, rsa.generate_private_key(65537, 2048), start=timedelta(minutes=-5))
     issued = issue.create([], tmp_path)
     leaf = describe.read_certificates(issued.cert)[0]
@@ -284,14 +284,14 @@ def test_half_a_ca_is_refused(tmp_path: Path, missing: str) -> None:
     refused(tmp_path, f"{missing}: cannot be read: No such file")
 
 
-def test_a_ca_key_that_is_not_the_cas_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_does_not_match_the_ca_is_refused(tmp_path: Path) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()))
     (tmp_path / "ca-key.pem").write_bytes(pem(ec.generate_private_key(ec.SECP256R1())))
     refused(tmp_path, r"ca-key.pem: is not the key of .*ca.pem; remove")
 
 
 @pytest.mark.parametrize("key", [x25519.X25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate()])
-def test_a_ca_key_that_cannot_sign_here_is_refused(tmp_path: Path, key: PrivateKeyTypes) -> None:
+def test_a_ca_key_of_an_unsupported_type_is_refused(tmp_path: Path, key: PrivateKeyTypes) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()))
     (tmp_path / "ca-key.pem").write_bytes(pem(key))
     refused(tmp_path, "the key of a CA must be ECDSA or RSA")
@@ -303,7 +303,7 @@ def test_a_damaged_ca_key_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "ca-key.pem: contains a damaged or unsupported private key")
 
 
-def test_a_leaf_in_the_place_of_the_ca_is_refused(tmp_path: Path) -> None:
+def test_a_leaf_instead_of_the_ca_is_refused(tmp_path: Path) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()), ca=False)
     refused(tmp_path, "ca.pem: is not the certificate of a CA")
 
@@ -311,12 +311,12 @@ def test_a_leaf_in_the_place_of_the_ca_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "end"), [(timedelta(days=-9), timedelta(days=-1)), (timedelta(days=1), timedelta(days=9))]
 )
-def test_a_ca_out_of_its_time_is_refused(tmp_path: Path, start: timedelta, end: timedelta) -> None:
+def test_a_ca_that_is_not_valid_now_is_refused(tmp_path: Path, start: timedelta, end: timedelta) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()), start=start, end=end)
     refused(tmp_path, "ca.pem: is valid from 2.* only; remove")
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CertificateError, match="file/certs: cannot be written: Not a directory"):
         issue.create([], tmp_path / "file" / "certs")
@@ -337,7 +337,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_ensure_makes_and_then_keeps(tmp_path: Path) -> None:
+def test_ensure_creates_once(tmp_path: Path) -> None:
     first = issue.ensure(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     second = issue.ensure(tmp_path)
@@ -346,7 +346,7 @@ def test_ensure_makes_and_then_keeps(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_ensure_renews_what_ends_within_a_day(tmp_path: Path) -> None:
+def test_ensure_renews_a_certificate_that_expires_within_a_day(tmp_path: Path) -> None:
     write_ca(tmp_path, ec.generate_private_key(ec.SECP256R1()), end=timedelta(hours=23))
     first = issue.ensure(tmp_path).cert.read_bytes()
     assert issue.ensure(tmp_path).cert.read_bytes() != first
@@ -358,7 +358,7 @@ def test_ensure_renews_what_ends_within_a_day(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["localhost.pem", "localhost-key.pem"])
-def test_ensure_repairs_half_a_pair(tmp_path: Path, name: str) -> None:
+def test_ensure_replaces_half_a_pair(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(issue.ensure(tmp_path / "other").cert.with_name(name).read_bytes())
     issued = issue.ensure(tmp_path)
     assert describe.matches(describe.read_key(issued.key), describe.read_certificates(issued.cert)[0])
@@ -377,7 +377,7 @@ def test_ensure_follows_a_new_ca(tmp_path: Path) -> None:
     verify(tmp_path / "ca.pem", tmp_path / "localhost.pem", x509.DNSName("localhost"))
 
 
-def test_two_at_once_share_one_ca(tmp_path: Path) -> None:
+def test_two_processes_at_once_share_one_ca(tmp_path: Path) -> None:
     issued: list[issue.Issued] = []
     folder = tmp_path / "certs"
     threads = [threading.Thread(target=lambda: issued.append(issue.ensure(folder))) for _ in range(8)]
@@ -390,7 +390,7 @@ def test_two_at_once_share_one_ca(tmp_path: Path) -> None:
     verify(folder / "ca.pem", folder / "localhost.pem", x509.DNSName("localhost"))
 
 
-def test_a_file_system_without_locks_is_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(9, "Bad file descriptor")
 

@@ -30,7 +30,7 @@ def reason(files: PairFiles) -> str:
 
 
 @pytest.mark.parametrize("kind", ["ECDSA", "RSA", "Ed25519"])
-def test_a_pair_of_any_kind_is_served_from_memory(tmp_path: Path, kind: str) -> None:
+def test_a_pair_with_any_type_of_key_is_served_from_memory(tmp_path: Path, kind: str) -> None:
     key: Key = new_key()
     if kind != "ECDSA":
         key = rsa_key() if kind == "RSA" else ed25519.Ed25519PrivateKey.generate()
@@ -145,7 +145,7 @@ def test_a_key_of_another_certificate_is_named(tmp_path: Path) -> None:
         assert reason(PairFiles(cert, key)) == f"{key}: the private key does not match the certificate in {cert}"
 
 
-def test_a_key_that_tls_does_not_use_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_type_of_key_is_named(tmp_path: Path) -> None:
     key = dsa.generate_private_key(2048)
     cert = tmp_path / "x.pem"
     cert.write_bytes(
@@ -154,7 +154,7 @@ def test_a_key_that_tls_does_not_use_is_named(tmp_path: Path) -> None:
     assert reason(PairFiles(cert, cert)).startswith(f"{cert}: unsupported key type DSA")
 
 
-def test_what_replaces_what(tmp_path: Path) -> None:
+def test_which_pair_may_replace_which(tmp_path: Path) -> None:
     valid = read_pair(PairFiles(*CA.pair(tmp_path, "valid")))
     newer = read_pair(PairFiles(*CA.pair(tmp_path, "newer", end=NOW + 200 * DAY)))
     expired = read_pair(PairFiles(*CA.pair(tmp_path, "expired", start=NOW - 9 * DAY, end=NOW - DAY)))

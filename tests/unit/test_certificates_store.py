@@ -65,7 +65,7 @@ def test_another_client_policy_is_another_context(tmp_path: Path) -> None:
     assert len(list(certificates.sources())) == len(policies)  # one pair
 
 
-def test_contexts_are_made_on_first_use_and_the_least_used_go(tmp_path: Path) -> None:
+def test_contexts_are_created_on_first_use_and_the_least_recently_used_are_dropped(tmp_path: Path) -> None:
     contexts = ServerContexts(most=2)
     certificates = Certificates(contexts)
     sites = [served(certificates, tmp_path, number) for number in range(3)]
@@ -78,7 +78,7 @@ def test_contexts_are_made_on_first_use_and_the_least_used_go(tmp_path: Path) ->
     assert len(contexts) == 2
 
 
-def test_a_context_in_use_is_not_made_twice(tmp_path: Path) -> None:
+def test_a_context_in_use_is_not_created_twice(tmp_path: Path) -> None:
     contexts = ServerContexts(most=1)
     certificates = Certificates(contexts)
     one, other = served(certificates, tmp_path, 1), served(certificates, tmp_path, 2)
@@ -98,7 +98,7 @@ def test_unused_contexts_are_freed(tmp_path: Path) -> None:
     assert len(contexts._alive) == 1
 
 
-def test_after_a_day_the_keys_of_tickets_are_new(tmp_path: Path) -> None:
+def test_ticket_keys_change_after_a_day(tmp_path: Path) -> None:
     clock = Clock()
     site = served(Certificates(ServerContexts(clock=clock)), tmp_path, 0)
     first = site.context()
@@ -110,7 +110,7 @@ def test_after_a_day_the_keys_of_tickets_are_new(tmp_path: Path) -> None:
     assert site.context() is second
 
 
-def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_context_is_used_when_resources_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     certificates = Certificates(ServerContexts(clock=clock))
     site, other = served(certificates, tmp_path, 0), served(certificates, tmp_path, 1)
@@ -130,7 +130,7 @@ def test_without_means_the_old_context_goes_on(tmp_path: Path, monkeypatch: pyte
     assert site.context() is not first
 
 
-def test_two_certificates_of_one_kind_are_refused(tmp_path: Path) -> None:
+def test_two_certificates_with_the_same_type_of_key_are_refused(tmp_path: Path) -> None:
     certificates = Certificates()
     first, second = PairFiles(*CA.pair(tmp_path, "a")), PairFiles(*CA.pair(tmp_path, "b"))
     with pytest.raises(CertificateError, match=r"b\.pem: a second certificate with an ECDSA key, besides .*a\.pem"):
@@ -139,7 +139,7 @@ def test_two_certificates_of_one_kind_are_refused(tmp_path: Path) -> None:
     certificates.serve((first, other)).context()
 
 
-def test_what_openssl_refuses_is_found_at_load(tmp_path: Path) -> None:
+def test_what_openssl_refuses_is_found_when_it_is_loaded(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "weak", key=rsa.generate_private_key(65537, 1024))
     for _ in range(2):
         with pytest.raises(CertificateError, match=f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"):
@@ -155,7 +155,7 @@ def settle(*paths: Path) -> None:
         pass
 
 
-def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = (PairFiles(*CA.pair(tmp_path, "x")),)
     settle(*files[0].paths)
     before = Certificates()
@@ -167,7 +167,7 @@ def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pyt
     assert after.serve(files).context() is context
 
 
-def test_what_has_changed_is_read_and_the_old_forgotten(tmp_path: Path) -> None:
+def test_changed_files_are_read_and_old_contexts_dropped(tmp_path: Path) -> None:
     pairs = CA.pair(tmp_path, "x")
     before = Certificates()
     old = before.serve((PairFiles(*pairs),)).context()
@@ -179,7 +179,7 @@ def test_what_has_changed_is_read_and_the_old_forgotten(tmp_path: Path) -> None:
     assert len(before.contexts) == 1
 
 
-def test_broken_files_do_not_end_what_is_served(tmp_path: Path) -> None:
+def test_after_files_break_the_old_pair_is_served(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "x")
     files = (PairFiles(cert, key),)
     before = Certificates()
@@ -192,7 +192,7 @@ def test_broken_files_do_not_end_what_is_served(tmp_path: Path) -> None:
         Certificates().serve(files)
 
 
-def test_an_expired_one_does_not_replace_one_that_is_valid(tmp_path: Path) -> None:
+def test_an_expired_pair_does_not_replace_a_valid_one(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "x")
     files = (PairFiles(cert, key),)
     before = Certificates()
@@ -203,14 +203,14 @@ def test_an_expired_one_does_not_replace_one_that_is_valid(tmp_path: Path) -> No
     assert [line.startswith(f"{cert}: the new certificate expired") for line in after.complaints()] == [True]
 
 
-def test_at_start_an_expired_certificate_is_a_warning(tmp_path: Path) -> None:
+def test_an_expired_certificate_is_a_warning_at_start(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "x", start=NOW - 9 * DAY, end=NOW - DAY)
     certificates = Certificates()
     certificates.serve((PairFiles(cert, key),)).context()
     assert [line.startswith(f"{cert}: the certificate expired on") for line in certificates.warnings(NOW)] == [True]
 
 
-def test_many_reloads_keep_nothing(tmp_path: Path) -> None:
+def test_many_reloads_leave_nothing_behind(tmp_path: Path) -> None:
     certificates = Certificates()
     files = (PairFiles(*CA.pair(tmp_path, "x")),)
     certificates.serve(files).context()
@@ -226,7 +226,7 @@ def test_many_reloads_keep_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_a_thousand_sites_are_small_and_quick(tmp_path: Path) -> None:
+def test_a_thousand_sites_take_little_memory_and_time(tmp_path: Path) -> None:
     """A tenth of the promise: 30 KiB a site before first use, 5 s for ten thousand (a slow machine: 15)."""
     cert, key = CA.pair(tmp_path, "x")
     for number in range(1000):
@@ -245,7 +245,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_serving_goes_on_with_the_files_gone(tmp_path: Path) -> None:
+def test_a_pair_is_served_after_its_files_are_gone(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "x")
     ca = tmp_path / "ca.pem"
     ca.write_bytes(cert_pem(CA.cert))

@@ -56,7 +56,7 @@ class Watched:
         return self.context is not before
 
 
-def test_a_new_pair_is_served_and_told_of(tmp_path: Path, log: list[Line]) -> None:
+def test_a_new_pair_is_served_and_logged(tmp_path: Path, log: list[Line]) -> None:
     site = Watched(tmp_path)
     assert not site.look(3)
     assert log == []
@@ -67,14 +67,14 @@ def test_a_new_pair_is_served_and_told_of(tmp_path: Path, log: list[Line]) -> No
     assert len(log) == 1
 
 
-def test_a_file_that_is_written_anew_with_the_same_content_is_no_news(tmp_path: Path, log: list[Line]) -> None:
+def test_a_file_rewritten_with_the_same_content_is_not_logged(tmp_path: Path, log: list[Line]) -> None:
     site = Watched(tmp_path)
     site.cert.write_bytes(site.cert.read_bytes())
     assert not site.look(2)
     assert log == []
 
 
-def test_two_renames_settle(tmp_path: Path, log: list[Line]) -> None:
+def test_two_renames_in_a_row_are_not_an_error(tmp_path: Path, log: list[Line]) -> None:
     """The certificate first, and a look at both before the key has come."""
     site = Watched(tmp_path)
     (tmp_path / "new").mkdir()
@@ -120,7 +120,7 @@ BREAKS = ["mismatch", "gone", "half", "expired"]
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_what_is_no_good_is_told_of_once_and_the_old_pair_goes_on(tmp_path: Path, log: list[Line], how: str) -> None:
+def test_an_invalid_pair_is_logged_once_and_the_old_one_is_served(tmp_path: Path, log: list[Line], how: str) -> None:
     site = Watched(tmp_path)
     told = broken(site, how)
     assert not site.look()
@@ -135,7 +135,7 @@ def test_what_is_no_good_is_told_of_once_and_the_old_pair_goes_on(tmp_path: Path
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_every_change_for_the_worse_is_told_of(tmp_path: Path, log: list[Line], how: str) -> None:
+def test_every_change_to_an_invalid_pair_is_logged(tmp_path: Path, log: list[Line], how: str) -> None:
     site = Watched(tmp_path)
     site.key.write_bytes(b"x")
     site.look(2)
@@ -145,13 +145,13 @@ def test_every_change_for_the_worse_is_told_of(tmp_path: Path, log: list[Line], 
     assert len(warnings(log)) == 2
 
 
-def test_an_expired_one_is_replaced_by_another(tmp_path: Path) -> None:
+def test_an_expired_pair_may_replace_an_expired_one(tmp_path: Path) -> None:
     site = Watched(tmp_path, start=NOW - 9 * DAY, end=NOW - 2 * DAY)
     CA.pair(tmp_path, "x", start=NOW - 9 * DAY, end=NOW - DAY)
     assert site.look()
 
 
-def test_one_that_is_not_valid_yet_is_taken_when_its_time_has_come(
+def test_a_pair_that_is_not_valid_yet_is_served_once_it_is(
     tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Watched(tmp_path)
@@ -179,7 +179,7 @@ def test_a_passphrase_is_watched_too(tmp_path: Path) -> None:
     assert words in source.paths
 
 
-def test_authorities_and_lists_are_watched(tmp_path: Path, log: list[Line]) -> None:
+def test_authorities_and_revocation_lists_are_watched(tmp_path: Path, log: list[Line]) -> None:
     ca, crl = tmp_path / "ca.pem", tmp_path / "crl.pem"
     ca.write_bytes(cert_pem(CA.cert))
     crl.write_bytes(CA.revoke().public_bytes(Encoding.PEM))
@@ -220,7 +220,7 @@ def differs(served: ServerCredentials, digest: bytes) -> bool:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_renewal_is_found_without_being_asked_for(tmp_path: Path, log: list[Line]) -> None:
+def test_a_renewal_is_found_by_itself(tmp_path: Path, log: list[Line]) -> None:
     site = Watched(tmp_path)
 
     async def work() -> None:
@@ -260,9 +260,7 @@ def test_after_a_reload_the_next_store_is_watched(tmp_path: Path, log: list[Line
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_fault_of_ours_does_not_end_the_watch(
-    tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_does_not_end_the_watch(tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
     site = Watched(tmp_path)
     with monkeypatch.context() as patch:
 
@@ -280,7 +278,7 @@ def test_a_fault_of_ours_does_not_end_the_watch(
         in_loop(work)
 
 
-def test_without_files_nothing_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_files_the_watch_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         watching = Watch(Certificates())
         watching.start()
@@ -291,7 +289,7 @@ def test_without_files_nothing_spins(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(Watch(Certificates()).close())
 
 
-def test_days_left_are_logged_and_warned_of_once(tmp_path: Path, log: list[Line]) -> None:
+def test_days_left_are_logged_and_each_warning_appears_once(tmp_path: Path, log: list[Line]) -> None:
     certificates = Certificates()
     for number, days in enumerate((100, 20, 50)):
         certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + days * DAY)),))
@@ -315,7 +313,9 @@ def test_days_left_are_logged_and_warned_of_once(tmp_path: Path, log: list[Line]
     assert "expires in 19 days" in log[-1]["reason"]
 
 
-def test_very_many_warnings_are_counted(tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_many_warnings_the_rest_is_counted(
+    tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "MAX_WARNINGS", 2)
     certificates = Certificates()
     for number in range(5):

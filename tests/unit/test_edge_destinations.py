@@ -70,18 +70,18 @@ def test_declared_origins_are_allowed(text: str) -> None:
         "a.chat.internal:443",
     ],
 )
-def test_another_port_scheme_or_spelling_is_another(text: str) -> None:
+def test_another_port_scheme_or_spelling_is_another_origin(text: str) -> None:
     assert not allowed(made(), text)
 
 
-def test_those_of_routes_are_declared_too() -> None:
+def test_origins_of_routes_are_declared_too() -> None:
     pools = [Pool((OriginConfig(address=OriginAddress("a.example", port)),)) for port in (1, 2)]
     where = Destinations(pools, [])
     assert where.pool(OriginAddress("a.example", 2)) is pools[1]
     assert where.pool(OriginAddress("a.example", 1)) is pools[0]
 
 
-def test_a_declared_one_keeps_its_pool() -> None:
+def test_a_declared_origin_keeps_its_pool() -> None:
     """Its failures, its limit of tunnels and its health checks are those of the site."""
     pool = Pool(
         (OriginConfig(address=OriginAddress("10.0.0.5", 1)), OriginConfig(address=OriginAddress("10.0.0.6", 1)))
@@ -122,7 +122,7 @@ def test_networks(network: str, inside: str, outside: str) -> None:
 
 
 @given(st.ip_addresses(), st.sampled_from(["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32", "0.0.0.0/0", "fe80::/10"]))
-def test_any_address_is_allowed_just_where_it_is_in_the_network(
+def test_an_address_is_allowed_only_if_it_is_in_the_network(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address, network: str
 ) -> None:
     text = f"[{address}]:80" if address.version == 6 else f"{address}:80"
@@ -148,7 +148,7 @@ def test_a_unix_socket_is_in_no_network() -> None:
         "127。0。0。1:80",
     ],
 )
-def test_what_resolvers_take_for_an_address_is_no_origin_at_all(text: str) -> None:
+def test_what_resolvers_accept_as_an_address_is_not_a_name(text: str) -> None:
     """Or it is the address that it stands for: nothing of it passes for a name."""
     try:
         address = OriginAddress.parse(text)
@@ -160,7 +160,7 @@ def test_what_resolvers_take_for_an_address_is_no_origin_at_all(text: str) -> No
 
 
 @given(st.from_regex(r"\A(0[xX])?[0-9a-fA-F]{1,10}(\.(0[xX])?[0-9a-fA-F]{1,6}){0,4}\.?\Z"))
-def test_a_name_is_never_what_a_resolver_reads_as_an_address(host: str) -> None:
+def test_a_name_is_never_read_as_an_address_by_a_resolver(host: str) -> None:
     """Else a name that is allowed by a wildcard would be an address that is not."""
     try:
         address = OriginAddress.parse(f"{host}:80")
@@ -201,7 +201,7 @@ def test_names(name: str, inside: str, outside: str) -> None:
     assert [text for text in outside.split() if allowed(where, f"{text}:80")] == []
 
 
-def test_a_name_outside_is_not_asked_for_where_there_are_no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_outside_is_not_resolved_without_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that chooses names would else choose what is asked of the DNS."""
     asked_for: list[Any] = []
     where = made("chat.internal")
@@ -247,7 +247,7 @@ def _members(where: Destinations, text: str) -> list[str]:
     return asyncio.run(order())
 
 
-def test_of_a_names_addresses_only_those_in_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_addresses_in_the_networks_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         socket, "getaddrinfo", _resolving(shard_internal=["10.0.0.7", "192.0.2.9", "::ffff:10.0.0.8", "2001:db8::1"])
     )
@@ -258,7 +258,9 @@ def test_of_a_names_addresses_only_those_in_the_networks(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "addresses", [["192.0.2.9"], ["::1", "127.0.0.1"], ["169.254.169.254"], ["0.0.0.0"], ["::ffff:127.0.0.1"]]
 )
-def test_a_name_that_leads_out_of_the_networks(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
+def test_a_name_that_resolves_outside_the_networks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
     """It is a refusal of its own kind, and no origin that cannot be reached."""
     monkeypatch.setattr(socket, "getaddrinfo", _resolving(evil_example=addresses))
     with pytest.raises(OriginNotAllowed) as caught:
@@ -266,20 +268,20 @@ def test_a_name_that_leads_out_of_the_networks(monkeypatch: pytest.MonkeyPatch, 
     assert "worker_origins" in caught.value.reason
 
 
-def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", _resolving())
     with pytest.raises(NoOrigin) as caught:
         _members(made("10.0.0.0/8"), "none.example:80")
     assert not isinstance(caught.value, OriginNotAllowed)
 
 
-def test_a_name_that_is_allowed_may_lead_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allowed_name_may_resolve_to_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", _resolving(shard_internal=["192.0.2.9"]))
     assert _members(made("10.0.0.0/8", "shard.internal"), "shard.internal:80") == ["192.0.2.9"]
     assert _members(made("*.internal"), "shard.internal:80") == ["192.0.2.9"]
 
 
-def test_a_name_that_has_moved_out_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_moves_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The DNS of another may say one thing now and another later; every answer is held against the networks."""
     answers = iter([["10.0.0.7"], ["192.0.2.9"]])
     last: list[str] = ["192.0.2.9"]
@@ -315,7 +317,7 @@ def test_a_name_that_has_moved_out_is_asked_no_more(monkeypatch: pytest.MonkeyPa
 # --- bounded ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_worker_has_chosen_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_chosen_origins_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may choose: the least recently used goes, and what is used stays."""
     monkeypatch.setattr(destinations, "MAX_POOLS", 10)
     where = made("*.shards.internal", "10.0.0.0/8")
@@ -327,7 +329,7 @@ def test_what_a_worker_has_chosen_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert len(where._chosen) == 10
 
 
-def test_what_is_refused_is_not_kept() -> None:
+def test_refused_origins_are_not_kept() -> None:
     where = made("10.0.0.0/8")
     for number in range(1, 100):
         assert not allowed(where, f"192.0.2.{number}:80")

@@ -72,7 +72,7 @@ def test_a_file_is_executed_anew_under_a_fresh_name(file: Path) -> None:
     assert two.module_name in sys.modules
 
 
-def test_of_one_configuration_once(file: Path) -> None:
+def test_a_file_is_executed_once_per_configuration(file: Path) -> None:
     """Two functions of one file share what it has at its top."""
     file.write_text(f"shared = []\n{GOOD}\nasync def other(request, env): ...\n")
     loader = Loader()
@@ -80,7 +80,7 @@ def test_of_one_configuration_once(file: Path) -> None:
     assert one.fetch.__globals__["shared"] is two.fetch.__globals__["shared"]
 
 
-def test_a_change_of_the_same_size_and_time_is_seen(file: Path) -> None:
+def test_a_change_with_the_same_size_and_time_is_noticed(file: Path) -> None:
     """Python takes a cached file for it; and none is written."""
     file.write_text("VERSION = 1\n" + GOOD)
     stamp = file.stat()
@@ -93,7 +93,7 @@ def test_a_change_of_the_same_size_and_time_is_seen(file: Path) -> None:
     assert len(list((file.parent / "__pycache__").iterdir())) == 1
 
 
-def test_what_modules_rely_on(file: Path) -> None:
+def test_dataclasses_and_encodings_work(file: Path) -> None:
     """Dataclasses with annotations as text look into `sys.modules`; a file may say its encoding."""
     file.write_bytes(
         b"# -*- coding: latin-1 -*-\nfrom __future__ import annotations\nimport dataclasses, typing\n"
@@ -130,7 +130,7 @@ def test_setup_and_teardown_are_found(file: Path) -> None:
         "import functools\nasync def inner(request, env): ...\n@functools.wraps(inner)\nasync def fetch(*a): ...",
     ],
 )
-def test_what_can_be_called_so(file: Path, definition: str) -> None:
+def test_accepted_signatures(file: Path, definition: str) -> None:
     file.write_text(definition + "\n")
     assert Loader().load(f"{file}:fetch").file == str(file)
 
@@ -150,7 +150,7 @@ def test_a_module_is_imported_once(package: Path) -> None:
     assert sys.modules["edge_module_a"] is importlib.import_module("edge_module_a")
 
 
-def test_one_in_a_package(package: Path) -> None:
+def test_a_module_in_a_package(package: Path) -> None:
     (package / "edge_module_b").mkdir()
     (package / "edge_module_b" / "__init__.py").write_text("LIMIT = 5\n")
     (package / "edge_module_b" / "chat.py").write_text("from . import LIMIT\n" + GOOD)
@@ -168,7 +168,7 @@ def test_one_in_a_package(package: Path) -> None:
         ("edge_module_c:fetch", "there is no fetch in edge_module_c"),
     ],
 )
-def test_modules_that_are_not_there_or_fail(package: Path, reference: str, said: str) -> None:
+def test_modules_that_are_missing_or_fail(package: Path, reference: str, said: str) -> None:
     """One that is missing within it is another matter than a wrong name."""
     (package / "edge_module_c").mkdir()
     (package / "edge_module_c" / "__init__.py").touch()
@@ -216,7 +216,7 @@ def test_modules_that_are_not_there_or_fail(package: Path, reference: str, said:
         (GOOD + "async def teardown(): ...\n", "expected async def teardown(env): too many"),
     ],
 )
-def test_what_is_wrong_and_where(file: Path, code: str, said: str) -> None:
+def test_errors_name_the_problem_and_the_line(file: Path, code: str, said: str) -> None:
     file.write_text(code)
     message = refusal(f"{file}:fetch")
     assert message.startswith(f"the edge worker {file}")
@@ -224,14 +224,14 @@ def test_what_is_wrong_and_where(file: Path, code: str, said: str) -> None:
     assert len(message) < 700
 
 
-def test_no_file_and_what_is_none(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     assert refusal(f"{tmp_path}/none.py:fetch").endswith("none.py: cannot be read: No such file or directory")
     (tmp_path / "folder.py").mkdir()
     assert refusal(f"{tmp_path}/folder.py:fetch").endswith("cannot be read: Is a directory")
 
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "asyncio.CancelledError", "GeneratorExit", "Own"])
-def test_whatever_is_raised_at_the_import(file: Path, raised: str) -> None:
+def test_any_exception_at_the_import_is_an_error(file: Path, raised: str) -> None:
     """Nothing of it ends or hangs the process that loads it."""
     file.write_text(f"import asyncio\nclass Own(BaseException): ...\nraise {raised}\n")
     try:
@@ -246,7 +246,7 @@ def test_an_exception_without_a_text(file: Path) -> None:
     assert ":3: cannot be imported: Mute" in refusal(f"{file}:fetch")
 
 
-def test_what_fails_leaves_no_module(file: Path) -> None:
+def test_a_failed_file_leaves_no_module(file: Path) -> None:
     before = ours()
     for code in ("raise ValueError\n", "x = (\n"):
         file.write_text(code)
@@ -259,7 +259,7 @@ def _site(reference: str) -> SiteConfig:
 
 
 @pytest.mark.parametrize("code", ["async def other(request, env): ...\n", "def fetch(request, env): ...\n"])
-def test_one_that_is_no_worker_leaves_no_module(file: Path, code: str) -> None:
+def test_a_file_without_a_worker_leaves_no_module(file: Path, code: str) -> None:
     """Each reload that is refused would leave one more."""
     before = ours()
     file.write_text(code)
@@ -268,14 +268,14 @@ def test_one_that_is_no_worker_leaves_no_module(file: Path, code: str) -> None:
     assert ours() == before
 
 
-def test_the_second_that_is_wrong_leaves_nothing_of_the_first(file: Path) -> None:
+def test_an_error_in_the_second_discards_the_first(file: Path) -> None:
     before = ours()
     with pytest.raises(ConfigurationError, match=r"sites\[1\].worker: the edge worker .*none.py"):
         Workers([_site(f"{file}:fetch"), _site(f"{file.parent}/none.py:fetch")], Registry())
     assert ours() == before
 
 
-def test_every_worker_that_is_wrong_is_reported_and_executed_once(file: Path) -> None:
+def test_every_invalid_worker_is_reported_and_executed_once(file: Path) -> None:
     log = file.with_name("executed")
     file.write_text(f"import os\nos.mkdir({str(log)!r})\nraise ValueError\n")
     with pytest.raises(ConfigurationError) as caught:

@@ -60,7 +60,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_call_after_the_end_is_dropped(alone: bool) -> None:
+def test_a_call_after_close_is_dropped(alone: bool) -> None:
     """As of a worker that is done only once its tunnels are gone; what is raised there would reach its task."""
     calls: list[None] = []
     faults: list[object] = []
@@ -182,7 +182,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 # --- the thread -------------------------------------------------------------------------------------------------------
 
 
-def test_it_runs_there_and_tells_here() -> None:
+def test_work_runs_there_and_calls_back_here() -> None:
     async def work() -> None:
         async with thread() as edge:
             assert alive(edge)
@@ -203,7 +203,7 @@ def test_it_runs_there_and_tells_here() -> None:
 
 
 @pytest.mark.alone
-def test_what_is_raised_there_is_raised_here() -> None:
+def test_an_exception_there_is_raised_here() -> None:
     async def fails() -> None:
         raise LookupError("there")
 
@@ -219,7 +219,7 @@ def test_what_is_raised_there_is_raised_here() -> None:
     run(work())
 
 
-def test_the_interval_of_switches_is_shorter_once_it_runs() -> None:
+def test_the_switch_interval_is_shorter_once_it_runs() -> None:
     async def work() -> None:
         before = sys.getswitchinterval()
         try:
@@ -233,7 +233,7 @@ def test_the_interval_of_switches_is_shorter_once_it_runs() -> None:
 
 
 @pytest.mark.parametrize("how", ["exit", "interrupt", "stop", "exit in a callback"])
-def test_it_goes_on_whatever_stops_its_loop(logged: Logged, how: str) -> None:
+def test_it_survives_whatever_stops_its_loop(logged: Logged, how: str) -> None:
     async def ends() -> None:
         loop = asyncio.get_running_loop()
         match how:
@@ -261,7 +261,7 @@ def test_it_goes_on_whatever_stops_its_loop(logged: Logged, how: str) -> None:
 
 
 @pytest.mark.alone
-def test_stop_ends_what_runs_there() -> None:
+def test_stop_cancels_what_runs_there() -> None:
     ended: list[str] = []
 
     async def for_ever(stubborn: bool) -> None:
@@ -290,7 +290,7 @@ def test_stop_ends_what_runs_there() -> None:
 
 
 @pytest.mark.alone
-def test_stop_waits_for_nobody_who_holds_it() -> None:
+def test_stop_does_not_wait_for_a_blocked_loop() -> None:
     let_go = threading.Event()
 
     async def holds() -> None:
@@ -354,7 +354,7 @@ BLOCKING = {
 
 
 @pytest.mark.parametrize("code", BLOCKING.values(), ids=BLOCKING)
-def test_who_blocks_the_loop_is_named_with_the_line(folder: Path, logged: Logged, code: str) -> None:
+def test_a_worker_that_blocks_the_loop_is_named_with_its_line(folder: Path, logged: Logged, code: str) -> None:
     async def work() -> None:
         reference = written(folder, "file", code)
         said = await _watched(reference, logged, BLOCKS)
@@ -367,7 +367,7 @@ def test_who_blocks_the_loop_is_named_with_the_line(folder: Path, logged: Logged
     run(work())
 
 
-def test_who_blocks_under_a_decorator_of_a_library_is_named_with_its_own_line(folder: Path, logged: Logged) -> None:
+def test_blocking_under_a_decorator_of_a_library_is_named_with_its_own_line(folder: Path, logged: Logged) -> None:
     (folder / "edge_module_library.py").write_text(
         "import functools\ndef checked(f):\n    @functools.wraps(f)\n    async def g(*a):\n"
         "        return await f(*a)\n    return g\n"
@@ -384,7 +384,7 @@ def test_who_blocks_under_a_decorator_of_a_library_is_named_with_its_own_line(fo
     run(work())
 
 
-def test_who_blocks_in_a_task_of_its_own_is_named(folder: Path, logged: Logged) -> None:
+def test_blocking_in_a_task_of_its_own_is_named(folder: Path, logged: Logged) -> None:
     code = (
         "async def beside():\n    time.sleep(0.6)  # here\n"
         "async def fetch(request, env):\n    await asyncio.create_task(beside())\n    return request\n"
@@ -402,7 +402,7 @@ def test_who_blocks_in_a_task_of_its_own_is_named(folder: Path, logged: Logged) 
 @pytest.mark.parametrize(
     "call", ["re.fullmatch('(a|aa)+b', 'a' * 34)", "sum(range(10 ** 8))", "re.fullmatch('(a+)+b', 'a' * 24)"]
 )
-def test_who_computes_in_c_is_named_once_it_is_over(folder: Path, logged: Logged, call: str) -> None:
+def test_computing_in_c_is_named_once_it_is_over(folder: Path, logged: Logged, call: str) -> None:
     code = f"import re\nasync def fetch(request, env):\n    {call}  # here\n    return request\n"
 
     async def work() -> None:
@@ -414,7 +414,7 @@ def test_who_computes_in_c_is_named_once_it_is_over(folder: Path, logged: Logged
     run(work())
 
 
-def test_who_computes_in_c_is_named_beside_a_newer_thread(folder: Path, logged: Logged) -> None:
+def test_computing_in_c_is_named_despite_a_newer_thread(folder: Path, logged: Logged) -> None:
     """One that `asyncio.to_thread` has started, say: faulthandler writes the newest first."""
     code = (
         "import re\nasync def fetch(request, env):\n    await asyncio.to_thread(time.sleep, 0)\n"
@@ -428,7 +428,7 @@ def test_who_computes_in_c_is_named_beside_a_newer_thread(folder: Path, logged: 
     run(work())
 
 
-def test_it_is_named_once_and_that_it_goes_on(folder: Path, logged: Logged) -> None:
+def test_blocking_is_logged_once_and_so_is_its_end(folder: Path, logged: Logged) -> None:
     async def work() -> None:
         reference = written(folder, "file", "async def fetch(request, env):\n    time.sleep(1)\n    return request\n")
         await _watched(reference, logged, "edge worker resumed")
@@ -451,7 +451,7 @@ def test_setup_is_watched_too(folder: Path, logged: Logged) -> None:
     assert logged[0]["line"] == f"{folder}/file.py:{_line(folder, 'file')}"
 
 
-def test_who_waits_blocks_nothing_and_an_idle_one_is_not_watched(folder: Path, logged: Logged) -> None:
+def test_awaiting_does_not_block_and_an_idle_thread_is_not_watched(folder: Path, logged: Logged) -> None:
     async def work() -> None:
         code = "async def fetch(request, env):\n    await asyncio.sleep(0.6)\n    return request\n"
         of = workers(site(written(folder, "file", code)))
@@ -469,7 +469,7 @@ def test_who_waits_blocks_nothing_and_an_idle_one_is_not_watched(folder: Path, l
 # --- a request's way --------------------------------------------------------------------------------------------------
 
 
-def test_the_env_is_what_setup_gave_and_the_config_a_table(folder: Path) -> None:
+def test_setup_gets_a_dict_and_returns_env(folder: Path) -> None:
     code = (
         "async def setup(config):\n    assert type(config) is dict\n    return config\n"
         "async def fetch(request, env):\n    notes.append((env, threading.current_thread().name))\n    return request\n"
@@ -486,7 +486,7 @@ def test_the_env_is_what_setup_gave_and_the_config_a_table(folder: Path) -> None
     run(work())
 
 
-def test_what_it_raises_is_written_in_its_own_thread(folder: Path) -> None:
+def test_its_exception_is_rendered_in_its_own_thread(folder: Path) -> None:
     """The text of its exception is code of its own."""
     code = (
         "class Own(Exception):\n    def __str__(self):\n        notes.append(threading.current_thread().name)\n"
@@ -506,7 +506,7 @@ def test_what_it_raises_is_written_in_its_own_thread(folder: Path) -> None:
     run(work())
 
 
-def test_a_failure_holds_nothing_of_the_worker(folder: Path) -> None:
+def test_a_failure_keeps_nothing_of_the_worker_alive(folder: Path) -> None:
     """A traceback has every frame, and by these all that was in them."""
     code = (
         "import weakref\nclass Big: ...\n"
@@ -592,7 +592,7 @@ def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pyte
     assert [record["late"] for record in logged if record["event"] == "edge worker busy"] == [5, 5]
 
 
-def test_a_call_that_is_cancelled_before_it_has_begun_never_begins(folder: Path) -> None:
+def test_a_call_that_is_cancelled_before_it_starts_never_starts(folder: Path) -> None:
     """The thread is held meanwhile: what timed out is not asked once it is let go."""
     code = "async def fetch(request, env):\n    notes.append('asked')\n    let_go.wait(20)\n    return request\n"
 
@@ -636,7 +636,7 @@ def test_a_client_that_leaves_cancels_its_call(folder: Path) -> None:
     run(work())
 
 
-def test_nothing_is_kept_of_requests_that_are_through(folder: Path) -> None:
+def test_nothing_is_kept_of_finished_requests(folder: Path) -> None:
     async def work() -> None:
         of = workers(site(written(folder, "file", "async def fetch(request, env):\n    return request\n")))
         await of.start()
@@ -689,7 +689,7 @@ def test_setup_and_teardown_are_called_once(folder: Path) -> None:
         ("raise ValueError('\\x1b[2J\\n')", "ValueError: \\x1b[2J"),
     ],
 )
-def test_a_setup_that_fails_leaves_nothing(folder: Path, code: str, said: str) -> None:
+def test_a_failed_setup_leaves_nothing_behind(folder: Path, code: str, said: str) -> None:
     reference = written(folder, "file", f"async def setup(config):\n    {code}\nasync def fetch(request, env): ...\n")
 
     async def work() -> None:
@@ -720,7 +720,7 @@ def test_a_setup_that_raises_a_timeout_of_its_own(folder: Path) -> None:
 
 
 @pytest.mark.alone
-def test_a_setup_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setup_that_takes_too_long_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "SETUP_SECONDS", 0.3)
 
     async def work() -> None:
@@ -737,7 +737,7 @@ def test_a_setup_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch
     run(work())
 
 
-def test_the_second_setup_that_fails_has_the_first_torn_down(folder: Path) -> None:
+def test_if_the_second_setup_fails_the_first_is_torn_down(folder: Path) -> None:
     good = written(folder, "file_a", KEEPS)
     bad = written(
         folder, "file_b", "async def setup(config):\n    raise ValueError\nasync def fetch(request, env): ...\n"
@@ -764,7 +764,7 @@ def test_the_second_setup_that_fails_has_the_first_torn_down(folder: Path) -> No
         ("raise asyncio.CancelledError", "edge worker teardown failed"),
     ],
 )
-def test_a_teardown_that_fails_holds_nobody(
+def test_a_failed_teardown_does_not_block_the_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged, code: str, event: str
 ) -> None:
     monkeypatch.setattr(worker_module, "TEARDOWN_SECONDS", 0.3)
@@ -794,7 +794,7 @@ def test_a_teardown_that_fails_holds_nobody(
 # --- over a reload ----------------------------------------------------------------------------------------------------
 
 
-def test_a_module_goes_on_with_its_env_and_a_file_does_not(folder: Path) -> None:
+def test_a_module_keeps_its_env_and_a_file_does_not(folder: Path) -> None:
     module, file = written(folder, "edge_module_t1", KEEPS), written(folder, "file", KEEPS)
 
     async def work() -> None:
@@ -823,7 +823,7 @@ def test_a_module_goes_on_with_its_env_and_a_file_does_not(folder: Path) -> None
     run(work())
 
 
-def test_what_was_prepared_and_abandoned_touches_nothing(folder: Path) -> None:
+def test_an_abandoned_configuration_changes_nothing(folder: Path) -> None:
     module, file = written(folder, "edge_module_t2", KEEPS), written(folder, "file", KEEPS)
 
     async def work() -> None:
@@ -843,7 +843,7 @@ def test_what_was_prepared_and_abandoned_touches_nothing(folder: Path) -> None:
     run(work())
 
 
-def test_a_worker_that_goes_is_torn_down_and_the_thread_ends(folder: Path) -> None:
+def test_a_removed_worker_is_torn_down_and_the_thread_ends(folder: Path) -> None:
     module = written(folder, "edge_module_t3", KEEPS)
 
     async def work() -> None:
@@ -879,7 +879,7 @@ def test_many_reloads_leave_nothing(folder: Path) -> None:
     assert [name for name in sys.modules if name.startswith("tlstunnel.edge.file")] == []
 
 
-def test_a_thread_that_is_held_is_replaced(folder: Path, logged: Logged) -> None:
+def test_a_blocked_thread_is_replaced(folder: Path, logged: Logged) -> None:
     """A module that goes on is set up anew on the other one: what its `setup` made belongs to a loop that is held."""
     module = written(folder, "edge_module_t5", KEEPS)
     file = written(folder, "file", HOLDS)
@@ -907,7 +907,7 @@ def test_a_thread_that_is_held_is_replaced(folder: Path, logged: Logged) -> None
     assert "edge thread replaced" in [record["event"] for record in logged]
 
 
-def test_a_request_that_is_in_flight_when_the_thread_is_replaced(folder: Path) -> None:
+def test_a_request_in_flight_when_the_thread_is_replaced(folder: Path) -> None:
     """The watchdog of the new one counts its own."""
     module = written(folder, "edge_module_t6", HOLDS)
 
@@ -930,9 +930,7 @@ def test_a_request_that_is_in_flight_when_the_thread_is_replaced(folder: Path) -
     run(work())
 
 
-def test_what_is_late_on_a_thread_that_is_given_up_does_not_count(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_late_calls_of_an_abandoned_thread_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that was held until it was asked no more is asked again on the new one."""
     monkeypatch.setattr(stages, "MAX_LATE", 3)
     module = written(
@@ -963,7 +961,7 @@ REFUSED = "async def setup(config):\n    raise ValueError\nasync def fetch(reque
 
 
 @pytest.mark.parametrize("name", ["file", "edge_module_t8"])
-def test_a_held_thread_and_a_reload_that_is_refused(folder: Path, name: str) -> None:
+def test_a_blocked_thread_and_a_refused_reload(folder: Path, name: str) -> None:
     """The old workers go on, once it is let go."""
     old, bad = written(folder, name, HOLDS), written(folder, "file_bad", REFUSED)
 
@@ -986,7 +984,7 @@ def test_a_held_thread_and_a_reload_that_is_refused(folder: Path, name: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited")
-def test_a_refused_first_worker_and_then_a_good_one(folder: Path) -> None:
+def test_a_refused_first_worker_and_then_a_valid_one(folder: Path) -> None:
     good, bad = written(folder, "file", KEEPS), written(folder, "file_bad", REFUSED)
 
     async def work() -> None:
@@ -1006,6 +1004,6 @@ def test_a_refused_first_worker_and_then_a_good_one(folder: Path) -> None:
     run(work())
 
 
-def test_the_channel_is_what_the_stage_asks() -> None:
+def test_the_channel_has_what_the_stage_uses() -> None:
     """`_Client` above stands for it."""
     assert "gone" in Channel.__slots__

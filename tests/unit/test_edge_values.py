@@ -106,7 +106,7 @@ def test_every_property() -> None:
     assert given.client_certificate == ClientCertificate("CN=ann", b"DER")
 
 
-def test_what_there_is_not() -> None:
+def test_attributes_without_a_value() -> None:
     nobody = Connection(ip="", tls_version="TLSv1.2", tls_cipher="c", site="*")
     given = asked(line=b"GET / HTTP/1.1", connection=nobody)
     assert (given.client_address, given.tls.server_name, given.client_certificate) == ("", "", None)
@@ -129,7 +129,7 @@ def test_headers_by_any_case_and_repeated_ones_kept() -> None:
     assert names == [name for name, _ in (*FIELDS, (b"X-Tag", b""), (b"x-tAG", b""), (b"X-Bytes", b""))]
 
 
-def test_its_text_says_no_secret() -> None:
+def test_its_repr_contains_no_secret() -> None:
     """A worker that logs the request logs no cookie, no token and no query."""
     given = asked((b"Cookie", b"sid=secret"), (b"Authorization", b"secret"), line=b"GET /chat?token=secret HTTP/1.1")
     assert "secret" not in repr(given) + str(given) + f"{given.forward(headers={'X-A': 'secret'})}"
@@ -147,7 +147,7 @@ def test_no_attribute_can_be_set_or_deleted(name: str) -> None:
         delattr(given, name)
 
 
-def test_nothing_in_it_can_be_changed() -> None:
+def test_it_is_immutable() -> None:
     given: Any = asked((b"Cookie", b"a=1"), der=b"DER")
     for change in (
         lambda: given.headers.__setitem__("X", "1"),
@@ -166,7 +166,7 @@ def test_nothing_in_it_can_be_changed() -> None:
     assert fields(given) == (*END_TO_END, (b"Cookie", b"a=1"), *OURS)
 
 
-def test_forward_leaves_the_one_before_as_it_was() -> None:
+def test_forward_does_not_change_the_original() -> None:
     given = asked((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a, b"))
     before = (given.path, [*given.query.items()], [*given.headers.items()], given.subprotocols, fields(given))
     given.forward(
@@ -179,7 +179,7 @@ def test_forward_leaves_the_one_before_as_it_was() -> None:
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def test_forward_of_nothing_is_the_same() -> None:
+def test_forward_without_arguments_changes_nothing() -> None:
     given = asked((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a"), line=b"GET /%41?b%20=+ HTTP/1.1")
     again = given.forward()
     assert again is not given
@@ -214,13 +214,13 @@ def test_headers_with_an_underscore_replace_those_with_a_hyphen() -> None:
     assert b"forged" not in [value for _, value in fields(after)]
 
 
-def test_an_empty_value_and_one_with_blanks_around() -> None:
+def test_empty_values_and_surrounding_blanks() -> None:
     after = asked().forward(headers={"X-Empty": "", "X-Blanks": " \ta b\t ", "X-Latin": "ü"})
     assert fields(after)[-3:] == ((b"X-Empty", b""), (b"X-Blanks", b"a b"), (b"X-Latin", b"\xfc"))
     assert after.headers["X-Blanks"] == "a b"
 
 
-def test_an_empty_list_leaves_a_field_as_it_is_or_out() -> None:
+def test_an_empty_list_sets_no_field() -> None:
     """Not a value is set; whatever that means, it is no value of the client's under a name that the worker named."""
     after = asked((b"X-User", b"forged")).forward(headers={"X-User": []}, remove_headers=["X-User"])
     assert "x-user" not in after.headers
@@ -234,7 +234,7 @@ def test_remove_headers() -> None:
     assert after.headers.get("cookie") is None
 
 
-def test_what_is_set_and_removed_at_once_is_set() -> None:
+def test_a_field_that_is_both_set_and_removed_is_set() -> None:
     after = asked((b"X-A", b"1")).forward(headers={"X-A": "2"}, remove_headers=["X-A"])
     assert [value for name, value in fields(after) if name == b"X-A"] == [b"2"]
 
@@ -260,7 +260,7 @@ def test_host() -> None:
 
 
 @pytest.mark.parametrize("host", ["", "a b", "a/b", "a@b", "a:99999999", ["a", "b"], [], "a\r\nX: 1", "ü", "[::1"])
-def test_no_host(host: str | list[str]) -> None:
+def test_invalid_hosts(host: str | list[str]) -> None:
     if host == []:
         assert fields(asked().forward(headers={"Host": host}))[0] == (b"Host", b"chat.example.com")
         return
@@ -268,7 +268,7 @@ def test_no_host(host: str | list[str]) -> None:
         asked().forward(headers={"Host": host})
 
 
-def test_what_the_site_sets_and_removes_is_before_it() -> None:
+def test_changes_of_the_site_come_first() -> None:
     site = SiteEdits(added=((b"X-Site", b"chat"), (b"X-Both", b"site")), removed=frozenset({b"x-gone", b"x-back"}))
     given = asked((b"X-Gone", b"1"), (b"X-Back", b"1"), (b"X-Both", b"client"))
     after = given.forward(headers={"X-Both": "worker", "X-Back": "worker"}, remove_headers=["X-Site"])
@@ -279,7 +279,7 @@ def test_what_the_site_sets_and_removes_is_before_it() -> None:
     )
 
 
-def test_what_connection_nominates_can_be_set_all_the_same() -> None:
+def test_a_field_that_connection_nominates_can_be_set() -> None:
     nominating = (*without(b"Connection"), (b"Connection", b"Upgrade, X-User"), (b"X-User", b"client"))
     found = RequestReader().feed(request(nominating, b"GET / HTTP/1.1"))
     assert found is not None
@@ -308,14 +308,14 @@ KEPT = [
 
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("spelled", [str, str.lower, str.upper, lambda name: name.replace("-", "_")])
-def test_hop_by_hop_and_handshake_fields_are_neither_set_nor_removed(name: str, spelled: Any) -> None:
+def test_hop_by_hop_and_handshake_fields_cannot_be_changed(name: str, spelled: Any) -> None:
     with pytest.raises(EdgeError, match="cannot be changed"):
         asked().forward(headers={spelled(name): "1"})
     with pytest.raises(EdgeError, match="cannot be changed"):
         asked().forward(remove_headers=[spelled(name)])
 
 
-def test_host_cannot_be_removed_and_protocols_have_their_own() -> None:
+def test_host_cannot_be_removed_and_subprotocols_have_their_own_argument() -> None:
     with pytest.raises(EdgeError, match="cannot be changed"):
         asked().forward(remove_headers=["Host"])
     with pytest.raises(EdgeError, match="subprotocols="):
@@ -325,7 +325,7 @@ def test_host_cannot_be_removed_and_protocols_have_their_own() -> None:
 @pytest.mark.parametrize(
     "name", ["", " ", "a b", "a:", "a\r\nb", "a\0", "ü", "a" * 257, None, 5, b"X-A", "X-A\n", "(x)"]
 )
-def test_no_name(name: Any) -> None:
+def test_invalid_names(name: Any) -> None:
     for wrong in ({"headers": {name: "1"}}, {"remove_headers": [name]}):
         with pytest.raises(EdgeError):
             asked().forward(**wrong)
@@ -353,14 +353,14 @@ def test_no_name(name: Any) -> None:
         [["a"]],
     ],
 )
-def test_no_value(value: Any) -> None:
+def test_invalid_values(value: Any) -> None:
     with pytest.raises(EdgeError) as caught:
         asked().forward(headers={"X-A": value})
     assert "X-A" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_value_that_is_refused_is_not_said() -> None:
+def test_an_error_does_not_show_the_value() -> None:
     """It may be a secret."""
     with pytest.raises(EdgeError) as caught:
         asked().forward(headers={"X-A": "secret\n"})
@@ -462,7 +462,7 @@ def _as_cgi(name: bytes) -> bytes:
 
 @settings(max_examples=400, deadline=None)
 @given(_HEADERS, st.lists(_NAMES, max_size=3), st.lists(st.tuples(_NAMES, _VALUES), max_size=4))
-def test_what_forward_takes_gives_one_request_with_exactly_these_fields(
+def test_forward_builds_one_request_with_exactly_these_fields(
     headers: dict[str, str | list[str]], removed: list[str], client: list[tuple[str, str]]
 ) -> None:
     more = [
@@ -500,7 +500,7 @@ def test_what_forward_takes_gives_one_request_with_exactly_these_fields(
 # --- subprotocols -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sub_list_stands_where_the_first_field_stood() -> None:
+def test_kept_subprotocols_are_where_the_first_field_was() -> None:
     given = asked((b"sec-websocket-protocol", b"a,b"), (b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"c"))
     assert fields(given.forward(subprotocols=["a", "c"])) == (
         *END_TO_END,
@@ -515,7 +515,7 @@ def test_a_sub_list_stands_where_the_first_field_stood() -> None:
 @pytest.mark.parametrize(
     "wrong", [["b", "a"], ["a", "a"], ["A"], ["d"], [None], [b"a"], ["a, b"], [""], "ab", ["a\r\n"]]
 )
-def test_no_other_list(wrong: Any) -> None:
+def test_invalid_subprotocols(wrong: Any) -> None:
     given = asked((b"Sec-WebSocket-Protocol", b"a, b, c"))
     with pytest.raises(EdgeError, match=r"subprotocols must be (some of those|a list)"):
         given.forward(subprotocols=wrong)
@@ -530,7 +530,7 @@ def _is_part(part: list[str], whole: list[str]) -> bool:
 
 
 @given(_TOKENS, st.data())
-def test_any_sub_list_in_order_and_no_other(offered: list[str], data: st.DataObject) -> None:
+def test_any_ordered_part_of_the_subprotocols_and_nothing_else(offered: list[str], data: st.DataObject) -> None:
     """What is accepted stands in the head, and of an answer nothing else is taken."""
     given = asked(*([(b"Sec-WebSocket-Protocol", ", ".join(offered).encode())] if offered else []))
     part = data.draw(st.lists(st.sampled_from(offered) if offered else st.just("x"), max_size=5))
@@ -575,7 +575,7 @@ def _normal(path: str) -> str:
 
 @settings(max_examples=300)
 @given(_PATHS)
-def test_a_path_comes_back_as_it_was_set(path: str) -> None:
+def test_a_path_is_read_as_it_was_set(path: str) -> None:
     after = asked().forward(path=path)
     assert after.path == _normal(path)
     target = head(after).target
@@ -604,7 +604,7 @@ def test_any_text_as_a_path_is_one_target_or_an_error(text: str) -> None:
         st.text(max_size=8), st.text(max_size=8) | st.lists(st.text(max_size=4), min_size=1, max_size=3), max_size=4
     )
 )
-def test_a_mapping_as_a_query_comes_back(query: dict[str, str | list[str]]) -> None:
+def test_a_query_from_a_mapping_is_read_as_it_was_set(query: dict[str, str | list[str]]) -> None:
     assume(not any("\ud800" <= c <= "\udfff" for c in str(query)))
     after = asked().forward(query=query)
     assert _VISIBLE.fullmatch(head(after).target)
@@ -635,7 +635,7 @@ def test_a_query_that_was_read_can_be_set_again() -> None:
     assert [*given.forward(query=given.query).query.items()] == [*given.query.items()]
 
 
-def test_only_the_path() -> None:
+def test_the_path_alone_can_be_changed() -> None:
     assert head(asked(line=b"GET /a?b%20c HTTP/1.1").forward(path="/ü?#%/")).target == b"/%C3%BC%3F%23%25/?b%20c"
     assert head(asked(line=b"GET /a? HTTP/1.1").forward(path="/b")).target == b"/b?"
 
@@ -677,7 +677,7 @@ def test_a_status_from_300_to_599(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [100, 101, 103, 200, 201, 204, 206, 299, 0, -1, 600, 999, 10**9])
-def test_no_other_status(status: int) -> None:
+def test_other_statuses_are_refused(status: int) -> None:
     with pytest.raises(InvalidReply) as caught:
         Reply(status, "hello")
     assert str(status) in str(caught.value)
@@ -730,20 +730,20 @@ def test_headers_of_a_reply() -> None:
 @pytest.mark.parametrize(
     "name", [*KEPT, "Host", "X-Request-Id", "x-request-ID", "content_length", "a b", "", "ü", "a\r\nb"]
 )
-def test_no_such_header_of_a_reply(name: str) -> None:
+def test_invalid_header_names_of_a_reply(name: str) -> None:
     with pytest.raises(InvalidReply):
         Reply(401, "", {name: "1"})
 
 
 @pytest.mark.parametrize("value", ["a\r\nb", "a\n", "\0", "\x1b[2J", "€", None, 5])
-def test_no_such_value_of_a_reply(value: Any) -> None:
+def test_invalid_header_values_of_a_reply(value: Any) -> None:
     with pytest.raises(InvalidReply):
         Reply(401, "", {"X-A": value})
 
 
 @settings(max_examples=200)
 @given(st.integers(300, 599), st.text(max_size=20) | st.binary(max_size=20), _HEADERS)
-def test_whatever_a_reply_takes_is_one_response(status: int, body: str | bytes, headers: dict[str, Any]) -> None:
+def test_any_valid_reply_is_one_response(status: int, body: str | bytes, headers: dict[str, Any]) -> None:
     try:
         reply = Reply(status, body, headers)
     except InvalidReply:
@@ -761,7 +761,7 @@ def test_a_reply_is_immutable() -> None:
         reply.status = 200
 
 
-def test_a_reply_keeps_the_headers_that_it_was_made_with() -> None:
+def test_changing_the_headers_later_does_not_change_a_reply() -> None:
     headers = {"X-A": "1"}
     reply = Reply(401, "no", headers)
     headers["X-A"] = "a\r\nX-Injected: 1"
@@ -772,12 +772,12 @@ def test_a_reply_keeps_the_headers_that_it_was_made_with() -> None:
 
 
 @pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])
-def test_what_is_neither_a_request_nor_a_reply(said: object) -> None:
+def test_other_return_values_are_errors(said: object) -> None:
     with pytest.raises(EdgeError, match=r"a worker must return the request, request\.forward"):
         to_outcome(said, asked())
 
 
-def test_the_request_of_another_is_none() -> None:
+def test_another_clients_request_is_refused() -> None:
     """Whatever was made of it: cookies and key would be another client's."""
     kept = asked()
     for said in (kept, kept.forward(), kept.forward(headers={"X-A": "1"}), dataclasses.replace(kept, id="other")):
@@ -790,12 +790,12 @@ class _Denied(Reply):
     pass
 
 
-def test_a_kind_of_reply_is_a_refusal_or_an_invalid_one() -> None:
+def test_a_subclass_of_reply_is_a_refusal_or_invalid() -> None:
     """A refusal was meant: it is no failure for which `worker_on_error = "forward"` was said."""
     with contextlib.suppress(InvalidReply):
         assert isinstance(to_outcome(_Denied(403), asked()), Refusal)
 
 
-def test_a_request_with_something_written_into_it_by_other_means() -> None:
+def test_replacing_attributes_by_other_means_has_no_effect() -> None:
     """`dataclasses.replace` and the like go round `forward`; where to send is what `forward` was told, and no text."""
     assert made(dataclasses.replace(asked(), origin="evil.example:80")).address is None
