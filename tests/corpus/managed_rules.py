@@ -1,4 +1,4 @@
-"""Requests judged as the tunnel judges them: the stage, the pool, a helper process, libmodsecurity, OWASP CRS."""
+"""Evaluate requests as the tunnel does: the check, the pool, a helper process, libmodsecurity, OWASP CRS."""
 
 import asyncio
 import ctypes
@@ -20,7 +20,7 @@ from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.metrics.registry import Registry
 
 UNHURRIED = Timeout(10)
-"""A deadline for tests that are about verdicts: no busy machine is to make one late."""
+"""A deadline for tests of verdicts, which a busy machine does not miss."""
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def facts(request: UpgradeRequest, ip: str = "203.0.113.7") -> Facts:
 
 
 def subject(target: str, *headers: str, ip: str = "203.0.113.7") -> Subject:
-    """A request of a library that names itself, as a helper is asked about it."""
+    """Return the request of a library that sends a User-Agent, as a helper receives it."""
     request = plain_request(target, *headers)
     return Subject(ip, request.target, request.fields)
 
@@ -63,7 +63,7 @@ def plain_request(target: str, *headers: str) -> UpgradeRequest:
 
 
 def with_pool(pool: HelperPool, ask: Callable[[HelperPool], Coroutine[Any, Any, T]]) -> T:
-    """Run `ask` with a started pool, closed afterwards."""
+    """Run `ask` with a started pool, and close the pool afterwards."""
 
     async def run() -> T:
         await pool.start()
@@ -75,19 +75,19 @@ def with_pool(pool: HelperPool, ask: Callable[[HelperPool], Coroutine[Any, Any, 
     return asyncio.run(run())
 
 
-def judged(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedRulesOutcome]:
-    """The outcome of each sample, by its name."""
+def evaluate_samples(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedRulesOutcome]:
+    """Return the outcome of each sample, by its name."""
     rule_set = build(settings)
 
     async def ask(pool: HelperPool) -> dict[str, ManagedRulesOutcome]:
-        stage = ManagedRulesCheck(pool, rule_set.name, settings, Registry())
-        return {sample.name: await stage.judge(facts(sample.request)) for sample in samples}
+        check = ManagedRulesCheck(pool, rule_set.name, settings, Registry())
+        return {sample.name: await check.judge(facts(sample.request)) for sample in samples}
 
     return with_pool(HelperPool([rule_set]), ask)
 
 
 def own_rules(folder: Path, text: str) -> SiteManagedRules:
-    """Settings with rules of one's own alone, which load fast."""
+    """Return settings with own rules only, which load fast."""
     path = folder / "own.conf"
     path.write_text(text)
     return SiteManagedRules(rules=str(path), timeout=UNHURRIED)

@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 
 from tests.browser import browser_page
 from tests.harness import REPOSITORY, TIMEOUT, Certificate, Record, Tunnel, eventually, missing, require
-from tests.promises.firewalled import policed
+from tests.promises.firewalled import tunnel_to
 from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 CLIENTS = REPOSITORY / "tests" / "clients"
@@ -80,7 +80,7 @@ def _said(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> re.Match
 @contextmanager
 def _tunnel(origin: str, certificate: Certificate) -> Iterator[Tunnel]:
     """A tunnel that, when all is over, has refused nothing that the application's page asked for."""
-    with policed(origin, certificate, site=SITE) as tunnel:
+    with tunnel_to(origin, certificate, site=SITE) as tunnel:
         yield tunnel
     assert [record for record in tunnel.records("connection") if record["verdict"] == "refused"] == []
 

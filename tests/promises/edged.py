@@ -17,7 +17,7 @@ from tests.harness import (
     read_response,
     switching_protocols,
 )
-from tests.promises.firewalled import Outcome, Stage, connect_from, policy
+from tests.promises.firewalled import Outcome, Servers, config_for, connect_from
 from tests.promises.scripted_origin import record_of
 from tests.promises.wire import read_until_end
 
@@ -41,7 +41,7 @@ FETCH = 'worker = "worker.py:fetch"\n'
 
 def edged(origin: str, certificate: Certificate, code: str, *, top: str = "", site: str = "", **options: Any) -> Tunnel:
     """A tunnel with `policy` whose site has this worker; ``options`` are `Tunnel`'s."""
-    config = policy(origin, certificate, top=top, site=FETCH + site)
+    config = config_for(origin, certificate, top=top, site=FETCH + site)
     tunnel = Tunnel(None, certificate, config=config, **options)
     written(tunnel, code)
     return tunnel
@@ -55,7 +55,7 @@ def written(tunnel: Tunnel, code: str, name: str = "worker.py") -> None:
 
 
 def asked(
-    stage: Stage,
+    stage: Servers,
     target: str = "/",
     headers: Iterable[Header] = (),
     *,
@@ -78,7 +78,7 @@ def asked(
     return Outcome(101, answer.headers, "", record, traffic.heads[0])
 
 
-def told(stage: Stage, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
+def told(stage: Servers, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
     """What a worker says in JSON, in a refusal."""
     return json.loads(asked(stage, target, headers, **options).body)
 

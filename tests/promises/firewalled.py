@@ -1,4 +1,4 @@
-"""A tunnel with a policy in front of an origin that writes down what reached it, asked one handshake after another."""
+"""A tunnel with a policy in front of an origin that records what reaches it, and a client that tries handshakes."""
 
 import http.client
 import socket
@@ -22,24 +22,24 @@ from tests.harness import (
 )
 from tests.promises.scripted_origin import ScriptedOrigin, record_of
 
-Stage = tuple[ScriptedOrigin, Tunnel]
+Servers = tuple[ScriptedOrigin, Tunnel]
 
 
-def policy(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> str:
-    """A whole configuration with one site, localhost; `top` stands before it, `site` in it, keys before tables."""
+def config_for(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> str:
+    """Return a configuration with the site localhost. `top` comes before it, `site` in it, keys before tables."""
     return (
         f'listen = ["127.0.0.1:0"]\n{top}\n[[sites]]\nnames = ["localhost"]\norigins = ["{origin}"]\n'
         f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n{site}\n'
     )
 
 
-def policed(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> Tunnel:
-    """A tunnel with `policy`."""
-    return Tunnel(None, certificate, config=policy(origin, certificate, top=top, site=site))
+def tunnel_to(origin: str, certificate: Certificate, *, top: str = "", site: str = "") -> Tunnel:
+    """Return a tunnel with the configuration of `config_for`."""
+    return Tunnel(None, certificate, config=config_for(origin, certificate, top=top, site=site))
 
 
 class Outcome(NamedTuple):
-    """What came of a handshake. `head` is the request as it reached the origin, b"" where none did."""
+    """The outcome of a handshake. `head` is the request as it reached the origin, b"" if none did."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -49,17 +49,17 @@ class Outcome(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """The record's, of a refusal."""
+        """The reason of a refusal, in its record."""
         return str(self.record["reason"])
 
     @property
     def target(self) -> bytes:
-        """That the origin was asked for."""
+        """The target of the request that reached the origin."""
         return self.head.split(b" ", 2)[1]
 
 
 def connect_from(tunnel: Tunnel, ip: str, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
-    """A TLS connection from this address of 127.0.0.0/8, each of which is another client to the tunnel."""
+    """Connect from this address of 127.0.0.0/8: each is another client to the tunnel."""
     plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=(ip, 0))
     try:
         return (context or client_context(tunnel)).wrap_socket(
@@ -70,22 +70,22 @@ def connect_from(tunnel: Tunnel, ip: str, context: ssl.SSLContext | None = None)
         raise
 
 
-def judged(
-    stage: Stage,
+def try_handshake(
+    servers: Servers,
     target: str = "/chat",
     headers: Iterable[Header] = (),
     *,
     ip: str = "127.0.0.1",
     request: bytes | None = None,
 ) -> Outcome:
-    """Ask for a tunnel, and end it at once where there is one. What must be so of any refusal is checked here."""
-    origin, tunnel = stage
+    """Try to open a tunnel, and close it at once if it opens. Checks what all refusals have in common."""
+    origin, tunnel = servers
     traffic = origin.play(switching_protocols)
     with connect_from(tunnel, ip) as client:
         client.sendall(handshake_request(target, headers=headers) if request is None else request)
         answer = read_response(client)
         if answer.status != 101:
-            outcome = refused(tunnel, client, answer)
+            outcome = read_refusal(tunnel, client, answer)
             assert traffic.connections == 0, "an origin was asked"
             return outcome
     record = traffic.record(tunnel)
@@ -93,8 +93,8 @@ def judged(
     return Outcome(101, answer.headers, "", record, traffic.heads[0])
 
 
-def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:
-    """The refusal whose head has been read: its id is in its body and in the log, which has the same status."""
+def read_refusal(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:
+    """Read the rest of a refusal: its id must be in the body and the log, and the log must have its status."""
     body = (answer.leftover + receive_all(client)).decode()
     record = record_of(tunnel, answer.headers)
     assert record["id"] in body
@@ -104,19 +104,19 @@ def refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:
 
 
 def write_rules(folder: Path) -> Path:
-    """Managed rules of one's own, which load faster than a core rule set: ``x=bad`` is refused."""
+    """Write own managed rules, which load faster than a core rule set: ``x=bad`` is refused."""
     path = folder / "own.conf"
     path.write_text('SecRule ARGS:x "@streq bad" "id:1001,phase:2,deny,status:403,msg:\'bad x\'"\n')
     return path
 
 
 def helpers(tunnel: Tunnel) -> list[int]:
-    """The processes that evaluate managed rules: children of what the tunnel has started."""
+    """Return the processes that evaluate managed rules: the children of the tunnel's children."""
     return [child for loader in children(tunnel.pid) for child in children(loader)]
 
 
 def children(pid: int) -> list[int]:
-    """The children of the process, of whichever of its threads."""
+    """Return the children of all threads of the process."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += map(int, (task / "children").read_text().split())

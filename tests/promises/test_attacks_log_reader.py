@@ -75,7 +75,7 @@ def _refused(started: Started, times: int) -> None:
             assert client.recv(100).startswith(b"HTTP/1.1 426 ")
 
 
-def test_reader_that_does_not_read(certificate: Certificate) -> None:
+def test_reader_that_stops_reading(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
         with started.connect() as client:
             assert upgrade(client).status == 101
@@ -89,7 +89,7 @@ def test_reader_that_does_not_read(certificate: Certificate) -> None:
         assert started.process.wait(TIMEOUT) == 0
 
 
-def test_reader_that_is_gone(certificate: Certificate) -> None:
+def test_reader_that_exits(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, _started(origin, certificate) as started:
         descriptors = Path(f"/proc/{serving_pids(started.process.pid)[0]}/fd")
         with started.connect() as client:

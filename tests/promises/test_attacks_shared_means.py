@@ -26,7 +26,7 @@ from tests.harness import (
 
 
 @pytest.mark.alone
-def test_answer_without_an_end_does_not_take_the_loop(certificate: Certificate) -> None:
+def test_endless_response_does_not_block_the_loop(certificate: Certificate) -> None:
     """An origin that answers 200 with a large file, to a client that takes it as fast as it comes."""
 
     def handle(sock: socket.socket) -> None:
@@ -65,7 +65,7 @@ def test_answer_without_an_end_does_not_take_the_loop(certificate: Certificate) 
         assert worst < 0.5
 
 
-def test_closing_sockets_make_way(certificate: Certificate) -> None:
+def test_closing_sockets_give_up_their_descriptors(certificate: Certificate) -> None:
     """Clients that take nothing of what they were refused with keep no descriptor from others."""
     body = bytes(300_000)
 
@@ -99,7 +99,7 @@ def test_closing_sockets_make_way(certificate: Certificate) -> None:
             assert upgrade(other).status == 101
 
 
-def test_trickling_reader_does_not_hold_the_exit(certificate: Certificate) -> None:
+def test_trickling_reader_does_not_delay_the_exit(certificate: Certificate) -> None:
     body = bytes(2_000_000)
 
     def handle(sock: socket.socket) -> None:

@@ -15,7 +15,7 @@ def _connect(path: Path, certificate: Certificate) -> ssl.SSLSocket:
     return ssl.create_default_context(cafile=certificate.ca).wrap_socket(plain, server_hostname="localhost")
 
 
-def test_old_process_leaves_the_new_ones_socket(certificate: Certificate, tmp_path: Path) -> None:
+def test_old_process_does_not_remove_the_socket_of_the_new_one(certificate: Certificate, tmp_path: Path) -> None:
     """The old process drains; a new one listens on the same path meanwhile; then the old one exits."""
     path = tmp_path / "tunnel.sock"
     listen = (f"unix:{path}",)

@@ -29,7 +29,7 @@ from tests.harness import (
     reset,
 )
 from tests.promises.edged import BY_PATH, asked, edged, told
-from tests.promises.firewalled import Outcome, Stage, policy
+from tests.promises.firewalled import Outcome, Servers, config_for
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import MemoryTlsClient
 
@@ -179,7 +179,7 @@ WORKER_TIMEOUT = 0.3
 
 
 @pytest.fixture(scope="module")
-def refusing(certificate: Certificate) -> Iterator[Stage]:
+def refusing(certificate: Certificate) -> Iterator[Servers]:
     site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\n'
     with (
         ScriptedOrigin() as origin,
@@ -189,7 +189,7 @@ def refusing(certificate: Certificate) -> Iterator[Stage]:
 
 
 @pytest.fixture(scope="module")
-def forwarding(certificate: Certificate) -> Iterator[Stage]:
+def forwarding(certificate: Certificate) -> Iterator[Servers]:
     site = f'worker_timeout = "{int(WORKER_TIMEOUT * 1000)}ms"\nworker_on_error = "forward"\n'
     with (
         ScriptedOrigin() as origin,
@@ -202,14 +202,14 @@ def _logged(tunnel: Tunnel, outcome: Outcome, event: str = "edge worker failed")
     return tunnel.wait_record(lambda record: record["event"] == event and record["id"] == outcome.record["id"])
 
 
-def _works(stage: Stage) -> bool:
+def _works(stage: Servers) -> bool:
     return asked(stage, "/asis").status == 101
 
 
 # --- exceptions -------------------------------------------------------------------------------------------------------
 
 
-def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refusing: Stage) -> None:
+def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refusing: Servers) -> None:
     tunnel = refusing[1]
     outcome = asked(refusing, "/raises")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
@@ -239,7 +239,7 @@ def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refu
         ("interrupts", "KeyboardInterrupt"),
     ],
 )
-def test_any_exception_is_a_500(refusing: Stage, how: str, named: str) -> None:
+def test_any_exception_is_a_500(refusing: Servers, how: str, named: str) -> None:
     """An exit or an interrupt, too: it ends no process."""
     tunnel = refusing[1]
     pid = tunnel.pid
@@ -251,7 +251,7 @@ def test_any_exception_is_a_500(refusing: Stage, how: str, named: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["stops_the_loop", "exits_beside"])
-def test_its_loop_survives_whatever_stops_it(refusing: Stage, how: str) -> None:
+def test_its_loop_survives_whatever_stops_it(refusing: Servers, how: str) -> None:
     pid = refusing[1].pid
     assert asked(refusing, f"/{how}").status == 101
     assert _works(refusing)
@@ -261,7 +261,7 @@ def test_its_loop_survives_whatever_stops_it(refusing: Stage, how: str) -> None:
 NASTY = "a\x1b[2Jb\nTraceback\r\n{}\x07\x9b\u2028\u202e\x85\\x"
 
 
-def test_client_text_in_an_exception_is_escaped(refusing: Stage) -> None:
+def test_client_text_in_an_exception_is_escaped(refusing: Servers) -> None:
     outcome = asked(refusing, f"/says?text={quote(NASTY)}")
     assert outcome.status == 500
     exception = _logged(refusing[1], outcome)["exception"]
@@ -270,7 +270,7 @@ def test_client_text_in_an_exception_is_escaped(refusing: Stage) -> None:
     assert "\\u202e" in exception
 
 
-def test_a_long_exception_is_cut(refusing: Stage) -> None:
+def test_a_long_exception_is_cut(refusing: Servers) -> None:
     outcome = asked(refusing, f"/says?text={'x' * 9000}&{'y' * 5000}")
     assert len(_logged(refusing[1], outcome)["exception"]) < 17_000
 
@@ -319,7 +319,7 @@ def in_text(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) 
     """What a tunnel that logs in text has written of an exception with a nasty text."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "worker.py").write_text(WORKER)
-    text = _Text(folder, policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
+    text = _Text(folder, config_for("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     try:
         tls = MemoryTlsClient()
         with socket.create_connection(("127.0.0.1", text.port), TIMEOUT) as client:
@@ -347,7 +347,7 @@ def test_no_line_of_the_text_log_can_be_forged(in_text: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [101, 100, 200, 204, 299, 0, -1, 600, 1000])
-def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Stage, status: int) -> None:
+def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Servers, status: int) -> None:
     outcome = asked(refusing, f"/endpoint?status={status}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "hello" not in outcome.body
@@ -368,7 +368,7 @@ def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Stage, statu
         ("pair", "a tuple"),
     ],
 )
-def test_other_return_values_are_errors(refusing: Stage, of: str, said: str) -> None:
+def test_other_return_values_are_errors(refusing: Servers, of: str, said: str) -> None:
     outcome = asked(refusing, f"/value?of={of}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert (
@@ -396,7 +396,7 @@ def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate
 
 
 @pytest.mark.alone
-def test_a_late_worker_is_a_504_in_time(refusing: Stage) -> None:
+def test_a_late_worker_is_a_504_in_time(refusing: Servers) -> None:
     began = time.monotonic()
     outcome = asked(refusing, "/late")
     took = time.monotonic() - began
@@ -407,7 +407,7 @@ def test_a_late_worker_is_a_504_in_time(refusing: Stage) -> None:
 
 
 @pytest.mark.alone
-def test_a_worker_that_ignores_its_cancellation(refusing: Stage) -> None:
+def test_a_worker_that_ignores_its_cancellation(refusing: Servers) -> None:
     """It is answered in time all the same, and what it says later goes nowhere."""
     began = time.monotonic()
     assert asked(refusing, "/stubborn?id=s").status == 504
@@ -419,13 +419,13 @@ def test_a_worker_that_ignores_its_cancellation(refusing: Stage) -> None:
     assert _works(refusing)
 
 
-def test_late_calls_are_cancelled(refusing: Stage) -> None:
+def test_late_calls_are_cancelled(refusing: Servers) -> None:
     assert asked(refusing, "/waits?id=w").status == 504
     eventually(lambda: "cancelled w" in told(refusing, "/said"))
 
 
 @pytest.fixture(scope="module")
-def patient(certificate: Certificate) -> Iterator[Stage]:
+def patient(certificate: Certificate) -> Iterator[Servers]:
     with (
         ScriptedOrigin() as origin,
         edged(origin.address, certificate, WORKER, site='worker_timeout = "1h"\n') as tunnel,
@@ -434,7 +434,7 @@ def patient(certificate: Certificate) -> Iterator[Stage]:
 
 
 @pytest.mark.parametrize("leave", [reset, socket.socket.close], ids=["reset", "end"])
-def test_a_client_that_leaves_cancels_its_worker(patient: Stage, leave: Callable[[socket.socket], None]) -> None:
+def test_a_client_that_leaves_cancels_its_worker(patient: Servers, leave: Callable[[socket.socket], None]) -> None:
     """At once, and not at the deadline; it is no failure of the worker's."""
     tunnel, name = patient[1], leave.__name__
     client = connect_tls(tunnel)
@@ -460,7 +460,7 @@ def test_a_client_that_leaves_cancels_its_worker(patient: Stage, leave: Callable
         ("late", "timed out", "edge worker timed out"),
     ],
 )
-def test_on_error_forward_sends_the_request_unchanged(forwarding: Stage, how: str, saw: str, event: str) -> None:
+def test_on_error_forward_sends_the_request_unchanged(forwarding: Servers, how: str, saw: str, event: str) -> None:
     """Nothing that the worker has done to it by then."""
     outcome = asked(forwarding, f"/{how}", [("Cookie", "a=1")])
     assert (outcome.status, outcome.record["edge"]) == (101, saw)
@@ -471,14 +471,14 @@ def test_on_error_forward_sends_the_request_unchanged(forwarding: Stage, how: st
 
 
 @pytest.mark.parametrize("how", ["endpoint?status=101", "endpoint?status=200", f"spoilt?text={quote(chr(10))}"])
-def test_on_error_forward_does_not_apply_to_an_invalid_reply(forwarding: Stage, how: str) -> None:
+def test_on_error_forward_does_not_apply_to_an_invalid_reply(forwarding: Servers, how: str) -> None:
     """A refusal was meant."""
     outcome = asked(forwarding, f"/{how}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "forwarded" not in _logged(forwarding[1], outcome)
 
 
-def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Stage) -> None:
+def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Servers) -> None:
     assert asked(forwarding, "/spoilt?text=well").status == 403
     assert asked(forwarding, "/asis").record["edge"] == "forwarded"
 
@@ -488,7 +488,7 @@ def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Stage
 
 def test_a_worker_that_cannot_be_loaded_is_one_line_of_error(certificate: Certificate, tmp_path: Path) -> None:
     """At the start, and from `config check` where that loads it: the file, the line and what is wrong."""
-    (tmp_path / "t.toml").write_text(policy("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
+    (tmp_path / "t.toml").write_text(config_for("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     (tmp_path / "worker.py").write_text("import json\n\nraise ValueError('no \\x1b[2J settings')\n")
     done = subprocess.run(
         [*PROGRAM, "start", "--config", "t.toml"],

@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness import Certificate, RawOrigin, connect_tls, switching_protocols, upgrade
 from tests.promises.edged import BY_PATH, asked, edged
-from tests.promises.firewalled import Outcome, Stage, policy
+from tests.promises.firewalled import Outcome, Servers, config_for
 from tests.promises.scripted_origin import ScriptedOrigin
 
 WORKER = (
@@ -53,7 +53,7 @@ def target() -> Iterator[ScriptedOrigin]:
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate) -> Iterator[Stage]:
+def stage(certificate: Certificate) -> Iterator[Servers]:
     site = 'worker_origins = ["127.0.0.2", "10.255.255.0/24", "2001:db8::/32", "inside.example", "*.inside.example"]\n'
     with (
         ScriptedOrigin() as origin,
@@ -62,7 +62,7 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
         yield origin, tunnel
 
 
-def _sent(stage: Stage, target: ScriptedOrigin, where: str) -> Outcome:
+def _sent(stage: Servers, target: ScriptedOrigin, where: str) -> Outcome:
     """Send it there; nothing has reached the origin that is nobody's."""
     traffic = target.play(switching_protocols)
     outcome = asked(stage, "/to", [("X-To", where)])
@@ -89,7 +89,7 @@ def _sent(stage: Stage, target: ScriptedOrigin, where: str) -> Outcome:
         "169.254.169.254:80",
     ],
 )
-def test_an_address_outside_is_refused(stage: Stage, target: ScriptedOrigin, where: str) -> None:
+def test_an_address_outside_is_refused(stage: Servers, target: ScriptedOrigin, where: str) -> None:
     """However it is written. The log has it, and the client only that there is no such origin for it."""
     where = where.format(port=target.address.rpartition(":")[2])
     outcome = _sent(stage, target, where)
@@ -100,7 +100,7 @@ def test_an_address_outside_is_refused(stage: Stage, target: ScriptedOrigin, whe
 
 
 @pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "localhost."])
-def test_a_name_that_resolves_outside_is_refused(stage: Stage, target: ScriptedOrigin, name: str) -> None:
+def test_a_name_that_resolves_outside_is_refused(stage: Servers, target: ScriptedOrigin, name: str) -> None:
     """Networks are allowed, and so names may be asked for; but this one's addresses are in none of them."""
     outcome = _sent(stage, target, f"{name}:{target.address.rpartition(':')[2]}")
     assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
@@ -134,18 +134,18 @@ def test_a_name_that_resolves_outside_is_refused(stage: Stage, target: ScriptedO
         "*.inside.example:80",
     ],
 )
-def test_an_old_form_of_an_address_is_a_500(stage: Stage, target: ScriptedOrigin, where: str) -> None:
+def test_an_old_form_of_an_address_is_a_500(stage: Servers, target: ScriptedOrigin, where: str) -> None:
     """An old form of an IPv4 address, which resolvers would take, is none: a fault of the worker, and a 500."""
     assert _sent(stage, target, where).status == 500
 
 
-def test_a_name_that_cannot_be_resolved(stage: Stage, target: ScriptedOrigin) -> None:
+def test_a_name_that_cannot_be_resolved(stage: Servers, target: ScriptedOrigin) -> None:
     """A name that is allowed is asked for as any other origin's."""
     outcome = _sent(stage, target, "shard-1.inside.example:80")
     assert (outcome.status, outcome.reason) == (502, "origin unreachable")
 
 
-def test_a_declared_origin(stage: Stage) -> None:
+def test_a_declared_origin(stage: Servers) -> None:
     origin, _ = stage
     outcome = asked(stage, "/to", [("X-To", f"ws://{origin.address}/")])
     assert (outcome.status, outcome.record["origin"]) == (101, origin.address)
@@ -205,7 +205,7 @@ def test_allowed_origins_change_with_a_reload(certificate: Certificate, target: 
         target.play(switching_protocols)
         with connect_tls(tunnel) as client:
             assert upgrade(client, "/to", there).status == 101
-        narrower = policy(
+        narrower = config_for(
             "127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\nworker_origins = ["10.0.0.0/8"]\n'
         )
         assert tunnel.reload(narrower) == ["site localhost: changed: worker_origins"]
@@ -230,7 +230,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("value", HOSTILE)
 @pytest.mark.parametrize("how", ["user?u=", "field?f=", "query?q=", "host?h=", "reply?l=", "protocol?s="])
-def test_no_value_can_split_the_head(stage: Stage, how: str, value: str) -> None:
+def test_no_value_can_split_the_head(stage: Servers, how: str, value: str) -> None:
     """A value that the client chose, decoded by the worker, ends no line. It is a 500, and no origin is asked."""
     if "\0" in value:  # the firewall's own, before the worker
         assert asked(stage, f"/{how}{quote(value)}").status == 400
@@ -242,7 +242,7 @@ def test_no_value_can_split_the_head(stage: Stage, how: str, value: str) -> None
 
 
 @pytest.mark.parametrize("value", [value for value in HOSTILE if "\0" not in value])
-def test_no_path_can_split_the_request_line(stage: Stage, value: str) -> None:
+def test_no_path_can_split_the_request_line(stage: Servers, value: str) -> None:
     """A path may hold anything: it is escaped."""
     outcome = asked(stage, f"/path?p=/{quote(value)}")
     assert outcome.status == 101
@@ -271,7 +271,7 @@ def test_no_path_can_split_the_request_line(stage: Stage, value: str) -> None:
         "Sec-WebSocket-Anything",
     ],
 )
-def test_fields_of_the_handshake_stay(stage: Stage, name: str) -> None:
+def test_fields_of_the_handshake_stay(stage: Servers, name: str) -> None:
     assert asked(stage, f"/field?f={name}").status == 500
 
 

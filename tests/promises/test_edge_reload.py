@@ -19,7 +19,7 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.edged import FETCH, edged, not_reloaded, reloaded, written
-from tests.promises.firewalled import policy
+from tests.promises.firewalled import config_for
 from tests.promises.versions import Versions, upgraded
 from tests.promises.wire import read_until_end
 
@@ -157,11 +157,11 @@ async def fetch(request, env):
 """
     with started(code, site='worker_config = { a = 1, deep = { b = ["c"] } }\n') as tunnel:
         assert _says(tunnel) == '418 {"a": 1, "deep": {"b": ["c"]}}'
-        new = policy(origin.address, certificate, site=FETCH + "worker_config = { a = 2 }\n")
+        new = config_for(origin.address, certificate, site=FETCH + "worker_config = { a = 2 }\n")
         assert reloaded(tunnel, new) == ["site localhost: changed: worker_config"]
         assert _says(tunnel) == '418 {"a": 2}'
         # And without a worker, and with one again.
-        assert reloaded(tunnel, policy(origin.address, certificate)) == [
+        assert reloaded(tunnel, config_for(origin.address, certificate)) == [
             "site localhost: changed: worker, worker_config"
         ]
         assert _says(tunnel) == ""
@@ -170,11 +170,11 @@ async def fetch(request, env):
 
 
 def test_a_reload_may_add_the_first_worker(origin: RawOrigin, certificate: Certificate, notes: Notes) -> None:
-    config = policy(origin.address, certificate)
+    config = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=config, environment=notes.environment) as tunnel:
         assert _says(tunnel) == ""
         written(tunnel, worker("one"))
-        reloaded(tunnel, policy(origin.address, certificate, site=FETCH))
+        reloaded(tunnel, config_for(origin.address, certificate, site=FETCH))
         assert _says(tunnel) == "418 one"
 
 
@@ -322,7 +322,7 @@ def test_a_module_changes_only_with_an_upgrade(
     (package / "chat.py").write_text(worker("one"))
     path = os.pathsep.join([str(package.parent), versions.environment["PYTHONPATH"]])
     environment = notes.environment | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    config = policy(origin.address, certificate, site='worker = "edge_of_a_test.chat:fetch"\n')
+    config = config_for(origin.address, certificate, site='worker = "edge_of_a_test.chat:fetch"\n')
     with (
         Tunnel(None, certificate, config=config, environment=environment) as tunnel,
         connect_tls(tunnel) as client,
@@ -416,9 +416,9 @@ def test_a_refused_first_worker_and_then_a_valid_one(
     started: Started, origin: RawOrigin, certificate: Certificate
 ) -> None:
     with started(worker("one")) as tunnel:
-        reloaded(tunnel, policy(origin.address, certificate))
+        reloaded(tunnel, config_for(origin.address, certificate))
         written(tunnel, "async def fetch(r, e): ...\nasync def setup(c):\n    raise ValueError\n")
-        with_one = policy(origin.address, certificate, site=FETCH)
+        with_one = config_for(origin.address, certificate, site=FETCH)
         line = not_reloaded(tunnel, with_one)
         assert "ValueError" in line
         written(tunnel, worker("two"))

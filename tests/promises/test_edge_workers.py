@@ -27,7 +27,7 @@ from tests.harness import (
 )
 from tests.pki import Authority, cert_pem
 from tests.promises.edged import BY_PATH, asked, edged, told
-from tests.promises.firewalled import Stage
+from tests.promises.firewalled import Servers
 from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, record_of
 from tests.promises.wire import parse_response, read_until_end, send_request
 from tlstunnel.sockets.proxy_protocol import write_v2
@@ -153,7 +153,7 @@ def other() -> Iterator[ScriptedOrigin]:
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, tuple[Path, Path]]) -> Iterator[Stage]:
+def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, tuple[Path, Path]]) -> Iterator[Servers]:
     site = (
         f'http = "pass"\nworker_config = {{ other = "{other.address}" }}\nblock_addresses = ["127.0.0.66"]\n'
         f'client_ca = "{people[0]}"\nclient_auth = "request"\n'
@@ -169,7 +169,7 @@ def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, t
 # --- its place --------------------------------------------------------------------------------------------------------
 
 
-def test_the_worker_is_not_called_for_what_the_firewall_refuses(stage: Stage) -> None:
+def test_the_worker_is_not_called_for_what_the_firewall_refuses(stage: Servers) -> None:
     """Rules, rate limits, malformed requests and unknown hosts are refused before it."""
     assert asked(stage, "/asis/limited").status == 101
     refused = [
@@ -186,7 +186,7 @@ def test_the_worker_is_not_called_for_what_the_firewall_refuses(stage: Stage) ->
     assert not {outcome.record["id"] for _, outcome in refused}.intersection(met)
 
 
-def test_a_refused_request_reaches_no_origin(stage: Stage, other: ScriptedOrigin) -> None:
+def test_a_refused_request_reaches_no_origin(stage: Servers, other: ScriptedOrigin) -> None:
     """`asked` sees that the site's origin was not connected to; here also the other's."""
     traffic = other.play(switching_protocols)
     outcome = asked(stage, "/refused?status=401")
@@ -195,14 +195,14 @@ def test_a_refused_request_reaches_no_origin(stage: Stage, other: ScriptedOrigin
     assert traffic.connections == 0
 
 
-def test_it_is_called_once_per_request(stage: Stage) -> None:
+def test_it_is_called_once_per_request(stage: Servers) -> None:
     before = told(stage, "/seen")
     record = asked(stage, "/asis").record
     after = told(stage, "/seen")
     assert after[len(before) : -1] == [record["id"]]
 
 
-def test_it_is_not_called_for_plain_requests(stage: Stage) -> None:
+def test_it_is_not_called_for_plain_requests(stage: Servers) -> None:
     """`http = "pass"`: it is for the upgrade alone."""
     origin, tunnel = stage
     before = told(stage, "/seen")
@@ -231,7 +231,7 @@ SENT = (
 )
 
 
-def test_a_request_forwarded_unchanged(stage: Stage) -> None:
+def test_a_request_forwarded_unchanged(stage: Servers) -> None:
     """Byte by byte what the origin of a site without a worker gets."""
     outcome = asked(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
@@ -258,7 +258,7 @@ def test_a_request_forwarded_unchanged(stage: Stage) -> None:
     assert outcome.record["edge"] == "forwarded"
 
 
-def test_a_request_forwarded_with_changes(stage: Stage) -> None:
+def test_a_request_forwarded_with_changes(stage: Servers) -> None:
     """Byte by byte: what it sets takes the place of the client's, in the spelling with an underscore too."""
     outcome = asked(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
@@ -282,7 +282,7 @@ def test_a_request_forwarded_with_changes(stage: Stage) -> None:
     assert outcome.record["path"] == "/changed"
 
 
-def test_a_request_forwarded_to_another_origin(stage: Stage, other: ScriptedOrigin) -> None:
+def test_a_request_forwarded_to_another_origin(stage: Servers, other: ScriptedOrigin) -> None:
     """To a declared origin of its choice, here that of a route."""
     origin, tunnel = stage
     mine, its = origin.play(switching_protocols), other.play(switching_protocols)
@@ -293,7 +293,7 @@ def test_a_request_forwarded_to_another_origin(stage: Stage, other: ScriptedOrig
     assert (mine.connections, its.connections) == (0, 1)
 
 
-def test_the_changed_path_selects_the_route(stage: Stage, other: ScriptedOrigin) -> None:
+def test_the_changed_path_selects_the_route(stage: Servers, other: ScriptedOrigin) -> None:
     _, tunnel = stage
     its = other.play(switching_protocols)
     with connect_tls(tunnel) as client:
@@ -305,7 +305,7 @@ def test_the_changed_path_selects_the_route(stage: Stage, other: ScriptedOrigin)
 @pytest.mark.parametrize(
     ("status", "phrase"), [(302, "Found"), (401, "Unauthorized"), (499, "Refused"), (599, "Refused")]
 )
-def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None:
+def test_its_reply_arrives_whole(stage: Servers, status: int, phrase: str) -> None:
     answer = send_request(stage[1], handshake_request(f"/refused?status={status}"))
     head, _, body = answer.raw.partition(b"\r\n\r\n")
     assert head.decode().split("\r\n") == [
@@ -321,7 +321,7 @@ def test_its_reply_arrives_whole(stage: Stage, status: int, phrase: str) -> None
     assert body == "sign in first: ü\n".encode()
 
 
-def test_a_reply_of_bytes_and_one_without_a_body(stage: Stage) -> None:
+def test_a_reply_of_bytes_and_one_without_a_body(stage: Servers) -> None:
     picture = send_request(stage[1], handshake_request("/picture"))
     assert (picture.status, picture.body) == (403, b"\x00\xff\r\n\r\n")
     assert picture.headers.get_all("Content-Type") == ["image/png"]
@@ -334,7 +334,7 @@ def test_a_reply_of_bytes_and_one_without_a_body(stage: Stage) -> None:
 # --- what it is told --------------------------------------------------------------------------------------------------
 
 
-def test_the_request_as_the_client_sent_it(stage: Stage) -> None:
+def test_the_request_as_the_client_sent_it(stage: Servers) -> None:
     """Repeated fields are kept, names are found in any case, and what the firewall compares is what it sees."""
     cookies = [("Cookie", 'sid="5"; b=2'), ("Cookie", "sid=6")]
     sent = [("X-User", "a"), ("x-user", "b"), *cookies, ("Sec-WebSocket-Protocol", "v1, v2"), ("X-Bytes", "J\xfcrgen")]
@@ -352,7 +352,7 @@ def test_the_request_as_the_client_sent_it(stage: Stage) -> None:
     assert set(found["env"]) == {"other"}
 
 
-def test_the_client_behind_a_proxy_and_without_one(stage: Stage) -> None:
+def test_the_client_behind_a_proxy_and_without_one(stage: Servers) -> None:
     """The address that the log has and the lists mean: of a proxy that is trusted, what it says."""
     said = [("X-Forwarded-For", "198.51.100.7")]
     assert told(stage, "/facts", said, ip=PROXY)["client_address"] == "198.51.100.7"
@@ -368,7 +368,7 @@ def test_the_client_that_a_proxy_header_names(certificate: Certificate) -> None:
             assert json.loads(parse_response(read_until_end(client)).body)["client_address"] == "2001:db8::7"
 
 
-def test_its_id_is_that_of_the_record_and_the_origin(stage: Stage) -> None:
+def test_its_id_is_that_of_the_record_and_the_origin(stage: Servers) -> None:
     """A trusted proxy's id, where it gives one; otherwise the tunnel's own."""
     outcome = asked(stage, "/facts")
     assert json.loads(outcome.body)["id"] == outcome.record["id"] == outcome.headers["X-Request-Id"]
@@ -381,7 +381,7 @@ def test_its_id_is_that_of_the_record_and_the_origin(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_the_clients_tls(stage: Stage, version: ssl.TLSVersion) -> None:
+def test_the_clients_tls(stage: Servers, version: ssl.TLSVersion) -> None:
     context = client_context(stage[1])
     context.minimum_version = context.maximum_version = version
     outcome = asked(stage, "/facts", context=context)
@@ -392,7 +392,7 @@ def test_the_clients_tls(stage: Stage, version: ssl.TLSVersion) -> None:
     assert len(ja4.split("_")) == 3
 
 
-def test_the_clients_certificate(stage: Stage, people: tuple[Path, tuple[Path, Path]]) -> None:
+def test_the_clients_certificate(stage: Servers, people: tuple[Path, tuple[Path, Path]]) -> None:
     """Subject and DER of the one that was verified; None where the client shows none."""
     assert told(stage, "/facts")["certificate"] is None
     context = client_context(stage[1])
@@ -422,7 +422,7 @@ def test_a_token_in_a_subprotocol_is_removed(certificate: Certificate) -> None:
 
 
 @pytest.mark.parametrize(("chosen", "status"), [("chat", 101), ("token", 502)])
-def test_an_origin_cannot_choose_a_removed_subprotocol(stage: Stage, chosen: str, status: int) -> None:
+def test_an_origin_cannot_choose_a_removed_subprotocol(stage: Servers, chosen: str, status: int) -> None:
     origin, tunnel = stage
     origin.play(lambda request: switching_protocols(request, [("Sec-WebSocket-Protocol", chosen)]))
     with connect_tls(tunnel) as client:
@@ -432,7 +432,7 @@ def test_an_origin_cannot_choose_a_removed_subprotocol(stage: Stage, chosen: str
 # --- what it cannot ---------------------------------------------------------------------------------------------------
 
 
-def test_it_never_sees_bytes_after_the_request(stage: Stage) -> None:
+def test_it_never_sees_bytes_after_the_request(stage: Servers) -> None:
     """Nothing that can be reached from the request holds it, and it arrives at the origin alone, after the 101."""
     origin, tunnel = stage
     traffic = origin.play(switching_protocols, then="end")
@@ -446,7 +446,7 @@ def test_it_never_sees_bytes_after_the_request(stage: Stage) -> None:
     assert b"/internal/secrets" not in traffic.heads[0]
 
 
-def test_bytes_after_a_refused_request_are_discarded(stage: Stage) -> None:
+def test_bytes_after_a_refused_request_are_discarded(stage: Servers) -> None:
     outcome = asked(stage, request=handshake_request("/everything?refuse") + SMUGGLED)
     assert outcome.status == 400
     assert "/internal/secrets" not in outcome.body

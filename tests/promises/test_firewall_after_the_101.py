@@ -22,7 +22,7 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
-from tests.promises.firewalled import connect_from, helpers, judged, policed
+from tests.promises.firewalled import connect_from, helpers, try_handshake, tunnel_to
 from tests.promises.scripted_origin import ScriptedOrigin
 
 TOP = """
@@ -77,7 +77,7 @@ PAYLOAD = _payload()
 
 
 @pytest.fixture
-def stage(certificate: Certificate) -> Iterator[tuple[Tunnel, list[bytes]]]:
+def servers(certificate: Certificate) -> Iterator[tuple[Tunnel, list[bytes]]]:
     """With an origin that sends the payload, keeps as many bytes of what it receives, and ends."""
     require_crs()
     received: list[bytes] = []
@@ -90,15 +90,15 @@ def stage(certificate: Certificate) -> Iterator[tuple[Tunnel, list[bytes]]]:
         received.append(request.leftover + receive_exactly(sock, rest))
         sending.join(TIMEOUT)
 
-    with RawOrigin(handle) as origin, policed(origin.address, certificate, top=TOP, site=SITE) as tunnel:
+    with RawOrigin(handle) as origin, tunnel_to(origin.address, certificate, top=TOP, site=SITE) as tunnel:
         yield tunnel, received
 
 
-def test_a_payload_that_every_stage_would_refuse_passes_byte_for_byte(
-    stage: tuple[Tunnel, list[bytes]],
+def test_payload_that_every_check_would_refuse_passes_unchanged(
+    servers: tuple[Tunnel, list[bytes]],
 ) -> None:
     """With the evaluating process stopped from the 101 on: whoever asked it would wait, and say so."""
-    tunnel, received = stage
+    tunnel, received = servers
     with connect_from(tunnel, "127.0.0.1") as client:
         answer = upgrade(client, "/chat", [("Origin", "https://localhost")])
         assert answer.status == 101
@@ -123,10 +123,10 @@ def _says_nothing(tunnel: Tunnel) -> None:
     assert not {"rule", "logged", "managed_rules", "detail"} & record.keys()
 
 
-def test_what_comes_behind_the_handshake_in_one_write_is_not_looked_at_either(certificate: Certificate) -> None:
+def test_data_in_the_same_write_as_the_handshake_is_not_inspected(certificate: Certificate) -> None:
     """It waits beside the request until the 101; nobody takes it for a part of it."""
     early = _attacks()[:8000]
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=TOP) as tunnel:
         traffic = origin.play(switching_protocols)
         with connect_from(tunnel, "127.0.0.1") as client:
             client.sendall(handshake_request("/chat") + early)
@@ -137,10 +137,10 @@ def test_what_comes_behind_the_handshake_in_one_write_is_not_looked_at_either(ce
         _says_nothing(tunnel)
 
 
-def test_a_second_request_in_a_tunnel_is_bytes(certificate: Certificate) -> None:
+def test_second_request_in_a_tunnel_is_not_inspected(certificate: Certificate) -> None:
     """Neither counted by the limits, of which the first was the last, nor judged, nor made anybody else's."""
     second = handshake_request("/admin?x=1'%20OR%20'1'='1", headers=[("X-Forwarded-For", "203.0.113.1")])
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=TOP) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=TOP) as tunnel:
         traffic = origin.play(switching_protocols)
         with connect_from(tunnel, "127.0.0.1") as client:
             assert upgrade(client, "/chat").status == 101
@@ -149,5 +149,5 @@ def test_a_second_request_in_a_tunnel_is_bytes(certificate: Certificate) -> None
         traffic.record(tunnel)
         _says_nothing(tunnel)
         # The policy does bite where it is asked.
-        assert judged((origin, tunnel), "/chat").reason == "rate limit: one"
-        assert judged((origin, tunnel), "/admin").reason == "rule: everything but the handshake"
+        assert try_handshake((origin, tunnel), "/chat").reason == "rate limit: one"
+        assert try_handshake((origin, tunnel), "/admin").reason == "rule: everything but the handshake"

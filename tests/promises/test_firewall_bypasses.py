@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import Certificate, handshake_request
-from tests.promises.firewalled import Outcome, Stage, judged, policed
+from tests.promises.firewalled import Outcome, Servers, try_handshake, tunnel_to
 from tests.promises.scripted_origin import ScriptedOrigin
 
 SITE = """
@@ -52,16 +52,16 @@ action = "block"
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate) -> Iterator[Stage]:
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=SITE) as tunnel:
+def servers(certificate: Certificate) -> Iterator[Servers]:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=SITE) as tunnel:
         yield origin, tunnel
 
 
 @pytest.fixture(scope="module")
-def lenient(certificate: Certificate) -> Iterator[Stage]:
+def lenient(certificate: Certificate) -> Iterator[Servers]:
     with (
         ScriptedOrigin() as origin,
-        policed(origin.address, certificate, site=f"strict_path = false\n{SITE}") as tunnel,
+        tunnel_to(origin.address, certificate, site=f"strict_path = false\n{SITE}") as tunnel,
     ):
         yield origin, tunnel
 
@@ -101,13 +101,13 @@ ADMIN = [
 
 
 @pytest.mark.parametrize("target", ADMIN)
-def test_a_path_is_seen_however_it_is_written(stage: Stage, target: str) -> None:
-    _seen(judged(stage, target), "admin")
+def test_every_spelling_of_a_path_is_matched(servers: Servers, target: str) -> None:
+    _seen(try_handshake(servers, target), "admin")
 
 
 @pytest.mark.parametrize("target", ["/intern", "/INTERN", "/InTeRn/x", "/%49ntern", "/x/../%69NTERN", "//iNTERN"])
-def test_a_rule_that_lowers_sees_every_case(stage: Stage, target: str) -> None:
-    _seen(judged(stage, target), "intern")
+def test_rule_with_lower_matches_every_case(servers: Servers, target: str) -> None:
+    _seen(try_handshake(servers, target), "intern")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_a_rule_that_lowers_sees_every_case(stage: Stage, target: str) -> None:
         "/?q=union",
     ],
 )
-def test_another_path_passes_and_the_origin_gets_it_as_it_was_sent(stage: Stage, target: str) -> None:
-    outcome = judged(stage, target)
+def test_other_paths_pass_unchanged(servers: Servers, target: str) -> None:
+    outcome = try_handshake(servers, target)
     assert (outcome.status, outcome.target) == (101, target.encode())
 
 
@@ -173,14 +173,14 @@ AMBIGUOUS = [
 
 
 @pytest.mark.parametrize("target", AMBIGUOUS)
-def test_what_can_be_read_in_two_ways_is_a_400(stage: Stage, target: str) -> None:
-    outcome = judged(stage, target)
+def test_ambiguous_target_is_a_400(servers: Servers, target: str) -> None:
+    outcome = try_handshake(servers, target)
     assert (outcome.status, outcome.reason) == (400, "ambiguous target")
 
 
 @pytest.mark.parametrize("target", ["/x\\admin", "\\admin", "/adm\0in", "/adm\xedn", "/ad\tmin", "/ad min", "admin"])
-def test_what_no_target_may_hold_is_a_400(stage: Stage, target: str) -> None:
-    outcome = judged(stage, target)
+def test_invalid_target_is_a_400(servers: Servers, target: str) -> None:
+    outcome = try_handshake(servers, target)
     assert outcome.status == 400
 
 
@@ -202,8 +202,8 @@ def test_what_no_target_may_hold_is_a_400(stage: Stage, target: str) -> None:
         ("/a%2fb/%c3%a4%ff%zz%?q=%00%ff", ""),
     ],
 )
-def test_without_strict_path_it_is_decoded_once_and_sent_on_as_it_is(lenient: Stage, target: str, rule: str) -> None:
-    outcome = judged(lenient, target)
+def test_without_strict_path_decoded_once_and_sent_unchanged(lenient: Servers, target: str, rule: str) -> None:
+    outcome = try_handshake(lenient, target)
     if rule:
         _seen(outcome, rule)
     else:
@@ -228,18 +228,18 @@ def test_without_strict_path_it_is_decoded_once_and_sent_on_as_it_is(lenient: St
         "q=a&q=b&%71=c+Union+Select+d",
     ],
 )
-def test_a_value_of_the_query_is_seen_however_it_is_written(stage: Stage, query: str) -> None:
-    outcome = judged(stage, f"/chat?{query}")
+def test_every_spelling_of_a_query_value_is_matched(servers: Servers, query: str) -> None:
+    outcome = try_handshake(servers, f"/chat?{query}")
     if " " in query:
         assert outcome.status == 400
     else:
         _seen(outcome, "query")
 
 
-def test_more_values_than_rules_run_over_are_refused_and_not_left_out(stage: Stage) -> None:
+def test_too_many_values_are_refused_and_not_ignored(servers: Servers) -> None:
     """127 in front of the one that is meant are seen through; more are a 400."""
-    _seen(judged(stage, "/chat?" + "q=x&" * 127 + "q=union+select"), "query")
-    outcome = judged(stage, "/chat?" + "q=x&" * 128 + "q=union+select")
+    _seen(try_handshake(servers, "/chat?" + "q=x&" * 127 + "q=union+select"), "query")
+    outcome = try_handshake(servers, "/chat?" + "q=x&" * 128 + "q=union+select")
     assert (outcome.status, outcome.reason) == (400, "too many query values")
 
 
@@ -266,20 +266,20 @@ def test_more_values_than_rules_run_over_are_refused_and_not_left_out(stage: Sta
         ([("Cookie", "role=admin; role=user")], "cookie"),
     ],
 )
-def test_a_field_is_seen_however_it_is_written(stage: Stage, headers: list[tuple[str, str]], rule: str) -> None:
-    _seen(judged(stage, headers=headers), rule)
+def test_every_spelling_of_a_field_is_matched(servers: Servers, headers: list[tuple[str, str]], rule: str) -> None:
+    _seen(try_handshake(servers, headers=headers), rule)
 
 
-def test_a_right_key_beside_a_wrong_one_is_not_the_right_key(stage: Stage) -> None:
+def test_correct_key_next_to_a_wrong_one_is_refused(servers: Servers) -> None:
     """Of a field that stands twice the values are joined: a rule and an origin cannot each pick their own."""
-    assert judged(stage, "/keyed", [("X-Key", "sesame")]).status == 101
+    assert try_handshake(servers, "/keyed", [("X-Key", "sesame")]).status == 101
     for headers in (
         [],
         [("X-Key", "sesame"), ("X-Key", "wrong")],
         [("X-Key", "wrong"), ("X-Key", "sesame")],
         [("X-Key", "sesame"), ("x-key", "")],
     ):
-        _seen(judged(stage, "/keyed", headers), "no key")
+        _seen(try_handshake(servers, "/keyed", headers), "no key")
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,8 @@ def test_a_right_key_beside_a_wrong_one_is_not_the_right_key(stage: Stage) -> No
     ],
     ids=str,
 )
-def test_no_other_origin_looks_like_ours(stage: Stage, headers: list[tuple[str, str]]) -> None:
-    outcome = judged(stage, headers=headers)
+def test_no_other_web_origin_passes(servers: Servers, headers: list[tuple[str, str]]) -> None:
+    outcome = try_handshake(servers, headers=headers)
     assert (outcome.status, outcome.reason) == (403, "web origin not allowed")
 
 
@@ -327,21 +327,21 @@ def test_no_other_origin_looks_like_ours(stage: Stage, headers: list[tuple[str, 
         b"Transfer-Encoding: chunked\r\n",
     ],
 )
-def test_a_field_that_others_would_read_otherwise_is_a_400(stage: Stage, fields: bytes) -> None:
+def test_ambiguous_field_is_a_400(servers: Servers, fields: bytes) -> None:
     whole = handshake_request("/chat")
-    outcome = judged(stage, request=whole[:-2] + fields + b"\r\n")
+    outcome = try_handshake(servers, request=whole[:-2] + fields + b"\r\n")
     assert outcome.status == 400
 
 
-def test_bytes_that_are_no_text_hide_nothing(stage: Stage) -> None:
-    _seen(judged(stage, headers=[("X-Role", "\xff\xfe\x80admin\xc0")]), "role")
-    _seen(judged(stage, headers=[("User-Agent", "\xed\xa0\x80SQLMAP")]), "agent")
+def test_invalid_utf_8_hides_nothing(servers: Servers) -> None:
+    _seen(try_handshake(servers, headers=[("X-Role", "\xff\xfe\x80admin\xc0")]), "role")
+    _seen(try_handshake(servers, headers=[("User-Agent", "\xed\xa0\x80SQLMAP")]), "agent")
 
 
-def test_more_cookies_or_offers_than_are_looked_at_are_refused(stage: Stage) -> None:
+def test_too_many_cookies_or_offers_are_refused(servers: Servers) -> None:
     many = "; ".join(f"c{number}=" for number in range(199))
-    _seen(judged(stage, headers=[("Cookie", f"{many}; role=admin")]), "cookie")
-    outcome = judged(stage, headers=[("Cookie", f"{many}; x=y; role=admin")])
+    _seen(try_handshake(servers, headers=[("Cookie", f"{many}; role=admin")]), "cookie")
+    outcome = try_handshake(servers, headers=[("Cookie", f"{many}; x=y; role=admin")])
     assert (outcome.status, outcome.reason) == (400, "too many cookies")
-    outcome = judged(stage, headers=[("Sec-WebSocket-Protocol", ",".join(["a"] * 65))])
+    outcome = try_handshake(servers, headers=[("Sec-WebSocket-Protocol", ",".join(["a"] * 65))])
     assert (outcome.status, outcome.reason) == (400, "too many elements")

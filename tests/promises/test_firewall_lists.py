@@ -15,7 +15,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import connect_from, policed
+from tests.promises.firewalled import connect_from, tunnel_to
 from tests.promises.wire import read_until_end
 
 STRANGER = "127.0.0.7"
@@ -52,7 +52,7 @@ def tunnel(certificate: Certificate, file: Path, closed: Path) -> Iterator[Tunne
     )
     with (
         WebsocketsOrigin() as origin,
-        policed(origin.address, certificate, top=TOP.format(file=file, closed=closed, more=""), site=site) as tunnel,
+        tunnel_to(origin.address, certificate, top=TOP.format(file=file, closed=closed, more=""), site=site) as tunnel,
     ):
         yield tunnel
 
@@ -65,7 +65,7 @@ def _status(tunnel: Tunnel, path: str = "/", ip: str = STRANGER) -> int:
         return status
 
 
-def test_a_list_that_changes_is_followed_and_the_tunnels_stay(tunnel: Tunnel, file: Path, closed: Path) -> None:
+def test_changed_list_applies_and_tunnels_stay(tunnel: Tunnel, file: Path, closed: Path) -> None:
     with connect_from(tunnel, STRANGER) as client:
         assert upgrade(client).status == 101
         _write(file, f"# bad hosts\n{STRANGER}/32\n")
@@ -82,7 +82,7 @@ def test_a_list_that_changes_is_followed_and_the_tunnels_stay(tunnel: Tunnel, fi
 
 
 @pytest.mark.parametrize("how", ["words", "gone"])
-def test_a_list_that_breaks_stays_as_it_was_and_is_told(tunnel: Tunnel, file: Path, how: str) -> None:
+def test_invalid_list_is_unchanged_and_reported(tunnel: Tunnel, file: Path, how: str) -> None:
     _write(file, f"{STRANGER}\n")
     eventually(lambda: _status(tunnel) == 403)
     if how == "words":
@@ -100,7 +100,7 @@ def test_a_list_that_breaks_stays_as_it_was_and_is_told(tunnel: Tunnel, file: Pa
 
 def test_the_list_of_all_sites_acts_at_accept(certificate: Certificate, file: Path, closed: Path) -> None:
     top = TOP.format(file=file, closed=closed, more='block_addresses = ["@botnets"]')
-    with WebsocketsOrigin() as origin, policed(origin.address, certificate, top=top) as tunnel:
+    with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, top=top) as tunnel:
         with connect_tls(tunnel) as client:
             assert upgrade(client).status == 101
         _write(file, f"{STRANGER}\n")

@@ -25,7 +25,15 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import Outcome, Stage, helpers, judged, policed, policy, write_rules
+from tests.promises.firewalled import (
+    Outcome,
+    Servers,
+    config_for,
+    helpers,
+    try_handshake,
+    tunnel_to,
+    write_rules,
+)
 from tests.promises.scripted_origin import ScriptedOrigin
 from tlstunnel.firewall.managed.categories import name_category
 
@@ -41,9 +49,9 @@ def _head(sample: Sample) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate) -> Iterator[Stage]:
+def servers(certificate: Certificate) -> Iterator[Servers]:
     require_crs()
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=CRS) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=CRS) as tunnel:
         yield origin, tunnel
 
 
@@ -56,8 +64,8 @@ def _each_category() -> list[Sample]:
 
 
 @pytest.mark.parametrize("attack", _each_category(), ids=lambda attack: attack.name)
-def test_an_attack_is_refused_and_its_rules_are_in_the_record(stage: Stage, attack: Sample) -> None:
-    outcome = judged(stage, request=_head(attack))
+def test_an_attack_is_refused_and_its_rules_are_in_the_record(servers: Servers, attack: Sample) -> None:
+    outcome = try_handshake(servers, request=_head(attack))
     assert (outcome.status, outcome.reason) == (403, "managed rules")
     managed = outcome.record["managed_rules"]
     assert managed["score"] >= 5
@@ -66,8 +74,8 @@ def test_an_attack_is_refused_and_its_rules_are_in_the_record(stage: Stage, atta
 
 
 @pytest.mark.parametrize("sample", corpus.handshakes()[::5], ids=lambda sample: sample.name)
-def test_an_ordinary_handshake_passes(stage: Stage, sample: Sample) -> None:
-    origin, tunnel = stage
+def test_an_ordinary_handshake_passes(servers: Servers, sample: Sample) -> None:
+    origin, tunnel = servers
     traffic = origin.play(lambda _: b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", then="end")
     with connect_tls(tunnel) as client:
         client.sendall(_head(sample))
@@ -77,25 +85,25 @@ def test_an_ordinary_handshake_passes(stage: Stage, sample: Sample) -> None:
 
 
 @contextlib.contextmanager
-def _with_own_rules(certificate: Certificate, folder: Path, more: str) -> Iterator[Stage]:
+def _with_own_rules(certificate: Certificate, folder: Path, more: str) -> Iterator[Servers]:
     require_libmodsecurity()
     site = f'[sites.managed_rules]\nrules = "{write_rules(folder)}"\n{more}'
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
         yield origin, tunnel
 
 
-def _refused(stage: Stage) -> Outcome:
-    outcome = judged(stage, "/?x=bad")
+def _refused(servers: Servers) -> Outcome:
+    outcome = try_handshake(servers, "/?x=bad")
     assert outcome.reason == "managed rules"
     return outcome
 
 
-def test_a_helper_that_is_killed_is_replaced_and_tunnels_live_on(certificate: Certificate, tmp_path: Path) -> None:
+def test_killed_helper_is_replaced_and_tunnels_stay_open(certificate: Certificate, tmp_path: Path) -> None:
     require_libmodsecurity()
     site = f'[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\ntimeout = "10s"\n'
     with (
         WebsocketsOrigin() as origin,
-        policed(origin.address, certificate, site=site) as tunnel,
+        tunnel_to(origin.address, certificate, site=site) as tunnel,
         connect_tls(tunnel) as client,
         ScriptedOrigin() as other,
     ):
@@ -110,8 +118,8 @@ def test_a_helper_that_is_killed_is_replaced_and_tunnels_live_on(certificate: Ce
         _echoes(client)
 
 
-def _judged_by_rules(stage: Stage) -> Outcome | None:
-    outcome = judged(stage, "/?x=bad")
+def _judged_by_rules(servers: Servers) -> Outcome | None:
+    outcome = try_handshake(servers, "/?x=bad")
     if outcome.reason == "managed rules":
         return outcome
     assert outcome.record["managed_rules"]["failure"] == "helper died"
@@ -129,38 +137,36 @@ def test_a_helper_that_hangs_costs_a_request_its_deadline_at_most(
     certificate: Certificate, tmp_path: Path, on_failure: str, status: int
 ) -> None:
     more = f'timeout = "250ms"\non_failure = "{on_failure}"\n'
-    with _with_own_rules(certificate, tmp_path, more) as stage:
-        assert judged(stage, "/?x=good").status == 101
-        (pid,) = helpers(stage[1])
+    with _with_own_rules(certificate, tmp_path, more) as servers:
+        assert try_handshake(servers, "/?x=good").status == 101
+        (pid,) = helpers(servers[1])
         os.kill(pid, signal.SIGSTOP)
         asked = time.monotonic()
-        outcome = judged(stage, "/?x=bad", ip="127.0.0.9")
+        outcome = try_handshake(servers, "/?x=bad", ip="127.0.0.9")
         assert outcome.status == status
         # The deadline, and that the helper is noticed; the rest is for a busy machine.
         assert time.monotonic() - asked < 5
         assert outcome.record["managed_rules"]["failure"] in {"late", "waited too long"}
         # Killed and replaced.
-        eventually(lambda: pid not in helpers(stage[1]))
-        assert _refused(stage).status == 403
+        eventually(lambda: pid not in helpers(servers[1]))
+        assert _refused(servers).status == 403
 
 
-def test_an_address_that_was_late_is_not_evaluated_again_for_a_while(certificate: Certificate, tmp_path: Path) -> None:
-    with _with_own_rules(certificate, tmp_path, 'timeout = "250ms"\n') as stage:
-        (pid,) = eventually(lambda: helpers(stage[1]))
+def test_address_that_missed_the_deadline_is_skipped_for_a_while(certificate: Certificate, tmp_path: Path) -> None:
+    with _with_own_rules(certificate, tmp_path, 'timeout = "250ms"\n') as servers:
+        (pid,) = eventually(lambda: helpers(servers[1]))
         os.kill(pid, signal.SIGSTOP)
-        late = judged(stage, "/?x=good", ip="127.0.0.9")
+        late = try_handshake(servers, "/?x=good", ip="127.0.0.9")
         assert late.status == 503
         if late.record["managed_rules"]["failure"] == "late":
-            again = judged(stage, "/?x=good", ip="127.0.0.9")
+            again = try_handshake(servers, "/?x=good", ip="127.0.0.9")
             assert (again.status, again.record["managed_rules"]["failure"]) == (503, "late before")
-        assert judged(stage, "/?x=good", ip="127.0.0.10").status == 101
+        assert try_handshake(servers, "/?x=good", ip="127.0.0.10").status == 101
 
 
-def test_rules_that_are_not_there_refuse_the_start_and_name_the_packages(
-    certificate: Certificate, tmp_path: Path
-) -> None:
+def test_missing_rules_prevent_the_start_and_name_the_packages(certificate: Certificate, tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
-    file.write_text(policy("localhost:1", certificate, site=CRS + 'crs = "/nowhere"\n'))
+    file.write_text(config_for("localhost:1", certificate, site=CRS + 'crs = "/nowhere"\n'))
     done = subprocess.run(
         [*PROGRAM, "start", "--config", str(file)],
         env=child_environment(),
@@ -182,7 +188,7 @@ def test_no_helper_is_left_behind(certificate: Certificate, tmp_path: Path) -> N
     require_libmodsecurity()
     site = f'[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\n'
     with ScriptedOrigin() as origin:
-        tunnel: Tunnel = policed(origin.address, certificate, site=site)
+        tunnel: Tunnel = tunnel_to(origin.address, certificate, site=site)
         with tunnel:
             (pid,) = eventually(lambda: helpers(tunnel))
         eventually(lambda: not Path(f"/proc/{pid}").exists())

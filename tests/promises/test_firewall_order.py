@@ -9,7 +9,7 @@ import pytest
 
 from tests.corpus.managed_rules import require_libmodsecurity
 from tests.harness import TIMEOUT, Certificate, Tunnel
-from tests.promises.firewalled import Outcome, Stage, judged, policed, write_rules
+from tests.promises.firewalled import Outcome, Servers, try_handshake, tunnel_to, write_rules
 from tests.promises.scripted_origin import ScriptedOrigin
 
 BLOCKED_BY_ALL, BLOCKED_BY_THE_SITE, UNTRUSTED, PROXY = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"
@@ -93,13 +93,13 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage(certificate: Certificate, rules: Path) -> Iterator[Stage]:
+def servers(certificate: Certificate, rules: Path) -> Iterator[Servers]:
     """With a user who has had all of the day's tunnels."""
     with (
         ScriptedOrigin() as origin,
-        policed(origin.address, certificate, top=TOP, site=SITE.replace("{rules}", str(rules))) as tunnel,
+        tunnel_to(origin.address, certificate, top=TOP, site=SITE.replace("{rules}", str(rules))) as tunnel,
     ):
-        assert judged((origin, tunnel), headers=[SPENT]).status == 101
+        assert try_handshake((origin, tunnel), headers=[SPENT]).status == 101
         yield origin, tunnel
 
 
@@ -122,81 +122,81 @@ OFFENCES: dict[str, tuple[int, str]] = {
 """What is wrong with a request, in the order of the stages that see it, and their answers."""
 
 
-def _offending(stage: Stage, offences: list[str]) -> Outcome:
+def _offending(servers: Servers, offences: list[str]) -> Outcome:
     """Ask with all of these wrong."""
     headers = [SPENT] if "rate limits" in offences else []
     headers += [("Origin", "https://evil.example")] if "origin" in offences else []
     target = ("/admin" if "rules" in offences else "/chat") + ("?x=bad" if "managed rules" in offences else "?x=good")
-    return judged(stage, target, headers, ip=BLOCKED_BY_THE_SITE if "addresses" in offences else "127.0.0.1")
+    return try_handshake(servers, target, headers, ip=BLOCKED_BY_THE_SITE if "addresses" in offences else "127.0.0.1")
 
 
 @pytest.mark.parametrize("offence", OFFENCES)
-def test_what_every_stage_would_refuse_is_refused_by_the_first(stage: Stage, offence: str) -> None:
+def test_first_check_that_refuses_decides(servers: Servers, offence: str) -> None:
     """Without what the stages before object to: taking one offence away shows the next stage."""
     order = list(OFFENCES)
-    outcome = _offending(stage, order[order.index(offence) :])
+    outcome = _offending(servers, order[order.index(offence) :])
     assert (outcome.status, outcome.reason) == OFFENCES[offence]
 
 
 @pytest.mark.parametrize("offence", OFFENCES)
-def test_each_stage_refuses_alone(stage: Stage, offence: str) -> None:
-    outcome = _offending(stage, [offence])
+def test_each_check_refuses_by_itself(servers: Servers, offence: str) -> None:
+    outcome = _offending(servers, [offence])
     assert (outcome.status, outcome.reason) == OFFENCES[offence]
     assert not any(sent in outcome.body for sent in ("evil", "/admin", "spent", "bad")), "it repeats what was sent"
 
 
-def test_without_an_offence_it_passes(stage: Stage) -> None:
-    outcome = _offending(stage, [])
+def test_without_an_offence_it_passes(servers: Servers) -> None:
+    outcome = _offending(servers, [])
     assert outcome.status == 101
     assert not {"rule", "logged", "managed_rules"} & outcome.record.keys()
 
 
-def test_the_list_of_all_sites_closes_before_tls(stage: Stage) -> None:
+def test_the_list_of_all_sites_closes_before_tls(servers: Servers) -> None:
     """Counted, and a sample of it logged; no record, as there is no request."""
-    _, tunnel = stage
+    _, tunnel = servers
     for _ in range(3):
         _closed_at_accept(tunnel, BLOCKED_BY_ALL)
     line = tunnel.wait_record(lambda record: record["event"] == "not accepted")
     assert (line["reason"], line["client"], line["level"]) == ("address blocked", BLOCKED_BY_ALL, "warning")
-    assert judged(stage).status == 101  # whatever there was to be logged of them has been
+    assert try_handshake(servers).status == 101  # whatever there was to be logged of them has been
     assert len(tunnel.records("not accepted")) == 1
     assert not [record for record in tunnel.records() if record.get("client") == BLOCKED_BY_ALL and record != line]
 
 
-def test_the_detail_of_a_refused_origin_is_in_the_log_and_not_in_the_answer(stage: Stage) -> None:
-    outcome = _offending(stage, ["origin"])
+def test_detail_of_a_refused_web_origin_is_in_the_log_and_not_in_the_response(servers: Servers) -> None:
+    outcome = _offending(servers, ["origin"])
     assert outcome.record["detail"] == "https://evil.example"
     assert "evil" not in outcome.body
 
 
-def test_a_refusal_by_a_rate_limit_says_when_to_come_again(stage: Stage) -> None:
-    headers = _offending(stage, ["rate limits"]).headers
+def test_refusal_by_a_rate_limit_says_when_to_retry(servers: Servers) -> None:
+    headers = _offending(servers, ["rate limits"]).headers
     wait = int(headers["Retry-After"])
     assert 86_000 < wait <= 86_400
     assert headers["RateLimit"] == f'"users";r=0;t={wait}'
     assert headers["RateLimit-Policy"] == '"users";q=1;w=86400'
 
 
-def test_a_refusal_by_managed_rules_names_them_in_the_log(stage: Stage) -> None:
-    outcome = _offending(stage, ["managed rules"])
+def test_a_refusal_by_managed_rules_names_them_in_the_log(servers: Servers) -> None:
+    outcome = _offending(servers, ["managed rules"])
     assert outcome.record["managed_rules"]["matches"] == [{"id": 1001, "message": "bad x"}]
     assert "1001" in outcome.record["detail"]
     assert "1001" not in outcome.body
 
 
-def test_a_request_that_another_stage_refuses_uses_up_no_limit(stage: Stage) -> None:
+def test_request_that_another_check_refuses_uses_up_no_limit(servers: Servers) -> None:
     fresh = ("X-User", "fresh")
     for target, headers in (("/admin", [fresh]), ("/chat", [fresh, ("Origin", "https://evil.example")])):
-        assert judged(stage, target, headers).status == 403
-    assert judged(stage, headers=[fresh]).status == 101
-    assert judged(stage, headers=[fresh]).status == 429
+        assert try_handshake(servers, target, headers).status == 403
+    assert try_handshake(servers, headers=[fresh]).status == 101
+    assert try_handshake(servers, headers=[fresh]).status == 429
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
 
 
-def test_block_has_a_status_and_a_body(stage: Stage) -> None:
-    outcome = judged(stage, "/hidden")
+def test_block_has_a_status_and_a_body(servers: Servers) -> None:
+    outcome = try_handshake(servers, "/hidden")
     assert (outcome.status, outcome.reason, outcome.record["rule"]) == (
         404,
         "rule: admins of the site",
@@ -205,43 +205,43 @@ def test_block_has_a_status_and_a_body(stage: Stage) -> None:
     assert outcome.body.startswith("404 Not Found: there is nothing here\n")
 
 
-def test_rules_of_all_sites_come_before_the_sites_own(stage: Stage) -> None:
-    assert judged(stage, "/admin").reason == "rule: admins of all sites"
+def test_rules_of_all_sites_come_before_the_sites_own(servers: Servers) -> None:
+    assert try_handshake(servers, "/admin").reason == "rule: admins of all sites"
 
 
-def test_log_goes_on(stage: Stage) -> None:
-    outcome = judged(stage, "/chat?note")
+def test_log_continues(servers: Servers) -> None:
+    outcome = try_handshake(servers, "/chat?note")
     assert (outcome.status, outcome.record["logged"]) == (101, ["noted"])
-    outcome = judged(stage, "/chat?note&stranger")
+    outcome = try_handshake(servers, "/chat?note&stranger")
     assert (outcome.reason, outcome.record["logged"]) == ("rule: strangers", ["noted"])
 
 
-def test_allow_ends_the_rules_and_nothing_else(stage: Stage) -> None:
-    assert judged(stage, "/chat?stranger").reason == "rule: strangers"
-    outcome = judged(stage, "/chat?friend&stranger")
+def test_allow_ends_the_rules_and_nothing_else(servers: Servers) -> None:
+    assert try_handshake(servers, "/chat?stranger").reason == "rule: strangers"
+    outcome = try_handshake(servers, "/chat?friend&stranger")
     assert (outcome.status, outcome.record["rule"]) == (101, "friends")
-    assert judged(stage, "/chat?friend", [SPENT]).reason == "rate limit: users"
-    assert judged(stage, "/chat?friend&x=bad").reason == "managed rules"
+    assert try_handshake(servers, "/chat?friend", [SPENT]).reason == "rate limit: users"
+    assert try_handshake(servers, "/chat?friend&x=bad").reason == "managed rules"
 
 
-def test_skip_leaves_out_what_it_names_and_goes_on(stage: Stage) -> None:
-    assert judged(stage, "/chat?free", [SPENT]).status == 101
-    assert judged(stage, "/chat?free&x=bad", [SPENT]).reason == "managed rules"
-    assert judged(stage, "/chat?raw&x=bad").status == 101
-    assert judged(stage, "/chat?raw", [SPENT]).reason == "rate limit: users"
-    assert judged(stage, "/chat?free&raw&x=bad", [SPENT]).status == 101
-    assert judged(stage, "/chat?free&raw&stranger", [SPENT]).reason == "rule: strangers"
+def test_skip_skips_the_named_checks_and_continues(servers: Servers) -> None:
+    assert try_handshake(servers, "/chat?free", [SPENT]).status == 101
+    assert try_handshake(servers, "/chat?free&x=bad", [SPENT]).reason == "managed rules"
+    assert try_handshake(servers, "/chat?raw&x=bad").status == 101
+    assert try_handshake(servers, "/chat?raw", [SPENT]).reason == "rate limit: users"
+    assert try_handshake(servers, "/chat?free&raw&x=bad", [SPENT]).status == 101
+    assert try_handshake(servers, "/chat?free&raw&stranger", [SPENT]).reason == "rule: strangers"
 
 
-def test_a_rule_that_fails_does_not_match_unless_it_is_to_block(stage: Stage) -> None:
+def test_failing_rule_does_not_match_unless_on_error_is_block(servers: Servers) -> None:
     """Of two rules that need the same header, the one that blocks on errors does so; said once, not each time."""
-    _, tunnel = stage
-    assert judged(stage, "/vault", [("X-Key", "sesame")]).status == 101
-    assert judged(stage, "/vault", [("X-Key", "wrong")]).reason == "rule: closed"
+    _, tunnel = servers
+    assert try_handshake(servers, "/vault", [("X-Key", "sesame")]).status == 101
+    assert try_handshake(servers, "/vault", [("X-Key", "wrong")]).reason == "rule: closed"
     for _ in range(3):
-        outcome = judged(stage, "/chat?friend")  # allowed before the rules that would fail
+        outcome = try_handshake(servers, "/chat?friend")  # allowed before the rules that would fail
         assert outcome.status == 101
-        outcome = judged(stage, "/vault")
+        outcome = try_handshake(servers, "/vault")
         assert (outcome.status, outcome.reason) == (403, "rule: closed")
     failed = [record for record in tunnel.records("rule failed") if record["rule"] == "closed"]
     assert len(failed) == 1
@@ -295,15 +295,13 @@ mode = "log"
 """
 
 
-def test_with_mode_log_everywhere_all_passes_and_the_record_says_what_would_not_have(
-    certificate: Certificate, rules: Path
-) -> None:
+def test_mode_log_everywhere_passes_all_and_records_what_would_refuse(certificate: Certificate, rules: Path) -> None:
     site = LOGGED_SITE.replace("{rules}", str(rules))
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=LOGGED_TOP, site=site) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=LOGGED_TOP, site=site) as tunnel:
         headers = [SPENT, ("Origin", "https://evil.example")]
-        first = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
-        again = judged((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
-        clean = judged((origin, tunnel), "/chat?x=good")
+        first = try_handshake((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
+        again = try_handshake((origin, tunnel), "/admin?x=bad", headers, ip=BLOCKED_BY_ALL)
+        clean = try_handshake((origin, tunnel), "/chat?x=good")
         assert not tunnel.records("not accepted")
     assert (first.status, again.status, clean.status) == (101, 101, 101)
     rules_and_before = ["addresses", "web origin", "admins", "skips"]
@@ -336,8 +334,8 @@ when = 'path == "/limited"'
 
 
 @pytest.fixture(scope="module")
-def behind(certificate: Certificate) -> Iterator[Stage]:
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, **BEHIND) as tunnel:
+def behind(certificate: Certificate) -> Iterator[Servers]:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, **BEHIND) as tunnel:
         yield origin, tunnel
 
 
@@ -356,8 +354,8 @@ def behind(certificate: Certificate) -> Iterator[Stage]:
         ("0:0:0:0:0:ffff:192.0.2.66", "rule: one of them"),
     ],
 )
-def test_the_client_behind_a_trusted_proxy_is_judged(behind: Stage, claimed: str, reason: str) -> None:
-    outcome = judged(behind, headers=[("X-Forwarded-For", claimed)], ip=PROXY)
+def test_client_behind_a_trusted_proxy_is_checked(behind: Servers, claimed: str, reason: str) -> None:
+    outcome = try_handshake(behind, headers=[("X-Forwarded-For", claimed)], ip=PROXY)
     if reason:
         assert (outcome.status, outcome.reason) == (403, reason)
     else:
@@ -366,22 +364,22 @@ def test_the_client_behind_a_trusted_proxy_is_judged(behind: Stage, claimed: str
 
 
 @pytest.mark.parametrize("claimed", ["203.0.113.9", "192.0.2.66", "198.51.100.1", "127.0.0.1", "::1", "nonsense", ""])
-def test_what_an_untrusted_client_claims_is_nothing(behind: Stage, claimed: str) -> None:
+def test_claims_of_an_untrusted_client_are_ignored(behind: Servers, claimed: str) -> None:
     """Neither does it get one refused whom it does not name, nor anybody in: the origin is told the real address."""
     headers = [(name, claimed) for name in ("X-Forwarded-For", "X-Real-IP")] + [("Forwarded", f"for={claimed}")]
-    outcome = judged(behind, headers=headers, ip=UNTRUSTED)
+    outcome = try_handshake(behind, headers=headers, ip=UNTRUSTED)
     assert (outcome.status, outcome.record["client"]) == (101, UNTRUSTED)
     assert f"X-Forwarded-For: {UNTRUSTED}\r\n".encode() in outcome.head
     if claimed not in ("", "127.0.0.1"):
         assert claimed.encode() not in outcome.head
     for allowed in ("192.0.2.1", UNTRUSTED):
-        outcome = judged(behind, headers=[("X-Forwarded-For", allowed)], ip="127.0.0.6")
+        outcome = try_handshake(behind, headers=[("X-Forwarded-For", allowed)], ip="127.0.0.6")
         assert (outcome.status, outcome.reason, outcome.record["client"]) == (403, "address not allowed", "127.0.0.6")
 
 
-def test_clients_behind_a_proxy_are_counted_one_by_one(behind: Stage) -> None:
+def test_clients_behind_a_proxy_are_counted_separately(behind: Servers) -> None:
     def asked(client: str, ip: str = PROXY) -> int:
-        return judged(behind, "/limited", [("X-Forwarded-For", client)], ip=ip).status
+        return try_handshake(behind, "/limited", [("X-Forwarded-For", client)], ip=ip).status
 
     assert [asked("192.0.2.7") for _ in range(3)] == [101, 101, 429]
     assert asked("::ffff:192.0.2.7") == 429

@@ -23,7 +23,7 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
-from tests.promises.firewalled import connect_from, judged, policed, write_rules
+from tests.promises.firewalled import connect_from, try_handshake, tunnel_to, write_rules
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
 
@@ -81,7 +81,7 @@ def _asked_at_once(clients: list[ssl.SSLSocket], path: str) -> list[int]:
 def test_of_200_clients_at_once_exactly_30_pass(certificate: Certificate, strategy: str) -> None:
     with (
         RawOrigin(_hold) as origin,
-        policed(origin.address, certificate, site=EXACT) as tunnel,
+        tunnel_to(origin.address, certificate, site=EXACT) as tunnel,
         _connected(tunnel, CLIENTS) as clients,
     ):
         statuses = _asked_at_once(clients, f"/{strategy}")
@@ -112,7 +112,7 @@ def _statuses(tunnel: Tunnel, count: int) -> list[int]:
 
 def test_a_tunnel_that_ends_makes_room_for_exactly_one(certificate: Certificate) -> None:
     """By a proper end of the client's, by a reset, and by the end of the origin's."""
-    with RawOrigin(_hold) as origin, policed(origin.address, certificate, site=TWO) as tunnel:
+    with RawOrigin(_hold) as origin, tunnel_to(origin.address, certificate, site=TWO) as tunnel:
         ended = 0
         for end in (lambda client: client.unwrap(), reset, lambda client: client.close()):
             with _connected(tunnel, 6) as clients:
@@ -133,8 +133,8 @@ def _wait_ended(tunnel: Tunnel, count: int) -> None:
     eventually(lambda: len([r for r in tunnel.records("connection") if r["verdict"] == "pass"]) >= count)
 
 
-def test_other_clients_have_tunnels_of_their_own(certificate: Certificate) -> None:
-    with RawOrigin(_hold) as origin, policed(origin.address, certificate, site=TWO) as tunnel:
+def test_clients_are_counted_separately(certificate: Certificate) -> None:
+    with RawOrigin(_hold) as origin, tunnel_to(origin.address, certificate, site=TWO) as tunnel:
         with contextlib.ExitStack() as stack:
             for ip in ("127.0.0.1", "127.0.0.2"):
                 clients = [stack.enter_context(connect_from(tunnel, ip)) for _ in range(3)]
@@ -142,10 +142,10 @@ def test_other_clients_have_tunnels_of_their_own(certificate: Certificate) -> No
         _wait_ended(tunnel, 4)
 
 
-def test_too_many_tunnels_is_told_as_such(certificate: Certificate) -> None:
+def test_too_many_tunnels_is_reported_as_such(certificate: Certificate) -> None:
     with (
         RawOrigin(_hold) as origin,
-        policed(origin.address, certificate, site=TWO) as tunnel,
+        tunnel_to(origin.address, certificate, site=TWO) as tunnel,
         _connected(tunnel, 3) as clients,
     ):
         assert _asked_at_once(clients[:2], "/") == [101, 101]
@@ -161,7 +161,7 @@ def test_an_origin_that_is_down_keeps_no_tunnel_counted(certificate: Certificate
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # bound and not listening: it refuses
         origin = f"127.0.0.1:{reserved.getsockname()[1]}"
-        with policed(origin, certificate, site=TWO) as tunnel:
+        with tunnel_to(origin, certificate, site=TWO) as tunnel:
             assert _statuses(tunnel, 6) == [502] * 6
             with _connected(tunnel, 4) as clients:  # and none too few: those that wait are counted
                 assert set(_asked_at_once(clients, "/")) <= {502, 429}
@@ -187,7 +187,7 @@ def test_an_origin_that_declines_keeps_no_tunnel_counted(
     certificate: Certificate, handler: "object", status: int
 ) -> None:
     assert callable(handler)
-    with RawOrigin(handler) as origin, policed(origin.address, certificate, site=TWO) as tunnel:
+    with RawOrigin(handler) as origin, tunnel_to(origin.address, certificate, site=TWO) as tunnel:
         assert _statuses(tunnel, 6) == [status] * 6
 
 
@@ -197,11 +197,11 @@ def test_an_origin_that_is_silent_keeps_no_tunnel_counted(certificate: Certifica
             pass
 
     top = '[timeouts]\norigin_response = "150ms"\n'
-    with RawOrigin(silent) as origin, policed(origin.address, certificate, top=top, site=TWO) as tunnel:
+    with RawOrigin(silent) as origin, tunnel_to(origin.address, certificate, top=top, site=TWO) as tunnel:
         assert _statuses(tunnel, 4) == [504] * 4
 
 
-def test_a_client_that_goes_before_the_answer_keeps_no_tunnel_counted(certificate: Certificate) -> None:
+def test_client_that_leaves_before_the_response_keeps_no_tunnel_counted(certificate: Certificate) -> None:
     """It was counted when the origin was asked, and its reset is noticed while the origin says nothing."""
     asked: list[socket.socket] = []
 
@@ -213,7 +213,7 @@ def test_a_client_that_goes_before_the_answer_keeps_no_tunnel_counted(certificat
         while sock.recv(65_536):
             pass
 
-    with RawOrigin(hesitate) as origin, policed(origin.address, certificate, site=TWO) as tunnel:
+    with RawOrigin(hesitate) as origin, tunnel_to(origin.address, certificate, site=TWO) as tunnel:
         for number in range(1, 7):
             client = connect_from(tunnel, "127.0.0.1")
             client.sendall(handshake_request("/impatient"))
@@ -227,45 +227,45 @@ def test_a_client_that_goes_before_the_answer_keeps_no_tunnel_counted(certificat
 def test_a_request_that_managed_rules_refuse_keeps_no_tunnel_counted(certificate: Certificate, tmp_path: Path) -> None:
     require_libmodsecurity()
     site = f'{TWO}\n[sites.managed_rules]\nrules = "{write_rules(tmp_path)}"\ntimeout = "10s"\n'
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
         for _ in range(5):
-            assert judged((origin, tunnel), "/?x=bad").reason == "managed rules"
-        assert judged((origin, tunnel), "/?x=good").status == 101
+            assert try_handshake((origin, tunnel), "/?x=bad").reason == "managed rules"
+        assert try_handshake((origin, tunnel), "/?x=good").status == 101
 
 
 # --- where limits belong together ------------------------------------------------------------------------------------
 
 
-def test_limits_of_all_sites_and_of_a_site_are_told_together(certificate: Certificate) -> None:
+def test_limits_of_all_sites_and_of_a_site_are_reported_together(certificate: Certificate) -> None:
     """And one that refuses uses up none of the others: the second of all sites is there for another user."""
     top = '[[rate_limits]]\nname = "all"\nlimit = "2/day"\nstrategy = "moving"\n'
     site = '[[sites.rate_limits]]\nname = "user"\nkey = ["header:X-User"]\nlimit = "1/day"\nstrategy = "moving"\n'
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, top=top, site=site) as tunnel:
-        stage = origin, tunnel
-        assert judged(stage, headers=[("X-User", "a")]).status == 101
-        assert judged(stage, headers=[("X-User", "a")]).reason == "rate limit: user"
-        assert judged(stage, headers=[("X-User", "b")]).status == 101
-        outcome = judged(stage, headers=[("X-User", "a")])
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=top, site=site) as tunnel:
+        servers = origin, tunnel
+        assert try_handshake(servers, headers=[("X-User", "a")]).status == 101
+        assert try_handshake(servers, headers=[("X-User", "a")]).reason == "rate limit: user"
+        assert try_handshake(servers, headers=[("X-User", "b")]).status == 101
+        outcome = try_handshake(servers, headers=[("X-User", "a")])
         assert outcome.reason == "rate limit: all"
         assert outcome.headers["RateLimit-Policy"] == '"all";q=2;w=86400, "user";q=1;w=86400'
-        assert judged(stage, headers=[("X-User", "a")], ip="127.0.0.2").reason == "rate limit: user"
+        assert try_handshake(servers, headers=[("X-User", "a")], ip="127.0.0.2").reason == "rate limit: user"
 
 
-def test_who_is_blocked_for_a_time_is_refused_whatever_is_asked(certificate: Certificate) -> None:
+def test_block_applies_to_every_request(certificate: Certificate) -> None:
     site = (
         '[[sites.rate_limits]]\nname = "logins"\nlimit = "1/day"\nstrategy = "moving"\n'
         'when = \'path == "/login"\'\nblock_for = "1h"\n'
     )
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
-        stage = origin, tunnel
-        assert judged(stage, "/chat").status == 101
-        assert judged(stage, "/login").status == 101
-        assert judged(stage, "/chat").status == 101
-        assert judged(stage, "/login").status == 429
-        outcome = judged(stage, "/chat")
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
+        servers = origin, tunnel
+        assert try_handshake(servers, "/chat").status == 101
+        assert try_handshake(servers, "/login").status == 101
+        assert try_handshake(servers, "/chat").status == 101
+        assert try_handshake(servers, "/login").status == 429
+        outcome = try_handshake(servers, "/chat")
         assert (outcome.status, outcome.record["detail"]) == (429, "blocked")
         assert 3500 < int(outcome.headers["Retry-After"]) <= 3600
-        assert judged(stage, "/chat", ip="127.0.0.2").status == 101
+        assert try_handshake(servers, "/chat", ip="127.0.0.2").status == 101
 
 
 def test_a_limit_without_its_key_does_not_apply(certificate: Certificate) -> None:
@@ -273,12 +273,12 @@ def test_a_limit_without_its_key_does_not_apply(certificate: Certificate) -> Non
     site = (
         '[[sites.rate_limits]]\nname = "sessions"\nkey = ["cookie:sid", "path"]\nlimit = "1/day"\nstrategy = "moving"\n'
     )
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
-        stage = origin, tunnel
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
+        servers = origin, tunnel
         for _ in range(3):
-            assert judged(stage).status == 101
-        assert judged(stage, "/a", [("Cookie", "sid=1")]).status == 101
-        assert judged(stage, "/b", [("Cookie", "sid=1")]).status == 101
-        assert judged(stage, "/a", [("Cookie", "sid=2")]).status == 101
+            assert try_handshake(servers).status == 101
+        assert try_handshake(servers, "/a", [("Cookie", "sid=1")]).status == 101
+        assert try_handshake(servers, "/b", [("Cookie", "sid=1")]).status == 101
+        assert try_handshake(servers, "/a", [("Cookie", "sid=2")]).status == 101
         for path in ("/a", "//a", "/x/../%61"):
-            assert judged(stage, path, [("Cookie", "sid=1")]).reason == "rate limit: sessions"
+            assert try_handshake(servers, path, [("Cookie", "sid=1")]).reason == "rate limit: sessions"

@@ -31,7 +31,7 @@ from tests.harness import (
     require,
     upgrade,
 )
-from tests.promises.firewalled import policed
+from tests.promises.firewalled import tunnel_to
 
 PASS = 'http = "pass"\n'
 RULES = (
@@ -117,7 +117,7 @@ def app() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def tunnel(app: str, certificate: Certificate) -> Iterator[Tunnel]:
-    with policed(app, certificate, site=RULES) as tunnel:
+    with tunnel_to(app, certificate, site=RULES) as tunnel:
         yield tunnel
 
 
@@ -164,7 +164,7 @@ def test_an_upload_is_streamed_whole(tunnel: Tunnel, *, chunked: bool) -> None:
 
 @pytest.mark.alone
 def test_a_download_is_streamed_in_bounded_memory(app: str, certificate: Certificate) -> None:
-    with policed(app, certificate, site=PASS) as tunnel:
+    with tunnel_to(app, certificate, site=PASS) as tunnel:
         assert _ask(tunnel, "GET", "/download?mib=1").read()
         before = tunnel.peak_rss()
         response = _ask(tunnel, "GET", "/download?mib=64")
@@ -219,7 +219,7 @@ def test_what_is_refused(tunnel: Tunnel, head: str, status: int) -> None:
 
 
 def test_the_default_refuses(app: str, certificate: Certificate) -> None:
-    with policed(app, certificate) as tunnel:
+    with tunnel_to(app, certificate) as tunnel:
         assert _ask(tunnel, "GET", "/").status == 426
 
 
@@ -247,7 +247,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 def test_a_second_request_never_reaches_an_origin(certificate: Certificate) -> None:
-    with _raw(OK) as origin, policed(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+    with _raw(OK) as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
         client.sendall(
             b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"
             b"GET /secret HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -259,7 +259,7 @@ def test_a_second_request_never_reaches_an_origin(certificate: Certificate) -> N
 
 
 def test_another_upgrade_loses_its_field(certificate: Certificate) -> None:
-    with _raw(OK) as origin, policed(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+    with _raw(OK) as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
         client.sendall(
             b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
             b"HTTP2-Settings: AAA\r\n\r\n"
@@ -282,7 +282,7 @@ def test_another_upgrade_loses_its_field(certificate: Certificate) -> None:
 def test_what_is_no_answer(certificate: Certificate, answer: bytes, status: int) -> None:
     with (
         _raw(answer) as origin,
-        policed(origin.address, certificate, site=PASS) as tunnel,
+        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -299,7 +299,7 @@ def test_what_is_no_answer(certificate: Certificate, answer: bytes, status: int)
 def test_an_answer_that_breaks_off_is_seen_to(certificate: Certificate, answer: bytes) -> None:
     with (
         _raw(answer) as origin,
-        policed(origin.address, certificate, site=PASS) as tunnel,
+        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -313,7 +313,7 @@ def test_an_answer_before_the_body_is_whole(certificate: Certificate) -> None:
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
     with (
         _raw(answer, "keep") as origin,
-        policed(origin.address, certificate, site=PASS) as tunnel,
+        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
         client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
@@ -339,7 +339,7 @@ def test_what_takes_too_long(certificate: Certificate, timeouts: str, sent: byte
     silent = threading.Event()
     with (
         RawOrigin(lambda sock: (silent.wait(TIMEOUT), None)[1]) as origin,
-        policed(origin.address, certificate, top=timeouts, site=PASS) as tunnel,
+        tunnel_to(origin.address, certificate, top=timeouts, site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
         client.sendall(sent)
@@ -358,7 +358,7 @@ def test_a_client_that_goes_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> No
 
 def test_streams_are_no_unfinished_handshakes(app: str, certificate: Certificate) -> None:
     """Ten may be unfinished, one of an address: more streams than that go on."""
-    with policed(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel:
+    with tunnel_to(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel:
         clients = []
         for _ in range(15):
             client = connect_tls(tunnel)

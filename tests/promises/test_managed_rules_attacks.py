@@ -3,7 +3,7 @@
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.managed_rules import UNHURRIED, judged, require_crs
+from tests.corpus.managed_rules import UNHURRIED, evaluate_samples, require_crs
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.managed.check import ManagedRulesOutcome
 
@@ -27,7 +27,7 @@ CATEGORIES = {
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, ManagedRulesOutcome]:
     require_crs()
-    return judged(ATTACKS, SETTINGS)
+    return evaluate_samples(ATTACKS, SETTINGS)
 
 
 def test_the_corpus_is_large_and_wide() -> None:
@@ -50,7 +50,7 @@ def test_attack_is_blocked_with_its_category(attack: corpus.Sample, outcomes: di
 def test_in_mode_log_none_is_blocked() -> None:
     require_crs()
     some = ATTACKS[::10]
-    found = judged(some, SiteManagedRules(owasp_crs=True, mode="log", timeout=UNHURRIED))
+    found = evaluate_samples(some, SiteManagedRules(owasp_crs=True, mode="log", timeout=UNHURRIED))
     for attack in some:
         outcome = found[attack.name]
         assert outcome.refusal is None
@@ -62,11 +62,11 @@ def test_in_mode_log_none_is_blocked() -> None:
 def test_excluded_rules_and_a_higher_threshold_let_an_attack_through() -> None:
     require_crs()
     sample = next(attack for attack in ATTACKS if attack.name == "SQL injection: tautology in an argument")
-    before = judged([sample], SETTINGS)[sample.name]
+    before = evaluate_samples([sample], SETTINGS)[sample.name]
     excluded = SiteManagedRules(owasp_crs=True, exclude=before.rule_ids, timeout=UNHURRIED)
-    assert judged([sample], excluded)[sample.name] == ManagedRulesOutcome()
+    assert evaluate_samples([sample], excluded)[sample.name] == ManagedRulesOutcome()
     patient = SiteManagedRules(owasp_crs=True, threshold=before.score + 1, timeout=UNHURRIED)
-    outcome = judged([sample], patient)[sample.name]
+    outcome = evaluate_samples([sample], patient)[sample.name]
     assert outcome.refusal is None
     assert outcome.score == before.score
     assert outcome.rule_ids == before.rule_ids

@@ -58,7 +58,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_helper_judges_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
+def test_helper_evaluates_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
     before = descriptors()
     pids: list[int] = []
 
@@ -77,7 +77,7 @@ def test_helper_judges_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
 
 
 @pytest.mark.alone
-def test_hanging_evaluation_is_killed_and_the_next_is_answered(rule_set: RuleSet) -> None:
+def test_hanging_evaluation_is_killed_and_the_next_succeeds(rule_set: RuleSet) -> None:
     """For real: a regular expression of the user's that backtracks for seconds, and no signal from outside."""
 
     async def ask(pool: HelperPool) -> None:
@@ -95,7 +95,7 @@ def test_hanging_evaluation_is_killed_and_the_next_is_answered(rule_set: RuleSet
     with_pool(HelperPool([rule_set]), ask)
 
 
-def test_stopped_helper_is_late_and_replaced(rule_set: RuleSet) -> None:
+def test_stopped_helper_misses_the_deadline_and_is_replaced(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         for _ in range(3):
             stopped = pool.pids()[0]
@@ -108,7 +108,7 @@ def test_stopped_helper_is_late_and_replaced(rule_set: RuleSet) -> None:
     with_pool(HelperPool([rule_set]), ask)
 
 
-def test_helper_killed_in_the_middle_costs_its_request_alone(rule_set: RuleSet) -> None:
+def test_killing_a_helper_fails_only_its_request(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
@@ -160,7 +160,7 @@ def test_helper_whose_loading_process_hangs_is_restarted(rule_set: RuleSet, monk
     assert "does not fork a child" in log[0]
 
 
-def test_helper_that_cannot_be_started_anew_is_tried_again(
+def test_failed_restart_of_a_helper_is_retried(
     rule_set: RuleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "MAX_WAIT", 0.1)
@@ -180,7 +180,7 @@ def test_helper_that_cannot_be_started_anew_is_tried_again(
     assert str(rules) in log[1]
 
 
-def test_recycling_fails_no_request(rule_set: RuleSet) -> None:
+def test_replacing_children_fails_no_request(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> set[int]:
         seen: set[int] = set()
 
@@ -194,7 +194,7 @@ def test_recycling_fails_no_request(rule_set: RuleSet) -> None:
     assert len(with_pool(HelperPool([rule_set], evaluations=10), ask)) >= 9
 
 
-def test_rules_that_do_not_load_refuse_the_start(rule_set: RuleSet) -> None:
+def test_rules_that_do_not_load_prevent_the_start(rule_set: RuleSet) -> None:
     broken = RuleSet("broken", (RuleSource(text="SecRule ARGS\n"),))
     before = descriptors()
     with pytest.raises(ConfigurationError, match="libmodsecurity cannot load it"):
@@ -248,7 +248,7 @@ asyncio.run(main())
 """
 
 
-def test_helper_ends_with_the_tunnel_even_in_an_evaluation(rule_set: RuleSet, tmp_path: Path) -> None:
+def test_helper_exits_with_the_tunnel_even_during_an_evaluation(rule_set: RuleSet, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path / "own.conf")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

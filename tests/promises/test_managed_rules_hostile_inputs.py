@@ -59,7 +59,7 @@ HOSTILE = {
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_input_is_answered_in_time(name: str) -> None:
+def test_hostile_input_is_decided_in_time(name: str) -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True)
     rule_set = build(settings)
@@ -85,7 +85,7 @@ def test_hostile_input_is_answered_in_time(name: str) -> None:
     assert min(second) < LONGEST
 
 
-def test_an_address_that_was_late_is_not_evaluated_again_for_a_while() -> None:
+def test_address_that_missed_the_deadline_is_not_evaluated_for_a_while() -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True, timeout=Timeout(0.5))
     rule_set = build(settings)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.managed_rules import UNHURRIED, judged, require_crs
+from tests.corpus.managed_rules import UNHURRIED, evaluate_samples, require_crs
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.managed.check import ManagedRulesOutcome
 
@@ -14,7 +14,7 @@ PROFILES = corpus.profile_handshakes()
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, ManagedRulesOutcome]:
     require_crs()
-    return judged(HANDSHAKES, SiteManagedRules(owasp_crs=True, timeout=UNHURRIED))
+    return evaluate_samples(HANDSHAKES, SiteManagedRules(owasp_crs=True, timeout=UNHURRIED))
 
 
 def test_the_corpus_is_large() -> None:
@@ -37,7 +37,7 @@ def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> Non
             profiles=profiles,  # type: ignore[arg-type]
             timeout=UNHURRIED,
         )
-        return judged([handshake], settings)[handshake.name]
+        return evaluate_samples([handshake], settings)[handshake.name]
 
     stock = judge(())
     assert stock.refusal is not None
@@ -45,11 +45,11 @@ def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> Non
     assert judge((handshake.profile,)).refusal is None
 
 
-def test_profile_opens_nothing_else() -> None:
+def test_profile_excludes_nothing_else() -> None:
     """An attack beside the excluded argument is blocked all the same."""
     require_crs()
     attacks = [attack for attack in corpus.attacks() if "?host=" in attack.request.target.decode()]
     every = ("kubernetes", "signalr", "grafana", "keycloak", "proxmox", "guacamole", "nextjs")
-    found = judged(attacks, SiteManagedRules(owasp_crs=True, profiles=every, timeout=UNHURRIED))  # type: ignore[arg-type]
+    found = evaluate_samples(attacks, SiteManagedRules(owasp_crs=True, profiles=every, timeout=UNHURRIED))  # type: ignore[arg-type]
     assert len(attacks) >= 4
     assert all(outcome.refusal is not None for outcome in found.values())

@@ -24,7 +24,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import policed, policy
+from tests.promises.firewalled import config_for, tunnel_to
 
 
 class Origin:
@@ -63,7 +63,7 @@ def origins() -> Iterator[list[Origin]]:
 
 def several(origins: list[Origin], certificate: Certificate, more: str = "", top: str = "") -> str:
     listed = ", ".join(f'"{origin.address}"' for origin in origins)
-    return policy(origins[0].address, certificate, top=top, site=more).replace(
+    return config_for(origins[0].address, certificate, top=top, site=more).replace(
         f'["{origins[0].address}"]', f"[{listed}]", 1
     )
 
@@ -100,7 +100,7 @@ def test_round_robin(origins: list[Origin], certificate: Certificate) -> None:
 
 def test_weights_and_backups(origins: list[Origin], certificate: Certificate) -> None:
     a, b, c = origins
-    text = policy(a.address, certificate).replace(
+    text = config_for(a.address, certificate).replace(
         f'["{a.address}"]',
         f'[{{ address = "{a.address}", weight = 3 }}, "{b.address}", {{ address = "{c.address}", backup = true }}]',
     )
@@ -193,7 +193,7 @@ def silent() -> Iterator[str]:
 
 def test_another_is_tried_beside_one_that_does_not_answer(origins: list[Origin], certificate: Certificate) -> None:
     with silent() as address:
-        text = policy(address, certificate).replace(f'["{address}"]', f'["{address}", "{origins[0].address}"]')
+        text = config_for(address, certificate).replace(f'["{address}"]', f'["{address}", "{origins[0].address}"]')
         with Tunnel(None, certificate, config=text) as tunnel:
             for _ in range(4):
                 began = time.monotonic()
@@ -206,7 +206,7 @@ def test_another_is_tried_beside_one_that_does_not_answer(origins: list[Origin],
 
 def test_the_most_tunnels_of_an_origin(origins: list[Origin], certificate: Certificate) -> None:
     a, b, _ = origins
-    text = policy(a.address, certificate).replace(
+    text = config_for(a.address, certificate).replace(
         f'["{a.address}"]',
         f'[{{ address = "{a.address}", max_tunnels = 2 }}, {{ address = "{b.address}", max_tunnels = 3 }}]',
     )
@@ -228,7 +228,7 @@ def test_the_most_tunnels_of_an_origin(origins: list[Origin], certificate: Certi
 
 def test_it_is_exact_with_many_at_once(origins: list[Origin], certificate: Certificate) -> None:
     a = origins[0]
-    text = policy(a.address, certificate).replace(
+    text = config_for(a.address, certificate).replace(
         f'["{a.address}"]', f'[{{ address = "{a.address}", max_tunnels = 20 }}]'
     )
     done = threading.Event()
@@ -252,7 +252,7 @@ def test_routes(origins: list[Origin], certificate: Certificate) -> None:
         f'[[sites.routes]]\npath = "/admin/"\norigins = ["{b.address}"]\n'
         f'[[sites.routes]]\npath = "/ad"\norigins = ["{c.address}"]\n'
     )
-    with policed(a.address, certificate, site=more) as tunnel:
+    with tunnel_to(a.address, certificate, site=more) as tunnel:
         for path, name in (
             ("/", b"a"),
             ("/chat?x=/admin/", b"a"),
@@ -287,7 +287,7 @@ def test_health_checks_take_an_origin_out_before_anybody_asks_it(
 
     health = 'health = { type = "websocket", path = "/health", interval = "100ms", timeout = "2s" }\n'
     with RawOrigin(sometimes) as raw:
-        text = policy(raw.address, certificate, site=health).replace(
+        text = config_for(raw.address, certificate, site=health).replace(
             f'["{raw.address}"]', f'["{raw.address}", "{origins[0].address}"]'
         )
         with Tunnel(None, certificate, config=text) as tunnel:

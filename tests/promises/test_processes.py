@@ -28,7 +28,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import policy
+from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
 
 TWO = ("--processes", "2")
@@ -194,7 +194,7 @@ def _is_zombie(pid: int) -> bool:
 def test_more_and_fewer_by_reload(certificate: Certificate) -> None:
     """No handshake fails and no tunnel ends meanwhile."""
     with WebsocketsOrigin() as origin:
-        text = policy(origin.address, certificate)
+        text = config_for(origin.address, certificate)
         counts = [3, 1, 2, 1]
         with Tunnel(None, certificate, config=f"processes = 1\n{text}", measured=True) as tunnel:
 
@@ -214,7 +214,7 @@ def test_more_and_fewer_by_reload(certificate: Certificate) -> None:
 
 
 def test_fewer_serve_every_socket(origin: RawOrigin, certificate: Certificate) -> None:
-    text = policy(origin.address, certificate)
+    text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=f"processes = 3\n{text}") as tunnel:
         tunnel.reload(f"processes = 1\n{text}")
         for _ in range(30):

@@ -28,7 +28,7 @@ from tests.harness import (
     switching_protocols,
     upgrade,
 )
-from tests.promises.firewalled import policed, policy
+from tests.promises.firewalled import config_for, tunnel_to
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
 from tlstunnel.sockets.proxy_protocol import SIGNATURE, read_header, write_v1, write_v2
@@ -71,7 +71,7 @@ def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
 def test_its_address_is_the_clients(
     origin: ScriptedOrigin, certificate: Certificate, header: bytes, address: str
 ) -> None:
-    with policed(origin.address, certificate, top=REQUIRED) as tunnel:
+    with tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel:
         for pieces in ((), (1,), (5, 6, 11), (len(header) - 1,)):
             traffic = origin.play(switching_protocols)
             assert _asked(tunnel, header, *pieces) == 101
@@ -83,7 +83,7 @@ def test_its_address_is_the_clients(
 def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: ScriptedOrigin, certificate: Certificate) -> None:
     top = REQUIRED + f'block_addresses = ["{CLIENT[0]}"]\n'
     rule = '[[sites.rules]]\nname = "seven"\nwhen = \'ip == "203.0.113.7"\'\naction = "block"\n'
-    with policed(origin.address, certificate, top=top, site=rule) as tunnel:
+    with tunnel_to(origin.address, certificate, top=top, site=rule) as tunnel:
         with connect_tcp(tunnel) as plain:
             plain.sendall(write_v2(CLIENT, SERVER))
             assert read_until_end(plain) == b""
@@ -97,7 +97,7 @@ def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: ScriptedOrigin
 )
 def test_who_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Certificate, sent: bytes) -> None:
     top = REQUIRED + 'timeouts.tls_handshake = "300ms"\n'
-    with policed(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
+    with tunnel_to(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
         plain.sendall(sent)
         assert read_until_end(plain) == b""
         record = tunnel.wait_records(1, "no TLS handshake")[0]
@@ -105,7 +105,7 @@ def test_who_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Cert
 
 
 def test_a_stranger_is_closed_whatever_it_says(origin: ScriptedOrigin, certificate: Certificate) -> None:
-    with policed(origin.address, certificate, top=REQUIRED.replace("127.0.0.1", "10.0.0.1")) as tunnel:
+    with tunnel_to(origin.address, certificate, top=REQUIRED.replace("127.0.0.1", "10.0.0.1")) as tunnel:
         with connect_tcp(tunnel) as plain:
             with contextlib.suppress(OSError):
                 plain.sendall(write_v2(CLIENT, SERVER))
@@ -115,7 +115,7 @@ def test_a_stranger_is_closed_whatever_it_says(origin: ScriptedOrigin, certifica
 
 def test_only_on_some_listeners(origin: ScriptedOrigin, certificate: Certificate) -> None:
     top = REQUIRED + 'proxy_protocol_listen = ["localhost:0"]\n'
-    text = policy(origin.address, certificate, top=top).replace(
+    text = config_for(origin.address, certificate, top=top).replace(
         'listen = ["127.0.0.1:0"]', 'listen = ["127.0.0.1:0", "localhost:0"]', 1
     )
     text = text.replace('trusted_proxies = ["127.0.0.1"]', 'trusted_proxies = ["127.0.0.1", "::1"]')
@@ -176,7 +176,7 @@ def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
 def test_origins_are_told_of_the_client(certificate: Certificate, version: str) -> None:
     with (
         _proxied_origin() as (address, seen),
-        policed(address, certificate, site=f'send_proxy_protocol = "{version}"') as tunnel,
+        tunnel_to(address, certificate, site=f'send_proxy_protocol = "{version}"') as tunnel,
     ):
         with connect_tls(tunnel) as client:
             port = client.getsockname()[1]
@@ -215,7 +215,7 @@ def _free_port() -> int:
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2", "send-proxy-v2-ssl"])
 def test_haproxy_before_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
     port = _free_port()
-    with WebsocketsOrigin() as origin, policed(origin.address, certificate, top=REQUIRED) as tunnel:
+    with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel:
         text = f"listen l\n mode tcp\n bind 127.0.0.1:{port}\n server s 127.0.0.1:{tunnel.port} {version}\n"
         with _haproxy(tmp_path, text):
             plain = eventually(lambda: _connected(port))
@@ -245,7 +245,7 @@ def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, ver
             f" timeout tunnel 60s\n server s {origin.address}\n"
         )
         site = f'send_proxy_protocol = "{version}"\nhealth = {{ type = "tcp", interval = "100ms" }}'
-        with _haproxy(tmp_path, text), policed(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
+        with _haproxy(tmp_path, text), tunnel_to(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
             eventually(lambda: _listens(port))
             traffic = origin.play(switching_protocols)
             plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=("127.0.0.5", 0))
@@ -267,7 +267,7 @@ def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
     )
     with (
         ScriptedOrigin() as origin,
-        policed(origin.address, certificate, site=site) as tunnel,
+        tunnel_to(origin.address, certificate, site=site) as tunnel,
         connect_tls(tunnel) as client,
     ):
         traffic = origin.play(switching_protocols)
@@ -284,7 +284,7 @@ def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
 
 def test_the_longest_life_of_a_tunnel(certificate: Certificate) -> None:
     site = 'max_age = "300ms"\nmax_age_jitter = "200ms"\n'
-    with WebsocketsOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
+    with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
         with connect_tls(tunnel) as client:
             began = time.monotonic()
             assert upgrade(client).status == 101

@@ -25,7 +25,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import judged, policed, policy
+from tests.promises.firewalled import config_for, try_handshake, tunnel_to
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import has_ended, read_until_end
 
@@ -54,8 +54,8 @@ RULE = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction =
 
 
 def test_new_connections_get_the_new_and_tunnels_stay(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    before = policy(origin.address, certificate)
-    with policed(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+    before = config_for(origin.address, certificate)
+    with tunnel_to(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client, "/closed").status == 101
         assert tunnel.reload(before + RULE) == ["site localhost: changed: rules"]
         assert _status(tunnel, "/closed") == 404
@@ -69,8 +69,8 @@ def test_new_connections_get_the_new_and_tunnels_stay(origin: WebsocketsOrigin, 
 
 
 def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    with policed(origin.address, certificate) as tunnel:
-        tunnel.file.write_text(policy(origin.address, certificate) + RULE)
+    with tunnel_to(origin.address, certificate) as tunnel:
+        tunnel.file.write_text(config_for(origin.address, certificate) + RULE)
         tunnel.send_signal(signal.SIGHUP)
         tunnel.wait_records(1, "reloaded")
         assert _status(tunnel, "/closed") == 404
@@ -90,8 +90,8 @@ def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) 
 def test_what_is_wrong_changes_nothing_and_is_told(
     origin: WebsocketsOrigin, certificate: Certificate, more: str, said: str
 ) -> None:
-    before = policy(origin.address, certificate)
-    with policed(origin.address, certificate, site=RULE) as tunnel, connect_tls(tunnel) as client:
+    before = config_for(origin.address, certificate)
+    with tunnel_to(origin.address, certificate, site=RULE) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
         (line,) = tunnel.reload(before + more, status=1)
         assert line.startswith("tlstunnel: nothing was changed: ")
@@ -104,9 +104,9 @@ def test_what_is_wrong_changes_nothing_and_is_told(
 
 
 def test_a_port_that_is_taken_changes_nothing(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, policed(origin.address, certificate, site=RULE) as tunnel:
+    with socket.create_server(("127.0.0.1", 0)) as taken, tunnel_to(origin.address, certificate, site=RULE) as tunnel:
         there = f"127.0.0.1:{taken.getsockname()[1]}"
-        text = policy(origin.address, certificate).replace('["127.0.0.1:0"]', f'["127.0.0.1:0", "{there}"]')
+        text = config_for(origin.address, certificate).replace('["127.0.0.1:0"]', f'["127.0.0.1:0", "{there}"]')
         (line,) = tunnel.reload(text, status=1)
         assert there in line
         assert "in use" in line
@@ -114,10 +114,10 @@ def test_a_port_that_is_taken_changes_nothing(origin: WebsocketsOrigin, certific
 
 
 def test_listeners_come_and_go_and_their_tunnels_stay(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    with policed(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+    with tunnel_to(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
         old = tunnel.port
-        text = policy(origin.address, certificate).replace('["127.0.0.1:0"]', '["localhost:0"]')
+        text = config_for(origin.address, certificate).replace('["127.0.0.1:0"]', '["localhost:0"]')
         assert tunnel.reload(text) == ["listen: localhost:0 added", "listen: 127.0.0.1:0 removed"]
         eventually(lambda: len(tunnel.addresses) == 2)
         new = int(tunnel.addresses[1].rpartition(":")[2])
@@ -132,7 +132,7 @@ def test_listeners_come_and_go_and_their_tunnels_stay(origin: WebsocketsOrigin, 
 def _two(origin: WebsocketsOrigin, certificate: Certificate, top: str = "") -> str:
     other = f'[[sites]]\nnames = ["other.example"]\norigins = ["{origin.address}"]\n'
     pair = f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
-    return policy(origin.address, certificate, top=top) + other + pair
+    return config_for(origin.address, certificate, top=top) + other + pair
 
 
 @pytest.mark.parametrize("drain_removed", [False, True])
@@ -147,7 +147,7 @@ def test_tunnels_of_a_site_that_is_gone(
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with context.wrap_socket(plain, server_hostname="other.example") as goes:
             assert upgrade(goes, host="other.example").status == 101
-            changed = tunnel.reload(policy(origin.address, certificate, top=top))
+            changed = tunnel.reload(config_for(origin.address, certificate, top=top))
             assert changed == ["site other.example: removed"]
             with (
                 pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"),
@@ -169,17 +169,17 @@ def test_what_rate_limits_have_counted_goes_on_to_count(certificate: Certificate
         '[[sites.rate_limits]]\nname = "two"\nlimit = "2/day"\nstrategy = "moving"\n'
         '[[sites.rate_limits]]\nname = "open"\nmax_tunnels = 1\nkey = ["header:x-user"]\n'
     )
-    with ScriptedOrigin() as origin, policed(origin.address, certificate, site=site) as tunnel:
-        assert judged((origin, tunnel)).status == 101
-        assert tunnel.reload(policy(origin.address, certificate, site=site + RULE)) == [
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
+        assert try_handshake((origin, tunnel)).status == 101
+        assert tunnel.reload(config_for(origin.address, certificate, site=site + RULE)) == [
             "site localhost: changed: rules"
         ]
-        assert judged((origin, tunnel)).status == 101
-        assert judged((origin, tunnel)).reason == "rate limit: two"
+        assert try_handshake((origin, tunnel)).status == 101
+        assert try_handshake((origin, tunnel)).reason == "rate limit: two"
 
 
 def test_two_reloads_at_once_are_one_after_the_other(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    with policed(origin.address, certificate) as tunnel:
+    with tunnel_to(origin.address, certificate) as tunnel:
         found: list[list[str]] = []
         threads = [threading.Thread(target=lambda: found.append(tunnel.reload())) for _ in range(4)]
         for thread in threads:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Certificate, Tunnel, WebsocketsOrigin
-from tests.promises.firewalled import policy
+from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
 
 TUNNELS, RELOADS = 2_000, 10
@@ -30,7 +30,7 @@ def _configurations(origin: str, certificate: Certificate, folder: Path) -> Iter
         limit = '[[sites.rate_limits]]\nname = "many"\nlimit = "1000000/day"\n' if number % 3 else ""
         other = f'[[sites]]\nnames = ["s{number}.example"]\norigins = ["localhost:{1000 + number}"]\n'
         own = Certificate(certificate.ca, cert, key)
-        text = policy(origin, own, site=site + limit)
+        text = config_for(origin, own, site=site + limit)
         yield text + other + f'cert = "{cert}"\nkey = "{key}"\n'
 
 

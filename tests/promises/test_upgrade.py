@@ -20,7 +20,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.firewalled import policy
+from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.processes.messages import FORMAT
@@ -172,8 +172,9 @@ def test_what_is_imported_later_is_not_of_another_version(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
     """The first rules of a tunnel need modules that it has not imported: not any more once they are others."""
-    text = policy(origin.address, certificate)
-    rules = policy(origin.address, certificate, site='[[sites.rules]]\nname = "r"\nwhen = "false"\naction = "block"\n')
+    text = config_for(origin.address, certificate)
+    site = '[[sites.rules]]\nname = "r"\nwhen = "false"\naction = "block"\n'
+    rules = config_for(origin.address, certificate, site=site)
     with Tunnel(None, certificate, config=text, environment=versions.environment) as tunnel:
         module = versions.install("1.0.0") / "firewall" / "rules.py"
         new = module.with_suffix(".new")
@@ -215,7 +216,7 @@ def test_the_end_of_drain_after_ends_old_tunnels(
 
 def test_what_was_changed_by_reload_stays(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
     versions = Versions(tmp_path / "versions")
-    text = policy(origin.address, certificate)
+    text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=text, environment=versions.environment) as tunnel:
         tunnel.reload(text.replace('listen = ["', f'listen = ["unix:{tmp_path / "more.sock"}", "', 1))
         upgraded(tunnel)
@@ -227,7 +228,7 @@ def test_listeners_come_and_go(origin: WebsocketsOrigin, certificate: Certificat
     """An upgrade reads the file, too: what it says by then of listeners is done."""
     versions = Versions(tmp_path / "versions")
     first, second = tmp_path / "first.sock", tmp_path / "second.sock"
-    text = policy(origin.address, certificate)
+    text = config_for(origin.address, certificate)
 
     def listening_too(path: Path) -> str:
         return text.replace('listen = ["', f'listen = ["unix:{path}", "', 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Certificate, Tunnel, WebsocketsOrigin, eventually
-from tests.promises.firewalled import policy
+from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.processes.messages import FORMAT
@@ -115,7 +115,7 @@ def test_processes_of_the_earlier_release_are_drained_by_the_present_code(
 
 def test_reload_after_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     """The present code reloads beside processes of the earlier release, which it leaves alone."""
-    text = policy(origin.address, certificate)
+    text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=text, environment=versions.environment, measured=True) as tunnel:
 
         async def run() -> None:

@@ -123,7 +123,7 @@ LIBRARY: dict[Strategy, Callable[[BoundedStorage], RateLimiter]] = {
 @settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
 @example(steps=[(0, "a"), (0, "a"), (20, "a"), (0, "a"), (0.25, "a")], most=1, window=20)
-def test_each_strategy_admits_what_its_model_admits(
+def test_each_strategy_admits_as_its_model(
     strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int
 ) -> None:
     clock = Clock()
@@ -139,7 +139,7 @@ def test_each_strategy_admits_what_its_model_admits(
 @pytest.mark.parametrize("strategy", LIBRARY)
 @settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
-def test_the_library_alone_on_the_storage_admits_the_same(
+def test_the_library_on_the_storage_admits_as_the_model(
     strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int
 ) -> None:
     clock = Clock()
@@ -157,7 +157,7 @@ def test_the_library_alone_on_the_storage_admits_the_same(
 @settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20), start=st.floats(100, 1e7))
 @example(steps=[(0, "a"), (0, "a")], most=1, window=1, start=100.000001)
-def test_the_wait_is_long_enough_and_no_longer(
+def test_wait_is_exact(
     strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int, start: float
 ) -> None:
     clock = Clock(start)
@@ -184,7 +184,7 @@ def test_the_wait_is_long_enough_and_no_longer(
     st.lists(st.tuples(st.sampled_from(["incr", "get", "clear"]), st.integers(0, 9).map(str)), max_size=200),
     st.integers(1, 6),
 )
-def test_least_recently_used_leave_first(calls: list[tuple[str, str]], capacity: int) -> None:
+def test_least_recently_used_keys_are_evicted_first(calls: list[tuple[str, str]], capacity: int) -> None:
     storage = BoundedStorage(capacity, Clock(), shards=1)
     model: OrderedDict[str, int] = OrderedDict()
     for call, key in calls:
@@ -204,7 +204,7 @@ def test_least_recently_used_leave_first(calls: list[tuple[str, str]], capacity:
         assert len(storage) == len(model)
 
 
-def test_a_key_that_was_refused_outlives_a_flood() -> None:
+def test_refused_key_survives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
     mine = LimitCheck("mine", item("2/hour"))
@@ -217,7 +217,7 @@ def test_a_key_that_was_refused_outlives_a_flood() -> None:
     assert len(counters.storage) <= 1000
 
 
-def test_a_block_outlives_a_flood() -> None:
+def test_block_survives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
     mine = LimitCheck("mine", item("1/second"), block_for=600)
@@ -230,7 +230,7 @@ def test_a_block_outlives_a_flood() -> None:
     assert asked(counters, mine)[0].exceeded == "blocked"
 
 
-def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
+def test_refused_keys_take_half_of_the_capacity_and_are_evicted_in_order() -> None:
     storage = BoundedStorage(10, Clock(), shards=1)
     for number in range(8):
         storage.incr(f"refused {number}", 60)
@@ -241,7 +241,7 @@ def test_refused_keys_take_half_of_the_room_and_leave_in_order() -> None:
     assert [number for number in range(20) if f"flood {number}" in storage] == [15, 16, 17, 18, 19]
 
 
-def test_what_was_refused_is_not_kept_in_preference_when_its_time_is_over() -> None:
+def test_refused_key_is_not_protected_after_it_has_expired() -> None:
     clock = Clock()
     storage = BoundedStorage(10, clock, shards=1)
     storage.incr("refused", 60)
@@ -253,7 +253,7 @@ def test_what_was_refused_is_not_kept_in_preference_when_its_time_is_over() -> N
     assert all(f"flood {number}" in storage for number in range(10))
 
 
-def test_a_new_window_is_as_good_as_any() -> None:
+def test_new_window_is_not_protected() -> None:
     clock = Clock()
     storage = BoundedStorage(4, clock, shards=1)
     storage.incr("refused", 60)
@@ -265,7 +265,7 @@ def test_a_new_window_is_as_good_as_any() -> None:
     assert "refused" not in storage
 
 
-def test_only_refused_keys_leave_when_there_are_no_others() -> None:
+def test_refused_keys_are_evicted_if_there_are_no_others() -> None:
     storage = BoundedStorage(1, Clock(), shards=1)
     storage.incr("a", 60)
     storage.protect("a")  # half of one is none
@@ -276,7 +276,7 @@ def test_only_refused_keys_leave_when_there_are_no_others() -> None:
     assert len(storage) == 1
 
 
-def test_moving_windows_take_room_by_what_they_remember() -> None:
+def test_moving_windows_take_room_by_their_number_of_requests() -> None:
     clock = Clock()
     storage = BoundedStorage(100, clock, shards=1)
     for key in range(20):
@@ -291,7 +291,7 @@ def test_moving_windows_take_room_by_what_they_remember() -> None:
     assert storage.get_moving_window("19", 10**6, 3600) == (clock.now, 1)
 
 
-def test_a_moving_window_larger_than_everything_does_not_stay() -> None:
+def test_moving_window_larger_than_the_capacity_is_evicted() -> None:
     storage = BoundedStorage(4, Clock(), shards=1)
     for _ in range(10 * TIMES_PER_SLOT):
         storage.acquire_entry("a", 10**6, 60)
@@ -300,7 +300,7 @@ def test_a_moving_window_larger_than_everything_does_not_stay() -> None:
     assert "b" in storage
 
 
-def test_a_flood_of_keys_is_bounded_and_nothing_for_the_garbage_collector() -> None:
+def test_flood_of_keys_is_bounded_and_invisible_to_the_garbage_collector() -> None:
     storage = BoundedStorage()
     gc.collect()
     before = len(gc.get_objects())
@@ -310,7 +310,7 @@ def test_a_flood_of_keys_is_bounded_and_nothing_for_the_garbage_collector() -> N
     assert 0.98 * MAX_KEYS < len(storage) <= MAX_KEYS
 
 
-def test_what_limits_asks_of_a_storage() -> None:
+def test_interface_that_limits_requires() -> None:
     clock = Clock()
     storage = BoundedStorage(clock=clock)
     assert storage.check()
@@ -339,7 +339,7 @@ def test_what_limits_asks_of_a_storage() -> None:
 # Several at once.
 
 
-def test_counted_by_all_or_by_none() -> None:
+def test_counted_under_all_or_none() -> None:
     counters = MemoryCounters(clock=Clock())
     mine, shared = LimitCheck("mine", item("1/minute")), LimitCheck("shared", item("3/minute"), max_tunnels=9)
     assert [result.exceeded for result in asked(counters, mine, shared)] == ["", ""]
@@ -355,7 +355,7 @@ def test_counted_by_all_or_by_none() -> None:
     assert counters.open_tunnels("shared") == 3
 
 
-def test_what_is_not_enforced_keeps_nothing_from_being_counted() -> None:
+def test_exceeded_limit_that_is_not_enforced_lets_others_count() -> None:
     counters = MemoryCounters(clock=Clock())
     loose = LimitCheck("loose", item("1/minute"), enforced=False)
     strict = LimitCheck("strict", item("2/minute"))
@@ -363,14 +363,14 @@ def test_what_is_not_enforced_keeps_nothing_from_being_counted() -> None:
     assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
 
 
-def test_what_is_over_and_not_enforced_takes_no_tunnel() -> None:
+def test_exceeded_limit_that_is_not_enforced_takes_no_tunnel() -> None:
     counters = MemoryCounters(clock=Clock())
     overs = [asked(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].exceeded for _ in range(4)]
     assert overs == ["", "", "tunnels", "tunnels"]
     assert counters.open_tunnels("a") == 2
 
 
-def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
+def test_limit_that_is_not_enforced_is_not_counted_if_another_refuses() -> None:
     counters = MemoryCounters(clock=Clock())
     loose = LimitCheck("loose", item("2/minute"), enforced=False)
     strict = LimitCheck("strict", item("1/minute"))
@@ -380,7 +380,7 @@ def test_what_is_not_enforced_is_not_counted_when_another_refuses() -> None:
     assert asked(counters, loose)[0].exceeded == "limit"
 
 
-def test_a_block_holds_whatever_the_window_says_and_ends() -> None:
+def test_block_lasts_its_time_whatever_the_window() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
     check = LimitCheck("a", item("1/second"), block_for=60.5)
@@ -393,7 +393,7 @@ def test_a_block_holds_whatever_the_window_says_and_ends() -> None:
     assert asked(counters, check) == [LimitResult()]
 
 
-def test_attempts_do_not_lengthen_a_block() -> None:
+def test_attempts_do_not_prolong_a_block() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
     check = LimitCheck("a", item("1/second"), block_for=60)
@@ -404,7 +404,7 @@ def test_attempts_do_not_lengthen_a_block() -> None:
     assert [result.exceeded for result in results] == ["", "limit", *["blocked"] * 119, ""]
 
 
-def test_a_block_waits_for_the_window_too() -> None:
+def test_wait_covers_both_block_and_window() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", item("1/hour"), block_for=60)
     asked(counters, check)
@@ -412,7 +412,7 @@ def test_a_block_waits_for_the_window_too() -> None:
 
 
 @pytest.mark.parametrize("strategy", MODELS)
-def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
+def test_exact_at_the_limit_with_200_concurrent_checks(strategy: Strategy) -> None:
     clock = Clock(1200.0)
     counters = MemoryCounters(clock=clock)
     check = LimitCheck("a", item("30/minute", strategy), strategy)
@@ -435,7 +435,7 @@ def test_exact_at_the_boundary_under_200_askers(strategy: Strategy) -> None:
     assert asyncio.run(all_at_once()) == (3 if strategy == "sliding" else 0)
 
 
-def test_tunnels_are_exact_under_200_askers() -> None:
+def test_tunnels_are_exact_with_200_concurrent_checks() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", max_tunnels=50)
 
@@ -456,7 +456,7 @@ def test_tunnels_are_exact_under_200_askers() -> None:
     assert counters.open_tunnels("a") == 0
 
 
-def test_tunnels_are_never_forgotten() -> None:
+def test_tunnels_are_never_evicted() -> None:
     counters = MemoryCounters(64, Clock())
     check = LimitCheck("a", max_tunnels=1)
     asked(counters, check)
@@ -467,7 +467,7 @@ def test_tunnels_are_never_forgotten() -> None:
     assert asked(counters, check)[0].exceeded == ""
 
 
-def test_too_many_tunnels_are_no_reason_for_a_block() -> None:
+def test_too_many_tunnels_do_not_begin_a_block() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", item("9/minute"), max_tunnels=1, block_for=600)
     assert [asked(counters, check)[0].exceeded for _ in range(3)] == ["", "tunnels", "tunnels"]
@@ -475,6 +475,6 @@ def test_too_many_tunnels_are_no_reason_for_a_block() -> None:
     assert asked(counters, check)[0].exceeded == ""
 
 
-def test_giving_back_what_was_not_taken_is_a_fault() -> None:
+def test_returning_a_tunnel_that_was_not_taken_raises() -> None:
     with pytest.raises(KeyError):
         MemoryCounters().return_tunnels(["a"])

@@ -114,7 +114,7 @@ SEEN = facts(
         "{'a': 1}['a'] == 1 && 0x1F == 31 && 1.5e3 == 1500.0 && null == null",
     ],
 )
-def test_true(text: str) -> None:
+def test_true_expressions(text: str) -> None:
     assert evaluated(text, SEEN) is True
     assert evaluated(f"!({text}\n)", SEEN) is False
 
@@ -212,11 +212,11 @@ def test_every_field_is_known() -> None:
         ("query.exists(a, query[a].filter(b, true).size() > 1)", "filter cannot be nested in another comprehension"),
     ],
 )  # fmt: skip
-def test_what_is_said(text: str, message: str) -> None:
+def test_invalid_expressions(text: str, message: str) -> None:
     assert message in refusal(text)
 
 
-def test_an_expression_that_reads_what_is_not_there_is_fine_when_loaded() -> None:
+def test_expression_that_reads_a_missing_key_loads() -> None:
     for text in ('headers["x-a"] == "1"', 'query["a"][3] == "1"', 'int(cookies["n"]) > 3', "int(path) > 3"):
         Expressions().compile(text)
 
@@ -239,7 +239,7 @@ def test_an_expression_that_reads_what_is_not_there_is_fine_when_loaded() -> Non
         ('in_list(query["a"], "office")', facts(b"/?a=1"), "in_list takes a string, not a list"),
     ],
 )
-def test_what_a_request_can_make_fail(text: str, seen: Facts, reason: str) -> None:
+def test_failures_caused_by_a_request(text: str, seen: Facts, reason: str) -> None:
     with pytest.raises(EvaluationError) as caught:
         evaluated(text, seen)
     message = str(caught.value)
@@ -248,13 +248,13 @@ def test_what_a_request_can_make_fail(text: str, seen: Facts, reason: str) -> No
     assert len(message) < 1000
 
 
-def test_a_failing_function_is_not_logged_by_the_library(caplog: pytest.LogCaptureFixture) -> None:
+def test_library_does_not_log_a_failing_function(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), pytest.raises(EvaluationError):
         evaluated('in_list(query["a"], "office")', facts(b"/?a=secret"))
     assert caplog.records == []
 
 
-def test_a_condition_raises_nothing() -> None:
+def test_condition_never_raises() -> None:
     failures: list[str] = []
     holds = Expressions().condition('headers["x-a"] == "1"', failures.append)
     assert holds(facts(b"/", (b"X-A", b"1")))
@@ -265,7 +265,7 @@ def test_a_condition_raises_nothing() -> None:
     assert not Expressions().condition('headers["x-a"] == "1"')(facts())
 
 
-def test_a_list_that_changes_counts_at_once(tmp_path: Path) -> None:
+def test_changed_list_applies_at_once(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text("")
     lists = NamedLists({"a": str(file)})
@@ -276,7 +276,7 @@ def test_a_list_that_changes_counts_at_once(tmp_path: Path) -> None:
     assert holds(facts())
 
 
-def test_only_what_is_read_is_handed_over() -> None:
+def test_only_used_fields_are_passed_to_the_library() -> None:
     expressions = Expressions(LISTS)
     found = [expressions.compile(text) for text in ('path == "/"', 'in_list(host, "office")', "true")]
     assert [expression.fields for expression in found] == [{"path"}, {"host"}, frozenset()]
@@ -311,7 +311,7 @@ def test_the_slowest_expressions_on_the_largest_requests() -> None:
 
 
 @pytest.mark.alone
-def test_a_regular_expression_has_no_bad_inputs() -> None:
+def test_regular_expressions_have_no_slow_inputs() -> None:
     """A backtracking engine would not come back from these."""
     holds = Expressions().condition('user_agent.regex("^(([a-z])+.)+[A-Z]([a-z])+$") || user_agent.regex("(x+x+)+y")')
     began = time.process_time()
@@ -329,7 +329,7 @@ words = st.sampled_from([*NAMES, *MARKS.split(), '"a"', "\n"])
 @example(text="''''''")
 @example(text="[].exists(")
 @example(text="{}")
-def test_no_text_raises_anything_else(text: str) -> None:
+def test_no_text_raises_another_exception(text: str) -> None:
     expressions = Expressions(LISTS)
     try:
         expression = expressions.compile(text)
@@ -363,7 +363,7 @@ SCOPE = COMPILED.scope(ALL)
     added=st.lists(st.tuples(st.sampled_from([b"X-A", b"Cookie", b"User-Agent", b"Origin"]), values), max_size=5),
 )
 @example(target=b"/?n=1&i=1&i=2&i=3&m=9223372036854775807&d=0", added=[])
-def test_no_request_raises_anything_else(target: bytes, added: list[Field]) -> None:
+def test_no_request_raises_another_exception(target: bytes, added: list[Field]) -> None:
     try:
         context = SCOPE.context(facts(target, *added))
     except Refusal:
@@ -379,7 +379,7 @@ def test_no_request_raises_anything_else(target: bytes, added: list[Field]) -> N
     assert all(map(str.isprintable, reasons))
 
 
-def test_a_browsers_request_is_evaluated() -> None:
+def test_request_of_a_browser_is_evaluated() -> None:
     found = RequestReader().feed(request(RICH_FIELDS))
     assert found is not None
     assert evaluated(

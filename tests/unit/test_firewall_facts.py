@@ -48,7 +48,7 @@ def refused(target: bytes, *added: Field, strict: bool = True) -> Refusal:
     return caught.value
 
 
-def test_every_field_is_there() -> None:
+def test_every_field_has_a_value() -> None:
     found = facts(
         b"/a%20b/?x=1",
         (b"Origin", b"https://chat.example.com"),
@@ -81,13 +81,13 @@ def test_every_field_is_there() -> None:
     assert found.request.target == b"/a%20b/?x=1"
 
 
-def test_what_is_not_sent_is_empty() -> None:
+def test_missing_fields_are_empty() -> None:
     found = facts()
     assert (found.origin, found.user_agent, found.subprotocols, found.extensions) == ("", "", (), ())
     assert (found.query, found.cookies) == ({}, {})
 
 
-def test_names_of_headers_are_in_lower_case_and_repeated_ones_joined() -> None:
+def test_header_names_are_in_lower_case_and_repeated_ones_joined() -> None:
     found = facts(b"/", (b"X-A", b"1"), (b"x-a", b"2"), (b"Cookie", b"a=1"), (b"cookie", b"b=2"), (b"X-L", b"\xe9"))
     assert found.headers["x-a"] == "1, 2"
     assert found.headers["cookie"] == "a=1; b=2"
@@ -96,7 +96,7 @@ def test_names_of_headers_are_in_lower_case_and_repeated_ones_joined() -> None:
     assert all(name == name.lower() for name in found.headers)
 
 
-def test_doubled_fields_are_seen_together() -> None:
+def test_repeated_fields_are_joined() -> None:
     added = ((b"Origin", b"https://a.example"), (b"Origin", b"https://b.example"), (b"User-Agent", b"a"))
     assert facts(b"/", *added).origin == "https://a.example, https://b.example"
 
@@ -225,7 +225,7 @@ def test_path(raw: bytes, path: str) -> None:
         (b"../../a/b/c/./../../g", "/a/g"),
     ],
 )
-def test_dot_segments_as_the_rfc_removes_them(reference: bytes, target: str) -> None:
+def test_dot_segments_are_removed_as_in_the_rfc(reference: bytes, target: str) -> None:
     assert normalise_path(b"/b/c/" + reference) == target
 
 
@@ -259,7 +259,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("target", AMBIGUOUS.values(), ids=AMBIGUOUS)
-def test_a_target_that_can_be_read_in_two_ways_is_refused(target: bytes) -> None:
+def test_ambiguous_target_is_refused(target: bytes) -> None:
     refusal = refused(target)
     assert refusal.reason == "ambiguous target"
     assert facts(target, strict=False).request.target == target
@@ -276,31 +276,31 @@ def test_a_target_that_can_be_read_in_two_ways_is_refused(target: bytes) -> None
         (b"/a%00", "/a\0"),
     ],
 )
-def test_path_of_a_target_that_is_let_through(raw: bytes, path: str) -> None:
+def test_path_of_an_accepted_target(raw: bytes, path: str) -> None:
     assert facts(raw, strict=False).path == path
 
 
-def test_a_query_may_hold_what_a_path_may_not() -> None:
+def test_query_may_contain_what_a_path_may_not() -> None:
     assert facts(b"/?next=%2Fa%5Cb\\c%252e%zz%").path == "/"
 
 
 # Bounds.
 
 
-def test_no_more_values_of_a_query_than_rules_run_over() -> None:
+def test_too_many_query_values_are_refused() -> None:
     most = b"&".join([b"a"] * MAX_QUERY_VALUES)
     assert len(facts(b"/?" + most).query["a"]) == MAX_QUERY_VALUES
     assert refused(b"/?a&" + most, strict=False).reason == "too many query values"
 
 
-def test_no_more_cookies_than_rules_run_over() -> None:
+def test_too_many_cookies_are_refused() -> None:
     most = b";".join(b"c%d=" % number for number in range(MAX_COOKIES))
     assert len(facts(b"/", (b"Cookie", most)).cookies) == MAX_COOKIES
     assert refused(b"/", (b"Cookie", most), (b"Cookie", b"a=1")).reason == "too many cookies"
 
 
 @pytest.mark.parametrize("name", [b"Sec-WebSocket-Protocol", b"Sec-WebSocket-Extensions"])
-def test_no_more_offers_than_rules_run_over(name: bytes) -> None:
+def test_too_many_offers_are_refused(name: bytes) -> None:
     most = b",".join([b"a"] * MAX_ELEMENTS)
     found = facts(b"/", (name, most))
     assert MAX_ELEMENTS in (len(found.subprotocols), len(found.extensions))
@@ -316,7 +316,7 @@ visible = st.binary(max_size=60).map(lambda data: b"/" + bytes(33 + byte % 94 fo
 
 @given(raw=paths | visible)
 @example(raw=b"/%2e%2e/%2e%2e/")
-def test_a_path_has_one_form(raw: bytes) -> None:
+def test_normalising_twice_changes_nothing(raw: bytes) -> None:
     path = normalise_path(raw)
     assert path.startswith("/")
     assert "//" not in path
@@ -326,7 +326,7 @@ def test_a_path_has_one_form(raw: bytes) -> None:
 
 
 @given(target=paths | visible)
-def test_what_is_strict_is_read_by_everybody_alike(target: bytes) -> None:
+def test_strict_targets_have_one_reading(target: bytes) -> None:
     raw = target.partition(b"?")[0]
     try:
         path = facts(target).path
@@ -363,7 +363,7 @@ def test_no_request_makes_a_field_raise(target: bytes, added: list[Field], stric
     assert all(isinstance(value, str) for values in found.query.values() for value in values)
 
 
-def test_a_host_is_seen_without_port_and_case() -> None:
+def test_host_has_no_port_and_no_case() -> None:
     found = RequestReader().feed(request(((b"Host", b"Chat.Example.COM.:8443"), *without(b"Host"))))
     assert found is not None
     assert gather(found, CONNECTION, strict_path=True, now=0).host == "chat.example.com"

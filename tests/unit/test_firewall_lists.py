@@ -30,7 +30,7 @@ networks = st.one_of(
 
 
 @given(texts=st.lists(networks, max_size=20), data=st.data())
-def test_the_set_answers_as_a_look_at_each_network(texts: list[str], data: st.DataObject) -> None:
+def test_address_set_agrees_with_a_linear_search(texts: list[str], data: st.DataObject) -> None:
     fast, plain = AddressSet(texts), Networks.parse(texts)
     assert len(fast) <= len(texts)
     edges = [edge for text in texts for edge in (ipaddress.ip_network(text)[0], ipaddress.ip_network(text)[-1])]
@@ -56,7 +56,7 @@ def test_the_set_answers_as_a_look_at_each_network(texts: list[str], data: st.Da
         ("2001:db8::/32", "2001:DB8:0::1"),
     ],
 )
-def test_in(network: str, ip: str) -> None:
+def test_address_in_network(network: str, ip: str) -> None:
     assert ip in AddressSet([network])
 
 
@@ -78,22 +78,22 @@ def test_in(network: str, ip: str) -> None:
         ("::/0", ":"),
     ],
 )
-def test_not_in(network: str, ip: str) -> None:
+def test_address_not_in_network(network: str, ip: str) -> None:
     assert ip not in AddressSet([network])
 
 
-def test_what_is_no_text_is_not_in() -> None:
+def test_other_types_are_not_in_a_set() -> None:
     assert 1 not in AddressSet(["0.0.0.0/0"])
 
 
 @pytest.mark.parametrize("text", ["", "a", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/", "::/129", "::1/64"])
-def test_what_is_no_network(text: str) -> None:
+def test_invalid_networks(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a network|has bits set"):
         AddressSet([text])
 
 
 @pytest.mark.alone
-def test_a_hundred_thousand_networks_are_asked_in_microseconds() -> None:
+def test_lookup_in_100_000_networks_takes_microseconds() -> None:
     source = random.Random(1)
     texts = [f"{source.randrange(1, 224)}.{source.randrange(256)}.{source.randrange(256)}.0/24" for _ in range(50_000)]
     texts += [f"2001:{source.randrange(65536):x}:{source.randrange(65536):x}::/48" for _ in range(50_000)]
@@ -147,7 +147,7 @@ def test_a_file_has_comments_and_empty_lines(tmp_path: Path) -> None:
         (b"a" * 1025, ':1: "aaa'),
     ],
 )
-def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_line_is_reported_with_its_place(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
@@ -155,17 +155,17 @@ def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, content: bytes, mes
     assert str(caught.value).startswith(f"lists.a: {file}{message}")
 
 
-def test_a_wrong_entry_of_the_configuration_is_told_with_its_place() -> None:
+def test_invalid_entry_of_the_configuration_is_reported_with_its_place() -> None:
     with pytest.raises(ConfigurationError, match=r'^lists\.a\[1\]: "10\.0\.0\.0/33" is not a network'):
         NamedLists({"a": ["10.0.0.0/8", "10.0.0.0/33"]})
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"none\.txt: cannot be read: No such file"):
         NamedLists({"a": str(tmp_path / "none.txt")})
 
 
-def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(firewall_lists, "MAX_FILE", 1 << 20)
     file = tmp_path / "list.txt"
     file.write_bytes(b"\n" * ((1 << 20) + 1))
@@ -173,7 +173,7 @@ def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         NamedLists({"a": str(file)})
 
 
-def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
+def test_changed_file_applies_at_once(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text("10.0.0.0/8\n")
     found = NamedLists({"a": str(file), "b": ["x"]})
@@ -193,7 +193,7 @@ def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
     assert found.refresh() == firewall_lists.RefreshResult()
 
 
-def test_a_bad_file_keeps_the_old_content_and_is_told_once(tmp_path: Path) -> None:
+def test_invalid_file_keeps_the_old_content_and_is_reported_once(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text("10.0.0.0/8\n")
     found = NamedLists({"a": str(file)})
@@ -216,7 +216,7 @@ def test_a_bad_file_keeps_the_old_content_and_is_told_once(tmp_path: Path) -> No
 # Address lists.
 
 
-def test_blocked_goes_before_allowed() -> None:
+def test_blocked_takes_precedence_over_allowed() -> None:
     found = AddressLists(("10.0.0.0/8", "@friends"), ("10.9.0.0/16",), NamedLists({"friends": ["192.0.2.1"]}))
     assert found.check("10.1.0.1") is None
     assert found.check("192.0.2.1") is None
@@ -226,16 +226,16 @@ def test_blocked_goes_before_allowed() -> None:
     assert found.check("") == "address not allowed"
 
 
-def test_without_lists_everybody_may_come() -> None:
+def test_without_lists_all_addresses_are_allowed() -> None:
     found = AddressLists((), (), NamedLists())
     assert found.check("192.0.2.1") is found.check("") is None
 
 
-def test_an_empty_allowed_list_lets_nobody_in() -> None:
+def test_empty_allowed_list_refuses_all() -> None:
     assert AddressLists(("@none",), (), NamedLists({"none": []})).check("192.0.2.1") == "address not allowed"
 
 
-def test_address_lists_follow_their_file(tmp_path: Path) -> None:
+def test_address_lists_follow_their_files(tmp_path: Path) -> None:
     file = tmp_path / "bots.txt"
     file.write_text("")
     named = NamedLists({"bots": str(file)})
@@ -249,14 +249,14 @@ def test_address_lists_follow_their_file(tmp_path: Path) -> None:
     assert f'{file}:2: "word" is not a network' in error
 
 
-def test_a_list_of_addresses_holds_nothing_else() -> None:
+def test_address_list_accepts_only_networks() -> None:
     with pytest.raises(
         ConfigurationError, match=r'lists\.a: "word" is not a network, and the list is used for address'
     ):
         AddressLists(("@a",), (), NamedLists({"a": ["word", "10.0.0.1"]}))
 
 
-def test_every_wrong_entry_of_every_list_is_reported(tmp_path: Path) -> None:
+def test_all_invalid_entries_of_all_lists_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text("10.0.0.0/33\n10.0.0.0/8\n10.0.0.1/8\n")
     with pytest.raises(ConfigurationError) as caught:

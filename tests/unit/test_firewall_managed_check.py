@@ -45,7 +45,7 @@ def judge(
     return outcome, outcomes | matches
 
 
-def test_pool_is_asked_with_what_was_sent() -> None:
+def test_pool_receives_the_request_as_sent() -> None:
     pool = Answers(Evaluation(0))
     trace: list[object] = []
     request = plain_request("/%61?x=%31", "User-Agent: T")
@@ -72,7 +72,7 @@ def test_threshold(score: int, blocked: bool) -> None:
 
 
 @pytest.mark.parametrize(("status", "given"), [(403, 403), (429, 429), (503, 503), (200, 403), (302, 403), (499, 403)])
-def test_denying_rule_chooses_a_status_that_can_be_answered(status: int, given: int) -> None:
+def test_denying_rule_sets_a_valid_status(status: int, given: int) -> None:
     outcome, _ = judge(Evaluation(0, (Match(7, "own", 0, ""),), denied_by=7, status=status), SiteManagedRules())
     assert outcome.refusal is not None
     assert outcome.refusal.status == given
@@ -98,7 +98,7 @@ def test_mode_log_refuses_nothing() -> None:
 
 @pytest.mark.parametrize("on_failure", ["block", "allow"])
 @pytest.mark.parametrize("failure", list(Failure))
-def test_failure_is_what_the_site_says(failure: Failure, on_failure: Literal["block", "allow"]) -> None:
+def test_failure_follows_on_failure(failure: Failure, on_failure: Literal["block", "allow"]) -> None:
     outcome, counters = judge(failure, SiteManagedRules(on_failure=on_failure))
     assert counters == {failure.value: 1}
     assert outcome.failure == failure.value
@@ -111,7 +111,7 @@ def test_failure_is_what_the_site_says(failure: Failure, on_failure: Literal["bl
 
 
 @pytest.mark.parametrize("on_failure", ["block", "allow"])
-def test_guard_refuses_whatever_failures_do(on_failure: Literal["block", "allow"]) -> None:
+def test_guard_refuses_whatever_on_failure_says(on_failure: Literal["block", "allow"]) -> None:
     outcome, _ = judge(Evaluation(0), SiteManagedRules(on_failure=on_failure), HOSTILE)
     assert outcome.refusal is not None
     assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules: guard")

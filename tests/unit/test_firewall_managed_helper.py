@@ -91,7 +91,7 @@ def test_serving_ends_with_the_socket(pair: tuple[socket.socket, socket.socket],
         assert ended == [False]
 
 
-def test_what_does_not_load_is_said(pair: tuple[socket.socket, socket.socket], library: ModSecurity) -> None:
+def test_load_error_is_reported(pair: tuple[socket.socket, socket.socket], library: ModSecurity) -> None:
     ours, theirs = pair
     ours.sendall(msgspec.msgpack.encode(RuleSet("bad", (RuleSource(text="SecNonsense\n"),))))
     ours.sendall(END_OF_RULES)

@@ -33,7 +33,7 @@ def crs(library: ModSecurity) -> int:
     return library.load(build(SiteManagedRules(owasp_crs=True)))
 
 
-def test_score_rules_and_severity_come_out(library: ModSecurity, crs: int) -> None:
+def test_evaluation_has_score_rules_and_severity(library: ModSecurity, crs: int) -> None:
     found = library.evaluate(crs, subject("/?x=1'%20or%20'1'='1", "User-Agent: t"))
     assert found.score == 5
     assert [(match.id, match.severity) for match in found.matches] == [(942100, 2)]
@@ -42,7 +42,7 @@ def test_score_rules_and_severity_come_out(library: ModSecurity, crs: int) -> No
     assert (found.denied_by, found.status) == (0, 0)
 
 
-def test_one_evaluation_leaves_nothing_for_the_next(library: ModSecurity, crs: int) -> None:
+def test_evaluations_are_independent(library: ModSecurity, crs: int) -> None:
     library.evaluate(crs, subject("/?x=<script>alert(1)</script>"))
     assert library.evaluate(crs, subject("/?x=1", "User-Agent: t")) == Evaluation(0)
 
@@ -56,7 +56,7 @@ def test_one_evaluation_leaves_nothing_for_the_next(library: ModSecurity, crs: i
         f"/?{quote(FORGED, safe='')}=<script>{quote(FORGED, safe='')}",
     ],
 )
-def test_client_cannot_write_the_log(library: ModSecurity, crs: int, target: str) -> None:
+def test_client_cannot_forge_matches(library: ModSecurity, crs: int, target: str) -> None:
     """An argument's name and value, and the path, stand in the line as they are, quotes and all."""
     found = library.evaluate(crs, subject(target, f"User-Agent: t {FORGED}"))
     assert found.score >= 5
@@ -83,7 +83,7 @@ def test_redirect_and_drop_deny_too(library: ModSecurity, tmp_path: Path) -> Non
     assert library.evaluate(loaded, subject("/?x=b")).denied_by == 2
 
 
-def test_what_an_evaluation_reports_is_bounded(library: ModSecurity, tmp_path: Path) -> None:
+def test_evaluation_is_bounded(library: ModSecurity, tmp_path: Path) -> None:
     rule = "SecRule ARGS \"@rx (.*)\" \"id:{0},phase:2,pass,log,msg:'{1}',logdata:'%{{MATCHED_VAR}}'\"\n"
     rules = "".join(rule.format(number, "m" * 1000) for number in range(1, 100))
     loaded = library.load(build(own_rules(tmp_path, rules)))
@@ -93,7 +93,7 @@ def test_what_an_evaluation_reports_is_bounded(library: ModSecurity, tmp_path: P
     assert all(len(match.message) <= MAX_TEXT + 3 and len(match.data) <= MAX_TEXT + 3 for match in found.matches)
 
 
-def test_rule_sets_are_apart(library: ModSecurity, crs: int, tmp_path: Path) -> None:
+def test_rule_sets_are_independent(library: ModSecurity, crs: int, tmp_path: Path) -> None:
     own = library.load(build(own_rules(tmp_path, 'SecRule ARGS:x "@streq a" "id:1,phase:2,deny"\n')))
     assert library.evaluate(crs, subject("/?x=a", "User-Agent: t")) == Evaluation(0)
     assert library.evaluate(own, subject("/?x=a")).denied_by == 1
@@ -107,7 +107,7 @@ def test_addresses_reach_the_rules(library: ModSecurity, tmp_path: Path, ip: str
     assert library.evaluate(loaded, subject("/", ip=ip)).denied_by == (1 if ip else 0)
 
 
-def test_what_does_not_load_is_named_with_its_file(library: ModSecurity, tmp_path: Path) -> None:
+def test_load_error_names_the_file(library: ModSecurity, tmp_path: Path) -> None:
     path = tmp_path / "own.conf"
     path.write_text('SecRule ARGS "@pmFromFile nowhere.txt" "id:1,phase:2,deny"\n')
     with pytest.raises(ConfigurationError) as caught:
@@ -138,7 +138,7 @@ def test_any_request_is_evaluated(library: ModSecurity, crs: int, target: str, v
     assert found.denied_by == 0
 
 
-def test_the_detour_names_the_same_file_and_cannot_be_guessed(tmp_path: Path) -> None:
+def test_mark_leads_to_the_same_file_and_cannot_be_guessed(tmp_path: Path) -> None:
     (tmp_path / "a.conf").write_text("x")
     marks = {modsecurity.make_mark() for _ in range(100)}
     assert len(marks) == 100

@@ -54,7 +54,7 @@ def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) 
     with_pool(HelperPool([rule_set], queue=3), ask)
 
 
-def test_asker_that_leaves_gives_its_place_up(rule_set: RuleSet) -> None:
+def test_cancelled_request_leaves_the_queue(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
@@ -87,7 +87,7 @@ def test_all_helpers_work(rule_set: RuleSet) -> None:
     with_pool(HelperPool([rule_set], processes=2), ask)
 
 
-def test_closing_answers_everybody(rule_set: RuleSet) -> None:
+def test_closing_ends_all_requests(rule_set: RuleSet) -> None:
     async def run() -> None:
         pool = HelperPool([rule_set])
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
@@ -141,7 +141,7 @@ if {packet!r}:
 
 
 @pytest.mark.parametrize(("packet", "said"), [(b"\xc1", "it sent an invalid message"), (b"", "it exited")])
-def test_helper_that_talks_nonsense_is_started_anew(
+def test_helper_that_sends_nonsense_is_restarted(
     rule_set: RuleSet, packet: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, program = tmp_path / "liar.py", tmp_path / "liar"
@@ -161,13 +161,13 @@ def test_helper_that_talks_nonsense_is_started_anew(
     assert said in log[0]
 
 
-def test_helper_that_cannot_run_refuses_the_start(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helper_that_cannot_run_prevents_the_start(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlstunnel.program.PYTHON", "/bin/false")
     with pytest.raises(ConfigurationError, match="exited during its start: exited with status 1"):
         asyncio.run(HelperPool([rule_set]).start())
 
 
-def test_helper_that_does_not_load_in_time_refuses_the_start(
+def test_helper_that_does_not_load_in_time_prevents_the_start(
     rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "LOAD_TIMEOUT", 0.001)

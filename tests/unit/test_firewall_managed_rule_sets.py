@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.managed_rules import UNHURRIED, judged, own_rules, plain_request, require_crs
+from tests.corpus.managed_rules import UNHURRIED, evaluate_samples, own_rules, plain_request, require_crs
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import rule_sets
@@ -52,7 +52,7 @@ def sample(target: str, *headers: str) -> corpus.Sample:
 
 
 def score(settings: SiteManagedRules, target: str, *headers: str) -> int:
-    return judged([sample(target, *headers)], settings)["it"].score
+    return evaluate_samples([sample(target, *headers)], settings)["it"].score
 
 
 def test_debian_files_are_in_order() -> None:
@@ -66,7 +66,7 @@ def test_debian_files_are_in_order() -> None:
     assert not any(name.startswith("RESPONSE-95") for name in found)
 
 
-def test_equal_settings_have_equal_names_and_others_have_not() -> None:
+def test_only_equal_settings_have_equal_names() -> None:
     require_crs()
     names = [
         build(settings).name
@@ -83,10 +83,10 @@ def test_equal_settings_have_equal_names_and_others_have_not() -> None:
     assert build(same).name == names[0]
 
 
-def test_release_folder_judges_like_debian(release: Path) -> None:
+def test_release_folder_evaluates_like_debian(release: Path) -> None:
     attacks = [attack for attack in corpus.attacks() if "Log4Shell" not in attack.name][::4]
-    debian = judged(attacks, SiteManagedRules(owasp_crs=True, paranoia=2, timeout=UNHURRIED))
-    other = judged(attacks, SiteManagedRules(owasp_crs=True, paranoia=2, crs=release, timeout=UNHURRIED))
+    debian = evaluate_samples(attacks, SiteManagedRules(owasp_crs=True, paranoia=2, timeout=UNHURRIED))
+    other = evaluate_samples(attacks, SiteManagedRules(owasp_crs=True, paranoia=2, crs=release, timeout=UNHURRIED))
     assert {name: found.score for name, found in other.items()} == {name: found.score for name, found in debian.items()}
     assert {name: found.rule_ids for name, found in other.items()} == {
         name: found.rule_ids for name, found in debian.items()
@@ -102,7 +102,7 @@ def test_release_folder_is_loaded_with_its_plugins(release: Path) -> None:
     assert files(build(SiteManagedRules(owasp_crs=True, crs=release)))[0] == "crs-setup.conf"
 
 
-def test_release_that_forbids_ws_as_an_extension_lets_firebase_through(
+def test_firebase_passes_a_release_that_forbids_the_extension_ws(
     release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SiteManagedRules(owasp_crs=True, crs=release, timeout=UNHURRIED)
@@ -122,7 +122,7 @@ def test_early_blocking_of_the_setup_file_hides_nothing(release: Path) -> None:
 
 
 @pytest.mark.parametrize("paranoia", [1, 2, 3, 4])
-def test_paranoia_is_what_the_settings_say(paranoia: int) -> None:
+def test_paranoia_follows_the_settings(paranoia: int) -> None:
     require_crs()
     settings = SiteManagedRules(owasp_crs=True, paranoia=paranoia, timeout=UNHURRIED)
     target = (
@@ -165,7 +165,7 @@ SecRuleEngine Off
 """
 
 
-def test_own_rules_beside_crs_deny_score_exclude_and_allow(tmp_path: Path) -> None:
+def test_own_rules_with_crs_deny_score_exclude_and_allow(tmp_path: Path) -> None:
     require_crs()
     own = tmp_path / "own.conf"
     own.write_text(OWN)
@@ -182,7 +182,7 @@ def test_own_rules_beside_crs_deny_score_exclude_and_allow(tmp_path: Path) -> No
         "ordinary": "/?x=other",
     }
     samples = [corpus.Sample(name, "", plain_request(target, "User-Agent: t")) for name, target in requests.items()]
-    found = judged(samples, settings)
+    found = evaluate_samples(samples, settings)
     statuses = {name: outcome.refusal.status if outcome.refusal else 101 for name, outcome in found.items()}
     assert statuses == {
         "deny": 429,
@@ -202,15 +202,15 @@ def test_own_rules_beside_crs_deny_score_exclude_and_allow(tmp_path: Path) -> No
 def test_own_rules_alone_block(tmp_path: Path) -> None:
     require_crs()
     settings = own_rules(tmp_path, 'SecRule ARGS:x "@streq a" "id:7,phase:2,block,msg:\'no\'"\n')
-    found = judged([sample("/?x=a")], settings)["it"]
+    found = evaluate_samples([sample("/?x=a")], settings)["it"]
     assert found.refusal is not None
     assert found.refusal.status == 403
-    assert judged([sample("/?x=b")], settings)["it"].refusal is None
+    assert evaluate_samples([sample("/?x=b")], settings)["it"].refusal is None
     excluded = SiteManagedRules(rules=settings.rules, exclude=(7,), timeout=UNHURRIED)
-    assert judged([sample("/?x=a")], excluded)["it"].refusal is None
+    assert evaluate_samples([sample("/?x=a")], excluded)["it"].refusal is None
 
 
-def test_own_rules_are_linted_against_crs_and_us(tmp_path: Path) -> None:
+def test_own_rules_may_not_use_ids_of_crs_or_of_the_tunnel(tmp_path: Path) -> None:
     require_crs()
     path = tmp_path / "own.conf"
     for number, taken in ((942100, "REQUEST-942-APPLICATION-ATTACK-SQLI.conf"), (99_900_001, "tlstunnel's own")):
@@ -219,7 +219,7 @@ def test_own_rules_are_linted_against_crs_and_us(tmp_path: Path) -> None:
             build(SiteManagedRules(owasp_crs=True, rules=str(path)))
 
 
-def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_reported_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(settings: SiteManagedRules) -> str:
         with pytest.raises(ConfigurationError) as caught:
             build(settings)
@@ -241,7 +241,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, monkeypatch: p
     )
 
 
-def test_all_that_is_missing_is_reported_together(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         build(SiteManagedRules(owasp_crs=True, crs=tmp_path / "crs", rules=str(tmp_path / "*.conf")))
     crs, rules = caught.value.problems

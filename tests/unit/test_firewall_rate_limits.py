@@ -131,13 +131,13 @@ def test_ipv6_prefix(prefix: int, ip: str, passes_too: bool) -> None:
 
 
 @pytest.mark.parametrize("key", ["header:X-User", "cookie:s", "ja4", "client_subject"])
-def test_who_leaves_a_part_out_is_not_counted(key: str) -> None:
+def test_request_without_a_part_of_the_key_is_not_counted(key: str) -> None:
     counting = limits(config(key=(key,)), config("both", key=("ip", key)))
     for _ in range(3):
         assert passes(counting, facts())
 
 
-def test_several_together() -> None:
+def test_several_parts_count_together() -> None:
     counting = limits(config(key=("ip", "path")))
     assert passes(counting, facts())
     assert not passes(counting, facts())
@@ -164,7 +164,7 @@ values = st.binary(max_size=40).map(lambda data: bytes(0x21 + byte % 0x5E for by
 
 @settings(deadline=None)
 @given(st.tuples(values, values), st.tuples(values, values))
-def test_keys_are_short_and_no_two_are_taken_for_one(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> None:
+def test_keys_are_short_and_distinct(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> None:
     counters = Asked()
     counting = limits(config(key=("header:A", "header:B")), counters=counters)
     for a, b in (one, other):
@@ -181,7 +181,7 @@ def test_limits_of_different_scopes_names_and_keys_share_nothing() -> None:
     assert len({check.key for check in counters.checks}) == 4
 
 
-def test_limits_made_anew_go_on_counting() -> None:
+def test_rebuilt_limits_continue_counting() -> None:
     counters = MemoryCounters(clock=Clock())
     assert passes(limits(config(), counters=counters), facts())
     assert not passes(limits(config(), counters=counters), facts())
@@ -199,7 +199,7 @@ def test_when() -> None:
     assert passes(counting, facts())
 
 
-def test_who_is_blocked_is_whatever_they_ask() -> None:
+def test_block_applies_to_all_requests_of_the_key() -> None:
     clock = Clock()
     counting = limits(
         config(when='path == "/login"', block_for=Timeout(600)),
@@ -216,7 +216,7 @@ def test_who_is_blocked_is_whatever_they_ask() -> None:
     assert passes(counting, facts())
 
 
-def test_a_when_without_an_answer_holds_and_is_reported_once_a_minute() -> None:
+def test_failing_when_applies_and_is_reported_once_a_minute() -> None:
     clock = Clock()
     told: list[tuple[str, str]] = []
     metrics = Registry()
@@ -270,7 +270,7 @@ def test_the_refusal() -> None:
     assert passes(counting, facts())
 
 
-def test_retry_after_is_a_second_at_least() -> None:
+def test_retry_after_is_at_least_a_second() -> None:
     clock = Clock()
     counting = limits(config(limit="1/second"), counters=MemoryCounters(clock=clock))
     assert passes(counting, facts())
@@ -285,12 +285,12 @@ class Rounding(MemoryCounters):
         return [LimitResult("limit", -0.5) for _ in checks]
 
 
-def test_retry_after_is_a_second_whatever_the_storage_says() -> None:
+def test_retry_after_is_at_least_a_second_for_any_storage() -> None:
     assert refused(limits(config(), counters=Rounding()), facts()).fields[0] == (b"Retry-After", b"1")
 
 
 @pytest.mark.parametrize("strategy", ["fixed", "moving", "sliding"])
-def test_who_waits_as_told_passes(strategy: str) -> None:
+def test_request_passes_after_retry_after(strategy: str) -> None:
     clock = Clock()
     counting = limits(config(limit="7 per 13 seconds", strategy=strategy), counters=MemoryCounters(clock=clock))
     waits = 0
@@ -304,7 +304,7 @@ def test_who_waits_as_told_passes(strategy: str) -> None:
     assert waits > 5
 
 
-def test_all_that_are_over_are_named_and_the_longest_wait_counts() -> None:
+def test_all_exceeded_limits_are_named_and_the_longest_wait_counts() -> None:
     counting = limits(
         config("minute", "1/minute"), config("free", "9/minute"), config("hour", "1/hour"), config("log", mode="log")
     )
@@ -326,7 +326,7 @@ SF_STRING = re.compile(rb'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
 
 @settings(deadline=None)
 @given(st.text(max_size=20) | st.sampled_from(['a"b\\c', "für alle", "a\r\nX: y", "\ud800"]))
-def test_any_name_stands_in_the_fields(name: str) -> None:
+def test_any_name_can_be_sent_in_the_fields(name: str) -> None:
     counting = limits(config(name))
     assert passes(counting, facts())
     refusal = refused(counting, facts())
@@ -361,7 +361,7 @@ def test_tunnels() -> None:
     assert not passes(counting, facts())
 
 
-def test_what_is_refused_holds_nothing() -> None:
+def test_refused_request_holds_nothing() -> None:
     counters = Asked()
     counting = limits(config("open", None, max_tunnels=9), config(), counters=counters)
     taken = judged(counting, facts())
@@ -375,7 +375,7 @@ def test_what_is_refused_holds_nothing() -> None:
     assert counters.open_tunnels(key) == 0
 
 
-def test_a_limit_and_tunnels_in_one() -> None:
+def test_limit_and_max_tunnels_together() -> None:
     counting = limits(config(limit="3/minute", max_tunnels=1))
     lease = judged(counting, facts()).lease
     refusal = refused(counting, facts())
@@ -421,7 +421,7 @@ def test_exact_under_200_clients_at_once(strategy: str) -> None:
 # Trying a limit, joining limits, seeing what they do.
 
 
-def test_what_only_logs_counts_and_refuses_nothing() -> None:
+def test_mode_log_counts_and_refuses_nothing() -> None:
     metrics = Registry()
     counting = limits(
         config(mode="log", limit="2/minute"), config("open", None, mode="log", max_tunnels=3), metrics=metrics
@@ -440,7 +440,7 @@ def test_what_only_logs_counts_and_refuses_nothing() -> None:
     }
 
 
-def test_counters_say_what_was_over() -> None:
+def test_metrics_count_outcomes() -> None:
     metrics = Registry()
     counting = limits(config(block_for=Timeout(60)), config("never", when='path == "/other"'), metrics=metrics)
     for _ in range(4):
@@ -452,7 +452,7 @@ def test_counters_say_what_was_over() -> None:
     }
 
 
-def test_who_is_refused_uses_up_no_other_limit() -> None:
+def test_refused_request_uses_up_no_other_limit() -> None:
     counting = limits(config("mine"), config("shared", "3/minute", key=("path",)))
     for _ in range(9):
         judged(counting, facts())
@@ -461,7 +461,7 @@ def test_who_is_refused_uses_up_no_other_limit() -> None:
     assert judged(counting, facts(ip="192.0.2.4")).limit == "shared"
 
 
-def test_joined_limits_are_asked_at_once() -> None:
+def test_joined_limits_are_checked_at_once() -> None:
     counters = MemoryCounters(clock=Clock())
     metrics = Registry()
     everywhere = limits(config(limit="2/minute"), counters=counters, metrics=metrics)
@@ -528,7 +528,7 @@ def test_the_trace() -> None:
         ("1/367 days", ["is too large"]),
     ],
 )
-def test_a_limit_that_cannot_be_read(limit: str, parts: list[str]) -> None:
+def test_invalid_limit(limit: str, parts: list[str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         limits(config("mine", limit))
     message = str(caught.value)
@@ -548,7 +548,7 @@ def test_a_limit_that_cannot_be_read(limit: str, parts: list[str]) -> None:
         ("5/2 days", b"q=5;w=172800"),
     ],
 )
-def test_a_limit_that_is_read(limit: str, fields: bytes) -> None:
+def test_valid_limit(limit: str, fields: bytes) -> None:
     counting = limits(config(limit=limit))
     while (refusal := judged(counting, facts()).refusal) is None:
         pass
@@ -596,7 +596,7 @@ def test_an_unknown_key(key: str, part: str) -> None:
         ([config(when="path")], 'rate limit "a": when: line 1, column 1: '),
     ],
 )
-def test_what_cannot_be_meant(configs: list[RateLimitConfig], message: str) -> None:
+def test_invalid_settings(configs: list[RateLimitConfig], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         limits(*configs)
     assert message in str(caught.value)

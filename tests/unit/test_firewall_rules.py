@@ -67,7 +67,7 @@ def rules(*configs: RuleConfig, **more: Any) -> Rules:
 FAILING = 'headers["x-not-there"] == "a"'
 
 
-def test_without_rules_everything_goes_on() -> None:
+def test_without_rules_everything_passes() -> None:
     assert rules().judge(facts()) == RulesOutcome(None, "", frozenset(), ())
     assert len(rules()) == 0
 
@@ -94,7 +94,7 @@ def test_allow_ends_the_rules_and_nothing_else() -> None:
     assert rules(rule("no"), rule("yes", "allow")).judge(facts()).rule == "no"
 
 
-def test_log_goes_on() -> None:
+def test_log_continues() -> None:
     outcome = rules(rule("seen", "log"), rule("unseen", "log", "false"), rule("no"), rule("late", "log")).judge(facts())
     assert (outcome.rule, outcome.logged) == ("no", ("seen",))
 
@@ -111,7 +111,7 @@ def test_skip_goes_on_and_adds_up() -> None:
 
 
 @pytest.mark.parametrize("action", ["block", "allow", "skip", "log"])
-def test_a_rule_on_trial_only_logs(action: Action) -> None:
+def test_mode_log_only_logs(action: Action) -> None:
     more: dict[str, Any] = {"skip": ("rate_limits",)} if action == "skip" else {}
     outcome = rules(rule("trial", action, mode="log", **more), rule("no")).judge(facts())
     assert (outcome.rule, outcome.skip, outcome.logged) == ("no", frozenset(), ("trial",))
@@ -162,7 +162,7 @@ def test_failures_are_reported_once_a_minute_for_each_rule() -> None:
     assert [name for name, _ in said[2:]] == ["a", "b"]
 
 
-def test_joined_rules_are_asked_in_order_and_share_their_counters() -> None:
+def test_joined_rules_are_evaluated_in_order_and_share_their_counters() -> None:
     metrics = Registry()
     expressions = Expressions()
     everywhere = Rules([rule("a", "log"), rule("b", "allow", 'path == "/ok"')], expressions, metrics=metrics)
@@ -225,11 +225,11 @@ ADMIN = 'path.startsWith("/admin")'
         b"/admin;x",
     ],
 )
-def test_spellings_of_a_path_do_not_get_by(target: bytes) -> None:
+def test_no_spelling_of_a_path_bypasses_a_rule(target: bytes) -> None:
     assert rules(rule("admin", when=ADMIN)).judge(facts(target)).refusal is not None
 
 
-def test_case_is_the_rules_own_matter() -> None:
+def test_case_is_up_to_the_rule() -> None:
     assert rules(rule("admin", when=ADMIN)).judge(facts(b"/Admin")).refusal is None
     assert rules(rule("admin", when='path.lower().startsWith("/admin")')).judge(facts(b"/Admin")).refusal is not None
 

@@ -37,7 +37,7 @@ def ask(
     return firewall.judge(plain_request(target, *headers), connection, behind_proxy=behind)
 
 
-def test_nothing_to_ask_costs_nothing_but_the_look_at_the_target(tmp_path: Path) -> None:
+def test_without_checks_only_the_target_is_examined(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         assert await ask(firewall) is PASSED
         refusal = (await ask(firewall, "/%00")).refusal
@@ -59,7 +59,7 @@ def _managed(folder: Path, rule: str = "@streq bad") -> str:
     return f'{SITE}{TWO}[sites.managed_rules]\nrules = "own.conf"\ntimeout = "10s"\n'
 
 
-def test_a_tunnel_that_managed_rules_refuse_is_given_back(tmp_path: Path) -> None:
+def test_tunnel_is_returned_if_managed_rules_refuse(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         for _ in range(3):
             verdict = await ask(firewall, "/?x=bad")
@@ -78,7 +78,7 @@ def test_a_tunnel_that_managed_rules_refuse_is_given_back(tmp_path: Path) -> Non
     with_firewall(_managed(tmp_path), tmp_path, run)
 
 
-def test_a_tunnel_whose_client_goes_while_it_is_judged_is_given_back(tmp_path: Path) -> None:
+def test_tunnel_is_returned_if_the_client_leaves_during_the_check(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         for _ in range(3):
             task = asyncio.ensure_future(ask(firewall, f"/?x={'a' * 200}"))
@@ -131,7 +131,7 @@ def failed_checks(firewall: Firewall) -> dict[str, int]:
     return found
 
 
-def test_a_policy_that_only_logs_lets_by_and_counts(tmp_path: Path) -> None:
+def test_policy_in_mode_log_passes_and_counts(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         assert firewall.check_address("192.0.2.1") is None
         assert failed_checks(firewall) == {"address blocked": 1}
@@ -146,7 +146,7 @@ def test_a_policy_that_only_logs_lets_by_and_counts(tmp_path: Path) -> None:
     with_firewall(LOGGING, tmp_path, run)
 
 
-def test_the_lists_of_all_sites_are_asked_of_who_stands_behind_a_proxy(tmp_path: Path) -> None:
+def test_lists_of_all_sites_are_checked_for_clients_behind_a_proxy(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         assert (await ask(firewall, ip="203.0.113.1")).refusal is None
         refusal = (await ask(firewall, ip="203.0.113.1", behind=True)).refusal

@@ -110,7 +110,7 @@ def test_refused(entry: str, origin: bytes) -> None:
         (b"https://evil.example", b"evil.example", False),
     ],
 )
-def test_same_is_the_names_of_the_site(origin: bytes, host: bytes, own: bool) -> None:
+def test_same_allows_the_names_of_the_site(origin: bytes, host: bytes, own: bool) -> None:
     assert allowed(WebOriginCheck(["same"], NAMES), origin, host=host) is own
 
 
@@ -124,11 +124,11 @@ def test_same_is_the_names_of_the_site(origin: bytes, host: bytes, own: bool) ->
         (b"https://[::2]:8443", b"[::1]:8443", False),
     ],
 )
-def test_same_of_a_site_of_any_name_is_the_host_that_is_asked_for(origin: bytes, host: bytes, own: bool) -> None:
+def test_same_on_a_wildcard_site_allows_the_requested_host(origin: bytes, host: bytes, own: bool) -> None:
     assert allowed(WebOriginCheck(["same"], ["*"]), origin, host=host) is own
 
 
-def test_a_request_without_origin_is_no_browsers() -> None:
+def test_request_without_origin_passes_unless_required() -> None:
     assert allowed(WebOriginCheck(["same"], NAMES))
     refusal = WebOriginCheck(["same"], NAMES, required=True).check(facts())
     assert refusal is not None
@@ -136,7 +136,7 @@ def test_a_request_without_origin_is_no_browsers() -> None:
     assert allowed(WebOriginCheck(["same"], NAMES, required=True), b"https://chat.example.com")
 
 
-def test_an_empty_list_lets_no_page_in() -> None:
+def test_empty_list_refuses_all_pages() -> None:
     assert not allowed(WebOriginCheck([], NAMES), b"https://chat.example.com")
     assert allowed(WebOriginCheck([], NAMES))
 
@@ -147,7 +147,7 @@ def test_several_origins_are_refused() -> None:
     assert not allowed(WebOriginCheck(["same"], NAMES), same, b"https://evil.example")
 
 
-def test_what_was_sent_is_in_the_detail_alone() -> None:
+def test_sent_value_is_only_in_the_detail() -> None:
     refusal = WebOriginCheck(["same"], NAMES).check(facts(b"https://evil.example"))
     assert refusal is not None
     assert refusal.detail == "https://evil.example"
@@ -159,7 +159,7 @@ def test_what_was_sent_is_in_the_detail_alone() -> None:
         st.binary(max_size=40), st.text(alphabet="htps:/.a*@[]:0123%\u00fc\u0130 ", max_size=30).map(str.encode)
     )
 )
-def test_no_value_raises_or_gets_in_as_another(value: bytes) -> None:
+def test_no_value_raises_or_passes_as_another(value: bytes) -> None:
     found = normalise_web_origin(value)
     assert found == "" or normalise_web_origin(found.encode()) == found
     assert "*" not in found
