@@ -16,7 +16,7 @@ class Budget:
     aim: float
     unit: str = ""
 
-    def measured(self, content: dict[str, Any], ours: str) -> float | None:
+    def find_measured(self, content: dict[str, Any], ours: str) -> float | None:
         """The number to hold against it; None where the run has none."""
         try:
             found = content["figures"][self.figure]["columns"][self.column]["subjects"][ours]
@@ -28,11 +28,11 @@ class Budget:
             return None
         return float(beside) if self.kind == "beside" else 1 / beside
 
-    def spell(self, number: float) -> str:
+    def render_limit(self, number: float) -> str:
         """A limit with its direction."""
         return f"{'>=' if self.kind == 'beside' else '<='} {number:g}{self.unit}"
 
-    def text(self, value: float) -> str:
+    def render_result(self, value: float) -> str:
         """What was measured, and which limit it meets."""
         shown = f"{value:.1f}" if self.unit else f"{value:.2f}"
         meets = "aim" if self._within(value, self.aim) else "must" if self._within(value, self.must) else "**missed**"

@@ -27,17 +27,17 @@ UNITS = {
 }
 
 
-def instructions(running: Running) -> dict[str, float]:
+def count_instructions(running: Running) -> dict[str, float]:
     """Instructions a unit, counted by callgrind on fresh starts of the subject; the median of `BATCHES` batches.
 
     PYTHONHASHSEED=0 takes away one reason to differ; what is left is in ECDSA, in where a garbage collection falls,
     and in how bytes meet the wake-ups. *start* is everything up to the first answered handshake.
     """
     with _under_callgrind(running, "no") as (fresh, output):
-        found = _counted(fresh, output)
+        found = _count_units(fresh, output)
     with _under_callgrind(running, "yes") as (fresh, output), Load(fresh) as load:
         load.do("open 1 /echo")
-        return found | {"start": _dumped(fresh.processes(), output)}
+        return found | {"start": _read_dump(fresh.processes(), output)}
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def _under_callgrind(running: Running, at_start: str) -> Iterator[tuple[Running,
         fresh.stop()
 
 
-def _counted(fresh: Running, output: Path) -> dict[str, float]:
+def _count_units(fresh: Running, output: Path) -> dict[str, float]:
     found = {}
     with Load(fresh) as load:
         load.do("open 1 /echo")  # the first session ticket, and the tunnel of the echoes
@@ -67,11 +67,11 @@ def _counted(fresh: Running, output: Path) -> dict[str, float]:
             _monitor(process, "instrumentation", "on")
         for unit, (command, count) in UNITS.items():
             load.do(command.format(count=count))  # what is done the first time only
-            _dumped(processes, output)
+            _read_dump(processes, output)
             batches = []
             for _ in range(BATCHES):
                 load.do(command.format(count=count))
-                batches.append(_dumped(processes, output) / count)
+                batches.append(_read_dump(processes, output) / count)
             found[unit] = statistics.median(batches)
         for process in processes:
             _monitor(process, "instrumentation", "off")
@@ -84,7 +84,7 @@ def _monitor(process: int, *command: str) -> None:
         raise BenchError(f"vgdb {' '.join(command)}: {result.stderr.strip()}")
 
 
-def _dumped(processes: list[int], output: Path) -> int:
+def _read_dump(processes: list[int], output: Path) -> int:
     """Instructions of all processes since the last dump."""
     total = 0
     for process in processes:
@@ -97,7 +97,7 @@ def _dumped(processes: list[int], output: Path) -> int:
     return total
 
 
-def system_calls(running: Running) -> dict[str, float]:
+def count_system_calls(running: Running) -> dict[str, float]:
     """System calls a unit, counted by strace."""
     found = {}
     with Load(running) as load:

@@ -30,7 +30,7 @@ REQUEST = (
 AT_ONCE = 50
 """Handshakes at one moment as the clients first connect; as they come back nothing holds them."""
 
-PATIENCE = 120.0
+TIMEOUT_SECONDS = 120.0
 """Seconds beyond the drain for the last to be back."""
 
 PROGRAM = (sys.executable, "-m", "tlstunnel")
@@ -85,14 +85,14 @@ def measure(clients: int, over: float) -> Drained:
         config = Path(folder, "tlstunnel.toml")
         config.write_text(f'[release]\ndrain_over = "{over:g}s"\n')
         with (
-            _started(Path(folder), "a", config) as (first, process),
-            _started(Path(folder), "b", config) as (second, _),
+            _start(Path(folder), "a", config) as (first, process),
+            _start(Path(folder), "b", config) as (second, _),
         ):
             context = ssl.create_default_context(cafile=Path(folder, "certs", "ca.pem"))
-            return asyncio.run(_measured(clients, over, context, (first, second), process))
+            return asyncio.run(_measure(clients, over, context, (first, second), process))
 
 
-async def _measured(
+async def _measure(
     clients: int, over: float, context: ssl.SSLContext, ports: tuple[int, int], process: subprocess.Popen[str]
 ) -> Drained:
     gate = asyncio.Semaphore(AT_ONCE)
@@ -101,7 +101,7 @@ async def _measured(
     began = 0.0
     all_of_them = [_Client(number, context) for number in range(clients)]
 
-    async def opened(client: _Client) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open_tunnel(client: _Client) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         async with gate:
             return await client.connect(ports[0])
 
@@ -116,18 +116,18 @@ async def _measured(
         back.append(time.monotonic() - began)
         again.transport.abort()
 
-    streams = await asyncio.gather(*(opened(client) for client in all_of_them))
+    streams = await asyncio.gather(*(open_tunnel(client) for client in all_of_them))
     began = time.monotonic()
     process.terminate()
     lives = [live(client, *stream) for client, stream in zip(all_of_them, streams, strict=True)]
-    async with asyncio.timeout(over + PATIENCE):
+    async with asyncio.timeout(over + TIMEOUT_SECONDS):
         await asyncio.gather(*lives)
     attempts = sum(client.attempts for client in all_of_them)
     return Drained(over, sorted(ended), sorted(back), attempts)
 
 
 @contextlib.contextmanager
-def _started(folder: Path, name: str, config: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+def _start(folder: Path, name: str, config: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     command = [*PROGRAM, "start", "--config", str(config), "--listen", "127.0.0.1:0", "--log-format", "json"]
     log = folder / f"{name}.log"
     with log.open("w") as stream:
@@ -135,14 +135,14 @@ def _started(folder: Path, name: str, config: Path) -> Iterator[tuple[int, subpr
             [*command, "--control", str(folder / f"{name}.sock")], cwd=folder, stderr=stream, text=True
         )
     try:
-        yield _port(log, process), process
+        yield _wait_for_port(log, process), process
     finally:
         process.kill()
         process.wait()
 
 
-def _port(log: Path, process: subprocess.Popen[str]) -> int:
-    deadline = time.monotonic() + PATIENCE
+def _wait_for_port(log: Path, process: subprocess.Popen[str]) -> int:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         records = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if any(record["event"] == "ready" for record in records):
@@ -191,14 +191,19 @@ def main() -> None:
         rates = f"at most {one.peak()} a second, {one.attempts} attempts"
         print(f"over {one.over:g} s: {rates}, all back after {one.back[-1]:.1f} s")
     said = [
-        {"over": one.over, "ended": _per_second(one.ended), "back": _per_second(one.back), "attempts": one.attempts}
+        {
+            "over": one.over,
+            "ended": _count_per_second(one.ended),
+            "back": _count_per_second(one.back),
+            "attempts": one.attempts,
+        }
         for one in found
     ]
     (arguments.folder / "drain.json").write_text(json.dumps(said) + "\n")
     plot(found, arguments.folder)
 
 
-def _per_second(times: Sequence[float]) -> list[int]:
+def _count_per_second(times: Sequence[float]) -> list[int]:
     counts = Counter(map(math.floor, times))
     return [counts[second] for second in range(max(counts) + 1)]
 

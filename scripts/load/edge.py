@@ -34,7 +34,7 @@ WORKERS = {"no worker": "", "empty worker": EMPTY, "changes": CHANGES, "waits 1 
 """Each beside the same site; the request is a browser's."""
 
 
-def variants(program: str) -> Iterator[Subject]:
+def list_variants(program: str) -> Iterator[Subject]:
     """The tunnel with each of the workers."""
     for name, code in WORKERS.items():
         stem = name.replace(" ", "-")
@@ -48,7 +48,7 @@ def variants(program: str) -> Iterator[Subject]:
         )
 
 
-def chosen(seconds: float | None) -> list[Figure]:
+def choose(seconds: float | None) -> list[Figure]:
     """The figures of ``scripts/bench --edge``."""
     seconds = seconds or 1.5
     # One at a time wakes the workers' thread for each; many share a wake-up.

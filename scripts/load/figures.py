@@ -47,7 +47,7 @@ BUSY = (
 )
 
 
-def rest(work: Work) -> dict[str, float]:
+def common_numbers(work: Work) -> dict[str, float]:
     """The numbers that every figure under load has."""
     answer = {name: float(work.answer[name]) for name in ("p50_us", "p99_us", "p999_us")}
     return answer | {name.name: float(getattr(work, name.name)) for name in BUSY}
@@ -63,12 +63,12 @@ def echo(tunnels: int, size: int, seconds: float) -> Figure:
             work = load.measure(f"echo {tunnels} {size} {seconds}")
             load.do("close")
         messages = work.answer["messages"]
-        return {"cpu": work.cpu / messages * 1e6, "rate": messages / work.answer["seconds"]} | rest(work)
+        return {"cpu": work.cpu / messages * 1e6, "rate": messages / work.answer["seconds"]} | common_numbers(work)
 
     return Figure(
         name=f"echo-{tunnels}-{size}",
         group="echo",
-        title=f"echo, {tunnels} tunnel{'s' if tunnels > 1 else ''}, {spell(size)} messages",
+        title=f"echo, {tunnels} tunnel{'s' if tunnels > 1 else ''}, {render_size(size)} messages",
         columns=(Column("cpu", "CPU us/message", 2), Column("rate", "messages/s", 0, False), *LATENCY, *BUSY),
         measure=measure,
     )
@@ -85,7 +85,9 @@ def bulk(direction: str, units: int) -> Figure:
             load.do("close")
         moved = BULK_TUNNELS * BULK_UNIT * units * (2 if direction == "both" else 1) / GB
         path = work.cpu + work.load_busy * work.answer["seconds"]
-        return {"cpu": work.cpu / moved, "path": path / moved, "rate": moved / work.answer["seconds"]} | rest(work)
+        return {"cpu": work.cpu / moved, "path": path / moved, "rate": moved / work.answer["seconds"]} | common_numbers(
+            work
+        )
 
     return Figure(
         name=f"bulk-{direction}",
@@ -116,7 +118,7 @@ def handshakes(kind: str, seconds: float, at_once: int = 32) -> Figure:
             "rate": done / work.answer["seconds"],
             "resumed": work.answer["resumed"] / done,
             "errors": work.answer["errors"],
-        } | rest(work)
+        } | common_numbers(work)
 
     return Figure(
         name=f"handshakes-{kind}" if at_once == 32 else f"handshakes-{kind}-{at_once}",
@@ -218,7 +220,7 @@ def grow(totals: tuple[int, ...], seconds: float) -> Figure:
                 costs[total] = work.cpu / work.answer["messages"] * 1e6
             load.do("close")
         growth = costs[totals[-1]] / costs[totals[0]]
-        return {"growth": growth} | {f"of_{total}": cost for total, cost in costs.items()} | rest(work)
+        return {"growth": growth} | {f"of_{total}": cost for total, cost in costs.items()} | common_numbers(work)
 
     return Figure(
         name=f"grow-{totals[-1]}",
@@ -269,7 +271,7 @@ def storm(tunnels: int) -> Figure:
             "seconds": work.answer["seconds"],
             "cpu": work.cpu / tunnels * 1e6,
             "tries": 1 + work.answer["errors"] / tunnels,
-        } | rest(work)
+        } | common_numbers(work)
 
     return Figure(
         name=f"storm-{tunnels}",
@@ -291,7 +293,7 @@ def counts(kind: str) -> Figure:
     scale = 1e-3 if kind == "instructions" else 1.0
 
     def measure(running: Running) -> dict[str, float]:
-        counted = (counting.instructions if kind == "instructions" else counting.system_calls)(running)
+        counted = (counting.count_instructions if kind == "instructions" else counting.count_system_calls)(running)
         return {unit: number * scale for unit, number in counted.items()}
 
     named = "thousand instructions (user)" if kind == "instructions" else "system calls"
@@ -311,12 +313,12 @@ def counts(kind: str) -> Figure:
     )
 
 
-def spell(size: int) -> str:
+def render_size(size: int) -> str:
     """64 as `64 B`, 4096 as `4 KiB`."""
     return f"{size} B" if size < 1024 else f"{size // 1024} KiB"
 
 
-def chosen(only: set[str], *, full: bool, seconds: float | None) -> list[Figure]:
+def choose(only: set[str], *, full: bool, seconds: float | None) -> list[Figure]:
     """The figures of a run: the short list, which takes a minute a subject, or the full one.
 
     `seconds` is how long each timed load runs, but for the bulk.

@@ -67,7 +67,7 @@ POLICIES = {
 """Each beside the same site; the request is a browser's."""
 
 
-def variants(program: str) -> Iterator[Subject]:
+def list_variants(program: str) -> Iterator[Subject]:
     """The tunnel with each of the policies."""
     for name, policy in POLICIES.items():
         file = f"{name.replace(' ', '-')}.toml"
@@ -111,6 +111,6 @@ def beside(seconds: float) -> Figure:
     )
 
 
-def chosen(seconds: float | None) -> list[Figure]:
+def choose(seconds: float | None) -> list[Figure]:
     """The figures of ``scripts/bench --firewall``."""
     return [handshakes("resumed", seconds or 1.5), beside(seconds or 1.5)]

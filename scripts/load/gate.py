@@ -66,11 +66,11 @@ class Versions:
     kernel: str
     processor: str
 
-    def as_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str]:
         """As the baseline has it."""
         return asdict(self)
 
-    def differences(self, other: dict[str, str], names: tuple[str, ...]) -> list[str]:
+    def compare(self, other: dict[str, str], names: tuple[str, ...]) -> list[str]:
         """What differs from a baseline's, of these names, as `python 3.11.2, not 3.11.1`."""
         return [
             f"{name} {mine}, not {theirs}"
@@ -79,7 +79,7 @@ class Versions:
         ]
 
 
-def values(found: Rounds) -> dict[str, float]:
+def compute_values(found: Rounds) -> dict[str, float]:
     """The number of each check that was measured: medians over the rounds."""
     numbers = {}
     for check in CHECKS:
@@ -96,47 +96,47 @@ def values(found: Rounds) -> dict[str, float]:
     return numbers
 
 
-def worse(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> list[Check]:
+def find_worse(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> list[Check]:
     """The checks that are over their tolerance; those of other versions, and those not measured, are left out."""
     return [
         check
-        for check in comparable(baseline, versions)
+        for check in find_comparable(baseline, versions)
         if check.name in now and now[check.name] > baseline["values"][check.name] * (1 + check.tolerance)
     ]
 
 
-def comparable(baseline: dict[str, Any], versions: Versions) -> list[Check]:
+def find_comparable(baseline: dict[str, Any], versions: Versions) -> list[Check]:
     """The checks that the baseline has a number for; instructions only where what they depend on is the same."""
-    same = not versions.differences(baseline["versions"], ("python", "openssl", "valgrind"))
+    same = not versions.compare(baseline["versions"], ("python", "openssl", "valgrind"))
     return [check for check in CHECKS if check.name in baseline["values"] and (same or check.figure != "instructions")]
 
 
-def lines(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
+def render(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
     """What a person reads: each check with both numbers and the change."""
-    judged = comparable(baseline, versions)
-    over = worse(now, baseline, versions)
+    judged = find_comparable(baseline, versions)
+    over = find_worse(now, baseline, versions)
     yield f"{'':38}{'baseline':>10}{'now':>10}{'change':>9}{'allowed':>9}"
     for check in CHECKS:
         before, after = baseline["values"].get(check.name), now.get(check.name)
         title = f"{check.title}{' / haproxy' if check.beside_peer else ''}"
         if before is None or after is None:
-            yield f"{title:38.38}{_number(before)}{_number(after)}   not compared"
+            yield f"{title:38.38}{_format(before)}{_format(after)}   not compared"
             continue
         verdict = "" if check in judged else "  not compared"
         verdict = "  WORSE" if check in over else verdict
         change = after / before - 1
-        yield f"{title:38.38}{_number(before)}{_number(after)}{change:>+9.1%}{check.tolerance:>+9.0%}{verdict}"
-    if differences := versions.differences(baseline["versions"], tuple(versions.as_json())):
+        yield f"{title:38.38}{_format(before)}{_format(after)}{change:>+9.1%}{check.tolerance:>+9.0%}{verdict}"
+    if differences := versions.compare(baseline["versions"], tuple(versions.to_json())):
         yield f"not the baseline's: {'; '.join(differences)}"
 
 
-def sentences(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
+def explain(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
     """What got worse, and by how much."""
-    for check in worse(now, baseline, versions):
+    for check in find_worse(now, baseline, versions):
         change = now[check.name] / baseline["values"][check.name] - 1
         beside = f", beside {PEER}," if check.beside_peer else ""
         yield f"{check.title}{beside} is {change:.0%} worse than the baseline (allowed {check.tolerance:.0%})"
 
 
-def _number(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return f"{'-':>10}" if value is None else f"{value:>10.3f}" if value < 100 else f"{value:>10.1f}"

@@ -14,9 +14,9 @@ POLICY = Path("/usr/sbin/policy-rc.d")
 NO_SERVICE = "#!/bin/sh\nexit 101\n"
 
 
-def tunnel(root: Path) -> Path:
+def find_tunnel(root: Path) -> Path:
     """The tlstunnel of the virtual environment, made by scripts/install where there is none, else of PATH."""
-    environment = virtual_environment(root)
+    environment = find_virtual_environment(root)
     if not (environment / "bin" / "tlstunnel").exists() and "TLSTUNNEL_VENV" not in os.environ:
         beside = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         if found := shutil.which("tlstunnel", path=os.pathsep.join(beside)):
@@ -29,14 +29,14 @@ def tunnel(root: Path) -> Path:
     return environment / "bin" / "tlstunnel"
 
 
-def virtual_environment(root: Path) -> Path:
+def find_virtual_environment(root: Path) -> Path:
     """The one that all scripts use."""
     return Path(os.environ.get("TLSTUNNEL_VENV", root / ".venv"))
 
 
-def python_with_matplotlib(root: Path) -> str | None:
+def find_python_with_matplotlib(root: Path) -> str | None:
     """A Python that can draw, with matplotlib installed into .venv where it may; None where there is none."""
-    own = virtual_environment(root) / "bin" / "python"
+    own = find_virtual_environment(root) / "bin" / "python"
     candidates = [sys.executable, str(own)]
     if found := next(filter(has_matplotlib, candidates), None):
         return found
@@ -66,7 +66,7 @@ def has_matplotlib(python: str) -> bool:
 
 def build_load(root: Path) -> Path:
     """Build the load generator and the origin; gives the folder they are in, which git ignores."""
-    packages({"gcc": "gcc", "make": "make", "openssl": "openssl"})
+    install_packages({"gcc": "gcc", "make": "make", "openssl": "openssl"})
     result = make(root)
     if result.returncode and "No such file or directory" in result.stderr:  # headers, which no package above brings
         apt_install(["libc6-dev", "libssl-dev"])
@@ -76,10 +76,10 @@ def build_load(root: Path) -> Path:
     return root / "build" / "load"
 
 
-def tools(groups: Iterable[str]) -> None:
+def install_tools(groups: Iterable[str]) -> None:
     """What the counts need."""
     needed = {"instructions": ("valgrind", "valgrind"), "calls": ("strace", "strace")}
-    packages(dict(needed[group] for group in groups if group in needed))
+    install_packages(dict(needed[group] for group in groups if group in needed))
 
 
 def make(root: Path) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def make(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def packages(wanted: Mapping[str, str]) -> None:
+def install_packages(wanted: Mapping[str, str]) -> None:
     """Install the packages (values) of those programs (keys) that are missing."""
     sbin = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     os.environ["PATH"] = sbin
@@ -102,7 +102,7 @@ def apt_install(names: list[str]) -> None:
         raise BenchError(f"missing Debian packages, install them first: {' '.join(names)}")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *names]
-    with services_held_back():
+    with hold_back_services():
         result = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:  # the package lists may be absent or old
             subprocess.run(["apt-get", "update"], env=environment, capture_output=True, check=False)
@@ -115,7 +115,7 @@ def apt_install(names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def services_held_back() -> Iterator[None]:
+def hold_back_services() -> Iterator[None]:
     """Debian's own way to install without starting: policy-rc.d answers 101, "action forbidden by policy"."""
     if POLICY.exists():
         if subprocess.run([str(POLICY), "nginx", "start"], capture_output=True, check=False).returncode != 101:

@@ -12,13 +12,13 @@ PROC = Path("/proc")
 TICK = os.sysconf("SC_CLK_TCK")
 
 
-def session_processes(session: int) -> list[int]:
+def find_processes(session: int) -> list[int]:
     """The ids of the living processes of a session: a subject with all its children, however deep."""
     pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
-    return [pid for pid in pids if (fields := stat_fields(pid)) and int(fields[3]) == session]
+    return [pid for pid in pids if (fields := read_stat(pid)) and int(fields[3]) == session]
 
 
-def command_line(pid: int) -> str:
+def read_command_line(pid: int) -> str:
     """The arguments of a process; empty when it is gone."""
     try:
         return (PROC / str(pid) / "cmdline").read_text().replace("\0", " ")
@@ -26,7 +26,7 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def stat_fields(pid: int) -> list[str]:
+def read_stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third (state) on; empty when the process is gone or a zombie."""
     try:
         text = (PROC / str(pid) / "stat").read_text()
@@ -36,12 +36,12 @@ def stat_fields(pid: int) -> list[str]:
     return [] if fields[0] == "Z" else fields
 
 
-def cpu_seconds(pids: list[int]) -> float:
+def read_cpu_seconds(pids: list[int]) -> float:
     """CPU time, user and system, of the processes and of their children that have ended; exact to a tick (10 ms)."""
-    return sum(int(ticks) for pid in pids for ticks in stat_fields(pid)[11:15]) / TICK
+    return sum(int(ticks) for pid in pids for ticks in read_stat(pid)[11:15]) / TICK
 
 
-def pss_kib(pids: list[int]) -> int:
+def read_pss_kib(pids: list[int]) -> int:
     """Proportional set size in KiB: a page that several processes share is counted once among them."""
     total = 0
     for pid in pids:
@@ -51,7 +51,7 @@ def pss_kib(pids: list[int]) -> int:
     return total
 
 
-def busy_seconds(cores: Iterable[int]) -> float:
+def read_busy_seconds(cores: Iterable[int]) -> float:
     """Time that these cores together have not been idle since the machine started, stolen time included."""
     names = {f"cpu{core}" for core in cores}
     total = 0
@@ -79,7 +79,7 @@ class Machine:
     load_average: float
 
     @classmethod
-    def this(cls) -> "Machine":
+    def inspect(cls) -> "Machine":
         """This machine, now."""
         models = [line for line in (PROC / "cpuinfo").read_text().splitlines() if line.startswith("model name")]
         return cls(
@@ -89,14 +89,14 @@ class Machine:
             kernel=platform.release(),
             system=platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
             python=platform.python_version(),
-            openssl=first_line("openssl", "version"),
+            openssl=read_version("openssl", "version"),
             congestion_control=(PROC / "sys/net/ipv4/tcp_congestion_control").read_text().strip(),
             descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             load_average=os.getloadavg()[0],
         )
 
 
-def runtime(program: Path) -> tuple[str, str]:
+def find_runtime(program: Path) -> tuple[str, str]:
     """The versions of Python and of its OpenSSL that run a program of a virtual environment."""
     code = "import platform, ssl; print(platform.python_version(), ssl.OPENSSL_VERSION, sep='\\n')"
     with program.open() as script:
@@ -106,7 +106,7 @@ def runtime(program: Path) -> tuple[str, str]:
     return python, openssl
 
 
-def first_line(*command: str) -> str:
+def read_version(*command: str) -> str:
     """The first line that names a number of what a program says about its version, on either of its outputs."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -14,7 +14,7 @@ from scripts.load.subjects import Subject, tunnel
 CHILD = "tlstunnel.processes.child"
 
 
-def variants(program: str) -> Iterator[Subject]:
+def list_variants(program: str) -> Iterator[Subject]:
     """The tunnel with one process and with two, on both cores."""
     for count in (1, 2):
         alone = tunnel(program)
@@ -33,12 +33,12 @@ def memory() -> Figure:
 
     def measure(running: Running) -> dict[str, float]:
         time.sleep(1.0)  # until those that started last have done so
-        serving = [pid for pid in running.processes() if CHILD in machine.command_line(pid)]
+        serving = [pid for pid in running.processes() if CHILD in machine.read_command_line(pid)]
         parent = [pid for pid in running.processes() if pid not in serving]
         return {
-            "parent": machine.pss_kib(parent) / 1024,
-            "each": machine.pss_kib(serving) / len(serving) / 1024,
-            "all": machine.pss_kib([*parent, *serving]) / 1024,
+            "parent": machine.read_pss_kib(parent) / 1024,
+            "each": machine.read_pss_kib(serving) / len(serving) / 1024,
+            "all": machine.read_pss_kib([*parent, *serving]) / 1024,
         }
 
     return Figure(
@@ -51,7 +51,7 @@ def memory() -> Figure:
     )
 
 
-def chosen(seconds: float | None) -> list[Figure]:
+def choose(seconds: float | None) -> list[Figure]:
     """The figures of ``scripts/bench --processes``."""
     seconds = seconds or 1.5
     return [

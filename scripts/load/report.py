@@ -40,7 +40,7 @@ def ratio(column: Column, ours: float, best: float | None) -> float | None:
     return best / ours if column.lower_is_better else ours / best
 
 
-def as_json(figures: Sequence[Figure], found: Rounds, peers: set[str]) -> Content:
+def to_json(figures: Sequence[Figure], found: Rounds, peers: set[str]) -> Content:
     """All figures, with medians, extremes, ratios to the best peer, and each round."""
     return {
         figure.name: {
@@ -87,7 +87,7 @@ def load(path: Path) -> Content:
 # ---- for a terminal ----
 
 
-def terminal(content: Content) -> Iterator[str]:
+def render_text(content: Content) -> Iterator[str]:
     """A table a figure: a line a subject, the main column first, with its spread and its ratio to the best peer."""
     for figure in content["figures"].values():
         columns = list(figure["columns"].values())
@@ -95,9 +95,9 @@ def terminal(content: Content) -> Iterator[str]:
         compared = any(found["ratio_to_best_peer"] for found in main["subjects"].values())
         rows = [["", main["label"], *(["x best peer"] if compared else []), *(column["label"] for column in others)]]
         for name, found in main["subjects"].items():
-            beside = [_ratio_text(found)] if compared else []
-            rest = [_text(column["subjects"][name]["median"], column["decimals"]) for column in others]
-            rows.append([name, _with_spread(found, main["decimals"]), *beside, *rest])
+            beside = [_render_ratio(found)] if compared else []
+            rest = [_render_number(column["subjects"][name]["median"], column["decimals"]) for column in others]
+            rows.append([name, _render_spread(found, main["decimals"]), *beside, *rest])
         widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -106,35 +106,35 @@ def terminal(content: Content) -> Iterator[str]:
         yield "\n".join([figure["title"], *("  " + line.rstrip() for line in lines)])
 
 
-def _text(value: float, decimals: int) -> str:
+def _render_number(value: float, decimals: int) -> str:
     """Digits in groups of three, apart by a narrow space that does not break."""
     return f"{value:,.{decimals}f}".replace(",", "\u202f")
 
 
-def _with_spread(found: Content, decimals: int) -> str:
-    text = _text(found["median"], decimals)
+def _render_spread(found: Content, decimals: int) -> str:
+    text = _render_number(found["median"], decimals)
     if len(found["rounds"]) > 1:
-        text += f" ({_text(found['low'], decimals)}-{_text(found['high'], decimals)})"
+        text += f" ({_render_number(found['low'], decimals)}-{_render_number(found['high'], decimals)})"
     return text
 
 
-def _ratio_text(found: Content) -> str:
+def _render_ratio(found: Content) -> str:
     return f"{found['ratio_to_best_peer']:.2f}" if found["ratio_to_best_peer"] else "-"
 
 
 # ---- Markdown ----
 
 
-def markdown(content: Content) -> str:
+def render_markdown(content: Content) -> str:
     """The facts of the run, the budgets, a table for each kind of number, and the headroom of the load."""
     subjects = list(content["subjects"])
-    parts = [_facts(content), _budgets(content)]
+    parts = [_render_run(content), _render_budgets(content)]
     groups = dict.fromkeys(figure["group"] for figure in content["figures"].values())
     for group in groups:
         figures = [figure for figure in content["figures"].values() if figure["group"] == group]
         parts.append(f"### {GROUP_TITLES[group]}")
-        parts += _group_tables(figures, subjects)
-    parts.append(_headroom(content))
+        parts += _render_group(figures, subjects)
+    parts.append(_render_headroom(content))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -158,34 +158,44 @@ def write_into(document: Path, content: Content) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise BenchError(f"{document} lacks the lines {BEGIN!r} and {END!r}")
-    document.write_text(f"{before}{BEGIN}\n\n{markdown(content)}\n\n{END}{after}")
+    document.write_text(f"{before}{BEGIN}\n\n{render_markdown(content)}\n\n{END}{after}")
 
 
-def _facts(content: Content) -> str:
+def _render_run(content: Content) -> str:
     machine = content["machine"]
     rows = [
         ["taken", f"{content['taken']}, commit {content['commit']}, {content['rounds']} rounds"],
-        ["machine", f"{machine['processor']}, {machine['cores']} cores, {_text(machine['memory_mib'], 0)} MiB"],
+        [
+            "machine",
+            f"{machine['processor']}, {machine['cores']} cores, {_render_number(machine['memory_mib'], 0)} MiB",
+        ],
         ["system", f"{machine['system']}, Linux {machine['kernel']}, {machine['openssl']}"],
         ["job", content["job"]],
         *([name, subject["version"]] for name, subject in content["subjects"].items()),
         ["not measured", "; ".join(content["failures"]) or "nothing"],
     ]
-    return _table(["", "this run"], rows)
+    return _render_table(["", "this run"], rows)
 
 
-def _budgets(content: Content) -> str:
+def _render_budgets(content: Content) -> str:
     rows = []
     for budget in budgets.BUDGETS:
-        if (value := budget.measured(content, OURS)) is None:
+        if (value := budget.find_measured(content, OURS)) is None:
             continue
-        rows.append([budget.title, budget.spell(budget.must), budget.spell(budget.aim), budget.text(value)])
+        rows.append(
+            [
+                budget.title,
+                budget.render_limit(budget.must),
+                budget.render_limit(budget.aim),
+                budget.render_result(value),
+            ]
+        )
     if not rows:
         return ""
-    return "### Against the budgets\n\n" + _table(["figure", "must", "aim", "measured"], rows)
+    return "### Against the budgets\n\n" + _render_table(["figure", "must", "aim", "measured"], rows)
 
 
-def _group_tables(figures: list[Content], subjects: list[str]) -> Iterator[str]:
+def _render_group(figures: list[Content], subjects: list[str]) -> Iterator[str]:
     """A table a column: a line a figure, a column a subject; latencies go together."""
     special = {column.name for column in (*LATENCY, *BUSY)}
     titles: dict[str, str] = {}
@@ -197,23 +207,27 @@ def _group_tables(figures: list[Content], subjects: list[str]) -> Iterator[str]:
             if (column := figure["columns"].get(name)) is None:
                 continue
             found = column["subjects"]
-            cells = [_with_spread(found[who], column["decimals"]) if who in found else "-" for who in subjects]
-            rows.append([figure["title"], *cells, _ratio_text(found[OURS]) if OURS in found else "-"])
-        yield f"**{_capital(label)}**\n\n" + _table(["", *subjects, "x best peer"], rows)
+            cells = [_render_spread(found[who], column["decimals"]) if who in found else "-" for who in subjects]
+            rows.append([figure["title"], *cells, _render_ratio(found[OURS]) if OURS in found else "-"])
+        yield f"**{_capitalise(label)}**\n\n" + _render_table(["", *subjects, "x best peer"], rows)
     rows = []
     for figure in figures:
         shown = [figure["columns"][column.name] for column in LATENCY if column.name in figure["columns"]]
         if shown:
             cells = [
-                " / ".join(_text(column["subjects"][who]["median"], 0) for column in shown if who in column["subjects"])
+                " / ".join(
+                    _render_number(column["subjects"][who]["median"], 0)
+                    for column in shown
+                    if who in column["subjects"]
+                )
                 for who in subjects
             ]
             rows.append([figure["title"], *cells])
     if rows:
-        yield "**Latency, us: p50 / p99 / p99.9**\n\n" + _table(["", *subjects], rows)
+        yield "**Latency, us: p50 / p99 / p99.9**\n\n" + _render_table(["", *subjects], rows)
 
 
-def _headroom(content: Content) -> str:
+def _render_headroom(content: Content) -> str:
     """How near the load and the origin came to be the bottleneck: their CPU beside that of the subject they drove."""
     rows = []
     for figure in content["figures"].values():
@@ -236,13 +250,13 @@ def _headroom(content: Content) -> str:
     if not rows:
         return ""
     head = ["", "load CPU per CPU of tlstunnel", "of the lightest subject", "load busy at most", "others busy"]
-    return "### Headroom of the load generator and the origin\n\n" + _table(head, rows)
+    return "### Headroom of the load generator and the origin\n\n" + _render_table(head, rows)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _render_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _capital(text: str) -> str:
+def _capitalise(text: str) -> str:
     return re.sub(r"^[a-z]", lambda found: found[0].upper(), text)

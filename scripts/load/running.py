@@ -83,7 +83,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def origin(program: Path) -> Iterator[tuple[int, int]]:
+def run_origin(program: Path) -> Iterator[tuple[int, int]]:
     """Run the origin on the load's core; gives its port and its process id."""
     process = subprocess.Popen([str(program)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -94,7 +94,7 @@ def origin(program: Path) -> Iterator[tuple[int, int]]:
         process.communicate()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
@@ -107,7 +107,7 @@ class Running:
     def __init__(
         self, bench: Bench, subject: Subject, under: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> None:
-        self.bench, self.subject, self.port = bench, subject, free_port()
+        self.bench, self.subject, self.port = bench, subject, find_free_port()
         for name, template in subject.files.items():
             (bench.folder / name).write_text(bench.render(template, self.port))
         command = [bench.render(part, self.port) for part in subject.command]
@@ -131,27 +131,31 @@ class Running:
     def _wait_until_listening(self) -> None:
         while time.monotonic() - self._started < START_TIMEOUT:
             if self._process.poll() is not None:
-                raise BenchError(f"{self.subject.name} ended with {self._process.returncode}: {self._last_words()}")
+                raise BenchError(
+                    f"{self.subject.name} ended with {self._process.returncode}: {self._read_last_lines()}"
+                )
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
                 return
             time.sleep(0.002)
-        raise BenchError(f"{self.subject.name} was not listening after {START_TIMEOUT:.0f} s: {self._last_words()}")
+        raise BenchError(
+            f"{self.subject.name} was not listening after {START_TIMEOUT:.0f} s: {self._read_last_lines()}"
+        )
 
-    def _last_words(self) -> str:
+    def _read_last_lines(self) -> str:
         return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
 
     def processes(self) -> list[int]:
         """The ids of all its processes."""
-        return machine.session_processes(self._process.pid)
+        return machine.find_processes(self._process.pid)
 
     def cpu_seconds(self) -> float:
         """CPU time that all its processes have used."""
-        return machine.cpu_seconds(self.processes())
+        return machine.read_cpu_seconds(self.processes())
 
     def pss_kib(self) -> int:
         """Memory of all its processes, in KiB, once they have been left alone for a moment."""
         time.sleep(0.5)
-        return machine.pss_kib(self.processes())
+        return machine.read_pss_kib(self.processes())
 
     def seconds_since_start(self) -> float:
         """How long ago it was started."""
@@ -159,11 +163,11 @@ class Running:
 
     def stop(self) -> None:
         """End all its processes: SIGTERM, and SIGKILL for those that take too long."""
-        for signal_number, patience in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
+        for signal_number, timeout in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal_number)
-            deadline = time.monotonic() + patience
+            deadline = time.monotonic() + timeout
             while time.monotonic() < deadline:
                 self._process.poll()
                 if not self.processes():
@@ -205,9 +209,9 @@ class Load:
     def measure(self, command: str) -> "Work":
         """Have one command done while the processor time of everybody concerned is watched."""
         origin = [self.running.bench.origin_pid]
-        before = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(CORES)
+        before = self.running.cpu_seconds(), machine.read_cpu_seconds(origin), machine.read_busy_seconds(CORES)
         answer = self.do(command)
-        after = self.running.cpu_seconds(), machine.cpu_seconds(origin), machine.busy_seconds(CORES)
+        after = self.running.cpu_seconds(), machine.read_cpu_seconds(origin), machine.read_busy_seconds(CORES)
         subject, served, cores = (end - start for start, end in zip(before, after, strict=True))
         seconds = answer["seconds"]
         return Work(

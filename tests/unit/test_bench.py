@@ -102,13 +102,13 @@ def test_the_figures_in_the_document_are_those_of_the_committed_run() -> None:
     folder = REPOSITORY / "docs"
     text = (folder / "performance.md").read_text()
     shown = text.partition(report.BEGIN)[2].partition(report.END)[0].strip()
-    assert shown == report.markdown(report.load(folder / "performance" / "bench.json"))
+    assert shown == report.render_markdown(report.load(folder / "performance" / "bench.json"))
 
 
 def test_the_committed_baseline_has_every_check_of_the_gate() -> None:
     baseline = report.load(REPOSITORY / "docs" / "performance" / "baseline.json")
     assert set(baseline["values"]) == {check.name for check in gate.CHECKS}
-    assert set(baseline["versions"]) == set(VERSIONS.as_json())
+    assert set(baseline["versions"]) == set(VERSIONS.to_json())
 
 
 def rounds(ours: list[float], peers: list[float] | None = None) -> gate.Rounds:
@@ -119,29 +119,29 @@ def rounds(ours: list[float], peers: list[float] | None = None) -> gate.Rounds:
 
 def test_the_gate_compares_rounds_with_the_peer_and_instructions_as_they_are() -> None:
     # The second round was slow for both: the ratio is not moved by it.
-    found = gate.values(rounds([12.0, 36.0, 12.0], [10.0, 30.0, 10.0]))
+    found = gate.compute_values(rounds([12.0, 36.0, 12.0], [10.0, 30.0, 10.0]))
     assert found == {"echo-64-64.cpu": pytest.approx(1.2), "instructions.small": 70.0}
 
 
 def test_the_gate_says_what_became_worse_and_by_how_much() -> None:
-    baseline = {"versions": VERSIONS.as_json(), "values": {"echo-64-64.cpu": 1.0, "instructions.small": 70.0}}
-    assert list(gate.sentences({"echo-64-64.cpu": 1.05, "instructions.small": 70.5}, baseline, VERSIONS)) == []
-    sentences = list(gate.sentences({"echo-64-64.cpu": 1.5, "instructions.small": 77.0}, baseline, VERSIONS))
+    baseline = {"versions": VERSIONS.to_json(), "values": {"echo-64-64.cpu": 1.0, "instructions.small": 70.0}}
+    assert list(gate.explain({"echo-64-64.cpu": 1.05, "instructions.small": 70.5}, baseline, VERSIONS)) == []
+    sentences = list(gate.explain({"echo-64-64.cpu": 1.5, "instructions.small": 77.0}, baseline, VERSIONS))
     assert len(sentences) == 2
     assert sentences[0].startswith("echo 64 B, 64 tunnels, CPU, beside haproxy, is 50% worse than the baseline")
     assert sentences[1].startswith("instructions, message of 64 B is 10% worse")
-    lines = list(gate.lines({"echo-64-64.cpu": 1.5, "instructions.small": 70.5}, baseline, VERSIONS))
+    lines = list(gate.render({"echo-64-64.cpu": 1.5, "instructions.small": 70.5}, baseline, VERSIONS))
     assert [line for line in lines if line.endswith("WORSE")] == [
         next(line for line in lines if "echo 64 B, 64" in line)
     ]
 
 
 def test_the_gate_compares_no_instructions_of_another_python() -> None:
-    versions = VERSIONS.as_json() | {"python": "3.13.1"}
+    versions = VERSIONS.to_json() | {"python": "3.13.1"}
     baseline = {"versions": versions, "values": {"echo-64-64.cpu": 1.0, "instructions.small": 10.0}}
     now = {"echo-64-64.cpu": 1.0, "instructions.small": 70.0}
-    assert gate.worse(now, baseline, VERSIONS) == []
-    assert "python 3.11.7, not 3.13.1" in "\n".join(gate.lines(now, baseline, VERSIONS))
+    assert gate.find_worse(now, baseline, VERSIONS) == []
+    assert "python 3.11.7, not 3.13.1" in "\n".join(gate.render(now, baseline, VERSIONS))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_a_budget_names_the_limit_that_is_met(kind: Any, ratio: float, verdict: 
     budget = budgets.Budget("a figure", "echo-64-64", "cpu", kind, must=0.8 if kind == "beside" else 1.2, aim=1.0)
     subjects = {"tlstunnel": {"median": 5.0, "ratio_to_best_peer": ratio}}
     content = {"figures": {"echo-64-64": {"columns": {"cpu": {"subjects": subjects}}}}}
-    value = budget.measured(content, "tlstunnel")
+    value = budget.find_measured(content, "tlstunnel")
     assert value is not None
     assert value == pytest.approx(ratio if kind == "beside" else 1 / ratio)
-    assert verdict in budget.text(value)
-    assert budget.measured({"figures": {}}, "tlstunnel") is None
+    assert verdict in budget.render_result(value)
+    assert budget.find_measured({"figures": {}}, "tlstunnel") is None
