@@ -5,7 +5,7 @@ FROM python:3.13-slim AS build
 WORKDIR /source
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY tlstunnel tlstunnel
-# Compiled here: it runs from a file system that nobody writes to.
+# Compiled here, because the file system is read-only when it runs.
 RUN python -m venv /opt/tlstunnel \
  && /opt/tlstunnel/bin/pip install --no-cache-dir --compile . \
  && /opt/tlstunnel/bin/pip uninstall --yes pip
@@ -16,6 +16,6 @@ ENV PATH=/opt/tlstunnel/bin:$PATH PYTHONUNBUFFERED=1 RUNTIME_DIRECTORY=/tmp/tlst
 WORKDIR /tmp
 USER nobody
 EXPOSE 8443
-# The first process is the tunnel itself: it gets docker stop's SIGTERM, and reaps what it starts.
+# The tunnel itself is the first process: it receives the SIGTERM of docker stop, and reaps its children.
 ENTRYPOINT ["tlstunnel"]
 CMD ["start", "--config", "/etc/tlstunnel/tlstunnel.toml", "--log-format", "json"]

@@ -1,4 +1,4 @@
-"""What the tunnel has to reach, beside the best peer of the same run or by itself."""
+"""The performance goals of the tunnel, absolute or relative to the best peer of the same run."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """One line: `beside` is best peer / ours, at least; `behind` is ours / best peer, at most; `alone` is at most."""
+    """A goal. `beside`: best peer / ours, at least; `behind`: ours / best peer, at most; `alone`: absolute, at most."""
 
     title: str
     figure: str
@@ -17,7 +17,7 @@ class Budget:
     unit: str = ""
 
     def find_measured(self, content: dict[str, Any], ours: str) -> float | None:
-        """The number to hold against it; None where the run has none."""
+        """Return the measured number to compare with it, None if the run has none."""
         try:
             found = content["figures"][self.figure]["columns"][self.column]["subjects"][ours]
         except KeyError:
@@ -29,11 +29,11 @@ class Budget:
         return float(beside) if self.kind == "beside" else 1 / beside
 
     def render_limit(self, number: float) -> str:
-        """A limit with its direction."""
+        """Return a limit with its direction."""
         return f"{'>=' if self.kind == 'beside' else '<='} {number:g}{self.unit}"
 
     def render_result(self, value: float) -> str:
-        """What was measured, and which limit it meets."""
+        """Return the measured number, and which limit it meets."""
         shown = f"{value:.1f}" if self.unit else f"{value:.2f}"
         meets = "aim" if self._within(value, self.aim) else "must" if self._within(value, self.must) else "**missed**"
         return f"{shown}{self.unit}: {meets}"

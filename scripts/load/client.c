@@ -1,18 +1,18 @@
 /* The load generator of scripts/bench: TLS 1.3 (AES-128-GCM, X25519) clients that open WebSocket tunnels.
  *
- * Usage: client PORT      connects to 127.0.0.1:PORT; reads commands from standard input, answers each with one line of
- *                         JSON, and ends at the end of the input or at the first error that leaves nothing to measure
+ * Usage: client PORT      connects to 127.0.0.1:PORT; reads commands from standard input, responds to each with one line
+ *                         of JSON, and exits at the end of the input or at the first error that prevents a measurement
  *
- *   open COUNT PATH [AT_ONCE]        opens COUNT more tunnels; one that is refused or cut off is tried again
+ *   open COUNT PATH [AT_ONCE]        opens COUNT more tunnels; one that is refused or aborted is retried
  *   echo BUSY BYTES SECONDS [COUNT]  one message of BYTES in flight on each of BUSY tunnels, spread over all of them;
  *                                    COUNT messages are enough
- *   move UNITS                       UNITS times the path's bytes on every tunnel, all at once, counted to the byte
+ *   move UNITS                       transfers UNITS times the bytes of the path on every tunnel at once, and counts them
  *   handshakes AT_ONCE SECONDS full|resumed [COUNT]
- *                                    TLS, upgrade, 101, close_notify and FIN, until the proxy has closed too
+ *                                    TLS, upgrade, 101, close_notify and FIN, until the proxy has closed as well
  *   close | abort                    ends all tunnels: close_notify and FIN, or RST
  *
- * The clients come from 127.0.0.2 to 127.0.0.51 in turn: enough ports for any number of handshakes, and no limit for
- * one address is met. The request is the one that a browser sends. "cpu" is the CPU time of this process in seconds.
+ * The clients use 127.0.0.2 to 127.0.0.51 in turn: there are enough ports for any number of handshakes, and no limit
+ * per address is reached. The request is the one that a browser sends. "cpu" is the CPU time of this process in seconds.
  * One thread, level-triggered epoll.
  */
 #include <arpa/inet.h>
@@ -34,10 +34,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CHUNK (256 * 1024)  /* bytes moved for one tunnel before the next has its turn */
+#define CHUNK (256 * 1024)  /* bytes moved for a tunnel before the next gets its turn */
 #define SOURCES 50
-#define STALL 20.0          /* seconds without anything happening, after which a command gives up */
-#define ERRORS 10000        /* failed connections after which a command gives up */
+#define STALL 20.0          /* seconds without an event after which a command fails */
+#define ERRORS 10000        /* failed connections after which a command fails */
 
 enum state { CONNECT, TLS, REQUEST, OPEN, CLOSING };
 
@@ -46,9 +46,9 @@ struct tunnel {
     SSL *ssl;
     enum state state;
     bool wants_out, busy;
-    uint64_t to_send, to_receive;  /* bytes until this message or unit is done */
+    uint64_t to_send, to_receive;  /* remaining bytes of this message or unit */
     double since;                  /* when the connection or the message began */
-    unsigned head;                 /* how much of the blank line that ends a head has been seen */
+    unsigned head;                 /* how much of the blank line at the end of the head has been seen */
 };
 
 static struct { const char *path; uint64_t up, down; } unit;  /* what `move` sends and receives on each tunnel */
@@ -61,16 +61,16 @@ static unsigned tunnel_count, next_source;
 static char buffer[CHUNK];
 static const char filler[CHUNK];
 
-/* What the command at work counts. */
+/* The counters of the current command. */
 static unsigned unfinished, errors, resumed;
 static uint64_t done;
-static uint64_t message;          /* bytes of an echo; 0 when none is running */
-static double deadline;           /* after it no new message and no new connection begins */
+static uint64_t message;          /* size of an echo in bytes; 0 if none is running */
+static double deadline;           /* no message and no connection begins after it */
 static uint64_t left;             /* how many messages or connections may still begin */
 static bool resume;               /* TLS handshakes use the last ticket */
 static const char *last_error = "";
 
-/* Latencies, in buckets of 1/32 of a power of two nanoseconds: percentiles to 3 %. */
+/* Latencies, in buckets of 1/32 of a power of two nanoseconds: percentiles are exact to 3 %. */
 static uint64_t histogram[64 * 32];
 
 static double now(void) {
@@ -116,7 +116,7 @@ static void want_out(struct tunnel *t, bool out) {
     if (epoll_ctl(poller, EPOLL_CTL_MOD, t->fd, &event)) give_up("epoll_ctl");
 }
 
-/* OpenSSL marks a TLS 1.3 session as spent when a handshake has used it: the first one is kept, and copies are used. */
+/* OpenSSL marks a TLS 1.3 session as used after a handshake, so the first one is kept and copies of it are used. */
 static int keep_ticket(SSL *ssl, SSL_SESSION *session) {
     (void)ssl;
     if (!ticket) ticket = SSL_SESSION_dup(session);
@@ -129,10 +129,10 @@ static void use_ticket(SSL *ssl) {
     SSL_SESSION_free(copy);
 }
 
-/* The load must be lighter than any proxy, and half of what OpenSSL 3.0 does in a client's full handshake is about a
- * certificate that is the same each time. So the chain is not judged, and these two take the place of OpenSSL's for
- * libssl (the program exports them): the certificate is decoded once, and the signature over the handshake taken as
- * good. The proxy's work is the same, and that it does it right is for the tests to say. */
+/* The load must be lighter than any proxy, but OpenSSL 3.0 spends half of a client's full handshake on a certificate that
+ * is always the same. So the chain is not verified, and these two functions replace OpenSSL's for libssl (the program
+ * exports them): the certificate is decoded once, and the signature over the handshake is accepted unchecked. The work
+ * of the proxy is the same, and the tests check that it is correct. */
 static int take_chain(X509_STORE_CTX *chain, void *none) {
     (void)chain, (void)none;
     return 1;
@@ -249,7 +249,7 @@ static enum io read_answer(struct tunnel *t) {
     return t->head == 4 ? DONE : WAIT;
 }
 
-/* Takes a tunnel as far towards OPEN as it goes now. */
+/* Advances a tunnel towards OPEN as far as possible now. */
 static enum io establish(struct tunnel *t) {
     enum io result = DONE;
     if (t->state == CONNECT || t->state == TLS) {
@@ -286,12 +286,12 @@ static enum io pump_in(struct tunnel *t) {
         int n = SSL_read(t->ssl, buffer, sizeof buffer);
         if (n <= 0) return outcome(t, n);
         if ((uint64_t)n > t->to_receive) {
-            last_error = "more bytes than were asked for";
+            last_error = "more bytes than requested";
             return FAILED;
         }
         t->to_receive -= n;
         turn += n;
-        if (message && !t->to_receive) break;  /* one in flight: there is no more, and a read that says so costs a call */
+        if (message && !t->to_receive) break;  /* with one in flight there is no more, and another read would cost a call */
     }
     return DONE;
 }
@@ -301,7 +301,7 @@ static void fail(struct tunnel *t) {
     drop(t);
 }
 
-/* Sends the next message, or none after the deadline. */
+/* Sends the next message, unless the deadline has passed. */
 static void next_message(struct tunnel *t, double at) {
     t->busy = at < deadline && left;
     if (!t->busy) {
@@ -337,7 +337,7 @@ static void begin_close(struct tunnel *t) {
     shutdown(t->fd, SHUT_WR);
 }
 
-/* True when the proxy has closed too. */
+/* Returns whether the proxy has closed as well. */
 static bool on_closing_event(struct tunnel *t) {
     ssize_t n;
     while ((n = recv(t->fd, buffer, sizeof buffer, 0)) > 0) {}
@@ -346,7 +346,7 @@ static bool on_closing_event(struct tunnel *t) {
     return true;
 }
 
-/* Waits for events and gives them to `handler` until nothing is unfinished. */
+/* Passes events to `handler` until everything is finished. */
 static void run(void (*handler)(struct tunnel *, uint32_t)) {
     struct epoll_event events[512];
     double heard = now();
@@ -367,7 +367,7 @@ static void report(const char *unit_name, double seconds, double cpu_seconds) {
 
 /* ---- open ---- */
 
-static unsigned waiting;  /* connections not begun yet */
+static unsigned waiting;  /* connections not yet begun */
 
 static void on_opening_event(struct tunnel *t, uint32_t events) {
     if (t->state == OPEN) return on_open_event(t, events);
@@ -510,7 +510,7 @@ int main(int argc, char **argv) {
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
-    mallopt(M_TRIM_THRESHOLD, 1 << 30);  /* memory given back to the system would only be asked for again */
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);  /* memory returned to the system would soon be needed again */
     mallopt(M_MMAP_THRESHOLD, 1 << 30);
     prepare(atoi(argv[1]));
     char line[512], path[256], kind[16];

@@ -1,7 +1,7 @@
-"""What hardly depends on how busy the machine is: instructions and system calls for one unit of work.
+"""Counts the instructions and system calls of one unit of work, which hardly depend on the machine's load.
 
-Each unit is done alone, one after the other, so that no two are served in one turn of an event loop: a busy proxy
-needs less for each. Instructions are those of the subject's own code and its libraries, not the kernel's.
+The units are done one after the other, so that no two are served in the same turn of an event loop: a busy proxy needs
+less for each. Instructions are those of the subject's own code and its libraries, not the kernel's.
 """
 
 import os
@@ -17,8 +17,8 @@ from scripts.load.running import BenchError, Load, Running
 
 BATCHES = 5
 
-# unit -> what the load generator is told, and how many of it make a batch. Messages first: what ended connections leave
-# behind for some seconds (a timer) makes each wake-up of an event loop a little longer.
+# unit -> the command for the load generator, and the size of a batch. Messages come first: closed connections leave a
+# timer behind for some seconds, which makes each wake-up of an event loop a little longer.
 UNITS = {
     "small": ("echo 1 64 300 {count}", 400),
     "page": ("echo 1 4096 300 {count}", 400),
@@ -28,10 +28,10 @@ UNITS = {
 
 
 def count_instructions(running: Running) -> dict[str, float]:
-    """Instructions a unit, counted by callgrind on fresh starts of the subject; the median of `BATCHES` batches.
+    """Return the instructions per unit, as counted by callgrind on a fresh start; medians of `BATCHES` batches.
 
-    PYTHONHASHSEED=0 takes away one reason to differ; what is left is in ECDSA, in where a garbage collection falls,
-    and in how bytes meet the wake-ups. *start* is everything up to the first answered handshake.
+    PYTHONHASHSEED=0 removes one source of variation. The others are ECDSA, garbage collections, and how bytes are
+    spread over wake-ups. *start* is everything up to the first successful handshake.
     """
     with _under_callgrind(running, "no") as (fresh, output):
         found = _count_units(fresh, output)
@@ -43,7 +43,7 @@ def count_instructions(running: Running) -> dict[str, float]:
 @contextmanager
 def _under_callgrind(running: Running, at_start: str) -> Iterator[tuple[Running, Path]]:
     output = running.bench.folder / f"callgrind.{running.subject.name}"
-    # Of the tunnel's processes it is the children that serve, which are executed anew.
+    # The tunnel's children do the serving, and they are executed by the parent.
     callgrind = (
         "--tool=callgrind",
         "--trace-children=yes",
@@ -62,11 +62,11 @@ def _count_units(fresh: Running, output: Path) -> dict[str, float]:
     found = {}
     with Load(fresh) as load:
         load.do("open 1 /echo")  # the first session ticket, and the tunnel of the echoes
-        processes = fresh.processes()  # by now a worker has answered: all are there
+        processes = fresh.processes()  # a worker has responded, so all have started
         for process in processes:
             _monitor(process, "instrumentation", "on")
         for unit, (command, count) in UNITS.items():
-            load.do(command.format(count=count))  # what is done the first time only
+            load.do(command.format(count=count))  # excludes what is only done the first time
             _read_dump(processes, output)
             batches = []
             for _ in range(BATCHES):
@@ -85,20 +85,20 @@ def _monitor(process: int, *command: str) -> None:
 
 
 def _read_dump(processes: list[int], output: Path) -> int:
-    """Instructions of all processes since the last dump."""
+    """Return the instructions of all processes since the last dump."""
     total = 0
     for process in processes:
         _monitor(process, "dump")
         dumps = sorted(output.parent.glob(f"{output.name}.{process}.*"), key=lambda path: int(path.suffix[1:]))
         if not dumps or not (found := re.search(r"^(?:totals|summary): (\d+)", dumps[-1].read_text(), re.MULTILINE)):
-            raise BenchError(f"callgrind left no count of process {process}")
+            raise BenchError(f"callgrind wrote no count for process {process}")
         total += int(found[1])
         dumps[-1].unlink()
     return total
 
 
 def count_system_calls(running: Running) -> dict[str, float]:
-    """System calls a unit, counted by strace."""
+    """Return the system calls per unit, counted by strace."""
     found = {}
     with Load(running) as load:
         load.do("open 1 /echo")
@@ -112,7 +112,7 @@ def count_system_calls(running: Running) -> dict[str, float]:
 
 @contextmanager
 def _strace(running: Running) -> Iterator[dict[str, int]]:
-    """Count the calls of all the subject's processes; the counts, by name, are there after the end."""
+    """Count the calls of all the subject's processes. The counts, by name, are available after the exit."""
     calls: dict[str, int] = {}
     output = running.bench.folder / "strace"
     pids = running.processes()
@@ -125,7 +125,7 @@ def _strace(running: Running) -> Iterator[dict[str, int]]:
         assert strace.stderr is not None
         for _ in pids:
             if "attached" not in (line := strace.stderr.readline()):
-                raise BenchError(f"strace: {line.strip() or 'it said nothing'}")
+                raise BenchError(f"strace: {line.strip() or 'no output'}")
         yield calls
     finally:
         os.kill(strace.pid, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What comes back, and when, as a tunnel drains: clients that reconnect at once, to another tunnel.
+"""Measures the reconnects while a tunnel drains: clients that reconnect immediately, to another tunnel.
 
     python -m scripts.load.drain FOLDER [--clients 5000] [--over 60]
 
@@ -28,17 +28,17 @@ REQUEST = (
 )
 
 AT_ONCE = 50
-"""Handshakes at one moment as the clients first connect; as they come back nothing holds them."""
+"""How many clients connect at the same time at first. Reconnects are not limited."""
 
 TIMEOUT_SECONDS = 120.0
-"""Seconds beyond the drain for the last to be back."""
+"""How long after the drain the last client may reconnect, and how long a start may take."""
 
 PROGRAM = (sys.executable, "-m", "tlstunnel")
 
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """Seconds since the drain began, for each client: when its tunnel ended, and when it had another."""
+    """For each client, in seconds since the drain began: when its tunnel ended, and when it had reconnected."""
 
     over: float
     ended: list[float]
@@ -46,12 +46,12 @@ class Drained:
     attempts: int
 
     def peak(self, bin_seconds: float = 1.0) -> int:
-        """The most that lost their tunnel, and so came back, within one such time."""
+        """Return the highest number of clients that lost their tunnel within `bin_seconds`."""
         return max(Counter(math.floor(at / bin_seconds) for at in self.ended).values())
 
 
 class _Client:
-    """One that comes back, from an address of its own as clients have."""
+    """A client that reconnects, from an address of its own."""
 
     def __init__(self, number: int, context: ssl.SSLContext) -> None:
         self._address = f"127.{1 + number % 50}.{1 + number // 50 % 50}.1"
@@ -59,7 +59,7 @@ class _Client:
         self.attempts = 0
 
     async def connect(self, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Raise OSError: no tunnel."""
+        """Open a tunnel. Raises OSError."""
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", port, ssl=self._context, server_hostname="localhost", local_addr=(self._address, 0), limit=4096
         )
@@ -72,7 +72,7 @@ class _Client:
         return reader, writer
 
     async def come_back(self, port: int) -> asyncio.StreamWriter:
-        """Try until there is a tunnel, without a pause, as a client does that nobody has told better."""
+        """Reconnect, without pauses between attempts, as a naive client does."""
         while True:
             self.attempts += 1
             with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ class _Client:
 
 
 def measure(clients: int, over: float) -> Drained:
-    """Let so many clients lose their tunnels as one drains over so many seconds, and reconnect to a second."""
+    """Drain a tunnel with so many clients over so many seconds, while they reconnect to a second tunnel."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "tlstunnel.toml")
         config.write_text(f'[release]\ndrain_over = "{over:g}s"\n')
@@ -106,7 +106,7 @@ async def _measure(
             return await client.connect(ports[0])
 
     async def live(client: _Client, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while head := await reader.read(2):  # the origin's pings, which it wants to see answered
+        while head := await reader.read(2):  # pings of the origin, which expects pongs
             assert head[0] == 0x89, head
             payload = await reader.readexactly(head[1])
             writer.write(bytes((0x8A, 0x80 | head[1])) + b"\0\0\0\0" + payload)
@@ -153,7 +153,7 @@ def _wait_for_port(log: Path, process: subprocess.Popen[str]) -> int:
 
 
 def plot(found: Sequence[Drained], folder: Path) -> None:
-    """Draw the rates of reconnects, above each other on the same axes."""
+    """Draw the rates of reconnects, one panel for each run, with the same axes."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "tlstunnel", "svg.fonttype": "none", "font.size": 9})
@@ -180,7 +180,7 @@ def _panel(axes: Any, one: Drained, last: int) -> None:
 
 
 def main() -> None:
-    """Measure without spreading and with it, and write what was found."""
+    """Measure with and without spreading, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clients", type=int, default=5000)
@@ -190,7 +190,7 @@ def main() -> None:
     for one in found:
         rates = f"at most {one.peak()} a second, {one.attempts} attempts"
         print(f"over {one.over:g} s: {rates}, all back after {one.back[-1]:.1f} s")
-    said = [
+    rows = [
         {
             "over": one.over,
             "ended": _count_per_second(one.ended),
@@ -199,7 +199,7 @@ def main() -> None:
         }
         for one in found
     ]
-    (arguments.folder / "drain.json").write_text(json.dumps(said) + "\n")
+    (arguments.folder / "drain.json").write_text(json.dumps(rows) + "\n")
     plot(found, arguments.folder)
 
 

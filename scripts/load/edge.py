@@ -1,4 +1,4 @@
-"""What an edge worker costs: the same handshakes without one, with an empty one, and with one that does something."""
+"""The cost of an edge worker: the same handshakes without a worker, with an empty one, and with one that does work."""
 
 from collections.abc import Iterator
 
@@ -31,11 +31,11 @@ async def fetch(request, env):
 """
 
 WORKERS = {"no worker": "", "empty worker": EMPTY, "changes": CHANGES, "waits 1 ms": WAITS}
-"""Each beside the same site; the request is a browser's."""
+"""The site is the same for each; the request is a browser's."""
 
 
 def list_variants(program: str) -> Iterator[Subject]:
-    """The tunnel with each of the workers."""
+    """Return the tunnel with each of the workers."""
     for name, code in WORKERS.items():
         stem = name.replace(" ", "-")
         files = {f"{stem}.toml": HEAD + (f'worker = "$dir/{stem}.py:fetch"\n' if code else "")}
@@ -49,7 +49,7 @@ def list_variants(program: str) -> Iterator[Subject]:
 
 
 def choose(seconds: float | None) -> list[Figure]:
-    """The figures of ``scripts/bench --edge``."""
+    """Return the figures of ``scripts/bench --edge``."""
     seconds = seconds or 1.5
     # One at a time wakes the workers' thread for each; many share a wake-up.
     at_once = [handshakes("resumed", seconds, count) for count in (1, 4, 32)]

@@ -1,4 +1,4 @@
-"""What is measured: each figure runs one kind of load against one subject and gives named numbers."""
+"""The figures: each runs one kind of load against a subject, and returns named numbers."""
 
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of measurements. Its first column is the main one: ratios are of it."""
+    """A row of measurements. The first column is the main one, for which ratios are computed."""
 
     name: str
     group: str
@@ -48,13 +48,13 @@ BUSY = (
 
 
 def common_numbers(work: Work) -> dict[str, float]:
-    """The numbers that every figure under load has."""
+    """Return the numbers that every figure under load has."""
     answer = {name: float(work.answer[name]) for name in ("p50_us", "p99_us", "p999_us")}
     return answer | {name.name: float(getattr(work, name.name)) for name in BUSY}
 
 
 def echo(tunnels: int, size: int, seconds: float) -> Figure:
-    """Messages of `size` bytes to and fro, one in flight on each of `tunnels`."""
+    """Messages of `size` bytes, sent and echoed, one in flight on each of `tunnels`."""
 
     def measure(running: Running) -> dict[str, float]:
         with Load(running) as load:
@@ -104,11 +104,11 @@ def bulk(direction: str, units: int) -> Figure:
 
 
 def handshakes(kind: str, seconds: float, at_once: int = 32) -> Figure:
-    """TLS handshake, upgrade, 101 and an orderly end, so many at once; `kind` is full or resumed."""
+    """TLS handshake, upgrade, 101 and a clean close, `at_once` at a time; `kind` is full or resumed."""
 
     def measure(running: Running) -> dict[str, float]:
         with Load(running) as load:
-            load.do("open 1 /echo")  # brings the first session ticket
+            load.do("open 1 /echo")  # obtains the first session ticket
             load.do(f"handshakes {at_once} 0.3 {kind}")
             work = load.measure(f"handshakes {at_once} {seconds} {kind}")
             load.do("close")
@@ -174,7 +174,7 @@ def idle(tunnels: int, seconds: float, minute_later: bool) -> Figure:
 
 
 def idle_cpu(running: Running, seconds: float) -> float:
-    """CPU milliseconds a second of a subject that nobody asks for anything."""
+    """Return the CPU time of a subject without load, in milliseconds per second."""
     before = running.cpu_seconds()
     time.sleep(seconds)
     return (running.cpu_seconds() - before) / seconds * 1e3
@@ -206,7 +206,7 @@ def hold(tunnels: int, seconds: float) -> Figure:
 
 
 def grow(totals: tuple[int, ...], seconds: float) -> Figure:
-    """The cost of a message on 100 busy tunnels, among ever more idle ones."""
+    """The cost of a message on 100 busy tunnels, with a growing number of idle ones."""
 
     def measure(running: Running) -> dict[str, float]:
         costs: dict[int, float] = {}
@@ -237,7 +237,7 @@ def grow(totals: tuple[int, ...], seconds: float) -> Figure:
 
 
 def start() -> Figure:
-    """From the start of the process to the first answered handshake."""
+    """From the start of the process to the first successful handshake."""
 
     def measure(running: Running) -> dict[str, float]:
         fresh = Running(running.bench, running.subject)
@@ -258,7 +258,7 @@ def start() -> Figure:
 
 
 def storm(tunnels: int) -> Figure:
-    """All tunnels are reset at once and all clients come back at once."""
+    """All tunnels are reset at once, and all clients reconnect at once."""
 
     def measure(running: Running) -> dict[str, float]:
         with Load(running) as load:
@@ -289,7 +289,7 @@ def storm(tunnels: int) -> Figure:
 
 
 def counts(kind: str) -> Figure:
-    """What one unit of work takes, whatever else the machine does; `kind` is instructions or calls."""
+    """Counts for one unit of work, independent of the machine's load; `kind` is instructions or calls."""
     scale = 1e-3 if kind == "instructions" else 1.0
 
     def measure(running: Running) -> dict[str, float]:
@@ -314,14 +314,14 @@ def counts(kind: str) -> Figure:
 
 
 def render_size(size: int) -> str:
-    """64 as `64 B`, 4096 as `4 KiB`."""
+    """Return 64 as `64 B`, 4096 as `4 KiB`."""
     return f"{size} B" if size < 1024 else f"{size // 1024} KiB"
 
 
 def choose(only: set[str], *, full: bool, seconds: float | None) -> list[Figure]:
-    """The figures of a run: the short list, which takes a minute a subject, or the full one.
+    """Return the figures of a run: the short list, which takes a minute per subject, or the full one.
 
-    `seconds` is how long each timed load runs, but for the bulk.
+    `seconds` is how long each timed load runs, except bulk.
     """
     few, many = 1000, 9000
     seconds = seconds or (3.0 if full else 1.5)
@@ -345,7 +345,7 @@ def choose(only: set[str], *, full: bool, seconds: float | None) -> list[Figure]
 
 
 def gate() -> list[Figure]:
-    """The figures that `--gate` compares: short loads, since many rounds of them say more than a few long ones."""
+    """Return the figures for `--gate`. The loads are short: many short rounds are more precise than few long ones."""
     return [
         *(echo(tunnels, size, 0.6) for tunnels, size in ((1, 64), (64, 64), (64, 4096))),
         *(bulk(direction, units=10) for direction in ("down", "up", "both")),

@@ -1,4 +1,4 @@
-"""What the firewall costs: the same handshakes through policies of growing size, and messages while it is busy."""
+"""The cost of the firewall: the same handshakes with policies of growing size, and messages while it is busy."""
 
 import threading
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ RULES = (
     """user_agent.lower().contains("scanner-{n}")""",
     """tls_version == "TLSv1.2" && path != "/room-{n}\"""",
 )
-"""Like what people write, none matching; without regular expressions."""
+"""Typical rules without regular expressions, none of which match."""
 
 REGEX = """path.regex("^/v[0-9]+/room-{n}/(admin|debug)$$")"""
 
 
 def rules(number: int, expressions: tuple[str, ...] = RULES) -> str:
-    """So many rules, of these expressions in turn."""
+    """Return so many rules, with these expressions in turn."""
     return "".join(
         f"[[sites.rules]]\nname = \"rule {n}\"\nwhen = '''{expressions[n % len(expressions)].format(n=n)}'''\n"
         f'action = "block"\n'
@@ -64,11 +64,11 @@ POLICIES = {
     "rate limits": LIMITS,
     "CRS": CRS,
 }
-"""Each beside the same site; the request is a browser's."""
+"""The site is the same for each; the request is a browser's."""
 
 
 def list_variants(program: str) -> Iterator[Subject]:
-    """The tunnel with each of the policies."""
+    """Return the tunnel with each of the policies."""
     for name, policy in POLICIES.items():
         file = f"{name.replace(' ', '-')}.toml"
         yield Subject(
@@ -81,7 +81,7 @@ def list_variants(program: str) -> Iterator[Subject]:
 
 
 def beside(seconds: float) -> Figure:
-    """Messages of 64 B on 8 tunnels while 4 clients open tunnels, one after the other, as fast as they are let."""
+    """Messages of 64 B on 8 tunnels, while 4 clients open tunnels one after the other as fast as they can."""
 
     def measure(running: Running) -> dict[str, float]:
         with Load(running) as load, Load(running) as others:
@@ -94,7 +94,7 @@ def beside(seconds: float) -> Figure:
             work: Work = load.measure(f"echo 8 64 {seconds}")
             opening.join()
             if not made:
-                raise BenchError(f"{running.subject.name}: the handshakes beside the messages failed")
+                raise BenchError(f"{running.subject.name}: the handshakes during the messages failed")
             load.do("close")
         handshakes_done = float(str(made[0]["handshakes"]))
         return {name: float(work.answer[name]) for name in ("p50_us", "p99_us", "p999_us")} | {
@@ -112,5 +112,5 @@ def beside(seconds: float) -> Figure:
 
 
 def choose(seconds: float | None) -> list[Figure]:
-    """The figures of ``scripts/bench --firewall``."""
+    """Return the figures of ``scripts/bench --firewall``."""
     return [handshakes("resumed", seconds or 1.5), beside(seconds or 1.5)]

@@ -1,7 +1,8 @@
-"""Whether the tunnel has become more expensive since the committed baseline.
+"""Checks whether the tunnel has become more expensive than the committed baseline.
 
-Times are compared as ratios to HAProxy's in the same round, which takes most of the machine out of them; memory,
-instructions and system calls as they are. What is over its tolerance is measured again, and judged by all rounds.
+Times are compared as ratios to HAProxy's in the same round, which removes most of the influence of the machine. Memory,
+instructions and system calls are compared directly. A number above its tolerance is measured again, and then judged by
+all rounds.
 """
 
 import statistics
@@ -15,7 +16,7 @@ OURS = "tlstunnel"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One number of the gate: how much worse, as a share of the baseline, it may be."""
+    """A number of the gate. `tolerance` is how much higher than the baseline it may be, as a fraction."""
 
     title: str
     figure: str
@@ -57,7 +58,7 @@ Rounds = dict[str, dict[str, dict[str, list[float]]]]
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What the numbers depend on beside our code."""
+    """What the numbers depend on, besides our code."""
 
     python: str
     openssl: str
@@ -67,11 +68,11 @@ class Versions:
     processor: str
 
     def to_json(self) -> dict[str, str]:
-        """As the baseline has it."""
+        """Return the fields as in the baseline."""
         return asdict(self)
 
     def compare(self, other: dict[str, str], names: tuple[str, ...]) -> list[str]:
-        """What differs from a baseline's, of these names, as `python 3.11.2, not 3.11.1`."""
+        """Return the differences from a baseline in the fields `names`, such as `python 3.11.2, not 3.11.1`."""
         return [
             f"{name} {mine}, not {theirs}"
             for name in names
@@ -80,7 +81,7 @@ class Versions:
 
 
 def compute_values(found: Rounds) -> dict[str, float]:
-    """The number of each check that was measured: medians over the rounds."""
+    """Return the number of each check that was measured, as a median over the rounds."""
     numbers = {}
     for check in CHECKS:
         subjects = found.get(check.figure, {})
@@ -89,7 +90,7 @@ def compute_values(found: Rounds) -> dict[str, float]:
         if not check.beside_peer:
             numbers[check.name] = statistics.median(ours)
         elif peers := subjects.get(PEER, {}).get(check.column):
-            # Of the same round each: a slow minute is slow for both.
+            # Compared within a round, because a slow minute is slow for both.
             numbers[check.name] = statistics.median(
                 mine / theirs for mine, theirs in zip(ours, peers, strict=False) if theirs
             )
@@ -97,7 +98,7 @@ def compute_values(found: Rounds) -> dict[str, float]:
 
 
 def find_worse(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> list[Check]:
-    """The checks that are over their tolerance; those of other versions, and those not measured, are left out."""
+    """Return the comparable checks that were measured and are above their tolerance."""
     return [
         check
         for check in find_comparable(baseline, versions)
@@ -106,13 +107,13 @@ def find_worse(now: dict[str, float], baseline: dict[str, Any], versions: Versio
 
 
 def find_comparable(baseline: dict[str, Any], versions: Versions) -> list[Check]:
-    """The checks that the baseline has a number for; instructions only where what they depend on is the same."""
+    """Return the checks with a baseline; those of instructions only if the versions that matter are the same."""
     same = not versions.compare(baseline["versions"], ("python", "openssl", "valgrind"))
     return [check for check in CHECKS if check.name in baseline["values"] and (same or check.figure != "instructions")]
 
 
 def render(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
-    """What a person reads: each check with both numbers and the change."""
+    """Yield a line for each check, with both numbers and the change."""
     judged = find_comparable(baseline, versions)
     over = find_worse(now, baseline, versions)
     yield f"{'':38}{'baseline':>10}{'now':>10}{'change':>9}{'allowed':>9}"
@@ -131,7 +132,7 @@ def render(now: dict[str, float], baseline: dict[str, Any], versions: Versions) 
 
 
 def explain(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
-    """What got worse, and by how much."""
+    """Yield a sentence for each check that got worse."""
     for check in find_worse(now, baseline, versions):
         change = now[check.name] / baseline["values"][check.name] - 1
         beside = f", beside {PEER}," if check.beside_peer else ""

@@ -1,4 +1,4 @@
-"""What a benchmark needs from outside: Debian packages, and the load generator built."""
+"""Installs what a benchmark needs: Debian packages, and the load generator."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ NO_SERVICE = "#!/bin/sh\nexit 101\n"
 
 
 def find_tunnel(root: Path) -> Path:
-    """The tlstunnel of the virtual environment, made by scripts/install where there is none, else of PATH."""
+    """Return the tlstunnel of the virtual environment, else that of PATH, else install it with scripts/install."""
     environment = find_virtual_environment(root)
     if not (environment / "bin" / "tlstunnel").exists() and "TLSTUNNEL_VENV" not in os.environ:
         beside = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -23,19 +23,19 @@ def find_tunnel(root: Path) -> Path:
             return Path(found)
         result = subprocess.run([str(root / "scripts" / "install"), "run"], check=False, stdout=sys.stderr)
         if result.returncode:
-            raise BenchError("./scripts/install run failed; the reason stands above")
+            raise BenchError("./scripts/install run failed; see above")
     if not (environment / "bin" / "tlstunnel").exists():
         raise BenchError(f"there is no tlstunnel in {environment}/bin")
     return environment / "bin" / "tlstunnel"
 
 
 def find_virtual_environment(root: Path) -> Path:
-    """The one that all scripts use."""
+    """Return the virtual environment that all scripts use."""
     return Path(os.environ.get("TLSTUNNEL_VENV", root / ".venv"))
 
 
 def find_python_with_matplotlib(root: Path) -> str | None:
-    """A Python that can draw, with matplotlib installed into .venv where it may; None where there is none."""
+    """Return a Python with matplotlib, which is installed into .venv if necessary; None if that is not possible."""
     own = find_virtual_environment(root) / "bin" / "python"
     candidates = [sys.executable, str(own)]
     if found := next(filter(has_matplotlib, candidates), None):
@@ -57,7 +57,7 @@ def find_python_with_matplotlib(root: Path) -> str | None:
 
 
 def has_matplotlib(python: str) -> bool:
-    """Whether a Python can import it."""
+    """Return whether a Python can import matplotlib."""
     try:
         return not subprocess.run([python, "-c", "import matplotlib"], capture_output=True, check=False).returncode
     except OSError:
@@ -65,10 +65,10 @@ def has_matplotlib(python: str) -> bool:
 
 
 def build_load(root: Path) -> Path:
-    """Build the load generator and the origin; gives the folder they are in, which git ignores."""
+    """Build the load generator and the origin; return their folder, which git ignores."""
     install_packages({"gcc": "gcc", "make": "make", "openssl": "openssl"})
     result = make(root)
-    if result.returncode and "No such file or directory" in result.stderr:  # headers, which no package above brings
+    if result.returncode and "No such file or directory" in result.stderr:  # the headers are in other packages
         apt_install(["libc6-dev", "libssl-dev"])
         result = make(root)
     if result.returncode:
@@ -77,7 +77,7 @@ def build_load(root: Path) -> Path:
 
 
 def install_tools(groups: Iterable[str]) -> None:
-    """What the counts need."""
+    """Install the tools that the figures of these groups need."""
     needed = {"instructions": ("valgrind", "valgrind"), "calls": ("strace", "strace")}
     install_packages(dict(needed[group] for group in groups if group in needed))
 
@@ -89,7 +89,7 @@ def make(root: Path) -> subprocess.CompletedProcess[str]:
 
 
 def install_packages(wanted: Mapping[str, str]) -> None:
-    """Install the packages (values) of those programs (keys) that are missing."""
+    """Install the packages (values) of the programs (keys) that are missing."""
     sbin = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     os.environ["PATH"] = sbin
     if missing := sorted({package for program, package in wanted.items() if not shutil.which(program)}):
@@ -116,10 +116,10 @@ def apt_install(names: list[str]) -> None:
 
 @contextlib.contextmanager
 def hold_back_services() -> Iterator[None]:
-    """Debian's own way to install without starting: policy-rc.d answers 101, "action forbidden by policy"."""
+    """Keep apt-get from starting services, as Debian documents it: policy-rc.d exits with 101, "action forbidden"."""
     if POLICY.exists():
         if subprocess.run([str(POLICY), "nginx", "start"], capture_output=True, check=False).returncode != 101:
-            raise BenchError(f"{POLICY} would let the packages' services start: install the packages first")
+            raise BenchError(f"{POLICY} allows services to start; install the packages first")
         yield
         return
     POLICY.write_text(NO_SERVICE)

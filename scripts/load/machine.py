@@ -1,4 +1,4 @@
-"""What the operating system says: of the machine, and of all processes that a subject consists of."""
+"""Information from the operating system about the machine, and about all processes of a subject."""
 
 import os
 import platform
@@ -13,13 +13,13 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def find_processes(session: int) -> list[int]:
-    """The ids of the living processes of a session: a subject with all its children, however deep."""
+    """Return the IDs of the running processes of a session: a subject with all its descendants."""
     pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if (fields := read_stat(pid)) and int(fields[3]) == session]
 
 
 def read_command_line(pid: int) -> str:
-    """The arguments of a process; empty when it is gone."""
+    """Return the arguments of a process, empty if it has exited."""
     try:
         return (PROC / str(pid) / "cmdline").read_text().replace("\0", " ")
     except OSError:
@@ -27,7 +27,7 @@ def read_command_line(pid: int) -> str:
 
 
 def read_stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third (state) on; empty when the process is gone or a zombie."""
+    """Return the fields of /proc/PID/stat from the third (state) on; none if the process has exited or is a zombie."""
     try:
         text = (PROC / str(pid) / "stat").read_text()
     except OSError:
@@ -37,12 +37,12 @@ def read_stat(pid: int) -> list[str]:
 
 
 def read_cpu_seconds(pids: list[int]) -> float:
-    """CPU time, user and system, of the processes and of their children that have ended; exact to a tick (10 ms)."""
+    """Return the CPU time, user and system, of processes and their exited children, to the tick (10 ms)."""
     return sum(int(ticks) for pid in pids for ticks in read_stat(pid)[11:15]) / TICK
 
 
 def read_pss_kib(pids: list[int]) -> int:
-    """Proportional set size in KiB: a page that several processes share is counted once among them."""
+    """Return the proportional set size in KiB: a page shared by several processes is counted once among them."""
     total = 0
     for pid in pids:
         for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
@@ -52,7 +52,7 @@ def read_pss_kib(pids: list[int]) -> int:
 
 
 def read_busy_seconds(cores: Iterable[int]) -> float:
-    """Time that these cores together have not been idle since the machine started, stolen time included."""
+    """Return how long these cores have been busy since the machine started, in total and including stolen time."""
     names = {f"cpu{core}" for core in cores}
     total = 0
     for line in (PROC / "stat").read_text().splitlines():
@@ -65,7 +65,7 @@ def read_busy_seconds(cores: Iterable[int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where the figures come from."""
+    """The machine on which the figures were measured."""
 
     processor: str
     cores: int
@@ -80,7 +80,7 @@ class Machine:
 
     @classmethod
     def inspect(cls) -> "Machine":
-        """This machine, now."""
+        """Return this machine in its current state."""
         models = [line for line in (PROC / "cpuinfo").read_text().splitlines() if line.startswith("model name")]
         return cls(
             processor=models[0].partition(":")[2].strip() if models else platform.machine(),
@@ -97,7 +97,7 @@ class Machine:
 
 
 def find_runtime(program: Path) -> tuple[str, str]:
-    """The versions of Python and of its OpenSSL that run a program of a virtual environment."""
+    """Return the versions of Python and its OpenSSL that run a program of a virtual environment."""
     code = "import platform, ssl; print(platform.python_version(), ssl.OPENSSL_VERSION, sep='\\n')"
     with program.open() as script:
         interpreter = script.readline().removeprefix("#!").split()
@@ -107,7 +107,7 @@ def find_runtime(program: Path) -> tuple[str, str]:
 
 
 def read_version(*command: str) -> str:
-    """The first line that names a number of what a program says about its version, on either of its outputs."""
+    """Return the first line with a digit that the command prints, on either output; "unknown" without one."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except OSError:

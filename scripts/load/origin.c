@@ -1,14 +1,14 @@
-/* The origin of scripts/bench: it answers the upgrade request like a WebSocket server and then counts bytes.
+/* The origin of scripts/bench: it responds to the upgrade request like a WebSocket server, and then counts bytes.
  *
  * Usage: origin [PORT]           prints {"port": N}, serves 127.0.0.1 until it is killed
  *
  *   GET /echo                    returns what it receives
  *   GET /down?bytes=N            returns N bytes for each byte it receives
  *   GET /up?bytes=N              returns 1 byte for each N it receives
- *   GET /both?bytes=N            returns N bytes for the first of each N it receives, and 1 more for the last
+ *   GET /both?bytes=N            returns N bytes for the first of each N it receives, and 1 for the last
  *
- * A tunnel never looks at a frame, so these are bytes and not frames: a WebSocket library here would only take CPU
- * from the load. One thread, level-triggered epoll.
+ * A tunnel does not parse frames, so these are plain bytes: a WebSocket library here would only use CPU time that the
+ * load needs. One thread, level-triggered epoll.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -28,7 +28,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define CHUNK (256 * 1024)  /* bytes moved for one connection before the next has its turn */
+#define CHUNK (256 * 1024)  /* bytes moved for a connection before the next gets its turn */
 #define HEAD 16384          /* the longest request head */
 #define GUID "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
@@ -40,7 +40,7 @@ struct tunnel {
     uint64_t unit;      /* N of the path */
     uint64_t received;  /* of this unit, in UP and BOTH */
     uint64_t owed;      /* bytes still to send in DOWN, UP and BOTH */
-    char *held;         /* the head while it is not complete, or what an echo could not send yet */
+    char *held;         /* an incomplete head, or what an echo could not send yet */
     size_t held_size, held_sent;
     bool wants_out, ended;
 };
@@ -63,7 +63,7 @@ static void finish(struct tunnel *t) {
 static void want_out(struct tunnel *t, bool out) {
     if (t->wants_out == out) return;
     t->wants_out = out;
-    /* An echo that cannot send does not read either: that is its backpressure. */
+    /* An echo that cannot send does not read either, which is its backpressure. */
     uint32_t in = t->ended || (out && t->mode == ECHO) ? 0 : EPOLLIN;
     struct epoll_event event = {.events = in | (out ? EPOLLOUT : 0), .data.ptr = t};
     if (epoll_ctl(poller, EPOLL_CTL_MOD, t->fd, &event)) die("epoll_ctl");
@@ -79,7 +79,7 @@ static void hold(struct tunnel *t, const char *bytes, size_t size) {
     t->held_sent = 0;
 }
 
-/* Sends what is held and owed. False: the connection is gone. */
+/* Sends what is held and owed. Returns false if the connection is gone. */
 static bool flush(struct tunnel *t) {
     while (t->held_sent < t->held_size) {
         ssize_t n = send(t->fd, t->held + t->held_sent, t->held_size - t->held_sent, MSG_NOSIGNAL);
@@ -123,7 +123,7 @@ static bool take(struct tunnel *t, const char *bytes, size_t size) {
     return flush(t);
 }
 
-/* Reads `path` into mode and unit. False: no such path. */
+/* Parses `path` into mode and unit. Returns false if there is no such path. */
 static bool route(struct tunnel *t, const char *path) {
     static const struct { const char *prefix; enum mode mode; } routes[] = {
         {"/echo ", ECHO}, {"/down?bytes=", DOWN}, {"/up?bytes=", UP}, {"/both?bytes=", BOTH}};
@@ -154,7 +154,7 @@ static bool answer(struct tunnel *t, const char *head) {
     return send(t->fd, reply, size, MSG_NOSIGNAL) == size;
 }
 
-/* Adds to the head; when it is whole, answers and gives the bytes behind it to the mode. */
+/* Adds to the head. Once it is complete, responds and passes the bytes after it to the mode. */
 static bool read_head(struct tunnel *t, const char *bytes, size_t size) {
     char head[HEAD + 1];
     if (t->held_size + size > HEAD) return false;
@@ -172,7 +172,7 @@ static bool read_head(struct tunnel *t, const char *bytes, size_t size) {
 }
 
 static bool on_input(struct tunnel *t) {
-    /* Bytes that are only counted need not be copied out of the kernel. */
+    /* Bytes that are only counted are not copied out of the kernel. */
     ssize_t n = recv(t->fd, buffer, sizeof buffer, t->mode > ECHO ? MSG_TRUNC : 0);
     if (n < 0) return errno == EAGAIN;
     if (n == 0) {
@@ -199,7 +199,7 @@ static void on_accept(int listener) {
 
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
-    prctl(PR_SET_PDEATHSIG, SIGKILL);  /* not to outlive the benchmark, however that ends */
+    prctl(PR_SET_PDEATHSIG, SIGKILL);  /* so that it does not outlive the benchmark */
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(argc > 1 ? atoi(argv[1]) : 0)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);

@@ -1,4 +1,4 @@
-"""Plots of a run, PNG and SVG, made from its JSON: plots.py FILE FOLDER. Needs matplotlib (the extra `bench`)."""
+"""Plots of a run, as SVG, drawn from its JSON: plots.py FILE FOLDER. Needs matplotlib (the extra `bench`)."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, which most colour-blind people tell apart; the tunnel has the strongest.
+# Okabe and Ito's colours, which most colour-blind people can distinguish; the tunnel has the strongest.
 COLOURS = {
     "tlstunnel": "#0072b2",
     "haproxy": "#e69f00",
@@ -17,7 +17,7 @@ COLOURS = {
 }
 SPARE = ("#56b4e9", "#d55e00", "#f0e442")
 
-# Room for the names of five subjects above the narrowest plot.
+# Fits the names of five subjects above the narrowest plot.
 LEGEND = {"fontsize": 8, "handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 1.1}
 
 Found = dict[str, dict[str, Any]]
@@ -29,7 +29,7 @@ class Plots:
     def __init__(self, content: dict[str, Any], folder: Path) -> None:
         matplotlib = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
-        # The same figures give the same files: no ids by chance, no date.
+        # The same figures must produce the same files, so there are no random IDs and no date.
         matplotlib.rcParams.update(
             {
                 "svg.hashsalt": "tlstunnel",
@@ -49,7 +49,7 @@ class Plots:
         folder.mkdir(parents=True, exist_ok=True)
 
     def all(self) -> None:
-        """Draw what the run has figures for."""
+        """Draw every plot for which the run has figures."""
         self._echo()
         self._latency()
         ways = [(f"bulk-{way}", "cpu", way) for way in ("down", "up", "both")]
@@ -70,7 +70,7 @@ class Plots:
         return columns[column]["subjects"] if column in columns else {}
 
     def _places(self, found: list[Found]) -> Iterator[tuple[str, float, list[tuple[float, dict[str, Any]]]]]:
-        """For each subject its name, the width of its bars, and where in each group its bar is."""
+        """Yield for each subject its name, the width of its bars, and their position in each group."""
         names = [name for name in self._colours if any(name in subjects for subjects in found)]
         width = 0.84 / max(1, len(names))
         for index, name in enumerate(names):
@@ -78,7 +78,7 @@ class Plots:
             yield name, width, [(i + shift, subjects[name]) for i, subjects in enumerate(found) if name in subjects]
 
     def _grouped(self, axes: Any, sources: list[tuple[str, str, str]]) -> None:
-        """Groups of bars, one bar a subject: for each group its figure, its column and its label."""
+        """Draw groups of bars, a bar for each subject. `sources` has a figure, a column and a label for each group."""
         tops = [0.0]
         for name, width, bars in self._places([self._subjects(figure, column) for figure, column, _ in sources]):
             places, medians = [place for place, _ in bars], [one["median"] for _, one in bars]
@@ -103,7 +103,7 @@ class Plots:
         axes.set_ylim(0, max(tops) * 1.17 or 1)
 
     def _bars(self, file: str, panels: list[tuple[str, list[tuple[str, str, str]]]]) -> None:
-        """One panel for each unit, with its groups."""
+        """Draw a panel for each unit, with its groups."""
         panels = [(unit, [group for group in groups if self._has(group[0])]) for unit, groups in panels]
         panels = [(unit, groups) for unit, groups in panels if groups]
         if not panels:
@@ -118,7 +118,7 @@ class Plots:
         self._save(drawing, drawn[0][0], file)
 
     def _echo_panels(self) -> Iterator[tuple[Any, list[str]]]:
-        """A panel a size of message; for each its axes and its figures. Yields the drawing's parts one by one."""
+        """Yield a panel for each size of message: its axes and its figures."""
         sizes = [
             (text, [f"echo-{count}-{size}" for count in (1, 64, 1000) if self._has(f"echo-{count}-{size}")])
             for size, text in ((64, "64 B"), (4096, "4 KiB"), (65536, "64 KiB"))
@@ -142,7 +142,7 @@ class Plots:
             self._save(panels[0][0].figure, panels[0][0], "echo")
 
     def _latency(self) -> None:
-        """From the median (a dot) over p99 (a dash) to p99.9 (the end of the line)."""
+        """Draw lines from the median (a dot) past p99 (a dash) to p99.9 (the end)."""
         panels = list(self._echo_panels())
         for axes, names in panels:
             percentiles = [
@@ -212,7 +212,7 @@ class Plots:
 
 
 def tunnels(name: str) -> str:
-    """`64 tunnels` of `echo-64-4096`."""
+    """Return `64 tunnels` for `echo-64-4096`."""
     count = name.split("-")[1]
     return f"{count} tunnel{'s' if count != '1' else ''}"
 

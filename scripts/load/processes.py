@@ -1,6 +1,6 @@
-"""What a second process gives, and what it costs: the same loads through one and through two.
+"""The gain and the cost of a second process: the same loads with one process and with two.
 
-Here the tunnel, the load and the origin share both cores: a machine with more would show more.
+The tunnel, the load and the origin share two cores here; a machine with more cores would show a larger gain.
 """
 
 import time
@@ -15,7 +15,7 @@ CHILD = "tlstunnel.processes.child"
 
 
 def list_variants(program: str) -> Iterator[Subject]:
-    """The tunnel with one process and with two, on both cores."""
+    """Return the tunnel with one process and with two, on both cores."""
     for count in (1, 2):
         alone = tunnel(program)
         yield Subject(
@@ -29,10 +29,10 @@ def list_variants(program: str) -> Iterator[Subject]:
 
 
 def memory() -> Figure:
-    """What the parent and each process have before anybody has connected."""
+    """The memory of the parent and of each process before the first connection."""
 
     def measure(running: Running) -> dict[str, float]:
-        time.sleep(1.0)  # until those that started last have done so
+        time.sleep(1.0)  # until the last ones have started
         serving = [pid for pid in running.processes() if CHILD in machine.read_command_line(pid)]
         parent = [pid for pid in running.processes() if pid not in serving]
         return {
@@ -52,7 +52,7 @@ def memory() -> Figure:
 
 
 def choose(seconds: float | None) -> list[Figure]:
-    """The figures of ``scripts/bench --processes``."""
+    """Return the figures of ``scripts/bench --processes``."""
     seconds = seconds or 1.5
     return [
         memory(),

@@ -1,6 +1,6 @@
-"""What a run found, as JSON for programs, as tables for a terminal, and as Markdown for docs/performance.md.
+"""The results of a run: as JSON for programs, as tables for a terminal, and as Markdown for docs/performance.md.
 
-Tables and plots are made from the JSON alone, so that a committed file can be shown again.
+Tables and plots are made from the JSON only, so that they can be made again from a committed file.
 """
 
 import json
@@ -16,7 +16,7 @@ from scripts.load.figures import BUSY, LATENCY, Column, Figure
 from scripts.load.running import BenchError
 
 Content = dict[str, Any]
-"""A run, as its JSON file has it."""
+"""A run, as in its JSON file."""
 
 # figure -> subject -> column -> its rounds
 Rounds = dict[str, dict[str, dict[str, list[float]]]]
@@ -88,7 +88,7 @@ def load(path: Path) -> Content:
 
 
 def render_text(content: Content) -> Iterator[str]:
-    """A table a figure: a line a subject, the main column first, with its spread and its ratio to the best peer."""
+    """Yield a table for each figure, with a row for each subject. The main column has its range, and the ratio."""
     for figure in content["figures"].values():
         columns = list(figure["columns"].values())
         main, others = columns[0], columns[1:]
@@ -107,7 +107,7 @@ def render_text(content: Content) -> Iterator[str]:
 
 
 def _render_number(value: float, decimals: int) -> str:
-    """Digits in groups of three, apart by a narrow space that does not break."""
+    """Return a number with digits in groups of three, separated by narrow no-break spaces."""
     return f"{value:,.{decimals}f}".replace(",", "\u202f")
 
 
@@ -126,7 +126,7 @@ def _render_ratio(found: Content) -> str:
 
 
 def render_markdown(content: Content) -> str:
-    """The facts of the run, the budgets, a table for each kind of number, and the headroom of the load."""
+    """Return the conditions of the run, the budgets, a table for each kind of number, and the headroom of the load."""
     subjects = list(content["subjects"])
     parts = [_render_run(content), _render_budgets(content)]
     groups = dict.fromkeys(figure["group"] for figure in content["figures"].values())
@@ -152,7 +152,7 @@ GROUP_TITLES = {
 
 
 def write_into(document: Path, content: Content) -> None:
-    """Replace what stands between the marks of a document. Raises BenchError where it has none."""
+    """Replace the text between the marks of a document. Raises BenchError if there are none."""
     text = document.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -196,7 +196,7 @@ def _render_budgets(content: Content) -> str:
 
 
 def _render_group(figures: list[Content], subjects: list[str]) -> Iterator[str]:
-    """A table a column: a line a figure, a column a subject; latencies go together."""
+    """Yield a table for each column, with a row for each figure and a column for each subject; latencies share one."""
     special = {column.name for column in (*LATENCY, *BUSY)}
     titles: dict[str, str] = {}
     for figure in figures:
@@ -228,7 +228,7 @@ def _render_group(figures: list[Content], subjects: list[str]) -> Iterator[str]:
 
 
 def _render_headroom(content: Content) -> str:
-    """How near the load and the origin came to be the bottleneck: their CPU beside that of the subject they drove."""
+    """Return how close the load and the origin came to being the bottleneck: their CPU relative to the subject's."""
     rows = []
     for figure in content["figures"].values():
         columns = figure["columns"]

@@ -1,4 +1,4 @@
-"""Starting and stopping what a benchmark consists of: the origin, the load generator, the subjects."""
+"""Starts and stops the parts of a benchmark: the origin, the load generator, the subjects."""
 
 import contextlib
 import json
@@ -18,17 +18,17 @@ from scripts.load.subjects import SUBJECT_CORE, Subject
 
 LOAD_CORE = 1
 CORES = (SUBJECT_CORE, LOAD_CORE)
-START_TIMEOUT = 60.0  # under callgrind it is some seconds
+START_TIMEOUT = 60.0  # callgrind takes some seconds
 STOP_TIMEOUT = 5.0
 
 
 class BenchError(Exception):
-    """Something that was to be measured could not be; the message says what and why."""
+    """A measurement failed; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The one certificate that all subjects serve: P-256, `localhost`, signed by itself."""
+    """The certificate that all subjects serve: P-256, `localhost`, self-signed."""
 
     cert: Path
     key: Path
@@ -36,7 +36,7 @@ class Certificate:
 
     @classmethod
     def create(cls, folder: Path) -> "Certificate":
-        """Make it in `folder`."""
+        """Create it in `folder`."""
         made = cls(folder / "cert.pem", folder / "key.pem", folder / "both.pem")
         subprocess.run(
             [
@@ -53,7 +53,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all measurements of one run share."""
+    """What all measurements of a run share."""
 
     programs: Path
     folder: Path
@@ -64,7 +64,7 @@ class Bench:
 
     @property
     def tunnels(self) -> int:
-        """How many tunnels the descriptor limit allows a process."""
+        """The number of tunnels that the descriptor limit allows for a process."""
         return (self.descriptors - 100) // 2
 
     def render(self, template: str, port: int) -> str:
@@ -84,7 +84,7 @@ class Bench:
 
 @contextlib.contextmanager
 def run_origin(program: Path) -> Iterator[tuple[int, int]]:
-    """Run the origin on the load's core; gives its port and its process id."""
+    """Run the origin on the load's core; yield its port and its process ID."""
     process = subprocess.Popen([str(program)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
         assert process.stdout is not None
@@ -95,14 +95,17 @@ def run_origin(program: Path) -> Iterator[tuple[int, int]]:
 
 
 def find_free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """Return a port of 127.0.0.1 on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
 
 
 class Running:
-    """A subject that is up, on its own core; `under` another program and with more in its environment where given."""
+    """A running subject on its own core.
+
+    `under` is the command of a program to run it with, such as valgrind; `environment` is added to this process's.
+    """
 
     def __init__(
         self, bench: Bench, subject: Subject, under: Sequence[str] = (), environment: Mapping[str, str] | None = None
@@ -142,27 +145,27 @@ class Running:
         )
 
     def _read_last_lines(self) -> str:
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:]) or "no output"
 
     def processes(self) -> list[int]:
-        """The ids of all its processes."""
+        """Return the IDs of all its processes."""
         return machine.find_processes(self._process.pid)
 
     def cpu_seconds(self) -> float:
-        """CPU time that all its processes have used."""
+        """Return the CPU time of all its processes."""
         return machine.read_cpu_seconds(self.processes())
 
     def pss_kib(self) -> int:
-        """Memory of all its processes, in KiB, once they have been left alone for a moment."""
+        """Return the memory of all its processes in KiB, after a moment without load."""
         time.sleep(0.5)
         return machine.read_pss_kib(self.processes())
 
     def seconds_since_start(self) -> float:
-        """How long ago it was started."""
+        """Return the time since it was started."""
         return time.monotonic() - self._started
 
     def stop(self) -> None:
-        """End all its processes: SIGTERM, and SIGKILL for those that take too long."""
+        """Stop all its processes with SIGTERM, then with SIGKILL those that take too long."""
         for signal_number, timeout in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, STOP_TIMEOUT)):
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
@@ -176,7 +179,7 @@ class Running:
 
 
 class Load:
-    """The load generator, connected to one subject. Each of its commands is answered by one JSON object."""
+    """The load generator, connected to a subject. It responds to each command with a JSON object."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
@@ -195,7 +198,7 @@ class Load:
         self._process.communicate()
 
     def do(self, command: str) -> dict[str, Any]:
-        """Have one command done, and give its answer."""
+        """Run a command and return the response."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -207,7 +210,7 @@ class Load:
         return answer
 
     def measure(self, command: str) -> "Work":
-        """Have one command done while the processor time of everybody concerned is watched."""
+        """Run a command, and measure the CPU time of the subject, the load and everything else."""
         origin = [self.running.bench.origin_pid]
         before = self.running.cpu_seconds(), machine.read_cpu_seconds(origin), machine.read_busy_seconds(CORES)
         answer = self.do(command)
@@ -225,10 +228,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One command of the load, and what it cost."""
+    """A command of the load generator, and its cost."""
 
     answer: dict[str, Any]
     cpu: float  # seconds of the subject
     subject_busy: float  # share of one core that the subject used
     load_busy: float  # share of one core that the load and the origin used together
-    others_busy: float  # how much of the two cores went to anybody else: 0 to 2
+    others_busy: float  # share of the two cores that other processes used: 0 to 2

@@ -1,12 +1,12 @@
-"""The programs that scripts/bench gives the same job: commands and configurations.
+"""The programs that scripts/bench measures with the same job: their commands and configurations.
 
-Templates of `string.Template`: `$port` to listen on and `$origin` to connect to (both 127.0.0.1), `$cert`, `$key` and
-`$pem` (both in one file), `$dir` for files of the subject's own, `$descriptors` and `$tunnels` (two each) to allow for,
-`$user` to become when root.
+They are templates of `string.Template`: `$port` to listen on and `$origin` to connect to (both 127.0.0.1), `$cert`,
+`$key` and `$pem` (both in one file), `$dir` for the subject's own files, `$descriptors` to allow, `$tunnels` to allow
+(two descriptors each), and `$user` to switch to if run by root.
 
-All of them: one process or one worker of it, TLS 1.3 with AES-128-GCM and X25519 (the client offers nothing else),
-session tickets as each does by itself, one line a connection in a file where the program has such a log, and
-otherwise what its own manual or Debian's configuration gives.
+Each has one process or one worker, TLS 1.3 with AES-128-GCM and X25519 (the client offers nothing else), its default
+session tickets, and a line per connection in a log file if the program has such a log. Everything else is as in its
+manual or in Debian's configuration.
 """
 
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ SUBJECT_CORE = 0
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A program to measure, and what it is started with."""
+    """A program to measure, with its command and files."""
 
     name: str
     command: tuple[str, ...]
@@ -117,7 +117,7 @@ class Subject:
     version: tuple[str, ...] = ()
     package: str = ""
     is_peer: bool = True
-    forks: bool = False  # its workers are processes of their own, and callgrind follows none
+    forks: bool = False  # its workers are separate processes, which callgrind does not follow
     cores: tuple[int, ...] = (SUBJECT_CORE,)
 
 
@@ -163,7 +163,7 @@ PEERS = {
 
 
 def tunnel(program: str) -> Subject:
-    """tlstunnel itself, as `program`."""
+    """Return tlstunnel itself as a subject; `program` is its path."""
     return Subject(
         name="tlstunnel",
         command=(

@@ -19,7 +19,7 @@ from tests.harness import REPOSITORY, eventually
 from tlstunnel.testing.program import kill_left_behind, mark_environment, start_process
 
 DEMO = REPOSITORY / "scripts" / "demo"
-LAST_LINE = "Ctrl-C ends it. Its log:"
+LAST_LINE = "Ctrl-C stops it. Its log:"
 
 
 def _free_port() -> int:
