@@ -1,6 +1,6 @@
-"""Requests as data: attacks that must be blocked, and ordinary handshakes that must not.
+"""Requests as data: attacks that must be blocked, and ordinary handshakes that must pass.
 
-Every one goes through the tunnel's own reader first, so that nothing is here that could not reach the firewall.
+The tunnel's own reader parses each of them, so all could reach the firewall.
 """
 
 import tomllib
@@ -16,7 +16,7 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A request, its `name` in reports, and the `category` of rules that must name it, "" for an ordinary one."""
+    """A request, its `name` in reports, and the `category` of rules that must match, "" if it must pass."""
 
     name: str
     category: str
@@ -31,19 +31,19 @@ def attacks() -> list[Sample]:
         Sample(
             f"{attack['category']}: {attack['name']}",
             attack["category"],
-            upgrade_request(attack["target"], _merged(clients["chromium"], attack.get("headers", []))),
+            upgrade_request(attack["target"], _merge(clients["chromium"], attack.get("headers", []))),
         )
         for attack in _read("attacks.toml")["attacks"]
     ]
 
 
 def handshakes() -> list[Sample]:
-    """The ordinary ones that no profile is needed for."""
+    """Return the ordinary handshakes that need no profile."""
     return [sample for sample in _handshakes() if not sample.profile]
 
 
 def profile_handshakes() -> list[Sample]:
-    """The ordinary ones that CRS blocks at `paranoia` unless the profile is on."""
+    """Return the ordinary handshakes that CRS blocks at `paranoia` without the profile."""
     return [sample for sample in _handshakes() if sample.profile]
 
 
@@ -54,7 +54,7 @@ def _handshakes() -> list[Sample]:
         Sample(
             f"{item['client']}: {item['name']}",
             "",
-            upgrade_request(item["target"], _merged(clients[item["client"]], item.get("headers", []))),
+            upgrade_request(item["target"], _merge(clients[item["client"]], item.get("headers", []))),
             item.get("profile", ""),
             item.get("paranoia", 1),
         )
@@ -69,8 +69,8 @@ def upgrade_request(target: str, headers: list[str]) -> UpgradeRequest:
     return request
 
 
-def _merged(base: list[str], extra: list[str]) -> list[str]:
-    """`base` with `extra` in the place of the headers of the same name, or behind."""
+def _merge(base: list[str], extra: list[str]) -> list[str]:
+    """Return `base` with `extra` in place of the headers of the same name, or at the end."""
     replaced = {header.split(":", 1)[0].lower(): header for header in extra}
     kept = [replaced.pop(header.split(":", 1)[0].lower(), header) for header in base]
     return [*kept, *replaced.values()]

@@ -1,4 +1,4 @@
-"""Whoever reads the log can neither hold the tunnels, by not reading, nor end them, by going away."""
+"""A reader of the log can neither block the tunnels by not reading, nor end them by exiting."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ from tests.harness import (
 )
 
 REQUESTS = 40
-"""Each leaves a line of more than 12 000 bytes: many times what the pipe holds."""
+"""Each writes a line of more than 12 000 bytes: together many times the capacity of the pipe."""
 LONG = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 12_000)
 
 

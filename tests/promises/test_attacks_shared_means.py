@@ -1,4 +1,4 @@
-"""What one client or origin can keep is bounded: the loop's time, descriptors, the way out of a process."""
+"""What one client or origin can occupy is bounded: the loop's time, descriptors, the exit of a process."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""After the 101 nothing is evaluated: what every stage would refuse in a handshake passes byte for byte, both ways."""
+"""After the 101 nothing is inspected: what every check would refuse in a handshake passes unchanged, both ways."""
 
 import os
 import signal
@@ -115,7 +115,7 @@ def test_payload_that_every_check_would_refuse_passes_unchanged(
 
 
 def _says_nothing(tunnel: Tunnel) -> None:
-    """The log has the start and the one connection, of which no stage of the firewall has said anything."""
+    """The log has the start and one connection, and nothing from the firewall."""
     events = [record["event"] for record in tunnel.records()]
     others = ("certificates", "running as root")
     assert [event for event in events if event not in others] == ["listening", "ready", "connection"], tunnel.log

@@ -1,4 +1,4 @@
-"""Lists are read again when their files change, a broken one changes nothing, and no tunnel notices."""
+"""Lists are reloaded when their files change, an invalid file changes nothing, and no tunnel is affected."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Managed rules over real sockets: what is blocked is named, and a helper's death or silence touches no tunnel."""
+"""Managed rules over real sockets: the record names what was blocked, and a failing helper affects no tunnel."""
 
 import contextlib
 import os

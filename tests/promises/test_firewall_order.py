@@ -1,4 +1,4 @@
-"""The firewall's stages act in their order, each alone and before those behind it, and each action does its own."""
+"""The checks of the firewall act in order, each by itself and before those after it, and each action works."""
 
 import contextlib
 import socket
@@ -119,7 +119,7 @@ OFFENCES: dict[str, tuple[int, str]] = {
     "rate limits": (429, "rate limit: users"),
     "managed rules": (403, "managed rules"),
 }
-"""What is wrong with a request, in the order of the stages that see it, and their answers."""
+"""What is wrong with a request, in the order of the checks that find it, with the reasons of their refusals."""
 
 
 def _offending(servers: Servers, offences: list[str]) -> Outcome:
@@ -132,7 +132,7 @@ def _offending(servers: Servers, offences: list[str]) -> Outcome:
 
 @pytest.mark.parametrize("offence", OFFENCES)
 def test_first_check_that_refuses_decides(servers: Servers, offence: str) -> None:
-    """Without what the stages before object to: taking one offence away shows the next stage."""
+    """Removing one offence after the other shows the next check."""
     order = list(OFFENCES)
     outcome = _offending(servers, order[order.index(offence) :])
     assert (outcome.status, outcome.reason) == OFFENCES[offence]

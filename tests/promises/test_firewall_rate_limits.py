@@ -1,4 +1,4 @@
-"""Rate limits are exact with 200 clients at once; every tunnel counted is given back, however its connection ends."""
+"""Rate limits are exact with 200 concurrent clients, and every tunnel is returned, however its connection ends."""
 
 import contextlib
 import socket

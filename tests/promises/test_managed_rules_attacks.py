@@ -1,4 +1,4 @@
-"""Attacks are refused with 403, and the record can name what they are."""
+"""Attacks are refused with 403, and the record names their category."""
 
 import pytest
 

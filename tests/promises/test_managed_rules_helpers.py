@@ -1,4 +1,4 @@
-"""A helper that dies, hangs or is replaced costs a request at most: what is behind it goes on, and nothing is left."""
+"""A helper that dies, hangs or is replaced fails at most one request, delays no other, and leaves nothing behind."""
 
 import asyncio
 import contextlib

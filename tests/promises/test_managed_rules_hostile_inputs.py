@@ -1,4 +1,4 @@
-"""No input keeps the managed rules busy: each gets its answer within 100 ms, and so does the next client."""
+"""No input keeps the managed rules busy: each is decided within 100 ms, and so is the next client's."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tlstunnel.metrics.registry import Registry
 
 LONGEST = 0.1
 ATTEMPTS = 3
-"""The best of these counts: a busy machine may take a processor away for longer than that, but not every time."""
+"""The best of these counts: a busy machine may delay a process for longer, but not every time."""
 
 
 def query(text: str) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Evaluations leave nothing in a helper's memory."""
+"""Evaluations do not leak memory in a helper."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from tlstunnel.firewall.managed.rule_sets import build
 KIB = 1024
 WARM = 2_000
 MOST = KIB * KIB
-"""A leaked transaction has 61 kB, a leaked text of an intervention 1 kB: 20 000 of these would be 20 MB and more."""
+"""A leaked transaction would take 61 kB, a leaked text of an intervention 1 kB: 20 MB or more for 20 000."""
 
 
 def private(pid: int) -> int:

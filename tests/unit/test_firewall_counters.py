@@ -1,4 +1,4 @@
-"""What rate limits count in: each strategy beside a plain model, what leaves when it is full, and all or nothing."""
+"""Counters: each strategy compared with a simple model, eviction, and counting under all limits or none."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ from tlstunnel.firewall.counters import (
 
 
 class Clock:
-    """Time that the test moves, seconds."""
+    """A clock that the test advances, in seconds."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -46,7 +46,7 @@ def item(text: str, strategy: Strategy = "fixed") -> RateLimitItem:
 
 
 def asked(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult]:
-    """What comes of asking: at once, without a loop, since nothing may suspend."""
+    """Return the results, without a loop, since no method may suspend."""
     try:
         counters.check(checks).send(None)
     except StopIteration as done:
@@ -61,7 +61,7 @@ steps = st.lists(st.tuples(st.integers(0, 100).map(lambda quarters: quarters / 4
 
 
 class FixedModel:
-    """A window begins with the first that is counted after the last one ended."""
+    """A window begins with the first request after the end of the last one."""
 
     def __init__(self, most: int, window: int) -> None:
         self.most, self.window = most, window
@@ -77,7 +77,7 @@ class FixedModel:
 
 
 class MovingModel:
-    """So many in any stretch of time as long as the window."""
+    """At most this many in any period as long as the window."""
 
     def __init__(self, most: int, window: int) -> None:
         self.most, self.window = most, window
@@ -91,7 +91,7 @@ class MovingModel:
 
 
 class SlidingModel:
-    """The window before counts by the share of it that lies in the last `window` seconds."""
+    """The window before counts by its share in the last `window` seconds."""
 
     def __init__(self, most: int, window: int) -> None:
         self.most, self.window = most, window

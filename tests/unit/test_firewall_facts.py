@@ -1,4 +1,4 @@
-"""What rules see of a request: each field, and the one form of a path, whatever a client writes."""
+"""Facts: each field, and the normalised path, whatever a client sends."""
 
 import dataclasses
 from datetime import UTC, datetime

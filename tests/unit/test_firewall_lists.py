@@ -1,4 +1,4 @@
-"""Lists: what is in them, how fast that is told, and that a file's new content counts at once."""
+"""Lists: what they contain, fast lookups, and reloading of changed files."""
 
 import ipaddress
 import os

@@ -1,4 +1,4 @@
-"""What a score, a guard's objection and a failure mean for a site."""
+"""What a score, a refusal by the guard and a failure mean for a site."""
 
 import asyncio
 from typing import Literal
@@ -21,7 +21,7 @@ HOSTILE = "/?x=" + "$(" * 100
 
 
 class Answers(HelperPool):
-    """A pool that says what it is told to: real failures of each kind are in the promises."""
+    """A pool that returns a given result. Real failures of each kind are in the promises."""
 
     def __init__(self, result: Evaluation | Failure) -> None:
         super().__init__([])
@@ -36,7 +36,7 @@ class Answers(HelperPool):
 def judge(
     result: Evaluation | Failure, settings: SiteManagedRules, target: str = "/?x=1"
 ) -> tuple[ManagedRulesOutcome, dict[str, int]]:
-    """What comes of it, and how often each outcome and each rule was counted."""
+    """Return the outcome, and the counts of each outcome and each rule."""
     metrics = Registry()
     stage = ManagedRulesCheck(Answers(result), "set", settings, metrics)
     outcome = asyncio.run(stage.judge(facts(plain_request(target))))

@@ -1,4 +1,4 @@
-"""The guard before libmodsecurity: what it stops, what it must not, and that it is fast whatever it gets."""
+"""The guard before libmodsecurity: what it refuses, what it must accept, and that it is fast for any input."""
 
 import time
 from urllib.parse import quote, unquote_to_bytes
@@ -65,7 +65,7 @@ def test_every_plain_run_is_refused(before: bytes, after: bytes) -> None:
 
 @given(st.binary(max_size=400))
 def test_only_runs_and_arguments_are_refused(target: bytes) -> None:
-    """Or to arguments: some text, decoded not at all, once or twice, holds what it says."""
+    """The text contains what the guard names, as sent or decoded once or twice."""
     reason = find_problem(target, ())
     forms = [target, once := unquote_to_bytes(target), unquote_to_bytes(once)]
     longest = max(_longest_run(form) for form in forms)
@@ -84,7 +84,7 @@ def _longest_run(text: bytes) -> int:
 @pytest.mark.alone
 @pytest.mark.parametrize("text", [b"%" * 16_000, b"%2" * 8_000, b"%25" * 5_000, b"%u00" * 4_000, b"%u0041" * 2_600])
 def test_is_fast_whatever_the_input(text: bytes) -> None:
-    """A generous bound: milliseconds would be a mistake in the algorithm."""
+    """A generous bound: milliseconds would mean a fault in the algorithm."""
     text = b"a".join(text[at : at + 20] for at in range(0, len(text), 20))
     took = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""A helper's two jobs, loading and serving, over a real socket pair; its process is in the promises."""
+"""The two tasks of a helper, loading and serving, over a real socket pair. Its process is in the promises."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Rules of one's own that libmodsecurity would load without a word, and that would never match."""
+"""Faulty rules of users that libmodsecurity would load silently, and that would never match."""
 
 import ctypes
 from pathlib import Path
@@ -14,7 +14,7 @@ RULE = 'SecRule ARGS "@rx evil" "id:1,phase:2,deny"\n'
 
 
 def fault(folder: Path, text: str | bytes, known: dict[int, str] | None = None) -> str:
-    """What is said of a file, without its path."""
+    """Return the problems of a file, without its path."""
     path = folder / "own.conf"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigurationError) as caught:
@@ -112,7 +112,7 @@ def test_missing_library_is_named_with_the_package(tmp_path: Path, monkeypatch: 
 
 
 def test_crs_has_no_faults() -> None:
-    """5 000 lines by people who know the language: what is found there would be a mistake here."""
+    """5 000 lines by people who know the language: a fault found there would be a fault of the check."""
     require_crs()
     files = sorted((DEBIAN_CRS / "rules").glob("REQUEST-*.conf"))
     lint.check([file for file in files if "IP-REPUTATION" not in file.name], {})  # that one asks the DNS

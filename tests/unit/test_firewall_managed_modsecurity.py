@@ -1,4 +1,4 @@
-"""The binding: what comes out of libmodsecurity is what it said, and nothing that a client said."""
+"""The binding: results are those of libmodsecurity, and clients cannot forge them."""
 
 import random
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_evaluations_are_independent(library: ModSecurity, crs: int) -> None:
     ],
 )
 def test_client_cannot_forge_matches(library: ModSecurity, crs: int, target: str) -> None:
-    """An argument's name and value, and the path, stand in the line as they are, quotes and all."""
+    """The line contains the path and an argument's name and value unescaped, with quotes."""
     found = library.evaluate(crs, subject(target, f"User-Agent: t {FORGED}"))
     assert found.score >= 5
     assert {match.id for match in found.matches} & {941100, 941110}

@@ -1,4 +1,4 @@
-"""The pool's queue: bounded in length and in time, and nobody waits for what is over."""
+"""The queue of the pool: bounded in length and time, and without requests that were cancelled."""
 
 import asyncio
 import os

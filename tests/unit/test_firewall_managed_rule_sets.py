@@ -1,4 +1,4 @@
-"""What a site's managed rules load: Debian's CRS, a release's folder, rules of one's own; and what is refused."""
+"""The rule set of a site: Debian's CRS, the folder of a release, own rules, and what is refused."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ _OLD_NAME = re.compile(rf"(?<=tx[.:])({'|'.join(NEW_NAMES)})", re.IGNORECASE)
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    """A folder in the shape of a CRS 4 release, with its variables' names, made of Debian's CRS 3."""
+    """A folder like that of a CRS 4 release, with its names of variables, made from Debian's CRS 3."""
     require_crs()
     folder = tmp_path / "coreruleset-4.0.0"
     shutil.copytree(DEBIAN_CRS / "rules", folder / "rules")
@@ -113,7 +113,7 @@ def test_firebase_passes_a_release_that_forbids_the_extension_ws(
 
 
 def test_early_blocking_of_the_setup_file_hides_nothing(release: Path) -> None:
-    """A score of the first phase alone would end the evaluation, with a threshold of 1."""
+    """With a threshold of 1, a score of the first phase would end the evaluation."""
     setup = (release / "crs-setup.conf.example").read_text()
     early = 'SecAction "id:900120,phase:1,nolog,pass,setvar:tx.early_blocking=1,setvar:tx.paranoia_level=4"\n'
     (release / "crs-setup.conf").write_text(setup + early)
@@ -139,7 +139,7 @@ def test_every_profile_loads_alone_and_all_together() -> None:
 
 
 def test_nextjs_profile(release: Path) -> None:
-    """CRS 4 takes a page's brackets for a shell's pattern; CRS 3 does not, so it is given such a rule."""
+    """CRS 4 takes the brackets of a page for a shell pattern. CRS 3 does not, so the test adds such a rule."""
     rules = release / "rules" / "REQUEST-932-APPLICATION-ATTACK-RCE.conf"
     rule = (
         "SecRule ARGS \"@rx /\\[[^]]+\\]\" \"id:932999,phase:2,block,log,msg:'Shell pattern',tag:'attack-rce',"

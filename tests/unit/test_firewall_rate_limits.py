@@ -1,4 +1,4 @@
-"""Rate limits: what they count by, what they say when one is over, what is refused when they are loaded."""
+"""Rate limits: what they count by, the refusal, and errors in their settings."""
 
 import asyncio
 import re
@@ -28,7 +28,7 @@ from tlstunnel.metrics.registry import Registry
 
 
 class Clock:
-    """Time that the test moves, seconds."""
+    """A clock that the test advances, in seconds."""
 
     def __init__(self, now: float = 1200.0) -> None:
         self.now = now
@@ -146,7 +146,7 @@ def test_several_parts_count_together() -> None:
 
 
 class Asked(MemoryCounters):
-    """Remembers what it was asked."""
+    """Counters that record their checks."""
 
     def __init__(self) -> None:
         super().__init__(clock=Clock())
@@ -279,7 +279,7 @@ def test_retry_after_is_at_least_a_second() -> None:
 
 
 class Rounding(MemoryCounters):
-    """Has times that are over already, as a storage with another clock may."""
+    """Counters with waits in the past, as a storage with another clock may return."""
 
     async def check(self, checks: Any) -> list[LimitResult]:
         return [LimitResult("limit", -0.5) for _ in checks]

@@ -1,4 +1,4 @@
-"""The verdict: what is given back when a request goes no further, and a policy that only logs."""
+"""The verdict: leases are closed if a request is refused, and policies in mode "log"."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -1,4 +1,4 @@
-"""The origin check: whose pages may connect."""
+"""The origin check: which pages may connect."""
 
 import pytest
 from hypothesis import given
