@@ -620,7 +620,7 @@ def test_101_is_a_bad_answer(before: bytes, fields: list[Field]) -> None:
 def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
     endless = CONTINUE * 4000
     status, reason = bad(*(endless[at : at + piece] for at in range(0, len(endless), piece)))
-    assert (status, reason) == (0, "answer head too large")
+    assert (status, reason) == (0, "response head too large")
 
 
 @pytest.mark.parametrize("size", [1000, 65_536, 100_000])

@@ -328,7 +328,7 @@ def test_garbage_is_a_bad_answer_byte_by_byte(data: bytes) -> None:
 
 
 def test_end_instead_of_an_answer_says_so() -> None:
-    assert bad(b"HTTP/1.1 101") == "origin closed without an answer"
+    assert bad(b"HTTP/1.1 101") == "origin closed without a response"
 
 
 @pytest.mark.parametrize("name", [b"Content-Length", b"content-length"])

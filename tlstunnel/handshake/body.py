@@ -1,23 +1,23 @@
-"""A message's body as it comes in: its content out of its framing, until it is complete (RFC 9112 section 6).
+"""Read the body of an HTTP message: remove its framing and find its end (RFC 9112 section 6).
 
-Not h11's readers: those make an event of each chunk, and 64 KiB of chunks of one byte, which any client can send, kept
-a process for a third of a second (measured; here it is some milliseconds). Whatever the framing was, content goes on
-framed anew, so that the next hop reads one canonical form.
+h11's readers are not used: they make an event of each chunk, and 64 KiB of one-byte chunks, which any client can send,
+kept a process busy for a third of a second (measured; here it is a few milliseconds). The content is always framed
+again before it is forwarded, so that the next hop reads one canonical form.
 """
 
 import re
 from typing import Protocol
 
 MAX_CHUNK_LINE = 4096
-"""Bytes of the line before a chunk, extensions and all. Go takes 4096, Apache 8190, h11 whatever its buffer holds."""
+"""Bytes of the line before a chunk, with its extensions. Go allows 4096, Apache 8190, h11 whatever its buffer holds."""
 
 MAX_TRAILER = 16_384
-"""Bytes of the trailer section, as of a request head."""
+"""Bytes of the trailer section: the same as for a request head."""
 
 LAST_CHUNK = b"0\r\n\r\n"
 
-# RFC 9112 section 7.1. White space behind the size is what some origins write (so h11 says); 16 digits are 64 bits.
-# Possessive, as a line that comes byte by byte is tried each time.
+# RFC 9112 section 7.1. Some origins write white space after the size (according to h11); 16 digits are 64 bits.
+# Possessive, because a line that arrives byte by byte is tried each time.
 _LINE = rb"([0-9A-Fa-f]{1,16}+)[ \t]*+(?:;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
 _FIRST = re.compile(_LINE)
 _NEXT = re.compile(rb"\r\n" + _LINE)
@@ -25,7 +25,7 @@ _TRAILER = re.compile(rb"(?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\
 
 
 class BadBody(Exception):
-    """What came is no body of this framing. `reason` holds nothing that was sent."""
+    """The body is malformed. `reason` contains nothing that was sent."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -33,15 +33,15 @@ class BadBody(Exception):
 
 
 class Body(Protocol):
-    """One framing. What comes behind the end of the body is thrown away."""
+    """A body with one kind of framing. Bytes after its end are discarded."""
 
     complete: bool
 
     def take(self, data: bytes) -> bytes:
-        """Take the next bytes, give the content in them. Raises `BadBody`."""
+        """Take the next bytes and return the content in them. Raises `BadBody`."""
 
     def end(self) -> None:
-        """Take the end of the sender's stream. Raises `BadBody` if it cuts the body short."""
+        """Note that the sender's stream has ended. Raises `BadBody` if the body is incomplete."""
 
 
 class Counted:
@@ -65,7 +65,7 @@ class Counted:
 
 
 class UntilEnd:
-    """A body that the end of the stream ends, which only a response may have."""
+    """A body that ends with the stream, as only a response's may."""
 
     complete = False
 
@@ -79,7 +79,7 @@ class UntilEnd:
 
 
 class Chunked:
-    """A chunked body. Extensions and the trailer section are checked for form, bounded, and thrown away."""
+    """A chunked body. The syntax and size of extensions and the trailer section are checked, and both are discarded."""
 
     def __init__(self) -> None:
         self.complete = False
@@ -121,7 +121,7 @@ class Chunked:
             raise BadBody("body cut short: there was no last chunk")
 
     def _part_of_line(self, data: bytes, at: int) -> bytes:
-        """What may still become a line. The same bytes are bad however they were split."""
+        """Return the bytes that may be the start of a line. The same bytes are rejected however they were split."""
         part = data[at : at + MAX_CHUNK_LINE]
         behind = part[2:] if self._line is _NEXT else part
         if self._line is _NEXT and not b"\r\n".startswith(part[:2]):
@@ -145,5 +145,5 @@ class Chunked:
 
 
 def chunk(content: bytes) -> bytes:
-    """`content` as a chunk; nothing for nothing, as an empty chunk would be the last."""
+    """Return `content` as a chunk; b"" for no content, since an empty chunk would be the last."""
     return b"%x\r\n%b\r\n" % (len(content), content) if content else b""

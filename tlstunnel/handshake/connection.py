@@ -1,14 +1,15 @@
-"""What is known about a connection and its request beside the request itself: for the firewall and edge workers."""
+"""What the firewall and edge workers see of a connection, in addition to the request."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """A client's connection, as one request sees it. What is not known is "".
+    """A client's connection, at the time of one request. Unknown values are "".
 
-    `ip` is the client's address as far as the tunnel trusts whoever reported it, `tls_version` such as ``TLSv1.3``,
-    `site` the first of the site's names. `certificate` is the client's, in DER, and only there for edge workers.
+    `ip` is the client's address: the peer's, or the one reported by a proxy that the tunnel trusts. `tls_version` is
+    such as ``TLSv1.3``, `site` the first of the site's names. `certificate` is the client's, in DER, for edge workers
+    only.
     """
 
     ip: str

@@ -1,4 +1,4 @@
-"""Header fields as both heads have them: lists, tokens, and which fields go no further than one hop."""
+"""Header fields of requests and responses: lists, tokens, and hop-by-hop fields."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ _CONTROLS = bytes({*range(0x20), 0x7F} - set(b"\t\r\n"))
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
-"""RFC 9110 section 7.6.1: for the next hop alone, and so never forwarded."""
+"""RFC 9110 section 7.6.1: meant for the next hop only, and never forwarded."""
 
 _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 
@@ -19,17 +19,17 @@ ByName = Mapping[bytes, Sequence[bytes]]
 
 
 def has_control(text: bytes) -> bool:
-    """Whether `text` has a control character, which no field may hold (RFC 9110 section 5.5), or a CR without LF.
+    """Return whether `text` has a control character (forbidden by RFC 9110 section 5.5) or a CR without LF.
 
-    CRLF passes, as between the lines of a head. Not a regular expression: that took 40 us for a browser's request.
+    CRLF is allowed, as between the lines of a head. A regular expression took 40 us for a browser's request.
     """
     return len(text.translate(None, _CONTROLS)) != len(text) or text.count(b"\r") != text.count(b"\r\n")
 
 
 def by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
-    """Group fields as they stood by their names in lower case: asked a dozen times a handshake."""
+    """Group fields by their names in lower case. A handshake looks up about a dozen of them."""
     grouped = {name.lower(): [value] for name, value in fields}
-    if len(grouped) != len(fields):  # seldom: a name that occurs twice
+    if len(grouped) != len(fields):  # rare: a name that occurs twice
         grouped = {}
         for name, value in fields:
             grouped.setdefault(name.lower(), []).append(value)
@@ -37,7 +37,7 @@ def by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
 
 
 def tokens(fields: ByName, name: bytes) -> list[bytes]:
-    """The elements of the list-based field `name`, over all its lines (RFC 9110 section 5.6.1), empty ones left out."""
+    """Return the elements of the list-based field `name`, without empty ones (RFC 9110 section 5.6.1)."""
     values = fields.get(name)
     if values is None:
         return []
@@ -48,7 +48,7 @@ def tokens(fields: ByName, name: bytes) -> list[bytes]:
 
 
 def has_token(fields: ByName, name: bytes, token: bytes) -> bool:
-    """Whether the list-based field `name` has the element `token` (lower case), compared without regard to case."""
+    """Return whether the list-based field `name` has the element `token` (lower case), in any case."""
     values = fields.get(name, ())
     if len(values) == 1 and values[0].lower() == token:  # nearly always
         return True
@@ -56,17 +56,17 @@ def has_token(fields: ByName, name: bytes, token: bytes) -> bool:
 
 
 def extension_names(fields: ByName) -> frozenset[bytes]:
-    """The extensions that ``Sec-WebSocket-Extensions`` names, without their parameters (RFC 6455 section 9.1)."""
+    """Return the names in ``Sec-WebSocket-Extensions``, without parameters (RFC 6455 section 9.1)."""
     if b"sec-websocket-extensions" not in fields:
         return _NONE
     return frozenset(e.split(b";", 1)[0].strip(b" \t") for e in tokens(fields, b"sec-websocket-extensions"))
 
 
 def hop_by_hop(fields: ByName) -> frozenset[bytes]:
-    """Names (lower case) of the fields of this message that end here: the fixed ones and those Connection names.
+    """Return the names (lower case) of the hop-by-hop fields: the standard ones and those that Connection names.
 
-    What the handshake itself rests on stays whatever Connection says: naming it is a known way to strip a field that
-    the next hop relies on.
+    The fields that the handshake needs are kept even if Connection names them: that is a known way to strip a field
+    that the next hop relies on.
     """
     nominated = {name.lower() for name in tokens(fields, b"connection")} - HOP_BY_HOP
     if not nominated:

@@ -1,4 +1,4 @@
-"""The request as it goes to the origin, and whose word about the client's address is taken."""
+"""The request head that is sent to the origin, and the client's address as trusted proxies report it."""
 
 import ipaddress
 import re
@@ -14,11 +14,11 @@ _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"
 _FORWARDING = re.compile(
     rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip|x[-_]client[-_]subject)$", re.MULTILINE
 )
-"""What origins read as a proxy's word, among names on a line each. CGI and WSGI take an underscore for a hyphen."""
+"""Fields that origins believe to be a proxy's, in a list of names, one per line. CGI and WSGI treat "_" like "-"."""
 
 _UPGRADED: Fields = ((b"Connection", b"Upgrade"), *UPGRADE)
 _FRAMING = frozenset({b"content-length", b"content_length", b"transfer_encoding"})
-"""With an underscore too, as above; Transfer-Encoding itself goes no further than a hop."""
+"""With an underscore too, as above; Transfer-Encoding itself is hop-by-hop."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
@@ -26,9 +26,9 @@ _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0
 
 @dataclass(frozen=True, slots=True)
 class Forwarding:
-    """What the tunnel tells the origin of the client: the peer's address ("" for a Unix socket) and the request's id.
+    """What the origin learns about the client: the peer's address ("" for a Unix socket) and the request's id.
 
-    `trusted` says that the peer is a proxy of ours, whose own forwarding fields are kept and added to.
+    `trusted` means that the peer is a trusted proxy: its own forwarding fields are kept and extended.
     """
 
     peer: str
@@ -37,15 +37,15 @@ class Forwarding:
 
 
 def as_cgi(name: bytes) -> bytes:
-    """A field's name as CGI and WSGI tell it from others: without regard to case, ``-`` and ``_`` the same."""
+    """Return a field's name as CGI and WSGI see it: in lower case, with ``_`` instead of ``-``."""
     return name.lower().replace(b"-", b"_")
 
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What a site changes of a head: `host` for Host, fields that are `added` last, names (lower case) `removed`.
+    """What a site changes in a head: the value of Host, fields `added` at the end, names (lower case) `removed`.
 
-    An added field takes the place of the client's of its name.
+    An added field replaces the client's fields of the same name.
     """
 
     host: bytes | None = None
@@ -53,16 +53,16 @@ class Edits:
     removed: frozenset[bytes] = frozenset()
 
     def then(self, later: "Edits") -> "Edits":
-        """These, and then `later`, which has the last word."""
+        """Return these edits followed by `later`, which takes precedence."""
         named = later.names
         kept = tuple(field for field in self.added if as_cgi(field[0]) not in named)
         return Edits(later.host or self.host, (*kept, *later.added), self.removed | later.removed)
 
     @property
     def names(self) -> frozenset[bytes]:
-        """Names, as CGI has them, of which no field stays but those that are added.
+        """The names, in CGI's spelling, of which no field of the client is kept.
 
-        A client could claim what is set here by another spelling that an origin takes for the same.
+        Otherwise a client could send the same field in another spelling that the origin does not distinguish.
         """
         return frozenset({*map(as_cgi, self.removed), *(as_cgi(name) for name, _ in self.added)})
 
@@ -71,28 +71,28 @@ NO_EDITS = Edits()
 
 
 def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_EDITS) -> bytes:
-    """The head for the origin: the client's fields in order and case but for hop-by-hop and forged ones; ours last.
+    """Return the head for the origin: the client's fields, without hop-by-hop and forged ones, and then ours.
 
-    A plain request is the only one of its connection, and its body's framing is said anew, in one way.
+    A plain request is the only one of its connection, and its body is framed again, in one way.
     """
     dropped = hop_by_hop(request.by_name)
     last: Fields = _UPGRADED
     if isinstance(request, PlainRequest):
         dropped |= _FRAMING
         last = (*_framing(request), (b"Connection", b"close"))
-    told = _forwarding_fields(request, forwarding)
-    # Asked of all names at once, and not field by field: few clients send any of them.
+    ours = _forwarding_fields(request, forwarding)
+    # One search over all names instead of one for each field: few clients send any of them.
     if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
         dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
     fields = [field for field in request.fields if field[0].lower() not in dropped]
-    fields += (*last, *told)
+    fields += (*last, *ours)
     if edits is not NO_EDITS:
         fields = edited(fields, edits)
     return head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
 
 
 def edited(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
-    """The fields after `edits`. Ours may be edited too: who sets X-Forwarded-Proto means it."""
+    """Return the fields after `edits`. The tunnel's own fields may be edited too, such as X-Forwarded-Proto."""
     named = edits.names
     kept = [field for field in fields if as_cgi(field[0]) not in named]
     if edits.host is not None:
@@ -101,9 +101,9 @@ def edited(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tuple[by
 
 
 def client_address(request: Request, peer: str, trusted: Networks) -> str:
-    """The client's address, given that `peer` is in `trusted`: the right-most entry of X-Forwarded-For outside them.
+    """Return the client's address for a trusted `peer`: the right-most untrusted entry of X-Forwarded-For.
 
-    What is no address ends the search: the hop that wrote it is then the last one known.
+    An entry that is not an address ends the search: the hop that wrote it is then the last one known.
     """
     entries = b",".join(request.by_name.get(b"x-forwarded-for", ())).decode("latin-1").split(",")
     known = peer
@@ -114,7 +114,7 @@ def client_address(request: Request, peer: str, trusted: Networks) -> str:
             address = ipaddress.ip_address((with_port["ipv6"] or with_port["ipv4"]) if with_port else text)
         except ValueError:
             break
-        if "%" in text:  # a zone means nothing on another host (RFC 4007 section 6), and anything can stand in it
+        if "%" in text:  # a zone is only valid on its own host (RFC 4007 section 6), and may contain anything
             break
         known = str(address)
         if known not in trusted:
@@ -123,7 +123,7 @@ def client_address(request: Request, peer: str, trusted: Networks) -> str:
 
 
 def given_id(request: Request) -> str | None:
-    """The X-Request-Id that a trusted proxy gave, if it is one that can be passed on and logged."""
+    """Return the X-Request-Id of a trusted proxy, if it can be forwarded and logged."""
     given = request.by_name.get(b"x-request-id", ())
     return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
@@ -135,7 +135,7 @@ def _framing(request: PlainRequest) -> Fields:
 
 
 def _kept(name: bytes) -> bool:
-    """Whether a trusted proxy's forwarding field goes on as it is: not in place of ours, nor in a spelling for it."""
+    """Return whether a trusted proxy's forwarding field is forwarded unchanged: not one of ours, in any spelling."""
     return name.lower() not in _OURS and b"_" not in name
 
 
@@ -143,7 +143,7 @@ def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
     client = forwarding.peer.encode()
     node = b'"[%b]"' % client if b":" in client else client or b"unknown"  # RFC 7239 section 6
     forwarded = b'for=%b;proto=https;host="%b"' % (node, request.authority)
-    told = [
+    ours = [
         (b"X-Forwarded-For", client or b"unknown"),
         (b"X-Forwarded-Proto", b"https"),
         (b"X-Forwarded-Host", request.authority),
@@ -151,12 +151,12 @@ def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
         (b"X-Request-Id", forwarding.request_id.encode()),
     ]
     if not forwarding.trusted:
-        return tuple(told)
-    return tuple((name, _after(request, name, value)) for name, value in told)
+        return tuple(ours)
+    return tuple((name, _after(request, name, value)) for name, value in ours)
 
 
 def _after(request: Request, name: bytes, value: bytes) -> bytes:
-    """`value` as a trusted proxy's successor says it: lists of hops grow, the rest stays as the first hop saw it."""
+    """Return a field behind a trusted proxy: lists of hops get `value` appended, others keep the proxy's value."""
     theirs = request.by_name.get(name.lower(), ())
     if not theirs or name == b"X-Request-Id":
         return value

@@ -1,7 +1,7 @@
-"""A request that asks for no upgrade, where a site passes it on: its body to the origin, the response to the client.
+"""A plain request that a site forwards: its body to the origin, the response to the client.
 
-The head goes by `forwarding.forwarded_head`, with ``Connection: close``. It is the only request of its connection: what
-comes behind its body is thrown away here, so that nothing reaches an origin that the firewall has not judged.
+`forwarding.forwarded_head` makes its head, with ``Connection: close``. It is the only request of its connection: bytes
+after its body are discarded here, so that nothing reaches an origin that the firewall has not checked.
 """
 
 import h11
@@ -17,9 +17,9 @@ _LENGTH = frozenset({b"content-length"})
 
 
 class BodyReader:
-    """The client's bytes behind the head of `request` in, the body's for the origin out, until `complete`.
+    """Reads the body of `request` from the client's bytes and returns it framed for the origin, until `complete`.
 
-    A body that ends before it is complete is for the caller to see: there is nobody left to answer.
+    If the client's stream ends earlier, the caller notices: there is no client left to respond to.
     """
 
     def __init__(self, request: PlainRequest) -> None:
@@ -28,13 +28,13 @@ class BodyReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the body is whole, so that no more of the client's bytes are wanted."""
+        """Whether the whole body has been read. No more of the client's bytes are needed then."""
         return self._body.complete
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes; give what goes to the origin, at most some bytes more. Raises `Refusal` (400).
+        """Take the next bytes; return those for the origin, at most a few more. Raises `Refusal` (400).
 
-        What was given before a refusal may have reached the origin, which must then see the body break off.
+        The origin may have received what was returned before a refusal, and must then see an incomplete body.
         """
         if self.complete:
             return b""
@@ -48,10 +48,10 @@ class BodyReader:
 
 
 class PlainResponseReader(ResponseReader):
-    """The origin's bytes in, the response to `request` for the client out, until `complete`.
+    """Takes the origin's bytes and returns the response to `request` for the client, until `complete`.
 
-    `status` is that of the final response once `feed` has given a byte of it: before, a `BadResponse` can still be
-    answered with a 502; after it the client must see the response break off.
+    `status` is that of the final response once `feed` has returned a byte of it. Before that, a `BadResponse` can still
+    become a 502; after it, the client must see an incomplete response.
     """
 
     def __init__(self, request: PlainRequest) -> None:
@@ -61,7 +61,7 @@ class PlainResponseReader(ResponseReader):
         self._interims = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes (``b""``: the origin's end); give what goes to the client. Raises `BadResponse`."""
+        """Take the next bytes (``b""`` at the origin's end); return those for the client. Raises `BadResponse`."""
         if self.status:
             return self.body(data)
         event = self._final(data)
@@ -76,7 +76,7 @@ class PlainResponseReader(ResponseReader):
         return out
 
     def _interim(self, event: h11.InformationalResponse) -> None:
-        """Pass a 1xx on, as RFC 9110 section 15.2 demands of a proxy: a client may wait for the 100."""
+        """Forward a 1xx, as RFC 9110 section 15.2 requires of a proxy: a client may wait for the 100."""
         fields = checked_fields(event)
         dropped = hop_by_hop(fields) | _LENGTH
         kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]

@@ -1,9 +1,9 @@
-"""Refusals: the HTTP responses that the tunnel itself gives."""
+"""Refusals: the HTTP responses that the tunnel itself sends."""
 
 from http import HTTPStatus
 
 Fields = tuple[tuple[bytes, bytes], ...]
-"""Header fields as they stood: names in the sender's case, repeated ones repeated, in order."""
+"""Header fields as received: in order, names in the sender's case, repeated fields repeated."""
 
 _STATUSES = frozenset(status.value for status in HTTPStatus)
 
@@ -11,14 +11,14 @@ UPGRADE: Fields = ((b"Upgrade", b"websocket"),)
 
 
 class Refusal(Exception):
-    """The client gets no tunnel but an HTTP response.
+    """The client gets an HTTP response instead of a tunnel.
 
-    `reason` is a short fixed word for the record, `text` a sentence for whoever reads the response. Neither holds
-    anything a client sent; `detail` may (for the log alone, which escapes it). `body` is the whole of the response's
-    where it is somebody else's, and not made of `text`; `fields` then say what it is.
+    `reason` is a short fixed word for the record, `text` a sentence for the reader of the response. Neither contains
+    anything that a client sent; `detail` may (it is only logged, escaped). `body` is the response's body if it is not
+    made from `text`, such as an edge worker's; `fields` then include its Content-Type.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - a response, and what is said of it
+    def __init__(  # noqa: PLR0913, PLR0917 - a response and its record
         self, status: int, reason: str, text: str, fields: Fields = (), detail: str = "", body: bytes | None = None
     ) -> None:
         super().__init__(status, reason, text, fields, detail)
@@ -31,12 +31,12 @@ class Refusal(Exception):
 
 
 def render(refusal: Refusal, request_id: str | None) -> bytes:
-    """The response to send: a short text body, the id if any, and ``Connection: close`` (RFC 9112 section 9.6)."""
+    """Return the response: a short text body, the id if any, and ``Connection: close`` (RFC 9112 section 9.6)."""
     phrase = HTTPStatus(refusal.status).phrase if refusal.status in _STATUSES else "Refused"
     fields: list[tuple[bytes, bytes]] = []
     if refusal.body is None:
-        told = "" if request_id is None else f"id: {request_id}\n"
-        body = f"{refusal.status} {phrase}: {refusal.text}\n{told}".encode()
+        id_line = "" if request_id is None else f"id: {request_id}\n"
+        body = f"{refusal.status} {phrase}: {refusal.text}\n{id_line}".encode()
         fields.append((b"Content-Type", b"text/plain; charset=utf-8"))
     else:
         body = refusal.body
@@ -50,5 +50,5 @@ def render(refusal: Refusal, request_id: str | None) -> bytes:
 
 
 def head(start_line: bytes, fields: list[tuple[bytes, bytes]] | Fields) -> bytes:
-    """A start line and fields as an HTTP/1.1 head. They must have been checked: nothing is here."""
+    """Return a start line and fields as an HTTP/1.1 head. The caller must have checked them."""
     return b"%b\r\n%b\r\n" % (start_line, b"".join([b"%b: %b\r\n" % field for field in fields]))

@@ -1,9 +1,9 @@
-"""The upgrade request: read from bytes and judged against RFC 6455 section 4.2.1; or any, to pass on.
+"""Read requests: an upgrade request, checked against RFC 6455 section 4.2.1, or any request that a site forwards.
 
-A GET by the letter of RFC 9112 is read by one expression, which is stricter than h11 and leaves it nothing to decide;
-whatever is not one, well-formed or not, is h11's. It takes more than the RFCs allow, so our own checks stand beside it:
-those that need the raw bytes before it (`RequestReader`), those that need fields after either (`_CHECKS`). That both
-ways say the same is a test (tests/unit/test_handshake_request.py).
+A GET in the strict syntax of RFC 9112 is read by one regular expression, which is stricter than h11. Every other
+request, well-formed or not, is read by h11. It accepts more than the RFCs allow, so there are checks of our own: those
+that need the raw bytes before it (`RequestReader`), and those that need the fields after either (`_CHECKS`). A test
+checks that both ways give the same result (tests/unit/test_handshake_request.py).
 """
 
 import re
@@ -19,19 +19,19 @@ from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 from tlstunnel.journal.events import Reason
 
 MAX_HEAD = 16_384
-"""Bytes of a request head. nginx takes 4 buffers of 8 KiB, HAProxy 16 KiB, node 16 KiB, Apache 8 KiB a line."""
+"""Bytes of a request head. nginx allows 4 buffers of 8 KiB, HAProxy 16 KiB, node 16 KiB, Apache 8 KiB per line."""
 
 MAX_FIELDS = 100
-"""Fields of a request head. Apache takes 100, HAProxy 101, Envoy 100."""
+"""Fields of a request head. Apache allows 100, HAProxy 101, Envoy 100."""
 
 MAX_DETAIL = 200
-"""Characters of what h11 says of a malformed head: it quotes lines whole."""
+"""Characters kept of h11's message about a malformed head: it quotes whole lines."""
 
 MAX_LENGTH = 2**63 - 1
-"""Bytes of a body. What is more wraps in a reader that counts in 64 bits, and makes a short body of a long one."""
+"""Bytes of a body. A larger number overflows in a reader that counts in 64 bits, which then sees a shorter body."""
 
 ALLOWED: Fields = ((b"Allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),)
-"""What a 405 must name (RFC 9110 section 15.5.6). Which others an origin has, only it knows."""
+"""What a 405 must list (RFC 9110 section 15.5.6). The tunnel does not know which other methods an origin has."""
 
 VERSION_13: Fields = ((b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13"))
 
@@ -42,16 +42,16 @@ _HOST = re.compile(
 )
 
 
-# RFC 9112 sections 3 and 5: what nearly every client sends, and takes h11 a tenth of all that a handshake costs.
+# RFC 9112 sections 3 and 5: what nearly every client sends. h11 would take a tenth of the whole cost of a handshake.
 _BY_THE_LETTER = re.compile(
     rb"GET (/[!-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-"""Fields in which h11 reads more than their form."""
+"""Fields of which h11 checks the value."""
 
 
 class _Head(NamedTuple):
-    """A parsed head: the fields as they stood."""
+    """A parsed head, with its fields as received."""
 
     method: bytes
     target: bytes
@@ -87,8 +87,8 @@ class UpgradeRequest:
 class PlainRequest:
     """A valid request that asks for no upgrade to a WebSocket; its body follows.
 
-    `method` is a token without small letters. `length` is that of the body in bytes, None if no field tells it;
-    `chunked` says that the body is chunked, and then there is no length. The others are those of `UpgradeRequest`.
+    `method` is a token without lower-case letters. `length` is the body's in bytes, None without Content-Length; a
+    `chunked` body has none. The other attributes are those of `UpgradeRequest`.
     """
 
     method: str
@@ -107,13 +107,13 @@ _R = TypeVar("_R", bound=Request)
 
 
 class RequestReader(Generic[_R]):
-    """Bytes in, an `UpgradeRequest` out; `leftover` then holds what came behind the head.
+    """Reads one `UpgradeRequest` from bytes; `leftover` are the bytes received after its head.
 
-    When it is `passing`, a request without ``Upgrade: websocket`` comes out as a `PlainRequest`; `leftover` may then be
-    the beginning of its body. Only the first request is ever read.
+    If `passing`, a request without ``Upgrade: websocket`` becomes a `PlainRequest`; `leftover` may then be the
+    beginning of its body.
 
-    `target` is known as soon as h11 has parsed the head, so also of most requests that are refused. What comes out
-    depends on the bytes alone, not on how they were split. Raises `Refusal`, after which it is done.
+    `target` is set as soon as the head has been parsed, so most requests that are refused have one too. The result
+    depends only on the bytes, not on how they were split. After a `Refusal` the reader cannot be used again.
     """
 
     @overload
@@ -129,7 +129,7 @@ class RequestReader(Generic[_R]):
         self._scanned = 0
 
     def feed(self, data: bytes) -> _R | None:
-        """Take the next bytes; give the request once its head is complete. Raises `Refusal`."""
+        """Take the next bytes; return the request once its head is complete. Raises `Refusal`."""
         self._head += data
         end = self._end_of_head()
         if end is None:
@@ -142,15 +142,15 @@ class RequestReader(Generic[_R]):
         return cast(_R, _judged_plain(head, fields) if plain else _judged(head, fields))
 
     def _end_of_head(self) -> int | None:
-        """Where the head ends. The first byte at which anything is decided decides, whatever follows it."""
+        """Return where the head ends. The first byte that can be refused is refused, whatever follows it."""
         buffer = self._head
-        # No method starts so; a TLS record inside the TLS does, and would never complete a line.
+        # No method starts like this, but a TLS record within TLS does, and would never complete a line.
         if buffer and not 0x21 <= buffer[0] < 0x7F:
             raise _bad(Reason.MALFORMED_HEAD, "the request does not start with a method")
         start = self._scanned
         end = buffer.find(b"\r\n\r\n", max(start - 3, 0), MAX_HEAD)
         self._scanned = min(len(buffer), MAX_HEAD) if end < 0 else end + 4
-        # An LF that begins the new bytes belongs to the CR that ended the last.
+        # An LF at the start of the new bytes belongs to a CR at the end of the last ones.
         lines = buffer[start - 1 if buffer[start - 1 : start] == b"\r" else start : self._scanned]
         if lines.count(b"\n") != lines.count(b"\r\n"):
             raise _bad(Reason.BARE_LF, "a line ends with LF instead of CRLF")
@@ -166,7 +166,7 @@ def _bad(reason: Reason, text: str, detail: str = "") -> Refusal:
 
 
 def by_the_letter(data: bytes) -> tuple[_Head, ByName] | None:
-    """Read a whole head that nothing has to be decided about; None for any other."""
+    """Return a whole head in strict syntax; None for any other."""
     match = _BY_THE_LETTER.fullmatch(data)
     if match is None:
         return None
@@ -188,7 +188,7 @@ def by_h11(data: bytes) -> tuple[_Head, ByName]:
         raise _bad(Reason.CONTROL_CHARACTER, "the request head holds a control character")
     if b"\r\n " in data or b"\r\n\t" in data:
         raise _bad(Reason.FOLDED_FIELD, "a field is folded over several lines (RFC 9112 section 5.2)")
-    # The request line and the empty line are no fields.
+    # The request line and the empty line are not fields.
     if data.count(b"\r\n") - 2 > MAX_FIELDS:
         raise Refusal(431, Reason.TOO_MANY_FIELDS, f"the request has more than {MAX_FIELDS} fields")
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
@@ -252,16 +252,16 @@ def _get(request: _Head, _: ByName) -> None:
 
 
 def _passed_method(request: _Head, _: ByName) -> None:
-    """No tunnel to elsewhere, and no view of what proxies add, which is what TRACE gives (RFC 9110 section 9.3).
+    """Refuse CONNECT, a tunnel to elsewhere, and TRACE, which shows what proxies add (RFC 9110 section 9.3).
 
-    Nor small letters: methods differ by case, some origins take them for the same, and rules could be passed by.
+    Lower-case letters are refused too: methods are case-sensitive, but not to every origin, so rules could be bypassed.
     """
     if not _METHOD.fullmatch(request.method):
         raise Refusal(405, Reason.METHOD, "this method is not passed on", ALLOWED)
 
 
 def _origin_form(request: _Head, _: ByName) -> None:
-    """RFC 9112 section 3.2.1; h11 has seen to it that the target is visible ASCII."""
+    """RFC 9112 section 3.2.1; h11 has checked that the target is visible ASCII."""
     if not request.target.startswith(b"/"):
         raise _bad(Reason.TARGET_FORM, "the request target must be a path")
     if b"#" in request.target:
@@ -269,7 +269,7 @@ def _origin_form(request: _Head, _: ByName) -> None:
 
 
 def is_authority(value: bytes) -> bool:
-    """Whether it may stand in Host."""
+    """Return whether `value` is valid in Host."""
     try:
         _one_host(_NO_HEAD, {b"host": [value]})
     except Refusal:
@@ -293,13 +293,13 @@ def _one_host(_: _Head, fields: ByName) -> None:
 
 
 def _no_body(_: _Head, fields: ByName) -> None:
-    """A body would be read as WebSocket frames by whoever overlooks its length: request smuggling."""
+    """A reader that overlooks the body's length would take it for WebSocket frames: request smuggling."""
     if b"transfer-encoding" in fields or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
         raise _bad(Reason.BODY, "a WebSocket handshake has no body")
 
 
 def _one_framing(_: _Head, fields: ByName) -> None:
-    """RFC 9112 section 6.3: two readers may disagree on where the body ends. h11 has checked each field by itself."""
+    """RFC 9112 section 6.3: readers of both fields may disagree on the body's end. h11 has checked each field."""
     lengths = fields.get(b"content-length")
     if lengths and b"transfer-encoding" in fields:
         raise _bad(Reason.BODY, "the request has both Content-Length and Transfer-Encoding")
@@ -316,7 +316,7 @@ def _upgrade(_: _Head, fields: ByName) -> None:
 
 
 def _version_13(_: _Head, fields: ByName) -> None:
-    """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that lets another version by can be made a raw pipe."""
+    """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that accepts another version can be abused as a raw pipe."""
     if fields.get(b"sec-websocket-version") != [b"13"]:
         raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is spoken here", VERSION_13)
 

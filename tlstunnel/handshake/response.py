@@ -1,7 +1,7 @@
-"""The origin's answer: a verified ``101``, another response to relay whole, or neither.
+"""The origin's response: a verified ``101``, another response to relay whole, or neither.
 
-RFC 6455 section 4.1 says what a client must check of a ``101``; a tunnel that does not check it gives whoever can make
-an origin answer something else a raw pipe to that origin (docs/architecture.md, smuggling).
+RFC 6455 section 4.1 says what a client must check in a ``101``. If the tunnel did not check it, an attacker who can
+make an origin send something else would have a raw pipe to that origin (docs/architecture.md, smuggling).
 """
 
 import re
@@ -24,21 +24,21 @@ from tlstunnel.handshake.refusal import head
 from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 
 MAX_RESPONSE_HEAD = 65_536
-"""Bytes of the heads before the final one and of the final one, together. Envoy takes 60 KiB, node 16 KiB."""
+"""Bytes of the interim heads and the final one together. Envoy allows 60 KiB, node 16 KiB."""
 
 _NO_LENGTH = frozenset({b"content-length"})
-"""Not for a 1xx or a 204 (RFC 9110 section 8.6); some origins say ``Content-Length: 0`` all the same."""
+"""Not allowed in a 1xx or a 204 (RFC 9110 section 8.6); some origins send ``Content-Length: 0`` anyway."""
 
 
-# RFC 9112 sections 4 and 5 by the letter: what they merely allow a recipient to take is left to h11.
+# The strict syntax of RFC 9112 sections 4 and 5. What a recipient may accept beyond it is left to h11.
 _SWITCHING = re.compile(
     rb"HTTP/1\.1 101(?: ([\t\x20-\x7e]*))?\r\n"
     rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+)\r\n"
 )
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
-# h11 reads an answer only to a request it knows of. Of ours it needs to know no more than that a 101 may come, whether
-# it may or not: that is for us to say, as the end of the body is.
+# h11 reads a response only after a request. It only needs to know that a 101 is possible: whether it is allowed, and
+# where the body ends, is decided here.
 _UPGRADE = h11.Request(
     method=b"GET", target=b"/", headers=[(b"Host", b"-"), (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
 )
@@ -46,7 +46,7 @@ _END = h11.EndOfMessage()
 
 
 class BadResponse(Exception):
-    """The origin sent what is no answer to this request. `reason` is for the record; nothing goes on to the client."""
+    """The origin's response to this request is invalid. `reason` is for the record; the client gets nothing of it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -55,7 +55,7 @@ class BadResponse(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """A verified 101: the head for the client, and what the origin sent behind it."""
+    """A verified 101: the head for the client, and what the origin sent after it."""
 
     head: bytes
     leftover: bytes
@@ -71,7 +71,7 @@ class Declined:
 
 
 class ResponseReader:
-    """What reading an origin's response to any request has in common: h11 reads its heads, `body` its body."""
+    """Reads an origin's response to any request: h11 reads its heads, `body` its body."""
 
     def __init__(self) -> None:
         self.complete = False
@@ -83,7 +83,7 @@ class ResponseReader:
 
     @property
     def _parser(self) -> h11.Connection:
-        """h11's parser, made for the first answer that is not a plain 101 in one piece."""
+        """h11's parser, created for the first response that is not a plain 101 in one piece."""
         if self._made is None:
             self._made = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_RESPONSE_HEAD)
             self._made.send(_UPGRADE)
@@ -91,7 +91,7 @@ class ResponseReader:
         return self._made
 
     def body(self, data: bytes | None) -> bytes:
-        """Take the next bytes of a response's body (None: those already fed); give what goes to the client."""
+        """Take the next bytes of the body (None for those already fed); return those for the client."""
         try:
             if data is None:
                 content = self._body.take(self._behind)
@@ -109,9 +109,9 @@ class ResponseReader:
         return chunk(content) + (LAST_CHUNK if self.complete else b"")
 
     def _final(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
-        """Take the next bytes; give the final head, or a 101, once it is complete. Raises `BadResponse`."""
+        """Take the next bytes; return the final head, or a 101, once it is complete. Raises `BadResponse`."""
         if not data:
-            raise BadResponse("origin closed without an answer")
+            raise BadResponse("origin closed without a response")
         self._taken += len(data)
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
@@ -119,18 +119,18 @@ class ResponseReader:
             event = self._next_event(None)
         self._behind, _ = self._parser.trailing_data
         if self._taken - (0 if event is h11.NEED_DATA else len(self._behind)) > MAX_RESPONSE_HEAD:
-            raise BadResponse("answer head too large")
+            raise BadResponse("response head too large")
         if event is h11.NEED_DATA:
             return None
         assert isinstance(event, h11.InformationalResponse | h11.Response)
-        self._made = None  # it has done its work, and holds up to 64 KiB
+        self._made = None  # not needed any more, and holds up to 64 KiB
         return event
 
     def _interim(self, event: h11.InformationalResponse) -> None:
-        """Take a 1xx that comes before the final head: not for whoever asks for an upgrade, who waits for the 101."""
+        """Handle a 1xx before the final head. It is dropped: a client that asked for an upgrade waits for the 101."""
 
     def _has_no_body(self, status: int) -> bool:
-        """RFC 9112 section 6.3, item 1: some have none, whatever their fields say."""
+        """Return whether responses with this status never have a body (RFC 9112 section 6.3, item 1)."""
         return status in {204, 304}
 
     def _next_event(self, data: bytes | None) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -139,16 +139,16 @@ class ResponseReader:
                 self._parser.receive_data(data)
             return self._parser.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadResponse(f"answer is not HTTP: {error}"[:MAX_DETAIL]) from None
+            raise BadResponse(f"response is not HTTP: {error}"[:MAX_DETAIL]) from None
 
     def _declined(self, event: h11.Response) -> Declined:
         fields = checked_fields(event)
         coded = b"transfer-encoding" in fields
         lengths = fields.get(b"content-length")
         if coded and lengths:
-            raise BadResponse("answer has both Content-Length and Transfer-Encoding")
+            raise BadResponse("response has both Content-Length and Transfer-Encoding")
         if coded and event.http_version < b"1.1":  # RFC 9112 section 6.1: its framing is faulty
-            raise BadResponse("answer of HTTP/1.0 has Transfer-Encoding")
+            raise BadResponse("HTTP/1.0 response has Transfer-Encoding")
         dropped = hop_by_hop(fields)
         bodiless = self._has_no_body(event.status_code)
         self._chunked = coded and not bodiless
@@ -164,17 +164,17 @@ class ResponseReader:
         if self._chunked:
             kept.append((b"Transfer-Encoding", b"chunked"))
         upgrade = fields.get(b"upgrade", []) if event.status_code == 426 else []
-        # RFC 9110 section 15.5.22: a 426 says to what, in a field that is hop by hop and so named in Connection.
+        # RFC 9110 section 15.5.22: a 426 names the protocol in Upgrade, a hop-by-hop field that Connection must name.
         kept += [(b"Upgrade", value) for value in upgrade]
         kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
         return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
 
 class UpgradeResponseReader(ResponseReader):
-    """The origin's bytes in, its answer to `request` out.
+    """Reads the origin's response to `request`.
 
-    First `feed` until it gives a `Switched` or a `Declined`. After a `Declined`, `body` gives the body's bytes, framed
-    for the client, until `complete`. An end of the origin's stream is fed as ``b""``. Both raise `BadResponse`.
+    Call `feed` until it returns a `Switched` or a `Declined`. After a `Declined`, `body` returns the body's bytes,
+    framed for the client, until `complete`. The end of the origin's stream is fed as ``b""``. Both raise `BadResponse`.
     """
 
     def __init__(self, request: UpgradeRequest) -> None:
@@ -182,7 +182,7 @@ class UpgradeResponseReader(ResponseReader):
         self._request = request
 
     def feed(self, data: bytes) -> Switched | Declined | None:
-        """Take the next bytes; give the answer once its head is complete. Raises `BadResponse`."""
+        """Take the next bytes; return the response once its head is complete. Raises `BadResponse`."""
         if not self._taken and (switched := self._plainly_switched(data)):
             return switched
         event = self._final(data)
@@ -195,9 +195,9 @@ class UpgradeResponseReader(ResponseReader):
         return self._switched(event.reason, checked_fields(event), event.headers.raw_items(), self._behind)
 
     def _plainly_switched(self, data: bytes) -> Switched | None:
-        """The answer that nearly every handshake gets, read by one expression: h11 took 30 us of it (measured).
+        """Read the response of nearly every handshake by one regular expression: h11 took 30 us for it (measured).
 
-        None leaves the decision to h11: about everything that is not a 101 by the letter, or not whole yet.
+        None for anything that is not a whole 101 in strict syntax; h11 reads that.
         """
         match = _SWITCHING.match(data, 0, MAX_RESPONSE_HEAD)
         if match is None:
@@ -218,15 +218,15 @@ class UpgradeResponseReader(ResponseReader):
 
 
 def checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
-    """The fields of an origin's head by name. Raises `BadResponse` for one that may not go on to a client."""
+    """Return the fields of an origin's head by name. Raises `BadResponse` if they must not be forwarded to a client."""
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
-        raise BadResponse("answer head holds a control character")
+        raise BadResponse("response head holds a control character")
     return by_name(raw)
 
 
 def _verify(request: UpgradeRequest, fields: ByName) -> None:
-    """RFC 6455 section 4.1, the client's six checks of a 101."""
+    """Make the client's six checks of a 101 (RFC 6455 section 4.1)."""
     if [value.lower() for value in tokens(fields, b"upgrade")] != [b"websocket"]:
         raise BadResponse("101 without Upgrade: websocket")
     if not has_token(fields, b"connection", b"upgrade"):

@@ -1,10 +1,10 @@
-"""A request as a person types it, ``GET /chat?room=1`` and some fields, made whole."""
+"""Complete a request that a person has typed: ``GET /chat?room=1`` and some fields."""
 
 from collections.abc import Iterable
 
 FieldText = tuple[str, str]
 
-# What a client's library adds by itself, unless the fields say otherwise.
+# What a WebSocket library adds, unless the given fields have it.
 _OWN = {
     "Upgrade": "websocket",
     "Connection": "Upgrade",
@@ -22,10 +22,10 @@ def parse_field(text: str) -> FieldText:
 
 
 def build_head(text: str, fields: Iterable[FieldText], host: str, *, plain: bool = False) -> bytes:
-    """The head of the request that `text` is, with these fields and what every WebSocket handshake has.
+    """Return the head of the request `text`, with these fields and those of every WebSocket handshake.
 
-    `host` is for Host where the fields have none; of a site's wildcard, some name that it covers. A `plain` request is
-    no handshake. Raises ValueError: the text is no method and target.
+    `host` is the value of Host if the fields have none; for a wildcard, a name that it matches is used. A `plain`
+    request is not a handshake. Raises ValueError if `text` is not a method and a target.
     """
     method, _, target = text.strip().partition(" ")
     if not method or not target:
