@@ -16,8 +16,8 @@ from tlstunnel.edge import TLS, ClientCertificate, EdgeError, Reply, WorkerReque
 from tlstunnel.edge.values import Forwarded, InvalidReply, to_outcome, to_worker_request
 from tlstunnel.firewall.facts import normalise_path
 from tlstunnel.handshake.connection import Connection
-from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
-from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.forwarding import Forwarding, render_forwarded_head
+from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.handshake.response import BadResponse, Switched, UpgradeResponseReader
 from tlstunnel.tunnel.sites import SiteEdits
@@ -68,7 +68,7 @@ def head(given: WorkerRequest, site: SiteEdits | None = None) -> h11.Request:
     forwarded = made(given)
     edits = forwarded.edits if site is None else site.of("localhost:1", "").then(forwarded.edits)
     server = h11.Connection(h11.SERVER)
-    server.receive_data(forwarded_head(forwarded.request, Forwarding("198.51.100.7", ID, trusted=False), edits))
+    server.receive_data(render_forwarded_head(forwarded.request, Forwarding("198.51.100.7", ID, trusted=False), edits))
     event = server.next_event()
     assert isinstance(event, h11.Request)
     assert isinstance(server.next_event(), h11.EndOfMessage)
@@ -656,7 +656,7 @@ def rendered(reply: Reply) -> tuple[int, list[Field], bytes]:
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
     client.send(h11.EndOfMessage())
-    client.receive_data(render(refusal, ID))
+    client.receive_data(render_refusal(refusal, ID))
     event = client.next_event()
     assert isinstance(event, h11.Response)
     body = b""

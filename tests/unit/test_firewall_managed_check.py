@@ -12,7 +12,7 @@ from tlstunnel.firewall.managed.categories import LOG4SHELL, name_category
 from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
 from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
 from tlstunnel.firewall.managed.pool import Failure, HelperPool
-from tlstunnel.handshake.refusal import render
+from tlstunnel.handshake.refusal import render_refusal
 from tlstunnel.metrics.families import MANAGED_RULE_MATCHES, MANAGED_RULES
 from tlstunnel.metrics.registry import Registry
 
@@ -66,7 +66,7 @@ def test_threshold(score: int, blocked: bool) -> None:
         assert outcome.refusal is not None
         assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
         assert outcome.refusal.detail.startswith(f"score {score}: 942100 SQL; 941100 XSS")
-        assert b"SQL" not in render(outcome.refusal, "id")  # the client is not told what to change
+        assert b"SQL" not in render_refusal(outcome.refusal, "id")  # the client is not told what to change
     else:
         assert outcome.refusal is None
 
@@ -76,7 +76,7 @@ def test_denying_rule_sets_a_valid_status(status: int, given: int) -> None:
     outcome, _ = judge(Evaluation(0, (Match(7, "own", 0, ""),), denied_by=7, status=status), SiteManagedRules())
     assert outcome.refusal is not None
     assert outcome.refusal.status == given
-    assert render(outcome.refusal, "id")
+    assert render_refusal(outcome.refusal, "id")
 
 
 def test_mode_log_refuses_nothing() -> None:

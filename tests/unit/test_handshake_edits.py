@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, Field, request
-from tlstunnel.handshake.forwarding import NO_EDITS, Edits, Forwarding, forwarded_head
-from tlstunnel.handshake.refusal import UPGRADE, Refusal, render
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits, Forwarding, render_forwarded_head
+from tlstunnel.handshake.refusal import UPGRADE, Refusal, render_refusal
 from tlstunnel.handshake.request import RequestReader
 
 ID = "0123456789abcdef"
@@ -19,7 +19,7 @@ def fields(edits: Edits, *more: Field) -> list[Field]:
     found = RequestReader().feed(request((*FIELDS, *more)))
     assert found is not None
     server = h11.Connection(h11.SERVER)
-    server.receive_data(forwarded_head(found, FORWARDING, edits))
+    server.receive_data(render_forwarded_head(found, FORWARDING, edits))
     event = server.next_event()
     assert isinstance(event, h11.Request)
     return list(event.headers.raw_items())
@@ -110,7 +110,7 @@ def test_then_is_one_after_the_other(one: Edits, two: Edits, three: Edits, clien
 
 
 def rendered(refusal: Refusal, request_id: str | None = ID) -> tuple[bytes, list[bytes], bytes]:
-    head, _, body = render(refusal, request_id).partition(b"\r\n\r\n")
+    head, _, body = render_refusal(refusal, request_id).partition(b"\r\n\r\n")
     line, *rest = head.split(b"\r\n")
     return line, rest, body
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, request, without
 from tlstunnel.addresses import Networks
 from tlstunnel.escaping import printable
-from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
+from tlstunnel.handshake.forwarding import Forwarding, find_client_address, read_request_id, render_forwarded_head
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 
@@ -51,7 +51,7 @@ def parsed(head: bytes) -> h11.Request:
 
 
 def forwarded(found: UpgradeRequest, forwarding: Forwarding = FROM_CLIENT) -> tuple[Field, ...]:
-    return tuple(parsed(forwarded_head(found, forwarding)).headers.raw_items())
+    return tuple(parsed(render_forwarded_head(found, forwarding)).headers.raw_items())
 
 
 def values(fields: tuple[Field, ...], name: bytes) -> list[bytes]:
@@ -67,7 +67,7 @@ def test_fields_keep_order_and_case_and_ours_come_last() -> None:
 
 
 def test_head_is_what_the_rfc_writes() -> None:
-    assert forwarded_head(read(), FROM_CLIENT) == (
+    assert render_forwarded_head(read(), FROM_CLIENT) == (
         b"GET /chat?room=1 HTTP/1.1\r\n"
         b"Host: chat.example.com\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -85,7 +85,7 @@ def test_head_is_what_the_rfc_writes() -> None:
 
 @pytest.mark.parametrize("target", [b"/", b"//a", b"/a%2fb?c=%20&d=http://e", b"/?", b'/a|b"c'])
 def test_target_is_untouched(target: bytes) -> None:
-    assert parsed(forwarded_head(read(line=b"GET %b HTTP/1.1" % target), FROM_CLIENT)).target == target
+    assert parsed(render_forwarded_head(read(line=b"GET %b HTTP/1.1" % target), FROM_CLIENT)).target == target
 
 
 def test_extensions_and_subprotocols_are_untouched() -> None:
@@ -256,26 +256,26 @@ def test_trusted_proxy_that_says_nothing_gets_the_same_as_a_client() -> None:
 
 
 def test_id_is_the_one_of_the_record() -> None:
-    """Whether a proxy's id is taken is `given_id`'s to say; the head carries what the log has."""
+    """Whether a proxy's id is taken is `read_request_id`'s to say; the head carries what the log has."""
     fields = forwarded(read((b"X-Request-Id", b"not\xffthis")), FROM_PROXY)
     assert values(fields, b"X-Request-Id") == [ID.encode()]
 
 
 @pytest.mark.parametrize("given", [b"a", b"0f8fad5b-d9cb-469f-a165-70867728950e", b"A_.-9", b"x" * 128])
 def test_id_of_a_proxy_is_taken(given: bytes) -> None:
-    assert given_id(read((b"x-request-ID", given))) == given.decode()
+    assert read_request_id(read((b"x-request-ID", given))) == given.decode()
 
 
 @pytest.mark.parametrize(
     "given", [b"", b"x" * 129, b"a b", b"a\tb", b"\xff", b"a,b", b"<script>", b"%0a", b'"a"', b"a/b", b"a\\b"]
 )
 def test_id_that_cannot_be_passed_on_is_not(given: bytes) -> None:
-    assert given_id(read((b"X-Request-Id", given))) is None
+    assert read_request_id(read((b"X-Request-Id", given))) is None
 
 
 def test_no_id_or_two_are_none() -> None:
-    assert given_id(read()) is None
-    assert given_id(read((b"X-Request-Id", b"a"), (b"X-Request-Id", b"a"))) is None
+    assert read_request_id(read()) is None
+    assert read_request_id(read((b"X-Request-Id", b"a"), (b"X-Request-Id", b"a"))) is None
 
 
 # The client's address.
@@ -326,19 +326,19 @@ def test_no_id_or_two_are_none() -> None:
 )
 def test_client_address_is_the_right_most_that_is_not_trusted(entries: list[bytes], address: str) -> None:
     more = [(b"X-Forwarded-For", entry) for entry in entries]
-    assert client_address(read(*more), "10.0.0.9", TRUSTED) == address
+    assert find_client_address(read(*more), "10.0.0.9", TRUSTED) == address
 
 
 def test_forwarded_of_a_client_is_never_read() -> None:
     found = read((b"Forwarded", b"for=192.0.2.1"), (b"X-Real-IP", b"192.0.2.2"), (b"X_Forwarded_For", b"192.0.2.3"))
-    assert client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
+    assert find_client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
 
 
 @pytest.mark.parametrize("zone", [b"eth0", b"\x9b31m", b"a b", b"<script>"])
 def test_client_address_has_no_zone(zone: bytes) -> None:
     """RFC 4007 section 6: a zone means something on its own host alone, and Python lets anything stand in it."""
     found = read((b"X-Forwarded-For", b"fe80::1%" + zone))
-    assert client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
+    assert find_client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
 
 
 @settings(max_examples=300, deadline=None)
@@ -355,7 +355,7 @@ def test_client_address_has_no_zone(zone: bytes) -> None:
 )
 def test_client_address_of_anything_is_an_address_that_can_be_logged(entries: list[str]) -> None:
     found = read((b"X-Forwarded-For", ",".join(entries).encode("latin-1").strip()))
-    address = client_address(found, "10.0.0.9", TRUSTED)
+    address = find_client_address(found, "10.0.0.9", TRUSTED)
     assert printable(address) == address
     assert re.fullmatch(r"[0-9a-f.:]+", address)
 
@@ -382,7 +382,7 @@ def test_any_accepted_request_is_forwarded_as_one_clean_request(data: bytes, tru
     if found is None:
         return
     forwarding = Forwarding(PEER, ID, trusted=trusted)
-    head = forwarded_head(found, forwarding)
+    head = render_forwarded_head(found, forwarding)
     assert head.count(b"\r\n\r\n") == 1
     assert head.endswith(b"\r\n\r\n")
     assert head.count(b"\r") == head.count(b"\n") == head.count(b"\r\n")

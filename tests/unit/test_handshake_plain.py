@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, pieces, render_head, request, splits, without
 from tlstunnel.addresses import Networks
 from tlstunnel.handshake.body import MAX_CHUNK_LINE, MAX_TRAILER, BadBody, Chunked
-from tlstunnel.handshake.forwarding import Forwarding, client_address, forwarded_head, given_id
+from tlstunnel.handshake.forwarding import Forwarding, find_client_address, read_request_id, render_forwarded_head
 from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import MAX_LENGTH, PlainRequest, Request, RequestReader, UpgradeRequest
@@ -39,20 +39,20 @@ def asking(*more: Field, line: bytes = b"GET /app?x=1 HTTP/1.1") -> bytes:
 
 
 def read(data: bytes) -> PlainRequest:
-    found = RequestReader(passing=True).feed(data)
+    found = RequestReader(accept_plain=True).feed(data)
     assert isinstance(found, PlainRequest)
     return found
 
 
-def refused(data: bytes, *, passing: bool = True) -> tuple[int, str]:
+def refused(data: bytes, *, accept_plain: bool = True) -> tuple[int, str]:
     with pytest.raises(Refusal) as caught:
-        RequestReader(passing).feed(data)
+        RequestReader(accept_plain).feed(data)
     return caught.value.status, caught.value.reason
 
 
 def through(data: bytes, cuts: Iterable[int] = ()) -> tuple[PlainRequest, bytes]:
     """The request in `data`, which comes in pieces, and all that goes to the origin of it. Its body is complete."""
-    reader, body, out, found = RequestReader(passing=True), None, b"", None
+    reader, body, out, found = RequestReader(accept_plain=True), None, b"", None
     for piece in pieces(data, list(cuts)):
         if body is None:
             found = reader.feed(piece)
@@ -60,7 +60,7 @@ def through(data: bytes, cuts: Iterable[int] = ()) -> tuple[PlainRequest, bytes]
                 continue
             assert isinstance(found, PlainRequest)
             body = BodyReader(found)
-            out = forwarded_head(found, FROM_CLIENT) + body.feed(reader.leftover)
+            out = render_forwarded_head(found, FROM_CLIENT) + body.feed(reader.leftover)
         else:
             out += body.feed(piece)
     assert isinstance(found, PlainRequest) or body is not None
@@ -144,12 +144,12 @@ def test_framing_is_told_once(fields: tuple[Field, ...], length: int | None, is_
     framing = [(b"Transfer-Encoding", b"chunked")] if is_chunked else []
     if length is not None:
         framing = [(b"Content-Length", b"%d" % length)]
-    assert forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, *framing, CLOSE, *TOLD])
+    assert render_forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, *framing, CLOSE, *TOLD])
 
 
-@pytest.mark.parametrize("passing", [True, False])
-def test_upgrade_request_is_one_whether_others_pass_or_not(passing: bool) -> None:
-    reader = RequestReader(passing)
+@pytest.mark.parametrize("accept_plain", [True, False])
+def test_upgrade_request_is_one_whether_others_pass_or_not(accept_plain: bool) -> None:
+    reader = RequestReader(accept_plain)
     found = reader.feed(request(RICH_FIELDS) + b"\x81\x05hello")
     assert found == RequestReader().feed(request(RICH_FIELDS))
     assert isinstance(found, UpgradeRequest)
@@ -158,21 +158,21 @@ def test_upgrade_request_is_one_whether_others_pass_or_not(passing: bool) -> Non
 
 
 def test_reader_that_does_not_pass_refuses_as_ever() -> None:
-    assert refused(asking(), passing=False) == (426, "no upgrade")
-    assert refused(asking(line=b"POST / HTTP/1.1"), passing=False) == (405, "method")
+    assert refused(asking(), accept_plain=False) == (426, "no upgrade")
+    assert refused(asking(line=b"POST / HTTP/1.1"), accept_plain=False) == (405, "method")
 
 
 def test_beginning_of_the_body_is_left_over() -> None:
-    reader = RequestReader(passing=True)
+    reader = RequestReader(accept_plain=True)
     assert reader.feed(asking((b"Content-Length", b"5"), line=b"POST / HTTP/1.1") + b"hel") is not None
     assert reader.leftover == b"hel"
 
 
 def test_proxy_is_believed_as_of_upgrade_requests() -> None:
     found = read(asking((b"X-Forwarded-For", b"192.0.2.1"), (b"X-Request-Id", b"abc")))
-    assert given_id(found) == "abc"
-    assert client_address(found, "10.0.0.9", Networks.parse(["10.0.0.0/8"])) == "192.0.2.1"
-    assert b"\r\nX-Forwarded-For: 192.0.2.1, 198.51.100.7\r\n" in forwarded_head(found, FROM_PROXY)
+    assert read_request_id(found) == "abc"
+    assert find_client_address(found, "10.0.0.9", Networks.parse(["10.0.0.0/8"])) == "192.0.2.1"
+    assert b"\r\nX-Forwarded-For: 192.0.2.1, 198.51.100.7\r\n" in render_forwarded_head(found, FROM_PROXY)
 
 
 # The request: which are refused.
@@ -183,7 +183,7 @@ def test_405(method: bytes) -> None:
     """Small letters: Werkzeug takes post for POST, and a rule on the method would have missed it."""
     target = b"chat.example.com:443" if method == b"CONNECT" else b"/"
     with pytest.raises(Refusal) as caught:
-        RequestReader(passing=True).feed(asking(line=b"%b %b HTTP/1.1" % (method, target)))
+        RequestReader(accept_plain=True).feed(asking(line=b"%b %b HTTP/1.1" % (method, target)))
     assert (caught.value.status, caught.value.reason) == (405, "method")
     ((name, allowed),) = caught.value.fields
     assert name == b"Allow"
@@ -204,7 +204,7 @@ def test_405(method: bytes) -> None:
     ],
 )
 def test_what_asks_for_a_websocket_is_refused_as_ever(data: bytes, status: int, reason: str) -> None:
-    assert refused(data) == refused(data, passing=False) == (status, reason)
+    assert refused(data) == refused(data, accept_plain=False) == (status, reason)
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"0.9", b"1.2", b"2.0"])
@@ -298,7 +298,7 @@ def test_ambiguous_framing_is_refused(method: bytes, fields: tuple[Field, ...], 
     ],
 )
 def test_field_ends_here(fields: tuple[Field, ...]) -> None:
-    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
+    assert render_forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
         b"GET /app?x=1 HTTP/1.1", [HOST, CLOSE, *TOLD]
     )
 
@@ -313,7 +313,7 @@ def test_field_ends_here(fields: tuple[Field, ...]) -> None:
     ],
 )
 def test_field_goes_on_as_it_stands(fields: tuple[Field, ...]) -> None:
-    assert forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
+    assert render_forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
         b"GET /app?x=1 HTTP/1.1", [HOST, *fields, CLOSE, *TOLD]
     )
 
@@ -322,7 +322,7 @@ def test_field_goes_on_as_it_stands(fields: tuple[Field, ...]) -> None:
 def test_what_frames_the_request_cannot_be_nominated_away(name: bytes) -> None:
     framing = CHUNKED if name == b"Transfer-Encoding" else (b"Content-Length", b"5")
     found = read(asking(framing, (b"Connection", name), line=b"POST / HTTP/1.1"))
-    assert forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, framing, CLOSE, *TOLD])
+    assert render_forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, framing, CLOSE, *TOLD])
 
 
 # The body to the origin.
@@ -751,7 +751,7 @@ REQUESTS = (
 
 def outcome(fed: list[bytes]) -> tuple[object, ...]:
     """What comes of the pieces: what kind of request, and what the origin gets of it; a refusal; a wait for more."""
-    reader, body, out = RequestReader(passing=True), None, b""
+    reader, body, out = RequestReader(accept_plain=True), None, b""
     found: Request | None = None
     try:
         for number, piece in enumerate(fed):
@@ -768,7 +768,7 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
         return "refused", refusal.status, refusal.reason
     if body is None or found is None or not body.complete:
         return ("more",)
-    return "plain", found, served(forwarded_head(found, FROM_CLIENT) + out)[1]
+    return "plain", found, served(render_forwarded_head(found, FROM_CLIENT) + out)[1]
 
 
 @settings(max_examples=300, deadline=None)
@@ -784,13 +784,13 @@ def test_any_pieces_give_one_clean_request_or_a_refusal(data: bytes, cuts: list[
 def test_passing_changes_nothing_for_what_asks_for_a_websocket(data: bytes) -> None:
     """And of the rest only the rows on the method, the upgrade and the body: what else is refused stays refused."""
 
-    def judged(passing: bool) -> tuple[object, ...]:
+    def judged(accept_plain: bool) -> tuple[object, ...]:
         try:
-            return ("read", RequestReader(passing).feed(data))
+            return ("read", RequestReader(accept_plain).feed(data))
         except Refusal as refusal:
             return refusal.status, refusal.reason
 
-    found, as_ever = judged(passing=True), judged(passing=False)
+    found, as_ever = judged(accept_plain=True), judged(accept_plain=False)
     if isinstance(found[1], PlainRequest):
         assert as_ever in [(405, "method"), (400, "body"), (426, "no upgrade")]
     elif found != as_ever:
@@ -802,12 +802,12 @@ def test_passing_changes_nothing_for_what_asks_for_a_websocket(data: bytes) -> N
 @given(mutated(*REQUESTS), st.booleans())
 def test_any_plain_request_is_forwarded_as_one_clean_head(data: bytes, trusted: bool) -> None:
     try:
-        found = RequestReader(passing=True).feed(data)
+        found = RequestReader(accept_plain=True).feed(data)
     except Refusal:
         return
     if not isinstance(found, PlainRequest):
         return
-    head = forwarded_head(found, FROM_PROXY if trusted else FROM_CLIENT)
+    head = render_forwarded_head(found, FROM_PROXY if trusted else FROM_CLIENT)
     assert head.startswith(b"%b %b HTTP/1.1\r\n" % (found.method.encode(), found.target))
     assert head.count(b"\r\n\r\n") == 1
     assert head.endswith(b"\r\n\r\n")
@@ -819,7 +819,7 @@ def test_any_plain_request_is_forwarded_as_one_clean_head(data: bytes, trusted: 
         found.chunked or found.length is not None
     )
     assert not {b"upgrade", b"te", b"trailer", b"keep-alive", b"proxy-connection"}.intersection(names)
-    again = RequestReader(passing=True).feed(head)
+    again = RequestReader(accept_plain=True).feed(head)
     assert isinstance(again, PlainRequest)
     assert (again.method, again.target, again.host) == (found.method, found.target, found.host)
     assert (again.length, again.chunked) == (found.length, found.chunked)

@@ -8,8 +8,15 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, KEY, RICH_FIELDS, Field, mutated, pieces, request, splits, without
-from tlstunnel.handshake.refusal import Refusal, render
-from tlstunnel.handshake.request import MAX_FIELDS, MAX_HEAD, RequestReader, UpgradeRequest, by_h11, by_the_letter
+from tlstunnel.handshake.refusal import Refusal, render_refusal
+from tlstunnel.handshake.request import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    RequestReader,
+    UpgradeRequest,
+    parse_strict,
+    parse_with_h11,
+)
 
 ID = "0123456789abcdef"
 
@@ -36,7 +43,7 @@ def response(refusal: Refusal) -> tuple[h11.Response, bytes]:
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "chat.example.com")]))
     client.send(h11.EndOfMessage())
-    client.receive_data(render(refusal, ID))
+    client.receive_data(render_refusal(refusal, ID))
     client.receive_data(b"")
     head = client.next_event()
     assert isinstance(head, h11.Response)
@@ -479,7 +486,7 @@ def test_every_status_of_the_design_has_a_response(status: int) -> None:
 
 
 def test_refusal_without_a_record_has_no_id() -> None:
-    answer = render(Refusal(400, "plain HTTP", "use wss://"), None)
+    answer = render_refusal(Refusal(400, "plain HTTP", "use wss://"), None)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert body == b"400 Bad Request: use wss://\n"
     assert b"Content-Length: %d\r\n" % len(body) in head
@@ -489,7 +496,7 @@ def test_refusal_without_a_record_has_no_id() -> None:
 def test_response_holds_nothing_that_the_client_sent() -> None:
     refusal = refused(request((*FIELDS, (b"X-\xffevil", b"evil")), line=b"GET /evil HTTP/1.1"))
     assert "evil" in refusal.detail
-    assert b"evil" not in render(refusal, ID)
+    assert b"evil" not in render_refusal(refusal, ID)
 
 
 # The limits.
@@ -616,20 +623,20 @@ def test_what_is_accepted_is_one_request_by_the_rfc(data: bytes) -> None:
 
 @given(mutated(*BASES))
 @example(BASES[0])
-def test_what_is_read_by_the_letter_h11_reads_the_same(data: bytes) -> None:
+def test_what_the_strict_parser_reads_h11_reads_the_same(data: bytes) -> None:
     """One expression reads nearly every request: it may leave one to h11, but never read one otherwise."""
     head = data[: data.find(b"\r\n\r\n") + 4]
-    read = by_the_letter(head)
+    read = parse_strict(head)
     if read is not None:
-        assert by_h11(head) == read
+        assert parse_with_h11(head) == read
     else:
         event(f"left to h11: {head[:4]!r}")
 
 
 @pytest.mark.parametrize("base", [BASES[0], BASES[2], BASES[3], BASES[5]])
-def test_ordinary_requests_are_read_by_the_letter(base: bytes) -> None:
+def test_ordinary_requests_are_read_by_the_strict_parser(base: bytes) -> None:
     head = base[: base.find(b"\r\n\r\n") + 4]
-    assert by_the_letter(head) == by_h11(head)
+    assert parse_strict(head) == parse_with_h11(head)
 
 
 @pytest.mark.parametrize(
@@ -647,4 +654,4 @@ def test_ordinary_requests_are_read_by_the_letter(base: bytes) -> None:
     ],
 )
 def test_what_h11_reads_more_in_is_left_to_it(field: bytes) -> None:
-    assert by_the_letter(request()[:-2] + field + b"\r\n\r\n") is None
+    assert parse_strict(request()[:-2] + field + b"\r\n\r\n") is None

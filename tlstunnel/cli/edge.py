@@ -20,8 +20,8 @@ from tlstunnel.edge.stage import Directions
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.connection import Connection
-from tlstunnel.handshake.forwarding import Forwarding, forwarded_head
-from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.forwarding import Forwarding, render_forwarded_head
+from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.serving.loading import Description, load_workers
@@ -167,7 +167,7 @@ async def _call(site: SiteConfig, request: UpgradeRequest, ip: str) -> Outcome:
 def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str) -> Outcome:
     origin = str(directions.address or "")
     edits = build_edits(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
-    head = forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
+    head = render_forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
     return Outcome(directions.outcome, seconds, origin, head)
 
 
@@ -187,7 +187,9 @@ def _render(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iter
     if refusal.detail:
         yield f"{'':<12}{printable(refusal.detail)}"
     yield f"{'client':<12}receives:"
-    yield from (f"  {printable(line)}" for line in render(refusal, REQUEST_ID).decode("utf-8", "replace").splitlines())
+    yield from (
+        f"  {printable(line)}" for line in render_refusal(refusal, REQUEST_ID).decode("utf-8", "replace").splitlines()
+    )
 
 
 def _render_origins(site: SiteConfig) -> str:
@@ -198,7 +200,7 @@ def _to_json(outcome: Outcome) -> dict[str, Any]:
     shown: dict[str, Any] = {"outcome": outcome.result, "seconds": round(outcome.seconds, 6)}
     refusal = outcome.refusal
     if refusal is not None:
-        sent = render(refusal, REQUEST_ID).decode("utf-8", "replace")
+        sent = render_refusal(refusal, REQUEST_ID).decode("utf-8", "replace")
         fields = [(name.decode(), value.decode("latin-1")) for name, value in refusal.fields]
         return shown | {
             "status": refusal.status,

@@ -20,7 +20,7 @@ from tlstunnel.firewall.facts import Facts, normalise_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import by_name
-from tlstunnel.handshake.forwarding import NO_EDITS, Edits, edited
+from tlstunnel.handshake.forwarding import NO_EDITS, Edits, apply_edits
 from tlstunnel.handshake.refusal import Fields, Refusal
 from tlstunnel.journal.events import Reason
 
@@ -165,7 +165,7 @@ class WorkerRequest:
         assert isinstance(request, handshake.UpgradeRequest)
         address = self._address if origin is None else _parse_origin(origin)
         edits = _build_edits(headers or {}, remove_headers)
-        fields = tuple(edited(request.fields, edits))  # as the worker sees them in the changed request
+        fields = tuple(apply_edits(request.fields, edits))  # as the worker sees them in the changed request
         offered = request.subprotocols
         if subprotocols is not None:
             if isinstance(subprotocols, str) or not isinstance(subprotocols, Iterable):

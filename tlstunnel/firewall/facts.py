@@ -6,7 +6,7 @@ from functools import cached_property
 from ipaddress import IPv6Address
 
 from tlstunnel.handshake.connection import Connection
-from tlstunnel.handshake.fields import tokens
+from tlstunnel.handshake.fields import split_list
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Reason
@@ -97,12 +97,12 @@ class Facts:
     @cached_property
     def subprotocols(self) -> tuple[str, ...]:
         """The offers of Sec-WebSocket-Protocol, in order."""
-        return tuple(t.decode("latin-1") for t in tokens(self.request.by_name, b"sec-websocket-protocol"))
+        return tuple(t.decode("latin-1") for t in split_list(self.request.by_name, b"sec-websocket-protocol"))
 
     @cached_property
     def extensions(self) -> tuple[str, ...]:
         """The names of the extensions that Sec-WebSocket-Extensions offers, in order, without parameters."""
-        offers = tokens(self.request.by_name, b"sec-websocket-extensions")
+        offers = split_list(self.request.by_name, b"sec-websocket-extensions")
         return tuple(offer.split(b";", 1)[0].strip(b" \t").decode("latin-1") for offer in offers)
 
     @cached_property

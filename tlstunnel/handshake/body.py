@@ -19,8 +19,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 # RFC 9112 section 7.1. Some origins write white space after the size (according to h11); 16 digits are 64 bits.
 # Possessive, because a line that arrives byte by byte is tried each time.
 _LINE = rb"([0-9A-Fa-f]{1,16}+)[ \t]*+(?:;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
-_FIRST = re.compile(_LINE)
-_NEXT = re.compile(rb"\r\n" + _LINE)
+_FIRST_LINE = re.compile(_LINE)
+_NEXT_LINE = re.compile(rb"\r\n" + _LINE)
 _TRAILER = re.compile(rb"(?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+)*+")
 
 
@@ -85,7 +85,7 @@ class Chunked:
         self.complete = False
         self._held = b""  # the beginning of a line, or of the trailer section
         self._left = 0  # of the chunk
-        self._line = _FIRST
+        self._line = _FIRST_LINE
         self._last = False
 
     def take(self, data: bytes) -> bytes:
@@ -108,7 +108,7 @@ class Chunked:
                 self._held = self._part_of_line(data, at)
                 return b"".join(content)
             self._left = int(line[1], 16)
-            self._line = _NEXT
+            self._line = _NEXT_LINE
             self._last = not self._left
             # The trailer section is read with the CRLF before it: "\r\n\r\n" then ends it, also where it is empty.
             at = line.end() - 2 * self._last
@@ -123,8 +123,8 @@ class Chunked:
     def _part_of_line(self, data: bytes, at: int) -> bytes:
         """Return the bytes that may be the start of a line. The same bytes are rejected however they were split."""
         part = data[at : at + MAX_CHUNK_LINE]
-        behind = part[2:] if self._line is _NEXT else part
-        if self._line is _NEXT and not b"\r\n".startswith(part[:2]):
+        behind = part[2:] if self._line is _NEXT_LINE else part
+        if self._line is _NEXT_LINE and not b"\r\n".startswith(part[:2]):
             raise BadBody("malformed chunk: it does not end where it said")
         if b"\n" in behind:
             raise BadBody("malformed chunk size")
@@ -144,6 +144,6 @@ class Chunked:
             self._held = data[at:]
 
 
-def chunk(content: bytes) -> bytes:
+def render_chunk(content: bytes) -> bytes:
     """Return `content` as a chunk; b"" for no content, since an empty chunk would be the last."""
     return b"%x\r\n%b\r\n" % (len(content), content) if content else b""

@@ -36,7 +36,7 @@ def by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     return grouped
 
 
-def tokens(fields: ByName, name: bytes) -> list[bytes]:
+def split_list(fields: ByName, name: bytes) -> list[bytes]:
     """Return the elements of the list-based field `name`, without empty ones (RFC 9110 section 5.6.1)."""
     values = fields.get(name)
     if values is None:
@@ -52,23 +52,23 @@ def has_token(fields: ByName, name: bytes, token: bytes) -> bool:
     values = fields.get(name, ())
     if len(values) == 1 and values[0].lower() == token:  # nearly always
         return True
-    return any(element.lower() == token for element in tokens(fields, name))
+    return any(element.lower() == token for element in split_list(fields, name))
 
 
-def extension_names(fields: ByName) -> frozenset[bytes]:
+def parse_extension_names(fields: ByName) -> frozenset[bytes]:
     """Return the names in ``Sec-WebSocket-Extensions``, without parameters (RFC 6455 section 9.1)."""
     if b"sec-websocket-extensions" not in fields:
         return _NONE
-    return frozenset(e.split(b";", 1)[0].strip(b" \t") for e in tokens(fields, b"sec-websocket-extensions"))
+    return frozenset(e.split(b";", 1)[0].strip(b" \t") for e in split_list(fields, b"sec-websocket-extensions"))
 
 
-def hop_by_hop(fields: ByName) -> frozenset[bytes]:
+def find_hop_by_hop(fields: ByName) -> frozenset[bytes]:
     """Return the names (lower case) of the hop-by-hop fields: the standard ones and those that Connection names.
 
     The fields that the handshake needs are kept even if Connection names them: that is a known way to strip a field
     that the next hop relies on.
     """
-    nominated = {name.lower() for name in tokens(fields, b"connection")} - HOP_BY_HOP
+    nominated = {name.lower() for name in split_list(fields, b"connection")} - HOP_BY_HOP
     if not nominated:
         return HOP_BY_HOP
     return HOP_BY_HOP.union(name for name in nominated if not _NEVER_NOMINATED.fullmatch(name))

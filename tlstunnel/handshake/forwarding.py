@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks
-from tlstunnel.handshake.fields import hop_by_hop
-from tlstunnel.handshake.refusal import UPGRADE, Fields, head
+from tlstunnel.handshake.fields import find_hop_by_hop
+from tlstunnel.handshake.refusal import UPGRADE, Fields, render_head
 from tlstunnel.handshake.request import PlainRequest, Request
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
@@ -36,7 +36,7 @@ class Forwarding:
     trusted: bool
 
 
-def as_cgi(name: bytes) -> bytes:
+def to_cgi_name(name: bytes) -> bytes:
     """Return a field's name as CGI and WSGI see it: in lower case, with ``_`` instead of ``-``."""
     return name.lower().replace(b"-", b"_")
 
@@ -55,7 +55,7 @@ class Edits:
     def then(self, later: "Edits") -> "Edits":
         """Return these edits followed by `later`, which takes precedence."""
         named = later.names
-        kept = tuple(field for field in self.added if as_cgi(field[0]) not in named)
+        kept = tuple(field for field in self.added if to_cgi_name(field[0]) not in named)
         return Edits(later.host or self.host, (*kept, *later.added), self.removed | later.removed)
 
     @property
@@ -64,43 +64,43 @@ class Edits:
 
         Otherwise a client could send the same field in another spelling that the origin does not distinguish.
         """
-        return frozenset({*map(as_cgi, self.removed), *(as_cgi(name) for name, _ in self.added)})
+        return frozenset({*map(to_cgi_name, self.removed), *(to_cgi_name(name) for name, _ in self.added)})
 
 
 NO_EDITS = Edits()
 
 
-def forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_EDITS) -> bytes:
+def render_forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_EDITS) -> bytes:
     """Return the head for the origin: the client's fields, without hop-by-hop and forged ones, and then ours.
 
     A plain request is the only one of its connection, and its body is framed again, in one way.
     """
-    dropped = hop_by_hop(request.by_name)
+    dropped = find_hop_by_hop(request.by_name)
     last: Fields = _UPGRADED
     if isinstance(request, PlainRequest):
         dropped |= _FRAMING
-        last = (*_framing(request), (b"Connection", b"close"))
+        last = (*_framing_fields(request), (b"Connection", b"close"))
     ours = _forwarding_fields(request, forwarding)
     # One search over all names instead of one for each field: few clients send any of them.
     if forged := _FORWARDING.findall(b"\n".join(request.by_name)):
-        dropped |= {name for name in forged if not (forwarding.trusted and _kept(name))}
+        dropped |= {name for name in forged if not (forwarding.trusted and _is_kept(name))}
     fields = [field for field in request.fields if field[0].lower() not in dropped]
     fields += (*last, *ours)
     if edits is not NO_EDITS:
-        fields = edited(fields, edits)
-    return head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
+        fields = apply_edits(fields, edits)
+    return render_head(b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.target), fields)
 
 
-def edited(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
+def apply_edits(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tuple[bytes, bytes]]:
     """Return the fields after `edits`. The tunnel's own fields may be edited too, such as X-Forwarded-Proto."""
     named = edits.names
-    kept = [field for field in fields if as_cgi(field[0]) not in named]
+    kept = [field for field in fields if to_cgi_name(field[0]) not in named]
     if edits.host is not None:
         kept = [(name, edits.host if name.lower() == b"host" else value) for name, value in kept]
     return [*kept, *edits.added]
 
 
-def client_address(request: Request, peer: str, trusted: Networks) -> str:
+def find_client_address(request: Request, peer: str, trusted: Networks) -> str:
     """Return the client's address for a trusted `peer`: the right-most untrusted entry of X-Forwarded-For.
 
     An entry that is not an address ends the search: the hop that wrote it is then the last one known.
@@ -122,19 +122,19 @@ def client_address(request: Request, peer: str, trusted: Networks) -> str:
     return known
 
 
-def given_id(request: Request) -> str | None:
+def read_request_id(request: Request) -> str | None:
     """Return the X-Request-Id of a trusted proxy, if it can be forwarded and logged."""
     given = request.by_name.get(b"x-request-id", ())
     return given[0].decode("ascii") if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
 
-def _framing(request: PlainRequest) -> Fields:
+def _framing_fields(request: PlainRequest) -> Fields:
     if request.chunked:
         return ((b"Transfer-Encoding", b"chunked"),)
     return () if request.length is None else ((b"Content-Length", b"%d" % request.length),)
 
 
-def _kept(name: bytes) -> bool:
+def _is_kept(name: bytes) -> bool:
     """Return whether a trusted proxy's forwarding field is forwarded unchanged: not one of ours, in any spelling."""
     return name.lower() not in _OURS and b"_" not in name
 
@@ -152,10 +152,10 @@ def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
     ]
     if not forwarding.trusted:
         return tuple(ours)
-    return tuple((name, _after(request, name, value)) for name, value in ours)
+    return tuple((name, _extend(request, name, value)) for name, value in ours)
 
 
-def _after(request: Request, name: bytes, value: bytes) -> bytes:
+def _extend(request: Request, name: bytes, value: bytes) -> bytes:
     """Return a field behind a trusted proxy: lists of hops get `value` appended, others keep the proxy's value."""
     theirs = request.by_name.get(name.lower(), ())
     if not theirs or name == b"X-Request-Id":

@@ -6,11 +6,11 @@ after its body are discarded here, so that nothing reaches an origin that the fi
 
 import h11
 
-from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, chunk
-from tlstunnel.handshake.fields import hop_by_hop
-from tlstunnel.handshake.refusal import Refusal, head
+from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, render_chunk
+from tlstunnel.handshake.fields import find_hop_by_hop
+from tlstunnel.handshake.refusal import Refusal, render_head
 from tlstunnel.handshake.request import PlainRequest
-from tlstunnel.handshake.response import BadResponse, ResponseReader, checked_fields
+from tlstunnel.handshake.response import BadResponse, ResponseReader, check_fields
 from tlstunnel.journal.events import Reason
 
 _LENGTH = frozenset({b"content-length"})
@@ -44,7 +44,7 @@ class BodyReader:
             raise Refusal(400, Reason.BODY, "the body is not framed as RFC 9112 says", detail=error.reason) from None
         if not self._chunked:
             return content
-        return chunk(content) + (LAST_CHUNK if self.complete else b"")
+        return render_chunk(content) + (LAST_CHUNK if self.complete else b"")
 
 
 class PlainResponseReader(ResponseReader):
@@ -64,23 +64,23 @@ class PlainResponseReader(ResponseReader):
         """Take the next bytes (``b""`` at the origin's end); return those for the client. Raises `BadResponse`."""
         if self.status:
             return self.body(data)
-        event = self._final(data)
+        event = self._read_final_head(data)
         out, self._interims = self._interims, b""
         if event is None:
             return out
         if isinstance(event, h11.InformationalResponse):
             raise BadResponse("101 to a request that asks for no upgrade")
-        declined = self._declined(event)
+        declined = self._decline(event)
         out += declined.head + self.body(None)
         self.status = declined.status
         return out
 
-    def _interim(self, event: h11.InformationalResponse) -> None:
+    def _handle_interim(self, event: h11.InformationalResponse) -> None:
         """Forward a 1xx, as RFC 9110 section 15.2 requires of a proxy: a client may wait for the 100."""
-        fields = checked_fields(event)
-        dropped = hop_by_hop(fields) | _LENGTH
+        fields = check_fields(event)
+        dropped = find_hop_by_hop(fields) | _LENGTH
         kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
-        self._interims += head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept)
+        self._interims += render_head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept)
 
     def _has_no_body(self, status: int) -> bool:
         return self._to_head or super()._has_no_body(status)

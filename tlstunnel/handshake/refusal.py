@@ -30,7 +30,7 @@ class Refusal(Exception):
         self.body = body
 
 
-def render(refusal: Refusal, request_id: str | None) -> bytes:
+def render_refusal(refusal: Refusal, request_id: str | None) -> bytes:
     """Return the response: a short text body, the id if any, and ``Connection: close`` (RFC 9112 section 9.6)."""
     phrase = HTTPStatus(refusal.status).phrase if refusal.status in _STATUSES else "Refused"
     fields: list[tuple[bytes, bytes]] = []
@@ -46,9 +46,9 @@ def render(refusal: Refusal, request_id: str | None) -> bytes:
     fields += refusal.fields
     if request_id is not None:
         fields.append((b"X-Request-Id", request_id.encode()))
-    return head(b"HTTP/1.1 %d %s" % (refusal.status, phrase.encode()), fields) + body
+    return render_head(b"HTTP/1.1 %d %s" % (refusal.status, phrase.encode()), fields) + body
 
 
-def head(start_line: bytes, fields: list[tuple[bytes, bytes]] | Fields) -> bytes:
+def render_head(start_line: bytes, fields: list[tuple[bytes, bytes]] | Fields) -> bytes:
     """Return a start line and fields as an HTTP/1.1 head. The caller must have checked them."""
     return b"%b\r\n%b\r\n" % (start_line, b"".join([b"%b: %b\r\n" % field for field in fields]))

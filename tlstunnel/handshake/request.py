@@ -14,7 +14,7 @@ from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, overlo
 
 import h11
 
-from tlstunnel.handshake.fields import ByName, by_name, extension_names, has_control, has_token, tokens
+from tlstunnel.handshake.fields import ByName, by_name, has_control, has_token, parse_extension_names, split_list
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 from tlstunnel.journal.events import Reason
 
@@ -43,7 +43,7 @@ _HOST = re.compile(
 
 
 # RFC 9112 sections 3 and 5: what nearly every client sends. h11 would take a tenth of the whole cost of a handshake.
-_BY_THE_LETTER = re.compile(
+_STRICT_GET = re.compile(
     rb"GET (/[!-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
@@ -109,7 +109,7 @@ _R = TypeVar("_R", bound=Request)
 class RequestReader(Generic[_R]):
     """Reads one `UpgradeRequest` from bytes; `leftover` are the bytes received after its head.
 
-    If `passing`, a request without ``Upgrade: websocket`` becomes a `PlainRequest`; `leftover` may then be the
+    With `accept_plain`, a request without ``Upgrade: websocket`` becomes a `PlainRequest`; `leftover` may then be the
     beginning of its body.
 
     `target` is set as soon as the head has been parsed, so most requests that are refused have one too. The result
@@ -117,14 +117,14 @@ class RequestReader(Generic[_R]):
     """
 
     @overload
-    def __init__(self: "RequestReader[UpgradeRequest]", passing: Literal[False] = False) -> None: ...
+    def __init__(self: "RequestReader[UpgradeRequest]", accept_plain: Literal[False] = False) -> None: ...
 
     @overload
-    def __init__(self: "RequestReader[Request]", passing: bool) -> None: ...
+    def __init__(self: "RequestReader[Request]", accept_plain: bool) -> None: ...
 
-    def __init__(self, passing: bool = False) -> None:
+    def __init__(self, accept_plain: bool = False) -> None:
         self.leftover = self.target = b""
-        self._passing = passing
+        self._accepts_plain = accept_plain
         self._head = bytearray()
         self._scanned = 0
 
@@ -136,24 +136,24 @@ class RequestReader(Generic[_R]):
             return None
         self.leftover = bytes(self._head[end:])
         data = bytes(self._head[:end])
-        head, fields = by_the_letter(data) or by_h11(data)
+        head, fields = parse_strict(data) or parse_with_h11(data)
         self.target = head.target
-        plain = self._passing and not has_token(fields, b"upgrade", b"websocket")
-        return cast(_R, _judged_plain(head, fields) if plain else _judged(head, fields))
+        plain = self._accepts_plain and not has_token(fields, b"upgrade", b"websocket")
+        return cast(_R, _check_plain_request(head, fields) if plain else _check_upgrade_request(head, fields))
 
     def _end_of_head(self) -> int | None:
         """Return where the head ends. The first byte that can be refused is refused, whatever follows it."""
         buffer = self._head
         # No method starts like this, but a TLS record within TLS does, and would never complete a line.
         if buffer and not 0x21 <= buffer[0] < 0x7F:
-            raise _bad(Reason.MALFORMED_HEAD, "the request does not start with a method")
+            raise _bad_request(Reason.MALFORMED_HEAD, "the request does not start with a method")
         start = self._scanned
         end = buffer.find(b"\r\n\r\n", max(start - 3, 0), MAX_HEAD)
         self._scanned = min(len(buffer), MAX_HEAD) if end < 0 else end + 4
         # An LF at the start of the new bytes belongs to a CR at the end of the last ones.
         lines = buffer[start - 1 if buffer[start - 1 : start] == b"\r" else start : self._scanned]
         if lines.count(b"\n") != lines.count(b"\r\n"):
-            raise _bad(Reason.BARE_LF, "a line ends with LF instead of CRLF")
+            raise _bad_request(Reason.BARE_LF, "a line ends with LF instead of CRLF")
         if end >= 0:
             return end + 4
         if len(buffer) >= MAX_HEAD:
@@ -161,13 +161,13 @@ class RequestReader(Generic[_R]):
         return None
 
 
-def _bad(reason: Reason, text: str, detail: str = "") -> Refusal:
+def _bad_request(reason: Reason, text: str, detail: str = "") -> Refusal:
     return Refusal(400, reason, text, detail=detail)
 
 
-def by_the_letter(data: bytes) -> tuple[_Head, ByName] | None:
+def parse_strict(data: bytes) -> tuple[_Head, ByName] | None:
     """Return a whole head in strict syntax; None for any other."""
-    match = _BY_THE_LETTER.fullmatch(data)
+    match = _STRICT_GET.fullmatch(data)
     if match is None:
         return None
     lines = match[2].split(b"\r\n")
@@ -182,12 +182,12 @@ def by_the_letter(data: bytes) -> tuple[_Head, ByName] | None:
     return (_Head(b"GET", match[1], b"1.1", raw), fields) if plain else None
 
 
-def by_h11(data: bytes) -> tuple[_Head, ByName]:
+def parse_with_h11(data: bytes) -> tuple[_Head, ByName]:
     """Read a whole head. Raises `Refusal`."""
     if has_control(data):
-        raise _bad(Reason.CONTROL_CHARACTER, "the request head holds a control character")
+        raise _bad_request(Reason.CONTROL_CHARACTER, "the request head holds a control character")
     if b"\r\n " in data or b"\r\n\t" in data:
-        raise _bad(Reason.FOLDED_FIELD, "a field is folded over several lines (RFC 9112 section 5.2)")
+        raise _bad_request(Reason.FOLDED_FIELD, "a field is folded over several lines (RFC 9112 section 5.2)")
     # The request line and the empty line are not fields.
     if data.count(b"\r\n") - 2 > MAX_FIELDS:
         raise Refusal(431, Reason.TOO_MANY_FIELDS, f"the request has more than {MAX_FIELDS} fields")
@@ -196,13 +196,15 @@ def by_h11(data: bytes) -> tuple[_Head, ByName]:
         parser.receive_data(data)
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
-        raise _bad(Reason.MALFORMED_HEAD, "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]) from None
+        raise _bad_request(
+            Reason.MALFORMED_HEAD, "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]
+        ) from None
     assert isinstance(event, h11.Request)  # the head is complete
     raw = tuple(event.headers.raw_items())
     return _Head(event.method, event.target, event.http_version, raw), by_name(raw)
 
 
-def _judged(head: _Head, fields: ByName) -> UpgradeRequest:
+def _check_upgrade_request(head: _Head, fields: ByName) -> UpgradeRequest:
     for check in _CHECKS:
         check(head, fields)
     authority = fields[b"host"][0]
@@ -210,15 +212,15 @@ def _judged(head: _Head, fields: ByName) -> UpgradeRequest:
         target=head.target,
         fields=head.raw,
         authority=authority,
-        host=_host(authority),
+        host=_read_host(authority),
         key=fields[b"sec-websocket-key"][0],
-        subprotocols=frozenset(tokens(fields, b"sec-websocket-protocol")),
-        extensions=extension_names(fields),
+        subprotocols=frozenset(split_list(fields, b"sec-websocket-protocol")),
+        extensions=parse_extension_names(fields),
         by_name=fields,
     )
 
 
-def _judged_plain(head: _Head, fields: ByName) -> PlainRequest:
+def _check_plain_request(head: _Head, fields: ByName) -> PlainRequest:
     for check in _PLAIN_CHECKS:
         check(head, fields)
     authority = fields[b"host"][0]
@@ -228,30 +230,30 @@ def _judged_plain(head: _Head, fields: ByName) -> PlainRequest:
         target=head.target,
         fields=head.raw,
         authority=authority,
-        host=_host(authority),
+        host=_read_host(authority),
         length=int(lengths[0]) if lengths else None,
         chunked=b"transfer-encoding" in fields,
         by_name=fields,
     )
 
 
-def _host(authority: bytes) -> str:
+def _read_host(authority: bytes) -> str:
     host = _HOST.fullmatch(authority)
     assert host is not None  # _one_host
     return str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip(".")
 
 
-def _http_1_1(request: _Head, _: ByName) -> None:
+def _check_http_1_1(request: _Head, _: ByName) -> None:
     if request.http_version != b"1.1":
         raise Refusal(505, Reason.HTTP_VERSION, "only HTTP/1.1 is spoken here")
 
 
-def _get(request: _Head, _: ByName) -> None:
+def _check_get(request: _Head, _: ByName) -> None:
     if request.method != b"GET":
         raise Refusal(405, Reason.METHOD, "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
 
 
-def _passed_method(request: _Head, _: ByName) -> None:
+def _check_forwarded_method(request: _Head, _: ByName) -> None:
     """Refuse CONNECT, a tunnel to elsewhere, and TRACE, which shows what proxies add (RFC 9110 section 9.3).
 
     Lower-case letters are refused too: methods are case-sensitive, but not to every origin, so rules could be bypassed.
@@ -260,89 +262,89 @@ def _passed_method(request: _Head, _: ByName) -> None:
         raise Refusal(405, Reason.METHOD, "this method is not passed on", ALLOWED)
 
 
-def _origin_form(request: _Head, _: ByName) -> None:
+def _check_origin_form(request: _Head, _: ByName) -> None:
     """RFC 9112 section 3.2.1; h11 has checked that the target is visible ASCII."""
     if not request.target.startswith(b"/"):
-        raise _bad(Reason.TARGET_FORM, "the request target must be a path")
+        raise _bad_request(Reason.TARGET_FORM, "the request target must be a path")
     if b"#" in request.target:
-        raise _bad(Reason.TARGET_FORM, "the request target holds a fragment")
+        raise _bad_request(Reason.TARGET_FORM, "the request target holds a fragment")
 
 
 def is_authority(value: bytes) -> bool:
     """Return whether `value` is valid in Host."""
     try:
-        _one_host(_NO_HEAD, {b"host": [value]})
+        _check_host(_NO_HEAD, {b"host": [value]})
     except Refusal:
         return False
     return True
 
 
-def _one_host(_: _Head, fields: ByName) -> None:
+def _check_host(_: _Head, fields: ByName) -> None:
     """RFC 9110 section 7.2, and uri-host [ ":" port ] of RFC 3986 section 3.2.2."""
     hosts = fields.get(b"host", ())
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
-        raise _bad(Reason.HOST, "there must be one valid Host field")
+        raise _bad_request(Reason.HOST, "there must be one valid Host field")
     if match["ipv6"]:
         try:
             IPv6Address(match["ipv6"].decode())
         except AddressValueError:
-            raise _bad(Reason.HOST, "the address in Host is not an IPv6 address") from None
+            raise _bad_request(Reason.HOST, "the address in Host is not an IPv6 address") from None
     if match["port"] and int(match["port"]) > 65_535:
-        raise _bad(Reason.HOST, "the port in Host is too large")
+        raise _bad_request(Reason.HOST, "the port in Host is too large")
 
 
-def _no_body(_: _Head, fields: ByName) -> None:
+def _check_no_body(_: _Head, fields: ByName) -> None:
     """A reader that overlooks the body's length would take it for WebSocket frames: request smuggling."""
-    if b"transfer-encoding" in fields or any(value.strip(b"0") for value in tokens(fields, b"content-length")):
-        raise _bad(Reason.BODY, "a WebSocket handshake has no body")
+    if b"transfer-encoding" in fields or any(value.strip(b"0") for value in split_list(fields, b"content-length")):
+        raise _bad_request(Reason.BODY, "a WebSocket handshake has no body")
 
 
-def _one_framing(_: _Head, fields: ByName) -> None:
+def _check_framing(_: _Head, fields: ByName) -> None:
     """RFC 9112 section 6.3: readers of both fields may disagree on the body's end. h11 has checked each field."""
     lengths = fields.get(b"content-length")
     if lengths and b"transfer-encoding" in fields:
-        raise _bad(Reason.BODY, "the request has both Content-Length and Transfer-Encoding")
+        raise _bad_request(Reason.BODY, "the request has both Content-Length and Transfer-Encoding")
     if lengths and int(lengths[0]) > MAX_LENGTH:
-        raise _bad(Reason.BODY, "Content-Length is too large")
+        raise _bad_request(Reason.BODY, "Content-Length is too large")
 
 
-def _upgrade(_: _Head, fields: ByName) -> None:
+def _check_upgrade(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, items 3 and 4."""
     if not has_token(fields, b"upgrade", b"websocket"):
         raise Refusal(426, Reason.NO_UPGRADE, "this is a WebSocket endpoint: connect with wss://", UPGRADE)
     if not has_token(fields, b"connection", b"upgrade"):
-        raise _bad(Reason.CONNECTION_FIELD, "Upgrade without Connection: Upgrade")
+        raise _bad_request(Reason.CONNECTION_FIELD, "Upgrade without Connection: Upgrade")
 
 
-def _version_13(_: _Head, fields: ByName) -> None:
+def _check_version_13(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that accepts another version can be abused as a raw pipe."""
     if fields.get(b"sec-websocket-version") != [b"13"]:
         raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is spoken here", VERSION_13)
 
 
-def _one_key(_: _Head, fields: ByName) -> None:
+def _check_key(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 5: base64 that decodes to 16 bytes."""
     keys = fields.get(b"sec-websocket-key", ())
     if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
-        raise _bad(Reason.KEY_FIELD, "there must be one Sec-WebSocket-Key of 16 bytes in base64")
+        raise _bad_request(Reason.KEY_FIELD, "there must be one Sec-WebSocket-Key of 16 bytes in base64")
 
 
 _CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
-    _http_1_1,
-    _get,
-    _origin_form,
-    _one_host,
-    _no_body,
-    _upgrade,
-    _version_13,
-    _one_key,
+    _check_http_1_1,
+    _check_get,
+    _check_origin_form,
+    _check_host,
+    _check_no_body,
+    _check_upgrade,
+    _check_version_13,
+    _check_key,
 )
 
 _PLAIN_CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
-    _http_1_1,
-    _passed_method,
-    _origin_form,
-    _one_host,
-    _one_framing,
+    _check_http_1_1,
+    _check_forwarded_method,
+    _check_origin_form,
+    _check_host,
+    _check_framing,
 )

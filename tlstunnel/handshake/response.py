@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import h11
 from wsproto.utilities import generate_accept_token
 
-from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, UntilEnd, chunk
+from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, UntilEnd, render_chunk
 from tlstunnel.handshake.fields import (
     ByName,
     by_name,
-    extension_names,
+    find_hop_by_hop,
     has_control,
     has_token,
-    hop_by_hop,
-    tokens,
+    parse_extension_names,
+    split_list,
 )
-from tlstunnel.handshake.refusal import head
+from tlstunnel.handshake.refusal import render_head
 from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
 
 MAX_RESPONSE_HEAD = 65_536
@@ -76,26 +76,26 @@ class ResponseReader:
     def __init__(self) -> None:
         self.complete = False
         self._taken = 0
-        self._made: h11.Connection | None = None
-        self._behind = b""
+        self._parser_or_none: h11.Connection | None = None
+        self._after_head = b""
         self._body: Body = Counted(0)
         self._chunked = False
 
     @property
     def _parser(self) -> h11.Connection:
         """h11's parser, created for the first response that is not a plain 101 in one piece."""
-        if self._made is None:
-            self._made = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_RESPONSE_HEAD)
-            self._made.send(_UPGRADE)
-            self._made.send(_END)
-        return self._made
+        if self._parser_or_none is None:
+            self._parser_or_none = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_RESPONSE_HEAD)
+            self._parser_or_none.send(_UPGRADE)
+            self._parser_or_none.send(_END)
+        return self._parser_or_none
 
     def body(self, data: bytes | None) -> bytes:
         """Take the next bytes of the body (None for those already fed); return those for the client."""
         try:
             if data is None:
-                content = self._body.take(self._behind)
-                self._behind = b""
+                content = self._body.take(self._after_head)
+                self._after_head = b""
             elif data:
                 content = self._body.take(data)
             else:
@@ -106,27 +106,27 @@ class ResponseReader:
         self.complete = self._body.complete
         if not self._chunked:
             return content
-        return chunk(content) + (LAST_CHUNK if self.complete else b"")
+        return render_chunk(content) + (LAST_CHUNK if self.complete else b"")
 
-    def _final(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
+    def _read_final_head(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
         """Take the next bytes; return the final head, or a 101, once it is complete. Raises `BadResponse`."""
         if not data:
             raise BadResponse("origin closed without a response")
         self._taken += len(data)
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
-            self._interim(event)
+            self._handle_interim(event)
             event = self._next_event(None)
-        self._behind, _ = self._parser.trailing_data
-        if self._taken - (0 if event is h11.NEED_DATA else len(self._behind)) > MAX_RESPONSE_HEAD:
+        self._after_head, _ = self._parser.trailing_data
+        if self._taken - (0 if event is h11.NEED_DATA else len(self._after_head)) > MAX_RESPONSE_HEAD:
             raise BadResponse("response head too large")
         if event is h11.NEED_DATA:
             return None
         assert isinstance(event, h11.InformationalResponse | h11.Response)
-        self._made = None  # not needed any more, and holds up to 64 KiB
+        self._parser_or_none = None  # not needed any more, and holds up to 64 KiB
         return event
 
-    def _interim(self, event: h11.InformationalResponse) -> None:
+    def _handle_interim(self, event: h11.InformationalResponse) -> None:
         """Handle a 1xx before the final head. It is dropped: a client that asked for an upgrade waits for the 101."""
 
     def _has_no_body(self, status: int) -> bool:
@@ -141,15 +141,15 @@ class ResponseReader:
         except h11.RemoteProtocolError as error:
             raise BadResponse(f"response is not HTTP: {error}"[:MAX_DETAIL]) from None
 
-    def _declined(self, event: h11.Response) -> Declined:
-        fields = checked_fields(event)
+    def _decline(self, event: h11.Response) -> Declined:
+        fields = check_fields(event)
         coded = b"transfer-encoding" in fields
         lengths = fields.get(b"content-length")
         if coded and lengths:
             raise BadResponse("response has both Content-Length and Transfer-Encoding")
         if coded and event.http_version < b"1.1":  # RFC 9112 section 6.1: its framing is faulty
             raise BadResponse("HTTP/1.0 response has Transfer-Encoding")
-        dropped = hop_by_hop(fields)
+        dropped = find_hop_by_hop(fields)
         bodiless = self._has_no_body(event.status_code)
         self._chunked = coded and not bodiless
         if bodiless:
@@ -167,7 +167,7 @@ class ResponseReader:
         # RFC 9110 section 15.5.22: a 426 names the protocol in Upgrade, a hop-by-hop field that Connection must name.
         kept += [(b"Upgrade", value) for value in upgrade]
         kept.append((b"Connection", b"close, Upgrade" if upgrade else b"close"))
-        return Declined(event.status_code, head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
+        return Declined(event.status_code, render_head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept))
 
 
 class UpgradeResponseReader(ResponseReader):
@@ -183,18 +183,18 @@ class UpgradeResponseReader(ResponseReader):
 
     def feed(self, data: bytes) -> Switched | Declined | None:
         """Take the next bytes; return the response once its head is complete. Raises `BadResponse`."""
-        if not self._taken and (switched := self._plainly_switched(data)):
+        if not self._taken and (switched := self._read_plain_101(data)):
             return switched
-        event = self._final(data)
+        event = self._read_final_head(data)
         if event is None:
             return None
         if isinstance(event, h11.Response):
-            return self._declined(event)
+            return self._decline(event)
         if event.http_version != b"1.1":
             raise BadResponse("101 in another version than HTTP/1.1")
-        return self._switched(event.reason, checked_fields(event), event.headers.raw_items(), self._behind)
+        return self._accept(event.reason, check_fields(event), event.headers.raw_items(), self._after_head)
 
-    def _plainly_switched(self, data: bytes) -> Switched | None:
+    def _read_plain_101(self, data: bytes) -> Switched | None:
         """Read the response of nearly every handshake by one regular expression: h11 took 30 us for it (measured).
 
         None for anything that is not a whole 101 in strict syntax; h11 reads that.
@@ -207,17 +207,17 @@ class UpgradeResponseReader(ResponseReader):
         fields = by_name(raw)
         if not _FRAMING.isdisjoint(fields):
             return None
-        return self._switched(match[1] or b"", fields, raw, data[match.end() :])
+        return self._accept(match[1] or b"", fields, raw, data[match.end() :])
 
-    def _switched(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
+    def _accept(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
         _verify(self._request, fields)
-        dropped = hop_by_hop(fields) | _NO_LENGTH
+        dropped = find_hop_by_hop(fields) | _NO_LENGTH
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
         kept += [field for field in raw if field[0].lower() not in dropped]
-        return Switched(head(b"HTTP/1.1 101 %b" % (reason or b"Switching Protocols"), kept), leftover)
+        return Switched(render_head(b"HTTP/1.1 101 %b" % (reason or b"Switching Protocols"), kept), leftover)
 
 
-def checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
+def check_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
     """Return the fields of an origin's head by name. Raises `BadResponse` if they must not be forwarded to a client."""
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
@@ -227,13 +227,13 @@ def checked_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
 
 def _verify(request: UpgradeRequest, fields: ByName) -> None:
     """Make the client's six checks of a 101 (RFC 6455 section 4.1)."""
-    if [value.lower() for value in tokens(fields, b"upgrade")] != [b"websocket"]:
+    if [value.lower() for value in split_list(fields, b"upgrade")] != [b"websocket"]:
         raise BadResponse("101 without Upgrade: websocket")
     if not has_token(fields, b"connection", b"upgrade"):
         raise BadResponse("101 without Connection: Upgrade")
     if fields.get(b"sec-websocket-accept") != [generate_accept_token(request.key)]:
         raise BadResponse("101 with a wrong Sec-WebSocket-Accept")
-    if not extension_names(fields) <= request.extensions:
+    if not parse_extension_names(fields) <= request.extensions:
         raise BadResponse("101 with an extension that was not asked for")
     subprotocols = fields.get(b"sec-websocket-protocol", ())
     if len(subprotocols) > 1 or not request.subprotocols.issuperset(subprotocols):

@@ -5,7 +5,7 @@ import ssl
 from tlstunnel.certificates.clients import ClientRefused
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
-from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.journal.events import Reason
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import ClientGone
@@ -16,7 +16,7 @@ from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.ends import Dropped
 from tlstunnel.tunnel.sites import Site
 
-_PLAIN_HTTP = render(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port speaks TLS: use wss://"), None)
+_PLAIN_HTTP = render_refusal(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port speaks TLS: use wss://"), None)
 """Without an id: it is counted, and not logged each time."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from tlstunnel.escaping import printable
-from tlstunnel.handshake.refusal import Refusal, render
+from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.journal.events import Decision, EndedBy, Event, Reason
 from tlstunnel.journal.record import Record
 from tlstunnel.sockets.channel import ClientGone
@@ -79,7 +79,7 @@ async def refuse(turn: Turn, refusal: Refusal) -> None:
     record.status, record.verdict, record.detail = refusal.status, Decision.REFUSED, printable(refusal.detail)
     client.set_timeout(client.serving.timeouts.close)
     try:
-        await client.channel.send(render(refusal, record.id))
+        await client.channel.send(render_refusal(refusal, record.id))
     except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
         record.detail = record.detail or printable(str(error))
         return finish(client, turn, End(EndedBy.TUNNEL, refusal.reason, reset=True))

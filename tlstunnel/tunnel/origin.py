@@ -3,7 +3,7 @@
 import asyncio
 
 from tlstunnel.certificates.clients import find_common_name
-from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, forwarded_head
+from tlstunnel.handshake.forwarding import NO_EDITS, Forwarding, render_forwarded_head
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
@@ -94,7 +94,7 @@ def render_head(turn: Turn) -> bytes:
     edits = turn.site.edits.of(record.origin, client.subject)
     if turn.directions is not None and turn.directions.edits is not NO_EDITS:
         edits = edits.then(turn.directions.edits)
-    return forwarded_head(turn.request, Forwarding(client.peer, record.id, client.trusted), edits)
+    return render_forwarded_head(turn.request, Forwarding(client.peer, record.id, client.trusted), edits)
 
 
 async def request_upgrade(turn: Turn) -> tuple[Switched | Declined, UpgradeResponseReader]:

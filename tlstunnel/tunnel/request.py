@@ -2,7 +2,7 @@
 
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.connection import Connection
-from tlstunnel.handshake.forwarding import client_address, given_id
+from tlstunnel.handshake.forwarding import find_client_address, read_request_id
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest, RequestReader
 from tlstunnel.journal.events import Reason
@@ -33,8 +33,8 @@ async def read_request(turn: Turn) -> None:
         # Without the query: that is where people put tokens.
         record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
     if client.trusted:
-        record.client = client_address(request, client.peer, serving.trusted_proxies)
-        record.id = given_id(request) or record.id
+        record.client = find_client_address(request, client.peer, serving.trusted_proxies)
+        record.id = read_request_id(request) or record.id
     if client.certificate_refusal:
         raise Refusal(403, Reason.CLIENT_CERTIFICATE, client.certificate_refusal)
     # A site's certificate must not lead to what another site has the closer name, and its own rules, for.
