@@ -34,7 +34,7 @@ TIMES_PER_SLOT = 32
 """A moving window keeps 8 bytes per request: 32 of them take as much memory as an entry of a fixed window."""
 
 TUNNEL_WAIT = 10.0
-"""Seconds that a client with too many tunnels is told to wait. When one of them will end is unknown."""
+"""Seconds that a client with too many tunnels has to wait, since it is unknown when one of them will end."""
 
 # A sliding window admits only after the computed moment, not at it.
 _MOMENT = 1e-6
