@@ -1,4 +1,4 @@
-"""A browser's page before an edge worker: what a script can send, and what it learns of a refusal."""
+"""A browser's page before an edge worker: what a script can send, and what it learns about a refusal."""
 
 from collections.abc import Iterator
 
@@ -32,7 +32,7 @@ def page(tunnel: EdgeTunnel, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_a_script_signs_in_by_a_subprotocol(tunnel: EdgeTunnel, page: Page) -> None:
-    """The origin gets the field that a script cannot set, and not the token as a subprotocol; the page gets its own."""
+    """The origin gets a field that scripts cannot set instead of the token; the page gets its own subprotocol."""
     before = len(tunnel.origin.requests)
     assert page.evaluate(ASK, [tunnel.uri, ["chat", "bearer.abc.def-123"]]) == ["chat", "grüße"]
     (request,) = tunnel.origin.requests[before:]
@@ -42,7 +42,7 @@ def test_a_script_signs_in_by_a_subprotocol(tunnel: EdgeTunnel, page: Page) -> N
 
 
 def test_a_refusal_is_an_error_event_of_the_page(tunnel: EdgeTunnel, page: Page) -> None:
-    """It learns no more than that; the log has the rest. Nothing reaches the origin."""
+    """The page learns no more than that; the log has the rest. Nothing reaches the origin."""
     before = len(tunnel.origin.requests)
     assert page.evaluate(ASK, [tunnel.uri, ["bearer.abc"]]) is None
     record = tunnel.wait_for("connection", status=400)

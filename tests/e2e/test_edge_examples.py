@@ -1,4 +1,4 @@
-"""Every worker in docs/edge does what its docstring says, through a real tunnel, and what it refuses stays outside."""
+"""Every worker in docs/edge does what its docstring says, in a real tunnel, and refused requests reach no origin."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ def _strict() -> Iterator[None]:
 
 @contextmanager
 def example(name: str, **options: Any) -> Iterator[EdgeTunnel]:
-    """A tunnel with that worker, which has not failed at anything by the end."""
+    """Run a tunnel with that worker, which must not have failed by the end."""
     with EdgeTunnel(f"{REPOSITORY}/docs/edge/{name}.py:fetch", **options) as tunnel:
         yield tunnel
     failures = [one for one in tunnel.log if one["event"].startswith("edge worker")]
@@ -73,7 +73,7 @@ def refused(answer: HandshakeResult, status: int) -> bool:
 
 
 def user_of(answer: HandshakeResult) -> list[str]:
-    """Who the origin is told that it is, by whichever name."""
+    """Return the user in the field that the origin gets."""
     assert answer.request is not None, answer
     return [value for name, value in answer.request.headers.items() if name.lower().replace("_", "-") == "x-user"]
 
@@ -127,14 +127,14 @@ class Issuer:
     def token(
         self, key: Any = None, algorithm: str = "RS256", headers: dict[str, Any] | None = None, **claims: Any
     ) -> str:
-        """Sign; a claim that is None is left out."""
+        """Sign a token; claims that are None are omitted."""
         now = int(time.time())
         all_claims = {"sub": "user-7", "iss": ISSUER, "aud": AUDIENCE, "exp": now + 600} | claims
         kept = {name: value for name, value in all_claims.items() if value is not None}
         return jwt.encode(kept, key or self.rsa, algorithm, {"kid": "rsa"} | (headers or {}))
 
     def by_hand(self, header: object, signature: Callable[[bytes], bytes], **claims: Any) -> str:
-        """A token that PyJWT would not make."""
+        """Return a token that PyJWT would refuse to create."""
         payload = jwt.decode(self.token(**claims), options={"verify_signature": False})
         parts = [_base64(json.dumps(header).encode()), _base64(json.dumps(payload).encode())]
         return b".".join([*parts, _base64(signature(b".".join(parts)))]).decode()
@@ -407,7 +407,7 @@ def test_an_ended_session_is_refused(sessions: tuple[EdgeTunnel, Any]) -> None:
 
 
 class Held:
-    """A way to Redis on which the answers to look-ups are held back from `hold` until `release`."""
+    """A proxy to Redis that holds back the responses to look-ups from `hold` until `release`."""
 
     def __init__(self, redis_port: int) -> None:
         self._redis_port = redis_port
@@ -432,7 +432,7 @@ class Held:
 
 
 def test_clients_that_disconnect_do_not_mix_up_sessions() -> None:
-    """A look-up that is cancelled must not leave its answer to the next one (redis-py had that fault in 2023)."""
+    """The response to a cancelled look-up must not be used for the next one (redis-py had that fault in 2023)."""
     server = RedisServer()
     held = Held(server.port)
     with server as client, RawOrigin(held) as way:

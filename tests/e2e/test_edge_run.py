@@ -1,4 +1,4 @@
-"""`tlstunnel edge run` and `config check`, as a person tries a worker before anybody connects."""
+"""`tlstunnel edge run` and `config check`, with which authors try a worker before clients connect."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def folder() -> Iterator[Path]:
 
 
 def said(folder: Path, *arguments: str, status: int = 0) -> tuple[str, str]:
-    """Standard output and standard error of a command that ends with that status."""
+    """Run a command that must exit with this status; return its standard output and standard error."""
     done = subprocess.run(
         [*PROGRAM, *arguments],
         cwd=folder,
@@ -81,7 +81,7 @@ def run(folder: Path, *arguments: str, status: int = 0) -> tuple[str, str]:
 
 
 def test_the_request_for_the_origin(folder: Path) -> None:
-    """Also by the site's own changes of fields, the worker's after them."""
+    """Including the site's own changes of fields, which the worker's changes follow."""
     out, err = run(
         folder, "GET /shard?a=1", "--config", "tlstunnel.toml", "--ip", "198.51.100.7", "--header", "X-User: 1"
     )
@@ -117,7 +117,7 @@ def test_json(folder: Path) -> None:
 
 
 def test_a_worker_that_fails(folder: Path) -> None:
-    """Status 1, and the traceback: what is wrong, and in which line."""
+    """Exit status 1, and the traceback with the problem and the line."""
     out, err = run(folder, "GET /boom", "--header", "X-Given: 1", status=1)
     assert "worker failed: 500" in out
     assert f'File "{folder}/edge.py", line 18, in fetch' in err
@@ -125,7 +125,7 @@ def test_a_worker_that_fails(folder: Path) -> None:
 
 
 def test_a_worker_that_is_late(folder: Path) -> None:
-    """By the site's own deadline."""
+    """With the deadline of the site."""
     out, _ = run(folder, "GET /late", "--config", "tlstunnel.toml", status=1)
     assert "worker timed out: 504" in out
     assert "within 0.1 s" in out

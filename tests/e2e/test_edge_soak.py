@@ -1,4 +1,4 @@
-"""Long-running: `./scripts/soak [SECONDS]`. What workers hold that are asked for hours, fail, are late and reloaded."""
+"""Long-running: `./scripts/soak [SECONDS]`. Workers that run for hours, fail and are reloaded must not leak."""
 
 import asyncio
 import os
@@ -62,7 +62,7 @@ def test_workers_leave_nothing_behind(certificate: Certificate) -> None:
 
 
 async def _ask(tunnel: Tunnel, seconds: float) -> int:
-    """Keep `CLIENTS` clients asking for so long, through a reload every few seconds; return how often they asked."""
+    """Keep `CLIENTS` clients sending requests, with a reload every few seconds; return the number of requests."""
     deadline = time.monotonic() + seconds
     reloading = asyncio.create_task(_reload(tunnel, deadline))
     asked = sum(await asyncio.gather(*(_client(tunnel, number, deadline) for number in range(CLIENTS))))

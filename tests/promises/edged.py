@@ -1,4 +1,4 @@
-"""A tunnel whose site has an edge worker, in a file beside its configuration, asked one handshake after another."""
+"""A tunnel whose site has an edge worker, in a file next to its configuration, and handshakes with it."""
 
 import json
 import signal
@@ -27,20 +27,20 @@ from tlstunnel.edge import Reply, WorkerRequest
 
 
 async def fetch(request, env):
-    """The function that the first segment of the path names, "asis" for none."""
+    """Call the function that the first segment of the path names, `asis` if it names none."""
     return await globals()[request.path.split("/")[1] or "asis"](request, env)
 
 
 async def asis(request, env):
     return request
 '''
-"""What a worker of many functions begins with."""
+"""The beginning of a worker with many functions."""
 
 FETCH = 'worker = "worker.py:fetch"\n'
 
 
 def edged(origin: str, certificate: Certificate, code: str, *, top: str = "", site: str = "", **options: Any) -> Tunnel:
-    """A tunnel with `policy` whose site has this worker; ``options`` are `Tunnel`'s."""
+    """Start a tunnel with `policy` whose site has this worker; ``options`` are those of `Tunnel`."""
     config = config_for(origin, certificate, top=top, site=FETCH + site)
     tunnel = Tunnel(None, certificate, config=config, **options)
     written(tunnel, code)
@@ -48,7 +48,7 @@ def edged(origin: str, certificate: Certificate, code: str, *, top: str = "", si
 
 
 def written(tunnel: Tunnel, code: str, name: str = "worker.py") -> None:
-    """Put a worker's code where the configuration looks for it, in one step."""
+    """Write a worker's code atomically to the file that the configuration names."""
     new = tunnel.folder / f"{name}.new"
     new.write_text(code)
     new.replace(tunnel.folder / name)
@@ -63,7 +63,7 @@ def asked(
     context: ssl.SSLContext | None = None,
     request: bytes | None = None,
 ) -> Outcome:
-    """Ask for a tunnel, and end it at once where there is one. A refusal reaches no origin: that is checked here."""
+    """Request a tunnel, and close it at once if it opens. Check that a refused request reaches no origin."""
     origin, tunnel = stage
     traffic = origin.play(switching_protocols)
     with connect_from(tunnel, ip, context) as client:
@@ -79,7 +79,7 @@ def asked(
 
 
 def told(stage: Servers, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
-    """What a worker says in JSON, in a refusal."""
+    """Return the JSON in a worker's reply."""
     return json.loads(asked(stage, target, headers, **options).body)
 
 
@@ -91,14 +91,14 @@ def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome
 
 
 def reloaded(tunnel: Tunnel, config: str | None = None) -> list[str]:
-    """Reload it by a signal, which takes less time than the command; give the changes."""
+    """Reload with a signal, which is faster than the command, and return the changes."""
     if config is not None:
         written(tunnel, config, tunnel.file.name)
     return list(_after_hangup(tunnel, "reloaded")["changes"])
 
 
 def not_reloaded(tunnel: Tunnel, config: str | None = None) -> str:
-    """Try to reload it by a signal, in vain; give the reason."""
+    """Attempt a reload with a signal that is refused, and return the reason."""
     if config is not None:
         written(tunnel, config, tunnel.file.name)
     return str(_after_hangup(tunnel, "not reloaded")["reason"])

@@ -1,4 +1,4 @@
-"""Certificates of sites and of clients, through the tunnel: renewal, several keys, who is let in, what is resumed."""
+"""Certificates of sites and clients, through a tunnel: renewal, several keys, accepted clients, resumed sessions."""
 
 import contextlib
 import os
@@ -115,7 +115,7 @@ def test_an_invalid_pair_replaces_nothing(
         (told,) = tunnel.wait_records(1, "certificate not replaced")
         assert str(cert) in told["reason"] or "a-key.pem" in told["reason"]
         assert served(tunnel, context).serial_number == first.serial_number
-        # Told to reload it says so too, and goes on.
+        # A reload reports the same, and is not refused.
         assert any(str(tmp_path) in line for line in tunnel.reload())
         assert served(tunnel, context).serial_number == first.serial_number
         authority.pair(tmp_path, "a")
@@ -240,7 +240,7 @@ def test_a_ticket_of_an_open_site_does_not_open_a_closed_one(
     tmp_path: Path,
     version: str,
 ) -> None:
-    """With openssl's own client, which offers whatever session it is given."""
+    """With the client of openssl, which offers any session that it is given."""
     names = (x509.DNSName("localhost"), x509.DNSName("closed.example"))
     authority.pair(tmp_path, "a", names=names)
     session = tmp_path / "session.pem"

@@ -1,6 +1,7 @@
-"""A worker that fails, is late or answers nonsense costs its own request: a 500 or 504 with an id, the rest in the log.
+"""A worker that fails, is late or returns nonsense affects only its own request: a 500 or 504 with an id.
 
-With `worker_on_error = "forward"` such a request goes on as it came; one whose refusal was spoilt does not.
+The log has the rest. With `worker_on_error = "forward"` the request is forwarded unchanged, but not if the worker meant
+to refuse it with an invalid reply.
 """
 
 import os
@@ -136,7 +137,7 @@ first = []
 
 
 async def anothers(request, env):
-    """The request of somebody else, which it has kept."""
+    """Return another client's request, which it has kept."""
     first.append(request)
     return first[0]
 
@@ -146,7 +147,7 @@ async def late(request, env):
 
 
 async def stubborn(request, env):
-    """Goes on, whatever cancels it, until it is let go."""
+    """Ignores cancellation until it is released."""
     events.append("begun " + request.query["id"])
     while "let go" not in events:
         try:
@@ -240,7 +241,7 @@ def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refu
     ],
 )
 def test_any_exception_is_a_500(refusing: Servers, how: str, named: str) -> None:
-    """An exit or an interrupt, too: it ends no process."""
+    """Also SystemExit and KeyboardInterrupt: the process stays."""
     tunnel = refusing[1]
     pid = tunnel.pid
     outcome = asked(refusing, f"/{how}?text=other")
@@ -276,7 +277,7 @@ def test_a_long_exception_is_cut(refusing: Servers) -> None:
 
 
 class _Text:
-    """A tunnel that logs in text, and what it wrote."""
+    """A tunnel that logs in text, and its log."""
 
     def __init__(self, folder: Path, config: str) -> None:
         (folder / "t.toml").write_text(config)
@@ -316,7 +317,7 @@ FORGED = "2026-01-01 00:00:00 [info     ] connection                     client=
 
 @pytest.fixture(scope="module")
 def in_text(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What a tunnel that logs in text has written of an exception with a nasty text."""
+    """Return what a tunnel that logs in text wrote about an exception with a hostile text."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "worker.py").write_text(WORKER)
     text = _Text(folder, config_for("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
@@ -338,7 +339,7 @@ def test_exceptions_in_the_text_log(in_text: bytes) -> None:
 
 
 def test_no_line_of_the_text_log_can_be_forged(in_text: bytes) -> None:
-    """A line of an exception's text begins no line of the log: one could not be told from a record."""
+    """No line of an exception's text starts a line of the log: it could look like a record."""
     assert FORGED.encode() in in_text
     assert FORGED not in in_text.decode().splitlines()
 
@@ -378,7 +379,7 @@ def test_other_return_values_are_errors(refusing: Servers, of: str, said: str) -
 
 
 def test_changing_the_headers_of_a_reply_later(certificate: Certificate) -> None:
-    """A reply keeps what it was made with, or is a fault of the worker; it is answered in any case."""
+    """A reply keeps its original headers, or is an error of the worker; the client gets a response in any case."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         outcome = asked((origin, tunnel), "/changed_afterwards")
         assert outcome.status in (403, 500)
@@ -386,7 +387,7 @@ def test_changing_the_headers_of_a_reply_later(certificate: Certificate) -> None
 
 
 def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate) -> None:
-    """One that a worker has kept, by mistake: its cookies and its key are not this client's."""
+    """A worker may keep a request by mistake: its cookies and its key are not this client's."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         asked((origin, tunnel), "/anothers", [("Cookie", "sid=first")])
         assert asked((origin, tunnel), "/anothers", [("Cookie", "sid=second")]).status == 500
@@ -408,7 +409,7 @@ def test_a_late_worker_is_a_504_in_time(refusing: Servers) -> None:
 
 @pytest.mark.alone
 def test_a_worker_that_ignores_its_cancellation(refusing: Servers) -> None:
-    """It is answered in time all the same, and what it says later goes nowhere."""
+    """The client gets a response in time all the same, and a later result is discarded."""
     began = time.monotonic()
     assert asked(refusing, "/stubborn?id=s").status == 504
     assert time.monotonic() - began < WORKER_TIMEOUT + 1
@@ -435,7 +436,7 @@ def patient(certificate: Certificate) -> Iterator[Servers]:
 
 @pytest.mark.parametrize("leave", [reset, socket.socket.close], ids=["reset", "end"])
 def test_a_client_that_leaves_cancels_its_worker(patient: Servers, leave: Callable[[socket.socket], None]) -> None:
-    """At once, and not at the deadline; it is no failure of the worker's."""
+    """At once, not at the deadline; it does not count as a failure of the worker."""
     tunnel, name = patient[1], leave.__name__
     client = connect_tls(tunnel)
     client.sendall(handshake_request(f"/waits/{name}?id={name}"))
@@ -461,7 +462,7 @@ def test_a_client_that_leaves_cancels_its_worker(patient: Servers, leave: Callab
     ],
 )
 def test_on_error_forward_sends_the_request_unchanged(forwarding: Servers, how: str, saw: str, event: str) -> None:
-    """Nothing that the worker has done to it by then."""
+    """Without any change that the worker had made by then."""
     outcome = asked(forwarding, f"/{how}", [("Cookie", "a=1")])
     assert (outcome.status, outcome.record["edge"]) == (101, saw)
     assert outcome.target.decode() == f"/{how}"
@@ -472,7 +473,7 @@ def test_on_error_forward_sends_the_request_unchanged(forwarding: Servers, how: 
 
 @pytest.mark.parametrize("how", ["endpoint?status=101", "endpoint?status=200", f"spoilt?text={quote(chr(10))}"])
 def test_on_error_forward_does_not_apply_to_an_invalid_reply(forwarding: Servers, how: str) -> None:
-    """A refusal was meant."""
+    """The worker meant to refuse."""
     outcome = asked(forwarding, f"/{how}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "forwarded" not in _logged(forwarding[1], outcome)
@@ -487,7 +488,7 @@ def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Serve
 
 
 def test_a_worker_that_cannot_be_loaded_is_one_line_of_error(certificate: Certificate, tmp_path: Path) -> None:
-    """At the start, and from `config check` where that loads it: the file, the line and what is wrong."""
+    """At start and in `config check`: the file, the line and the problem."""
     (tmp_path / "t.toml").write_text(config_for("127.0.0.1:1", certificate, site='worker = "worker.py:fetch"\n'))
     (tmp_path / "worker.py").write_text("import json\n\nraise ValueError('no \\x1b[2J settings')\n")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A worker sends to the site's origins and to what `worker_origins` allows; anything else is a 502, and logged.
+"""A worker may choose the site's origins and those in `worker_origins`; any other is a 502, and logged.
 
 The workers here do what no worker should: they take the address, and whatever else they set, from the client.
 """
@@ -47,7 +47,7 @@ async def protocol(request, env):
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[ScriptedOrigin]:
-    """An origin that is nobody's; it listens at 127.0.0.1, and whoever reaches it has found an open relay."""
+    """An origin that no site has, on 127.0.0.1. A request that reaches it has found an open relay."""
     with ScriptedOrigin() as target:
         yield target
 
@@ -63,7 +63,7 @@ def stage(certificate: Certificate) -> Iterator[Servers]:
 
 
 def _sent(stage: Servers, target: ScriptedOrigin, where: str) -> Outcome:
-    """Send it there; nothing has reached the origin that is nobody's."""
+    """Request this destination, and check that nothing has reached the forbidden origin."""
     traffic = target.play(switching_protocols)
     outcome = asked(stage, "/to", [("X-To", where)])
     assert traffic.connections == 0, "an open relay"
@@ -90,7 +90,7 @@ def _sent(stage: Servers, target: ScriptedOrigin, where: str) -> Outcome:
     ],
 )
 def test_an_address_outside_is_refused(stage: Servers, target: ScriptedOrigin, where: str) -> None:
-    """However it is written. The log has it, and the client only that there is no such origin for it."""
+    """In every spelling. The log names it; the client only learns that the origin is not allowed."""
     where = where.format(port=target.address.rpartition(":")[2])
     outcome = _sent(stage, target, where)
     assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
@@ -101,7 +101,7 @@ def test_an_address_outside_is_refused(stage: Servers, target: ScriptedOrigin, w
 
 @pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "localhost."])
 def test_a_name_that_resolves_outside_is_refused(stage: Servers, target: ScriptedOrigin, name: str) -> None:
-    """Networks are allowed, and so names may be asked for; but this one's addresses are in none of them."""
+    """Networks are allowed, so names may be resolved; but the addresses of this name are in none of them."""
     outcome = _sent(stage, target, f"{name}:{target.address.rpartition(':')[2]}")
     assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
     assert "none of its addresses is in worker_origins" in outcome.record["detail"]
@@ -135,12 +135,12 @@ def test_a_name_that_resolves_outside_is_refused(stage: Servers, target: Scripte
     ],
 )
 def test_an_old_form_of_an_address_is_a_500(stage: Servers, target: ScriptedOrigin, where: str) -> None:
-    """An old form of an IPv4 address, which resolvers would take, is none: a fault of the worker, and a 500."""
+    """An old form of an IPv4 address, which resolvers accept, is an error of the worker: a 500."""
     assert _sent(stage, target, where).status == 500
 
 
 def test_a_name_that_cannot_be_resolved(stage: Servers, target: ScriptedOrigin) -> None:
-    """A name that is allowed is asked for as any other origin's."""
+    """An allowed name is resolved like that of any origin."""
     outcome = _sent(stage, target, "shard-1.inside.example:80")
     assert (outcome.status, outcome.reason) == (502, "origin unreachable")
 
@@ -152,7 +152,7 @@ def test_a_declared_origin(stage: Servers) -> None:
 
 
 def test_a_declared_origin_under_another_name_is_refused(certificate: Certificate, target: ScriptedOrigin) -> None:
-    """Without `worker_origins` there is the declared one alone, as it is written, and no name is even asked for."""
+    """Without `worker_origins`, only the declared origin is allowed, as it is written, and no name is resolved."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
         port = origin.address.rpartition(":")[2]
         for where in (
@@ -231,7 +231,7 @@ HOSTILE = (
 @pytest.mark.parametrize("value", HOSTILE)
 @pytest.mark.parametrize("how", ["user?u=", "field?f=", "query?q=", "host?h=", "reply?l=", "protocol?s="])
 def test_no_value_can_split_the_head(stage: Servers, how: str, value: str) -> None:
-    """A value that the client chose, decoded by the worker, ends no line. It is a 500, and no origin is asked."""
+    """A client's value that the worker decodes cannot end a line. It is a 500, and no origin is connected to."""
     if "\0" in value:  # the firewall's own, before the worker
         assert asked(stage, f"/{how}{quote(value)}").status == 400
         return
@@ -243,7 +243,7 @@ def test_no_value_can_split_the_head(stage: Servers, how: str, value: str) -> No
 
 @pytest.mark.parametrize("value", [value for value in HOSTILE if "\0" not in value])
 def test_no_path_can_split_the_request_line(stage: Servers, value: str) -> None:
-    """A path may hold anything: it is escaped."""
+    """A path may contain anything: it is escaped."""
     outcome = asked(stage, f"/path?p=/{quote(value)}")
     assert outcome.status == 101
     line, *fields = outcome.head.split(b"\r\n")
@@ -277,7 +277,7 @@ def test_fields_of_the_handshake_stay(stage: Servers, name: str) -> None:
 
 @pytest.mark.parametrize("forged", ["X-User_Id", "x_user-ID"])
 def test_a_client_cannot_forge_a_set_field_in_another_spelling(certificate: Certificate, forged: str) -> None:
-    """CGI and WSGI take every underscore for a hyphen, and join what is then of one name."""
+    """CGI and WSGI treat underscores as hyphens, and join fields whose names are then equal."""
     code = BY_PATH + "async def ann(request, env):\n    return request.forward(headers={'X-User-Id': 'ann'})\n"
     with ScriptedOrigin() as origin, edged(origin.address, certificate, code) as tunnel:
         head = asked((origin, tunnel), "/ann", [(forged, "bob")]).head

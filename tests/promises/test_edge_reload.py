@@ -1,4 +1,4 @@
-"""A reload loads the workers again and touches no tunnel; one that cannot be used refuses it, and the old goes on."""
+"""A reload loads the workers again and affects no tunnel. An invalid worker refuses it, and the old one stays."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -31,15 +31,15 @@ FOLDER = pathlib.Path(os.environ["EDGE_NOTES"])
 
 
 def note(*words):
-    """Write down what has happened in this process."""
+    """Note what has happened in this process."""
     with (FOLDER / "notes").open("a") as file:
         file.write(f"{os.getpid()} {' '.join(map(str, words))}\\n")
 '''
-"""What workers here begin with."""
+"""The beginning of the workers in this file."""
 
 
 def worker(version: str, more: str = "") -> str:
-    """One that says its version, and notes what is done with it."""
+    """Return the code of a worker that replies with its version, and notes its calls."""
     return f'''{NOTES}
 async def setup(config):
     note("{version} setup", threading.current_thread().name, json.dumps(config))
@@ -69,18 +69,18 @@ def origin() -> Iterator[RawOrigin]:
 
 
 class Notes:
-    """What workers have noted; `environment` tells them where."""
+    """What workers have noted. `environment` names the file to them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {"EDGE_NOTES": str(folder)}
 
     def read(self) -> list[str]:
-        """The notes so far, without their processes."""
+        """Return the notes so far, without their processes."""
         return [line.partition(" ")[2] for line in self._lines()]
 
     def pids(self, beginning: str) -> list[int]:
-        """The processes that have noted this."""
+        """Return the processes that have noted this."""
         return [int(line.split()[0]) for line in self._lines() if line.partition(" ")[2].startswith(beginning)]
 
     def _lines(self) -> list[str]:
@@ -99,7 +99,7 @@ Started = Callable[..., Tunnel]
 
 @pytest.fixture
 def started(origin: RawOrigin, certificate: Certificate, notes: Notes) -> Started:
-    """Makes tunnels whose workers can note things."""
+    """Start tunnels whose workers can take notes."""
 
     def make(code: str, **options: Any) -> Tunnel:
         environment = notes.environment | options.pop("environment", {})
@@ -109,7 +109,7 @@ def started(origin: RawOrigin, certificate: Certificate, notes: Notes) -> Starte
 
 
 def _says(tunnel: Tunnel, path: str = "/version") -> str:
-    """The version that answers; "" where the request is forwarded."""
+    """Return the version that replies; "" if the request is forwarded."""
     with connect_tls(tunnel) as client:
         answer = upgrade(client, path)
         if answer.status == 101:
@@ -179,7 +179,7 @@ def test_a_reload_may_add_the_first_worker(origin: RawOrigin, certificate: Certi
 
 
 def test_a_request_in_flight_is_finished_by_the_old_worker(started: Started, notes: Notes) -> None:
-    """And that one's teardown comes after it."""
+    """The teardown of the old worker comes after it."""
     with started(worker("one"), site='worker_timeout = "1m"\n') as tunnel, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(_says, tunnel, "/slow/version")
         eventually(lambda: "one begun" in notes.read())
@@ -257,7 +257,7 @@ def test_the_command_says_why(shared: Tunnel) -> None:
 def test_a_refused_reload_tears_down_the_other_new_workers(
     started: Started, notes: Notes, certificate: Certificate
 ) -> None:
-    """Of two that are new, the first is set up, and torn down again when the second cannot be."""
+    """Of two new workers, the first is set up, and torn down again because the second fails."""
     with started(worker("one")) as tunnel:
         written(tunnel, worker("two"))
         written(tunnel, "async def fetch(r, e): ...\nasync def setup(c):\n    raise ValueError\n", "bad.py")
@@ -291,7 +291,7 @@ def test_setup_is_called_once_per_process(started: Started, notes: Notes) -> Non
 
 
 def test_a_reload_that_one_process_refuses_is_refused_by_all(started: Started, notes: Notes) -> None:
-    """And in the other, what was set up for it is torn down."""
+    """In the other process, the new worker is torn down again."""
     first_alone = (
         "import os\nfrom pathlib import Path\n"
         "def taken():\n"
@@ -314,7 +314,7 @@ def test_a_reload_that_one_process_refuses_is_refused_by_all(started: Started, n
 def test_a_module_changes_only_with_an_upgrade(
     origin: RawOrigin, certificate: Certificate, notes: Notes, tmp_path: Path
 ) -> None:
-    """A reload lets it go on, `env` and all; its tunnels stay through both."""
+    """A reload keeps it with its `env`; tunnels stay open through both."""
     versions = Versions(tmp_path / "versions")
     package = tmp_path / "modules" / "edge_of_a_test"
     package.mkdir(parents=True)
@@ -399,7 +399,7 @@ def test_a_thread_that_never_responds_is_replaced(started: Started, notes: Notes
 
 
 def test_a_blocked_thread_and_a_refused_reload(started: Started, notes: Notes) -> None:
-    """The old one goes on, once it is let go; and the next reload does what it says."""
+    """The old worker works again once it is released, and the next reload takes effect."""
     with started(HOLD, site='worker_timeout = "300ms"\n', errors_expected=True) as tunnel:
         assert _says(tunnel, "/hold").startswith("504 ")
         written(tunnel, "async def fetch(r, e): ...\nasync def setup(c):\n    raise ValueError\n")
@@ -435,7 +435,7 @@ def test_a_refused_first_worker_and_then_a_valid_one(
     ],
 )
 def test_a_failed_teardown_does_not_block_the_others(started: Started, notes: Notes, ends: str) -> None:
-    """At a reload and at the end: it is logged, and what comes after it comes. The third is how tasks are ended."""
+    """At a reload and at exit: it is logged, and the rest continues. The third case is how tasks are cancelled."""
     code = worker("one").replace('note("one teardown", env["version"])', f'note("one teardown"); {ends}')
     with started(code) as tunnel:
         reloaded(tunnel)
@@ -452,7 +452,7 @@ def test_a_failed_teardown_does_not_block_the_others(started: Started, notes: No
 
 @pytest.mark.alone
 def test_many_reloads_leave_nothing(started: Started, notes: Notes) -> None:
-    """No memory, no thread, no descriptor, whether they are refused or not."""
+    """No memory, thread or descriptor, whether they are refused or not."""
     megabyte = f"DATA = bytearray(os.urandom(1 << 20))\n{worker('one')}".replace("DATA", "import os\nDATA", 1)
     with started(megabyte, measured=True) as tunnel:
 

@@ -1,4 +1,4 @@
-"""Established tunnels, and the handshakes of other sites, go on at their pace whatever a worker does.
+"""Established tunnels, and the handshakes of other sites, keep their pace whatever a worker does.
 
 Ten tunnels exchange numbered messages all the time, and a site without a worker is asked for one more again and again,
 while workers wait, sleep, compute, raise and leak. `MOST` is what a message or such a handshake may take meanwhile: a
@@ -31,11 +31,11 @@ from tests.promises.wire import read_until_end
 
 TUNNELS = 10
 HELD = 1.6
-"""Seconds that a worker holds its thread."""
+"""Seconds for which a worker blocks its thread."""
 pytestmark = pytest.mark.alone
 
 MOST = 0.6
-"""Seconds. The machine's own noise is a tenth of that: three programs share its cores with whoever else."""
+"""Seconds. The noise of the machine is a tenth of that: three programs and others share its cores."""
 
 WORKER = (
     BY_PATH
@@ -139,7 +139,7 @@ async def forever(request, env):
 
 
 def line_of(text: str) -> int:
-    """The line of the worker's file that holds this."""
+    """Return the number of the line of the worker's file that contains this."""
     return next(number for number, line in enumerate(WORKER.splitlines(), 1) if text in line)
 
 
@@ -150,7 +150,7 @@ def origin() -> Iterator[WebsocketsOrigin]:
 
 
 def _both(origin: WebsocketsOrigin, certificate: Certificate, **options: Any) -> Tunnel:
-    """localhost with a worker, and 127.0.0.1, which a client without SNI means, without."""
+    """Configure localhost with a worker, and 127.0.0.1, for clients without SNI, without one."""
     plain = (
         f'[[sites]]\nnames = ["127.0.0.1"]\ndefault = true\norigins = ["{origin.address}"]\n'
         f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
@@ -166,13 +166,13 @@ def started(origin: WebsocketsOrigin, certificate: Certificate) -> Iterator[Tunn
 
 @pytest.fixture
 def tunnel(started: Tunnel) -> Tunnel:
-    """Once nobody holds the workers' thread any more."""
+    """Return the tunnel once the workers' thread is free."""
     eventually(lambda: _statuses(started, "/", 1) == {101})
     return started
 
 
 class Beside:
-    """What goes on while a worker does something; `message` and `handshake` are the longest that one took, seconds."""
+    """Traffic while a worker runs. `message` and `handshake` are the longest times that one took, in seconds."""
 
     def __init__(self, tunnel: Tunnel) -> None:
         self._tunnel = tunnel
@@ -182,7 +182,7 @@ class Beside:
         self.exchanged = self.opened = 0
 
     async def while_(self, attack: Callable[[], object]) -> object:
-        """Begin, then call `attack` in a thread, and go on until it is through and each has done something since."""
+        """Start, call `attack` in a thread, and continue until it has ended and all traffic has moved since."""
         tunnels = [await Numbered.open(self._tunnel.port, self._context) for _ in range(TUNNELS)]
         beside = [asyncio.ensure_future(self._talk(one)) for one in tunnels]
         beside.append(asyncio.ensure_future(self._arrive()))
@@ -222,7 +222,7 @@ class Beside:
 
 
 def _statuses(tunnel: Tunnel, path: str, count: int, at_once: int = 10) -> set[int]:
-    """Ask so many times; how it was answered."""
+    """Send so many requests and return their statuses."""
     context = client_context(tunnel)
 
     def one() -> int:
@@ -276,7 +276,7 @@ def test_a_worker_that_fails_and_leaks(tunnel: Tunnel, path: str, count: int, st
     ],
 )
 def test_a_worker_that_blocks_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
-    """Its requests are answered by the deadline, and the log names it with the line in which it stands."""
+    """Its requests get a response by the deadline, and the log names it with the line that blocks."""
     seen = len(tunnel.records("edge worker blocks the event loop"))
 
     def attack() -> float:
@@ -294,14 +294,14 @@ def test_a_worker_that_blocks_the_workers_loop(tunnel: Tunnel, path: str, stands
     if path == "/sleeps":
         assert (named["line"], named["code"]) == (f"{tunnel.folder}/worker.py:{line_of(stands)}", code)
     assert named["seconds"] >= 0.25
-    # It is said once, and that it goes on.
+    # It is logged once, and so is its end.
     tunnel.wait_records(1, "edge worker resumed")
     assert _statuses(tunnel, "/", 1) == {101}
     assert len(tunnel.records("edge worker blocks the event loop")) == seen + 1
 
 
 def test_a_worker_that_holds_the_gil_is_named(tunnel: Tunnel) -> None:
-    """A regular expression that backtracks holds Python's lock, and so the tunnels too: it is named once it is over."""
+    """A regular expression that backtracks holds the GIL, and so blocks tunnels too: it is named once it is over."""
     _statuses(tunnel, "/calls_c", 1)
     (named,) = tunnel.wait_records(1, "edge worker holds the GIL", timeout=5)
     assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
@@ -311,7 +311,7 @@ def test_a_worker_that_holds_the_gil_is_named(tunnel: Tunnel) -> None:
 
 
 def test_other_requests_of_a_blocked_worker(tunnel: Tunnel) -> None:
-    """They wait for the one that holds the thread, but no longer than their own deadline."""
+    """They wait for the worker that blocks the thread, but no longer than their own deadline."""
     with ThreadPoolExecutor(1) as pool:
         holds = pool.submit(_statuses, tunnel, "/sleeps", 1)
         began = time.monotonic()
@@ -325,7 +325,7 @@ def test_other_requests_of_a_blocked_worker(tunnel: Tunnel) -> None:
 
 
 def test_a_worker_that_leaks_every_descriptor(origin: WebsocketsOrigin, certificate: Certificate) -> None:
-    """Then there is none for another connection; but what is established has its own."""
+    """Then none is left for new connections; but established tunnels have their own."""
     with _both(origin, certificate, descriptors=256) as tunnel:
 
         async def run() -> None:
@@ -364,5 +364,5 @@ def test_a_process_exits_although_a_worker_does_not_end(origin: WebsocketsOrigin
 def test_a_process_exits_although_a_thread_of_a_worker_does_not_end(
     origin: WebsocketsOrigin, certificate: Certificate
 ) -> None:
-    """What the watchdog recommends: `asyncio.to_thread`. One that sleeps for an hour would hold a release that long."""
+    """The watchdog recommends `asyncio.to_thread`; a thread that sleeps for an hour must not delay an upgrade."""
     _stops_within(origin, certificate, "/in_a_thread", 2.5)

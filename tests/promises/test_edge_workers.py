@@ -1,4 +1,4 @@
-"""A site's edge worker sees each upgrade request after the firewall and before the origin, and says what becomes of it.
+"""A site's edge worker sees each upgrade request after the firewall and before the origin, and decides about it.
 
 It can forward the request as it is, changed or elsewhere, or refuse it; and it sees nothing but the request.
 """
@@ -46,7 +46,7 @@ async def setup(config):
 
 
 async def seen(request, env):
-    """Whom it has met so far."""
+    """Reply with the requests that it has seen so far."""
     return Reply(400, json.dumps(met))
 
 
@@ -110,7 +110,7 @@ async def protocols(request, env):
 
 
 def all_of(thing, depth=0):
-    """Every value that can be reached from a request, but by way of a module or a class."""
+    """Iterate over all values reachable from a request, except through a module or a class."""
     yield thing
     if depth < 8 and not isinstance(thing, (type, type(json))):
         inner = [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
@@ -203,7 +203,7 @@ def test_it_is_called_once_per_request(stage: Servers) -> None:
 
 
 def test_it_is_not_called_for_plain_requests(stage: Servers) -> None:
-    """`http = "pass"`: it is for the upgrade alone."""
+    """With `http = "pass"`."""
     origin, tunnel = stage
     before = told(stage, "/seen")
     traffic = origin.play(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage", then="end")
@@ -232,7 +232,7 @@ SENT = (
 
 
 def test_a_request_forwarded_unchanged(stage: Servers) -> None:
-    """Byte by byte what the origin of a site without a worker gets."""
+    """The origin gets exactly the bytes that it would get without a worker."""
     outcome = asked(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
         "GET /asis/a%20b?x=%41&y HTTP/1.1",
@@ -259,7 +259,7 @@ def test_a_request_forwarded_unchanged(stage: Servers) -> None:
 
 
 def test_a_request_forwarded_with_changes(stage: Servers) -> None:
-    """Byte by byte: what it sets takes the place of the client's, in the spelling with an underscore too."""
+    """Byte by byte: what it sets replaces the client's fields, also those spelled with an underscore."""
     outcome = asked(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
         "GET /chat%20room/%C3%BC?room=1&room=2&name=a%26b HTTP/1.1",
@@ -283,7 +283,7 @@ def test_a_request_forwarded_with_changes(stage: Servers) -> None:
 
 
 def test_a_request_forwarded_to_another_origin(stage: Servers, other: ScriptedOrigin) -> None:
-    """To a declared origin of its choice, here that of a route."""
+    """To a declared origin that it chooses, here that of a route."""
     origin, tunnel = stage
     mine, its = origin.play(switching_protocols), other.play(switching_protocols)
     with connect_tls(tunnel) as client:
@@ -331,11 +331,11 @@ def test_a_reply_of_bytes_and_one_without_a_body(stage: Servers) -> None:
     assert unmodified.raw.endswith(b"\r\n\r\n")
 
 
-# --- what it is told --------------------------------------------------------------------------------------------------
+# --- what it sees -----------------------------------------------------------------------------------------------------
 
 
 def test_the_request_as_the_client_sent_it(stage: Servers) -> None:
-    """Repeated fields are kept, names are found in any case, and what the firewall compares is what it sees."""
+    """Repeated fields are kept, names match in any case, and it sees what the firewall compares."""
     cookies = [("Cookie", 'sid="5"; b=2'), ("Cookie", "sid=6")]
     sent = [("X-User", "a"), ("x-user", "b"), *cookies, ("Sec-WebSocket-Protocol", "v1, v2"), ("X-Bytes", "J\xfcrgen")]
     found = told(stage, "/facts/%41//b?q=1&q=%C3%BC&r=a+b", sent)
@@ -353,7 +353,7 @@ def test_the_request_as_the_client_sent_it(stage: Servers) -> None:
 
 
 def test_the_client_behind_a_proxy_and_without_one(stage: Servers) -> None:
-    """The address that the log has and the lists mean: of a proxy that is trusted, what it says."""
+    """The address as in the log and for lists: behind a trusted proxy, the one that the proxy names."""
     said = [("X-Forwarded-For", "198.51.100.7")]
     assert told(stage, "/facts", said, ip=PROXY)["client_address"] == "198.51.100.7"
     assert told(stage, "/facts", said, ip="127.0.0.3")["client_address"] == "127.0.0.3"
@@ -369,7 +369,7 @@ def test_the_client_that_a_proxy_header_names(certificate: Certificate) -> None:
 
 
 def test_its_id_is_that_of_the_record_and_the_origin(stage: Servers) -> None:
-    """A trusted proxy's id, where it gives one; otherwise the tunnel's own."""
+    """The id of a trusted proxy, if it sends one; otherwise the tunnel's own."""
     outcome = asked(stage, "/facts")
     assert json.loads(outcome.body)["id"] == outcome.record["id"] == outcome.headers["X-Request-Id"]
     given = asked(stage, "/facts", [("X-Request-Id", "of-the-proxy.1")], ip=PROXY)
@@ -393,7 +393,7 @@ def test_the_clients_tls(stage: Servers, version: ssl.TLSVersion) -> None:
 
 
 def test_the_clients_certificate(stage: Servers, people: tuple[Path, tuple[Path, Path]]) -> None:
-    """Subject and DER of the one that was verified; None where the client shows none."""
+    """Subject and DER of the verified certificate; None for a client without one."""
     assert told(stage, "/facts")["certificate"] is None
     context = client_context(stage[1])
     context.load_cert_chain(*people[1])
@@ -407,7 +407,7 @@ def test_the_clients_certificate(stage: Servers, people: tuple[Path, tuple[Path,
 
 
 def test_a_token_in_a_subprotocol_is_removed(certificate: Certificate) -> None:
-    """Client and origin agree on what is left: negotiated by libraries that nobody here wrote."""
+    """Client and origin agree on one of the rest, as negotiated by independent libraries."""
     with (
         WebsocketsOrigin(subprotocols=["secret-token", "chat"]) as origin,
         edged(origin.address, certificate, WORKER) as tunnel,
@@ -433,7 +433,7 @@ def test_an_origin_cannot_choose_a_removed_subprotocol(stage: Servers, chosen: s
 
 
 def test_it_never_sees_bytes_after_the_request(stage: Servers) -> None:
-    """Nothing that can be reached from the request holds it, and it arrives at the origin alone, after the 101."""
+    """Nothing reachable from the request contains them, and only the origin gets them, after the 101."""
     origin, tunnel = stage
     traffic = origin.play(switching_protocols, then="end")
     with connect_tls(tunnel) as client:
@@ -454,7 +454,7 @@ def test_bytes_after_a_refused_request_are_discarded(stage: Servers) -> None:
 
 
 def test_it_never_sees_a_message(certificate: Certificate) -> None:
-    """Messages go by it both ways: it is asked once, and what it keeps of the request says nothing of them."""
+    """Messages bypass it both ways: it is called once, and a request that it keeps shows nothing of them."""
     with RawOrigin(_chatty) as origin, edged(origin.address, certificate, WORKER) as tunnel:
         with connect_tls(tunnel) as client:
             assert upgrade(client, "/asis").status == 101
@@ -475,7 +475,7 @@ def _chatty(sock: socket.socket) -> None:
 
 
 def test_it_may_choose_a_wss_origin(certificate: Certificate, tmp_path: Path) -> None:
-    """Its certificate is verified as the site's own origins' are: by `origin_ca`, for the name that was chosen."""
+    """Its certificate is verified like that of the site's origins: by `origin_ca`, for the chosen name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.cert, certificate.key)
 

@@ -1,4 +1,4 @@
-"""Client certificates: who is let in, what the origin is told, and which sessions resume."""
+"""Client certificates: which clients are accepted, what the origin gets, and which sessions resume."""
 
 import ssl
 import subprocess
@@ -193,7 +193,7 @@ def test_an_expired_policy_is_a_warning_and_replaces_nothing(ca: Path, tmp_path:
 
 
 class Asked:
-    """A site that asks for client certificates, and clients with and without one."""
+    """A site that requires client certificates, and clients with and without one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -206,7 +206,7 @@ class Asked:
         return Certificates().serve(self.files, ClientFiles(self.ca, crl, required, allow))
 
     def open(self) -> ServerCredentials:
-        """Another one with the same certificate, that asks for nothing."""
+        """Another site with the same certificate, which requires no client certificates."""
         return Certificates().serve(self.files)
 
 
@@ -217,7 +217,7 @@ def asked(tmp_path: Path) -> Asked:
 
 @contextmanager
 def seen_by(site: ServerCredentials) -> Iterator[tuple[ssl.SSLContext, list[str]]]:
-    """The site's context, and a list that fills with the subject of each connection, or why it was refused."""
+    """Provide the site's context, and a list of the subject of each connection, or why it was refused."""
     seen: list[str] = []
 
     class Looking(ssl.SSLSocket):
@@ -242,7 +242,7 @@ def subject_seen(site: ServerCredentials, client: ssl.SSLContext, times: int = 1
 
 
 def refused(site: ServerCredentials, client: ssl.SSLContext) -> str:
-    """The alert that a client reads: with TLS 1.3 its own part of the TLS handshake is done before."""
+    """Return the alert that a client reads. With TLS 1.3 its own part of the TLS handshake is complete by then."""
     with tls_server(site.context()) as address, pytest.raises(ssl.SSLError) as caught, tls_client(address, client):
         pass
     return str(caught.value.reason)
@@ -328,7 +328,7 @@ def test_an_intermediate_may_be_the_only_authority(asked: Asked) -> None:
 
 
 def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContext) -> bool:
-    """Whether a session that began with ``first`` goes on with ``second``."""
+    """Return whether a session that began with ``first`` is resumed with ``second``."""
     with tls_server(first, second) as address:
         with tls_client(address, client) as one:
             assert not one.session_reused
@@ -341,7 +341,7 @@ def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContex
 def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
     asked: Asked, version: ssl.TLSVersion
 ) -> None:
-    """Python gives every context one session id context: nothing but their own keys keeps tickets apart (seen)."""
+    """Python gives every context one session id context: only their own ticket keys keep them apart (seen)."""
     without, with_one = client_context(asked.ca, version), client_context(asked.ca, version, pair=asked.ann)
     free, strict = asked.open().context(), asked.site().context()
     alert = {VERSIONS[0]: "SSLV3_ALERT_HANDSHAKE_FAILURE", VERSIONS[1]: "TLSV13_ALERT_CERTIFICATE_REQUIRED"}[version]
@@ -357,7 +357,7 @@ def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
 
 
 def test_no_session_is_stored_for_a_client_without_tickets(asked: Asked) -> None:
-    """By its id it could resume in TLS 1.2, and thousands of them would be memory."""
+    """With its id it could be resumed in TLS 1.2, and thousands of sessions would take memory."""
     client = client_context(asked.ca, VERSIONS[0])
     client.options |= ssl.OP_NO_TICKET
     context = asked.open().context()
@@ -367,7 +367,7 @@ def test_no_session_is_stored_for_a_client_without_tickets(asked: Asked) -> None
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 def test_a_ticket_of_another_site_does_not_resume_with_openssl(asked: Asked, version: str) -> None:
-    """The client that nobody here wrote."""
+    """With an independent client."""
     free, strict = asked.open().context(), asked.site().context()
     session = asked.folder / "session.pem"
 
@@ -390,7 +390,7 @@ def test_a_ticket_of_another_site_does_not_resume_with_openssl(asked: Asked, ver
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_resumed_session_is_checked_like_a_new_one(asked: Asked, version: ssl.TLSVersion) -> None:
-    """Tickets carry the certificate: it is judged by what is allowed when the session resumes."""
+    """Tickets carry the certificate, which is checked against what is allowed when the session resumes."""
     client = client_context(asked.ca, version, pair=asked.ann)
     site = asked.site(allow=("cn:ann",))
     with seen_by(site) as (context, seen), tls_server(context) as address:

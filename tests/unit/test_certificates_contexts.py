@@ -33,7 +33,7 @@ def rsa_key() -> rsa.RSAPrivateKey:
 
 
 def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW + timedelta(days=90)) -> Path:
-    """A self-signed certificate for localhost; its key is beside it."""
+    """Write a self-signed certificate for localhost, and its key next to it."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     cert = (
         x509.CertificateBuilder()
@@ -193,7 +193,7 @@ def test_a_missing_file_is_named(issued: issue.Issued, tmp_path: Path) -> None:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Be somebody whom file modes bind."""
+    """Drop root privileges, so that file modes apply."""
     if os.geteuid() != 0:
         yield
         return

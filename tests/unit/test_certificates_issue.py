@@ -39,7 +39,7 @@ def write_ca(
     start: timedelta = timedelta(days=-10),
     end: timedelta = timedelta(days=10),
 ) -> x509.Certificate:
-    """A CA that somebody else made: no subject key identifier."""
+    """Write a CA as another program creates it, without a subject key identifier."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody's CA")])
     cert = (
         x509.CertificateBuilder()

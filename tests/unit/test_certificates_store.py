@@ -1,4 +1,4 @@
-"""What sites are served with: read once, kept in bounds, and taken over by the next configuration."""
+"""The store of certificates: files are read once, contexts bounded, and both taken over at a reload."""
 
 import gc
 import os
@@ -73,7 +73,7 @@ def test_contexts_are_created_on_first_use_and_the_least_recently_used_are_dropp
     first = id(sites[0].context())
     sites[1].context()
     assert id(sites[0].context()) == first
-    sites[2].context()  # in the place of the second, which was used before the first
+    sites[2].context()  # replaces the second, which was used less recently than the first
     assert id(sites[0].context()) == first
     assert len(contexts) == 2
 
@@ -150,7 +150,7 @@ def test_what_openssl_refuses_is_found_when_it_is_loaded(tmp_path: Path) -> None
 
 
 def settle(*paths: Path) -> None:
-    """Make files look as if they had been there for a while, so that they are relied on."""
+    """Wait until the files are old enough that any change shows in their times."""
     while time.time_ns() - max(path.stat().st_ctime_ns for path in paths) < store.UNSETTLED_NS:
         pass
 

@@ -1,4 +1,4 @@
-"""Certificates that are renewed while they are served."""
+"""The renewal of certificates while they are served."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping
@@ -33,7 +33,7 @@ def warnings(log: list[Line]) -> list[str]:
 
 
 class Watched:
-    """A site and the watch of its files, looked at when a test says so."""
+    """A site and the watch of its files, which are checked when a test calls `look`."""
 
     def __init__(self, folder: Path, clients: ClientFiles | None = None, **pair: Any) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Watched:
         self.context = self.served.context()
 
     def look(self, times: int = 1) -> bool:
-        """Look at the files so many times; whether something new is served since the last look."""
+        """Check the files so many times. Return whether something new is served since the last call."""
 
         async def several() -> None:
             watch = Watch(self.certificates)
@@ -75,7 +75,7 @@ def test_a_file_rewritten_with_the_same_content_is_not_logged(tmp_path: Path, lo
 
 
 def test_two_renames_in_a_row_are_not_an_error(tmp_path: Path, log: list[Line]) -> None:
-    """The certificate first, and a look at both before the key has come."""
+    """The certificate is replaced first, and both are checked before the key is replaced."""
     site = Watched(tmp_path)
     (tmp_path / "new").mkdir()
     cert, key = CA.pair(tmp_path / "new", "x")
@@ -102,7 +102,7 @@ def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
 
 
 def broken(site: Watched, how: str) -> str:
-    """Break the site's files; give the beginning of what is to be told."""
+    """Break the site's files, and return how the warning must begin."""
     if how == "mismatch":
         site.key.write_bytes(key_pem(new_key()))
         return f"{site.key}: the private key does not match the certificate in {site.cert}"
@@ -129,7 +129,7 @@ def test_an_invalid_pair_is_logged_once_and_the_old_one_is_served(tmp_path: Path
     assert [reason.startswith(told) for reason in warnings(log)] == [True]
     assert not site.look(3)
     assert len(log) == 1
-    CA.pair(tmp_path, "x")  # mended
+    CA.pair(tmp_path, "x")  # repaired
     assert site.look()
     assert len(warnings(log)) == 1
 
@@ -165,7 +165,7 @@ def test_a_pair_that_is_not_valid_yet_is_served_once_it_is(
             return NOW + DAY
 
     monkeypatch.setattr("tlstunnel.certificates.store.datetime", Tomorrow)
-    assert not site.look(2)  # what was refused is not read at each look
+    assert not site.look(2)  # refused files are not read at each check
     for source in site.certificates.sources():
         source._retry_at = 0.0  # a minute later
     assert site.look()

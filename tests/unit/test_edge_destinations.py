@@ -1,4 +1,4 @@
-"""Where a worker may send: what is declared, and what `worker_origins` allows. Nothing else, however written."""
+"""The origins that a worker may choose: the declared ones and those in `worker_origins`, however they are spelled."""
 
 import asyncio
 import ipaddress
@@ -29,7 +29,7 @@ def made(*allowed: str, declared: tuple[str, ...] = DECLARED) -> Destinations:
 
 
 def allowed(where: Destinations, text: str) -> bool:
-    """Whether the worker may send there, as far as that is known without asking for a name."""
+    """Return whether the worker may choose this origin, as far as that is known without resolving names."""
     try:
         where.pool(OriginAddress.parse(text))
     except Refusal as error:
@@ -50,7 +50,7 @@ def allowed(where: Destinations, text: str) -> bool:
     [*DECLARED, "ws://10.0.0.5:3000/", "wss://CHAT.internal.", "wss://chat.internal", "[FD00:0:0::1]:3000"],
 )
 def test_declared_origins_are_allowed(text: str) -> None:
-    """However they are written."""
+    """In every spelling."""
     assert allowed(made(), text)
 
 
@@ -82,7 +82,7 @@ def test_origins_of_routes_are_declared_too() -> None:
 
 
 def test_a_declared_origin_keeps_its_pool() -> None:
-    """Its failures, its limit of tunnels and its health checks are those of the site."""
+    """So its failures, its limit of tunnels and its health checks are those of the site."""
     pool = Pool(
         (OriginConfig(address=OriginAddress("10.0.0.5", 1)), OriginConfig(address=OriginAddress("10.0.0.6", 1)))
     )
@@ -149,7 +149,7 @@ def test_a_unix_socket_is_in_no_network() -> None:
     ],
 )
 def test_what_resolvers_accept_as_an_address_is_not_a_name(text: str) -> None:
-    """Or it is the address that it stands for: nothing of it passes for a name."""
+    """Or it is parsed as the address that it stands for."""
     try:
         address = OriginAddress.parse(text)
     except ValueError:
@@ -161,7 +161,7 @@ def test_what_resolvers_accept_as_an_address_is_not_a_name(text: str) -> None:
 
 @given(st.from_regex(r"\A(0[xX])?[0-9a-fA-F]{1,10}(\.(0[xX])?[0-9a-fA-F]{1,6}){0,4}\.?\Z"))
 def test_a_name_is_never_read_as_an_address_by_a_resolver(host: str) -> None:
-    """Else a name that is allowed by a wildcard would be an address that is not."""
+    """Otherwise a name that a wildcard allows could be an address that is not allowed."""
     try:
         address = OriginAddress.parse(f"{host}:80")
     except ValueError:
@@ -202,7 +202,7 @@ def test_names(name: str, inside: str, outside: str) -> None:
 
 
 def test_a_name_outside_is_not_resolved_without_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that chooses names would else choose what is asked of the DNS."""
+    """Otherwise a client that chooses names could make the tunnel send DNS queries."""
     asked_for: list[Any] = []
     where = made("chat.internal")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked_for.append(arguments))
@@ -220,7 +220,7 @@ Resolve = Callable[..., list[tuple[Any, ...]]]
 
 
 def _resolving(**names: list[str]) -> Resolve:
-    """A resolver that knows these."""
+    """Return a resolver that knows these names."""
 
     def getaddrinfo(host: str, port: int, *_: Any, flags: int = 0, **__: Any) -> list[tuple[Any, ...]]:
         found = names.get(host.replace(".", "_").replace("-", "_"))
@@ -234,7 +234,7 @@ def _resolving(**names: list[str]) -> Resolve:
 
 
 def _members(where: Destinations, text: str) -> list[str]:
-    """The addresses that would be asked."""
+    """Return the addresses that would be tried."""
 
     async def order() -> list[str]:
         address = OriginAddress.parse(text)
@@ -261,7 +261,7 @@ def test_only_addresses_in_the_networks_are_used(monkeypatch: pytest.MonkeyPatch
 def test_a_name_that_resolves_outside_the_networks_is_refused(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str]
 ) -> None:
-    """It is a refusal of its own kind, and no origin that cannot be reached."""
+    """It is refused as not allowed, not as unreachable."""
     monkeypatch.setattr(socket, "getaddrinfo", _resolving(evil_example=addresses))
     with pytest.raises(OriginNotAllowed) as caught:
         _members(made("10.0.0.0/8"), "evil.example:80")
@@ -282,7 +282,7 @@ def test_an_allowed_name_may_resolve_to_any_address(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_name_that_moves_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The DNS of another may say one thing now and another later; every answer is held against the networks."""
+    """The DNS of someone else may change its answers; every answer is checked against the networks."""
     answers = iter([["10.0.0.7"], ["192.0.2.9"]])
     last: list[str] = ["192.0.2.9"]
 
@@ -298,7 +298,7 @@ def test_a_name_that_moves_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -
     async def run() -> None:
         pool = where.pool(address)
         assert [member.address for member in await pool.order(*_asking(), 1e12, address)] == [("10.0.0.7", 80)]
-        for _ in range(50):  # looked up beside, while the old one is used
+        for _ in range(50):  # resolved again in the background, while the old address is used
             try:
                 found = [member.address for member in await pool.order(*_asking(), 1e12, address)]
             except NoOrigin as error:
@@ -318,7 +318,7 @@ def test_a_name_that_moves_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_number_of_chosen_origins_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client may choose: the least recently used goes, and what is used stays."""
+    """Clients may influence the choice: the least recently used pool is dropped, and pools in use stay."""
     monkeypatch.setattr(destinations, "MAX_POOLS", 10)
     where = made("*.shards.internal", "10.0.0.0/8")
     kept = where.pool(OriginAddress("kept.shards.internal", 80))

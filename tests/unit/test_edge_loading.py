@@ -1,4 +1,4 @@
-"""A worker's code: a file is executed anew under a name of its own, a module is imported once; and what is wrong."""
+"""Loading a worker's code: a file is executed at each load, a module is imported once; and the errors."""
 
 import importlib
 import os
@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where modules can be imported from, without bytecode being written."""
+    """A folder from which modules can be imported, without bytecode being written."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return tmp_path
@@ -73,7 +73,7 @@ def test_a_file_is_executed_anew_under_a_fresh_name(file: Path) -> None:
 
 
 def test_a_file_is_executed_once_per_configuration(file: Path) -> None:
-    """Two functions of one file share what it has at its top."""
+    """Two functions of one file share its globals."""
     file.write_text(f"shared = []\n{GOOD}\nasync def other(request, env): ...\n")
     loader = Loader()
     one, two = loader.load(f"{file}:fetch"), loader.load(f"{file}:other")
@@ -81,7 +81,7 @@ def test_a_file_is_executed_once_per_configuration(file: Path) -> None:
 
 
 def test_a_change_with_the_same_size_and_time_is_noticed(file: Path) -> None:
-    """Python takes a cached file for it; and none is written."""
+    """Python would use its cached bytecode; and none is written."""
     file.write_text("VERSION = 1\n" + GOOD)
     stamp = file.stat()
     py_compile.compile(str(file))
@@ -94,7 +94,7 @@ def test_a_change_with_the_same_size_and_time_is_noticed(file: Path) -> None:
 
 
 def test_dataclasses_and_encodings_work(file: Path) -> None:
-    """Dataclasses with annotations as text look into `sys.modules`; a file may say its encoding."""
+    """Dataclasses with string annotations look into `sys.modules`; a file may declare its encoding."""
     file.write_bytes(
         b"# -*- coding: latin-1 -*-\nfrom __future__ import annotations\nimport dataclasses, typing\n"
         b"@dataclasses.dataclass\nclass Env:\n    kind: typing.ClassVar[str] = 'J\xfcrgen'\n    count: int = 0\n"
@@ -169,7 +169,7 @@ def test_a_module_in_a_package(package: Path) -> None:
     ],
 )
 def test_modules_that_are_missing_or_fail(package: Path, reference: str, said: str) -> None:
-    """One that is missing within it is another matter than a wrong name."""
+    """A missing import inside a module is a different error from a wrong name."""
     (package / "edge_module_c").mkdir()
     (package / "edge_module_c" / "__init__.py").touch()
     (package / "edge_module_c" / "chat.py").write_text("import no_such_library\n" + GOOD)
@@ -232,7 +232,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "asyncio.CancelledError", "GeneratorExit", "Own"])
 def test_any_exception_at_the_import_is_an_error(file: Path, raised: str) -> None:
-    """Nothing of it ends or hangs the process that loads it."""
+    """The process that loads the file neither exits nor hangs."""
     file.write_text(f"import asyncio\nclass Own(BaseException): ...\nraise {raised}\n")
     try:
         message = refusal(f"{file}:fetch")
@@ -260,7 +260,7 @@ def _site(reference: str) -> SiteConfig:
 
 @pytest.mark.parametrize("code", ["async def other(request, env): ...\n", "def fetch(request, env): ...\n"])
 def test_a_file_without_a_worker_leaves_no_module(file: Path, code: str) -> None:
-    """Each reload that is refused would leave one more."""
+    """Otherwise each refused reload would leave one more."""
     before = ours()
     file.write_text(code)
     with pytest.raises(ConfigurationError, match=r"sites\[0\].worker: the edge worker"):

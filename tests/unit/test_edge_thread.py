@@ -1,4 +1,4 @@
-"""The workers' thread and its watchdog, a request's way through a worker, and what goes on over a reload."""
+"""The workers' thread and its watchdog, the calls of a worker, and what is kept at a reload."""
 
 import asyncio
 import gc
@@ -61,7 +61,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_call_after_close_is_dropped(alone: bool) -> None:
-    """As of a worker that is done only once its tunnels are gone; what is raised there would reach its task."""
+    """As when a worker finishes after its tunnels are gone; an exception would be raised in its task."""
     calls: list[None] = []
     faults: list[object] = []
 
@@ -86,7 +86,7 @@ def logged() -> Iterator[Logged]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where files and modules of workers are; what they hold is let go at the end."""
+    """A folder of workers' files and modules; at the end, blocked workers are released."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
@@ -99,7 +99,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def written(folder: Path, name: str, code: str) -> str:
-    """Write a worker's file; give the reference."""
+    """Write a worker's file and return its reference."""
     (folder / f"{name}.py").write_text(NOTES + code)
     return f"{folder}/{name}.py:fetch" if name.startswith("file") else f"{name}:fetch"
 
@@ -120,7 +120,7 @@ def only(of: Workers) -> Worker:
 
 
 def globals_of(worker: Worker) -> dict[str, Any]:
-    """The worker's own module, also once nobody can import it."""
+    """Return the globals of the worker's module, even after it was removed from `sys.modules`."""
     return worker.code.fetch.__globals__
 
 
@@ -137,12 +137,12 @@ def alive(edge: EdgeThread) -> bool:
 async def until(condition: Callable[[], object], seconds: float = 8.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "not so in time"
+        assert time.monotonic() < deadline, "condition not met in time"
         await asyncio.sleep(0.01)
 
 
 async def answered(worker: Worker, seconds: float = 5.0) -> Call:
-    """Ask it, and wait for the answer."""
+    """Call the worker, and wait for its result."""
     done = asyncio.Event()
     call = worker.call(upgrade()[1], done.set)
     try:
@@ -154,7 +154,7 @@ async def answered(worker: Worker, seconds: float = 5.0) -> Call:
 
 
 async def switched(of: Workers, before: Workers) -> Workers:
-    """What a reload does."""
+    """Switch to other workers, as a reload does."""
     await of.start()
     of.adopt()
     await before.close()
@@ -320,7 +320,7 @@ LOCKS = "edge worker holds the GIL"
 
 
 async def _watched(reference: str, logged: Logged, event: str, seconds: float = 8.0) -> Any:
-    """Ask this worker, until the watchdog has said that; give what it said."""
+    """Call this worker until the watchdog has logged `event`, and return that line."""
     of = workers(site(reference))
     await of.start()
     try:
@@ -415,7 +415,7 @@ def test_computing_in_c_is_named_once_it_is_over(folder: Path, logged: Logged, c
 
 
 def test_computing_in_c_is_named_despite_a_newer_thread(folder: Path, logged: Logged) -> None:
-    """One that `asyncio.to_thread` has started, say: faulthandler writes the newest first."""
+    """Such as one of `asyncio.to_thread`: faulthandler writes the newest thread first."""
     code = (
         "import re\nasync def fetch(request, env):\n    await asyncio.to_thread(time.sleep, 0)\n"
         "    re.fullmatch('(a+)+b', 'a' * 24)  # here\n    return request\n"
@@ -487,7 +487,7 @@ def test_setup_gets_a_dict_and_returns_env(folder: Path) -> None:
 
 
 def test_its_exception_is_rendered_in_its_own_thread(folder: Path) -> None:
-    """The text of its exception is code of its own."""
+    """The text of an exception may be computed by the worker's code."""
     code = (
         "class Own(Exception):\n    def __str__(self):\n        notes.append(threading.current_thread().name)\n"
         "        return 'told'\n"
@@ -507,7 +507,7 @@ def test_its_exception_is_rendered_in_its_own_thread(folder: Path) -> None:
 
 
 def test_a_failure_keeps_nothing_of_the_worker_alive(folder: Path) -> None:
-    """A traceback has every frame, and by these all that was in them."""
+    """The frames of a traceback refer to all local variables."""
     code = (
         "import weakref\nclass Big: ...\n"
         "async def fetch(request, env):\n    big = Big()\n    notes.append(weakref.ref(big))\n    raise ValueError\n"
@@ -525,7 +525,7 @@ def test_a_failure_keeps_nothing_of_the_worker_alive(folder: Path) -> None:
 
 
 class _Client:
-    """What the stage asks of the client's channel."""
+    """The part of a client's channel that the stage uses."""
 
     gone = False
 
@@ -542,7 +542,7 @@ def _edge(of: Workers, timeout: float, on_error: Any = "refuse", metrics: Regist
 
 
 async def _ask(edge: Edge, client: Any = None, seconds: float = 0.1) -> Directions:
-    """As a connection does, by a deadline."""
+    """Call the stage as a connection does, with a deadline."""
     loop = asyncio.get_running_loop()
     wakeup = Wakeup(loop, loop.time() + seconds)
     timer = loop.call_later(seconds, wakeup.expire)
@@ -557,7 +557,7 @@ async def _ask(edge: Edge, client: Any = None, seconds: float = 0.1) -> Directio
 
 
 def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
-    """One that ignores its cancellation is not asked for ever; when it is through with some, it is asked again."""
+    """A worker that ignores cancellation is not called again until some of its calls have ended."""
     monkeypatch.setattr(stages, "MAX_LATE", 5)
     code = (
         "async def fetch(request, env):\n    notes.append('asked')\n    while not let_go.is_set():\n        try:\n"
@@ -593,7 +593,7 @@ def test_late_calls_are_bounded_and_counted_down(folder: Path, monkeypatch: pyte
 
 
 def test_a_call_that_is_cancelled_before_it_starts_never_starts(folder: Path) -> None:
-    """The thread is held meanwhile: what timed out is not asked once it is let go."""
+    """The thread is blocked meanwhile: requests that timed out do not start once it is released."""
     code = "async def fetch(request, env):\n    notes.append('asked')\n    let_go.wait(20)\n    return request\n"
 
     async def work() -> None:
@@ -661,7 +661,7 @@ def test_nothing_is_kept_of_finished_requests(folder: Path) -> None:
 
 
 def test_setup_and_teardown_are_called_once(folder: Path) -> None:
-    """Also where several sites have the same worker with the same settings; with others it is another."""
+    """Also if several sites have the same worker with the same settings; other settings make another worker."""
     reference = written(folder, "file", KEEPS)
 
     async def work() -> None:
@@ -707,7 +707,7 @@ def test_a_failed_setup_leaves_nothing_behind(folder: Path, code: str, said: str
 
 
 def test_a_setup_that_raises_a_timeout_of_its_own(folder: Path) -> None:
-    """A database that does not answer."""
+    """As from a database that does not respond."""
     code = "async def setup(config):\n    raise TimeoutError('no database')\nasync def fetch(request, env): ...\n"
 
     async def work() -> None:
@@ -812,7 +812,7 @@ def test_a_module_keeps_its_env_and_a_file_does_not(folder: Path) -> None:
         assert (setup, env) == ("setup", same)
         assert globals_of(old)["notes"] == ["setup", "teardown"]
         assert globals_of(new)["notes"] == ["setup"]
-        # The third: the settings of the module's are others, so it is set up anew, and the old is torn down.
+        # The third has other settings for the module, so it is set up again, and the old one is torn down.
         changed = site(module, worker_config=WorkerTable(a=1))
         three = await switched(workers(changed, before=two), two)
         assert globals_of(kept)["notes"][3:] == ["setup", "teardown"]
@@ -880,7 +880,7 @@ def test_many_reloads_leave_nothing(folder: Path) -> None:
 
 
 def test_a_blocked_thread_is_replaced(folder: Path, logged: Logged) -> None:
-    """A module that goes on is set up anew on the other one: what its `setup` made belongs to a loop that is held."""
+    """Modules are set up again in the new thread, because their environment belongs to the blocked loop."""
     module = written(folder, "edge_module_t5", KEEPS)
     file = written(folder, "file", HOLDS)
 
@@ -908,7 +908,7 @@ def test_a_blocked_thread_is_replaced(folder: Path, logged: Logged) -> None:
 
 
 def test_a_request_in_flight_when_the_thread_is_replaced(folder: Path) -> None:
-    """The watchdog of the new one counts its own."""
+    """The watchdog of the new thread counts its own calls only."""
     module = written(folder, "edge_module_t6", HOLDS)
 
     async def work() -> None:
@@ -931,7 +931,7 @@ def test_a_request_in_flight_when_the_thread_is_replaced(folder: Path) -> None:
 
 
 def test_late_calls_of_an_abandoned_thread_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that was held until it was asked no more is asked again on the new one."""
+    """A module that was blocked until it was no longer called is called again in the new thread."""
     monkeypatch.setattr(stages, "MAX_LATE", 3)
     module = written(
         folder,
@@ -962,7 +962,7 @@ REFUSED = "async def setup(config):\n    raise ValueError\nasync def fetch(reque
 
 @pytest.mark.parametrize("name", ["file", "edge_module_t8"])
 def test_a_blocked_thread_and_a_refused_reload(folder: Path, name: str) -> None:
-    """The old workers go on, once it is let go."""
+    """The old workers work again once the thread is released."""
     old, bad = written(folder, name, HOLDS), written(folder, "file_bad", REFUSED)
 
     async def work() -> None:
@@ -1005,5 +1005,5 @@ def test_a_refused_first_worker_and_then_a_valid_one(folder: Path) -> None:
 
 
 def test_the_channel_has_what_the_stage_uses() -> None:
-    """`_Client` above stands for it."""
+    """`_Client` above is its substitute."""
     assert "gone" in Channel.__slots__

@@ -1,4 +1,4 @@
-"""What an edge worker sees of a request, what it may make of it, and what it may say instead."""
+"""What an edge worker sees of a request, how it may change it, and how it may refuse it."""
 
 import contextlib
 import dataclasses
@@ -50,21 +50,21 @@ def asked(
     connection: Connection = CONNECTION,
     der: bytes | None = None,
 ) -> WorkerRequest:
-    """What a worker is given for this request."""
+    """Return what a worker gets for this request."""
     found = RequestReader().feed(request((*FIELDS, *more), line))
     assert found is not None
     return to_worker_request(found, dataclasses.replace(connection, certificate=der, request_id=ID), 0.0)
 
 
 def made(given: WorkerRequest) -> Forwarded:
-    """What comes of it when a worker returns it."""
+    """Return the outcome if a worker returns this request."""
     found = to_outcome(given, given)
     assert isinstance(found, Forwarded)
     return found
 
 
 def head(given: WorkerRequest, site: SiteEdits | None = None) -> h11.Request:
-    """What a server makes of the head for the origin, which must be one request without a body, nothing behind it."""
+    """Parse the head for the origin, which must be exactly one request without a body."""
     forwarded = made(given)
     edits = forwarded.edits if site is None else site.of("localhost:1", "").then(forwarded.edits)
     server = h11.Connection(h11.SERVER)
@@ -130,7 +130,7 @@ def test_headers_by_any_case_and_repeated_ones_kept() -> None:
 
 
 def test_its_repr_contains_no_secret() -> None:
-    """A worker that logs the request logs no cookie, no token and no query."""
+    """A worker that logs the request does not log cookies, tokens or the query."""
     given = asked((b"Cookie", b"sid=secret"), (b"Authorization", b"secret"), line=b"GET /chat?token=secret HTTP/1.1")
     assert "secret" not in repr(given) + str(given) + f"{given.forward(headers={'X-A': 'secret'})}"
     assert ID in repr(given)
@@ -221,7 +221,7 @@ def test_empty_values_and_surrounding_blanks() -> None:
 
 
 def test_an_empty_list_sets_no_field() -> None:
-    """Not a value is set; whatever that means, it is no value of the client's under a name that the worker named."""
+    """No value is set, but the client's value for that name is not forwarded either."""
     after = asked((b"X-User", b"forged")).forward(headers={"X-User": []}, remove_headers=["X-User"])
     assert "x-user" not in after.headers
     assert b"forged" not in [value for _, value in fields(after)]
@@ -254,7 +254,7 @@ def test_host() -> None:
     assert fields(after)[0] == (b"Host", b"inside.example:81")
     assert after.headers["Host"] == "inside.example:81"
     assert [name for name, _ in fields(after)].count(b"Host") == 1
-    # And it has the last word over the site's origin_host.
+    # It also overrides the site's origin_host.
     assert fields(after, SiteEdits(host="origin"))[0] == (b"Host", b"inside.example:81")
     assert fields(asked().forward(), SiteEdits(host="origin"))[0] == (b"Host", b"localhost:1")
 
@@ -456,7 +456,7 @@ _HEADERS = st.dictionaries(_NAMES, _VALUES | st.lists(_VALUES, max_size=3), max_
 
 
 def _as_cgi(name: bytes) -> bytes:
-    """CGI and WSGI tell no hyphen from an underscore, and no letter's case."""
+    """CGI and WSGI do not distinguish hyphens from underscores, nor upper from lower case."""
     return name.upper().replace(b"-", b"_")
 
 
@@ -487,10 +487,10 @@ def test_forward_builds_one_request_with_exactly_these_fields(
     kept = found[: len(found) - len(wanted)]
     named = {_as_cgi(name) for name, _ in wanted} | {_as_cgi(name.encode()) for name in removed}
     assert not {_as_cgi(name) for name, _ in kept} & named
-    # The rest is what came, and the tunnel's own, in order.
+    # The rest is what the client sent and what the tunnel adds, in order.
     own = [(n, v) for n, v in fields(given) if n.lower() != b"host"]
     assert [(n, v) for n, v in kept if n.lower() != b"host"] == [(n, v) for n, v in own if _as_cgi(n) not in named]
-    # The handshake is the client's.
+    # The fields of the handshake are the client's.
     by_name = {name.lower(): value for name, value in kept}
     assert by_name[b"sec-websocket-key"] == KEY
     assert (by_name[b"connection"], by_name[b"upgrade"]) == (b"Upgrade", b"websocket")
@@ -531,7 +531,7 @@ def _is_part(part: list[str], whole: list[str]) -> bool:
 
 @given(_TOKENS, st.data())
 def test_any_ordered_part_of_the_subprotocols_and_nothing_else(offered: list[str], data: st.DataObject) -> None:
-    """What is accepted stands in the head, and of an answer nothing else is taken."""
+    """The accepted subprotocols are in the head, and the origin may choose only one of these."""
     given = asked(*([(b"Sec-WebSocket-Protocol", ", ".join(offered).encode())] if offered else []))
     part = data.draw(st.lists(st.sampled_from(offered) if offered else st.just("x"), max_size=5))
     if not _is_part(part, offered):
@@ -583,13 +583,13 @@ def test_a_path_is_read_as_it_was_set(path: str) -> None:
     assert target.endswith(b"?room=1")
     assert target.count(b"?") == 1
     assert b"#" not in target
-    # Of what is normal already nothing changes: setting a path that was read is no change.
+    # Setting the path that was read changes nothing.
     assert after.forward(path=after.path).path == after.path
 
 
 @given(st.text(max_size=10))
 def test_any_text_as_a_path_is_one_target_or_an_error(text: str) -> None:
-    """Lone surrogates too, which no UTF-8 has."""
+    """Also with lone surrogates, which UTF-8 cannot encode."""
     try:
         after = asked().forward(path=text)
     except EdgeError:
@@ -649,7 +649,7 @@ def test_normalise_path_is_the_firewalls() -> None:
 
 
 def rendered(reply: Reply) -> tuple[int, list[Field], bytes]:
-    """What a client makes of it: one response, and nothing behind it."""
+    """Parse what the client gets, which must be exactly one response."""
     refusal = to_outcome(reply, asked())
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.reason, refusal.detail) == (reply.status, "edge: reply", "")
@@ -778,7 +778,7 @@ def test_other_return_values_are_errors(said: object) -> None:
 
 
 def test_another_clients_request_is_refused() -> None:
-    """Whatever was made of it: cookies and key would be another client's."""
+    """However it was changed: its cookies and its key are another client's."""
     kept = asked()
     for said in (kept, kept.forward(), kept.forward(headers={"X-A": "1"}), dataclasses.replace(kept, id="other")):
         assert to_outcome(said, kept)
@@ -791,11 +791,11 @@ class _Denied(Reply):
 
 
 def test_a_subclass_of_reply_is_a_refusal_or_invalid() -> None:
-    """A refusal was meant: it is no failure for which `worker_on_error = "forward"` was said."""
+    """The worker meant to refuse, so `worker_on_error = "forward"` does not apply."""
     with contextlib.suppress(InvalidReply):
         assert isinstance(to_outcome(_Denied(403), asked()), Refusal)
 
 
 def test_replacing_attributes_by_other_means_has_no_effect() -> None:
-    """`dataclasses.replace` and the like go round `forward`; where to send is what `forward` was told, and no text."""
+    """`dataclasses.replace` and the like bypass `forward`; only the origin passed to `forward` counts."""
     assert made(dataclasses.replace(asked(), origin="evil.example:80")).address is None
