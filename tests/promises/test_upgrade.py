@@ -295,7 +295,7 @@ def test_another_format_of_what_is_handed_over(
             text = path.read_text()
             assert f"\nFORMAT = {before}\n" in text
             path.write_text(text.replace(f"\nFORMAT = {before}\n", f"\nFORMAT = {after}\n"))
-        _refused(tunnel, f"hands over in format {PREVIOUS}, and 2.0.0 knows 98 and 99")
+        _refused(tunnel, f"hands over in format {PREVIOUS}, and 2.0.0 supports 98 and 99")
 
 
 def test_a_broken_configuration(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
