@@ -254,6 +254,9 @@ class ServerCredentials:
         self._contexts = contexts
         self._pair_sources = tuple(pairs)
         self._client_source = clients
+        self.pairs: tuple[Pair, ...] = ()
+        self.clients: ClientPolicy | None = None
+        self.digest = b""
         self.refresh()
 
     def refresh(self) -> None:
