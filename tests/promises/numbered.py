@@ -60,7 +60,7 @@ class Traffic:
         self._beside: list[asyncio.Task[None]] = []
 
     async def opened(self) -> Numbered:
-        """One more, of which nobody here keeps count. Raises ConnectionError, AssertionError."""
+        """Open another tunnel that is not counted here. Raises ConnectionError, AssertionError."""
         async with self._gate:
             begun = time.monotonic()
             try:
@@ -87,12 +87,12 @@ class Traffic:
         assert min(one.exchanged for one in self.tunnels) >= 2
 
     async def keep_one_more(self) -> None:
-        """Open one more, meanwhile, that exchanges messages until all of them do no longer."""
+        """Open another tunnel that exchanges messages until `through` ends."""
         self.tunnels.append(await self.opened())
         self._beside.append(asyncio.ensure_future(self._talk(self.tunnels[-1])))
 
     async def close(self) -> None:
-        """End all that are kept."""
+        """Close all open tunnels."""
         await asyncio.gather(*(one.close() for one in self.tunnels))
 
     async def _talk(self, one: Numbered) -> None:

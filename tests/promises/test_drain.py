@@ -1,4 +1,4 @@
-"""Where tunnels must end, they end one after another, and so do their clients come back."""
+"""A drain ends tunnels one after another, so that their clients reconnect one after another."""
 
 import itertools
 import os
@@ -30,7 +30,7 @@ def test_the_rate_of_reconnects_is_bounded(clients: int) -> None:
     over = 5.0 if clients == 500 else 60.0
     spread = measure(clients, over)
     assert len(spread.back) == clients
-    assert spread.attempts == clients, "whoever comes back is served the first time"
+    assert spread.attempts == clients, "every client reconnects at its first attempt"
     # Jitter moves each by one distance at most, and the machine is busy with other things.
     assert spread.peak() < 2 * clients / over
     assert spread.ended[-1] > 0.9 * over
@@ -108,7 +108,7 @@ ACTIONS = ("reload", "SIGHUP", "SIGUSR2", "status", "kill a process")
 def test_signals_and_commands_in_every_order(
     certificate: Certificate, order: tuple[str, ...], end: signal.Signals
 ) -> None:
-    """Whatever comes in whatever order, it ends well, with nothing left and nobody stuck (`Tunnel` looks)."""
+    """In every order it exits cleanly, and leaves no process and no client behind (`Tunnel` checks that)."""
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
         beside: list[subprocess.Popen[str]] = []
         for action in order:

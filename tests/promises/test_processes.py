@@ -1,4 +1,4 @@
-"""A parent that serves nothing keeps processes that serve; what happens to one of them the others do not notice."""
+"""The parent keeps serving processes running; what happens to one of them does not affect the others."""
 
 import asyncio
 import os
@@ -104,7 +104,7 @@ def test_as_many_as_cores_with_auto(origin: RawOrigin, certificate: Certificate)
 @pytest.mark.alone
 @pytest.mark.parametrize(("processes", "tunnels"), [(1, 200), (2, 3000)])
 def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, processes: int, tunnels: int) -> None:
-    """And whoever comes back is served within a second."""
+    """Clients that reconnect are served within a second."""
     with (
         WebsocketsOrigin() as origin,
         Tunnel(
@@ -137,7 +137,7 @@ def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, pr
         eventually(lambda: len(tunnel.pids) == processes)
 
 
-def test_a_dead_process_leaves_nobody_waiting(origin: RawOrigin, certificate: Certificate) -> None:
+def test_a_dead_process_leaves_no_client_waiting(origin: RawOrigin, certificate: Certificate) -> None:
     """What had connected to its socket is served by its sibling, before it is there again."""
     with Tunnel(origin.address, certificate, arguments=TWO, errors_expected=True) as tunnel:
         victim = tunnel.pids[0]
@@ -151,7 +151,7 @@ def test_a_dead_process_leaves_nobody_waiting(origin: RawOrigin, certificate: Ce
                 _echoes(tunnel)
 
 
-def test_a_process_that_keeps_ending_is_started_with_pauses(origin: RawOrigin, certificate: Certificate) -> None:
+def test_a_process_that_keeps_exiting_is_restarted_with_delays(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
         for _ in range(4):
             before = tunnel.pid
@@ -273,8 +273,10 @@ def _in_session(session: int) -> list[int]:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_one_told_to_end_is_replaced_and_finishes(origin: RawOrigin, certificate: Certificate, processes: str) -> None:
-    """SIGTERM to a process itself: its tunnels are drained, and nobody who connects meanwhile notices."""
+def test_a_process_that_gets_sigterm_is_replaced_and_drains(
+    origin: RawOrigin, certificate: Certificate, processes: str
+) -> None:
+    """SIGTERM to a process itself: its tunnels are drained, and clients that connect meanwhile do not notice."""
     settings = '[release]\ndrain_over = "60s"\n'
     arguments = ("--processes", processes)
     with (
@@ -295,7 +297,7 @@ def test_one_told_to_end_is_replaced_and_finishes(origin: RawOrigin, certificate
             assert receive_exactly(client, 4) == b"ping"
 
 
-def test_one_that_hangs_holds_nobody(origin: RawOrigin, certificate: Certificate) -> None:
+def test_a_process_that_hangs_delays_no_other(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
         victim = tunnel.pids[0]
         os.kill(victim, signal.SIGSTOP)
@@ -307,7 +309,7 @@ def test_one_that_hangs_holds_nobody(origin: RawOrigin, certificate: Certificate
 
 
 @pytest.mark.soak
-def test_one_that_hangs_does_not_hold_the_end(origin: RawOrigin, certificate: Certificate) -> None:
+def test_a_process_that_hangs_does_not_delay_the_exit(origin: RawOrigin, certificate: Certificate) -> None:
     settings = '[release]\ndrain_over = "0s"\n[timeouts]\nclose = "1s"\n'
     with Tunnel(origin.address, certificate, settings=settings, arguments=TWO) as tunnel:
         os.kill(tunnel.pids[0], signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""A reload changes what new connections get, touches no tunnel, and changes nothing when anything is wrong."""
+"""A reload applies to new connections, affects no open tunnel, and changes nothing if there is a problem."""
 
 import json
 import signal
@@ -53,7 +53,9 @@ def _status(tunnel: Tunnel, path: str = "/", port: int | None = None) -> int:
 RULE = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\nstatus = 404\n'
 
 
-def test_new_connections_get_the_new_and_tunnels_stay(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+def test_new_connections_use_the_new_configuration_and_tunnels_stay(
+    origin: WebsocketsOrigin, certificate: Certificate
+) -> None:
     before = config_for(origin.address, certificate)
     with tunnel_to(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client, "/closed").status == 101
@@ -87,7 +89,7 @@ def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) 
         ),
     ],
 )
-def test_what_is_wrong_changes_nothing_and_is_told(
+def test_a_problem_changes_nothing_and_is_reported(
     origin: WebsocketsOrigin, certificate: Certificate, more: str, said: str
 ) -> None:
     before = config_for(origin.address, certificate)
@@ -164,7 +166,7 @@ def test_tunnels_of_a_site_that_is_gone(
         _echo(stays)
 
 
-def test_what_rate_limits_have_counted_goes_on_to_count(certificate: Certificate) -> None:
+def test_rate_limits_keep_their_counts(certificate: Certificate) -> None:
     site = (
         '[[sites.rate_limits]]\nname = "two"\nlimit = "2/day"\nstrategy = "moving"\n'
         '[[sites.rate_limits]]\nname = "open"\nmax_tunnels = 1\nkey = ["header:x-user"]\n'
@@ -178,7 +180,7 @@ def test_what_rate_limits_have_counted_goes_on_to_count(certificate: Certificate
         assert try_handshake((origin, tunnel)).reason == "rate limit: two"
 
 
-def test_two_reloads_at_once_are_one_after_the_other(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+def test_simultaneous_reloads_run_one_after_the_other(origin: WebsocketsOrigin, certificate: Certificate) -> None:
     with tunnel_to(origin.address, certificate) as tunnel:
         found: list[list[str]] = []
         threads = [threading.Thread(target=lambda: found.append(tunnel.reload())) for _ in range(4)]
@@ -205,7 +207,7 @@ def _command(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def test_it_is_for_its_user_alone_and_goes_with_the_tunnel(certificate: Certificate, tmp_path: Path) -> None:
+def test_the_control_socket_is_private_and_removed_at_the_end(certificate: Certificate, tmp_path: Path) -> None:
     with Tunnel("localhost:1", certificate) as tunnel:
         path = tunnel.control
         assert path == tunnel.folder / "run" / f"control-{tunnel.port}.sock"
@@ -235,7 +237,9 @@ def test_several_tunnels_are_listed(certificate: Certificate, tmp_path: Path) ->
         assert str(two.control) in done.stderr
 
 
-def test_a_second_tunnel_does_not_take_it_and_a_dead_ones_is_replaced(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_second_tunnel_cannot_take_it_but_that_of_a_dead_one_is_replaced(
+    certificate: Certificate, tmp_path: Path
+) -> None:
     path = tmp_path / "c.sock"
     arguments = ["--control", str(path)]
     first = Tunnel("localhost:1", certificate, arguments=arguments)
@@ -264,7 +268,7 @@ def test_a_second_tunnel_does_not_take_it_and_a_dead_ones_is_replaced(certificat
         (b"x" * 70_000 + b"\n", "expected one JSON object"),
     ],
 )
-def test_what_cannot_be_understood_is_told(certificate: Certificate, line: bytes, said: str) -> None:
+def test_invalid_requests_are_refused(certificate: Certificate, line: bytes, said: str) -> None:
     with Tunnel("localhost:1", certificate) as tunnel:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(TIMEOUT)

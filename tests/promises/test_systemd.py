@@ -1,4 +1,4 @@
-"""systemd knows when it is ready, reloading, ending and alive, and takes the unit that is shipped."""
+"""systemd is notified when the tunnel is ready, reloading, stopping and alive, and accepts the shipped units."""
 
 import os
 import re
@@ -25,7 +25,7 @@ class Manager:
         self._socket.settimeout(TIMEOUT)
 
     def next(self) -> dict[str, str]:
-        """What it is told next, but for the watchdog's messages."""
+        """Return the next notification that is not for the watchdog."""
         while True:
             told = dict(line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines())
             if told != {"WATCHDOG": "1"}:
@@ -49,7 +49,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
         manager.close()
 
 
-def test_what_it_is_told(manager: Manager, certificate: Certificate) -> None:
+def test_notifications(manager: Manager, certificate: Certificate) -> None:
     environment = {"NOTIFY_SOCKET": str(manager.path)}
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, environment=environment) as tunnel:
         ready = manager.next()
@@ -92,7 +92,7 @@ def test_watchdog(manager: Manager, certificate: Certificate) -> None:
         manager.wait_for_life(3)
 
 
-def test_the_units_are_understood(tmp_path: Path) -> None:
+def test_the_units_are_valid(tmp_path: Path) -> None:
     analyze = require("systemd-analyze", "systemd")
     program = tmp_path / "tlstunnel"
     program.write_text("#!/bin/sh\n")

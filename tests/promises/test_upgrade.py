@@ -1,4 +1,4 @@
-"""A release disconnects nobody: new code serves what connects, old processes finish what they have."""
+"""An upgrade disconnects no client: the new release serves new connections, old processes keep their tunnels."""
 
 import asyncio
 import contextlib
@@ -64,7 +64,7 @@ def _started(
 
 
 def _echoes(tunnel: Tunnel) -> bool:
-    """Whether a new client gets through to the origin and back."""
+    """Return whether a new client reaches the origin."""
     with connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
         client.sendall(b"\x82\x84\0\0\0\0ping")
@@ -144,7 +144,7 @@ def test_a_connection_that_waits_to_be_accepted_is_served(
                 assert upgrade(client).status == 101
 
 
-def test_handshakes_under_way_are_finished_by_the_old(
+def test_handshakes_in_progress_are_completed_by_the_old_process(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
     with _started(origin, certificate, versions) as tunnel, connect_tls(tunnel) as client:
@@ -168,10 +168,10 @@ def test_a_package_replaced_on_disk_does_not_reach_what_runs(
         assert _echoes(tunnel)
 
 
-def test_what_is_imported_later_is_not_of_another_version(
+def test_modules_imported_later_are_of_the_same_version(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    """The first rules of a tunnel need modules that it has not imported: not any more once they are others."""
+    """The first rules of a tunnel need modules not imported yet. They are refused once they have changed on disk."""
     text = config_for(origin.address, certificate)
     site = '[[sites.rules]]\nname = "r"\nwhen = "false"\naction = "block"\n'
     rules = config_for(origin.address, certificate, site=site)
@@ -214,7 +214,7 @@ def test_the_end_of_drain_after_ends_old_tunnels(
         assert _echoes(tunnel)
 
 
-def test_what_was_changed_by_reload_stays(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
+def test_changes_by_a_reload_are_kept(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
     versions = Versions(tmp_path / "versions")
     text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=text, environment=versions.environment) as tunnel:
@@ -285,7 +285,7 @@ def test_a_probe_that_hangs(origin: WebsocketsOrigin, certificate: Certificate, 
         _refused(tunnel, "not ready within 1 s (release.upgrade_timeout)")
 
 
-def test_another_format_of_what_is_handed_over(
+def test_an_unknown_format_of_the_handover(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
     with _started(origin, certificate, versions) as tunnel:

@@ -1,4 +1,4 @@
-"""A release can be upgraded from the one before it, and taken back: no connection is lost either way."""
+"""A tunnel can be upgraded from the previous release and downgraded to it without losing a connection."""
 
 import asyncio
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def test_to_the_present_code_and_back_and_again(
 def test_processes_of_the_earlier_release_are_drained_by_the_present_code(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    """Their tunnels end when the present code is told to end, and when theirs have lingered."""
+    """Their tunnels end when the present release drains, and after `drain_after`."""
     with Tunnel(
         origin.address,
         certificate,

@@ -1,4 +1,4 @@
-"""Versions of the code side by side, and a link that says which of them is installed: how many people deploy."""
+"""Versions of the package side by side, and a link to the installed one, which is a common way to deploy."""
 
 import os
 import re
@@ -20,12 +20,12 @@ class Versions:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """In which a program finds the package by way of the link."""
+        """The environment in which a program finds the package through the link."""
         before = os.environ.get("PYTHONPATH")
         return {"PYTHONPATH": os.pathsep.join([str(self._folder / "current"), *([before] if before else [])])}
 
     def install(self, version: str) -> Path:
-        """Make that version the current one, in one step; give the folder of its package."""
+        """Make that version the current one, atomically; return the folder of its package."""
         package = self._folder / version / "tlstunnel"
         if not package.exists():
             source = Path(tlstunnel.__file__).parent
@@ -44,7 +44,7 @@ class Versions:
         self.choose(version)
 
     def choose(self, version: str) -> None:
-        """Point the link at one that is installed, in one step."""
+        """Point the link at an installed version, atomically."""
         new = self._folder / "new"
         new.symlink_to(version)
         new.replace(self._folder / "current")
@@ -55,7 +55,7 @@ class Versions:
 
 
 def upgraded(tunnel: Tunnel, status: int = 0) -> str:
-    """Let it upgrade; give what the command says."""
+    """Upgrade; return the line that the command prints."""
     said = tunnel.run_command("upgrade", status=status)
     assert len(said) == 1, said
     return said[0]

@@ -11,7 +11,7 @@ def test_doubles_up_to_the_longest() -> None:
     assert delays == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
-def test_starts_again_after_a_success() -> None:
+def test_restarts_after_a_success() -> None:
     backoff = Backoff(0.5, 3.0)
     assert backoff.after(0.0) == backoff.first
 

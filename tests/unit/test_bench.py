@@ -1,4 +1,4 @@
-"""scripts/bench works: it builds its load, measures, shows and compares what it found. No figure is judged here."""
+"""scripts/bench builds its load, measures, reports and compares. The figures themselves are not tested."""
 
 import json
 import os
@@ -18,7 +18,7 @@ VERSIONS = gate.Versions("3.11.7", "OpenSSL 3.0", "valgrind-3.19.0", "HAProxy 2.
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it with the tunnel of this Python, and see that it leaves no process behind."""
+    """Run it with the tunnel of this Python, and check that it leaves no process behind."""
     mark, environment = mark_environment(child_environment(measured=True))
     environment["TLSTUNNEL_VENV"] = str(Path(sys.executable).parent.parent)
     command = [sys.executable, str(REPOSITORY / "scripts" / "bench"), *arguments]
@@ -31,7 +31,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A short run: its JSON file, and what it printed."""
+    """A short run: its JSON file and its output."""
     for program, package in (("gcc", None), ("make", None), ("openssl", None), ("taskset", "util-linux")):
         require(program, package)
     if not Path("/usr/include/openssl/ssl.h").exists():
@@ -47,7 +47,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def number(content: dict[str, Any], figure: str, column: str) -> float:
-    """What the tunnel's median was."""
+    """Return the median of the tunnel."""
     value = content["figures"][figure]["columns"][column]["subjects"]["tlstunnel"]["median"]
     return float(value)
 
@@ -112,7 +112,7 @@ def test_the_committed_baseline_has_every_check_of_the_gate() -> None:
 
 
 def rounds(ours: list[float], peers: list[float] | None = None) -> gate.Rounds:
-    """What a run found of echo and of instructions."""
+    """Return the results of a run for echo and instructions."""
     echo = {"tlstunnel": {"cpu": ours}} | ({"haproxy": {"cpu": peers}} if peers else {})
     return {"echo-64-64": echo, "instructions": {"tlstunnel": {"small": [70.0, 71.0, 70.0]}}}
 

@@ -1,4 +1,4 @@
-"""``tlstunnel check`` as typed: text, JSON, exit status, and nothing a terminal would obey."""
+"""``tlstunnel check``: text, JSON, exit status, and no raw control characters."""
 
 import io
 import json
@@ -155,7 +155,7 @@ def test_the_writer_of_a_terminal(monkeypatch: pytest.MonkeyPatch, stream: _Term
     assert "[bold]" + "x" * 200 in stream.getvalue()
 
 
-def test_an_encoding_that_lacks_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_without_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
     check._make_writer()("München", "")
@@ -166,7 +166,7 @@ def test_an_encoding_that_lacks_a_letter(monkeypatch: pytest.MonkeyPatch) -> Non
 HOSTILE = "\x1b]0;x\x07\r\n\u202e"
 
 
-def test_nothing_of_the_servers_reaches_the_terminal_raw() -> None:
+def test_everything_from_the_server_is_escaped() -> None:
     now = datetime.now(UTC)
     day = timedelta(days=1)
     leaf = CertificateDescription("", "CN=a", (), now - day, now + day, "1", "2", "ECDSA P-256", is_ca=False)

@@ -166,13 +166,13 @@ WRONG_POLICIES = {
 }
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG_POLICIES.values(), ids=WRONG_POLICIES.keys())
+@pytest.mark.parametrize(("text", "parts"), WRONG_POLICIES.values(), ids=WRONG_POLICIES.keys())
 def test_a_policy_that_cannot_work_is_one_line_and_status_1(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     text: str,
-    told: tuple[str, ...],
+    parts: tuple[str, ...],
 ) -> None:
     file = tmp_path / "t.toml"
     file.write_text(text)
@@ -185,12 +185,12 @@ def test_a_policy_that_cannot_work_is_one_line_and_status_1(
     (line,) = captured.err.splitlines()
     assert line.startswith(f"tlstunnel: {file}:")
     rest = line.removeprefix(f"tlstunnel: {file}:")
-    for part in told:
+    for part in parts:
         assert part in rest, line
         rest = rest.partition(part)[2]
 
 
-def test_problems_of_the_policy_and_of_certificates_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_the_policy_and_of_certificates_are_reported_together(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text(f'{SAME}cert = "none.pem"\nkey = "none.pem"\n[[sites.rules]]\n{RULE}when = \'pth\'\n')
     result = check(str(file))

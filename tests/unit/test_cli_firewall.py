@@ -69,7 +69,7 @@ def explain(file: Path, request: str, *options: str) -> Result:
     return CliRunner().invoke(command, ["explain", request, "--config", str(file), *options])
 
 
-def told(file: Path, request: str, *options: str) -> dict[str, Any]:
+def explain_json(file: Path, request: str, *options: str) -> dict[str, Any]:
     result = explain(file, request, "--json", *options)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -131,20 +131,20 @@ def test_what_was_not_reached_says_so(file: Path) -> None:
         ),
         ("GET /%61dmin", (), 403, "rule", ["rules"]),
         ("POST /", (), 405, "method", []),
-        ("GET /", ("--header", "Host: nobody.example"), 421, "misdirected", []),
+        ("GET /", ("--header", "Host: unknown.example"), 421, "misdirected", []),
     ],
 )
 def test_each_refusal_in_json(  # noqa: PLR0917
     file: Path, request_line: str, options: tuple[str, ...], status: int, reason: str, checks: list[str]
 ) -> None:
-    found = told(file, request_line, *options)
+    found = explain_json(file, request_line, *options)
     assert (found["verdict"], found["status"]) == ("refused", status)
     assert found["reason"].startswith(reason), found
     assert [check["name"] for check in found["checks"]][-len(checks) or 99 :] == checks
 
 
 def test_a_rule_that_matches_is_named_with_the_values_it_read(file: Path) -> None:
-    found = told(file, "GET /attic?debug=a&debug=b", "--header", "X-Key: 1")
+    found = explain_json(file, "GET /attic?debug=a&debug=b", "--header", "X-Key: 1")
     (rules,) = (check for check in found["checks"] if check["name"] == "rules")
     assert [entry["rule"] for entry in rules["entries"]] == ["no admins", "rooms", "a header"]
     assert [entry["result"] for entry in rules["entries"]] == ["not matched", "matched", "matched"]
@@ -153,12 +153,12 @@ def test_a_rule_that_matches_is_named_with_the_values_it_read(file: Path) -> Non
 
 
 def test_the_host_field_chooses_the_site(file: Path) -> None:
-    assert told(file, "GET /", "--header", "Host: a.chat.example:8443")["site"] == "chat.example"
-    found = told(file, "GET /", "--header", "Host: other.example", "--header", "Origin: https://x.example")
+    assert explain_json(file, "GET /", "--header", "Host: a.chat.example:8443")["site"] == "chat.example"
+    found = explain_json(file, "GET /", "--header", "Host: other.example", "--header", "Origin: https://x.example")
     assert (found["site"], found["reason"]) == ("other.example", "web origin not allowed")
 
 
-def test_what_the_request_holds_is_escaped(file: Path) -> None:
+def test_parts_of_the_request_are_escaped(file: Path) -> None:
     result = explain(file, "GET /%1b[31m", "--header", "X-Key: \x1b")
     assert "\x1b" not in result.stdout
 
@@ -176,7 +176,7 @@ def test_managed_rules_with_their_score(tmp_path: Path) -> None:
     assert any(line.endswith("SQL Injection Attack Detected via libinjection") for line in found[place:])
     assert "SQL injection" in found[place + 1]
     assert found[-2] == "verdict 403 Forbidden: managed rules"
-    (check,) = (check for check in told(file, attack)["checks"] if check["name"] == "managed rules")
+    (check,) = (check for check in explain_json(file, attack)["checks"] if check["name"] == "managed rules")
     assert all(entry["id"] and entry["message"] for entry in check["entries"])
 
 

@@ -1,4 +1,4 @@
-"""``tlstunnel reload``: what it prints, and its exit status, with a control socket that really answers."""
+"""``tlstunnel reload``: its output and its exit status, with a real control socket."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from tlstunnel.processes.control import ControlSocket
 
 
 def reloaded(path: Path, answer: Mapping[str, Any] | ControlError, *options: str) -> int:
-    """The exit status of the command, given a tunnel that answers so."""
+    """Return the exit status of the command, with a tunnel that sends this response."""
 
     async def handler(_: Mapping[str, Any], __: int) -> Mapping[str, Any]:
         if isinstance(answer, ControlError):

@@ -1,4 +1,4 @@
-"""The control socket, both sides of it over a real socket."""
+"""The control socket: both sides, over a real socket."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ HANDLERS: Mapping[str, Handler] = {"reload": reload, "refuse": refuse}
 
 
 def served(path: Path, use: Callable[[], T], handlers: Mapping[str, Handler] = HANDLERS) -> T:
-    """What `use` gives, in a thread, while a tunnel is controlled at `path`."""
+    """Return the result of `use`, which runs in a thread while a control socket is served at `path`."""
 
     async def run() -> T:
         return await beside(path, lambda: asyncio.to_thread(use), handlers)
@@ -56,7 +56,7 @@ async def beside(path: Path, use: Callable[[], Awaitable[T]], handlers: Mapping[
 
 
 def raw(path: Path, sent: bytes) -> dict[str, Any]:
-    """The answer to these bytes, after which there is nothing more."""
+    """Send these bytes; return the response, after which the connection must end."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
         sock.connect(str(path))
@@ -71,18 +71,18 @@ def raw(path: Path, sent: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where control sockets are, alone."""
+    """An empty default folder of control sockets."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     return tmp_path
 
 
-def test_asked_and_answered(tmp_path: Path) -> None:
+def test_a_request_and_its_response(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     request = {"do": "reload", "more": "grüße"}
     assert served(path, lambda: send_command(path, request)) == {"ok": True, "changes": ["grüße"]}
 
 
-def test_it_waits_until_the_thing_is_done(tmp_path: Path) -> None:
+def test_the_response_comes_when_the_command_is_done(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
 
     async def run() -> None:
@@ -128,14 +128,14 @@ def test_a_refusal(tmp_path: Path) -> None:
         (b'"' + b"x" * MAX_LINE + b'"\n', f"of at most {MAX_LINE} bytes"),
     ],
 )
-def test_what_is_no_request(tmp_path: Path, sent: bytes, said: str) -> None:
+def test_invalid_requests(tmp_path: Path, sent: bytes, said: str) -> None:
     path = tmp_path / "c.sock"
     answer = served(path, lambda: raw(path, sent))
     assert answer["ok"] is False
     assert said in answer["error"]
 
 
-def test_who_says_nothing_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_client_is_disconnected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "FIRST_LINE_SECONDS", 0.05)
     path = tmp_path / "c.sock"
 
@@ -148,7 +148,7 @@ def test_who_says_nothing_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert served(path, use) == b""
 
 
-def test_clients_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_clients_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "MAX_CLIENTS", 1)
     path = tmp_path / "c.sock"
 
@@ -173,7 +173,7 @@ def test_clients_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("mask", [0, 0o022, 0o077])
-def test_nobody_else_may_connect(tmp_path: Path, mask: int) -> None:
+def test_only_its_user_may_connect(tmp_path: Path, mask: int) -> None:
     path = tmp_path / "new" / "c.sock"
     before = os.umask(mask)
     try:
@@ -183,7 +183,7 @@ def test_nobody_else_may_connect(tmp_path: Path, mask: int) -> None:
     assert [stat.S_IMODE(mode) for mode in modes] == [0o600, 0o700]
 
 
-def test_the_socket_goes_and_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+def test_the_socket_is_removed_and_the_lock_released(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     for _ in range(2):
         assert served(path, path.is_socket)
@@ -199,12 +199,12 @@ def test_a_second_start_is_refused(tmp_path: Path) -> None:
                 ControlSocket.bind(path)
             return await asyncio.to_thread(send_command, path, {"do": "reload"})
 
-        assert (await beside(path, use))["ok"]  # and the first goes on
+        assert (await beside(path, use))["ok"]  # the first one continues
 
     asyncio.run(run())
 
 
-def test_what_a_dead_tunnel_left_is_replaced(tmp_path: Path) -> None:
+def test_the_socket_of_a_dead_tunnel_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -212,7 +212,7 @@ def test_what_a_dead_tunnel_left_is_replaced(tmp_path: Path) -> None:
     assert served(path, lambda: send_command(path, {"do": "reload"}))["ok"]
 
 
-def test_a_file_of_another_kind_stays(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     path.write_text("mine")
     with pytest.raises(ControlError, match="exists and is not a socket"):
@@ -220,7 +220,7 @@ def test_a_file_of_another_kind_stays(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_another_ones_socket_stays_when_it_closes(tmp_path: Path) -> None:
+def test_the_file_of_another_program_is_kept_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
 
     async def run() -> None:
@@ -239,7 +239,7 @@ def test_a_path_that_is_too_long(tmp_path: Path) -> None:
         ControlSocket.bind(tmp_path / ("x" * 107))
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ControlError, match="choose another with --control"):
         ControlSocket.bind(tmp_path / "file" / "c.sock")
@@ -253,21 +253,21 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
         ("", "", "/run/tlstunnel/control-8443.sock"),
     ],
 )
-def test_the_default(runtime: str, session: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_path(runtime: str, session: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", runtime)
     monkeypatch.setenv("XDG_RUNTIME_DIR", session)
     assert default_path(8443) == Path(found)
 
 
 def listening(path: Path) -> socket.socket:
-    """What `find` sees of a tunnel: a socket that takes connections."""
+    """Return a listening socket, which `find_control_socket` takes for a tunnel's."""
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(str(path))
     sock.listen(1)
     return sock
 
 
-def test_the_only_one_is_found(folder: Path) -> None:
+def test_the_only_socket_is_found(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(folder / "control-1.sock"))
     (folder / "control-2.sock").touch()
@@ -276,7 +276,7 @@ def test_the_only_one_is_found(folder: Path) -> None:
         assert find_control_socket(None) == path
 
 
-def test_one_that_is_busy_is_found(folder: Path) -> None:
+def test_a_busy_socket_is_found(folder: Path) -> None:
     path = folder / "control-8443.sock"
     with listening(path), socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
         one.connect(str(path))
@@ -284,12 +284,12 @@ def test_one_that_is_busy_is_found(folder: Path) -> None:
         assert find_control_socket(None) == path
 
 
-def test_the_named_one_is_found(folder: Path) -> None:
+def test_the_named_socket_is_found(folder: Path) -> None:
     named = folder / "other.sock"
     assert find_control_socket(named) == named
 
 
-def test_none_is_found(folder: Path) -> None:
+def test_no_socket_is_found(folder: Path) -> None:
     with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder}"):
         find_control_socket(None)
 
@@ -300,12 +300,12 @@ def test_several_are_listed(folder: Path) -> None:
         find_control_socket(None)
 
 
-def test_nobody_there_to_ask(tmp_path: Path) -> None:
+def test_no_tunnel_to_connect_to(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="cannot reach the tunnel: No such file"):
         send_command(tmp_path / "none.sock", {"do": "reload"})
 
 
-def test_a_tunnel_that_ends_without_an_answer(tmp_path: Path) -> None:
+def test_a_tunnel_that_closes_without_a_response(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""How many cores may be used."""
+"""The number of cores that may be used."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What one program hands to the next, and how it is started."""
+"""The handover to the next program, and how that is started."""
 
 import json
 import os
@@ -42,16 +42,16 @@ FIRST: dict[str, Any] = {
     "config": "listen = []",
     "probe": None,
 }
-"""The same, as the code of format 1 writes and reads it."""
+"""The same handover in format 1."""
 
 
-def _give(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+def _hand_over(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     file = os.memfd_create("test")
     os.write(file, text)
     monkeypatch.setenv(VARIABLE, str(file))
 
 
-def test_the_next_gets_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_program_receives_the_handover(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(STATE.write(FORMAT)))
     assert Handover.receive() == STATE
     assert VARIABLE not in os.environ
@@ -63,7 +63,7 @@ def test_the_next_gets_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_previous_format_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    _give(monkeypatch, json.dumps(FIRST).encode())
+    _hand_over(monkeypatch, json.dumps(FIRST).encode())
     found = Handover.receive()
     assert found is not None
     assert [child.identity.format for child in found.children] == [previous.FORMAT]
@@ -76,13 +76,13 @@ def test_the_previous_format_is_written() -> None:
         assert json.load(file) == FIRST
 
 
-def test_nothing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_handover(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert Handover.receive() is None
 
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _give(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
+    _hand_over(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
     with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} supports 1 and {FORMAT}"):
         Handover.receive()
 
@@ -91,23 +91,23 @@ def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     "text",
     [b"", b"[]", b"{}", b"\xff", b'{"format": 1}', b'{"format": 1, "children": [{}]}', b'{"format": 2}'],
 )
-def test_what_is_no_handover_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    _give(monkeypatch, text)
+def test_an_invalid_handover_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    _hand_over(monkeypatch, text)
     with pytest.raises(ProcessError, match="unset it"):
         Handover.receive()
 
 
 @pytest.mark.parametrize("value", ["x", "99999", "-1"])
-def test_a_variable_that_somebody_else_has_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_an_invalid_environment_variable_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ProcessError, match="unset it"):
         Handover.receive()
 
 
-# --- how it was started -----------------------------------------------------------------------------------------------
+# --- how the program was started --------------------------------------------------------------------------------------
 
 
-def test_a_link_on_the_way_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symbolic_links_in_the_command_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = tmp_path / "one" / "bin"
     real.mkdir(parents=True)
     (real / "tlstunnel").write_text("#!/bin/sh\n")

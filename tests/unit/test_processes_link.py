@@ -1,4 +1,4 @@
-"""What parent and child say to each other."""
+"""The link between a parent and a child."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ def _linked(work: Callable[[Link, Link, list[str]], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def test_what_was_sent_before_the_end_is_taken() -> None:
+def test_messages_sent_before_the_exit_are_handled() -> None:
     """The process has exited, and its last notifications have not been read yet."""
 
     async def work(near: Link, far: Link, events: list[str]) -> None:
@@ -227,7 +227,7 @@ def _lines(sock: socket.socket) -> list[dict[str, Any]]:
     return [json.loads(line) for line in sock.recv(65_536).splitlines()]
 
 
-def test_what_is_on_the_wire() -> None:
+def test_the_wire_format() -> None:
     """The lines that the code of format 1 wrote and read."""
 
     async def work() -> None:
@@ -276,9 +276,9 @@ def test_a_reply_without_its_fields() -> None:
     asyncio.run(work())
 
 
-def test_a_child_of_format_1_is_told_to_drain_in_its_words() -> None:
-    told = translate_request(Drain(after=None, over=60.0))
-    assert told == Finish(after=None, over=60.0)
-    assert isinstance(told, Finish)
-    assert told.to_drain() == Drain(after=None, over=60.0)
+def test_a_drain_request_is_translated_for_a_child_of_format_1() -> None:
+    translated = translate_request(Drain(after=None, over=60.0))
+    assert translated == Finish(after=None, over=60.0)
+    assert isinstance(translated, Finish)
+    assert translated.to_drain() == Drain(after=None, over=60.0)
     assert translate_request(Status()) == Status()

@@ -1,4 +1,4 @@
-"""What systemd is told."""
+"""Notifications to systemd."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         yield sock
 
 
-def test_words(manager: socket.socket) -> None:
+def test_messages(manager: socket.socket) -> None:
     notify = ServiceManager()
     notify.notify_ready("serving")
     assert manager.recv(1000).decode() == f"READY=1\nSTATUS=serving\nMAINPID={os.getpid()}"
@@ -56,7 +56,7 @@ def test_watchdog(environment: dict[str, str], every: float, monkeypatch: pytest
 def test_without_a_manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    ServiceManager().notify_ready("nobody hears it")
+    ServiceManager().notify_ready("ignored")
     assert ServiceManager().watchdog_interval == 0.0
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    ServiceManager().notify_ready("nobody hears it")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "absent"))
+    ServiceManager().notify_ready("ignored")

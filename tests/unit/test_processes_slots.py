@@ -30,7 +30,7 @@ def _slots(shares: list[int]) -> Slots:
 
 
 @given(st.lists(st.integers(1, 5), max_size=5), st.lists(st.integers(1, 10_000), unique=True, max_size=7))
-def test_everything_is_served_and_everybody_serves(shares: list[int], children: list[int]) -> None:
+def test_every_slot_is_served_and_every_child_serves(shares: list[int], children: list[int]) -> None:
     slots = _slots(shares)
     try:
         of = slots.assign(children)
@@ -40,7 +40,7 @@ def test_everything_is_served_and_everybody_serves(shares: list[int], children: 
             assert set().union(*of.values()) == numbers
         if numbers:
             assert all(of[child] for child in children)
-        # With one child for each of its sockets, none of them is shared.
+        # With as many children as sockets, none is shared.
         for count, address in zip(shares, ADDRESSES, strict=False):
             if count == len(children):
                 own = [slot.number for slot in slots if slot.listener.written == address]
@@ -49,7 +49,7 @@ def test_everything_is_served_and_everybody_serves(shares: list[int], children: 
         slots.close()
 
 
-def test_addresses_come_and_go() -> None:
+def test_addresses_are_added_and_removed() -> None:
     slots = Slots()
     with closing(slots):
         first, second = ListenAddress.parse("127.0.0.1:0"), ListenAddress.parse("[::1]:0")
@@ -66,7 +66,7 @@ def test_addresses_come_and_go() -> None:
             slot.listener.remove()
 
 
-def test_all_or_none_is_opened() -> None:
+def test_all_addresses_are_opened_or_none() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, closing(Slots()) as slots:
         port = taken.getsockname()[1]
         addresses = (ListenAddress("127.0.0.1", 0), ListenAddress("127.0.0.1", port))
@@ -75,7 +75,7 @@ def test_all_or_none_is_opened() -> None:
         assert list(slots) == []
 
 
-def test_they_are_kept_for_the_next_program() -> None:
+def test_slots_are_handed_over_to_the_next_program() -> None:
     slots = Slots()
     address = ListenAddress.parse("127.0.0.1:0")
     slots.update(slots.open((address,), 2), (address,))
@@ -83,7 +83,7 @@ def test_they_are_kept_for_the_next_program() -> None:
     assert [slot.number for slot in again] == [slot.number for slot in slots]
     assert [slot.listener.address for slot in again] == [slot.listener.address for slot in slots]
     assert not any(slot.listener.sock.get_inheritable() for slot in again)
-    # Numbers are not given twice.
+    # Numbers are not reused.
     more = again.open((ListenAddress.parse("[::1]:0"),), 1)
     assert min(slot.number for opened in more.values() for slot in opened) > max(slot.number for slot in slots)
     again.forget(more)

@@ -1,4 +1,4 @@
-"""Child processes: their end is noticed, and nothing of them is left."""
+"""Child processes: their exit is noticed, and nothing is left behind."""
 
 import asyncio
 import errno
@@ -52,7 +52,7 @@ def test_an_exit_is_noticed(code: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_one_that_is_killed(group: bool) -> None:
+def test_a_process_that_is_killed(group: bool) -> None:
     async def work() -> None:
         child = ChildProcess.spawn(SLEEPER, os.environ, ())
         child.kill(group=group)
@@ -61,7 +61,7 @@ def test_one_that_is_killed(group: bool) -> None:
     _run(work)
 
 
-def test_one_that_was_started_elsewhere_is_watched_too() -> None:
+def test_a_process_that_was_started_elsewhere_is_watched_too() -> None:
     async def work() -> None:
         pid = os.posix_spawn(sys.executable, SLEEPER, os.environ)
         child = ChildProcess(pid)
@@ -71,7 +71,7 @@ def test_one_that_was_started_elsewhere_is_watched_too() -> None:
     _run(work)
 
 
-def test_one_that_someone_else_has_reaped() -> None:
+def test_a_process_that_was_reaped_elsewhere() -> None:
     async def work() -> None:
         pid = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
         os.waitpid(pid, 0)
@@ -81,7 +81,7 @@ def test_one_that_someone_else_has_reaped() -> None:
     _run(work)
 
 
-def test_whoever_waits_may_be_cancelled() -> None:
+def test_a_wait_may_be_cancelled() -> None:
     async def work() -> None:
         child = ChildProcess.spawn(SLEEPER, os.environ, ())
         waiting = asyncio.ensure_future(child.wait())
@@ -93,7 +93,7 @@ def test_whoever_waits_may_be_cancelled() -> None:
     _run(work)
 
 
-def test_a_start_is_tried_until_it_succeeds() -> None:
+def test_a_start_is_retried_until_it_succeeds() -> None:
     reported: list[tuple[str, float]] = []
     failures = ["one", "two", "three"]
 
