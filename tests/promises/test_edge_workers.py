@@ -36,7 +36,7 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 PROXY = "127.0.0.9"
 
 WORKER = (
-    BY_PATH.replace('"""The', 'met.append(request.id)\n    """The')
+    BY_PATH.replace('"""Call', 'met.append(request.id)\n    """Call')
     + '''
 met = []
 
