@@ -263,7 +263,7 @@ def test_a_second_tunnel_cannot_take_it_but_that_of_a_dead_one_is_replaced(
         (b"[]\n", "an object with"),
         (b'{"do": 5}\n', "an object with"),
         (b'{"do": "relaod"}\n', 'did you mean "reload"?'),
-        (b'{"do": "sing a song"}\n', "there are drain"),
+        (b'{"do": "sing a song"}\n', "the commands are drain"),
         (b"[" * 60_000 + b"\n", "expected one JSON object"),
         (b"x" * 70_000 + b"\n", "expected one JSON object"),
     ],
