@@ -31,10 +31,10 @@ from websockets.sync.server import ServerConnection, serve
 
 from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
-from tlstunnel.check.results import CloseResult, DnsResult, HandshakeResult, PingResult, Step, TcpResult, TlsResult
+from tlstunnel.check.results import CloseResult, DnsResult, PingResult, Step, TcpResult, TlsResult, UpgradeResult
 from tlstunnel.check.steps import MAX_BODY, run
 from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_field
-from tlstunnel.check.wire import sent_chain
+from tlstunnel.check.wire import get_sent_chain
 from tlstunnel.check.words import explain_distrust
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
@@ -52,7 +52,7 @@ def issued(tmp_path_factory: pytest.TempPathFactory) -> issue.Issued:
 
 @pytest.fixture(scope="module")
 def trust(issued: issue.Issued) -> Trust:
-    return Trust.of(issued.ca)
+    return Trust.load(issued.ca)
 
 
 def server_context(cert: Path, key: Path) -> ssl.SSLContext:
@@ -201,7 +201,7 @@ def test_every_step_of_a_good_server(good_server: int, trust: Trust) -> None:
     assert tls.cipher.startswith("TLS_")
     assert [certificate.is_ca for certificate in tls.chain] == [False, True]
     assert tls.chain[0].names == ("localhost", "127.0.0.1", "::1")
-    assert isinstance(handshake, HandshakeResult)
+    assert isinstance(handshake, UpgradeResult)
     assert (handshake.status, handshake.reason, handshake.subprotocol) == (101, "Switching Protocols", "chat")
     assert handshake.extensions is not None
     assert handshake.extensions.startswith("permessage-deflate")
@@ -294,7 +294,7 @@ def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: T
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust)
     assert found[-1].result == CloseResult(1005, "")
-    assert isinstance(found[3].result, HandshakeResult)
+    assert isinstance(found[3].result, UpgradeResult)
     assert found[3].result.request_id == "abc"
     assert sorted(opcode for opcode, _ in heard) == [8, 9, 10]
     assert (10, b"are you there") in heard
@@ -422,7 +422,7 @@ def test_a_certificate_that_does_not_fit(
     ca = issue.create([], tmp_path).ca
     context = server_context(*signed(tmp_path, "leaf", names, begins, ends))
     with serving(until_gone, context) as port:
-        found = steps(port, Trust.of(ca))
+        found = steps(port, Trust.load(ca))
     assert failure(found)[0] == "tls"
     assert failure(found)[1].startswith(reason)
     # What the server sent is told all the same.
@@ -433,8 +433,8 @@ def test_a_certificate_that_does_not_fit(
 
 def test_an_authority_that_is_not_trusted(issued: issue.Issued, tmp_path: Path) -> None:
     with serving(until_gone, server_context(issued.cert, issued.key)) as port:
-        system = failure(steps(port, Trust.of(None)))
-        other = failure(steps(port, Trust.of(issue.create([], tmp_path).ca)))
+        system = failure(steps(port, Trust.load(None)))
+        other = failure(steps(port, Trust.load(issue.create([], tmp_path).ca)))
     assert system[0] == other[0] == "tls"
     assert re.fullmatch(
         "certificate not trusted: self-signed certificate in chain; pass --ca with the certificate of CN=tlstunnel.*",
@@ -451,9 +451,9 @@ def test_a_missing_issuer_and_a_self_signed_leaf(tmp_path: Path) -> None:
     ca = issue.create([], tmp_path).ca
     leaf, key = signed(tmp_path, "leaf", ["localhost"], -DAY, DAY)
     with serving(until_gone, server_context(leaf, key)) as port:
-        missing = failure(steps(port, Trust.of(None)))
+        missing = failure(steps(port, Trust.load(None)))
     with serving(until_gone, server_context(ca, tmp_path / "ca-key.pem")) as port:
-        alone = failure(steps(port, Trust.of(None)))
+        alone = failure(steps(port, Trust.load(None)))
     assert missing[1].startswith("certificate not trusted: its issuer is unknown")
     assert "pass --ca with the certificate of CN=tlstunnel test CA" in missing[1]
     assert alone[1].startswith("certificate not trusted: it is self-signed; pass --ca")
@@ -461,7 +461,7 @@ def test_a_missing_issuer_and_a_self_signed_leaf(tmp_path: Path) -> None:
 
 def test_a_certificate_refused_for_another_reason(tmp_path: Path) -> None:
     ca = issue.create([], tmp_path).ca
-    trust = Trust.of(ca)
+    trust = Trust.load(ca)
     trust.context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     with serving(until_gone, server_context(*signed(tmp_path, "leaf", ["localhost"], -DAY, DAY))) as port:
         assert failure(steps(port, trust)) == ("tls", "certificate not trusted: unable to get certificate CRL")
@@ -478,7 +478,7 @@ def test_the_chain_of_an_untrusted_server_that_is_gone(issued: issue.Issued) -> 
                 until_gone(secured)
 
     with serving(once) as port:
-        found = steps(port, Trust.of(None))
+        found = steps(port, Trust.load(None))
     assert failure(found)[1] == (
         "certificate not trusted: self-signed certificate in chain; pass --ca with the certificate of its authority "
         "(a second connection, to fetch the chain, failed)"
@@ -581,7 +581,7 @@ def test_refusals(issued: issue.Issued, trust: Trust, answer: bytes, reason: str
     with serving(answering(answer), server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust)
     assert failure(found) == ("handshake", f"the server answered {reason}")
-    assert isinstance(found[-1].result, HandshakeResult)
+    assert isinstance(found[-1].result, UpgradeResult)
     assert len(found[-1].result.body) <= MAX_BODY
 
 
@@ -682,7 +682,7 @@ def test_a_101_that_is_none(issued: issue.Issued, trust: Trust, fields: str, rea
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust, subprotocols=["chat"])
     assert failure(found) == ("handshake", f"101, but {reason}")
-    assert isinstance(found[-1].result, HandshakeResult)
+    assert isinstance(found[-1].result, UpgradeResult)
 
 
 def test_a_reset_after_the_request(issued: issue.Issued, trust: Trust) -> None:
@@ -748,7 +748,7 @@ def test_no_pong(issued: issue.Issued, trust: Trust, behave: Handler, reason: st
 
 
 def test_endless_data_before_the_pong(issued: issue.Issued, trust: Trust, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlstunnel.check.steps.MAX_UNASKED", 1_048_576)
+    monkeypatch.setattr("tlstunnel.check.steps.MAX_UNSOLICITED", 1_048_576)
     with serving(after_accepting(endless_data), server_context(issued.cert, issued.key)) as port:
         assert failure(steps(port, trust)) == ("ping", "the server sent 1 MiB before the pong")
 
@@ -859,10 +859,10 @@ def test_subprotocols() -> None:
 def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
     with pytest.raises(CertificateError, match=re.escape(str(path))):
-        Trust.of(path)
+        Trust.load(path)
     path.write_text("nothing")
     with pytest.raises(CertificateError, match=re.escape(str(path))):
-        Trust.of(path)
+        Trust.load(path)
 
 
 @given(st.text())
@@ -925,10 +925,10 @@ def test_the_chain_with_every_python() -> None:
             assert binary_form
             return self._leaf
 
-    assert sent_chain(Public()) == [b"leaf", b"ca"]
-    assert sent_chain(Older(b"leaf", Beneath())) == [b"der"]
-    assert sent_chain(Older(b"leaf", None)) == [b"leaf"]
-    assert sent_chain(Older(None, None)) == []
+    assert get_sent_chain(Public()) == [b"leaf", b"ca"]
+    assert get_sent_chain(Older(b"leaf", Beneath())) == [b"der"]
+    assert get_sent_chain(Older(b"leaf", None)) == [b"leaf"]
+    assert get_sent_chain(Older(None, None)) == []
 
 
 def test_facts_are_plain_values(good_server: int, trust: Trust) -> None:

@@ -24,7 +24,7 @@ from websockets.sync.server import ServerConnection, serve
 from tests.pki import PREFERRED_GROUP
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.describe import CertificateDescription
-from tlstunnel.check.results import CloseResult, DnsResult, HandshakeResult, PingResult, Step, TcpResult, TlsResult
+from tlstunnel.check.results import CloseResult, DnsResult, PingResult, Step, TcpResult, TlsResult, UpgradeResult
 from tlstunnel.check.results import Result as CheckResult
 from tlstunnel.cli import check
 from tlstunnel.errors import CertificateError, TlstunnelError
@@ -175,8 +175,8 @@ def test_everything_from_the_server_is_escaped() -> None:
         TcpResult("1.2.3.4:5", (("[::1]:5", "connection refused"),)),
         TlsResult(),
         TlsResult("TLSv1.3", "X", None, HOSTILE, (leaf,), 2),
-        HandshakeResult(101, HOSTILE, ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE, HOSTILE, HOSTILE),
-        HandshakeResult(403, HOSTILE, ((HOSTILE, HOSTILE),), body=HOSTILE),
+        UpgradeResult(101, HOSTILE, ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE, HOSTILE, HOSTILE),
+        UpgradeResult(403, HOSTILE, ((HOSTILE, HOSTILE),), body=HOSTILE),
         PingResult(0.001),
         CloseResult(1000, HOSTILE),
         None,

@@ -11,7 +11,7 @@ from tests.corpus.corpus import upgrade_request
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection, Timeout
 from tlstunnel.handshake.request import UpgradeRequest
-from tlstunnel.origins.balance import order_by
+from tlstunnel.origins.balance import select_order
 from tlstunnel.origins.members import CHECKS_DOWN, Member, Use
 
 
@@ -28,7 +28,7 @@ def asking(ip: str = "192.0.2.9", *headers: str) -> tuple[str, UpgradeRequest]:
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8))
 def test_round_robin_is_exact_over_a_cycle(weights: list[int]) -> None:
     members = [member(f"o{index}", weight) for index, weight in enumerate(weights)]
-    order = order_by("round_robin")
+    order = select_order("round_robin")
     counts = Counter(order(members, *asking())[0].text for _ in range(sum(weights) * 3))
     assert counts == {f"o{index}:80": weight * 3 for index, weight in enumerate(weights)}
 
@@ -36,7 +36,7 @@ def test_round_robin_is_exact_over_a_cycle(weights: list[int]) -> None:
 @given(st.permutations(range(5)), st.sampled_from(["round_robin", "least_tunnels", "hash:ip", "hash:cookie:sid"]))
 def test_an_order_has_each_member_once(places: list[int], balance: str) -> None:
     members = [member(f"o{place}", place + 1) for place in places]
-    order = order_by(balance)
+    order = select_order(balance)
     for _ in range(4):
         assert sorted(one.text for one in order(members, *asking())) == sorted(one.text for one in members)
 
@@ -44,7 +44,7 @@ def test_an_order_has_each_member_once(places: list[int], balance: str) -> None:
 def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
     members = [member("a"), member("b", 3), member("c")]
     members[0].tunnels = 10
-    order = order_by("least_tunnels")
+    order = select_order("least_tunnels")
     for _ in range(60):
         order(members, *asking())[0].take()
     assert [one.tunnels for one in members] == [14, 42, 14]
@@ -52,7 +52,7 @@ def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
 
 def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
     members = [member("a:1"), member("b:1", 2), member("c:1"), member("d:1")]
-    order = order_by("hash:ip")
+    order = select_order("hash:ip")
     clients = [f"10.{number // 250}.{number % 250}.1" for number in range(20_000)]
     before = {ip: order(members, *asking(ip))[0].text for ip in clients}
     counts = Counter(before.values())
@@ -67,7 +67,7 @@ def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
 
 def test_rendezvous_agrees_between_processes_and_pools() -> None:
     members = [member(f"{name}.example:3000") for name in "abcdef"]
-    order = order_by("hash:header:X-User")
+    order = select_order("hash:header:X-User")
     # Taken once: whoever changes this moves everybody's clients at the next release.
     assert [order(members, *asking("", f"X-User: {n}"))[0].text[0] for n in range(12)] == list("aeeaeaacedbd")
 
@@ -76,7 +76,7 @@ def test_what_a_hash_is_over() -> None:
     members = [member(f"o{number}") for number in range(50)]
 
     def first(balance: str, *headers: str, ip: str = "192.0.2.9") -> str:
-        return order_by(balance)(members, *asking(ip, *headers))[0].text
+        return select_order(balance)(members, *asking(ip, *headers))[0].text
 
     assert first("hash:cookie:sid", "Cookie: a=b; sid=1") == first("hash:cookie:sid", "Cookie: sid=1", ip="192.0.2.1")
     assert first("hash:cookie:sid", "Cookie: sid=1") != first("hash:cookie:sid", "Cookie: sid=2")
@@ -94,16 +94,16 @@ def test_three_failures_in_a_row_eject_and_one_at_a_time_may_try() -> None:
     assert not one.record_failure(0, EJECTION)
     one.record_success()
     assert [one.record_failure(0, EJECTION) for _ in range(3)] == [False, False, True]
-    assert not one.usable(0.99)
-    assert one.usable(1.11)
+    assert not one.is_usable(0.99)
+    assert one.is_usable(1.11)
     one.take()
-    assert not one.usable(1.2)
+    assert not one.is_usable(1.2)
     # What had begun before the ejection says nothing new, and the trial's end counts.
     one.abandon_trial()
-    assert one.usable(1.2)
+    assert one.is_usable(1.2)
     one.take()
     assert one.record_success()
-    assert one.usable(1.2)
+    assert one.is_usable(1.2)
 
 
 def test_each_failed_trial_doubles_the_delay_up_to_the_longest() -> None:
@@ -111,30 +111,30 @@ def test_each_failed_trial_doubles_the_delay_up_to_the_longest() -> None:
     for _ in range(3):
         one.record_failure(now, EJECTION)
     for delay in (1.0, 2.0, 4.0, 4.0):
-        assert not one.usable(now + delay * 0.999)
+        assert not one.is_usable(now + delay * 0.999)
         now += delay * 1.1
-        assert one.usable(now)
+        assert one.is_usable(now)
         one.take()
         assert not one.record_failure(now, EJECTION)
-    assert one.usable(now + 1.5, soonest=1.0)
-    assert not one.usable(now + 1.5)
+    assert one.is_usable(now + 1.5, soonest=1.0)
+    assert not one.is_usable(now + 1.5)
 
 
 def test_late_failures_of_many_at_once_eject_once_and_do_not_lengthen_it() -> None:
     one = member("a")
     assert [one.record_failure(0, EJECTION) for _ in range(100)].count(True) == 1
-    assert one.usable(1.11)
+    assert one.is_usable(1.11)
 
 
 def test_health_checks() -> None:
     one = member("a")
     changes = [one.record_check(healthy=False) for _ in range(CHECKS_DOWN + 1)]
     assert changes == [False] * (CHECKS_DOWN - 1) + [True, False]
-    assert not one.usable(0)
+    assert not one.is_usable(0)
     for _ in range(3):
         one.record_failure(0, EJECTION)
     assert one.record_check(healthy=True)
-    assert one.usable(0)
+    assert one.is_usable(0)
 
 
 def test_an_origin_is_full_over_all_its_addresses() -> None:

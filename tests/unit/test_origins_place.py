@@ -31,8 +31,8 @@ def eject(pool: Pool) -> Member:
     return member
 
 
-def usable(member: Member) -> bool:
-    return member.usable(member.back_at(FIRST_TRY_AGAIN), FIRST_TRY_AGAIN)
+def is_usable(member: Member) -> bool:
+    return member.is_usable(member.back_at(FIRST_TRY_AGAIN), FIRST_TRY_AGAIN)
 
 
 def test_a_place_is_returned_once(pool: Pool) -> None:
@@ -51,9 +51,9 @@ def test_a_place_is_returned_once(pool: Pool) -> None:
 def test_a_trial_without_a_result_is_left_to_the_next(pool: Pool) -> None:
     member = eject(pool)
     place = Place(pool, member)
-    assert not usable(member)
+    assert not is_usable(member)
     place.close()
-    assert usable(member)
+    assert is_usable(member)
 
 
 def test_a_success_ends_the_ejection(pool: Pool) -> None:
@@ -72,6 +72,6 @@ def test_a_tunnel_that_ends_does_not_end_the_trial_of_another(pool: Pool) -> Non
     member = eject(pool)
     trial = Place(pool, member)
     long.close()
-    assert not usable(member)
+    assert not is_usable(member)
     trial.close()
-    assert usable(member)
+    assert is_usable(member)

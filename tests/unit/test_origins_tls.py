@@ -15,7 +15,7 @@ from tlstunnel.errors import CertificateError
 from tlstunnel.journal.events import Reason
 from tlstunnel.origins import tls
 from tlstunnel.origins.errors import OriginTLSFailed
-from tlstunnel.origins.tls import Contexts, OriginTLS, client_context, explain
+from tlstunnel.origins.tls import Contexts, OriginTLS, create_client_context, explain
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import readiness
@@ -27,22 +27,22 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def test_it_verifies_unless_told_otherwise(authority: Authority) -> None:
-    for context in (client_context(), client_context(ca=authority.file)):
+    for context in (create_client_context(), create_client_context(ca=authority.file)):
         assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
         assert context.minimum_version == ssl.TLSVersion.TLSv1_2
         assert not context.hostname_checks_common_name
         assert not context.options & ssl.OP_IGNORE_UNEXPECTED_EOF
-    off = client_context(verify=False)
+    off = create_client_context(verify=False)
     assert (off.verify_mode, off.check_hostname) == (ssl.CERT_NONE, False)
 
 
 def test_it_trusts_the_given_authority_alone(authority: Authority) -> None:
-    assert client_context(ca=authority.file).cert_store_stats()["x509"] == 1
+    assert create_client_context(ca=authority.file).cert_store_stats()["x509"] == 1
 
 
 def test_it_writes_no_keys(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    assert client_context(ca=authority.file).keylog_filename is None
+    assert create_client_context(ca=authority.file).keylog_filename is None
     assert not (tmp_path / "keys").exists()
 
 
@@ -62,23 +62,23 @@ def test_what_is_wrong_with_a_file_names_it(authority: Authority, tmp_path: Path
     damaged.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     for ca in (absent, empty, damaged, pair.key):
         with pytest.raises(CertificateError, match=ca.name):
-            client_context(ca=ca)
+            create_client_context(ca=ca)
     for cert, key, named in (
         (absent, pair.key, absent),
         (pair.cert, absent, absent),
         (pair.cert, pair.cert, pair.cert),
     ):
         with pytest.raises(CertificateError, match=named.name):
-            client_context(cert=cert, key=key)
+            create_client_context(cert=cert, key=key)
     with pytest.raises(CertificateError, match="does not match"):
-        client_context(cert=pair.cert, key=other.key)
+        create_client_context(cert=pair.cert, key=other.key)
 
 
 def test_a_pair_in_one_file(authority: Authority, tmp_path: Path) -> None:
     pair = authority.issue("one")
     both = tmp_path / "both.pem"
     both.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
-    client_context(cert=both)
+    create_client_context(cert=both)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_sessions_are_kept_by_origin_and_name(authority: Authority, monkeypatch:
     monkeypatch.setattr(tls, "RETRY_SECONDS", 0.0)
     server = _Server(server_context(authority.issue("localhost")))
     serving = server.serve(5)
-    context = client_context(ca=authority.file)
+    context = create_client_context(ca=authority.file)
     how = OriginTLS(context)
     for _ in range(3):
         asyncio.run(_once(how, server.address))
@@ -177,7 +177,7 @@ def test_sessions_are_bounded(authority: Authority, monkeypatch: pytest.MonkeyPa
     context = server_context(authority.issue("localhost"))
     servers = [_Server(context), _Server(context)]
     threads = [server.serve(2) for server in servers]
-    how = OriginTLS(client_context(ca=authority.file))
+    how = OriginTLS(create_client_context(ca=authority.file))
     for _ in range(2):
         for server in servers:
             asyncio.run(_once(how, server.address))
@@ -191,7 +191,7 @@ def test_a_failure_closes_the_socket_and_says_which(authority: Authority) -> Non
     server = _Server(server_context(authority.issue("other.example")))
     serving = server.serve(1)
     with pytest.raises(OriginTLSFailed) as caught:
-        asyncio.run(_once(OriginTLS(client_context(ca=authority.file)), server.address))
+        asyncio.run(_once(OriginTLS(create_client_context(ca=authority.file)), server.address))
     serving.join()
     server.close()
     assert caught.value.kind == Reason.ORIGIN_WRONG_NAME
@@ -203,6 +203,6 @@ def test_an_address_with_a_zone_is_verified_without_it(certificate: Certificate)
     server = _Server(server_context(certificate))
     address = OriginAddress("::1%lo", server.address.port)
     serving = server.serve(1)
-    asyncio.run(_once(OriginTLS(client_context(ca=certificate.ca)), address))
+    asyncio.run(_once(OriginTLS(create_client_context(ca=certificate.ca)), address))
     serving.join()
     server.close()

@@ -13,7 +13,7 @@ from tlstunnel.sockets.proxy_protocol import (
     SIGNATURE,
     BadHeader,
     Header,
-    TLSFacts,
+    TLSInfo,
     bytes_needed,
     read_header,
     write_local,
@@ -120,7 +120,7 @@ def test_what_is_written_is_read(
         write_v2(
             (str(source), from_port),
             (str(destination), port),
-            TLSFacts("TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example", "client", verified=True),
+            TLSInfo("TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example", "client", verified=True),
             unique_id,
         ),
     ):
@@ -128,7 +128,7 @@ def test_what_is_written_is_read(
 
 
 def test_the_tlvs() -> None:
-    tls = TLSFacts("TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example")
+    tls = TLSInfo("TLSv1.3", "TLS_AES_128_GCM_SHA256", "chat.example")
     data = write_v2(("192.0.2.1", 1234), ("198.51.100.7", 443), tls, "an id")
     assert data[:28] == V2.pack(SIGNATURE, 0x21, 0x11, len(data) - 16) + FOUR
     assert tlvs(data[28:]) == [
@@ -137,7 +137,7 @@ def test_the_tlvs() -> None:
         (0x20, b"\x01\0\0\0\x01" + b"\x21\0\x07TLSv1.3" + b"\x23\0\x16TLS_AES_128_GCM_SHA256"),
         (0x05, b"an id"),
     ]
-    proven = write_v2(None, None, TLSFacts("TLSv1.2", "x", "", "Ann", verified=True))
+    proven = write_v2(None, None, TLSInfo("TLSv1.2", "x", "", "Ann", verified=True))
     assert dict(tlvs(proven[16:]))[0x20] == b"\x07\0\0\0\0" + b"\x21\0\x07TLSv1.2" + b"\x23\0\x01x" + b"\x22\0\x03Ann"
 
 

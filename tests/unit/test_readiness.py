@@ -443,7 +443,7 @@ def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
 def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
     pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "EVENTS_A_TURN", 2)
+    monkeypatch.setattr(module, "EVENTS_PER_TURN", 2)
     ready = [pairs() for _ in range(6)]
     log: list[int | str] = []
 

@@ -35,7 +35,7 @@ class TlsResult:
 
 
 @dataclass(frozen=True, slots=True)
-class HandshakeResult:
+class UpgradeResult:
     """The response. ``fields`` in the server's order and case, latin-1; ``body`` is a refusal's, its first 1 KiB."""
 
     status: int
@@ -62,7 +62,7 @@ class CloseResult:
     reason: str
 
 
-Result = DnsResult | TcpResult | TlsResult | HandshakeResult | PingResult | CloseResult
+Result = DnsResult | TcpResult | TlsResult | UpgradeResult | PingResult | CloseResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,15 +30,15 @@ from tlstunnel.certificates.describe import CertificateDescription, describe
 from tlstunnel.check.results import (
     CloseResult,
     DnsResult,
-    HandshakeResult,
     PingResult,
     Result,
     Step,
     TcpResult,
     TlsResult,
+    UpgradeResult,
 )
 from tlstunnel.check.target import Target, Trust
-from tlstunnel.check.wire import Deadline, Wire, sent_chain
+from tlstunnel.check.wire import Deadline, Wire, get_sent_chain
 from tlstunnel.check.words import (
     CONNECT_ERRORS,
     DNS_ERRORS,
@@ -61,7 +61,7 @@ MAX_HEAD: Final = 65_536
 # Bytes of a refusal's body that are kept.
 MAX_BODY: Final = 1024
 # Bytes read while waiting for a pong or a Close: a busy feed sends some, an endless stream must end.
-MAX_UNASKED: Final = 16_777_216
+MAX_UNSOLICITED: Final = 16_777_216
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
     all steps together. Connections are closed when the iterator ends or is closed.
     """
     check = _Check(target, trust, tuple(fields), tuple(subprotocols), Deadline(timeout))
-    stages: tuple[tuple[str, Callable[[], Result]], ...] = (
+    steps: tuple[tuple[str, Callable[[], Result]], ...] = (
         ("dns", check.resolve),
         ("tcp", check.connect),
         ("tls", check.secure),
@@ -87,17 +87,17 @@ def run(
         ("close", check.close),
     )
     with contextlib.closing(check.resources):
-        for name, stage in stages:
-            step = _timed(name, stage)
+        for name, action in steps:
+            step = _run_step(name, action)
             yield step
             if not step.ok:
                 return
 
 
-def _timed(name: str, stage: Callable[[], Result]) -> Step:
+def _run_step(name: str, action: Callable[[], Result]) -> Step:
     started = time.perf_counter()
     try:
-        found, error = stage(), None
+        found, error = action(), None
     except _StepError as failure:
         return Step(name, time.perf_counter() - started, failure.result, str(failure))
     return Step(name, time.perf_counter() - started, found, error)
@@ -127,7 +127,7 @@ class _Check:
         self.deadline = deadline
         self.resources = contextlib.ExitStack()
         self.addresses: tuple[tuple[socket.AddressFamily, tuple[Any, ...]], ...] = ()
-        self.unasked = 0
+        self.unsolicited = 0
         self._connected: int | None = None  # which of the addresses took the connection
         self._sock: socket.socket | None = None
         self._wire: Wire | None = None
@@ -172,7 +172,7 @@ class _Check:
         """Connect to the first address that takes it; each may use its share of the time left."""
         failed: list[tuple[str, str]] = []
         for index, (_, address) in enumerate(self.addresses):
-            shown = _endpoint(address)
+            shown = _format_endpoint(address)
             try:
                 share = self.deadline.left() / (len(self.addresses) - index)
                 self._sock = self._open(index, share)
@@ -198,20 +198,20 @@ class _Check:
         assert self._sock is not None
         self._wire = wire = Wire(self._sock, self.trust.context, self.target.host, self.deadline)
         during = "during the TLS handshake"
-        with self._explained(during):
+        with self._explain_failures(during):
             try:
                 wire.secure()
             except ssl.SSLCertVerificationError as error:
-                found, why_not = self._untrusted()
+                found, why_not = self._fetch_untrusted()
                 words = explain_distrust(error, found.chain, self.target.host, self.trust.ca)
                 raise _StepError(words + why_not, found) from None
             except ssl.SSLError as error:
                 if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
                     raise _StepError(f"the server closed the connection {during}") from None
                 raise _StepError(explain_tls_error(error, bytes(wire.captured))) from None
-        return _tls_result(wire)
+        return _make_tls_result(wire)
 
-    def _untrusted(self) -> tuple[TlsResult, str]:
+    def _fetch_untrusted(self) -> tuple[TlsResult, str]:
         # OpenSSL keeps no chain that it did not trust, so a second connection, on which nothing is sent, fetches it.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -221,31 +221,31 @@ class _Check:
             assert self._connected is not None
             wire = Wire(self._open(self._connected, self.deadline.left()), context, self.target.host, self.deadline)
             wire.secure()
-            found = _tls_result(wire)
+            found = _make_tls_result(wire)
             wire.end()
         except OSError:
             return TlsResult(), " (a second connection, to fetch the chain, failed)"
         return found, ""
 
-    def upgrade(self) -> HandshakeResult:
+    def upgrade(self) -> UpgradeResult:
         """Ask for the upgrade; the answer must be a ``101`` by RFC 6455 section 4.1's rules for clients."""
         key = generate_nonce()
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        with self._explained("while waiting for the answer to the handshake"):
-            self.wire.write((http.send(self._request(key)) or b"") + (http.send(h11.EndOfMessage()) or b""))
-            response = self._response(http)
-            found = _handshake_result(response)
+        with self._explain_failures("while waiting for the answer to the handshake"):
+            self.wire.write((http.send(self._build_request(key)) or b"") + (http.send(h11.EndOfMessage()) or b""))
+            response = self._read_response(http)
+            found = _make_upgrade_result(response)
             if response.status_code != 101:
-                found = replace(found, body=self._body(http))
+                found = replace(found, body=self._read_body(http))
                 raise _StepError(describe_refusal(found), found)
             try:
-                extensions = _agreed(response, key, self.subprotocols)
+                extensions = _check_upgrade(response, key, self.subprotocols)
             except ValueError as error:
                 raise _StepError(f"101, but {printable(str(error))}", found) from None
         self._ws = Connection(ConnectionType.CLIENT, extensions, http.trailing_data[0])
         return found
 
-    def _request(self, key: bytes) -> h11.Request:
+    def _build_request(self, key: bytes) -> h11.Request:
         fields = [("Host", self.target.authority)] if "host" not in {name.lower() for name, _ in self.fields} else []
         fields += [
             ("Upgrade", "websocket"),
@@ -261,7 +261,7 @@ class _Check:
         encoded = [(name.encode("ascii"), value.encode()) for name, value in fields]
         return h11.Request(method=b"GET", target=self.target.resource.encode("ascii"), headers=encoded)
 
-    def _response(self, http: h11.Connection) -> h11.Response | h11.InformationalResponse:
+    def _read_response(self, http: h11.Connection) -> h11.Response | h11.InformationalResponse:
         seen = b""
         try:
             while True:
@@ -282,7 +282,7 @@ class _Check:
                 f"the answer is not HTTP/1.1: {describe_beginning(seen)} ({printable(str(error))})"
             ) from None
 
-    def _body(self, http: h11.Connection) -> str:
+    def _read_body(self, http: h11.Connection) -> str:
         body = bytearray()
         # The status is known: what cannot be read of the body is not worth another failure.
         with contextlib.suppress(h11.RemoteProtocolError, OSError):
@@ -300,9 +300,9 @@ class _Check:
         """Send a ping with a payload nobody could guess and wait for its pong, whatever comes before it."""
         payload = secrets.token_bytes(8)
         started = time.perf_counter()
-        with self._explained("while waiting for the pong"):
+        with self._explain_failures("while waiting for the pong"):
             self.wire.write(self.ws.send(Ping(payload)))
-            for event in self._events("before the pong"):
+            for event in self._receive_events("before the pong"):
                 match event:
                     case Pong(payload=answer) if answer == payload:
                         return PingResult(time.perf_counter() - started)
@@ -316,13 +316,15 @@ class _Check:
 
     def close(self) -> CloseResult:
         """Do the closing handshake (RFC 6455 section 7.1.2), then our half of the TLS one."""
-        with self._explained("while waiting for the server's Close"):
+        with self._explain_failures("while waiting for the server's Close"):
             self.wire.write(self.ws.send(CloseConnection(1000)))
-            event = next(event for event in self._events("without a Close") if isinstance(event, CloseConnection))
+            event = next(
+                event for event in self._receive_events("without a Close") if isinstance(event, CloseConnection)
+            )
             self.wire.end()
         return CloseResult(int(event.code), event.reason or "")
 
-    def _events(self, when: str) -> Iterator[Event]:
+    def _receive_events(self, when: str) -> Iterator[Event]:
         while True:
             for event in self.ws.events():
                 # wsproto gives a broken frame as a Close of its own; only a real one changes the state.
@@ -332,13 +334,13 @@ class _Check:
             data = self.wire.read()
             if not data:
                 raise _StepError(f"the server closed the connection {when}")
-            self.unasked += len(data)
-            if self.unasked > MAX_UNASKED:
-                raise _StepError(f"the server sent {MAX_UNASKED // 1_048_576} MiB {when}")
+            self.unsolicited += len(data)
+            if self.unsolicited > MAX_UNSOLICITED:
+                raise _StepError(f"the server sent {MAX_UNSOLICITED // 1_048_576} MiB {when}")
             self.ws.receive_data(data)
 
     @contextlib.contextmanager
-    def _explained(self, during: str) -> Iterator[None]:
+    def _explain_failures(self, during: str) -> Iterator[None]:
         try:
             yield
         except TimeoutError:
@@ -353,15 +355,15 @@ class _Check:
 _STILL_OPEN: Final = frozenset({ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING})
 
 
-def _endpoint(address: tuple[Any, ...]) -> str:
+def _format_endpoint(address: tuple[Any, ...]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _tls_result(wire: Wire) -> TlsResult:
+def _make_tls_result(wire: Wire) -> TlsResult:
     cipher = wire.tls.cipher()
     chain: list[CertificateDescription] = []
-    sent = sent_chain(wire.tls)
+    sent = get_sent_chain(wire.tls)
     for der in sent:
         # OpenSSL takes certificates that are too odd to describe.
         with contextlib.suppress(CertificateError, ValueError, x509.InvalidVersion):
@@ -376,13 +378,13 @@ def _tls_result(wire: Wire) -> TlsResult:
     )
 
 
-def _handshake_result(response: h11.Response | h11.InformationalResponse) -> HandshakeResult:
+def _make_upgrade_result(response: h11.Response | h11.InformationalResponse) -> UpgradeResult:
     fields = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw_items())
 
     def value(name: str) -> str | None:
         return ", ".join(value for other, value in fields if other.lower() == name) or None
 
-    return HandshakeResult(
+    return UpgradeResult(
         status=response.status_code,
         reason=response.reason.decode("latin-1"),
         fields=fields,
@@ -392,7 +394,7 @@ def _handshake_result(response: h11.Response | h11.InformationalResponse) -> Han
     )
 
 
-def _agreed(
+def _check_upgrade(
     response: h11.Response | h11.InformationalResponse, key: bytes, subprotocols: Sequence[str]
 ) -> list[Extension]:
     """Give the extensions of a ``101`` (RFC 6455 section 4.1). Raises ValueError saying which rule it breaks."""

@@ -61,12 +61,12 @@ class Target:
         port = int(parts["port"] or 443)
         if not 1 <= port <= 65_535:
             raise ValueError("the port must be a number from 1 to 65535")
-        host = _name(parts["name"]) if parts["six"] is None else _ipv6(parts["six"])
+        host = _parse_name(parts["name"]) if parts["six"] is None else _parse_ipv6(parts["six"])
         resource = resource if resource.startswith("/") else f"/{resource}"
         return cls(url, host, port, quote(resource, safe="!$%&'()*+,/:;=?@~[]"))
 
 
-def _ipv6(host: str) -> str:
+def _parse_ipv6(host: str) -> str:
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
@@ -76,7 +76,7 @@ def _ipv6(host: str) -> str:
     return str(address)
 
 
-def _name(host: str) -> str:
+def _parse_name(host: str) -> str:
     name = host.removesuffix(".")
     try:
         ascii_name = name if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
@@ -118,7 +118,7 @@ class Trust:
     ca: Path | None
 
     @classmethod
-    def of(cls, ca: Path | None) -> Self:
+    def load(cls, ca: Path | None) -> Self:
         """TLS 1.2 or later, trusting the certificates in ``ca`` alone, or what this machine trusts.
 
         Raises CertificateError, naming the file, where it cannot be read or holds no certificate.

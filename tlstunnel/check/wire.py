@@ -104,7 +104,7 @@ class Wire:
         self._incoming.write(data)
 
 
-def sent_chain(tls: Any) -> list[bytes]:
+def get_sent_chain(tls: Any) -> list[bytes]:
     """Give the certificates that the server sent, leaf first, DER. ``tls`` is an ``ssl.SSLObject``.
 
     Public API from Python 3.13; before it, what Python 3.10 put beneath; the leaf alone where that is missing too.

@@ -12,7 +12,7 @@ from typing import Final
 from wsproto.events import CloseConnection
 
 from tlstunnel.certificates.describe import CertificateDescription
-from tlstunnel.check.results import HandshakeResult
+from tlstunnel.check.results import UpgradeResult
 from tlstunnel.escaping import printable
 
 # What a person can conclude from an alert (RFC 8446 section 6.2), where its name does not say it.
@@ -71,43 +71,43 @@ def explain_distrust(
     elif code == _EXPIRED:
         late = [certificate for certificate in chain if certificate.not_after < now]
         words = "; ".join(
-            f"certificate {_subject(certificate)} expired {_days((now - certificate.not_after).days)} ago"
+            f"certificate {_get_subject(certificate)} expired {_format_days((now - certificate.not_after).days)} ago"
             for certificate in late
         )
         words = words or "certificate expired"
     elif code == _NOT_YET_VALID:
-        words = f"certificate is not valid yet: {_first_validity(chain, now)} (is this machine's clock right?)"
+        words = f"certificate is not valid yet: {_list_not_yet_valid(chain, now)} (is this machine's clock right?)"
     elif code == _SELF_SIGNED_LEAF:
         words = "certificate not trusted: it is self-signed; pass --ca with the certificate itself if you trust it"
     elif code == _SELF_SIGNED_IN_CHAIN:
-        words = f"certificate not trusted: self-signed certificate in chain; {_ca_advice(chain, ca)}"
+        words = f"certificate not trusted: self-signed certificate in chain; {_advise_on_ca(chain, ca)}"
     elif code in _NO_ISSUER:
         words = (
             "certificate not trusted: its issuer is unknown, or the server leaves an intermediate certificate out; "
-            f"{_ca_advice(chain, ca)}"
+            f"{_advise_on_ca(chain, ca)}"
         )
     return words
 
 
-def _ca_advice(chain: Sequence[CertificateDescription], ca: Path | None) -> str:
+def _advise_on_ca(chain: Sequence[CertificateDescription], ca: Path | None) -> str:
     issuer = chain[-1].issuer if chain else "its authority"
     return f"pass --ca with the certificate of {issuer}" if ca is None else f"{ca} does not hold that of {issuer}"
 
 
-def _first_validity(chain: Sequence[CertificateDescription], now: datetime) -> str:
+def _list_not_yet_valid(chain: Sequence[CertificateDescription], now: datetime) -> str:
     early = [certificate for certificate in chain if certificate.not_before > now]
-    return "; ".join(f"{_subject(certificate)} begins {certificate.not_before:%Y-%m-%d}" for certificate in early)
+    return "; ".join(f"{_get_subject(certificate)} begins {certificate.not_before:%Y-%m-%d}" for certificate in early)
 
 
-def _subject(certificate: CertificateDescription) -> str:
+def _get_subject(certificate: CertificateDescription) -> str:
     return certificate.subject or ", ".join(certificate.names) or "without a name"
 
 
-def _days(count: int) -> str:
+def _format_days(count: int) -> str:
     return f"{count} day" if count == 1 else f"{count} days"
 
 
-def describe_refusal(found: HandshakeResult) -> str:
+def describe_refusal(found: UpgradeResult) -> str:
     """Return what a response other than a 101 says."""
     words = f"the server answered {found.status} {printable(found.reason)}".rstrip()
     location = next((value for name, value in found.fields if name.lower() == "location"), None)

@@ -16,12 +16,12 @@ from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import (
     CloseResult,
     DnsResult,
-    HandshakeResult,
     PingResult,
     Result,
     Step,
     TcpResult,
     TlsResult,
+    UpgradeResult,
 )
 from tlstunnel.check.steps import run
 from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_field
@@ -99,7 +99,7 @@ def command(  # noqa: PLR0913 - the command's options
     The steps are DNS, TCP, TLS, the WebSocket handshake, a ping and its pong, and a clean close. If one fails, the
     reason is printed and the exit status is 1.
     """
-    steps = run(target, Trust.of(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
+    steps = run(target, Trust.load(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
     if as_json:
         done = list(steps)
         click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_to_json(step) for step in done]}))
@@ -153,7 +153,7 @@ def _describe(found: Result | None) -> list[str]:
             lines = [address or "no address took the connection", *(f"{other}: {why}" for other, why in failed)]
         case TlsResult():
             lines = _describe_tls(found)
-        case HandshakeResult():
+        case UpgradeResult():
             lines = _describe_handshake(found)
         case PingResult(round_trip):
             lines = [f"pong after {round_trip * 1000:.1f} ms"]
@@ -177,7 +177,7 @@ def _describe_tls(found: TlsResult) -> list[str]:
     return lines
 
 
-def _describe_handshake(found: HandshakeResult) -> list[str]:
+def _describe_handshake(found: UpgradeResult) -> list[str]:
     lines = [
         f"{found.status} {printable(found.reason)}".rstrip(),
         *(f"{printable(name)}: {printable(value)}" for name, value in found.fields),

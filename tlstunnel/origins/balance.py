@@ -11,7 +11,7 @@ Order = Callable[[Sequence[Member], str, Request], list[Member]]
 """Puts members into the order in which to try them, for a client's IP address and its request."""
 
 
-def order_by(balance: str) -> Order:
+def select_order(balance: str) -> Order:
     """Return the order that a configuration's ``balance`` names."""
     if balance == "round_robin":
         return round_robin

@@ -98,7 +98,7 @@ class _Attempts:
             if code in _CONNECTED:
                 return place, channel
             self.in_progress.append((place, channel))
-            channel.ask_for_writing()
+            channel.watch_writability()
             return True
         sock.close()
         if code != errno.EAGAIN:

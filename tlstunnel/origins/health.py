@@ -84,7 +84,7 @@ async def _connect_and_check(member: Member, health: Health, preface: bytes) -> 
         reader, writer = await asyncio.open_connection(str(address[0]), int(address[1]))
         writer.write(preface)
         if tls is not None:
-            await writer.start_tls(tls.context, server_hostname=tls.name_of(member.origin))
+            await writer.start_tls(tls.context, server_hostname=tls.get_server_name(member.origin))
     try:
         if health.type == "tcp":
             return ""

@@ -92,7 +92,7 @@ class Member:
         """Whether it is down according to its health check."""
         return self._checks_failed >= CHECKS_DOWN
 
-    def usable(self, now: float, soonest: float | None = None) -> bool:
+    def is_usable(self, now: float, soonest: float | None = None) -> bool:
         """Return whether a handshake may try it. `soonest` bounds the delay where there is no other member to try."""
         if self.checked_down:
             return False

@@ -12,7 +12,7 @@ from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
 from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Event
-from tlstunnel.origins.balance import order_by
+from tlstunnel.origins.balance import select_order
 from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import Member, SocketAddress, Use
@@ -67,7 +67,7 @@ class Pool:
         self._tls = tls
         self._within = within
         self._origins = [_Origin(config, Use(), []) for config in origins]
-        self._order = order_by(balance)
+        self._order = select_order(balance)
         self._ejection = ejection
         self._resolve_every = resolve_every
         self._log = structlog.get_logger()
@@ -134,9 +134,9 @@ class Pool:
         if not members:
             failures = "; ".join(origin.failure for origin in origins)
             raise OriginNotAllowed(failures) if any(origin.forbidden for origin in origins) else NoOrigin(failures)
-        able = [member for member in members if member.usable(now)]
+        able = [member for member in members if member.is_usable(now)]
         if not able:
-            able = [member for member in members if member.usable(now, FIRST_TRY_AGAIN)]
+            able = [member for member in members if member.is_usable(now, FIRST_TRY_AGAIN)]
         if not able and len(origins) == 1:
             # With one origin, trying it costs nothing, and finds a restarted one at once.
             able = [member for member in members if not member.checked_down]

@@ -15,7 +15,7 @@ from tlstunnel.tls.policy import apply_to_client_context
 from tlstunnel.tls.truncation import is_truncation
 
 # X509_V_ERR_... of OpenSSL's x509_vfy.h: what it is in the record, and what to do about it.
-_VERDICTS = {
+_DISTRUST = {
     9: (
         Reason.ORIGIN_NOT_YET_VALID,
         "its certificate, or one of its chain, is not valid yet; is this machine's clock right?",
@@ -74,7 +74,7 @@ class OriginTLS:
         self._name = name
         self._sessions: dict[tuple[str, int], tuple[ssl.SSLSession, float]] = {}
 
-    def name_of(self, address: OriginAddress) -> str:
+    def get_server_name(self, address: OriginAddress) -> str:
         """The name that the certificate of the origin at `address` must have."""
         return self._name or (address.host or "").partition("%")[0]
 
@@ -89,7 +89,7 @@ class OriginTLS:
         try:
             origin.sock = self.context.wrap_socket(
                 origin.sock,
-                server_hostname=self.name_of(address),
+                server_hostname=self.get_server_name(address),
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=False,
                 session=session if monotonic() - since < SESSION_SECONDS else None,
@@ -100,7 +100,7 @@ class OriginTLS:
             origin.sock.close()
             if isinstance(error, OSError) and not isinstance(error, TimeoutError):
                 self._sessions.pop((host, address.port), None)
-                raise OriginTLSFailed(_kind(error), f"{address}: {explain(error)}") from None
+                raise OriginTLSFailed(_classify(error), f"{address}: {explain(error)}") from None
             raise
 
     def remember(self, origin: Channel, address: OriginAddress) -> None:
@@ -127,19 +127,19 @@ class Contexts:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Path | None, Path | None, Path | None, bool], ssl.SSLContext] = {}
+        self._contexts: dict[tuple[Path | None, Path | None, Path | None, bool], ssl.SSLContext] = {}
 
     def get(
         self, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
     ) -> ssl.SSLContext:
-        """As `client_context`, made at the first time."""
+        """As `create_client_context`, made at the first time."""
         what = (ca, cert, key, verify)
-        if what not in self._made:
-            self._made[what] = client_context(ca=ca, cert=cert, key=key, verify=verify)
-        return self._made[what]
+        if what not in self._contexts:
+            self._contexts[what] = create_client_context(ca=ca, cert=cert, key=key, verify=verify)
+        return self._contexts[what]
 
 
-def client_context(
+def create_client_context(
     *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
 ) -> ssl.SSLContext:
     """Make a context for ``wss://`` origins: TLS 1.2 and 1.3, ALPN ``http/1.1``, names by subjectAltName alone.
@@ -163,7 +163,7 @@ def client_context(
         try:
             context.load_verify_locations(ca)
         except OSError as error:
-            raise CertificateError(f"{ca}: the TLS library refuses it: {_name_of(error)}") from error
+            raise CertificateError(f"{ca}: the TLS library refuses it: {_get_openssl_name(error)}") from error
         # What is given is trusted, though it be no root.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if cert is not None:
@@ -183,19 +183,19 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
     try:
         context.load_cert_chain(cert, key, password=refuse_passphrase)
     except OSError as error:
-        raise CertificateError(f"{cert}: the TLS library refuses it: {_name_of(error)}") from error
+        raise CertificateError(f"{cert}: the TLS library refuses it: {_get_openssl_name(error)}") from error
 
 
 def explain(error: OSError) -> str:
     """Say for a person why what was received from an origin, or sent to it, failed, within or without TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        _, words = _VERDICTS.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, "its certificate is not trusted"))
+        _, words = _DISTRUST.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, "its certificate is not trusted"))
         return f"{words} ({str(error.verify_message).rstrip('.')})"
     if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
         return "it ended the connection without a word of TLS"
     if not isinstance(error, ssl.SSLError):
         return error.strerror or str(error)
-    name = _name_of(error)
+    name = _get_openssl_name(error)
     if name in _NOT_TLS:
         return f"it answers with bytes that are no TLS ({name})"
     _, alert, what = name.partition("ALERT_")
@@ -205,13 +205,13 @@ def explain(error: OSError) -> str:
     return f"TLS error: {name}"
 
 
-def _kind(error: OSError) -> Reason:
+def _classify(error: OSError) -> Reason:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _VERDICTS.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, ""))[0]
-    no_tls = isinstance(error, ssl.SSLError) and _name_of(error) in _NOT_TLS
+        return _DISTRUST.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, ""))[0]
+    no_tls = isinstance(error, ssl.SSLError) and _get_openssl_name(error) in _NOT_TLS
     return Reason.ORIGIN_NO_TLS if no_tls else Reason.ORIGIN_TLS_FAILED
 
 
-def _name_of(error: OSError) -> str:
+def _get_openssl_name(error: OSError) -> str:
     """OpenSSL's name for what went wrong, such as ``WRONG_VERSION_NUMBER``."""
     return getattr(error, "reason", None) or error.strerror or str(error)

@@ -17,7 +17,7 @@ _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 _BUFFER = bytearray(65_536)
 _VIEW = memoryview(_BUFFER)
 
-MOST = len(_BUFFER)
+MAX_READ = len(_BUFFER)
 """Bytes read at once. At least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
 
 
@@ -47,9 +47,9 @@ class Channel:
         """Stop watching; the socket is left open."""
         self._readiness.unregister(self.fd)
 
-    async def writable(self) -> None:
+    async def wait_writable(self) -> None:
         """Wait for an event, writability among them."""
-        self.ask_for_writing()
+        self.watch_writability()
         await self.wakeup.wait()
 
     async def peek(self, size: int, seen: int) -> bytes:
@@ -78,7 +78,7 @@ class Channel:
                     raise ClientGone from None
                 await self.wakeup.wait()
             except ssl.SSLWantWriteError:
-                await self.writable()
+                await self.wait_writable()
 
     async def send(self, data: bytes) -> None:
         """Send all of `data`."""
@@ -86,7 +86,7 @@ class Channel:
             try:
                 data = data[self.sock.send(data) :]
             except (BlockingIOError, ssl.SSLWantWriteError):
-                await self.writable()
+                await self.wait_writable()
             except ssl.SSLWantReadError:
                 await self.wakeup.wait()
 
@@ -102,7 +102,7 @@ class Channel:
         except _WAIT:
             return None
         except ssl.SSLWantWriteError:
-            self.ask_for_writing()
+            self.watch_writability()
             return None
 
     def send_now(self, data: bytes) -> bytes:
@@ -114,10 +114,10 @@ class Channel:
         except ssl.SSLWantReadError:
             return data
         if sent < len(data):
-            self.ask_for_writing()
+            self.watch_writability()
         return data[sent:]
 
-    def ask_for_writing(self) -> None:
+    def watch_writability(self) -> None:
         """Let writability be an event too."""
         self._readiness.modify(self.fd, EDGE_TRIGGERED | IN | OUT | RDHUP)
 
@@ -136,10 +136,10 @@ class Channel:
             except ssl.SSLWantWriteError:
                 if unless_gone is not None and unless_gone.gone:
                     raise ClientGone from None
-                await self.writable()
+                await self.wait_writable()
 
 
-def address_of(sock: socket.socket, *, peer: bool) -> tuple[str, int] | None:
+def get_address(sock: socket.socket, *, peer: bool) -> tuple[str, int] | None:
     """A socket's own or its peer's address; None of a Unix socket, or of one that is gone."""
     try:
         found = sock.getpeername() if peer else sock.getsockname()

@@ -58,15 +58,15 @@ class Deadlines:
         """Expire `wakeup` at its deadline, whatever that is by then, until it is discarded."""
         self._all.add(wakeup)
         if self._timer is None:
-            self._timer = self._loop.call_later(self._precision, self._look)
+            self._timer = self._loop.call_later(self._precision, self._expire_due)
 
     def discard(self, wakeup: Wakeup) -> None:
         """Forget `wakeup`."""
         self._all.discard(wakeup)
 
-    def _look(self) -> None:
+    def _expire_due(self) -> None:
         now = self._loop.time()
         for wakeup in self._all:
             if now >= wakeup.deadline:
                 wakeup.expire()
-        self._timer = self._loop.call_later(self._precision, self._look) if self._all else None
+        self._timer = self._loop.call_later(self._precision, self._expire_due) if self._all else None

@@ -47,22 +47,22 @@ def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
     """
     try:
         if address.path is not None:
-            return [Listener(_unix(Path(address.path)), address, address)]
+            return [Listener(_listen_unix(Path(address.path)), address, address)]
         # Alone at first: shared, a second tunnel's sockets would get half of the connections, and nobody would be told.
-        alone = _tcp(address)
+        alone = _listen_tcp(address)
         if shares == 1:
-            return [_bound(alone, address)]
+            return [_make_listener(alone, address)]
         host, port = alone.getsockname()[:2]
         alone.close()
         with contextlib.ExitStack() as stack:
             opened = [
-                _bound(stack.enter_context(_tcp(ListenAddress(host, port), shared=True)), address)
+                _make_listener(stack.enter_context(_listen_tcp(ListenAddress(host, port), shared=True)), address)
                 for _ in range(shares)
             ]
             stack.pop_all()
         return opened
     except OSError as error:
-        raise ListenError(f"cannot listen on {address}: {_advice(error)}") from None
+        raise ListenError(f"cannot listen on {address}: {_explain(error)}") from None
 
 
 def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
@@ -86,12 +86,12 @@ def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
     return Listener(sock, address, written or address)
 
 
-def _bound(sock: socket.socket, written: ListenAddress) -> Listener:
+def _make_listener(sock: socket.socket, written: ListenAddress) -> Listener:
     host, port = sock.getsockname()[:2]
     return Listener(sock, ListenAddress(host, port), written)
 
 
-def _tcp(address: ListenAddress, *, shared: bool = False) -> socket.socket:
+def _listen_tcp(address: ListenAddress, *, shared: bool = False) -> socket.socket:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, where = found[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -111,13 +111,13 @@ def _tcp(address: ListenAddress, *, shared: bool = False) -> socket.socket:
     return sock
 
 
-def _unix(path: Path) -> socket.socket:
+def _listen_unix(path: Path) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)  # one that does not accept has a full backlog: EAGAIN
-            if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+        with socket.socket(socket.AF_UNIX) as attempt:
+            attempt.setblocking(False)  # one that does not accept has a full backlog: EAGAIN
+            if attempt.connect_ex(str(path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         path.unlink()  # left by a process that is gone
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,7 +131,7 @@ def _unix(path: Path) -> socket.socket:
     return sock
 
 
-def _advice(error: OSError) -> str:
+def _explain(error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return "it is in use by another program; stop that one, or choose another with --listen"

@@ -55,7 +55,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class TLSFacts:
+class TLSInfo:
     """What version 2 can tell of the client's TLS; empty text is left out."""
 
     version: str
@@ -72,7 +72,7 @@ def read_header(data: bytes) -> Header | None:
     Raises BadHeader as soon as the bytes cannot be one.
     """
     if data[: len(SIGNATURE)] == SIGNATURE[: len(data)] and data[:1] != b"P":
-        return _v2(data) if len(data) >= len(SIGNATURE) else None
+        return _read_v2(data) if len(data) >= len(SIGNATURE) else None
     if data[:6] != b"PROXY "[: len(data)]:
         raise BadHeader("no PROXY header")
     end = data.find(b"\n", 0, LONGEST_V1)
@@ -80,7 +80,7 @@ def read_header(data: bytes) -> Header | None:
         if len(data) >= LONGEST_V1:
             raise BadHeader("a PROXY header longer than 107 bytes")
         return None
-    return _v1(data[: end + 1])
+    return _read_v1(data[: end + 1])
 
 
 def bytes_needed(data: bytes) -> int:
@@ -90,7 +90,7 @@ def bytes_needed(data: bytes) -> int:
     return len(data) + 1
 
 
-def _v1(line: bytes) -> Header:
+def _read_v1(line: bytes) -> Header:
     match = _V1.fullmatch(line)
     if match is None:
         raise BadHeader("a malformed PROXY header")
@@ -103,10 +103,10 @@ def _v1(line: bytes) -> Header:
         raise BadHeader("a PROXY header with a malformed address") from None
     if max(int(match["from"]), int(match["to"])) > 65_535:
         raise BadHeader("a PROXY header with a port above 65535")
-    return Header(len(line), _shortest(source))
+    return Header(len(line), _unmap(source))
 
 
-def _v2(data: bytes) -> Header | None:
+def _read_v2(data: bytes) -> Header | None:
     # Each byte is judged as soon as it is there, so that splits change nothing.
     if len(data) > 12 and data[12] not in {_LOCAL, _PROXY}:
         raise BadHeader("a PROXY header of an unknown version or command")
@@ -127,7 +127,7 @@ def _v2(data: bytes) -> Header | None:
     if not addresses or addresses == _UNIX:
         return Header(end, None)
     size = 4 if addresses == _IPV4 else 16
-    return Header(end, _shortest(ip_address(data[16 : 16 + size])))
+    return Header(end, _unmap(ip_address(data[16 : 16 + size])))
 
 
 _IPV4, _IPV6, _UNIX = 12, 36, 216
@@ -135,14 +135,14 @@ _IPV4, _IPV6, _UNIX = 12, 36, 216
 _FAMILIES = {0x00: 0, 0x11: _IPV4, 0x12: _IPV4, 0x21: _IPV6, 0x22: _IPV6, 0x31: _UNIX, 0x32: _UNIX}
 
 
-def _shortest(address: IPv4Address | IPv6Address) -> str:
+def _unmap(address: IPv4Address | IPv6Address) -> str:
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return str(mapped or address)
 
 
 def write_v1(source: tuple[str, int] | None, destination: tuple[str, int] | None) -> bytes:
     """A text header (section 2.1); addresses and ports as of sockets, None where there are none."""
-    both = _of_one_family(source, destination)
+    both = _to_one_family(source, destination)
     if both is None:
         return b"PROXY UNKNOWN\r\n"
     first, second, from_port, to_port = both
@@ -153,17 +153,17 @@ def write_v1(source: tuple[str, int] | None, destination: tuple[str, int] | None
 def write_v2(
     source: tuple[str, int] | None,
     destination: tuple[str, int] | None,
-    tls: TLSFacts | None = None,
+    tls: TLSInfo | None = None,
     unique_id: str = "",
 ) -> bytes:
     """A binary header (section 2.2), with TLVs about TLS where `tls` is given."""
-    both = _of_one_family(source, destination)
+    both = _to_one_family(source, destination)
     family, addresses = 0x00, b""
     if both is not None:
         first, second, from_port, to_port = both
         family = 0x11 if first.version == 4 else 0x21
         addresses = first.packed + second.packed + _PORTS.pack(from_port, to_port)
-    body = addresses + b"".join(_tlvs(tls, unique_id))
+    body = addresses + b"".join(_render_tlvs(tls, unique_id))
     return _HEAD.pack(SIGNATURE, _PROXY, family, len(body)) + body
 
 
@@ -172,27 +172,27 @@ def write_local(version: str) -> bytes:
     return b"PROXY UNKNOWN\r\n" if version == "v1" else _HEAD.pack(SIGNATURE, _LOCAL, 0x00, 0)
 
 
-def _tlvs(tls: TLSFacts | None, unique_id: str) -> Iterator[bytes]:
+def _render_tlvs(tls: TLSInfo | None, unique_id: str) -> Iterator[bytes]:
     if tls is not None:
         if tls.server_name:
-            yield _tlv(AUTHORITY, tls.server_name.encode())
-        yield _tlv(ALPN, b"http/1.1")
-        inner = _tlv(SSL_VERSION, tls.version.encode()) + _tlv(SSL_CIPHER, tls.cipher.encode())
+            yield _render_tlv(AUTHORITY, tls.server_name.encode())
+        yield _render_tlv(ALPN, b"http/1.1")
+        inner = _render_tlv(SSL_VERSION, tls.version.encode()) + _render_tlv(SSL_CIPHER, tls.cipher.encode())
         client = CLIENT_SSL
         if tls.verified:
             client |= CLIENT_CERT_CONN | CLIENT_CERT_SESS
-            inner += _tlv(SSL_CN, tls.common_name.encode()[:255]) if tls.common_name else b""
+            inner += _render_tlv(SSL_CN, tls.common_name.encode()[:255]) if tls.common_name else b""
         # `verify` is zero where a certificate was presented and verified (section 2.2.6).
-        yield _tlv(SSL, struct.pack("!BI", client, 0 if tls.verified else 1) + inner)
+        yield _render_tlv(SSL, struct.pack("!BI", client, 0 if tls.verified else 1) + inner)
     if unique_id:
-        yield _tlv(UNIQUE_ID, unique_id.encode()[:128])
+        yield _render_tlv(UNIQUE_ID, unique_id.encode()[:128])
 
 
-def _tlv(kind: int, value: bytes) -> bytes:
+def _render_tlv(kind: int, value: bytes) -> bytes:
     return struct.pack("!BH", kind, len(value)) + value
 
 
-def _of_one_family(
+def _to_one_family(
     source: tuple[str, int] | None, destination: tuple[str, int] | None
 ) -> tuple[IPv4Address | IPv6Address, IPv4Address | IPv6Address, int, int] | None:
     """Both addresses in one family, an IPv4 one mapped where the other is IPv6; None where one is missing."""

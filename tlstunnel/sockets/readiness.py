@@ -31,7 +31,7 @@ EDGE_TRIGGERED = select.EPOLLET
 GONE = ERR | HUP | RDHUP
 """The peer has sent its last byte, or the connection has failed."""
 
-EVENTS_A_TURN = 256
+EVENTS_PER_TURN = 256
 """How many sockets one wake-up serves before asyncio's own work (accepting, handshakes, timers) has its turn."""
 
 
@@ -93,7 +93,7 @@ class Readiness:
         """Wait up to `timeout` seconds (-1: for ever) and call the handlers of what is ready; give what has none."""
         handlers = self._handlers
         others = []
-        for fd, events in self._epoll.poll(timeout, EVENTS_A_TURN):
+        for fd, events in self._epoll.poll(timeout, EVENTS_PER_TURN):
             # An earlier handler of this turn may have closed the socket.
             handler = handlers.get(fd)
             if handler is None:

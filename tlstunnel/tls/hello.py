@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tlstunnel.tls.ja4 import codes_of, ja4_fingerprint
+from tlstunnel.tls.ja4 import compute_ja4, list_codes
 
 # Bytes, record headers included. Hellos with post-quantum key shares take 1.5 to 2 KiB. BoringSSL allows 16 384, Go
 # 65 536, OpenSSL 131 396: the longest that the RFC's fields can make.
@@ -121,8 +121,8 @@ def read_client_hello(data: bytes) -> ClientHello | None:
         BadHello: malformed, or longer than MAX_HELLO.
 
     """
-    message = _message(data)
-    return None if isinstance(message, int) else _parse(message)
+    message = _read_message(data)
+    return None if isinstance(message, int) else _parse_hello(message)
 
 
 def bytes_needed(data: bytes) -> int:
@@ -136,7 +136,7 @@ def bytes_needed(data: bytes) -> int:
         HelloError: as `read_client_hello`, as far as the records and the message's header tell.
 
     """
-    message = _message(data)
+    message = _read_message(data)
     return message if isinstance(message, int) else len(data)
 
 
@@ -149,13 +149,13 @@ def alert(description: int) -> bytes:
     return bytes((_ALERT, 3, 3, 0, 2, _FATAL, description))
 
 
-def _message(data: bytes) -> bytes | int:
+def _read_message(data: bytes) -> bytes | int:
     """Return the ClientHello without its header, joined from its records, or `bytes_needed`.
 
     Each check needs only bytes up to where it stands, and all happen in the order of the bytes: that is what makes the
     outcome independent of how they arrived.
     """
-    if not _begins_tls(data):
+    if not _starts_tls(data):
         return len(data) + 1
     message = bytearray()
     size = end = 0
@@ -163,7 +163,7 @@ def _message(data: bytes) -> bytes | int:
         start = end + _RECORD_HEADER
         if len(data) < start:
             return start + (size or _MESSAGE_HEADER) - len(message)
-        length = _fragment_length(data[end:start])
+        length = _read_fragment_length(data[end:start])
         end = start + length
         joined = len(message) + length
         message += data[start:end]
@@ -172,7 +172,7 @@ def _message(data: bytes) -> bytes | int:
                 if len(data) < end:
                     return start + _MESSAGE_HEADER - (joined - length)
                 continue
-            size = _message_size(message)
+            size = _read_message_size(message)
         if joined > size:
             # RFC 8446 section 5.1: the keys may change after it, so a ClientHello ends with its record.
             raise BadHello(UNEXPECTED_MESSAGE, "bytes after the ClientHello in its last record")
@@ -186,7 +186,7 @@ def _message(data: bytes) -> bytes | int:
             return bytes(message[_MESSAGE_HEADER:])
 
 
-def _begins_tls(data: bytes) -> bool:
+def _starts_tls(data: bytes) -> bool:
     """Return whether the bytes begin a TLS handshake record; False while they may still be the method of a request.
 
     Raises PlainHTTP or NotTLS as soon as they cannot.
@@ -203,7 +203,7 @@ def _begins_tls(data: bytes) -> bool:
     return False
 
 
-def _fragment_length(header: bytes) -> int:
+def _read_fragment_length(header: bytes) -> int:
     """Return the length of the handshake record that begins with `header` (RFC 8446 section 5.1)."""
     if header[0] != _HANDSHAKE:
         raise BadHello(UNEXPECTED_MESSAGE, "a record of another type within the ClientHello")
@@ -215,40 +215,40 @@ def _fragment_length(header: bytes) -> int:
     return length
 
 
-def _message_size(message: bytearray) -> int:
+def _read_message_size(message: bytearray) -> int:
     """Return the length of the handshake message, its header included (RFC 8446 section 4)."""
     if message[0] != _CLIENT_HELLO:
         raise BadHello(UNEXPECTED_MESSAGE, "the first handshake message is not a ClientHello")
     return _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
 
 
-def _parse(message: bytes) -> ClientHello:
+def _parse_hello(message: bytes) -> ClientHello:
     """Return the ClientHello (RFC 8446 section 4.1.2; TLS 1.2 and before differ in meaning, not in form)."""
-    session_id, at = _vector(message, 2 + 32, 1)
-    ciphers, at = _vector(message, at, 2)
-    compressions, at = _vector(message, at, 1)
+    session_id, at = _read_vector(message, 2 + 32, 1)
+    ciphers, at = _read_vector(message, at, 2)
+    compressions, at = _read_vector(message, at, 1)
     if len(session_id) > 32 or not ciphers or len(ciphers) % 2 or not compressions:
         raise BadHello(DECODE_ERROR, "session id, cipher suites or compression methods of a length they cannot have")
-    extensions = _extensions(message[at:])
+    extensions = _read_extensions(message[at:])
     server_names = extensions.get(_SERVER_NAME)
     protocols = extensions.get(_ALPN)
     supported = extensions.get(_SUPPORTED_VERSIONS)
     signatures = extensions.get(_SIGNATURE_ALGORITHMS)
-    common = _common_again if len(message) <= _MOST_REMEMBERED else _common
+    common = _parse_common_cached if len(message) <= _MAX_CACHED else _parse_common
     groups = extensions.get(_SUPPORTED_GROUPS)
     alpn, versions, ja4, finite = common(
         message[:2], ciphers, b"".join(extensions), protocols, supported, signatures, groups
     )
     return ClientHello(
-        server_name=None if server_names is None else _server_name(server_names),
+        server_name=None if server_names is None else _read_server_name(server_names),
         alpn=alpn,
         versions=versions,
         ja4=ja4,
-        finite_field=finite or (_KEY_SHARE in extensions and _shares_finite_field(extensions[_KEY_SHARE])),
+        finite_field=finite or (_KEY_SHARE in extensions and _has_finite_field_share(extensions[_KEY_SHARE])),
     )
 
 
-def _common(  # noqa: PLR0913, PLR0917 - the key of a cache
+def _parse_common(  # noqa: PLR0913, PLR0917 - the key of a cache
     legacy: bytes,
     ciphers: bytes,
     kinds: bytes,
@@ -261,36 +261,36 @@ def _common(  # noqa: PLR0913, PLR0917 - the key of a cache
 
     It is what all clients of one program have in common.
     """
-    alpn = () if protocols is None else _protocols(protocols)
-    versions = tuple(int(code, 16) for code in codes_of(legacy if supported is None else _numbers(supported, 1)))
-    algorithms = b"" if signatures is None else _numbers(signatures, 2)
-    offered = [] if groups is None else codes_of(_numbers(groups, 2))
+    alpn = () if protocols is None else _read_protocols(protocols)
+    versions = tuple(int(code, 16) for code in list_codes(legacy if supported is None else _read_numbers(supported, 1)))
+    algorithms = b"" if signatures is None else _read_numbers(signatures, 2)
+    offered = [] if groups is None else list_codes(_read_numbers(groups, 2))
     finite = any(code.startswith(_FINITE_FIELDS) for code in offered) and _CURVES.isdisjoint(offered)
-    return alpn, versions, ja4_fingerprint(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
+    return alpn, versions, compute_ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
 
 
 # Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
-_MOST_REMEMBERED = 2_048
-_common_again = lru_cache(512)(_common)
+_MAX_CACHED = 2_048
+_parse_common_cached = lru_cache(512)(_parse_common)
 
 
-def _shares_finite_field(data: bytes) -> bool:
+def _has_finite_field_share(data: bytes) -> bool:
     """Return whether key_share (RFC 8446 section 4.2.8) has a share of a finite field, the first or another.
 
     Which of several shares OpenSSL takes differs between its releases.
     """
-    shares, end = _vector(data, 0, 2)
+    shares, end = _read_vector(data, 0, 2)
     if end != len(data):
         raise BadHello(DECODE_ERROR, "a list that does not fill its extension")
     found = False
     at = 0
     while at < len(shares):
         found |= shares[at : at + 1].hex() == _FINITE_FIELDS
-        _, at = _vector(shares, at + 2, 2)
+        _, at = _read_vector(shares, at + 2, 2)
     return found
 
 
-def _vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
+def _read_vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
     """Return the vector at `at`, which begins with its length in `width` bytes, and where it ends."""
     start = at + width
     end = start + int.from_bytes(data[at:start])
@@ -299,34 +299,34 @@ def _vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
     return data[start:end], end
 
 
-def _filling(data: bytes, width: int) -> bytes:
+def _read_single_vector(data: bytes, width: int) -> bytes:
     """Return the vector that is all of `data`; none of those that we read may be empty."""
-    vector, end = _vector(data, 0, width)
+    vector, end = _read_vector(data, 0, width)
     if end != len(data) or not vector:
         raise BadHello(DECODE_ERROR, "a list that is empty or does not fill its extension")
     return vector
 
 
-def _numbers(data: bytes, width: int) -> bytes:
+def _read_numbers(data: bytes, width: int) -> bytes:
     """Return the vector of two-byte numbers that is all of `data`."""
-    numbers = _filling(data, width)
+    numbers = _read_single_vector(data, width)
     if len(numbers) % 2:
         raise BadHello(DECODE_ERROR, "a list of two-byte numbers of odd length")
     return numbers
 
 
-def _extensions(data: bytes) -> dict[bytes, bytes]:
+def _read_extensions(data: bytes) -> dict[bytes, bytes]:
     """Return the extensions by their type (RFC 8446 section 4.2); clients before TLS 1.2 may send no such block."""
     extensions: dict[bytes, bytes] = {}
     if not data:
         return extensions
-    block, end = _vector(data, 0, 2)
+    block, end = _read_vector(data, 0, 2)
     if end != len(data):
         raise BadHello(DECODE_ERROR, "bytes after the extensions")
     end = count = 0
     size = len(block)
     try:
-        # As in _vector, without a call for each of them.
+        # As in _read_vector, without a call for each of them.
         while end < size:
             kind, length = _KIND_AND_LENGTH(block, end)
             start = end + 4
@@ -342,10 +342,10 @@ def _extensions(data: bytes) -> dict[bytes, bytes]:
     return extensions
 
 
-def _server_name(data: bytes) -> str:
+def _read_server_name(data: bytes) -> str:
     """Return the host name of server_name (RFC 6066 section 3)."""
-    names = _filling(data, 2)
-    name, end = _vector(names, 1, 2)
+    names = _read_single_vector(data, 2)
+    name, end = _read_vector(names, 1, 2)
     if names[0] != 0 or end != len(names):
         # host_name is the only type there is, and a type occurs once.
         raise BadHello(ILLEGAL_PARAMETER, "a server_name that is not one host name")
@@ -357,13 +357,13 @@ def _server_name(data: bytes) -> str:
     return text
 
 
-def _protocols(data: bytes) -> tuple[bytes, ...]:
+def _read_protocols(data: bytes) -> tuple[bytes, ...]:
     """Return the protocol names of ALPN in order (RFC 7301 section 3.1)."""
-    names = _filling(data, 2)
+    names = _read_single_vector(data, 2)
     protocols = []
     at = 0
     while at < len(names):
-        protocol, at = _vector(names, at, 1)
+        protocol, at = _read_vector(names, at, 1)
         if not protocol:
             raise BadHello(DECODE_ERROR, "an empty ALPN protocol name")
         protocols.append(protocol)

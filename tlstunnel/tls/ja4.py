@@ -21,17 +21,17 @@ _JA4_VERSIONS = {
 _JA4_NOTHING = "000000000000"
 
 
-def codes_of(numbers: bytes) -> list[str]:
+def list_codes(numbers: bytes) -> list[str]:
     """Return two-byte numbers as four hexadecimal digits each, in order, GREASE left out."""
     return [code for code in numbers.hex(" ", 2).split() if code not in _GREASE]
 
 
-def ja4_fingerprint(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], algorithms: bytes) -> str:
+def compute_ja4(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], algorithms: bytes) -> str:
     """Return the JA4 fingerprint, as its technical details describe it; JA4 itself is under the BSD 3-clause licence.
 
     The cipher suites, the types of the extensions and the signature algorithms as they came, two bytes each.
     """
-    ciphers, kinds, signatures = codes_of(suites), codes_of(types), codes_of(algorithms)
+    ciphers, kinds, signatures = list_codes(suites), list_codes(types), list_codes(algorithms)
     server_name = "d" if "0000" in kinds else "i"
     counts = f"{min(len(ciphers), 99):02}{min(len(kinds), 99):02}"
     # Server name and ALPN stand in the first part, so that the last is the same wherever the client goes.
@@ -39,12 +39,12 @@ def ja4_fingerprint(version: int, suites: bytes, types: bytes, alpn: tuple[bytes
     if signatures:
         hashed = f"{hashed}_{','.join(signatures)}"
     return (
-        f"t{_JA4_VERSIONS.get(version, '00')}{server_name}{counts}{_ja4_alpn(alpn)}"
-        f"_{_ja4_hash(','.join(sorted(ciphers)))}_{_ja4_hash(hashed)}"
+        f"t{_JA4_VERSIONS.get(version, '00')}{server_name}{counts}{_render_alpn(alpn)}"
+        f"_{_hash(','.join(sorted(ciphers)))}_{_hash(hashed)}"
     )
 
 
-def _ja4_alpn(alpn: tuple[bytes, ...]) -> str:
+def _render_alpn(alpn: tuple[bytes, ...]) -> str:
     """Return the first and the last character of the first protocol, or of its hexadecimal form.
 
     Some of FoxIO's own programs put a 9 for each byte that is not ASCII; the text is what counts (its issue 178).
@@ -57,6 +57,6 @@ def _ja4_alpn(alpn: tuple[bytes, ...]) -> str:
     return text[0] + text[-1]
 
 
-def _ja4_hash(text: str) -> str:
+def _hash(text: str) -> str:
     """Return the first 12 hexadecimal digits of the SHA-256, or the zeros that stand for an empty list."""
     return sha256(text.encode("ascii")).hexdigest()[:12] if text else _JA4_NOTHING

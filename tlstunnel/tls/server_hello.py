@@ -32,10 +32,10 @@ def find_group(captured: bytes) -> str | None:
     In TLS 1.3 it is the ServerHello's key_share (RFC 8446 section 4.2.8), the last one if a HelloRetryRequest came
     first; in TLS 1.2 the ServerKeyExchange's named curve (RFC 8422 section 5.4).
     """
-    for kind, body in _messages(captured):
+    for kind, body in _read_messages(captured):
         number: int | None = None
         if kind == 2 and body[2:34] != _RETRY_RANDOM:
-            number = _key_share(body)
+            number = _read_key_share(body)
         elif kind == 12 and body[:1] == b"\x03":
             number = int.from_bytes(body[1:3])
         if number is not None:
@@ -44,7 +44,7 @@ def find_group(captured: bytes) -> str | None:
     return None
 
 
-def _messages(captured: bytes) -> Iterator[tuple[int, bytes]]:
+def _read_messages(captured: bytes) -> Iterator[tuple[int, bytes]]:
     """TLS handshake messages of the plaintext records (RFC 8446 sections 4 and 5.1), as far as they go."""
     buffer, at = b"", 0
     # 22 is handshake; 20, change_cipher_spec, stands between the two ServerHellos of a HelloRetryRequest.
@@ -59,7 +59,7 @@ def _messages(captured: bytes) -> Iterator[tuple[int, bytes]]:
             buffer = buffer[end:]
 
 
-def _key_share(server_hello: bytes) -> int | None:
+def _read_key_share(server_hello: bytes) -> int | None:
     # Version 2, random 32, session id with its length, cipher 2, compression 1, length of extensions 2.
     at = 35 + int.from_bytes(server_hello[34:35]) + 5
     while at + 4 <= len(server_hello):

@@ -12,7 +12,7 @@ from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed, OriginTLSFailed
 from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import explain
 from tlstunnel.sockets import proxy_protocol
-from tlstunnel.sockets.channel import Channel, ClientGone, address_of
+from tlstunnel.sockets.channel import Channel, ClientGone, get_address
 from tlstunnel.tunnel.ends import End
 from tlstunnel.tunnel.turn import Turn
 
@@ -73,15 +73,15 @@ def _refuse_for_now(text: str, retry_after: int, reason: str) -> Refusal:
 def _render_proxy_header(turn: Turn, version: str) -> bytes:
     """Return the PROXY header for the origin: the client's address, and the address that it connected to."""
     client, address, sock = turn.client, turn.record.client, turn.client.channel.sock
-    peer = address_of(sock, peer=True)
-    here = address_of(sock, peer=False)
+    peer = get_address(sock, peer=True)
+    here = get_address(sock, peer=False)
     port = peer[1] if peer is not None and peer[0] == address else 0
     source = (address, port) if address else None
     if version == "v1":
         return proxy_protocol.write_v1(source, here)
     if version == "v2":
         return proxy_protocol.write_v2(source, here)
-    tls = proxy_protocol.TLSFacts(
+    tls = proxy_protocol.TLSInfo(
         client.tls_version, client.cipher, client.sni, find_common_name(client.subject), verified=bool(client.subject)
     )
     return proxy_protocol.write_v2(source, here, tls, turn.record.id)
