@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
-import structlog
-
 from tlstunnel.certificates.store import Certificates, FileChange, Source
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 ROUND_SECONDS = 2.0
 """Seconds in which every file is checked once, unless there are very many."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 
 from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
 from tlstunnel.errors import ConfigurationError
@@ -26,6 +25,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.journal.events import Reason
+from tlstunnel.journal.logger import structlog
 from tlstunnel.serving.loading import Description, load_firewall
 
 CHECKS = (

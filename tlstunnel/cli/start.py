@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import click
-import structlog
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
@@ -23,6 +22,7 @@ from tlstunnel.config.invocation import (
 from tlstunnel.errors import ListenError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Startup, try_child
 from tlstunnel.processes.fleet import Options

@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import structlog
-
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge.destinations import Destinations, refuse_destination
 from tlstunnel.edge.values import to_worker_request
@@ -15,6 +13,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Event, Reason, WorkerOutcome
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool

@@ -23,10 +23,9 @@ from functools import cache
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
-import structlog
-
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.sockets.readiness import IN, TunnelLoop
 
 SWITCH_INTERVAL = 0.0005

@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
-import structlog
-
 from tlstunnel.config import WorkerTable
 from tlstunnel.edge.loading import Code, explain, find_line
 from tlstunnel.edge.thread import EdgeThread, TooLate
@@ -14,6 +12,7 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable_traceback
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 SETUP_SECONDS = 30.0
 """How long a worker's `setup` may take. An upgrade waits for it (``release.upgrade_timeout`` is as long)."""

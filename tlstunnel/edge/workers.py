@@ -4,8 +4,6 @@ import asyncio
 import gc
 from collections.abc import Sequence
 
-import structlog
-
 from tlstunnel.config import SiteConfig
 from tlstunnel.config.problems import Problems
 from tlstunnel.edge.destinations import Destinations
@@ -14,6 +12,7 @@ from tlstunnel.edge.stage import Edge
 from tlstunnel.edge.thread import EdgeThread
 from tlstunnel.edge.worker import Worker
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import OriginTLS

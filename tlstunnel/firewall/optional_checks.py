@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-import structlog
-
 from tlstunnel.config import Config, RateLimitConfig, RuleConfig, SiteConfig
 from tlstunnel.config.problems import Problems
 from tlstunnel.errors import ConfigurationError
@@ -24,6 +22,7 @@ from tlstunnel.firewall.managed.rule_sets import build
 from tlstunnel.firewall.rate_limits import RateLimits
 from tlstunnel.firewall.rules import Rules
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 
 SiteChecks = tuple[Rules | None, RateLimits | None, ManagedRulesCheck | None]

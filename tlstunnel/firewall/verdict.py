@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from tlstunnel.config import Config, Mode, SiteConfig
 from tlstunnel.config.problems import Problems
 from tlstunnel.escaping import printable
@@ -25,6 +23,7 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Event, Reason
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed

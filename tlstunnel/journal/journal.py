@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable
 
-import structlog
-
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event, Reason, fixed_reason
 from tlstunnel.journal.lines import write_info
+from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import OTHER, Registry

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 import msgspec
-import structlog
 
 from tlstunnel.escaping import printable, printable_traceback
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 MOST_KEPT = 4 << 20
 """Bytes of log lines kept for a reader that is behind: some ten thousand records."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import h11
-import structlog
 from wsproto.utilities import generate_accept_token
 
 from tlstunnel.config import Health
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.members import Member
 
 MAX_HEAD = 65_536

@@ -6,12 +6,11 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
 from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.balance import select_order
 from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks

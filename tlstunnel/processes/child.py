@@ -10,8 +10,6 @@ import socket
 import threading
 import time
 
-import structlog
-
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.config.invocation import Invocation
@@ -19,6 +17,7 @@ from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import msgspec
-import structlog
 
 from tlstunnel.addresses import quoted
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 MAX_LINE = 65_536
 """The largest request, in bytes."""

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import structlog
 
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup

@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Union
 
 import msgspec
-import structlog
 
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.processes.messages import LinkReply, Notification, ReplyT, Request
 
 MAX_FDS = 64

@@ -12,11 +12,10 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
-import structlog
-
 from tlstunnel import __version__
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Startup

@@ -19,14 +19,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.config import Config, read
 from tlstunnel.config.invocation import EVERYWHERE, LOOPBACK, addresses_to_listen_on
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import handover
 from tlstunnel.processes.children import REPLY_SECONDS, Child

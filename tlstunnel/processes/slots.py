@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import structlog
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.sockets.listeners import Listener, adopt, listen
 
 FIRST_PASSED = 3

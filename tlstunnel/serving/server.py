@@ -9,14 +9,13 @@ import resource
 import socket
 from collections.abc import Iterable, Iterator
 
-import structlog
-
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.events import Event, Reason
 from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Collected
 from tlstunnel.sockets.closing import ClosingSockets

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Self
 
-import structlog
-
 from tlstunnel.certificates.watch import Watch
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.logger import structlog
 from tlstunnel.serving.changes import describe_changes
 from tlstunnel.serving.loading import Description, LoadedConfig, load
 from tlstunnel.serving.server import Server

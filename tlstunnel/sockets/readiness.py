@@ -13,9 +13,8 @@ import selectors
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import structlog
-
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 Handler = Callable[[int], None]
 """Called with the events that came, as epoll's bits."""

@@ -6,11 +6,10 @@ import socket
 import ssl
 from dataclasses import dataclass
 
-import structlog
-
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.journal.events import Decision, EndedBy, Event, Reason
+from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.sockets.closing import DISCARD_SECONDS, reset

@@ -104,9 +104,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final
 
-import structlog
-
 from tlstunnel.journal.events import EndedBy, Event, Reason
+from tlstunnel.journal.logger import structlog
 from tlstunnel.sockets.closing import ClosingSockets, reset
 from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT
 from tlstunnel.tls.close_notify import CloseNotify
