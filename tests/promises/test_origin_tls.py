@@ -495,8 +495,8 @@ def _alert(sock: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("handler", "reason", "word"),
     [
-        (_http_in_clear, "origin does not speak TLS", "no TLS"),
-        (_closes, "origin TLS failed", "ended"),
+        (_http_in_clear, "origin does not speak TLS", "not TLS"),
+        (_closes, "origin TLS failed", "closed the connection"),
         (_alert, "origin TLS failed", "unrecognized name"),
     ],
 )

@@ -330,7 +330,7 @@ def test_a_resolver_that_is_silent(monkeypatch: pytest.MonkeyPatch, trust: Trust
     monkeypatch.setattr(socket, "getaddrinfo", silent)
     found = steps(443, trust, timeout=0.2)
     enough.set()
-    assert failure(found) == ("dns", "localhost: the name server did not answer in 0.2 s")
+    assert failure(found) == ("dns", "localhost: the name server did not respond within 0.2 s")
 
 
 def free_port() -> int:
@@ -372,7 +372,7 @@ def test_a_port_that_drops_connections(trust: Trust) -> None:
         port = listener.getsockname()[1]
         started = time.monotonic()
         found = steps(port, trust, host="127.0.0.1", timeout=0.3)
-    assert failure(found) == ("tcp", f"127.0.0.1:{port}: no answer in time; does a firewall drop it?")
+    assert failure(found) == ("tcp", f"127.0.0.1:{port}: no response in time; does a firewall drop the packets?")
     assert time.monotonic() - started < 5
 
 
@@ -442,7 +442,7 @@ def test_an_authority_that_is_not_trusted(issued: issue.Issued, tmp_path: Path) 
     )
     assert re.fullmatch(
         f"certificate not trusted: self-signed certificate in chain; {re.escape(str(tmp_path))}/ca.pem "
-        "does not hold that of CN=tlstunnel.*",
+        "does not contain that of CN=tlstunnel.*",
         other[1],
     )
 
@@ -498,7 +498,7 @@ def test_alerts_have_names(issued: issue.Issued, trust: Trust) -> None:
     with serving(until_gone, context) as port:
         assert failure(steps(port, trust)) == (
             "tls",
-            "TLS alert unrecognized_name: the server has no site of this name",
+            "TLS alert unrecognized_name: the server has no site with this name",
         )
     context.sni_callback = lambda *_: ssl.ALERT_DESCRIPTION_ACCESS_DENIED
     with serving(until_gone, context) as port:
@@ -513,7 +513,7 @@ def test_a_client_certificate_is_asked_for(issued: issue.Issued, trust: Trust) -
     with serving(until_gone, context) as port:
         name, reason = failure(steps(port, trust))
     assert name == "handshake"
-    assert "certificate_required: the server asks for a client certificate" in reason
+    assert "certificate_required: the server requires a client certificate" in reason
 
 
 def test_plain_http_and_other_protocols(trust: Trust) -> None:
@@ -558,7 +558,7 @@ def test_a_connection_closed_or_reset_or_silent_in_the_tls_handshake(trust: Trus
     with serving(until_gone) as port:
         assert failure(steps(port, trust, timeout=1)) == (
             "tls",
-            "the 1 s of this check ended during the TLS handshake",
+            "the check timed out after 1 s, during the TLS handshake",
         )
 
 
@@ -580,7 +580,7 @@ def test_a_connection_closed_or_reset_or_silent_in_the_tls_handshake(trust: Trus
 def test_refusals(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
     with serving(answering(answer), server_context(issued.cert, issued.key)) as port:
         found = steps(port, trust)
-    assert failure(found) == ("handshake", f"the server answered {reason}")
+    assert failure(found) == ("handshake", f"the server responded with {reason}")
     assert isinstance(found[-1].result, UpgradeResult)
     assert len(found[-1].result.body) <= MAX_BODY
 
@@ -592,16 +592,16 @@ def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: Trust) -
         until_gone(connection)
 
     with serving(handler, server_context(issued.cert, issued.key)) as port:
-        assert failure(steps(port, trust, timeout=2)) == ("handshake", "the server answered 403 Forbidden: wait")
+        assert failure(steps(port, trust, timeout=2)) == ("handshake", "the server responded with 403 Forbidden: wait")
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"", "the server closed the connection without an answer to the handshake"),
-        (b"HTTP/1.1 10", "the server closed the connection in the middle of its answer to the handshake"),
-        (b"\x1b[2Jhello\r\n\r\n", "the answer is not HTTP/1.1: it begins with '\\x1b[2Jhello\\r\\n\\r\\n' ("),
-        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, "the answer's head does not end within 65536 bytes"),
+        (b"", "the server closed the connection without a response to the handshake"),
+        (b"HTTP/1.1 10", "the server closed the connection in the middle of its response to the handshake"),
+        (b"\x1b[2Jhello\r\n\r\n", "the response is not HTTP/1.1: it begins with '\\x1b[2Jhello\\r\\n\\r\\n' ("),
+        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, "the response's head does not end within 65536 bytes"),
     ],
 )
 def test_answers_that_are_none(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
@@ -625,11 +625,11 @@ def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: Trust) 
 
     with serving(endless, server_context(issued.cert, issued.key)) as port:
         name, why = failure(steps(port, trust))
-        assert (name, why) == ("handshake", "the answer's head does not end within 65536 bytes")
+        assert (name, why) == ("handshake", "the response's head does not end within 65536 bytes")
     started = time.monotonic()
     with serving(hints, server_context(issued.cert, issued.key)) as port:
         name, why = failure(steps(port, trust, timeout=2))
-        assert why == "the 2 s of this check ended while waiting for the answer to the handshake"
+        assert why == "the check timed out after 2 s, while waiting for the response to the handshake"
     assert time.monotonic() - started < 10
 
 
@@ -648,28 +648,28 @@ def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: Trust) 
                 "Upgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\nSec-WebSocket-Accept: {token}\r\n"
                 "Sec-WebSocket-Protocol: evil\r\n"
             ),
-            "with a subprotocol that was not asked for: evil",
+            "with a subprotocol that was not requested: evil",
         ),
         (
             (
                 "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {token}\r\n"
                 "Sec-WebSocket-Protocol: chat\r\nSec-WebSocket-Protocol: chat\r\n"
             ),
-            "with a subprotocol that was not asked for: chat, chat",
+            "with a subprotocol that was not requested: chat, chat",
         ),
         (
             (
                 "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {token}\r\n"
                 "Sec-WebSocket-Extensions: x-own\r\n"
             ),
-            "with extensions that were not asked for or are malformed: x-own",
+            "with extensions that were not requested or are malformed: x-own",
         ),
         (
             (
                 "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {token}\r\n"
                 "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits\r\n"
             ),
-            "with extensions that were not asked for or are malformed: permessage-deflate; server_max_window_bits",
+            "with extensions that were not requested or are malformed: permessage-deflate; server_max_window_bits",
         ),
     ],
 )
@@ -693,7 +693,7 @@ def test_a_reset_after_the_request(issued: issue.Issued, trust: Trust) -> None:
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         assert failure(steps(port, trust)) == (
             "handshake",
-            "connection lost while waiting for the answer to the handshake: Connection reset by peer",
+            "connection lost while waiting for the response to the handshake: Connection reset by peer",
         )
 
 
@@ -726,7 +726,7 @@ def endless_data(connection: Any) -> None:
     ("behave", "reason"),
     [
         (lambda connection: None, "the server closed the connection before the pong"),
-        (until_gone, "the 2 s of this check ended while waiting for the pong"),
+        (until_gone, "the check timed out after 2 s, while waiting for the pong"),
         (
             sending(frame(8, b"\x03\xf0go\x1baway")),
             "the server closed the WebSocket before the pong, code 1008 (go\\x1baway)",
@@ -743,7 +743,7 @@ def endless_data(connection: Any) -> None:
 )
 def test_no_pong(issued: issue.Issued, trust: Trust, behave: Handler, reason: str) -> None:
     with serving(after_accepting(behave), server_context(issued.cert, issued.key)) as port:
-        found = steps(port, trust, timeout=2 if "ended" in reason else 10)
+        found = steps(port, trust, timeout=2 if "timed out" in reason else 10)
     assert failure(found) == ("ping", reason)
 
 
@@ -801,9 +801,9 @@ def test_urls(url: str, host: str, port: int, resource: str, authority: str) -> 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("ws://localhost", "check speaks wss"),
-        ("localhost:8443", "check speaks wss"),
-        ("https://localhost", "check speaks wss"),
+        ("ws://localhost", "check needs a URL like wss:"),
+        ("localhost:8443", "check needs a URL like wss:"),
+        ("https://localhost", "check needs a URL like wss:"),
         ("wss://local host", "spaces or control"),
         ("wss://localhost/\n", "spaces or control"),
         ("wss://localhost/#", "no fragment"),

@@ -95,7 +95,7 @@ def test_a_failure_names_the_step_and_the_reason(url: str, issued: issue.Issued)
     assert "CN=localhost; names" in result.stdout
     assert "\nok" not in result.stdout
     refused = run(url, "--ca", str(issued.ca))
-    assert "handshake failed: the server answered 400 Bad Request" in str(refused.exception)
+    assert "handshake failed: the server responded with 400 Bad Request" in str(refused.exception)
     assert re.search(r"^handshake  failed; 400 Bad Request", refused.stdout, re.MULTILINE)
     assert "subprotocol none" not in refused.stdout
 
@@ -195,7 +195,7 @@ def test_everything_from_the_server_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["ws://localhost:1/"], "check speaks wss"),
+        (["ws://localhost:1/"], "check needs a URL like wss:"),
         (["wss://a/#b"], "no fragment"),
         (["wss://a/", "--header", "Upgrade: x"], "set by the check itself"),
         (["wss://a/", "--subprotocol", "a b"], "not a subprotocol"),

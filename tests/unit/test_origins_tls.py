@@ -84,13 +84,13 @@ def test_a_pair_in_one_file(authority: Authority, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("WRONG_VERSION_NUMBER", "no TLS"),
+        ("WRONG_VERSION_NUMBER", "not TLS"),
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "handshake failure; it may ask for a client certificate"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "origin_cert and origin_key"),
         ("TLSV1_ALERT_UNKNOWN_CA", "the alert: unknown ca"),
         ("TLSV1_UNRECOGNIZED_NAME", "unrecognized name"),
         ("UNSUPPORTED_PROTOCOL", "UNSUPPORTED_PROTOCOL"),
-        ("UNEXPECTED_EOF_WHILE_READING", "ended the connection"),
+        ("UNEXPECTED_EOF_WHILE_READING", "closed the connection"),
     ],
 )
 def test_openssl_names_in_words(reason: str, words: str) -> None:

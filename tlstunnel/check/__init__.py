@@ -1,1 +1,1 @@
-"""What a client meets at a ``wss://`` URL, step by step."""
+"""Check a ``wss://`` URL step by step, as a client sees it."""

@@ -1,4 +1,4 @@
-"""What each step of a check found."""
+"""The results of the steps of a check."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class TlsResult:
 
 @dataclass(frozen=True, slots=True)
 class UpgradeResult:
-    """The response. ``fields`` in the server's order and case, latin-1; ``body`` is a refusal's, its first 1 KiB."""
+    """The response. `fields` are in the server's order and case, latin-1; `body` is the first 1 KiB of a refusal's."""
 
     status: int
     reason: str
@@ -56,7 +56,7 @@ class PingResult:
 
 @dataclass(frozen=True, slots=True)
 class CloseResult:
-    """The server's Close: 1005 where it held no code (RFC 6455 section 7.1.5)."""
+    """The server's Close: 1005 if it has no code (RFC 6455 section 7.1.5)."""
 
     code: int
     reason: str
@@ -67,7 +67,7 @@ Result = DnsResult | TcpResult | TlsResult | UpgradeResult | PingResult | CloseR
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: ``name`` of dns, tcp, tls, handshake, ping, close; ``error`` is None where it went well."""
+    """One step: ``name`` of dns, tcp, tls, handshake, ping, close; ``error`` is None if it succeeded."""
 
     name: str
     seconds: float
@@ -76,5 +76,5 @@ class Step:
 
     @property
     def ok(self) -> bool:
-        """Whether it went well."""
+        """Whether it succeeded."""
         return self.error is None

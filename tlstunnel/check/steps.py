@@ -1,8 +1,8 @@
-"""The steps of a connection to a ``wss://`` endpoint as a client sees it: what each found, and why one failed.
+"""The steps of a client's connection to a ``wss://`` endpoint: the result of each, and why one failed.
 
-`run` yields a `Step` for each of DNS, TCP, TLS, handshake, ping and close, as they end, and stops after the first that
-fails. All share one budget of time, and the memory that a hostile server can make it use is bounded. Nothing is
-printed here. Text that the server chose is unchanged in the results; in `Step.error` it is escaped.
+`run` yields a `Step` for each of DNS, TCP, TLS, handshake, ping and close, and stops after the first that fails. All
+share one time budget, and a hostile server can make them use only a bounded amount of memory. Nothing is printed here.
+Text from the server is unchanged in the results and escaped in `Step.error`.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ from tlstunnel.tls.policy import apply_to_client_context
 from tlstunnel.tls.server_hello import find_group
 from tlstunnel.tls.truncation import is_truncation
 
-# Bytes of an answer's head. Servers send less than 8 KiB as a rule (node's limit for a head is 16 KiB), so a larger one
-# is a fault worth naming; this leaves room to see the cookies of the worst.
+# Bytes of a response's head. Servers usually send less than 8 KiB (node allows 16 KiB), so a larger head is reported as
+# a fault; this leaves room for a very large number of cookies.
 MAX_HEAD: Final = 65_536
 # Bytes of a refusal's body that are kept.
 MAX_BODY: Final = 1024
-# Bytes read while waiting for a pong or a Close: a busy feed sends some, an endless stream must end.
+# Bytes read while waiting for a pong or a Close: a busy feed may send some, but not an endless stream.
 MAX_UNSOLICITED: Final = 16_777_216
 
 
@@ -72,10 +72,10 @@ def run(
     subprotocols: Sequence[str] = (),
     timeout: float = 10.0,
 ) -> Iterator[Step]:
-    """Connect as a client does and yield each step as it ends; the first that failed is the last.
+    """Connect as a client does and yield each step as it ends, up to the first that fails.
 
-    ``fields`` are added to the request; a Host among them takes the place of the URL's. ``timeout`` is in seconds, for
-    all steps together. Connections are closed when the iterator ends or is closed.
+    `fields` are added to the request; a Host among them replaces the URL's. `timeout` is in seconds, for all steps
+    together. Connections are closed when the iterator ends or is closed.
     """
     check = _Check(target, trust, tuple(fields), tuple(subprotocols), Deadline(timeout))
     steps: tuple[tuple[str, Callable[[], Result]], ...] = (
@@ -146,43 +146,45 @@ class _Check:
         return self._ws
 
     def resolve(self) -> DnsResult:
-        """Ask for all addresses of the name, in the system's order (RFC 6724)."""
+        """Resolve the name to all its addresses, in the system's order (RFC 6724)."""
         host = self.target.host
-        answers: list[Any] = []
+        results: list[Any] = []
 
-        def ask() -> None:
+        def look_up() -> None:
             try:
-                answers.append(socket.getaddrinfo(host, self.target.port, type=socket.SOCK_STREAM))
+                results.append(socket.getaddrinfo(host, self.target.port, type=socket.SOCK_STREAM))
             except OSError as error:
-                answers.append(error)
+                results.append(error)
 
         # getaddrinfo() takes no timeout; a daemon thread may be left behind.
-        resolver = threading.Thread(target=ask, daemon=True)
+        resolver = threading.Thread(target=look_up, daemon=True)
         resolver.start()
         resolver.join(self.deadline.seconds)
-        if not answers:
-            raise _StepError(f"{host}: the name server did not answer in {self.deadline.seconds:g} s", DnsResult(host))
-        if isinstance(answers[0], OSError):
-            error = answers[0]
+        if not results:
+            raise _StepError(
+                f"{host}: the name server did not respond within {self.deadline.seconds:g} s", DnsResult(host)
+            )
+        if isinstance(results[0], OSError):
+            error = results[0]
             raise _StepError(f"{host}: {DNS_ERRORS.get(error.errno or 0, error.strerror)}", DnsResult(host))
-        self.addresses = tuple((family, address) for family, _, _, _, address in answers[0])
+        self.addresses = tuple((family, address) for family, _, _, _, address in results[0])
         return DnsResult(host, tuple(address[0] for _, address in self.addresses))
 
     def connect(self) -> TcpResult:
-        """Connect to the first address that takes it; each may use its share of the time left."""
+        """Connect to the first address that accepts. Each may use an equal share of the remaining time."""
         failed: list[tuple[str, str]] = []
         for index, (_, address) in enumerate(self.addresses):
-            shown = _format_endpoint(address)
+            endpoint = _format_endpoint(address)
             try:
                 share = self.deadline.left() / (len(self.addresses) - index)
                 self._sock = self._open(index, share)
             except TimeoutError:
-                failed.append((shown, "no answer in time; does a firewall drop it?"))
+                failed.append((endpoint, "no response in time; does a firewall drop the packets?"))
             except OSError as error:
-                failed.append((shown, CONNECT_ERRORS.get(error.errno or 0, os.strerror(error.errno or 0))))
+                failed.append((endpoint, CONNECT_ERRORS.get(error.errno or 0, os.strerror(error.errno or 0))))
             else:
                 self._connected = index
-                return TcpResult(shown, tuple(failed))
+                return TcpResult(endpoint, tuple(failed))
         raise _StepError("; ".join(f"{address}: {why}" for address, why in failed), TcpResult(None, tuple(failed)))
 
     def _open(self, index: int, timeout: float) -> socket.socket:
@@ -194,7 +196,7 @@ class _Check:
         return sock
 
     def secure(self) -> TlsResult:
-        """Do the TLS handshake, verified against the context's trust and the URL's host."""
+        """Make the TLS handshake, and verify the certificate with the context and the URL's host."""
         assert self._sock is not None
         self._wire = wire = Wire(self._sock, self.trust.context, self.target.host, self.deadline)
         during = "during the TLS handshake"
@@ -212,7 +214,7 @@ class _Check:
         return _make_tls_result(wire)
 
     def _fetch_untrusted(self) -> tuple[TlsResult, str]:
-        # OpenSSL keeps no chain that it did not trust, so a second connection, on which nothing is sent, fetches it.
+        # OpenSSL does not keep a chain that it does not trust. A second connection, on which nothing is sent, gets it.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -228,10 +230,10 @@ class _Check:
         return found, ""
 
     def upgrade(self) -> UpgradeResult:
-        """Ask for the upgrade; the answer must be a ``101`` by RFC 6455 section 4.1's rules for clients."""
+        """Send the upgrade request; the response must be a valid ``101`` (RFC 6455 section 4.1)."""
         key = generate_nonce()
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        with self._explain_failures("while waiting for the answer to the handshake"):
+        with self._explain_failures("while waiting for the response to the handshake"):
             self.wire.write((http.send(self._build_request(key)) or b"") + (http.send(h11.EndOfMessage()) or b""))
             response = self._read_response(http)
             found = _make_upgrade_result(response)
@@ -277,14 +279,14 @@ class _Check:
                 http.receive_data(data)
         except h11.RemoteProtocolError as error:
             if error.error_status_hint == 431:
-                raise _StepError(f"the answer's head does not end within {MAX_HEAD} bytes") from None
+                raise _StepError(f"the response's head does not end within {MAX_HEAD} bytes") from None
             raise _StepError(
-                f"the answer is not HTTP/1.1: {describe_beginning(seen)} ({printable(str(error))})"
+                f"the response is not HTTP/1.1: {describe_beginning(seen)} ({printable(str(error))})"
             ) from None
 
     def _read_body(self, http: h11.Connection) -> str:
         body = bytearray()
-        # The status is known: what cannot be read of the body is not worth another failure.
+        # The status is known: a body that cannot be read is not another failure.
         with contextlib.suppress(h11.RemoteProtocolError, OSError):
             while len(body) < MAX_BODY:
                 event = http.next_event()
@@ -297,14 +299,14 @@ class _Check:
         return body[:MAX_BODY].decode("utf-8", "replace").strip()
 
     def ping(self) -> PingResult:
-        """Send a ping with a payload nobody could guess and wait for its pong, whatever comes before it."""
+        """Send a ping with a random payload and wait for its pong, whatever comes before it."""
         payload = secrets.token_bytes(8)
         started = time.perf_counter()
         with self._explain_failures("while waiting for the pong"):
             self.wire.write(self.ws.send(Ping(payload)))
             for event in self._receive_events("before the pong"):
                 match event:
-                    case Pong(payload=answer) if answer == payload:
+                    case Pong(payload=received) if received == payload:
                         return PingResult(time.perf_counter() - started)
                     case Ping():
                         self.wire.write(self.ws.send(event.response()))
@@ -315,7 +317,7 @@ class _Check:
         raise AssertionError  # pragma: no cover
 
     def close(self) -> CloseResult:
-        """Do the closing handshake (RFC 6455 section 7.1.2), then our half of the TLS one."""
+        """Make the closing handshake (RFC 6455 section 7.1.2), and then send close_notify."""
         with self._explain_failures("while waiting for the server's Close"):
             self.wire.write(self.ws.send(CloseConnection(1000)))
             event = next(
@@ -327,7 +329,7 @@ class _Check:
     def _receive_events(self, when: str) -> Iterator[Event]:
         while True:
             for event in self.ws.events():
-                # wsproto gives a broken frame as a Close of its own; only a real one changes the state.
+                # wsproto reports a broken frame as a Close of its own; only a real one changes the state.
                 if isinstance(event, CloseConnection) and self.ws.state in _STILL_OPEN:
                     raise _StepError(f"the server sent a broken frame {when}: {printable(event.reason or '')}")
                 yield event
@@ -344,9 +346,9 @@ class _Check:
         try:
             yield
         except TimeoutError:
-            raise _StepError(f"the {self.deadline.seconds:g} s of this check ended {during}") from None
+            raise _StepError(f"the check timed out after {self.deadline.seconds:g} s, {during}") from None
         except ssl.SSLError as error:
-            # In TLS 1.3 the server judges a client certificate after the client's handshake is done.
+            # In TLS 1.3 the server checks a client certificate after the client has completed the handshake.
             raise _StepError(f"{explain_tls_error(error)}, {during}") from None
         except OSError as error:
             raise _StepError(f"connection lost {during}: {os.strerror(error.errno or 0)}") from None
@@ -365,7 +367,7 @@ def _make_tls_result(wire: Wire) -> TlsResult:
     chain: list[CertificateDescription] = []
     sent = get_sent_chain(wire.tls)
     for der in sent:
-        # OpenSSL takes certificates that are too odd to describe.
+        # OpenSSL accepts certificates that `describe` does not.
         with contextlib.suppress(CertificateError, ValueError, x509.InvalidVersion):
             chain.append(describe(x509.load_der_x509_certificate(der)))
     return TlsResult(
@@ -397,7 +399,7 @@ def _make_upgrade_result(response: h11.Response | h11.InformationalResponse) -> 
 def _check_upgrade(
     response: h11.Response | h11.InformationalResponse, key: bytes, subprotocols: Sequence[str]
 ) -> list[Extension]:
-    """Give the extensions of a ``101`` (RFC 6455 section 4.1). Raises ValueError saying which rule it breaks."""
+    """Return the extensions of a ``101`` (RFC 6455 section 4.1). Raises ValueError if it is invalid."""
 
     def values(name: bytes) -> list[bytes]:
         return [value for other, value in response.headers if other == name]
@@ -411,12 +413,12 @@ def _check_upgrade(
         raise ValueError("with a wrong Sec-WebSocket-Accept" if tokens else "without Sec-WebSocket-Accept")
     chosen = values(b"sec-websocket-protocol")
     if len(chosen) > 1 or (chosen and chosen[0].decode("latin-1") not in subprotocols):
-        raise ValueError(f"with a subprotocol that was not asked for: {b', '.join(chosen).decode('latin-1')}")
-    answer = b", ".join(values(b"sec-websocket-extensions")).decode("latin-1")
+        raise ValueError(f"with a subprotocol that was not requested: {b', '.join(chosen).decode('latin-1')}")
+    offered = b", ".join(values(b"sec-websocket-extensions")).decode("latin-1")
     deflate = PerMessageDeflate()
-    accepted = [extension for extension in answer.split(",") if extension.strip()]
+    accepted = [extension for extension in offered.split(",") if extension.strip()]
     try:
         client_extensions_handshake(accepted, [deflate])
     except (ProtocolError, ValueError, IndexError):
-        raise ValueError(f"with extensions that were not asked for or are malformed: {answer}") from None
+        raise ValueError(f"with extensions that were not requested or are malformed: {offered}") from None
     return [deflate] if accepted else []

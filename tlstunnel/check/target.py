@@ -1,4 +1,4 @@
-"""What `tlstunnel check` connects to, what it sends there, and whom it trusts."""
+"""The target of `tlstunnel check`, what is sent to it, and which certificates are trusted."""
 
 import ipaddress
 import re
@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tlstunnel.certificates.describe import read_certificates
 from tlstunnel.tls.policy import apply_to_client_context
 
-# RFC 6455 section 4.1: these are the check's own; RFC 9112 section 6: a handshake has no body.
+# RFC 6455 section 4.1: the check sets these itself; RFC 9112 section 6: a handshake has no body.
 _OWN_FIELDS: Final = frozenset({"connection", "content-length", "transfer-encoding", "upgrade"})
 # RFC 9110 section 5.6.2.
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# Underscores are no host name's by RFC 1123, but live in private zones, and getaddrinfo() takes them.
+# RFC 1123 has no underscores in host names, but private zones have them, and getaddrinfo() accepts them.
 _ASCII_NAME: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 # RFC 3986 section 3.2, without the user.
 _AUTHORITY: Final = re.compile(r"(?:\[(?P<six>[^\]]*)\]|(?P<name>[^:\[\]]+))(?::(?P<port>[0-9]{0,6}))?")
@@ -27,7 +27,7 @@ _AUTHORITY: Final = re.compile(r"(?:\[(?P<six>[^\]]*)\]|(?P<name>[^:\[\]]+))(?::
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ``wss://`` URL taken apart. ``host`` is an IP address, or a name in lower case as A-labels (RFC 5891)."""
+    """A parsed ``wss://`` URL. `host` is an IP address, or a name in lower case as A-labels (RFC 5891)."""
 
     url: str
     host: str
@@ -37,7 +37,7 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """The Host field's value (RFC 9110 section 7.2): the port only where it is not 443."""
+        """The Host field's value (RFC 9110 section 7.2): the port only if it is not 443."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == 443 else f"{host}:{self.port}"
 
@@ -45,10 +45,10 @@ class Target:
     def parse(cls, url: str) -> Self:
         """Check a URL against RFC 6455 section 3. Raises ValueError with one line that says what to change."""
         if not url.isprintable() or " " in url:
-            raise ValueError("the URL holds spaces or control characters; write them percent-encoded")
+            raise ValueError("the URL contains spaces or control characters; write them percent-encoded")
         scheme, separator, rest = url.partition("://")
         if not separator or scheme.lower() != "wss":
-            raise ValueError(f"check speaks wss; give a URL like wss://HOST[:PORT]/PATH, not {url!r}")
+            raise ValueError(f"check needs a URL like wss://HOST[:PORT]/PATH, not {url!r}")
         if "#" in rest:
             raise ValueError("a WebSocket URL has no fragment; write # in a path as %23")
         end = next((at for at, char in enumerate(rest) if char in "/?"), len(rest))
@@ -57,7 +57,7 @@ class Target:
             raise ValueError("a WebSocket URL has no user or password; use --header 'Authorization: ...'")
         parts = _AUTHORITY.fullmatch(authority)
         if parts is None:
-            raise ValueError(f"{authority!r} is not HOST[:PORT]; an IPv6 address stands in brackets")
+            raise ValueError(f"{authority!r} is not HOST[:PORT]; write an IPv6 address in brackets")
         port = int(parts["port"] or 443)
         if not 1 <= port <= 65_535:
             raise ValueError("the port must be a number from 1 to 65535")
@@ -72,7 +72,7 @@ def _parse_ipv6(host: str) -> str:
     except ValueError:
         raise ValueError(f"[{host}] is not an IPv6 address") from None
     if address.scope_id is not None:
-        raise ValueError(f"[{host}] holds a zone, which means nothing in a URL that others read")
+        raise ValueError(f"[{host}] contains a zone, which is only valid on its own machine")
     return str(address)
 
 
@@ -88,7 +88,7 @@ def _parse_name(host: str) -> str:
 
 
 def parse_field(text: str) -> tuple[str, str]:
-    """Split ``N: V`` into a field for the request (RFC 9110 section 5). Raises ValueError naming what is wrong."""
+    """Split ``NAME: VALUE`` into a field (RFC 9110 section 5). Raises ValueError, naming what is wrong."""
     name, colon, value = text.partition(":")
     if not colon or not _TOKEN.fullmatch(name):
         raise ValueError(f"a header is written 'Name: value', not {text!r}")
@@ -96,12 +96,12 @@ def parse_field(text: str) -> tuple[str, str]:
         raise ValueError(f"{name} is set by the check itself")
     value = value.strip(" \t")
     if not value.isprintable():
-        raise ValueError(f"the value of {name} holds control characters")
+        raise ValueError(f"the value of {name} contains control characters")
     return name, value
 
 
 def check_subprotocols(names: Sequence[str]) -> tuple[str, ...]:
-    """Check that each is a token and none is doubled (RFC 6455 section 4.1). Raises ValueError naming the one."""
+    """Check that each is a token and occurs once (RFC 6455 section 4.1). Raises ValueError, naming the wrong one."""
     for index, name in enumerate(names):
         if not _TOKEN.fullmatch(name):
             raise ValueError(f"{name!r} is not a subprotocol's name")
@@ -112,24 +112,24 @@ def check_subprotocols(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """A client's TLS context, and the file (if any) that says which authorities it trusts."""
+    """A client's TLS context, and the file of the authorities that it trusts, if there is one."""
 
     context: ssl.SSLContext
     ca: Path | None
 
     @classmethod
     def load(cls, ca: Path | None) -> Self:
-        """TLS 1.2 or later, trusting the certificates in ``ca`` alone, or what this machine trusts.
+        """Return TLS 1.2 or later, trusting only the certificates in `ca`, or the system's store.
 
-        Raises CertificateError, naming the file, where it cannot be read or holds no certificate.
+        Raises CertificateError, naming the file, if it cannot be read or contains no certificate.
         """
         given = (
             b"".join(certificate.public_bytes(Encoding.DER) for certificate in read_certificates(ca)) if ca else None
         )
-        # It writes keys to SSLKEYLOGFILE where that is set, which someone who looks at a connection may want.
+        # It writes keys to SSLKEYLOGFILE if that is set, which helps when debugging a connection.
         context = ssl.create_default_context(cadata=given)
-        # Python 3.13 turned both on: the verdict must not depend on whose Python asks. No browser is strict about the
-        # form of extensions, and a certificate given with --ca is trusted though it be no root.
+        # Python 3.13 turned both on: the result must not depend on the Python version. No browser is strict about the
+        # form of extensions, and a certificate given with --ca is trusted even if it is not a root.
         context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
         apply_to_client_context(context)
         return cls(context, ca)

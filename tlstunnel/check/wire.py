@@ -1,4 +1,4 @@
-"""TLS over a blocking socket, with a copy of what the server sent first, within one budget of time."""
+"""TLS over a blocking socket, with a copy of the server's first bytes, within a time budget."""
 
 import contextlib
 import socket
@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from tlstunnel.tls.truncation import is_truncation
 
-# Bytes of the server's TLS records kept to find the group: OpenSSL takes certificate messages of up to 100 KiB, and in
-# TLS 1.2 the group stands behind them.
+# Bytes of the server's TLS records kept to find the group: OpenSSL accepts certificate messages of up to 100 KiB, and
+# in TLS 1.2 the group follows them.
 MAX_CAPTURED: Final = 131_072
-# Bytes of plaintext taken at once: deflate swells up to 1032-fold, so this is some 4 MiB of memory at worst.
+# Bytes of plaintext read at once: deflate expands up to 1032-fold, so this is about 4 MiB of memory at worst.
 READ_SIZE: Final = 4096
 
 
@@ -23,7 +23,7 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds; raises TimeoutError where none are left, since 0 would make a socket non-blocking."""
+        """Return the seconds left. Raises TimeoutError if there are none: 0 would make a socket non-blocking."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -42,7 +42,7 @@ class Wire:
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
 
     def secure(self) -> None:
-        """Do the TLS handshake. Raises ssl.SSLError, TimeoutError, or OSError for a lost connection."""
+        """Make the TLS handshake. Raises ssl.SSLError, TimeoutError, or OSError for a lost connection."""
         while True:
             try:
                 self.tls.do_handshake()
@@ -50,7 +50,7 @@ class Wire:
                 self._flush()
                 self._fill()
             except ssl.SSLError:
-                # The alert says to the server why.
+                # The alert tells the server why.
                 self._flush()
                 raise
             else:
@@ -58,9 +58,9 @@ class Wire:
                 return
 
     def read(self) -> bytes:
-        """Take some bytes; none at the end, be it a clean one or not."""
+        """Return some bytes; b"" at the end, whether clean or not."""
         while True:
-            # Endless records without a byte of content keep OpenSSL from asking for more.
+            # OpenSSL would read an endless series of empty records without returning.
             self._deadline.left()
             try:
                 return self.tls.read(READ_SIZE)
@@ -78,7 +78,7 @@ class Wire:
         self._flush()
 
     def end(self) -> None:
-        """Send ``close_notify``, for which nobody waits."""
+        """Send ``close_notify`` without waiting for the server's."""
         with contextlib.suppress(OSError):
             self.tls.unwrap()
         with contextlib.suppress(OSError):
@@ -87,9 +87,9 @@ class Wire:
     def _flush(self) -> None:
         data = self._outgoing.read()
         if not data:
-            # Sending nothing would take a reset's error from the read that should name it.
+            # Sending nothing would consume the error of a reset, which the next read should report.
             return
-        # A server that has refused and closed resets what comes after: what it said first is still to be read.
+        # A server that has refused and closed resets what follows: its response still has to be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._sock.settimeout(self._deadline.left())
             self._sock.sendall(data)
@@ -105,9 +105,9 @@ class Wire:
 
 
 def get_sent_chain(tls: Any) -> list[bytes]:
-    """Give the certificates that the server sent, leaf first, DER. ``tls`` is an ``ssl.SSLObject``.
+    """Return the certificates that the server sent, leaf first, in DER. `tls` is an ``ssl.SSLObject``.
 
-    Public API from Python 3.13; before it, what Python 3.10 put beneath; the leaf alone where that is missing too.
+    Public API since Python 3.13, private since 3.10; only the leaf without either.
     """
     if hasattr(tls, "get_unverified_chain"):
         return list(tls.get_unverified_chain())

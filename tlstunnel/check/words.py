@@ -1,4 +1,4 @@
-"""Why a step of a check failed, in words for a person. Text that the server chose is escaped."""
+"""Explanations for people why a step of a check failed. Text from the server is escaped."""
 
 import errno
 import re
@@ -15,14 +15,14 @@ from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import UpgradeResult
 from tlstunnel.escaping import printable
 
-# What a person can conclude from an alert (RFC 8446 section 6.2), where its name does not say it.
+# What an alert means (RFC 8446 section 6.2), where its name does not say it.
 _ALERT_HINTS: Final = {
-    "unrecognized_name": "the server has no site of this name",
+    "unrecognized_name": "the server has no site with this name",
     "no_application_protocol": "the server does not offer http/1.1 by ALPN",
     "handshake_failure": "no TLS version, cipher or group in common, or a client certificate is missing",
-    "protocol_version": "the server takes neither TLS 1.2 nor TLS 1.3",
-    "certificate_required": "the server asks for a client certificate",
-    "bad_certificate": "the server asks for a client certificate, or for another",
+    "protocol_version": "the server supports neither TLS 1.2 nor TLS 1.3",
+    "certificate_required": "the server requires a client certificate",
+    "bad_certificate": "the server requires a client certificate, or another one",
     "internal_error": "the server failed; see its log",
 }
 # OpenSSL names alerts TLSV1_UNRECOGNIZED_NAME, SSLV3_ALERT_HANDSHAKE_FAILURE, TLSV13_ALERT_CERTIFICATE_REQUIRED.
@@ -40,7 +40,7 @@ CONNECT_ERRORS: Final = {
 DNS_ERRORS: Final = {
     socket.EAI_NONAME: "name not found",
     socket.EAI_NODATA: "the name has no addresses",
-    socket.EAI_AGAIN: "the name server did not answer",
+    socket.EAI_AGAIN: "the name server did not respond",
 }
 
 
@@ -91,7 +91,7 @@ def explain_distrust(
 
 def _advise_on_ca(chain: Sequence[CertificateDescription], ca: Path | None) -> str:
     issuer = chain[-1].issuer if chain else "its authority"
-    return f"pass --ca with the certificate of {issuer}" if ca is None else f"{ca} does not hold that of {issuer}"
+    return f"pass --ca with the certificate of {issuer}" if ca is None else f"{ca} does not contain that of {issuer}"
 
 
 def _list_not_yet_valid(chain: Sequence[CertificateDescription], now: datetime) -> str:
@@ -109,7 +109,7 @@ def _format_days(count: int) -> str:
 
 def describe_refusal(found: UpgradeResult) -> str:
     """Return what a response other than a 101 says."""
-    words = f"the server answered {found.status} {printable(found.reason)}".rstrip()
+    words = f"the server responded with {found.status} {printable(found.reason)}".rstrip()
     location = next((value for name, value in found.fields if name.lower() == "location"), None)
     if location is not None and 300 <= found.status < 400:
         words += f", to {printable(location)}"
@@ -120,11 +120,11 @@ def describe_refusal(found: UpgradeResult) -> str:
 
 def describe_end(seen: bytes) -> str:
     """Return when the server closed the connection, given what it had sent of its response."""
-    return "in the middle of its answer to the handshake" if seen else "without an answer to the handshake"
+    return "in the middle of its response to the handshake" if seen else "without a response to the handshake"
 
 
 def describe_beginning(data: bytes) -> str:
-    """Return how data begins that is not what was expected."""
+    """Return a description of the first bytes of unexpected data."""
     return f"it begins with '{printable(data[:32].decode('latin-1'))}'"
 
 

@@ -20,40 +20,40 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 
 MOST_KEPT = 4 << 20
-"""Bytes of log lines kept for a reader that is behind: some ten thousand records."""
+"""Bytes of log lines kept for a slow reader: about ten thousand records."""
 
 MOST_ELSEWHERE = MOST_KEPT // 4
-"""Bytes that other threads may have waiting: what they say is not to displace the records."""
+"""Bytes of waiting lines from other threads, which must not displace the records."""
 
 TURN = 16_384
-"""Bytes of them that are written before tunnels have their turn."""
+"""Bytes of other threads' lines that are written at once, before tunnels continue."""
 
 
 class _Elsewhere:
-    """Lines of other threads (edge workers have one), until the thread that writes them takes them."""
+    """Lines from other threads, such as that of edge workers, until the writing thread takes them."""
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
-        self._lock = threading.Lock()  # between those who put: who takes never waits
+        self._lock = threading.Lock()  # between threads that put; the one that takes never waits
         self._put = self._got = self._lost = 0
-        self._told = False
+        self._notified = False
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
     def put(self, line: bytes) -> bool:
-        """Keep a line, or lose it where too much waits; say whether somebody has to be told that there are some."""
+        """Keep a line, or drop it if too many wait. Return whether the writing thread must be notified."""
         with self._lock:
             if self._put - self._got + len(line) > MOST_ELSEWHERE:
                 self._lost += 1
                 return False
             self._put += len(line)
             self._lines.append(line)
-            first, self._told = not self._told, True
+            first, self._notified = not self._notified, True
             return first
 
     def get(self) -> tuple[list[bytes], int, bool]:
-        """Some lines, how many were lost, and whether there are more; if not, `put` tells of the next."""
+        """Return some lines, how many were lost, and whether there are more; if not, the next `put` notifies."""
         lines: list[bytes] = []
         size = 0
         while self._lines and size < TURN:
@@ -61,18 +61,18 @@ class _Elsewhere:
             size += len(lines[-1])
         self._got += size
         lost, self._lost = self._lost, 0
-        self._told = False
+        self._notified = False
         more = bool(self._lines)
-        self._told = self._told or more
+        self._notified = self._notified or more
         return lines, lost, more
 
 
 class Lines:
     """Writes log lines to `stream` without ever waiting or failing: the loop that logs serves every tunnel.
 
-    A pipe that nobody reads would hold all tunnels, and one without a reader, or a full disk, would raise in the midst
-    of closing a connection (both seen). So what does not go at once is kept, up to 4 MiB, and written as the reader
-    reads; lines beyond that are lost, counted, and the count is said in a line of its own.
+    A full pipe would block all tunnels, and a pipe without a reader, or a full disk, would raise while a connection is
+    being closed (both seen). Therefore lines that cannot be written at once are kept, up to 4 MiB, and written as the
+    reader reads. Lines beyond that are dropped and counted, and the count is logged.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -90,11 +90,11 @@ class Lines:
         self._elsewhere = _Elsewhere()
 
     def msg(self, message: str) -> None:
-        """Write `message` as a line, as soon as that is possible without waiting. From any thread."""
+        """Write `message` as a line, as soon as possible without waiting. May be called from any thread."""
         line = message.encode("utf-8", "backslashreplace") + b"\n"
         if self._loop is not None and threading.get_ident() != self._thread:
             if self._elsewhere.put(line):
-                with contextlib.suppress(RuntimeError):  # the loop has ended; `flush` takes it
+                with contextlib.suppress(RuntimeError):  # the loop is closed; `flush` writes it
                     self._loop.call_soon_threadsafe(self._take)
             return
         self._keep(line, 1)
@@ -106,13 +106,13 @@ class Lines:
         self._kept += lines
         self._write()
         if self._kept and self._watched_by is None:
-            with contextlib.suppress(RuntimeError, OSError):  # no loop yet; a file, for which nothing can be awaited
+            with contextlib.suppress(RuntimeError, OSError):  # no loop yet, or a regular file, which epoll refuses
                 loop = asyncio.get_running_loop()
                 loop.add_writer(self._fd, self._write)
                 self._watched_by = loop
 
     def _take(self) -> None:
-        """Take a turn's part of what other threads said: one that never stops talking must not hold the tunnels."""
+        """Write some of the other threads' lines: one that never stops logging must not block the tunnels."""
         lines, lost, more = self._elsewhere.get()
         self._lost += lost
         if lines:
@@ -124,7 +124,7 @@ class Lines:
     fatal = failure = err = error = critical = exception = msg
 
     def flush(self, seconds: float = 1.0) -> None:
-        """At the end, when nobody is kept waiting: give the reader so long to take what is kept."""
+        """Give the reader up to `seconds` to read the kept lines, when the program ends."""
         deadline = time.monotonic() + seconds
         while self._elsewhere and time.monotonic() < deadline:
             self._take()
@@ -140,7 +140,7 @@ class Lines:
                 end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1
                 del self._kept[: os.write(self._fd, self._kept[: end or select.PIPE_BUF])]
                 if self._lost and not self._kept:
-                    self._kept += self._lost_line()
+                    self._kept += self._render_lost_line()
             gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
         except OSError:
             gone = True
@@ -151,7 +151,7 @@ class Lines:
             self._watched_by.remove_writer(self._fd)
             self._watched_by = None
 
-    def _lost_line(self) -> bytes:
+    def _render_lost_line(self) -> bytes:
         lost, self._lost = self._lost, 0
         return msgspec.json.encode({"event": Event.LINES_LOST, "level": "warning", "lost": lost}) + b"\n"
 

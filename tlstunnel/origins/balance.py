@@ -1,4 +1,4 @@
-"""Balance modes: which origin a handshake tries first, and which next if that one fails. Pure functions."""
+"""Balance modes: in which order a handshake tries the origins. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ def select_order(balance: str) -> Order:
     if balance == "least_tunnels":
         return least_tunnels
     kind, _, name = balance.removeprefix("hash:").partition(":")
-    wanted = name.encode("ascii")
+    field = name.encode("ascii")
     if kind == "header":
-        return lambda members, ip, request: rendezvous(members, _read_field(ip, request, wanted.lower()))
+        return lambda members, ip, request: rendezvous(members, _read_field(ip, request, field.lower()))
     if kind == "cookie":
-        return lambda members, ip, request: rendezvous(members, _read_cookie(ip, request, wanted))
+        return lambda members, ip, request: rendezvous(members, _read_cookie(ip, request, field))
     return lambda members, ip, request: rendezvous(members, ip.encode())
 
 
 def round_robin(members: Sequence[Member], _ip: str, _request: Request) -> list[Member]:
-    """Smooth weighted round robin, as in nginx: the member that has waited longest for its weight comes first."""
+    """Order by smooth weighted round robin, as in nginx: the member that has waited longest for its weight is first."""
     if len(members) < 2:
         return list(members)
     total = 0
@@ -40,12 +40,12 @@ def round_robin(members: Sequence[Member], _ip: str, _request: Request) -> list[
 
 
 def least_tunnels(members: Sequence[Member], ip: str, request: Request) -> list[Member]:
-    """The member with the fewest tunnels for its weight first; round robin among equal ones."""
+    """Order by the number of tunnels relative to the weight, fewest first; equal members by round robin."""
     return sorted(round_robin(members, ip, request), key=lambda member: (member.tunnels + 1) / member.weight)
 
 
 def rendezvous(members: Sequence[Member], key: bytes) -> list[Member]:
-    """Weighted rendezvous hashing: all processes agree, and removing an origin moves only its own clients.
+    """Order by weighted rendezvous hashing: all processes agree, and removing an origin moves only its own clients.
 
     Thaler and Ravishankar 1998; weights by Schindelhauer and Schomaker 2005: ``-weight / log(hash)``.
     """
@@ -55,7 +55,7 @@ def rendezvous(members: Sequence[Member], key: bytes) -> list[Member]:
 def _score(member: Member, key: bytes) -> float:
     text = "\n".join(member.key).encode("utf-8", "surrogateescape")
     digest = blake2b(text, key=blake2b(key, digest_size=32).digest(), digest_size=8).digest()
-    # In the open interval from 0 to 1.
+    # The argument of log is in the open interval from 0 to 1.
     return member.weight / math.log((int.from_bytes(digest) + 0.5) / 2.0**64)
 
 
@@ -64,9 +64,9 @@ def _read_field(ip: str, request: Request, name: bytes) -> bytes:
     return b"\n".join(values) if values else ip.encode()
 
 
-def _read_cookie(ip: str, request: Request, wanted: bytes) -> bytes:
+def _read_cookie(ip: str, request: Request, cookie: bytes) -> bytes:
     for pair in b";".join(request.by_name.get(b"cookie", ())).split(b";"):
         name, equals, value = pair.partition(b"=")
-        if equals and name.strip(b" \t") == wanted:
+        if equals and name.strip(b" \t") == cookie:
             return value.strip(b" \t")
     return ip.encode()

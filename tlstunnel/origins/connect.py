@@ -1,4 +1,4 @@
-"""Connect to the first of several members that accepts, trying the next beside a slow one (RFC 8305)."""
+"""Connect to the first of several members that accepts; a slow one does not delay the next (RFC 8305)."""
 
 import asyncio
 import errno
@@ -35,14 +35,14 @@ async def connect(
 ) -> tuple[Place, Channel]:
     """Connect to the first of `members` that accepts before the deadline of `wakeup`; return the place there.
 
-    Raises OriginUnreachable; TimeoutError; ClientGone when the client does not wait.
+    Raises OriginUnreachable; TimeoutError; ClientGone if the client disconnects.
     """
     attempts = _Attempts(pool, readiness, wakeup)
     try:
         return await attempts.run(members, client)
     except TimeoutError:
         for place, _ in attempts.in_progress:
-            place.record_failure("did not take the connection in time")
+            place.record_failure("did not accept the connection in time")
         raise
     finally:
         attempts.close()
@@ -76,7 +76,7 @@ class _Attempts:
                     seconds = STAGGER if members[index + 1].text == member.text else ORIGIN_STAGGER
                 if first := await self._wait(seconds, client):
                     return first
-        raise self._failure or OriginUnreachable("no origin took the connection")
+        raise self._failure or OriginUnreachable("no origin accepted the connection")
 
     def _begin(self, member: Member) -> "tuple[Place, Channel] | bool | None":
         """Begin to connect. Return the connection if it is made at once, True if it is in progress or has failed.
@@ -126,7 +126,7 @@ class _Attempts:
                     continue
                 self.in_progress.remove(attempt)
                 if code in _CONNECTED:
-                    # Events until now were about connecting: HUP is reported for a socket that is not connected yet.
+                    # Earlier events belong to the attempt: HUP is reported for a socket that is not connected yet.
                     channel.gone = False
                     return attempt
                 self._record_failure(place, code)
@@ -148,7 +148,7 @@ class _Attempts:
 
 
 def _begin_to_connect(sock: socket.socket, member: Member) -> int:
-    """Return an error number: 0 once connected, one of `_IN_PROGRESS` while that is open."""
+    """Return an error number: 0 once connected, one of `_IN_PROGRESS` before that."""
     try:
         if member.family != socket.AF_UNIX:
             tune(sock)

@@ -17,7 +17,7 @@ EXIT_SECONDS = 5.0
 
 
 class EchoHandover(msgspec.Struct, frozen=True):
-    """What is handed over by an upgrade: the port, the process, and the descriptor whose end ends it."""
+    """What an upgrade hands over: the port, the process, and the descriptor that stops the process when closed."""
 
     port: int
     pid: int
@@ -25,7 +25,7 @@ class EchoHandover(msgspec.Struct, frozen=True):
 
 
 class EchoOrigin:
-    """The echo origin's process and where it listens: a port of 127.0.0.1 that the system chose."""
+    """The echo origin's process and its port on 127.0.0.1, which the system chose."""
 
     def __init__(self, port: int, pid: int, pipe: int) -> None:
         self.port = port
@@ -38,7 +38,7 @@ class EchoOrigin:
         with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
             reading, writing = os.pipe()
             os.set_inheritable(listener.fileno(), True)
-            # A group of its own: a Ctrl-C is for the tunnel, which ends its tunnels before it ends this.
+            # A process group of its own: Ctrl-C is for the tunnel, which drains before it stops this process.
             pid = os.posix_spawn(
                 PYTHON,
                 build_module_command("tlstunnel.origins.echo", str(listener.fileno())),
@@ -51,12 +51,12 @@ class EchoOrigin:
             return cls(listener.getsockname()[1], pid, writing)
 
     def hand_over(self) -> EchoHandover:
-        """Return what `restore` takes in the program that is executed next."""
+        """Return the argument of `restore` in the program that is executed next."""
         return EchoHandover(port=self.port, pid=self._pid, pipe=self._pipe)
 
     @classmethod
     def restore(cls, kept: EchoHandover) -> Self:
-        """Return the one that the program executed before this one has started."""
+        """Return the echo origin that the previous program started."""
         os.set_inheritable(kept.pipe, False)
         return cls(kept.port, kept.pid, kept.pipe)
 

@@ -11,7 +11,7 @@ from tlstunnel.journal.events import Reason
 
 
 class OriginError(Exception):
-    """The base of all. `reason` is for the log."""
+    """The base class. `reason` is for the log."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -31,7 +31,7 @@ class OriginNotAllowed(NoOrigin):
 
 
 class OriginUnreachable(OriginError):
-    """No connection to an origin. `shortage` means that we are the cause: no descriptor, port or memory is left."""
+    """No connection to an origin. With `shortage`, the tunnel is the cause: no descriptor, port or memory left."""
 
     def __init__(self, reason: str, *, shortage: bool = False) -> None:
         super().__init__(reason)

@@ -20,7 +20,7 @@ CHECKS_DOWN = 2
 succeeds brings it back."""
 
 _JITTER = 0.1
-"""Part of a delay by which it varies: processes that ejected an origin together do not try it together."""
+"""Part by which a delay varies, so that processes that ejected an origin together do not retry it together."""
 
 
 class Use:
@@ -51,7 +51,7 @@ class Member:
     backup: bool = False
     most: int | None = None
     tls: OriginTLS | None = None
-    current: float = 0.0  # of smooth weighted round robin
+    current: float = 0.0  # for smooth weighted round robin
     _failures: int = 0
     _delay: float = 0.0
     _out_until: float = float("-inf")
@@ -79,7 +79,7 @@ class Member:
 
     @property
     def full(self) -> bool:
-        """Whether its origin has as many tunnels as it may have."""
+        """Whether its origin has reached max_tunnels."""
         return self.most is not None and self.use.tunnels >= self.most
 
     @property

@@ -1,4 +1,4 @@
-"""A place at an origin: what one attempt to use a member counts as, from the attempt to connect until it is closed."""
+"""A place at an origin: counts one attempt to use a member, from connecting until it is closed."""
 
 from tlstunnel.escaping import printable
 from tlstunnel.origins.members import Member
@@ -6,7 +6,7 @@ from tlstunnel.origins.pool import Pool
 
 
 class Place:
-    """A place at `member` of `pool`, taken when this object is made. Whoever holds it calls `close` in the end.
+    """A place at `member` of `pool`, taken by the constructor. The owner must call `close`.
 
     While the member is ejected, the place is its one trial. A place that is closed before it has recorded a success or
     a failure leaves the trial to the next.

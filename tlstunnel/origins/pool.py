@@ -78,7 +78,7 @@ class Pool:
             if (known := _parse_literal(origin.config)) is not None:
                 self._set_addresses(origin, [known])
                 origin.fresh_until = math.inf
-        # The most common case: nothing to resolve, and nothing to choose from.
+        # The most common case: nothing to resolve and no choice.
         self._only = self.members[0] if len(self.members) == len(origins) == 1 else None
         if self._only is not None and (self._only.most is not None or health is not None):
             self._only = None
@@ -123,7 +123,7 @@ class Pool:
                 origin.resolving = loop.create_task(self._resolve(origin))
         waited_for = [o.resolving for o in origins if not o.members and o.resolving is not None]
         if waited_for and not any(origin.members for origin in origins):
-            # One look-up for all that wait; one that gives up does not cancel it.
+            # All waiting requests share one look-up; one that times out does not cancel it.
             async with asyncio.timeout_at(deadline):
                 await asyncio.shield(asyncio.gather(*waited_for))
         return self._order_usable(ip, request, loop.time(), origins)
@@ -145,7 +145,7 @@ class Pool:
             raise NoOrigin("all origins are down", wait)
         free = [member for member in able if not member.full]
         if not free:
-            raise NoOrigin("all origins have as many tunnels as they may", 1)
+            raise NoOrigin("all origins have reached max_tunnels", 1)
         primary = [member for member in free if not member.backup]
         backup = [member for member in free if member.backup]
         return [*self._order(primary, ip, request), *self._order(backup, ip, request)]

@@ -1,4 +1,4 @@
-"""Reach an origin: connect, and for ``wss://`` make the TLS handshake; try the next member where either fails."""
+"""Reach an origin: connect, and make the TLS handshake for ``wss://``; try the next member if either fails."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import Readiness
 
 
-async def reach(  # noqa: PLR0913 - which members, over what, for which client
+async def reach(  # noqa: PLR0913 - the members, the sockets and the client
     pool: Pool,
     members: Sequence[Member],
     *,
@@ -24,7 +24,7 @@ async def reach(  # noqa: PLR0913 - which members, over what, for which client
     """Reach the first of `members` that can be reached before the deadline of `wakeup`; return the place there.
 
     `preface`, a PROXY header or nothing, is sent before TLS. No byte of a request has been sent when this returns.
-    Raises OriginUnreachable, or its subclass OriginTLSFailed; TimeoutError; ClientGone when the client does not wait.
+    Raises OriginUnreachable, or its subclass OriginTLSFailed; TimeoutError; ClientGone if the client disconnects.
     """
     while True:
         place, channel = await connect(pool, members, readiness, wakeup, client)

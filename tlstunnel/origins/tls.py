@@ -1,4 +1,4 @@
-"""TLS on to a ``wss://`` origin: whom to trust, what to show, and in plain words why it failed."""
+"""TLS to ``wss://`` origins: trusted certificates, the client certificate, and explanations of failures."""
 
 import ssl
 from pathlib import Path
@@ -14,57 +14,63 @@ from tlstunnel.sockets.channel import Channel
 from tlstunnel.tls.policy import apply_to_client_context
 from tlstunnel.tls.truncation import is_truncation
 
-# X509_V_ERR_... of OpenSSL's x509_vfy.h: what it is in the record, and what to do about it.
+# X509_V_ERR_... of OpenSSL's x509_vfy.h: the reason in the record, and advice.
 _DISTRUST = {
     9: (
         Reason.ORIGIN_NOT_YET_VALID,
         "its certificate, or one of its chain, is not valid yet; is this machine's clock right?",
     ),
     10: (Reason.ORIGIN_EXPIRED, "its certificate, or one of its chain, has expired; renew it"),
-    18: (Reason.ORIGIN_SELF_SIGNED, "its certificate is self-signed; if it is the right one, give it as origin_ca"),
+    18: (Reason.ORIGIN_SELF_SIGNED, "its certificate is self-signed; if you trust it, set origin_ca to it"),
     19: (
         Reason.ORIGIN_UNKNOWN_ISSUER,
-        "its chain ends at a root that is not trusted here; give that root as origin_ca",
+        "its chain ends at a root that is not trusted; to trust it, set origin_ca to it",
     ),
-    20: (Reason.ORIGIN_UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
-    21: (Reason.ORIGIN_UNKNOWN_ISSUER, "the issuer of its certificate is not trusted here; give that as origin_ca"),
-    62: (Reason.ORIGIN_WRONG_NAME, "its certificate is for another name; say which in origin_name"),
-    64: (Reason.ORIGIN_WRONG_NAME, "its certificate is not for this IP address; say the name it has in origin_name"),
+    20: (
+        Reason.ORIGIN_UNKNOWN_ISSUER,
+        "the issuer of its certificate is not trusted; to trust it, set origin_ca to it",
+    ),
+    21: (
+        Reason.ORIGIN_UNKNOWN_ISSUER,
+        "the issuer of its certificate is not trusted; to trust it, set origin_ca to it",
+    ),
+    62: (Reason.ORIGIN_WRONG_NAME, "its certificate is for another name; set origin_name to the name to expect"),
+    64: (Reason.ORIGIN_WRONG_NAME, "its certificate is not for this IP address; set origin_name to a name that it has"),
 }
 
-# What OpenSSL, of one version or another, says of bytes that are no TLS record.
+# What OpenSSL reports, depending on its version, for bytes that are not a TLS record.
 _NOT_TLS = frozenset(
     {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"}
 )
 
-# What an origin's alert is usually about (RFC 8446 section 6.2).
+# The usual cause of an origin's alert (RFC 8446 section 6.2).
 _ADVICE = {
-    "certificate required": "; give it one with origin_cert and origin_key",
+    "certificate required": "; set origin_cert and origin_key",
     "handshake failure": "; it may ask for a client certificate (origin_cert), or share no cipher with us",
-    "bad certificate": "; it does not take origin_cert",
+    "bad certificate": "; it does not accept origin_cert",
     "unknown ca": "; it does not trust the issuer of origin_cert",
     "certificate expired": "; origin_cert has expired",
-    "certificate unknown": "; it does not take origin_cert",
-    "unrecognized name": "; it has no site of that name: see origin_name",
+    "certificate unknown": "; it does not accept origin_cert",
+    "unrecognized name": "; it has no site with that name: see origin_name",
     "no application protocol": "; it does not speak http/1.1",
     "protocol version": "; it speaks neither TLS 1.2 nor 1.3",
 }
 
 SESSIONS = 64
-"""Sessions kept for resumption, one an origin, of each `OriginTLS`; the oldest goes."""
+"""How many sessions an `OriginTLS` keeps for resumption, one for each origin. The oldest is dropped."""
 
 SESSION_SECONDS = 600.0
-"""How long one is used: a resumed connection looks at no certificate, so an expired one would be found later."""
+"""How long a session is used. A resumed connection verifies no certificate, so an expired one is noticed later."""
 
 RETRY_SECONDS = 1.0
-"""The least time between two sessions taken from connections to one origin."""
+"""The minimum time between two sessions taken from connections to the same origin."""
 
 
 class OriginTLS:
-    """How the ``wss://`` origins of a site are spoken to: `context`, and the `name` that their certificates must have.
+    """How to connect to the ``wss://`` origins of a site: `context`, and the `name` that their certificates must have.
 
-    Without a `name`, that is each origin's host as it was written. Sessions are kept here, and so with the name that
-    was verified; contexts may be shared.
+    Without `name`, it is each origin's host as configured. Sessions are kept here, because they belong to the verified
+    name; contexts may be shared.
     """
 
     __slots__ = ("_name", "_sessions", "context")
@@ -75,7 +81,7 @@ class OriginTLS:
         self._sessions: dict[tuple[str, int], tuple[ssl.SSLSession, float]] = {}
 
     def get_server_name(self, address: OriginAddress) -> str:
-        """The name that the certificate of the origin at `address` must have."""
+        """Return the name that the certificate of the origin at `address` must have."""
         return self._name or (address.host or "").partition("%")[0]
 
     async def begin(self, origin: Channel, address: OriginAddress, client: Channel) -> None:
@@ -104,12 +110,12 @@ class OriginTLS:
             raise
 
     def remember(self, origin: Channel, address: OriginAddress) -> None:
-        """Keep the session of a connection on which something has been received: TLS 1.3 gives tickets then."""
+        """Keep the session of a connection that has received something: TLS 1.3 sends tickets after the handshake."""
         sock, host = origin.sock, address.host or ""
         assert isinstance(sock, ssl.SSLSocket)
         now = monotonic()
         _, since = self._sessions.get((host, address.port), (None, -RETRY_SECONDS))
-        # Python copies a session by encoding and decoding it: not for each of many that an origin does not resume.
+        # Python copies a session by encoding and decoding it, which is wasted if the origin never resumes one.
         if sock.session_reused or now - since < RETRY_SECONDS:
             return
         session = sock.session
@@ -121,9 +127,9 @@ class OriginTLS:
 
 
 class Contexts:
-    """The client contexts of one reading of the configuration, shared by sites that say the same.
+    """The client contexts of one configuration, shared by sites with the same settings.
 
-    One with the system's store takes 0.75 MiB and up to a tenth of a second, so not one a site.
+    A context with the system's store takes 0.75 MiB and up to a tenth of a second, too much for one per site.
     """
 
     def __init__(self) -> None:
@@ -144,12 +150,12 @@ def create_client_context(
 ) -> ssl.SSLContext:
     """Make a context for ``wss://`` origins: TLS 1.2 and 1.3, ALPN ``http/1.1``, names by subjectAltName alone.
 
-    It trusts the certificates in ``ca`` (PEM; roots, intermediate ones or an origin's own) and no others, or without
-    it the system's store; unless ``verify`` is false, when it trusts anyone, of which the caller warns. ``cert`` (PEM:
-    the leaf, then its chain) and ``key`` are shown to an origin that asks for a certificate.
-    Raises CertificateError, naming the file and the reason.
+    It trusts only the certificates in `ca` (PEM: roots, intermediates or an origin's own), or the system's store
+    without it. If `verify` is false it trusts any certificate, and the caller has to warn. `cert` (PEM: the leaf, then
+    its chain) and `key` are sent to an origin that requests a certificate. Raises CertificateError, naming the file and
+    the reason.
     """
-    # Not create_default_context: that one writes every session's keys to the file that SSLKEYLOGFILE names.
+    # Not create_default_context, which writes the keys of every session to the file that SSLKEYLOGFILE names.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     apply_to_client_context(context)
     context.hostname_checks_common_name = False  # RFC 9525 section 2
@@ -159,12 +165,12 @@ def create_client_context(
     elif ca is None:
         context.load_default_certs()
     else:
-        describe.read_certificates(ca)  # says what is wrong with it; OpenSSL names no file
+        describe.read_certificates(ca)  # explains what is wrong; OpenSSL does not name the file
         try:
             context.load_verify_locations(ca)
         except OSError as error:
             raise CertificateError(f"{ca}: the TLS library refuses it: {_get_openssl_name(error)}") from error
-        # What is given is trusted, though it be no root.
+        # Certificates in `ca` are trusted even if they are not roots.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if cert is not None:
         _load_pair(context, cert, key or cert)
@@ -177,7 +183,7 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         raise CertificateError(f"{key}: the private key does not match the first certificate in {cert}")
 
     def refuse_passphrase() -> NoReturn:
-        # Read a moment ago without one; and without a callback OpenSSL asks on the terminal.
+        # `read_key` needed no passphrase. Without a callback, OpenSSL would ask on the terminal.
         raise CertificateError(f"{key}: the private key is encrypted; `openssl pkey -in {key}` decrypts it")
 
     try:
@@ -187,21 +193,21 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
 
 
 def explain(error: OSError) -> str:
-    """Say for a person why what was received from an origin, or sent to it, failed, within or without TLS."""
+    """Explain in a sentence why receiving from an origin or sending to it failed, with or without TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         _, words = _DISTRUST.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, "its certificate is not trusted"))
         return f"{words} ({str(error.verify_message).rstrip('.')})"
     if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
-        return "it ended the connection without a word of TLS"
+        return "it closed the connection without a TLS alert"
     if not isinstance(error, ssl.SSLError):
         return error.strerror or str(error)
     name = _get_openssl_name(error)
     if name in _NOT_TLS:
-        return f"it answers with bytes that are no TLS ({name})"
+        return f"its response is not TLS ({name})"
     _, alert, what = name.partition("ALERT_")
     if alert or name == "TLSV1_UNRECOGNIZED_NAME":
-        said = what.lower().replace("_", " ") or "unrecognized name"
-        return f"it sent the alert: {said}{_ADVICE.get(said, '')}"
+        alert_name = what.lower().replace("_", " ") or "unrecognized name"
+        return f"it sent the alert: {alert_name}{_ADVICE.get(alert_name, '')}"
     return f"TLS error: {name}"
 
 
@@ -213,5 +219,5 @@ def _classify(error: OSError) -> Reason:
 
 
 def _get_openssl_name(error: OSError) -> str:
-    """OpenSSL's name for what went wrong, such as ``WRONG_VERSION_NUMBER``."""
+    """Return OpenSSL's name of the error, such as ``WRONG_VERSION_NUMBER``."""
     return getattr(error, "reason", None) or error.strerror or str(error)

@@ -1,8 +1,8 @@
-"""A connection's sockets before the splice: operations that wait.
+"""The sockets of a connection before the splice, with operations that wait.
 
-Both are in the process's readiness, edge-triggered, and wake the one task of their connection. Edges,
-not levels: a peeked hello that is not complete stays readable, and would wake a level-triggered wait for ever (seen:
-375 000 times a second).
+Both sockets are registered with the process's readiness, edge-triggered, and wake the task of their connection.
+Level-triggered, an incomplete hello that was only peeked would stay readable and wake the task endlessly (seen: 375 000
+times a second).
 """
 
 import socket
@@ -13,7 +13,7 @@ from tlstunnel.sockets.readiness import EDGE_TRIGGERED, GONE, IN, OUT, RDHUP, Re
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 
-# One for all connections: a buffer a read would be a large block that malloc takes and gives back at each of them.
+# One for all connections: malloc would map and unmap a block of this size at every read.
 _BUFFER = bytearray(65_536)
 _VIEW = memoryview(_BUFFER)
 
@@ -22,11 +22,11 @@ MAX_READ = len(_BUFFER)
 
 
 class ClientGone(Exception):
-    """The client has ended or reset its connection while something was still to be done for it."""
+    """The client has closed or reset its connection before it got a response."""
 
 
 class Channel:
-    """A non-blocking socket whose operations wait. `gone` is set once the peer has ended or failed."""
+    """A non-blocking socket with operations that wait. `gone` is set once the peer has closed or failed."""
 
     __slots__ = ("_readiness", "fd", "gone", "sock", "wakeup")
 
@@ -44,18 +44,18 @@ class Channel:
         self.wakeup.fire()
 
     def release(self) -> None:
-        """Stop watching; the socket is left open."""
+        """Stop watching the socket, and leave it open."""
         self._readiness.unregister(self.fd)
 
     async def wait_writable(self) -> None:
-        """Wait for an event, writability among them."""
+        """Wait until the socket may be writable, or for another event."""
         self.watch_writability()
         await self.wakeup.wait()
 
     async def peek(self, size: int, seen: int) -> bytes:
-        """The first bytes that wait in the socket, more than `seen` of them, at most `size`, without taking them.
+        """Return the first bytes in the socket's buffer without consuming them: more than `seen`, at most `size`.
 
-        Raises ClientGone when there will be no more.
+        Raises ClientGone if no more bytes can arrive.
         """
         while True:
             try:
@@ -69,7 +69,7 @@ class Channel:
             await self.wakeup.wait()
 
     async def recv(self, unless_gone: "Channel | None" = None) -> bytes:
-        """The next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is."""
+        """Return the next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is gone."""
         while True:
             try:
                 return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
@@ -91,12 +91,12 @@ class Channel:
                 await self.wakeup.wait()
 
     async def take(self, size: int) -> None:
-        """Take that many bytes from the socket, which have been peeked."""
+        """Consume `size` bytes that have been peeked."""
         while size > 0:
             size -= self.sock.recv_into(_BUFFER, size)
 
     def recv_now(self) -> bytes | None:
-        """The next bytes, b"" at the peer's end, None where one would have to wait."""
+        """Return the next bytes, b"" at the peer's end, None if none have arrived."""
         try:
             return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
         except _WAIT:
@@ -106,7 +106,7 @@ class Channel:
             return None
 
     def send_now(self, data: bytes) -> bytes:
-        """Send what goes without waiting; give the rest, for which an event comes."""
+        """Send what is possible without waiting; return the rest. An event follows when more can be sent."""
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, ssl.SSLWantWriteError):
@@ -118,11 +118,11 @@ class Channel:
         return data[sent:]
 
     def watch_writability(self) -> None:
-        """Let writability be an event too."""
+        """Watch for writability too."""
         self._readiness.modify(self.fd, EDGE_TRIGGERED | IN | OUT | RDHUP)
 
     async def do_handshake(self, unless_gone: "Channel | None" = None) -> ssl.SSLSocket:
-        """The TLS handshake, on a socket that is an ``SSLSocket`` by now. Raises ClientGone once `unless_gone` is."""
+        """Make the TLS handshake on an ``SSLSocket``. Raises ClientGone as soon as `unless_gone` is gone."""
         sock = self.sock
         assert isinstance(sock, ssl.SSLSocket)
         while True:
@@ -140,7 +140,7 @@ class Channel:
 
 
 def get_address(sock: socket.socket, *, peer: bool) -> tuple[str, int] | None:
-    """A socket's own or its peer's address; None of a Unix socket, or of one that is gone."""
+    """Return a socket's own or its peer's address; None for a Unix socket or a closed connection."""
     try:
         found = sock.getpeername() if peer else sock.getsockname()
     except OSError:

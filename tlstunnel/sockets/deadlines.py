@@ -1,10 +1,10 @@
-"""What a connection that has no tunnel yet waits on: an event, or its deadline."""
+"""Waiting for an event or a deadline, for connections that have no tunnel yet."""
 
 import asyncio
 
 
 class Wakeup:
-    """What the one task of a connection sleeps on, until an event or its `deadline` (of the loop's time)."""
+    """Lets the task of a connection sleep until an event or its `deadline`, in the loop's time."""
 
     __slots__ = ("_future", "_loop", "deadline")
 
@@ -14,26 +14,26 @@ class Wakeup:
         self.deadline = deadline
 
     def fire(self) -> None:
-        """Wake the task, if it sleeps."""
+        """Wake the task if it is asleep."""
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
     def expire(self) -> None:
-        """Wake the task with a TimeoutError, if it sleeps."""
+        """Wake the task with a TimeoutError if it is asleep."""
         if self._future is not None and not self._future.done():
             self._future.set_exception(TimeoutError())
 
     async def wait(self) -> None:
         """Sleep until the next event. Raises TimeoutError at the deadline.
 
-        Call it right after an operation said that it would block, with no await between: events are delivered only
+        Call it right after an operation would have blocked, without an await in between: the loop delivers events only
         while the task sleeps, so none is missed.
         """
         self._future = self._loop.create_future()
         await self._future
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep for so long, or until an event. Raises TimeoutError at the deadline."""
+        """Sleep for `seconds` or until an event. Raises TimeoutError at the deadline."""
         timer = self._loop.call_later(seconds, self.fire)
         try:
             await self.wait()
@@ -42,10 +42,10 @@ class Wakeup:
 
 
 class Deadlines:
-    """The deadlines of the connections that have no tunnel yet, looked through several times a second.
+    """The deadlines of all connections that have no tunnel yet, checked several times a second.
 
-    A timer for each would be set and cancelled five times a handshake; that cost 24 us of 675 (docs/performance.md).
-    `precision` is the time between two looks, seconds: a deadline is at most that late.
+    A timer for each connection was set and cancelled five times per handshake, 24 us of 675 (docs/performance.md).
+    `precision` is the time between two checks in seconds: a deadline expires at most that late.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, precision: float) -> None:
@@ -55,7 +55,7 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, wakeup: Wakeup) -> None:
-        """Expire `wakeup` at its deadline, whatever that is by then, until it is discarded."""
+        """Expire `wakeup` when its deadline, which may change, has passed, unless it is discarded before."""
         self._all.add(wakeup)
         if self._timer is None:
             self._timer = self._loop.call_later(self._precision, self._expire_due)

@@ -1,4 +1,4 @@
-"""Listening sockets: opened so that what goes wrong is said in one line."""
+"""Listening sockets, with one-line errors that say what to do."""
 
 import contextlib
 import errno
@@ -12,11 +12,11 @@ from tlstunnel.errors import ListenError
 from tlstunnel.sockets.options import tune
 
 BACKLOG = 4096
-"""Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn (4096 on Linux)."""
+"""Connections that may wait to be accepted. The kernel limits it to net.core.somaxconn (4096 by default)."""
 
 
 class Listener:
-    """A listening socket, the address it is really bound to, and the one that was `written`."""
+    """A listening socket, the `address` that it is bound to, and the one `written` in the configuration."""
 
     def __init__(self, sock: socket.socket, address: ListenAddress, written: ListenAddress) -> None:
         self.sock = sock
@@ -24,13 +24,13 @@ class Listener:
         self.written = written
 
     def close(self) -> None:
-        """Close this process's descriptor; the last one that is closed, in whichever process, ends the listening."""
+        """Close this process's descriptor. The socket listens until every process has closed it."""
         self.sock.close()
 
     def remove(self) -> None:
-        """Close it for good: a Unix socket's file goes with it."""
+        """Close it and delete the file of a Unix socket."""
         if self.sock.fileno() < 0:
-            return  # and by now the file may be the next tunnel's
+            return  # the file may belong to another tunnel by now
         self.sock.close()
         if self.address.path is not None:
             with contextlib.suppress(OSError):
@@ -38,22 +38,23 @@ class Listener:
 
 
 def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
-    """Listen on `address` with so many sockets. Raises ListenError, naming the address and what to do.
+    """Listen on `address` with `shares` sockets. Raises ListenError, naming the address and what to do.
 
-    With more than one, the kernel spreads connections over them (SO_REUSEPORT, socket(7)); a Unix socket is one always.
+    The kernel spreads connections over several sockets (SO_REUSEPORT, socket(7)). A Unix socket is always a single one.
 
-    TCP_DEFER_ACCEPT stays off: it would spare one wait a connection, but what it holds back is reset when the listener
-    closes, which a release must not do.
+    TCP_DEFER_ACCEPT stays off: it would save a wait per connection, but the connections that it holds back are reset
+    when the listener closes, as happens in an upgrade.
     """
     try:
         if address.path is not None:
             return [Listener(_listen_unix(Path(address.path)), address, address)]
-        # Alone at first: shared, a second tunnel's sockets would get half of the connections, and nobody would be told.
-        alone = _listen_tcp(address)
+        # Unshared at first, to get an error if another tunnel listens here: shared, each would get half of the
+        # connections.
+        unshared = _listen_tcp(address)
         if shares == 1:
-            return [_make_listener(alone, address)]
-        host, port = alone.getsockname()[:2]
-        alone.close()
+            return [_make_listener(unshared, address)]
+        host, port = unshared.getsockname()[:2]
+        unshared.close()
         with contextlib.ExitStack() as stack:
             opened = [
                 _make_listener(stack.enter_context(_listen_tcp(ListenAddress(host, port), shared=True)), address)
@@ -66,15 +67,15 @@ def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
 
 
 def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
-    """The listener of a descriptor that is one already, inherited or sent. Raises ListenError.
+    """Return the listener of an inherited or received descriptor that listens already. Raises ListenError.
 
-    `written` is what it was asked for by; without it, what it is bound to.
+    `written` is its address in the configuration, by default the one that it is bound to.
     """
     try:
         sock = socket.socket(fileno=descriptor)
         sock.setblocking(False)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ListenError(f"descriptor {descriptor} is no listening stream socket")
+            raise ListenError(f"descriptor {descriptor} is not a listening stream socket")
         if sock.family == socket.AF_UNIX:
             path = os.fsdecode(sock.getsockname())
             address = ListenAddress.parse(f"unix:{path}")
@@ -82,7 +83,7 @@ def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
             host, port = sock.getsockname()[:2]
             address = ListenAddress(host, port)
     except (OSError, ValueError) as error:
-        raise ListenError(f"descriptor {descriptor} is no listening socket: {error}") from None
+        raise ListenError(f"descriptor {descriptor} is not a listening socket: {error}") from None
     return Listener(sock, address, written or address)
 
 
@@ -116,7 +117,7 @@ def _listen_unix(path: Path) -> socket.socket:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         with socket.socket(socket.AF_UNIX) as attempt:
-            attempt.setblocking(False)  # one that does not accept has a full backlog: EAGAIN
+            attempt.setblocking(False)  # a full backlog gives EAGAIN
             if attempt.connect_ex(str(path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         path.unlink()  # left by a process that is gone

@@ -2,7 +2,7 @@
 
 import socket
 
-# SO_KEEPALIVE notices a dead origin within 2 minutes; sent data may stay unacknowledged as long.
+# SO_KEEPALIVE notices a dead origin within 2 minutes; sent data may stay unacknowledged for as long.
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -16,7 +16,7 @@ KEEP_ALIVE = (
 def tune(sock: socket.socket) -> None:
     """Set keep-alive 60/15/4, TCP_USER_TIMEOUT 120 s and TCP_NODELAY on a TCP socket.
 
-    On a listening socket: what it accepts inherits them.
+    Connections inherit them from a listening socket.
     """
     set_option = sock.setsockopt
     for option in KEEP_ALIVE:

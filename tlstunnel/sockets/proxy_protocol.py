@@ -1,4 +1,4 @@
-"""The PROXY protocol: who a connection came from, as a proxy says it before the connection's own first byte.
+"""The PROXY protocol: the client's address, which a proxy sends before the first byte of a connection.
 
 Bytes in, values out. Source: The PROXY protocol, versions 1 and 2 (https://www.haproxy.org/download/2.9/doc/
 proxy-protocol.txt): section 2.1 the text header, 2.2 the binary one, 2.2.1 to 2.2.6 its TLVs.
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
-"""What a header of version 2 begins with, and no other protocol does (section 2.2)."""
+"""The first bytes of every header of version 2, and of no other protocol (section 2.2)."""
 
 LONGEST_V1 = 107
 """Bytes of the longest text header, CRLF included (section 2.1)."""
 
 MAX_V2 = 4096
-"""Bytes of a binary header that are taken. Addresses and the TLVs in use need some hundred; it may say 65 551."""
+"""Bytes of a binary header that are accepted. Addresses and common TLVs need a few hundred; 65 551 are possible."""
 
 _V1 = re.compile(
     rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|(?P<family>TCP[46])"
@@ -35,7 +35,7 @@ CLIENT_SSL, CLIENT_CERT_CONN, CLIENT_CERT_SESS = 0x01, 0x02, 0x04
 
 
 class BadHeader(Exception):
-    """The first bytes are no PROXY header. `reason` holds no byte of the peer's."""
+    """The first bytes are not a valid PROXY header. `reason` contains no bytes of the peer."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -44,10 +44,10 @@ class BadHeader(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header of `length` bytes. `source` is the client's address, without a port; None where it tells of none.
+    """A header of `length` bytes. `source` is the client's address, without a port; None if it has none.
 
-    That is so of LOCAL (the proxy's own connection, a health check) and of UNKNOWN: the socket's own address counts.
-    An IPv4-mapped IPv6 address is given as the IPv4 one.
+    LOCAL (the proxy's own connection, such as a health check) and UNKNOWN have none: the socket's address is used then.
+    An IPv4-mapped IPv6 address becomes the IPv4 address.
     """
 
     length: int
@@ -56,7 +56,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class TLSInfo:
-    """What version 2 can tell of the client's TLS; empty text is left out."""
+    """What a header of version 2 says about the client's TLS. Empty values are left out."""
 
     version: str
     cipher: str
@@ -66,10 +66,10 @@ class TLSInfo:
 
 
 def read_header(data: bytes) -> Header | None:
-    """Read the header that `data` begins with; None when more bytes are needed. What follows it is not looked at.
+    """Return the header at the start of `data`; None if more bytes are needed. What follows it is ignored.
 
-    Its answer depends on the bytes alone: for any prefix it is None or the final outcome.
-    Raises BadHeader as soon as the bytes cannot be one.
+    The result depends only on the bytes: for every prefix it is None or the final result. Raises BadHeader as soon as
+    the bytes cannot be a header.
     """
     if data[: len(SIGNATURE)] == SIGNATURE[: len(data)] and data[:1] != b"P":
         return _read_v2(data) if len(data) >= len(SIGNATURE) else None
@@ -84,7 +84,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def bytes_needed(data: bytes) -> int:
-    """The length that `data` must at least grow to before `read_header` can give a header."""
+    """Return the minimum length of `data` for which `read_header` can return a header."""
     if len(data) >= _HEAD.size and data.startswith(SIGNATURE):
         return _HEAD.size + int.from_bytes(data[14:16])
     return len(data) + 1
@@ -107,7 +107,7 @@ def _read_v1(line: bytes) -> Header:
 
 
 def _read_v2(data: bytes) -> Header | None:
-    # Each byte is judged as soon as it is there, so that splits change nothing.
+    # Each byte is checked as soon as it arrives, so that the result does not depend on splits.
     if len(data) > 12 and data[12] not in {_LOCAL, _PROXY}:
         raise BadHeader("a PROXY header of an unknown version or command")
     if len(data) > 13 and data[13] not in _FAMILIES:
@@ -118,7 +118,7 @@ def _read_v2(data: bytes) -> Header | None:
     end = _HEAD.size + length
     if end > MAX_V2:
         raise BadHeader(f"a PROXY header longer than {MAX_V2} bytes")
-    # LOCAL: whatever the family says is to be ignored (section 2.2).
+    # LOCAL: the family must be ignored (section 2.2).
     addresses = 0 if data[12] == _LOCAL else _FAMILIES[data[13]]
     if length < addresses:
         raise BadHeader("a PROXY header too short for its addresses")
@@ -141,7 +141,7 @@ def _unmap(address: IPv4Address | IPv6Address) -> str:
 
 
 def write_v1(source: tuple[str, int] | None, destination: tuple[str, int] | None) -> bytes:
-    """A text header (section 2.1); addresses and ports as of sockets, None where there are none."""
+    """Return a text header (section 2.1). The addresses are those of the sockets, None for a Unix socket."""
     both = _to_one_family(source, destination)
     if both is None:
         return b"PROXY UNKNOWN\r\n"
@@ -156,7 +156,7 @@ def write_v2(
     tls: TLSInfo | None = None,
     unique_id: str = "",
 ) -> bytes:
-    """A binary header (section 2.2), with TLVs about TLS where `tls` is given."""
+    """Return a binary header (section 2.2), with TLVs about TLS if `tls` is given."""
     both = _to_one_family(source, destination)
     family, addresses = 0x00, b""
     if both is not None:
@@ -168,7 +168,7 @@ def write_v2(
 
 
 def write_local(version: str) -> bytes:
-    """The header of a connection of our own, such as a health check: that of ``v1`` or of any ``v2``."""
+    """Return the header for the tunnel's own connections, such as health checks, in ``v1`` or any ``v2``."""
     return b"PROXY UNKNOWN\r\n" if version == "v1" else _HEAD.pack(SIGNATURE, _LOCAL, 0x00, 0)
 
 
@@ -182,7 +182,7 @@ def _render_tlvs(tls: TLSInfo | None, unique_id: str) -> Iterator[bytes]:
         if tls.verified:
             client |= CLIENT_CERT_CONN | CLIENT_CERT_SESS
             inner += _render_tlv(SSL_CN, tls.common_name.encode()[:255]) if tls.common_name else b""
-        # `verify` is zero where a certificate was presented and verified (section 2.2.6).
+        # `verify` is zero if a certificate was presented and verified (section 2.2.6).
         yield _render_tlv(SSL, struct.pack("!BI", client, 0 if tls.verified else 1) + inner)
     if unique_id:
         yield _render_tlv(UNIQUE_ID, unique_id.encode()[:128])
@@ -195,7 +195,7 @@ def _render_tlv(kind: int, value: bytes) -> bytes:
 def _to_one_family(
     source: tuple[str, int] | None, destination: tuple[str, int] | None
 ) -> tuple[IPv4Address | IPv6Address, IPv4Address | IPv6Address, int, int] | None:
-    """Both addresses in one family, an IPv4 one mapped where the other is IPv6; None where one is missing."""
+    """Return both addresses in the same family, IPv4 mapped to IPv6 if needed; None if one is missing."""
     if source is None or destination is None:
         return None
     first, second = (ip_address(address.partition("%")[0]) for address, _ in (source, destination))

@@ -1,8 +1,8 @@
 """Which sockets can be read or written: one epoll for every socket of every tunnel and for asyncio itself.
 
-asyncio makes a ``Handle`` and a trip through its ready queue of each event, which costs as much as all the rest of the
-Python in a spliced message (docs/architecture.md). Here a wake-up calls one function for each ready socket of a tunnel,
-from within the loop's own selector; in a loop that somebody else made, the epoll's descriptor is one reader of it.
+For each event, asyncio makes a ``Handle`` and puts it through its ready queue, which costs as much as all other Python
+of a spliced message (docs/architecture.md). Here a wake-up calls one function for each ready socket of a tunnel, from
+within the loop's own selector. In any other loop, the epoll's descriptor is a reader.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 
 Handler = Callable[[int], None]
-"""Called with the events that came, as epoll's bits."""
+"""Called with the events, as the bits of epoll."""
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -31,14 +31,14 @@ GONE = ERR | HUP | RDHUP
 """The peer has sent its last byte, or the connection has failed."""
 
 EVENTS_PER_TURN = 256
-"""How many sockets one wake-up serves before asyncio's own work (accepting, handshakes, timers) has its turn."""
+"""How many sockets one wake-up serves before asyncio's own work (accepting, handshakes, timers) continues."""
 
 
 class Readiness:
     """The sockets of one process, each with its events and its handler.
 
-    A handler that fails loses its own socket, never the loop. `loop` is one that waits by itself, and then watches the
-    epoll; without it somebody else has to call `turn`.
+    If a handler raises, only its own socket is unregistered. `loop`, if given, watches the epoll; without it, the
+    caller has to call `turn`.
     """
 
     __slots__ = ("_epoll", "_handlers", "_loop")
@@ -65,14 +65,14 @@ class Readiness:
             self._handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:
-        """Stop watching `fd`; does nothing when it is not watched."""
+        """Stop watching `fd`, if it is watched."""
         if self._handlers.pop(fd, None) is not None:
-            # A descriptor that was closed has left the epoll by itself.
+            # A closed descriptor has left the epoll already.
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
     def forget(self, fd: int) -> None:
-        """Stop watching `fd`, which is closed next: that takes it out of the epoll, and saves a system call."""
+        """Stop watching `fd`, which the caller closes next: that removes it from the epoll and saves a system call."""
         self._handlers.pop(fd, None)
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class Readiness:
         self._handlers.clear()
 
     def turn(self, timeout: float) -> list[tuple[int, int]]:
-        """Wait up to `timeout` seconds (-1: for ever) and call the handlers of what is ready; give what has none."""
+        """Wait up to `timeout` seconds (-1: forever), call the handlers of ready sockets, return the other events."""
         handlers = self._handlers
         others = []
         for fd, events in self._epoll.poll(timeout, EVENTS_PER_TURN):
@@ -166,7 +166,7 @@ class _Selector(selectors.BaseSelector):
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # Milliseconds, and rounded up: down, it would spin through the last one before a timer.
+        # Rounded up to milliseconds: rounded down, it would spin through the last one before a timer.
         wait = -1 if timeout is None else math.ceil(timeout * 1e3) * 1e-3 if timeout > 0 else 0
         ready = []
         for fd, events in self._readiness.turn(wait):
@@ -188,7 +188,7 @@ def _epoll_events(events: int) -> int:
 
 
 class TunnelLoop(asyncio.SelectorEventLoop):
-    """asyncio's loop, waiting in the one epoll in which the tunnels are: `readiness`."""
+    """asyncio's loop, waiting in the epoll of the tunnels, `readiness`."""
 
     def __init__(self) -> None:
         self.readiness = Readiness()

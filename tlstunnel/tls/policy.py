@@ -1,4 +1,4 @@
-"""Which TLS is spoken, with clients and with origins: versions, suites, ALPN, options. All of it is decided here.
+"""The TLS policy for clients and origins: versions, suites, ALPN and options, all in one place.
 
 To refuse TLS 1.2, set MINIMUM_VERSION to TLS 1.3. Groups are those of OpenSSL, which Python cannot restrict; the finite
 fields among them are refused by the ClientHello (docs/tls.md#groups, `hello.ClientHello.finite_field`).
@@ -45,7 +45,7 @@ def supports_alpn(protocols: tuple[bytes, ...]) -> bool:
 
 
 def apply_to_server_context(context: ssl.SSLContext) -> None:
-    """Set what is spoken with clients."""
+    """Set the versions, suites and options for clients."""
     context.minimum_version = MINIMUM_VERSION
     context.maximum_version = MAXIMUM_VERSION
     context.set_ciphers(TLS_1_2_CIPHERS)
@@ -58,7 +58,7 @@ def apply_to_server_context(context: ssl.SSLContext) -> None:
 
 
 def apply_to_client_context(context: ssl.SSLContext) -> None:
-    """Set what is spoken with origins, and by `tlstunnel check`."""
+    """Set the version and options for origins and `tlstunnel check`."""
     context.minimum_version = MINIMUM_VERSION
     _apply_to_both(context)
 

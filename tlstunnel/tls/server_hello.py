@@ -27,7 +27,7 @@ _RETRY_RANDOM: Final = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167a
 
 
 def find_group(captured: bytes) -> str | None:
-    """Name the key exchange group, from the start of what the server sent: never raises, None where it is not there.
+    """Return the name of the key exchange group in the first bytes that the server sent, None if it is not there.
 
     In TLS 1.3 it is the ServerHello's key_share (RFC 8446 section 4.2.8), the last one if a HelloRetryRequest came
     first; in TLS 1.2 the ServerKeyExchange's named curve (RFC 8422 section 5.4).
@@ -39,13 +39,13 @@ def find_group(captured: bytes) -> str | None:
         elif kind == 12 and body[:1] == b"\x03":
             number = int.from_bytes(body[1:3])
         if number is not None:
-            # 0x03 may also begin a finite-field prime's length: then this is no group's number.
+            # 0x03 may also begin a finite-field prime's length: then this is not the number of a group.
             return GROUPS.get(number) if kind == 12 else GROUPS.get(number, f"0x{number:04x}")
     return None
 
 
 def _read_messages(captured: bytes) -> Iterator[tuple[int, bytes]]:
-    """TLS handshake messages of the plaintext records (RFC 8446 sections 4 and 5.1), as far as they go."""
+    """Yield the complete TLS handshake messages of the plaintext records (RFC 8446 sections 4 and 5.1)."""
     buffer, at = b"", 0
     # 22 is handshake; 20, change_cipher_spec, stands between the two ServerHellos of a HelloRetryRequest.
     while captured[at : at + 1] in {b"\x14", b"\x16"}:

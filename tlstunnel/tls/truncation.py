@@ -1,12 +1,12 @@
-"""An end of a TLS stream that nobody announced (RFC 8446 section 6.1), told apart from other failures."""
+"""Truncation of a TLS stream: an end without close_notify (RFC 8446 section 6.1)."""
 
 import ssl
 
 
 def is_truncation(error: OSError) -> bool:
-    """Whether `error` says that the peer's bytes ended, by a FIN, without ``close_notify``.
+    """Return whether `error` means that the peer sent FIN without ``close_notify``.
 
-    Python from 3.11.4 on makes an ``SSLEOFError`` of it, 3.11.2 (Debian 12) a plain ``SSLError``; for a system call
-    that failed, both make an ``SSLEOFError`` to which OpenSSL gives no reason (seen with OpenSSL 3.0).
+    Python 3.11.4 and later raise ``SSLEOFError`` for it, 3.11.2 (Debian 12) a plain ``SSLError``. For a failed system
+    call, both raise an ``SSLEOFError`` without a reason of OpenSSL's (seen with OpenSSL 3.0).
     """
     return isinstance(error, ssl.SSLError) and error.reason == "UNEXPECTED_EOF_WHILE_READING"
