@@ -24,7 +24,7 @@ _OPTIONS = [
 
 @contextmanager
 def browser_page(home: Path, ca: Path) -> Iterator[Page]:
-    """An empty page; whatever is waited for on it fails after `TIMEOUT`. Its end leaves no process."""
+    """Yield an empty page, on which every wait fails after `TIMEOUT`. No process may be left at the end."""
     chromium = require("chromium")
     _trust(home, ca)
     mark, environment = mark_environment({"HOME": str(home), "PATH": os.environ["PATH"]})
@@ -43,7 +43,7 @@ def browser_page(home: Path, ca: Path) -> Iterator[Page]:
 
 
 def _trust(home: Path, ca: Path) -> None:
-    """As a user trusts an authority: in the NSS database of the home folder. No flag overlooks a certificate."""
+    """Trust an authority as a user does, in the NSS database of the home folder, and not by a flag."""
     database = home / ".pki" / "nssdb"
     database.mkdir(parents=True)
     certutil = require("certutil", "libnss3-tools")

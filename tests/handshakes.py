@@ -1,4 +1,4 @@
-"""Handshakes to start from, and what a hostile peer makes of them."""
+"""Valid handshakes, and mutations of them that a hostile peer may send."""
 
 from itertools import pairwise
 
@@ -102,17 +102,17 @@ def without(name: bytes, fields: tuple[Field, ...] = FIELDS) -> tuple[Field, ...
 
 
 def mutated(*bases: bytes) -> st.SearchStrategy[bytes]:
-    """One of `bases` with up to four changes made to it."""
+    """Return a strategy for one of `bases` with up to four changes."""
     return st.builds(_changed, st.sampled_from(bases), _CHANGES)
 
 
 def splits() -> st.SearchStrategy[list[int]]:
-    """Where to cut; `pieces` takes them modulo the length."""
+    """Return a strategy for the places to cut, which `pieces` takes modulo the length."""
     return st.lists(_POSITION, max_size=8)
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
-    """`data` cut at `cuts`, without empty pieces."""
+    """Return `data` cut at `cuts`, without empty pieces."""
     at = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
     return [data[a:b] for a, b in pairwise(at) if a < b]
 

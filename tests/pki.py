@@ -1,4 +1,4 @@
-"""Certificates of every kind that tests need, and TLS servers and clients that only speak TLS."""
+"""Certificates for tests, and minimal TLS servers and clients."""
 
 import re
 import socket
@@ -47,7 +47,7 @@ def subject_name(common_name: str) -> x509.Name:
 
 
 class Authority:
-    """Signs what it is asked to, by itself or by the authority `issuer`."""
+    """A certificate authority, self-signed or signed by `issuer`."""
 
     def __init__(
         self, name: str = "Test CA", issuer: "Authority | None" = None, end: datetime = NOW + 90 * DAY
@@ -138,9 +138,9 @@ def client_context(
 
 @contextmanager
 def tls_server(*contexts: ssl.SSLContext) -> Iterator[tuple[str, int]]:
-    """Serve one connection after another: say hello, echo what comes, until the client ends. Gives the address.
+    """Serve one connection after another: send hello, then echo. Yield the address.
 
-    Each connection has the next of `contexts`, the last one again and again.
+    Each connection uses the next of `contexts`; when they run out, the last one.
     """
     left = list(contexts)
 
@@ -198,7 +198,7 @@ def s_client(address: tuple[str, int], *options: str) -> subprocess.Popen[str]:
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Read the process's output up to the line that holds ``pattern``; all of it when none does."""
+    """Return the process's output up to the first line that matches `pattern`; all of it if none does."""
     assert process.stdout is not None
     read: list[str] = []
     for line in process.stdout:
@@ -210,7 +210,7 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 @contextmanager
 def typing(process: subprocess.Popen[str]) -> Iterator[Callable[[str], None]]:
-    """Give a way to type to ``process``, which is killed at the end and after 20 s."""
+    """Yield a function that writes a line to `process`, which is killed at the end or after 20 s."""
     alarm = threading.Timer(20, process.kill)
     alarm.start()
 

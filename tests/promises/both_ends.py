@@ -1,4 +1,4 @@
-"""Both ends of a tunnel in the hands of one test, which so decides in what order their bytes and their ends come."""
+"""Both ends of a tunnel in one test, which decides the order of their bytes and ends."""
 
 import contextlib
 import fcntl
@@ -45,7 +45,7 @@ class TlsEnd:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
         self._ended = False
         self.path = ""
-        """Of the request, another for each, so that its record can be found."""
+        """The request's path, unique so that its record can be found."""
         while True:
             try:
                 self._tls.do_handshake()
@@ -61,7 +61,7 @@ class TlsEnd:
         return self._tls.version()
 
     def encrypt(self, data: bytes | memoryview) -> bytes:
-        """The records of ``data``, to be sent on `sock` by the test itself."""
+        """Return the records for `data`; the test sends them on `sock`."""
         with self._lock:
             view = memoryview(data)
             while view:
@@ -69,7 +69,7 @@ class TlsEnd:
             return self._outgoing.read()
 
     def close_notify(self) -> bytes:
-        """The record of the end, to be sent on `sock` by the test itself."""
+        """Return the record of close_notify; the test sends it on `sock`."""
         with self._lock:
             with contextlib.suppress(ssl.SSLWantReadError):
                 self._tls.unwrap()
@@ -87,7 +87,7 @@ class TlsEnd:
         self.sock.shutdown(socket.SHUT_WR)
 
     def receive(self) -> bytes:
-        """What comes next, b"" when that is ``close_notify``.
+        """Return the next bytes, b"" for ``close_notify``.
 
         Raises `ssl.SSLEOFError` for a FIN without it and ConnectionResetError for a RST.
         """
@@ -103,7 +103,7 @@ class TlsEnd:
         return b""
 
     def receive_exactly(self, size: int) -> bytes:
-        """The next ``size`` bytes, where no more than these are on their way."""
+        """Return the next `size` bytes. The peer must have sent no more than these."""
         received = bytearray()
         while len(received) < size:
             some = self.receive()
@@ -141,10 +141,10 @@ class Pair(NamedTuple):
 
 
 class BothEnds:
-    """A running tunnel of which the test is the client and the origin, without threads unless it wants them.
+    """A running tunnel whose client and origin are both the test, in one thread unless it starts more.
 
     ``settings`` and ``measured`` are the tunnel's (`Tunnel`). All sockets are reset when the ``with`` is left, so
-    that a test need not end what it has opened.
+    that a test does not have to close them.
     """
 
     def __init__(self, certificate: Certificate, *, settings: str = "", measured: bool = False) -> None:
@@ -180,20 +180,20 @@ class BothEnds:
         return context
 
     def connect(self, *, context: ssl.SSLContext | None = None, buffers: int | None = None) -> TlsEnd:
-        """A client that has not sent its request. ``buffers`` is the size of its socket's, bytes."""
+        """Return a client that has not sent its request. `buffers` is the size of its socket's buffers in bytes."""
         sock = socket.socket()
         self._adopt(sock, buffers)
         sock.connect(("127.0.0.1", self.tunnel.port))
         return TlsEnd(sock, context or self.context)
 
     def accept(self, *, buffers: int | None = None) -> socket.socket:
-        """The origin's end of the next tunnel; the request is not read yet."""
+        """Return the origin's end of the next tunnel, before its request is read."""
         sock, _ = self._listener.accept()
         self._adopt(sock, buffers)
         return sock
 
     def open(self, *, context: ssl.SSLContext | None = None, buffers: int | None = None) -> Pair:
-        """A tunnel. ``buffers`` makes those of both test sockets small, so that what waits, waits in the tunnel."""
+        """Open a tunnel. Small `buffers` of both test sockets make waiting bytes wait in the tunnel."""
         client = self.connect(context=context, buffers=buffers)
         client.path = f"/{len(self._sockets)}"
         client.send(handshake_request(client.path))
@@ -209,7 +209,7 @@ class BothEnds:
         return Pair(client, origin)
 
     def record(self, client: TlsEnd) -> Record:
-        """The record of the tunnel that `open` gave ``client``, when it has ended."""
+        """Wait for the record of the tunnel of `client`, which `open` returned."""
         return self.tunnel.wait_record(lambda record: record.get("path") == client.path)
 
     def _adopt(self, sock: socket.socket, buffers: int | None) -> None:
@@ -223,14 +223,14 @@ class BothEnds:
 
 
 class Threads(ThreadPoolExecutor):
-    """Threads that do things at the same time; what fails in one fails the test, at the end if nobody asked before."""
+    """Threads that run functions at the same time; an exception in one fails the test, at the latest at its end."""
 
     def __init__(self) -> None:
         super().__init__(64)
         self._all: list[Future[Any]] = []
 
     def do(self, work: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        """Begin ``work(*arguments)``."""
+        """Start ``work(*arguments)``."""
         future = self.submit(work, *arguments)
         self._all.append(future)
         return future
@@ -243,7 +243,7 @@ class Threads(ThreadPoolExecutor):
 
 
 def receive_until_fin(sock: socket.socket) -> bytes:
-    """Everything up to a FIN."""
+    """Return everything up to a FIN."""
     received = bytearray()
     while some := sock.recv(READ):
         received += some
@@ -251,7 +251,7 @@ def receive_until_fin(sock: socket.socket) -> bytes:
 
 
 def receive_until_reset(receive: Callable[[], bytes]) -> bytes:
-    """All that ``receive`` gives before a RST; a proper end instead fails the test."""
+    """Return everything that `receive` returns before a RST; a clean end fails the test."""
     received = bytearray()
     try:
         while some := receive():
@@ -262,18 +262,18 @@ def receive_until_reset(receive: Callable[[], bytes]) -> bytes:
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int:
-    """Bytes sent on ``sock`` that the other side's kernel does not have yet (SIOCOUTQ, tcp(7))."""
+    """Return how many bytes sent on `sock` the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7))."""
     answer = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
     return int(struct.unpack("i", answer)[0])
 
 
 def wait_until_acknowledged(sock: socket.socket) -> None:
-    """Wait until all that was sent on ``sock`` is in the other side's kernel."""
+    """Wait until the peer's kernel has acknowledged everything that was sent on `sock`."""
     eventually(lambda: not unacknowledged_bytes(sock))
 
 
 def ticks(seconds: float, interval: float) -> Iterator[float]:
-    """The passage of time: a value every ``interval`` seconds, for ``seconds``."""
+    """Yield the time passed, every `interval` seconds for `seconds`."""
     begin = time.monotonic()
     while (passed := time.monotonic() - begin) < seconds:
         yield passed
@@ -281,7 +281,7 @@ def ticks(seconds: float, interval: float) -> Iterator[float]:
 
 
 def random_pieces(data: bytes, numbers: "Callable[[int], int]", most: int) -> Iterator[bytes]:
-    """``data`` cut into pieces of 1 to ``most`` bytes, as ``numbers(most)`` says."""
+    """Yield `data` in pieces of 1 to `most` bytes, of sizes that ``numbers(most)`` chooses."""
     start = 0
     while start < len(data):
         size = 1 + numbers(most)

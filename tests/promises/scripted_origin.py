@@ -1,4 +1,4 @@
-"""An origin that says what a test tells it to say, and writes down every byte that reaches it."""
+"""An origin that follows a test's script and records every byte that reaches it."""
 
 import contextlib
 import email.message
@@ -12,16 +12,16 @@ from typing import Literal, Self
 from tests.harness import TIMEOUT, RawOrigin, Record, Request, Tunnel, eventually, read_request, reset
 
 Script = Callable[[Request], bytes]
-"""What to answer a request with, as the bytes to send."""
+"""Returns the bytes to send in response to a request."""
 Then = Literal["keep", "end", "reset"]
-"""What to do behind it: read on until the other side ends, end (and read on), or reset."""
+"""What to do after the response: keep reading until the peer ends, end (and keep reading), or reset."""
 
 SMUGGLED = b"GET /internal/secrets HTTP/1.1\r\nHost: localhost\r\n\r\n"
-"""What a client sends behind its handshake, which no origin may see before a verified 101."""
+"""What a client sends after its handshake, which no origin may see before a verified 101."""
 
 
 class Traffic:
-    """What reached the origin while it followed one script: request heads, and in `surplus` what came behind them."""
+    """What reached the origin while it followed one script: request heads, and in `surplus` the bytes after them."""
 
     def __init__(self, script: Script, then: Then, after: threading.Event | None) -> None:
         self.script = script
@@ -32,12 +32,12 @@ class Traffic:
         self.connections = self.ended = 0
 
     def surplus_at_end(self, connections: int = 1) -> bytes:
-        """Wait until that many connections have ended, so that nothing can follow; return what was too much."""
+        """Wait until `connections` have ended, so that nothing can follow; return the surplus."""
         eventually(lambda: self.ended >= connections)
         return self.surplus
 
     def record(self, tunnel: Tunnel) -> Record:
-        """The tunnel's record of the one connection, found by the id that the origin was given."""
+        """Return the tunnel's record of the only connection, found by the request id that the origin received."""
         eventually(lambda: self.heads)
         given = re.search(rb"\r\nX-Request-Id: ([0-9a-f]+)\r\n", self.heads[0])
         assert given, self.heads
@@ -45,13 +45,13 @@ class Traffic:
 
 
 def record_of(tunnel: Tunnel, request_id: str | email.message.Message) -> Record:
-    """The record of the connection with this id, or of the one that was answered with these fields."""
+    """Return the record of the connection with this request id, or of the one whose response has these fields."""
     wanted = request_id if isinstance(request_id, str) else request_id["X-Request-Id"]
     return tunnel.wait_record(lambda record: record["event"] == "connection" and record["id"] == wanted)
 
 
 class ScriptedOrigin:
-    """Follows the script that it was told last, on every connection that begins from then on."""
+    """An origin whose new connections follow the script of the last `play`."""
 
     def __init__(self) -> None:
         self._origin = RawOrigin(self._handle)
@@ -68,7 +68,7 @@ class ScriptedOrigin:
         self._origin.__exit__(kind, error, trace)
 
     def play(self, script: Script | bytes, *, then: Then = "keep", after: threading.Event | None = None) -> Traffic:
-        """Answer with ``script`` from now on, and then do ``then``, if given ``after`` that; note it down apart."""
+        """Respond with `script` from now on, wait for `after` if given, and do `then`. Return its traffic."""
         self._now = Traffic(script if callable(script) else lambda _: script, then, after)
         return self._now
 
@@ -79,7 +79,7 @@ class ScriptedOrigin:
             request = read_request(sock)
             traffic.heads.append(request.head)
             traffic.surplus += request.leftover
-            with contextlib.suppress(ConnectionError):  # what is said here is often not listened to
+            with contextlib.suppress(ConnectionError):  # the tunnel has often closed the connection already
                 sock.sendall(traffic.script(request))
             if traffic.after is not None:
                 assert traffic.after.wait(TIMEOUT)

@@ -1,4 +1,4 @@
-"""The client's side of the wire, below what a TLS library and an HTTP library would let a test do."""
+"""Clients that send and receive what TLS and HTTP libraries do not let a test do."""
 
 import contextlib
 import http.client
@@ -15,11 +15,11 @@ from tests.harness import TIMEOUT, Tunnel, connect_tls, receive_all
 ILLEGAL_PARAMETER, PROTOCOL_VERSION, UNRECOGNIZED_NAME, NO_APPLICATION_PROTOCOL = 47, 70, 112, 120
 
 ABRUPT_ENDS = (ConnectionError, ssl.SSLEOFError)
-"""An end without close_notify. Python's OpenSSL calls a RST, too, an EOF, when it comes while reading."""
+"""An end without close_notify. Python's OpenSSL also reports a RST as an EOF if it arrives during a read."""
 
 
 class Response(NamedTuple):
-    """One HTTP response, whole, and the bytes it stood in."""
+    """A whole HTTP response, and its bytes."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -28,7 +28,7 @@ class Response(NamedTuple):
 
 
 class _Received:
-    """What http.client takes for a socket: bytes that have been received already."""
+    """A socket for http.client with bytes that have been received already."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -45,14 +45,14 @@ def parse_response(raw: bytes) -> Response:
 
 
 def send_request(tunnel: Tunnel, request: bytes, *, server_name: str | None = "localhost") -> Response:
-    """Send these bytes in one TLS connection and read the answer up to its close_notify."""
+    """Send `request` over a new TLS connection and read the response up to close_notify."""
     with connect_tls(tunnel, server_name=server_name) as client:
         client.sendall(request)
         return parse_response(receive_all(client))
 
 
 def unverified_context(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
-    """A context that trusts anybody: for a TLS handshake whose end is not this test's subject."""
+    """Return a context that verifies nothing, for tests that are not about certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -64,21 +64,21 @@ def unverified_context(*, alpn: tuple[str, ...] = (), newest: ssl.TLSVersion | N
 
 
 class MemoryTlsClient:
-    """A TLS client that hands out the bytes it would send, and is given those it would receive."""
+    """A TLS client without a socket: it takes received bytes and returns the bytes to send."""
 
     def __init__(self, context: ssl.SSLContext | None = None, server_name: str | None = "localhost") -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = (context or unverified_context()).wrap_bio(self._in, self._out, server_hostname=server_name)
 
     def step(self, received: bytes = b"") -> bytes:
-        """Go on with the handshake after these bytes; return what is to be sent."""
+        """Continue the TLS handshake with the received bytes; return the bytes to send."""
         self._in.write(received)
         with contextlib.suppress(ssl.SSLWantReadError):
             self._tls.do_handshake()
         return self._out.read()
 
     def finish(self, sock: socket.socket) -> None:
-        """Do what is left of the handshake over ``sock``, the ClientHello having been sent."""
+        """Complete the TLS handshake over `sock`, after the ClientHello has been sent."""
         while True:
             try:
                 self._tls.do_handshake()
@@ -91,12 +91,12 @@ class MemoryTlsClient:
         sock.sendall(self._out.read())
 
     def encrypt(self, data: bytes) -> bytes:
-        """The records that carry ``data``, once the handshake is done."""
+        """Return the records for `data`, after the TLS handshake."""
         self._tls.write(data)
         return self._out.read()
 
     def read_all(self, sock: socket.socket) -> bytes:
-        """Everything that the tunnel sends up to its close_notify; an end without one fails the test."""
+        """Return everything up to close_notify; an end without it fails the test."""
         received = b""
         while True:
             try:
@@ -114,24 +114,24 @@ class MemoryTlsClient:
 
 
 def client_hello(server_name: str | None = "localhost", context: ssl.SSLContext | None = None) -> bytes:
-    """A ClientHello in one TLS record, as OpenSSL makes it."""
+    """Return OpenSSL's ClientHello, in one TLS record."""
     return MemoryTlsClient(context, server_name).step()
 
 
 def alert(description: int) -> bytes:
-    """The record of a fatal alert, in the clear."""
+    """Return the record of a fatal alert, unencrypted."""
     return bytes((21, 3, 3, 0, 2, 2, description))
 
 
 def split_into_records(hello: bytes, size: int) -> bytes:
-    """The same ClientHello in TLS records of ``size`` bytes each (RFC 8446 section 5.1 allows it)."""
+    """Return the same ClientHello in TLS records of `size` bytes each (RFC 8446 section 5.1)."""
     message = hello[5:]
     pieces = [message[at : at + size] for at in range(0, len(message), size)]
     return b"".join([b"\x16\x03\x01" + len(piece).to_bytes(2) + piece for piece in pieces])
 
 
 def read_until_end(sock: socket.socket) -> bytes:
-    """All that comes until the end of the connection, whatever kind of end that is."""
+    """Return everything up to the end of the connection, whether clean or not."""
     received = b""
     with contextlib.suppress(*ABRUPT_ENDS):
         while some := sock.recv(65536):
@@ -140,7 +140,7 @@ def read_until_end(sock: socket.socket) -> bytes:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the other side has ended this plain connection; what came before the end is thrown away."""
+    """Return whether the peer has closed this plain connection; discard what it sent before."""
     sock.setblocking(False)
     try:
         while sock.recv(65536):
@@ -153,14 +153,14 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 def cpu_share(tunnel: Tunnel, seconds: float) -> float:
-    """The share of a core that the tunnel's process uses in the next ``seconds``."""
+    """Return the share of a core that the tunnel's process uses in the next `seconds`."""
     before, began = tunnel.cpu_seconds(), time.monotonic()
     time.sleep(seconds)
     return (tunnel.cpu_seconds() - before) / (time.monotonic() - began)
 
 
 def wait_for_descriptors(tunnel: Tunnel, most: int, timeout: float = TIMEOUT) -> int:
-    """Wait until the tunnel holds at most that many descriptors; return how many."""
+    """Wait until the tunnel has at most `most` open descriptors; return how many."""
     deadline = time.monotonic() + timeout
     while (held := tunnel.descriptors()) > most:
         if time.monotonic() > deadline:
