@@ -187,7 +187,7 @@ def test_managed_rules_with_their_score(tmp_path: Path) -> None:
         (["GET /", "--config", "{empty}"], 1, "no [[sites]]"),
         (["GET /", "--config", "{wrong}"], 1, 'did you mean "path"?'),
         (["GET", "--config", "{file}"], 2, "a method and a target"),
-        (["GET /", "--config", "{file}", "--header", "nonsense"], 2, "'nonsense' is not a field"),
+        (["GET /", "--config", "{file}", "--header", "nonsense"], 2, "'nonsense' is not a header field"),
         (["GET /", "--config", "{file}", "--ip", "300.1.1.1"], 2, "'300.1.1.1' is not an IP address"),
     ],
 )

@@ -210,16 +210,16 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "Connection: close": (changed(b"Connection", b"close"), "Connection: Upgrade"),
     "Connection: upgraded": (changed(b"Connection", b"upgraded"), "Connection: Upgrade"),
     "nothing but the status": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "Upgrade: websocket"),
-    "extension not asked for": (changed(b"Sec-WebSocket-Extensions", b"x-unasked"), "extension"),
+    "extension not offered": (changed(b"Sec-WebSocket-Extensions", b"x-unasked"), "extension"),
     "one extension asked for, one not": (
         changed(b"Sec-WebSocket-Extensions", b"permessage-deflate, x-unasked"),
         "extension",
     ),
-    "extension not asked for on a second line": (
+    "extension not offered on a second line": (
         changed(b"Sec-WebSocket-Extensions", b"x-other", b"x-unasked; a=b"),
         "extension",
     ),
-    "subprotocol not asked for": (changed(b"Sec-WebSocket-Protocol", b"unasked"), "subprotocol"),
+    "subprotocol not offered": (changed(b"Sec-WebSocket-Protocol", b"unasked"), "subprotocol"),
     "subprotocol in another case": (changed(b"Sec-WebSocket-Protocol", b"Chat"), "subprotocol"),
     "two subprotocols": (changed(b"Sec-WebSocket-Protocol", b"chat, superchat"), "subprotocol"),
     "two subprotocols on two lines": (changed(b"Sec-WebSocket-Protocol", b"chat", b"superchat"), "subprotocol"),
@@ -242,7 +242,7 @@ def test_wrong_101_is_a_bad_answer(data: bytes, reason: str) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [(b"Sec-WebSocket-Extensions", b"x"), (b"Sec-WebSocket-Protocol", b"x")])
 def test_nothing_may_be_agreed_that_was_not_asked_for(name: bytes, value: bytes) -> None:
-    assert "not asked for" in bad(changed(name, value), PLAIN)
+    assert "not offered" in bad(changed(name, value), PLAIN)
 
 
 def test_wrong_101_stays_wrong_whatever_1xx_comes_before() -> None:
@@ -328,7 +328,7 @@ def test_garbage_is_a_bad_answer_byte_by_byte(data: bytes) -> None:
 
 
 def test_end_instead_of_an_answer_says_so() -> None:
-    assert bad(b"HTTP/1.1 101") == "origin closed without a response"
+    assert bad(b"HTTP/1.1 101") == "origin closed the connection without a response"
 
 
 @pytest.mark.parametrize("name", [b"Content-Length", b"content-length"])

@@ -61,7 +61,7 @@ class Counted:
     def end(self) -> None:
         """See `Body`."""
         if not self.complete:
-            raise BadBody(f"body cut short: {self._left} bytes are missing")
+            raise BadBody(f"incomplete body: {self._left} bytes are missing")
 
 
 class UntilEnd:
@@ -83,8 +83,8 @@ class Chunked:
 
     def __init__(self) -> None:
         self.complete = False
-        self._held = b""  # the beginning of a line, or of the trailer section
-        self._left = 0  # of the chunk
+        self._held = b""  # an incomplete line or trailer section
+        self._left = 0  # bytes of the current chunk
         self._line = _FIRST_LINE
         self._last = False
 
@@ -110,7 +110,7 @@ class Chunked:
             self._left = int(line[1], 16)
             self._line = _NEXT_LINE
             self._last = not self._left
-            # The trailer section is read with the CRLF before it: "\r\n\r\n" then ends it, also where it is empty.
+            # The trailer section is read with the CRLF before it, so that "\r\n\r\n" ends it even if it is empty.
             at = line.end() - 2 * self._last
         self._trailer(data, at)
         return b"".join(content)
@@ -118,14 +118,14 @@ class Chunked:
     def end(self) -> None:
         """See `Body`."""
         if not self.complete:
-            raise BadBody("body cut short: there was no last chunk")
+            raise BadBody("incomplete body: there was no last chunk")
 
     def _part_of_line(self, data: bytes, at: int) -> bytes:
         """Return the bytes that may be the start of a line. The same bytes are rejected however they were split."""
         part = data[at : at + MAX_CHUNK_LINE]
         behind = part[2:] if self._line is _NEXT_LINE else part
         if self._line is _NEXT_LINE and not b"\r\n".startswith(part[:2]):
-            raise BadBody("malformed chunk: it does not end where it said")
+            raise BadBody("malformed chunk: its length does not match its size line")
         if b"\n" in behind:
             raise BadBody("malformed chunk size")
         if len(part) == MAX_CHUNK_LINE:

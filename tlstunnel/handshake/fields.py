@@ -15,7 +15,7 @@ _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 _NONE: frozenset[bytes] = frozenset()
 
 ByName = Mapping[bytes, Sequence[bytes]]
-"""The values of a head's fields by name in lower case, those of repeated fields in order."""
+"""The values of a head's fields by lower-case name; the values of a repeated field are in order."""
 
 
 def has_control(text: bytes) -> bool:

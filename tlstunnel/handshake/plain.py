@@ -41,7 +41,7 @@ class BodyReader:
         try:
             content = self._body.take(data)
         except BadBody as error:
-            raise Refusal(400, Reason.BODY, "the body is not framed as RFC 9112 says", detail=error.reason) from None
+            raise Refusal(400, Reason.BODY, "the framing of the body violates RFC 9112", detail=error.reason) from None
         if not self._chunked:
             return content
         return render_chunk(content) + (LAST_CHUNK if self.complete else b"")
@@ -69,7 +69,7 @@ class PlainResponseReader(ResponseReader):
         if event is None:
             return out
         if isinstance(event, h11.InformationalResponse):
-            raise BadResponse("101 to a request that asks for no upgrade")
+            raise BadResponse("101 in response to a request without Upgrade")
         declined = self._decline(event)
         out += declined.head + self.body(None)
         self.status = declined.status

@@ -40,7 +40,7 @@ def render_refusal(refusal: Refusal, request_id: str | None) -> bytes:
         fields.append((b"Content-Type", b"text/plain; charset=utf-8"))
     else:
         body = refusal.body
-    if refusal.status != HTTPStatus.NOT_MODIFIED:  # has no body, whatever its fields say (RFC 9112 section 6.3)
+    if refusal.status != HTTPStatus.NOT_MODIFIED:  # never has a body (RFC 9112 section 6.3)
         fields.append((b"Content-Length", b"%d" % len(body)))
     fields.append((b"Connection", b"close, Upgrade" if refusal.fields[:1] == UPGRADE else b"close"))
     fields += refusal.fields

@@ -66,10 +66,10 @@ _NO_HEAD = _Head(b"", b"", b"", ())
 class UpgradeRequest:
     """A valid WebSocket upgrade request.
 
-    `target` is the origin-form target as sent, all of it visible ASCII. `fields` are the client's, in order and case,
-    values without surrounding white space and without control characters (TAB may be inside); `by_name` has these
-    values by name in lower case. `authority` is the Host field's value, `host` its host alone: lower case, no
-    brackets, no final dot.
+    `target` is the origin-form target as sent; it is visible ASCII. `fields` are the client's, with order and case
+    preserved; their values have no surrounding white space and no control characters except TAB. `by_name` has the
+    same values by lower-case name. `authority` is the value of Host, and `host` only its host, in lower case without
+    brackets or final dot.
     """
 
     method: ClassVar[str] = "GET"
@@ -85,7 +85,7 @@ class UpgradeRequest:
 
 @dataclass(frozen=True, slots=True)
 class PlainRequest:
-    """A valid request that asks for no upgrade to a WebSocket; its body follows.
+    """A valid request that does not ask for an upgrade to WebSocket; its body follows.
 
     `method` is a token without lower-case letters. `length` is the body's in bytes, None without Content-Length; a
     `chunked` body has none. The other attributes are those of `UpgradeRequest`.
@@ -177,15 +177,15 @@ def parse_strict(data: bytes) -> tuple[_Head, ByName] | None:
     cut = [line.partition(b":") for line in lines]
     raw = tuple([(name, value.strip(b" \t")) for name, _, value in cut])
     fields = by_name(raw)
-    # Host is the one field that h11 counts.
+    # h11 also checks how often Host occurs, and no other field.
     plain = _FRAMING.isdisjoint(fields) and len(fields.get(b"host", ())) == 1
     return (_Head(b"GET", match[1], b"1.1", raw), fields) if plain else None
 
 
 def parse_with_h11(data: bytes) -> tuple[_Head, ByName]:
-    """Read a whole head. Raises `Refusal`."""
+    """Parse a complete head. Raises `Refusal`."""
     if has_control(data):
-        raise _bad_request(Reason.CONTROL_CHARACTER, "the request head holds a control character")
+        raise _bad_request(Reason.CONTROL_CHARACTER, "the request head contains a control character")
     if b"\r\n " in data or b"\r\n\t" in data:
         raise _bad_request(Reason.FOLDED_FIELD, "a field is folded over several lines (RFC 9112 section 5.2)")
     # The request line and the empty line are not fields.
@@ -245,12 +245,12 @@ def _read_host(authority: bytes) -> str:
 
 def _check_http_1_1(request: _Head, _: ByName) -> None:
     if request.http_version != b"1.1":
-        raise Refusal(505, Reason.HTTP_VERSION, "only HTTP/1.1 is spoken here")
+        raise Refusal(505, Reason.HTTP_VERSION, "only HTTP/1.1 is supported")
 
 
 def _check_get(request: _Head, _: ByName) -> None:
     if request.method != b"GET":
-        raise Refusal(405, Reason.METHOD, "a WebSocket handshake is a GET", ((b"Allow", b"GET"),))
+        raise Refusal(405, Reason.METHOD, "the method of a WebSocket handshake must be GET", ((b"Allow", b"GET"),))
 
 
 def _check_forwarded_method(request: _Head, _: ByName) -> None:
@@ -259,7 +259,7 @@ def _check_forwarded_method(request: _Head, _: ByName) -> None:
     Lower-case letters are refused too: methods are case-sensitive, but not to every origin, so rules could be bypassed.
     """
     if not _METHOD.fullmatch(request.method):
-        raise Refusal(405, Reason.METHOD, "this method is not passed on", ALLOWED)
+        raise Refusal(405, Reason.METHOD, "this method is not supported", ALLOWED)
 
 
 def _check_origin_form(request: _Head, _: ByName) -> None:
@@ -267,7 +267,7 @@ def _check_origin_form(request: _Head, _: ByName) -> None:
     if not request.target.startswith(b"/"):
         raise _bad_request(Reason.TARGET_FORM, "the request target must be a path")
     if b"#" in request.target:
-        raise _bad_request(Reason.TARGET_FORM, "the request target holds a fragment")
+        raise _bad_request(Reason.TARGET_FORM, "the request target contains a fragment")
 
 
 def is_authority(value: bytes) -> bool:
@@ -284,7 +284,7 @@ def _check_host(_: _Head, fields: ByName) -> None:
     hosts = fields.get(b"host", ())
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
-        raise _bad_request(Reason.HOST, "there must be one valid Host field")
+        raise _bad_request(Reason.HOST, "the request must have exactly one valid Host field")
     if match["ipv6"]:
         try:
             IPv6Address(match["ipv6"].decode())
@@ -297,7 +297,7 @@ def _check_host(_: _Head, fields: ByName) -> None:
 def _check_no_body(_: _Head, fields: ByName) -> None:
     """A reader that overlooks the body's length would take it for WebSocket frames: request smuggling."""
     if b"transfer-encoding" in fields or any(value.strip(b"0") for value in split_list(fields, b"content-length")):
-        raise _bad_request(Reason.BODY, "a WebSocket handshake has no body")
+        raise _bad_request(Reason.BODY, "a WebSocket handshake must not have a body")
 
 
 def _check_framing(_: _Head, fields: ByName) -> None:
@@ -320,14 +320,14 @@ def _check_upgrade(_: _Head, fields: ByName) -> None:
 def _check_version_13(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that accepts another version can be abused as a raw pipe."""
     if fields.get(b"sec-websocket-version") != [b"13"]:
-        raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is spoken here", VERSION_13)
+        raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is supported", VERSION_13)
 
 
 def _check_key(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 5: base64 that decodes to 16 bytes."""
     keys = fields.get(b"sec-websocket-key", ())
     if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
-        raise _bad_request(Reason.KEY_FIELD, "there must be one Sec-WebSocket-Key of 16 bytes in base64")
+        raise _bad_request(Reason.KEY_FIELD, "the request must have exactly one Sec-WebSocket-Key, 16 bytes in base64")
 
 
 _CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (

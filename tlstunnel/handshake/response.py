@@ -64,7 +64,7 @@ class Switched:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Another final response: its status and the head for the client. `UpgradeResponseReader.body` reads its body."""
+    """Another final response: its status, and the head for the client. `ResponseReader.body` reads its body."""
 
     status: int
     head: bytes
@@ -111,7 +111,7 @@ class ResponseReader:
     def _read_final_head(self, data: bytes) -> h11.InformationalResponse | h11.Response | None:
         """Take the next bytes; return the final head, or a 101, once it is complete. Raises `BadResponse`."""
         if not data:
-            raise BadResponse("origin closed without a response")
+            raise BadResponse("origin closed the connection without a response")
         self._taken += len(data)
         event = self._next_event(data)
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
@@ -191,7 +191,7 @@ class UpgradeResponseReader(ResponseReader):
         if isinstance(event, h11.Response):
             return self._decline(event)
         if event.http_version != b"1.1":
-            raise BadResponse("101 in another version than HTTP/1.1")
+            raise BadResponse("101 in an HTTP version other than 1.1")
         return self._accept(event.reason, check_fields(event), event.headers.raw_items(), self._after_head)
 
     def _read_plain_101(self, data: bytes) -> Switched | None:
@@ -221,7 +221,7 @@ def check_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
     """Return the fields of an origin's head by name. Raises `BadResponse` if they must not be forwarded to a client."""
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
-        raise BadResponse("response head holds a control character")
+        raise BadResponse("response head contains a control character")
     return by_name(raw)
 
 
@@ -234,7 +234,7 @@ def _verify(request: UpgradeRequest, fields: ByName) -> None:
     if fields.get(b"sec-websocket-accept") != [generate_accept_token(request.key)]:
         raise BadResponse("101 with a wrong Sec-WebSocket-Accept")
     if not parse_extension_names(fields) <= request.extensions:
-        raise BadResponse("101 with an extension that was not asked for")
+        raise BadResponse("101 with an extension that was not offered")
     subprotocols = fields.get(b"sec-websocket-protocol", ())
     if len(subprotocols) > 1 or not request.subprotocols.issuperset(subprotocols):
-        raise BadResponse("101 with a subprotocol that was not asked for")
+        raise BadResponse("101 with a subprotocol that was not offered")

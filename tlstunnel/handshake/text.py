@@ -14,10 +14,10 @@ _OWN = {
 
 
 def parse_field(text: str) -> FieldText:
-    """Read ``NAME: VALUE``. Raises ValueError."""
+    """Parse ``NAME: VALUE``. Raises ValueError."""
     name, colon, value = text.partition(":")
     if not colon or not name.strip():
-        raise ValueError(f"{text!r} is not a field, such as 'Origin: https://a.example'")
+        raise ValueError(f"{text!r} is not a header field; write it like 'Origin: https://a.example'")
     return name.strip(), value.strip()
 
 

@@ -1,1 +1,1 @@
-"""Origins: where they are, connecting to them, and the embedded echo origin."""
+"""Origins: choosing one, connecting to it, its health, and the embedded echo origin."""

@@ -8,11 +8,11 @@ from tlstunnel.handshake.request import Request
 from tlstunnel.origins.members import Member
 
 Order = Callable[[Sequence[Member], str, Request], list[Member]]
-"""Puts members into the order in which to try them, for a client's IP address and its request."""
+"""Sorts members into the order in which to try them, given a client's IP address and its request."""
 
 
 def select_order(balance: str) -> Order:
-    """Return the order that a configuration's ``balance`` names."""
+    """Return the function for the value of ``balance`` in the configuration."""
     if balance == "round_robin":
         return round_robin
     if balance == "least_tunnels":

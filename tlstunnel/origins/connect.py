@@ -17,14 +17,15 @@ from tlstunnel.sockets.options import tune
 from tlstunnel.sockets.readiness import Readiness
 
 RETRIES = Backoff(first=0.02, longest=0.5)
-"""Between attempts at a Unix socket whose backlog is full: unlike TCP, connect(2) does not wait there."""
+"""Between attempts at a Unix socket whose backlog is full, where connect(2) does not wait, unlike with TCP."""
 
 STAGGER = 0.25
-"""Seconds after which the next address of the same name is tried beside one that has not accepted: the Connection
-Attempt Delay of RFC 8305 section 5."""
+"""Seconds after which the next address of the same name is tried in parallel to one that has not accepted: the
+Connection Attempt Delay of RFC 8305 section 5."""
 
 ORIGIN_STAGGER = 1.0
-"""Seconds after which another origin is tried beside one that has not accepted: it may be far away and healthy."""
+"""Seconds after which another origin is tried in parallel to one that has not accepted, which may be far away and
+healthy."""
 
 _CONNECTED = frozenset({0, errno.EISCONN})
 _IN_PROGRESS = frozenset({errno.EALREADY, errno.EINPROGRESS})
@@ -49,7 +50,7 @@ async def connect(
 
 
 class _Attempts:
-    """The attempts to connect for one request; `in_progress` are those without a result."""
+    """The attempts to connect for one request; those `in_progress` have no result yet."""
 
     def __init__(self, pool: Pool, readiness: Readiness, wakeup: Wakeup) -> None:
         self._pool = pool
@@ -79,7 +80,7 @@ class _Attempts:
         raise self._failure or OriginUnreachable("no origin accepted the connection")
 
     def _begin(self, member: Member) -> "tuple[Place, Channel] | bool | None":
-        """Begin to connect. Return the connection if it is made at once, True if it is in progress or has failed.
+        """Begin to connect. Return the connection if it succeeds at once, True if it is in progress or has failed.
 
         None if the backlog of a Unix socket is full.
         """
@@ -154,7 +155,7 @@ def _begin_to_connect(sock: socket.socket, member: Member) -> int:
             tune(sock)
         code = sock.connect_ex(member.address)
         if code == errno.EINPROGRESS:
-            # A second connect(2) reports the result: an origin on this machine is connected by now.
+            # A second connect(2) reports the result. An origin on this machine is connected by now.
             code = sock.connect_ex(member.address)
     except OSError as error:
         return error.errno or errno.EIO

@@ -1,4 +1,4 @@
-"""The embedded echo origin itself: ``python -m tlstunnel.origins.echo DESCRIPTOR``, as `embedded` starts it."""
+"""The program of the embedded echo origin: `embedded` runs ``python -m tlstunnel.origins.echo DESCRIPTOR``."""
 
 import asyncio
 import contextlib
@@ -37,6 +37,6 @@ async def _serve(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    # The tunnel's process decides when this one ends, by closing its standard input.
+    # The tunnel's process stops this one by closing its standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_serve(int(sys.argv[1])))

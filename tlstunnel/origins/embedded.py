@@ -1,7 +1,7 @@
-"""The embedded echo origin: what ``tlstunnel start`` tunnels to when no origin is given.
+"""The embedded echo origin, to which ``tlstunnel start`` tunnels if no origin is configured.
 
-It has a process of its own, so that it costs the tunnel's loop nothing. That process exits when its standard input
-ends: when the tunnel's parent is gone, however it ended.
+It runs in its own process, so that it does not slow down the tunnel's loop. The process exits when its standard input
+ends, and so whenever the tunnel's parent exits.
 """
 
 import os
@@ -61,6 +61,6 @@ class EchoOrigin:
         return cls(kept.port, kept.pid, kept.pipe)
 
     def close(self) -> None:
-        """End the process and wait for it; kill it after 5 s."""
+        """Stop the process and wait for it to exit; kill it after 5 s."""
         os.close(self._pipe)
         wait_or_kill(self._pid, EXIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Why a request cannot reach an origin. Each is raised before any byte of the request has been sent.
+"""Errors that are raised when a request cannot reach an origin, before any byte of the request has been sent.
 
 OriginError
  +-- NoOrigin               no member of the pool may be tried
@@ -19,7 +19,7 @@ class OriginError(Exception):
 
 
 class NoOrigin(OriginError):
-    """No member may be tried. `retry_after` is in seconds; None if the pool knows no address at all."""
+    """No member may be tried. `retry_after` is in seconds; None if the pool has no address at all."""
 
     def __init__(self, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -27,7 +27,7 @@ class NoOrigin(OriginError):
 
 
 class OriginNotAllowed(NoOrigin):
-    """The origin's name resolves, but to none of the addresses that the pool is limited to."""
+    """The origin's name resolves, but not to an address that is allowed for this pool."""
 
 
 class OriginUnreachable(OriginError):

@@ -1,4 +1,4 @@
-"""Active health checks: each member of a pool is checked at an interval, also while it has no traffic."""
+"""Active health checks: check each member of a pool at an interval, even without traffic."""
 
 import asyncio
 import base64
@@ -16,11 +16,11 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.members import Member
 
 MAX_HEAD = 65_536
-"""Bytes of a response's head that are read."""
+"""Maximum bytes of a response's head."""
 
 
 class CheckedPool(Protocol):
-    """What health checks need of a pool."""
+    """The part of a pool that health checks use."""
 
     async def resolve(self) -> Sequence[Member]:
         """Return the members to check."""
@@ -30,7 +30,7 @@ class CheckedPool(Protocol):
 
 
 class Checks:
-    """Checks all members of a pool at once, each interval; the interval varies by a tenth, so that checks spread."""
+    """Checks all members of a pool concurrently, once per interval, which varies by 10 % to spread the checks."""
 
     def __init__(self, health: Health, pool: CheckedPool, preface: bytes = b"") -> None:
         self._health = health
@@ -39,12 +39,12 @@ class Checks:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start."""
+        """Start checking."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Stop."""
+        """Stop checking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))

@@ -1,8 +1,8 @@
 """One address of an origin and its state: how many tunnels it has, and whether it may be tried.
 
-Passive checks: after `Ejection.failures` failures in a row it is ejected for `Ejection.delay`, doubled each time up to
-`Ejection.max_delay`; then one handshake tries it, and only one until the result is known. Active checks: while its
-health check fails, it is not tried. All times are seconds of a loop's clock; nothing here reads the clock.
+Passive checks: after `Ejection.failures` failures in a row, it is ejected for `Ejection.delay`, doubled each time up to
+`Ejection.max_delay`. Then a single handshake tries it, and no other until the result is known. Active checks: it is not
+tried while its health check fails. All times are in seconds of the loop's clock, which callers pass in.
 """
 
 import socket
@@ -24,7 +24,7 @@ _JITTER = 0.1
 
 
 class Use:
-    """The tunnels of an origin as configured, over all its addresses, and the handshakes that may become one."""
+    """The number of tunnels of a configured origin at all its addresses, including handshakes in progress."""
 
     __slots__ = ("tunnels",)
 
@@ -37,9 +37,9 @@ class Use:
 
 @dataclass(eq=False, slots=True, repr=False)
 class Member:
-    """One `address` of an `origin`, reached with `tls` if that is not None.
+    """One `address` of an `origin`, connected to with `tls` if that is not None.
 
-    It survives reloads that keep that origin and that address.
+    It survives reloads that keep the origin and the address.
     """
 
     origin: OriginAddress
@@ -64,7 +64,7 @@ class Member:
 
     @property
     def text(self) -> str:
-        """The origin as it is written in the configuration."""
+        """The origin as written in the configuration."""
         return str(self.origin)
 
     @property
@@ -74,7 +74,7 @@ class Member:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What identifies the same member in another pool."""
+        """Identifies the same member in another pool."""
         return self.text, str(self.address)
 
     @property
@@ -93,7 +93,7 @@ class Member:
         return self._checks_failed >= CHECKS_DOWN
 
     def is_usable(self, now: float, soonest: float | None = None) -> bool:
-        """Return whether a handshake may try it. `soonest` bounds the delay where there is no other member to try."""
+        """Return whether a handshake may try it. `soonest` limits the delay if there is no other member to try."""
         if self.checked_down:
             return False
         return not self.ejected or (not self._trial and now >= self.back_at(soonest))
@@ -109,7 +109,7 @@ class Member:
         self._trial = self.ejected
 
     def release(self) -> None:
-        """Count down when the tunnel of an attempt, or the attempt itself, has ended."""
+        """Stop counting an attempt, when it has failed or its tunnel has ended."""
         self.tunnels -= 1
         self.use.tunnels -= 1
 
@@ -120,7 +120,7 @@ class Member:
         return was
 
     def record_failure(self, now: float, ejection: Ejection) -> bool:
-        """Record that it could not be reached or sent no valid response; return whether that ejects it."""
+        """Record that it could not be reached or sent no valid response; return whether this ejects it."""
         self._failures += 1
         was, trial, self._trial = self.ejected, self._trial, False
         if was and not trial:
@@ -133,11 +133,11 @@ class Member:
         return not was
 
     def abandon_trial(self) -> None:
-        """Let another attempt try it: this one ended before it had a result."""
+        """Let another attempt try it, because this one ended without a result."""
         self._trial = False
 
     def record_check(self, *, healthy: bool) -> bool:
-        """Record the result of a health check; return whether that has brought the member up or down."""
+        """Record the result of a health check; return whether this has brought the member up or down."""
         was = self.checked_down
         self._checks_failed = 0 if healthy else self._checks_failed + 1
         if healthy and was:

@@ -35,7 +35,7 @@ class Place:
         self.pool.record_failure(self.member, printable(reason))
 
     def close(self) -> None:
-        """Return the place. It is returned once, however often this is called."""
+        """Return the place. Do nothing if it has already been returned."""
         if self.closed:
             return
         self.closed = True

@@ -18,7 +18,7 @@ from tlstunnel.origins.members import Member, SocketAddress, Use
 from tlstunnel.origins.tls import OriginTLS
 
 FIRST_TRY_AGAIN = 1.0
-"""Seconds after which an ejected origin may be tried again while all others are out too, if its delay is longer."""
+"""Seconds after which an ejected origin may be tried again if all others are out too, even if its delay is longer."""
 
 _EJECTION = Ejection()
 
@@ -45,10 +45,10 @@ class _Origin:
 class Pool:
     """A group of origins that share requests.
 
-    Every address of a name is a member. A name is resolved when it is first needed, and again beside the handshakes
-    once its addresses are older than `resolve_every` seconds; the old addresses are used until there are new ones.
-    Health checks send `preface` first. `tls` is how to connect to the ``wss://`` origins. If `within` is not None, only
-    the addresses in it are used.
+    Every address of a name is a member. A name is resolved when it is first needed, and again in the background once
+    its addresses are older than `resolve_every` seconds; meanwhile the old addresses are used. Health checks send
+    `preface` first. `tls` has the settings for ``wss://`` origins. If `within` is not None, only addresses in it are
+    used.
     """
 
     def __init__(  # noqa: PLR0913 - the keys of a configuration's table
@@ -137,7 +137,7 @@ class Pool:
         if not able:
             able = [member for member in members if member.is_usable(now, FIRST_TRY_AGAIN)]
         if not able and len(origins) == 1:
-            # With one origin, trying it costs nothing, and finds a restarted one at once.
+            # Trying the only origin costs nothing, and succeeds as soon as it has been restarted.
             able = [member for member in members if not member.checked_down]
         if not able:
             waits = [member.back_at(FIRST_TRY_AGAIN) - now for member in members if not member.checked_down]
@@ -206,14 +206,14 @@ class Pool:
             origin.failure = f"{origin.text}: cannot be resolved: {error.strerror or error}"
         finally:
             origin.resolving = None
-        # Also after a failure: with old addresses in use, not every handshake should query a resolver that is down.
+        # Also after a failure: not every handshake should query a resolver that is down while old addresses are in use.
         if origin.members:
             origin.fresh_until = loop.time() + self._resolve_every
 
     def _set_addresses(
         self, origin: _Origin, addresses: Sequence[Address], before: dict[tuple[str, str], Member] | None = None
     ) -> None:
-        """Give `origin` one member for each address, and reuse the members it had."""
+        """Set the members of `origin`, one per address, and reuse existing ones."""
         config = origin.config
         known = {member.key: member for member in origin.members} if before is None else before
         members = []

@@ -85,10 +85,10 @@ class OriginTLS:
         return self._name or (address.host or "").partition("%")[0]
 
     async def begin(self, origin: Channel, address: OriginAddress, client: Channel) -> None:
-        """Make the TLS handshake on `origin`, which is connected to `address`.
+        """Do the TLS handshake on `origin`, which is connected to `address`.
 
-        Raises OriginTLSFailed; TimeoutError at the deadline of the channel's wakeup; ClientGone when the client does
-        not wait for it. The socket is closed then.
+        Raises OriginTLSFailed, TimeoutError at the deadline of the channel's wakeup, or ClientGone if the client
+        disconnects. The socket is closed in these cases.
         """
         host = address.host or ""
         session, since = self._sessions.get((host, address.port), (None, 0.0))
@@ -138,7 +138,7 @@ class Contexts:
     def get(
         self, *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
     ) -> ssl.SSLContext:
-        """As `create_client_context`, made at the first time."""
+        """Return a context as from `create_client_context`, which is only created the first time."""
         what = (ca, cert, key, verify)
         if what not in self._contexts:
             self._contexts[what] = create_client_context(ca=ca, cert=cert, key=key, verify=verify)

@@ -1,1 +1,1 @@
-"""Sockets and what is waited for on them: readiness, channels, deadlines, listening, closing, the PROXY protocol."""
+"""Sockets: readiness, channels, deadlines, listening, closing, and the PROXY protocol."""

@@ -18,7 +18,7 @@ _BUFFER = bytearray(65_536)
 _VIEW = memoryview(_BUFFER)
 
 MAX_READ = len(_BUFFER)
-"""Bytes read at once. At least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
+"""Bytes read at once. It must be at least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
 
 
 class ClientGone(Exception):

@@ -61,7 +61,7 @@ class Deadlines:
             self._timer = self._loop.call_later(self._precision, self._expire_due)
 
     def discard(self, wakeup: Wakeup) -> None:
-        """Forget `wakeup`."""
+        """Stop checking `wakeup`."""
         self._all.discard(wakeup)
 
     def _expire_due(self) -> None:

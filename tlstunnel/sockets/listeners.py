@@ -120,7 +120,7 @@ def _listen_unix(path: Path) -> socket.socket:
             attempt.setblocking(False)  # a full backlog gives EAGAIN
             if attempt.connect_ex(str(path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        path.unlink()  # left by a process that is gone
+        path.unlink()  # left behind by a process that has exited
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -135,9 +135,9 @@ def _listen_unix(path: Path) -> socket.socket:
 def _explain(error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "it is in use by another program; stop that one, or choose another with --listen"
+            return "it is in use by another program; stop that program, or choose another address with --listen"
         case errno.EACCES:
-            return "not permitted; ports below 1024 need the capability CAP_NET_BIND_SERVICE"
+            return "permission denied; ports below 1024 require the capability CAP_NET_BIND_SERVICE"
         case errno.EADDRNOTAVAIL:
             return "this machine does not have that address"
         case _:

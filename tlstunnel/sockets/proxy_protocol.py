@@ -14,7 +14,7 @@ SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 """The first bytes of every header of version 2, and of no other protocol (section 2.2)."""
 
 LONGEST_V1 = 107
-"""Bytes of the longest text header, CRLF included (section 2.1)."""
+"""Bytes of the longest text header, including CRLF (section 2.1)."""
 
 MAX_V2 = 4096
 """Bytes of a binary header that are accepted. Addresses and common TLVs need a few hundred; 65 551 are possible."""
@@ -74,7 +74,7 @@ def read_header(data: bytes) -> Header | None:
     if data[: len(SIGNATURE)] == SIGNATURE[: len(data)] and data[:1] != b"P":
         return _read_v2(data) if len(data) >= len(SIGNATURE) else None
     if data[:6] != b"PROXY "[: len(data)]:
-        raise BadHeader("no PROXY header")
+        raise BadHeader("not a PROXY header")
     end = data.find(b"\n", 0, LONGEST_V1)
     if end < 0:
         if len(data) >= LONGEST_V1:
@@ -131,7 +131,7 @@ def _read_v2(data: bytes) -> Header | None:
 
 
 _IPV4, _IPV6, _UNIX = 12, 36, 216
-# Family and transport, and how many bytes of addresses follow: UNSPEC, then stream and datagram of each.
+# Family and transport, and the length of the addresses in bytes: UNSPEC, then stream and datagram of each.
 _FAMILIES = {0x00: 0, 0x11: _IPV4, 0x12: _IPV4, 0x21: _IPV6, 0x22: _IPV6, 0x31: _UNIX, 0x32: _UNIX}
 
 

@@ -1,4 +1,4 @@
-"""Which sockets can be read or written: one epoll for every socket of every tunnel and for asyncio itself.
+"""Wait until sockets can be read or written: one epoll for all sockets of all tunnels and for asyncio itself.
 
 For each event, asyncio makes a ``Handle`` and puts it through its ready queue, which costs as much as all other Python
 of a spliced message (docs/architecture.md). Here a wake-up calls one function for each ready socket of a tunnel, from
@@ -59,7 +59,7 @@ class Readiness:
         self._handlers[fd] = handler
 
     def modify(self, fd: int, events: int, handler: Handler | None = None) -> None:
-        """Watch a registered `fd` for other events, for another handler if one is given."""
+        """Watch a registered `fd` for other events, with another handler unless it is None."""
         self._epoll.modify(fd, events)
         if handler is not None:
             self._handlers[fd] = handler
@@ -136,8 +136,8 @@ class _KeysByFile(Mapping[Any, selectors.SelectorKey]):
 class _Selector(selectors.BaseSelector):
     """Lets asyncio wait for its own files (listeners, signals, the resolver's pipe) in the epoll of the tunnels.
 
-    Nested, with asyncio waiting for that epoll's descriptor, a message that comes alone took four ``epoll_wait`` and a
-    ``Handle`` where one does (docs/performance.md).
+    With a nested epoll, whose descriptor asyncio waits for, a single message took four ``epoll_wait`` and a ``Handle``
+    instead of one ``epoll_wait`` (docs/performance.md).
     """
 
     def __init__(self, readiness: Readiness) -> None:

@@ -8,23 +8,23 @@ _MAX_RECORD = 16_384
 
 
 class CloseNotify:
-    """What a half-close of TLS needs and ``ssl`` does not offer: the record alone, and the socket beneath TLS.
+    """What a half-close of TLS needs and ``ssl`` does not offer: the record alone, and the socket below TLS.
 
-    ``SSLSocket.unwrap()`` sends close_notify and then reads until the peer's: application data that waits in the socket
-    is lost by it, and the connection with it (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). Therefore
-    `take_record` replaces the descriptor below OpenSSL, by dup2(2) and for the duration of that call, with one end of a
-    socket pair. It catches the record, and there is nothing to read in it.
+    ``SSLSocket.unwrap()`` sends close_notify and then reads until the peer's. It fails if there is application data in
+    the socket, and the connection is lost (seen: APPLICATION_DATA_AFTER_CLOSE_NOTIFY, on TLS 1.2 and 1.3). Therefore
+    `take_record` uses dup2(2) to replace the descriptor below OpenSSL with one end of a socket pair for the duration of
+    that call. The pair catches the record, and OpenSSL finds nothing to read in it.
     """
 
     def __init__(self) -> None:
         self._trap, self._caught = socket.socketpair()
         self._trap.setblocking(False)
         self._caught.setblocking(False)
-        # Reserved in advance: tunnels must still be able to end well when the process runs out of descriptors.
+        # Reserved in advance: tunnels must still be able to close properly when the process runs out of descriptors.
         self._spare = os.dup(self._trap.fileno())
 
     def take_record(self, sock: ssl.SSLSocket) -> bytes:
-        """Return the close_notify record of `sock`; nothing is sent to the peer or read from it.
+        """Return the close_notify record of `sock` without sending it or reading from the peer.
 
         OpenSSL regards it as sent and encrypts nothing more for `sock`. Raises OSError if TLS has failed.
         """
@@ -41,7 +41,7 @@ class CloseNotify:
         return self._caught.recv(_MAX_RECORD)
 
     def send_below(self, sock: ssl.SSLSocket, record: bytes) -> int:
-        """Send bytes that are a TLS record already. Return how many the socket took. Raises OSError."""
+        """Send bytes of a TLS record. Return how many the socket accepted. Raises OSError."""
         return socket.socket.send(sock, record)
 
     def shut_down_below(self, sock: ssl.SSLSocket) -> None:

@@ -1,10 +1,10 @@
-"""The hello stage: what a client says before any key exists, read from bytes that stay in the socket.
+"""Parse the ClientHello from bytes that were peeked and stay in the socket. Sans-IO.
 
-`read_client_hello` gets the whole peeked prefix each time. Its answer depends on these bytes alone: for any prefix it
-is None or the final outcome, and more bytes never change an outcome. No I/O happens here.
+`read_client_hello` gets all the peeked bytes each time. The result depends only on these bytes: for any prefix it is
+None or the final result, which more bytes never change.
 
 Sources: RFC 8446 sections 4.1.2 (ClientHello), 4.2 (extensions), 5.1 (records) and 6 (alerts); RFC 6066 section 3
-(server_name); RFC 7301 (ALPN). `ja4` has the fingerprint.
+(server_name); RFC 7301 (ALPN). The fingerprint is in `ja4`.
 """
 
 import re
@@ -14,8 +14,8 @@ from functools import lru_cache
 
 from tlstunnel.tls.ja4 import compute_ja4, list_codes
 
-# Bytes, record headers included. Hellos with post-quantum key shares take 1.5 to 2 KiB. BoringSSL allows 16 384, Go
-# 65 536, OpenSSL 131 396: the longest that the RFC's fields can make.
+# In bytes, including record headers. Hellos with post-quantum key shares have 1.5 to 2 KiB. BoringSSL allows 16 384, Go
+# 65 536, OpenSSL 131 396, the longest that the RFC's fields allow.
 MAX_HELLO = 16_384
 
 # Alerts, RFC 8446 section 6.
@@ -43,19 +43,19 @@ _ALPN = b"\x00\x10"
 _SUPPORTED_VERSIONS = b"\x00\x2b"
 _KEY_SHARE = b"\x00\x33"
 
-# RFC 8446 section 4.2.7: secp256r1, secp384r1, secp521r1, x25519, x448. Every OpenSSL has them and prefers each to a
-# finite field. The hybrids of a curve and ML-KEM (11eb, 11ec, 11ed) do not count: OpenSSL before 3.5 lacks them, and
-# takes the finite field of a client that offers nothing else.
+# RFC 8446 section 4.2.7: secp256r1, secp384r1, secp521r1, x25519, x448. All versions of OpenSSL have them and prefer
+# each to a finite field. The hybrids of a curve and ML-KEM (11eb, 11ec, 11ed) are not included: OpenSSL before 3.5 does
+# not have them, and uses the finite field of a client that offers nothing else.
 _CURVES = frozenset(("0017", "0018", "0019", "001d", "001e"))
-_FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and those reserved for others
+_FINITE_FIELDS = "01"  # the first byte of their numbers: ffdhe2048 to ffdhe8192, and reserved ones
 
 _KIND_AND_LENGTH = struct.Struct(">2sH").unpack_from
 
-# The methods of browsers and health checks have at most 7 letters (OPTIONS, CONNECT), those of WebDAV a few more; 15
-# with the space make 16 bytes, after which whatever still spells letters is none.
+# The methods of browsers and health checks have at most 7 letters (OPTIONS, CONNECT), those of WebDAV a few more. With
+# at most 15 letters and the space, 16 bytes are enough to decide.
 _HTTP_REQUEST = re.compile(rb"[A-Z]{1,15} ")
 _MAYBE_HTTP_REQUEST = re.compile(rb"[A-Z]{0,15}")
-# Visible ASCII: names are compared and logged as text, so what is no text at all goes no further.
+# Visible ASCII: names are compared and logged as text.
 _NAME = re.compile(rb"[!-~]{1,255}")
 
 
@@ -68,15 +68,15 @@ class PlainHTTP(HelloError):
 
 
 class NotTLS(HelloError):
-    """The first bytes are neither TLS nor HTTP: there is nobody to answer. SSL 2.0's hello is one of these."""
+    """The first bytes are neither TLS nor HTTP, so no response would be understood. Includes SSL 2.0's hello."""
 
 
 class BadHello(HelloError):
-    """TLS, but not a ClientHello within the rules.
+    """TLS, but not a valid ClientHello.
 
     Attributes:
         alert: the description to send with `alert`, RFC 8446 section 6.
-        reason: what was wrong, for the log. It holds no byte of the client's.
+        reason: what was wrong, for the log. It contains nothing that the client sent.
 
     """
 
@@ -88,17 +88,17 @@ class BadHello(HelloError):
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What a client asks for before any key exists. Nothing in it is proven.
+    """What a client offers and requests before any key exists. Nothing in it is authenticated.
 
     Attributes:
         server_name: the SNI host name (RFC 6066 section 3), visible ASCII in lower case without the trailing dot;
-            None when the extension is absent. An address literal, which the RFC forbids, stands here as it was sent.
-        alpn: the protocols offered, in order (RFC 7301); empty when the extension is absent.
-        versions: the values of supported_versions in order without GREASE, else the legacy version alone, which then
-            is the highest that the client speaks (RFC 8446 section 4.2.1).
+            None if the extension is absent. An address literal, which the RFC forbids, is kept as it was sent.
+        alpn: the offered protocols in order (RFC 7301); empty if the extension is absent.
+        versions: the values of supported_versions in order, without GREASE. Without that extension, only the legacy
+            version, which is then the highest that the client supports (RFC 8446 section 4.2.1).
         ja4: FoxIO's fingerprint of the client's TLS library and its settings, 36 ASCII characters.
-        finite_field: it makes a key exchange over a finite field possible (RFC 7919), by a key share of one, or as it
-            supports such groups and no curve that OpenSSL would rather ask for.
+        finite_field: whether it allows a key exchange over a finite field (RFC 7919): it has a key share of one, or it
+            supports such groups and no curve that OpenSSL prefers to them.
 
     """
 
@@ -110,10 +110,10 @@ class ClientHello:
 
 
 def read_client_hello(data: bytes) -> ClientHello | None:
-    """Return the ClientHello that `data` begins with, or None when more bytes are needed.
+    """Return the ClientHello at the beginning of `data`, or None if more bytes are needed.
 
-    What follows the hello is not looked at. Takes about 20 us for a browser's hello; while the hello is not whole,
-    only the headers of its records are read.
+    Ignores what follows the hello. It takes about 20 us for a browser's hello. While the hello is incomplete, only the
+    headers of its records are read.
 
     Raises:
         PlainHTTP: an HTTP request without TLS; decided within 16 bytes.
@@ -126,14 +126,13 @@ def read_client_hello(data: bytes) -> ClientHello | None:
 
 
 def bytes_needed(data: bytes) -> int:
-    """Return the length that `data` must at least grow to before it can hold a whole ClientHello.
+    """Return the minimum length of `data` that can contain a complete ClientHello, at most MAX_HELLO.
 
-    Reading again before that can only give None or BadHello. A caller that skips reading until then (it never asks for
-    more than MAX_HELLO) reads a hello trickled in records of one byte each some forty times instead of thousands, at up
-    to 1 ms each.
+    With fewer bytes, `read_client_hello` can only return None or raise BadHello. If the caller waits for that many, a
+    hello in records of one byte each is read some forty times instead of thousands of times, at up to 1 ms each.
 
     Raises:
-        HelloError: as `read_client_hello`, as far as the records and the message's header tell.
+        HelloError: as `read_client_hello`, if the records or the message's header show it.
 
     """
     message = _read_message(data)
@@ -141,10 +140,10 @@ def bytes_needed(data: bytes) -> int:
 
 
 def alert(description: int) -> bytes:
-    """Return the record of a fatal alert (RFC 8446 section 6), to be sent before any key exists.
+    """Return the record of a fatal alert (RFC 8446 section 6), to send before any key exists.
 
-    Its version is TLS 1.2's: section 5.1 fixes it for every record but a first ClientHello, and older clients, which
-    have agreed on no version yet, look at the major number only.
+    Its version is that of TLS 1.2, which section 5.1 requires for every record except a first ClientHello. Older
+    clients check only the major number before a version has been negotiated.
     """
     return bytes((_ALERT, 3, 3, 0, 2, _FATAL, description))
 
@@ -152,8 +151,8 @@ def alert(description: int) -> bytes:
 def _read_message(data: bytes) -> bytes | int:
     """Return the ClientHello without its header, joined from its records, or `bytes_needed`.
 
-    Each check needs only bytes up to where it stands, and all happen in the order of the bytes: that is what makes the
-    outcome independent of how they arrived.
+    Each check needs only the bytes before it, and the checks are made in the order of the bytes. Therefore the result
+    does not depend on how the bytes arrived.
     """
     if not _starts_tls(data):
         return len(data) + 1
@@ -174,12 +173,12 @@ def _read_message(data: bytes) -> bytes | int:
                 continue
             size = _read_message_size(message)
         if joined > size:
-            # RFC 8446 section 5.1: the keys may change after it, so a ClientHello ends with its record.
+            # RFC 8446 section 5.1: a ClientHello must end with its record, since the keys may change after it.
             raise BadHello(UNEXPECTED_MESSAGE, "bytes after the ClientHello in its last record")
         needed = end if joined == size else end + _RECORD_HEADER + size - joined
         if needed > MAX_HELLO:
             # The alert that OpenSSL and BoringSSL send for an excessive message size.
-            raise BadHello(ILLEGAL_PARAMETER, f"the ClientHello takes more than {MAX_HELLO} bytes")
+            raise BadHello(ILLEGAL_PARAMETER, f"the ClientHello has more than {MAX_HELLO} bytes")
         if len(data) < end:
             return needed
         if joined == size:
@@ -187,12 +186,12 @@ def _read_message(data: bytes) -> bytes | int:
 
 
 def _starts_tls(data: bytes) -> bool:
-    """Return whether the bytes begin a TLS handshake record; False while they may still be the method of a request.
+    """Return whether `data` begins with a TLS handshake record; False while it may still be an HTTP method.
 
-    Raises PlainHTTP or NotTLS as soon as they cannot.
+    Raises PlainHTTP or NotTLS once it is neither.
     """
     if data[:1] == b"\x16":
-        # RFC 8446 section 5.1 has the version ignored, and so is the minor number; another major is another protocol.
+        # RFC 8446 section 5.1 says to ignore the version. Another major number would be another protocol.
         if data[1:2] not in {b"", b"\x03"}:
             raise NotTLS("not a TLS record")
         return True
@@ -216,19 +215,19 @@ def _read_fragment_length(header: bytes) -> int:
 
 
 def _read_message_size(message: bytearray) -> int:
-    """Return the length of the handshake message, its header included (RFC 8446 section 4)."""
+    """Return the length of the handshake message, including its header (RFC 8446 section 4)."""
     if message[0] != _CLIENT_HELLO:
         raise BadHello(UNEXPECTED_MESSAGE, "the first handshake message is not a ClientHello")
     return _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
 
 
 def _parse_hello(message: bytes) -> ClientHello:
-    """Return the ClientHello (RFC 8446 section 4.1.2; TLS 1.2 and before differ in meaning, not in form)."""
+    """Return the ClientHello (RFC 8446 section 4.1.2). That of TLS 1.2 and earlier has the same form."""
     session_id, at = _read_vector(message, 2 + 32, 1)
     ciphers, at = _read_vector(message, at, 2)
     compressions, at = _read_vector(message, at, 1)
     if len(session_id) > 32 or not ciphers or len(ciphers) % 2 or not compressions:
-        raise BadHello(DECODE_ERROR, "session id, cipher suites or compression methods of a length they cannot have")
+        raise BadHello(DECODE_ERROR, "session id, cipher suites or compression methods of an invalid length")
     extensions = _read_extensions(message[at:])
     server_names = extensions.get(_SERVER_NAME)
     protocols = extensions.get(_ALPN)
@@ -257,9 +256,9 @@ def _parse_common(  # noqa: PLR0913, PLR0917 - the key of a cache
     signatures: bytes | None,
     groups: bytes | None,
 ) -> tuple[tuple[bytes, ...], tuple[int, ...], str, bool]:
-    """Return ALPN, versions, JA4 and whether the groups hold finite fields and no curve, from the vectors as they came.
+    """Return ALPN, versions, JA4, and whether the groups include finite fields and no curve, from unparsed vectors.
 
-    It is what all clients of one program have in common.
+    All clients that run the same program have these in common.
     """
     alpn = () if protocols is None else _read_protocols(protocols)
     versions = tuple(int(code, 16) for code in list_codes(legacy if supported is None else _read_numbers(supported, 1)))
@@ -269,15 +268,15 @@ def _parse_common(  # noqa: PLR0913, PLR0917 - the key of a cache
     return alpn, versions, compute_ja4(max(versions, default=0), ciphers, kinds, alpn, algorithms), finite
 
 
-# Most clients of a site are of a few programs, each saying the same again but for random bytes. Bounded: 1 MiB.
+# Most clients of a site run one of a few programs, whose hellos differ only in random bytes. At most 1 MiB in total.
 _MAX_CACHED = 2_048
 _parse_common_cached = lru_cache(512)(_parse_common)
 
 
 def _has_finite_field_share(data: bytes) -> bool:
-    """Return whether key_share (RFC 8446 section 4.2.8) has a share of a finite field, the first or another.
+    """Return whether any share in key_share (RFC 8446 section 4.2.8) is of a finite field.
 
-    Which of several shares OpenSSL takes differs between its releases.
+    Versions of OpenSSL differ in which of several shares they use.
     """
     shares, end = _read_vector(data, 0, 2)
     if end != len(data):
@@ -291,7 +290,7 @@ def _has_finite_field_share(data: bytes) -> bool:
 
 
 def _read_vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
-    """Return the vector at `at`, which begins with its length in `width` bytes, and where it ends."""
+    """Return the vector at `at`, whose length is encoded in `width` bytes, and where it ends."""
     start = at + width
     end = start + int.from_bytes(data[at:start])
     if end > len(data):
@@ -300,7 +299,7 @@ def _read_vector(data: bytes, at: int, width: int) -> tuple[bytes, int]:
 
 
 def _read_single_vector(data: bytes, width: int) -> bytes:
-    """Return the vector that is all of `data`; none of those that we read may be empty."""
+    """Return the vector that fills `data`. It must not be empty."""
     vector, end = _read_vector(data, 0, width)
     if end != len(data) or not vector:
         raise BadHello(DECODE_ERROR, "a list that is empty or does not fill its extension")
@@ -308,15 +307,15 @@ def _read_single_vector(data: bytes, width: int) -> bytes:
 
 
 def _read_numbers(data: bytes, width: int) -> bytes:
-    """Return the vector of two-byte numbers that is all of `data`."""
+    """Return the vector of two-byte numbers that fills `data`."""
     numbers = _read_single_vector(data, width)
     if len(numbers) % 2:
-        raise BadHello(DECODE_ERROR, "a list of two-byte numbers of odd length")
+        raise BadHello(DECODE_ERROR, "a list of two-byte numbers with an odd length")
     return numbers
 
 
 def _read_extensions(data: bytes) -> dict[bytes, bytes]:
-    """Return the extensions by their type (RFC 8446 section 4.2); clients before TLS 1.2 may send no such block."""
+    """Return the extensions by type (RFC 8446 section 4.2). Clients before TLS 1.2 may leave out the whole block."""
     extensions: dict[bytes, bytes] = {}
     if not data:
         return extensions
@@ -326,7 +325,7 @@ def _read_extensions(data: bytes) -> dict[bytes, bytes]:
     end = count = 0
     size = len(block)
     try:
-        # As in _read_vector, without a call for each of them.
+        # As in _read_vector, but without a call for each extension.
         while end < size:
             kind, length = _KIND_AND_LENGTH(block, end)
             start = end + 4
@@ -347,7 +346,7 @@ def _read_server_name(data: bytes) -> str:
     names = _read_single_vector(data, 2)
     name, end = _read_vector(names, 1, 2)
     if names[0] != 0 or end != len(names):
-        # host_name is the only type there is, and a type occurs once.
+        # host_name is the only type, and each type occurs once.
         raise BadHello(ILLEGAL_PARAMETER, "a server_name that is not one host name")
     if not _NAME.fullmatch(name):
         raise BadHello(ILLEGAL_PARAMETER, "a host name that is empty, over 255 bytes or not visible ASCII")
@@ -358,7 +357,7 @@ def _read_server_name(data: bytes) -> str:
 
 
 def _read_protocols(data: bytes) -> tuple[bytes, ...]:
-    """Return the protocol names of ALPN in order (RFC 7301 section 3.1)."""
+    """Return the protocol names in ALPN in order (RFC 7301 section 3.1)."""
     names = _read_single_vector(data, 2)
     protocols = []
     at = 0

@@ -1,7 +1,7 @@
 """JA4, the fingerprint of a client's TLS library and its settings.
 
 Sources: FoxIO's technical details of JA4 (https://github.com/FoxIO-LLC/ja4, technical_details/JA4.md); RFC 8701
-(GREASE: code points that clients offer only so that servers learn to ignore them).
+(GREASE: code points that clients offer only to make sure that servers ignore them).
 """
 
 from hashlib import sha256
@@ -22,19 +22,19 @@ _JA4_NOTHING = "000000000000"
 
 
 def list_codes(numbers: bytes) -> list[str]:
-    """Return two-byte numbers as four hexadecimal digits each, in order, GREASE left out."""
+    """Return two-byte numbers as four hexadecimal digits each, in order, without GREASE."""
     return [code for code in numbers.hex(" ", 2).split() if code not in _GREASE]
 
 
 def compute_ja4(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ...], algorithms: bytes) -> str:
     """Return the JA4 fingerprint, as its technical details describe it; JA4 itself is under the BSD 3-clause licence.
 
-    The cipher suites, the types of the extensions and the signature algorithms as they came, two bytes each.
+    `suites`, `types` (of the extensions) and `algorithms` (for signatures) are two-byte numbers as they were sent.
     """
     ciphers, kinds, signatures = list_codes(suites), list_codes(types), list_codes(algorithms)
     server_name = "d" if "0000" in kinds else "i"
     counts = f"{min(len(ciphers), 99):02}{min(len(kinds), 99):02}"
-    # Server name and ALPN stand in the first part, so that the last is the same wherever the client goes.
+    # Server name and ALPN are only in the first part, so that the last is the same for all servers.
     hashed = ",".join(sorted(kind for kind in kinds if kind not in {"0000", "0010"}))
     if signatures:
         hashed = f"{hashed}_{','.join(signatures)}"
@@ -47,7 +47,8 @@ def compute_ja4(version: int, suites: bytes, types: bytes, alpn: tuple[bytes, ..
 def _render_alpn(alpn: tuple[bytes, ...]) -> str:
     """Return the first and the last character of the first protocol, or of its hexadecimal form.
 
-    Some of FoxIO's own programs put a 9 for each byte that is not ASCII; the text is what counts (its issue 178).
+    Some of FoxIO's own programs write a 9 for each byte that is not ASCII; the text takes precedence (FoxIO's issue
+    178).
     """
     if not alpn:
         return "00"

@@ -1,4 +1,4 @@
-"""The key exchange group that a server chose, read from the plaintext records that it sends first."""
+"""Find the key exchange group that a server chose, in the plaintext records that it sends first."""
 
 from collections.abc import Iterator
 from typing import Final
