@@ -117,7 +117,7 @@ def test_payload_that_every_check_would_refuse_passes_unchanged(
 def _says_nothing(tunnel: Tunnel) -> None:
     """The log has the start and one connection, and nothing from the firewall."""
     events = [record["event"] for record in tunnel.records()]
-    others = ("certificates", "running as root")
+    others = ("certificates", "open to web pages", "running as root")
     assert [event for event in events if event not in others] == ["listening", "ready", "connection"], tunnel.log
     (record,) = tunnel.records("connection")
     assert not {"rule", "logged", "managed_rules", "detail"} & record.keys()
