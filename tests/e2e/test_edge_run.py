@@ -142,7 +142,7 @@ def test_an_origin_that_is_not_allowed(folder: Path) -> None:
     [
         (("edge.py", "GET /"), 2, 'expected "edge/chat.py:fetch" or "package.module:fetch"'),
         (("edge.py:fetch", "GET"), 2, "expected a method and a target"),
-        (("edge.py:fetch", "GET /", "--header", "nothing"), 2, "'nothing' is not a field"),
+        (("edge.py:fetch", "GET /", "--header", "nothing"), 2, "'nothing' is not a header field"),
         (("edge.py:fetch", "GET /", "--ip", "home"), 2, "'home' is not an IP address"),
         (("edge.py:fetch", "GET /", "--worker-config", "[1]"), 2, "expected a JSON object"),
         (("edge.py:fetch", "POST /"), 1, "the request is refused before a worker is called"),

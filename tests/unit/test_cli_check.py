@@ -119,7 +119,7 @@ def test_the_reason_is_on_standard_error() -> None:
     )
     assert done.returncode == 1
     assert done.stderr == f"tlstunnel: tcp failed: {url[6:]}: connection refused; is it running on that port?\n"
-    assert "no address took the connection" in done.stdout
+    assert "no address accepted the connection" in done.stdout
 
 
 def test_a_terminal_gets_colour(url: str, issued: issue.Issued) -> None:

@@ -128,7 +128,7 @@ class _Check:
         self.resources = contextlib.ExitStack()
         self.addresses: tuple[tuple[socket.AddressFamily, tuple[Any, ...]], ...] = ()
         self.unsolicited = 0
-        self._connected: int | None = None  # which of the addresses took the connection
+        self._connected: int | None = None  # the index of the address that accepted the connection
         self._sock: socket.socket | None = None
         self._wire: Wire | None = None
         self._ws: Connection | None = None

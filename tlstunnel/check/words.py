@@ -15,7 +15,7 @@ from tlstunnel.certificates.describe import CertificateDescription
 from tlstunnel.check.results import UpgradeResult
 from tlstunnel.escaping import printable
 
-# What an alert means (RFC 8446 section 6.2), where its name does not say it.
+# Explanations of alerts (RFC 8446 section 6.2) whose name is not enough.
 _ALERT_HINTS: Final = {
     "unrecognized_name": "the server has no site with this name",
     "no_application_protocol": "the server does not offer http/1.1 by ALPN",

@@ -150,7 +150,7 @@ def _describe(found: Result | None) -> list[str]:
         case DnsResult(host, addresses):
             lines = [f"{host} -> {', '.join(addresses) or 'nothing'}"]
         case TcpResult(address, failed):
-            lines = [address or "no address took the connection", *(f"{other}: {why}" for other, why in failed)]
+            lines = [address or "no address accepted the connection", *(f"{other}: {why}" for other, why in failed)]
         case TlsResult():
             lines = _describe_tls(found)
         case UpgradeResult():

@@ -19,7 +19,7 @@ _LENGTH = frozenset({b"content-length"})
 class BodyReader:
     """Reads the body of `request` from the client's bytes and returns it framed for the origin, until `complete`.
 
-    If the client's stream ends earlier, the caller notices: there is no client left to respond to.
+    The caller must notice if the client's stream ends earlier; the client is gone then.
     """
 
     def __init__(self, request: PlainRequest) -> None:

@@ -295,7 +295,7 @@ def _check_host(_: _Head, fields: ByName) -> None:
 
 
 def _check_no_body(_: _Head, fields: ByName) -> None:
-    """A reader that overlooks the body's length would take it for WebSocket frames: request smuggling."""
+    """A server that ignores the length would read the body as WebSocket frames: request smuggling."""
     if b"transfer-encoding" in fields or any(value.strip(b"0") for value in split_list(fields, b"content-length")):
         raise _bad_request(Reason.BODY, "a WebSocket handshake must not have a body")
 

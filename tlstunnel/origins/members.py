@@ -16,8 +16,8 @@ from tlstunnel.origins.tls import OriginTLS
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
 
 CHECKS_DOWN = 2
-"""Health checks that must fail in a row before an origin counts as down: one lost packet is no outage. One that
-succeeds brings it back."""
+"""Health checks in a row that must fail before an origin is down: one lost packet is not an outage. One success brings
+it up again."""
 
 _JITTER = 0.1
 """Part by which a delay varies, so that processes that ejected an origin together do not retry it together."""

@@ -18,13 +18,13 @@ from tlstunnel.tls.truncation import is_truncation
 _DISTRUST = {
     9: (
         Reason.ORIGIN_NOT_YET_VALID,
-        "its certificate, or one of its chain, is not valid yet; is this machine's clock right?",
+        "its certificate, or one in its chain, is not valid yet; is this machine's clock right?",
     ),
-    10: (Reason.ORIGIN_EXPIRED, "its certificate, or one of its chain, has expired; renew it"),
+    10: (Reason.ORIGIN_EXPIRED, "its certificate, or one in its chain, has expired; renew it"),
     18: (Reason.ORIGIN_SELF_SIGNED, "its certificate is self-signed; if you trust it, set origin_ca to it"),
     19: (
         Reason.ORIGIN_UNKNOWN_ISSUER,
-        "its chain ends at a root that is not trusted; to trust it, set origin_ca to it",
+        "its chain ends with a root that is not trusted; to trust it, set origin_ca to it",
     ),
     20: (
         Reason.ORIGIN_UNKNOWN_ISSUER,
@@ -46,14 +46,14 @@ _NOT_TLS = frozenset(
 # The usual cause of an origin's alert (RFC 8446 section 6.2).
 _ADVICE = {
     "certificate required": "; set origin_cert and origin_key",
-    "handshake failure": "; it may ask for a client certificate (origin_cert), or share no cipher with us",
+    "handshake failure": "; it may ask for a client certificate (origin_cert), or there is no common cipher suite",
     "bad certificate": "; it does not accept origin_cert",
     "unknown ca": "; it does not trust the issuer of origin_cert",
     "certificate expired": "; origin_cert has expired",
     "certificate unknown": "; it does not accept origin_cert",
     "unrecognized name": "; it has no site with that name: see origin_name",
-    "no application protocol": "; it does not speak http/1.1",
-    "protocol version": "; it speaks neither TLS 1.2 nor 1.3",
+    "no application protocol": "; it does not support http/1.1",
+    "protocol version": "; it supports neither TLS 1.2 nor 1.3",
 }
 
 SESSIONS = 64
@@ -148,7 +148,7 @@ class Contexts:
 def create_client_context(
     *, ca: Path | None = None, cert: Path | None = None, key: Path | None = None, verify: bool = True
 ) -> ssl.SSLContext:
-    """Make a context for ``wss://`` origins: TLS 1.2 and 1.3, ALPN ``http/1.1``, names by subjectAltName alone.
+    """Create a context for ``wss://`` origins: TLS 1.2 and 1.3, ALPN ``http/1.1``, names from subjectAltName only.
 
     It trusts only the certificates in `ca` (PEM: roots, intermediates or an origin's own), or the system's store
     without it. If `verify` is false it trusts any certificate, and the caller has to warn. `cert` (PEM: the leaf, then

@@ -2,7 +2,7 @@
 
 import socket
 
-# SO_KEEPALIVE notices a dead origin within 2 minutes; sent data may stay unacknowledged for as long.
+# SO_KEEPALIVE detects a dead peer within 2 minutes; sent data may stay unacknowledged for the same time.
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
