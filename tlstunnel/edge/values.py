@@ -19,7 +19,7 @@ from tlstunnel.config import FIELD_NAME, KEPT_FIELD
 from tlstunnel.firewall.facts import Facts, normalise_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
-from tlstunnel.handshake.fields import by_name
+from tlstunnel.handshake.fields import group_by_name
 from tlstunnel.handshake.forwarding import NO_EDITS, Edits, apply_edits
 from tlstunnel.handshake.refusal import Fields, Refusal
 from tlstunnel.journal.events import Reason
@@ -177,7 +177,7 @@ class WorkerRequest:
             target=_build_target(request.target, path, query),
             fields=fields,
             subprotocols=offered,
-            by_name=by_name(fields),
+            by_name=group_by_name(fields),
         )
         facts = self._facts
         return dataclasses.replace(

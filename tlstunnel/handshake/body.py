@@ -49,19 +49,19 @@ class Counted:
 
     def __init__(self, length: int) -> None:
         self.complete = not length
-        self._left = length
+        self._remaining = length
 
     def take(self, data: bytes) -> bytes:
         """See `Body`."""
-        content = data[: self._left]
-        self._left -= len(content)
-        self.complete = not self._left
+        content = data[: self._remaining]
+        self._remaining -= len(content)
+        self.complete = not self._remaining
         return content
 
     def end(self) -> None:
         """See `Body`."""
         if not self.complete:
-            raise BadBody(f"incomplete body: {self._left} bytes are missing")
+            raise BadBody(f"incomplete body: {self._remaining} bytes are missing")
 
 
 class UntilEnd:
@@ -84,7 +84,7 @@ class Chunked:
     def __init__(self) -> None:
         self.complete = False
         self._held = b""  # an incomplete line or trailer section
-        self._left = 0  # bytes of the current chunk
+        self._remaining = 0  # bytes of the current chunk
         self._line = _FIRST_LINE
         self._last = False
 
@@ -97,22 +97,22 @@ class Chunked:
         content = []
         at = 0
         while not self._last:
-            if self._left:
-                content.append(data[at : at + self._left])
-                self._left -= len(content[-1])
+            if self._remaining:
+                content.append(data[at : at + self._remaining])
+                self._remaining -= len(content[-1])
                 at += len(content[-1])
-                if self._left:
+                if self._remaining:
                     return b"".join(content)
             line = self._line.match(data, at, at + MAX_CHUNK_LINE)
             if line is None:
-                self._held = self._part_of_line(data, at)
+                self._held = self._hold_partial_line(data, at)
                 return b"".join(content)
-            self._left = int(line[1], 16)
+            self._remaining = int(line[1], 16)
             self._line = _NEXT_LINE
-            self._last = not self._left
+            self._last = not self._remaining
             # The trailer section is read with the CRLF before it, so that "\r\n\r\n" ends it even if it is empty.
             at = line.end() - 2 * self._last
-        self._trailer(data, at)
+        self._read_trailer(data, at)
         return b"".join(content)
 
     def end(self) -> None:
@@ -120,7 +120,7 @@ class Chunked:
         if not self.complete:
             raise BadBody("incomplete body: there was no last chunk")
 
-    def _part_of_line(self, data: bytes, at: int) -> bytes:
+    def _hold_partial_line(self, data: bytes, at: int) -> bytes:
         """Return the bytes that may be the start of a line. The same bytes are rejected however they were split."""
         part = data[at : at + MAX_CHUNK_LINE]
         behind = part[2:] if self._line is _NEXT_LINE else part
@@ -132,7 +132,7 @@ class Chunked:
             raise BadBody("chunk line too long")
         return part
 
-    def _trailer(self, data: bytes, at: int) -> None:
+    def _read_trailer(self, data: bytes, at: int) -> None:
         end = data.find(b"\r\n\r\n", at, at + MAX_TRAILER)
         if end >= 0:
             if not _TRAILER.fullmatch(data, at, end):

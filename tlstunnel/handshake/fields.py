@@ -26,7 +26,7 @@ def has_control(text: bytes) -> bool:
     return len(text.translate(None, _CONTROLS)) != len(text) or text.count(b"\r") != text.count(b"\r\n")
 
 
-def by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+def group_by_name(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     """Group fields by their names in lower case. A handshake looks up about a dozen of them."""
     grouped = {name.lower(): [value] for name, value in fields}
     if len(grouped) != len(fields):  # rare: a name that occurs twice

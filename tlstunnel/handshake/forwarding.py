@@ -152,10 +152,10 @@ def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
     ]
     if not forwarding.trusted:
         return tuple(ours)
-    return tuple((name, _extend(request, name, value)) for name, value in ours)
+    return tuple((name, _extend_field(request, name, value)) for name, value in ours)
 
 
-def _extend(request: Request, name: bytes, value: bytes) -> bytes:
+def _extend_field(request: Request, name: bytes, value: bytes) -> bytes:
     """Return a field behind a trusted proxy: lists of hops get `value` appended, others keep the proxy's value."""
     theirs = request.by_name.get(name.lower(), ())
     if not theirs or name == b"X-Request-Id":

@@ -70,7 +70,7 @@ class PlainResponseReader(ResponseReader):
             return out
         if isinstance(event, h11.InformationalResponse):
             raise BadResponse("101 in response to a request without Upgrade")
-        declined = self._decline(event)
+        declined = self._build_declined(event)
         out += declined.head + self.body(None)
         self.status = declined.status
         return out

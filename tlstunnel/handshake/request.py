@@ -14,7 +14,7 @@ from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, overlo
 
 import h11
 
-from tlstunnel.handshake.fields import ByName, by_name, has_control, has_token, parse_extension_names, split_list
+from tlstunnel.handshake.fields import ByName, group_by_name, has_control, has_token, parse_extension_names, split_list
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 from tlstunnel.journal.events import Reason
 
@@ -131,7 +131,7 @@ class RequestReader(Generic[_R]):
     def feed(self, data: bytes) -> _R | None:
         """Take the next bytes; return the request once its head is complete. Raises `Refusal`."""
         self._head += data
-        end = self._end_of_head()
+        end = self._find_end_of_head()
         if end is None:
             return None
         self.leftover = bytes(self._head[end:])
@@ -141,7 +141,7 @@ class RequestReader(Generic[_R]):
         plain = self._accepts_plain and not has_token(fields, b"upgrade", b"websocket")
         return cast(_R, _check_plain_request(head, fields) if plain else _check_upgrade_request(head, fields))
 
-    def _end_of_head(self) -> int | None:
+    def _find_end_of_head(self) -> int | None:
         """Return where the head ends. The first byte that can be refused is refused, whatever follows it."""
         buffer = self._head
         # No method starts like this, but a TLS record within TLS does, and would never complete a line.
@@ -176,7 +176,7 @@ def parse_strict(data: bytes) -> tuple[_Head, ByName] | None:
         return None
     cut = [line.partition(b":") for line in lines]
     raw = tuple([(name, value.strip(b" \t")) for name, _, value in cut])
-    fields = by_name(raw)
+    fields = group_by_name(raw)
     # h11 also checks how often Host occurs, and no other field.
     plain = _FRAMING.isdisjoint(fields) and len(fields.get(b"host", ())) == 1
     return (_Head(b"GET", match[1], b"1.1", raw), fields) if plain else None
@@ -201,7 +201,7 @@ def parse_with_h11(data: bytes) -> tuple[_Head, ByName]:
         ) from None
     assert isinstance(event, h11.Request)  # the head is complete
     raw = tuple(event.headers.raw_items())
-    return _Head(event.method, event.target, event.http_version, raw), by_name(raw)
+    return _Head(event.method, event.target, event.http_version, raw), group_by_name(raw)
 
 
 def _check_upgrade_request(head: _Head, fields: ByName) -> UpgradeRequest:
@@ -239,11 +239,11 @@ def _check_plain_request(head: _Head, fields: ByName) -> PlainRequest:
 
 def _read_host(authority: bytes) -> str:
     host = _HOST.fullmatch(authority)
-    assert host is not None  # _one_host
+    assert host is not None  # _check_host
     return str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip(".")
 
 
-def _check_http_1_1(request: _Head, _: ByName) -> None:
+def _check_http_version(request: _Head, _: ByName) -> None:
     if request.http_version != b"1.1":
         raise Refusal(505, Reason.HTTP_VERSION, "only HTTP/1.1 is supported")
 
@@ -253,7 +253,7 @@ def _check_get(request: _Head, _: ByName) -> None:
         raise Refusal(405, Reason.METHOD, "the method of a WebSocket handshake must be GET", ((b"Allow", b"GET"),))
 
 
-def _check_forwarded_method(request: _Head, _: ByName) -> None:
+def _check_method(request: _Head, _: ByName) -> None:
     """Refuse CONNECT, a tunnel to elsewhere, and TRACE, which shows what proxies add (RFC 9110 section 9.3).
 
     Lower-case letters are refused too: methods are case-sensitive, but not to every origin, so rules could be bypassed.
@@ -262,7 +262,7 @@ def _check_forwarded_method(request: _Head, _: ByName) -> None:
         raise Refusal(405, Reason.METHOD, "this method is not supported", ALLOWED)
 
 
-def _check_origin_form(request: _Head, _: ByName) -> None:
+def _check_target(request: _Head, _: ByName) -> None:
     """RFC 9112 section 3.2.1; h11 has checked that the target is visible ASCII."""
     if not request.target.startswith(b"/"):
         raise _bad_request(Reason.TARGET_FORM, "the request target must be a path")
@@ -317,7 +317,7 @@ def _check_upgrade(_: _Head, fields: ByName) -> None:
         raise _bad_request(Reason.CONNECTION_FIELD, "Upgrade without Connection: Upgrade")
 
 
-def _check_version_13(_: _Head, fields: ByName) -> None:
+def _check_websocket_version(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, item 6, and 4.4. A proxy that accepts another version can be abused as a raw pipe."""
     if fields.get(b"sec-websocket-version") != [b"13"]:
         raise Refusal(426, Reason.WEBSOCKET_VERSION, "only WebSocket version 13 is supported", VERSION_13)
@@ -331,20 +331,20 @@ def _check_key(_: _Head, fields: ByName) -> None:
 
 
 _CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
-    _check_http_1_1,
+    _check_http_version,
     _check_get,
-    _check_origin_form,
+    _check_target,
     _check_host,
     _check_no_body,
     _check_upgrade,
-    _check_version_13,
+    _check_websocket_version,
     _check_key,
 )
 
 _PLAIN_CHECKS: tuple[Callable[[_Head, ByName], None], ...] = (
-    _check_http_1_1,
-    _check_forwarded_method,
-    _check_origin_form,
+    _check_http_version,
+    _check_method,
+    _check_target,
     _check_host,
     _check_framing,
 )

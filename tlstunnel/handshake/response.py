@@ -13,8 +13,8 @@ from wsproto.utilities import generate_accept_token
 from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, UntilEnd, render_chunk
 from tlstunnel.handshake.fields import (
     ByName,
-    by_name,
     find_hop_by_hop,
+    group_by_name,
     has_control,
     has_token,
     parse_extension_names,
@@ -141,7 +141,7 @@ class ResponseReader:
         except h11.RemoteProtocolError as error:
             raise BadResponse(f"response is not HTTP: {error}"[:MAX_DETAIL]) from None
 
-    def _decline(self, event: h11.Response) -> Declined:
+    def _build_declined(self, event: h11.Response) -> Declined:
         fields = check_fields(event)
         coded = b"transfer-encoding" in fields
         lengths = fields.get(b"content-length")
@@ -189,10 +189,10 @@ class UpgradeResponseReader(ResponseReader):
         if event is None:
             return None
         if isinstance(event, h11.Response):
-            return self._decline(event)
+            return self._build_declined(event)
         if event.http_version != b"1.1":
             raise BadResponse("101 in an HTTP version other than 1.1")
-        return self._accept(event.reason, check_fields(event), event.headers.raw_items(), self._after_head)
+        return self._accept_101(event.reason, check_fields(event), event.headers.raw_items(), self._after_head)
 
     def _read_plain_101(self, data: bytes) -> Switched | None:
         """Read the response of nearly every handshake by one regular expression: h11 took 30 us for it (measured).
@@ -204,12 +204,12 @@ class UpgradeResponseReader(ResponseReader):
             return None
         lines = (line.partition(b":") for line in match[2].split(b"\r\n")[:-1])
         raw = [(name, value.strip(b" \t")) for name, _, value in lines]
-        fields = by_name(raw)
+        fields = group_by_name(raw)
         if not _FRAMING.isdisjoint(fields):
             return None
-        return self._accept(match[1] or b"", fields, raw, data[match.end() :])
+        return self._accept_101(match[1] or b"", fields, raw, data[match.end() :])
 
-    def _accept(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
+    def _accept_101(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
         _verify(self._request, fields)
         dropped = find_hop_by_hop(fields) | _NO_LENGTH
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
@@ -222,7 +222,7 @@ def check_fields(event: h11.Response | h11.InformationalResponse) -> ByName:
     raw = event.headers.raw_items()
     if has_control(b" ".join([event.reason, *(value for _, value in raw)])):
         raise BadResponse("response head contains a control character")
-    return by_name(raw)
+    return group_by_name(raw)
 
 
 def _verify(request: UpgradeRequest, fields: ByName) -> None:
