@@ -1,7 +1,8 @@
 """A plain request that a site forwards: its body to the origin, the response to the client.
 
-`forwarding.forwarded_head` makes its head, with ``Connection: close``. It is the only request of its connection: bytes
-after its body are discarded here, so that nothing reaches an origin that the firewall has not checked.
+`forwarding.render_forwarded_head` builds its head, with ``Connection: close``. It is the only request on its
+connection: bytes after its body are discarded here, so that nothing reaches an origin that the firewall has not
+checked.
 """
 
 import h11

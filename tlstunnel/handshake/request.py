@@ -1,9 +1,9 @@
 """Read requests: an upgrade request, checked against RFC 6455 section 4.2.1, or any request that a site forwards.
 
-A GET in the strict syntax of RFC 9112 is read by one regular expression, which is stricter than h11. Every other
-request, well-formed or not, is read by h11. It accepts more than the RFCs allow, so there are checks of our own: those
-that need the raw bytes before it (`RequestReader`), and those that need the fields after either (`_CHECKS`). A test
-checks that both ways give the same result (tests/unit/test_handshake_request.py).
+One regular expression reads ordinary GET requests; it is stricter than h11. Everything else is left to h11, which
+accepts more than the RFCs allow. Therefore we add our own checks: those of the raw bytes before it (`RequestReader`),
+and those of the fields after either parser (`_CHECKS`). tests/unit/test_handshake_request.py checks that both parsers
+agree.
 """
 
 import re
