@@ -1,4 +1,7 @@
-"""How this program was started, how to start it again, and whether its package on disk was replaced since."""
+"""How this program was started, how to start it again, and whether its package on disk was replaced since.
+
+Tested by tests/promises/test_upgrade.py.
+"""
 
 import importlib
 import importlib.util

@@ -1,5 +1,6 @@
 """The documents that describe the tree name what is in it."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -34,3 +35,33 @@ def test_every_module_says_what_it_is_for() -> None:
         if path.name != "__main__.py" and not path.read_text().startswith(('"""', 'r"""'))
     ]
     assert not silent
+
+
+def _unit_tests(module: Path) -> list[Path]:
+    """Where the unit test of a module may be."""
+    parts = module.relative_to(PACKAGE).with_suffix("").parts
+    names = ("_".join(parts), "_".join(parts[-2:]), parts[-1])
+    return [ROOT / "tests" / "unit" / f"test_{name}.py" for name in names]
+
+
+def _named_tests(module: Path) -> list[Path]:
+    """The tests that the module's docstring names after "Tested by"."""
+    docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
+    line = " ".join(docstring.partition("Tested by ")[2].partition("\n\n")[0].split())
+    folder, found = "", []
+    for path in re.findall(r"[a-z0-9_/]+\.py", line):
+        folder = path.rpartition("/")[0] or folder
+        found.append(ROOT / folder / path.rpartition("/")[2])
+    return found
+
+
+@pytest.mark.parametrize(
+    "module",
+    [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in {"__init__.py", "__main__.py"}],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_every_module_has_its_test(module: Path) -> None:
+    """A unit test of its name, or a line in its docstring that names the tests that prove it."""
+    named = _named_tests(module)
+    assert [path for path in named if not path.exists()] == []
+    assert named or any(path.exists() for path in _unit_tests(module))

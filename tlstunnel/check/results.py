@@ -1,4 +1,7 @@
-"""The results of the steps of a check."""
+"""The results of the steps of a check.
+
+Tested by tests/unit/test_check_steps.py.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""The target of `tlstunnel check`, what is sent to it, and which certificates are trusted."""
+"""The target of `tlstunnel check`, what is sent to it, and which certificates are trusted.
+
+Tested by tests/unit/test_check_steps.py.
+"""
 
 import ipaddress
 import re

@@ -1,4 +1,7 @@
-"""TLS over a blocking socket, with a copy of the server's first bytes, within a time budget."""
+"""TLS over a blocking socket, with a copy of the server's first bytes, within a time budget.
+
+Tested by tests/unit/test_check_steps.py.
+"""
 
 import contextlib
 import socket

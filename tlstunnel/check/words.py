@@ -1,4 +1,7 @@
-"""Explanations for people why a step of a check failed. Text from the server is escaped."""
+"""Explanations for people why a step of a check failed. Text from the server is escaped.
+
+Tested by tests/unit/test_check_steps.py.
+"""
 
 import errno
 import re

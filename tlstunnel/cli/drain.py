@@ -1,4 +1,7 @@
-"""``tlstunnel drain``: shuts a tunnel down slowly enough that its clients do not all reconnect at once."""
+"""``tlstunnel drain``: shuts a tunnel down slowly enough that its clients do not all reconnect at once.
+
+Tested by tests/promises/test_drain.py.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""``tlstunnel edge``: shows what an edge worker does with a request, without a client and an origin."""
+"""``tlstunnel edge``: shows what an edge worker does with a request, without a client and an origin.
+
+Tested by tests/e2e/test_edge_run.py.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,7 @@
-"""The shared part of commands that take a request: its options, its head, the client's address, and its site."""
+"""The shared part of commands that take a request: its options, its head, the client's address, and its site.
+
+Tested by tests/e2e/test_edge_run.py.
+"""
 
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address

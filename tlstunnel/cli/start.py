@@ -1,4 +1,7 @@
-"""``tlstunnel start``: starts the tunnel and serves until it is stopped."""
+"""``tlstunnel start``: starts the tunnel and serves until it is stopped.
+
+Tested by tests/e2e/test_start_errors.py.
+"""
 
 import asyncio
 import contextlib

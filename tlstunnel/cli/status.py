@@ -1,4 +1,7 @@
-"""``tlstunnel status``: shows the processes of a running tunnel."""
+"""``tlstunnel status``: shows the processes of a running tunnel.
+
+Tested by tests/promises/test_processes.py.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

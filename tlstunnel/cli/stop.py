@@ -1,4 +1,7 @@
-"""``tlstunnel stop``: shuts a tunnel down within seconds."""
+"""``tlstunnel stop``: shuts a tunnel down within seconds.
+
+Tested by tests/promises/test_drain.py.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""``tlstunnel upgrade``: replaces the program of a running tunnel by the release that is installed now."""
+"""``tlstunnel upgrade``: replaces the program of a running tunnel by the release that is installed now.
+
+Tested by tests/promises/test_upgrade.py.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Certificates of a site and of its clients."""
+"""Certificates of a site and of its clients.
+
+Tested by tests/unit/test_config.py.
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,7 @@
-"""Durations: their grammar, and ``"off"`` in place of one."""
+"""Durations: their grammar, and ``"off"`` in place of one.
+
+Tested by tests/unit/test_config.py.
+"""
 
 import re
 from pathlib import Path

@@ -1,6 +1,8 @@
 """The firewall: lists, rules, rate limits and managed rules.
 
 Expressions and the notation of rate limits are parsed by the firewall itself, when it is built.
+
+Tested by tests/unit/test_config.py.
 """
 
 import difflib

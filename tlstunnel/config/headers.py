@@ -1,4 +1,7 @@
-"""Header fields that a site sets or removes."""
+"""Header fields that a site sets or removes.
+
+Tested by tests/unit/test_config.py.
+"""
 
 import re
 from typing import Annotated, Any

@@ -1,4 +1,7 @@
-"""The command line of `start`, and what it and the configuration file say together."""
+"""The command line of `start`, and what it and the configuration file say together.
+
+Tested by tests/unit/test_sites.py.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

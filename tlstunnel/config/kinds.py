@@ -2,6 +2,8 @@
 
 A field of a table names its kind by its type: ``bool``, ``str`` and ``Literal`` have one each, classes such as
 ``Duration`` have a method ``kind``, and ``Annotated[str, Text(...)]`` has one of its own. ``tables.kind_of`` finds it.
+
+Tested by tests/unit/test_config.py.
 """
 
 from abc import ABC, abstractmethod

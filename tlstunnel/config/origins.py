@@ -1,4 +1,7 @@
-"""The servers behind a site or a route: their addresses, the choice between them, and their health."""
+"""The servers behind a site or a route: their addresses, the choice between them, and their health.
+
+Tested by tests/unit/test_config.py.
+"""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,7 @@
-"""The problems of a configuration: collected instead of raised one at a time, each with the key it is about."""
+"""The problems of a configuration: collected instead of raised one at a time, each with the key it is about.
+
+Tested by tests/unit/test_loading_corpus.py.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

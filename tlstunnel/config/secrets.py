@@ -1,4 +1,7 @@
-"""Which values ``tlstunnel config show`` hides."""
+"""Which values ``tlstunnel config show`` hides.
+
+Tested by tests/unit/test_config_rendering.py.
+"""
 
 import re
 from typing import Any

@@ -1,4 +1,7 @@
-"""The top of the file: where to listen, and what all sites share."""
+"""The top of the file: where to listen, and what all sites share.
+
+Tested by tests/unit/test_config.py.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress

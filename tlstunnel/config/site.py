@@ -1,4 +1,7 @@
-"""A site: its names, its certificate, its origins and its policy."""
+"""A site: its names, its certificate, its origins and its policy.
+
+Tested by tests/unit/test_config.py.
+"""
 
 import re
 from collections.abc import Mapping

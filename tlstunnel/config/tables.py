@@ -2,6 +2,8 @@
 
 A table that has a problem is still checked as far as its other values allow, so that one reading of a file reports all
 of its problems.
+
+Tested by tests/unit/test_config.py.
 """
 
 import difflib

@@ -1,4 +1,7 @@
-"""The edge stage: call a site's worker with an upgrade request, and interpret what it returns."""
+"""The edge stage: call a site's worker with an upgrade request, and interpret what it returns.
+
+Tested by tests/promises/test_edge_workers.py.
+"""
 
 import time
 from dataclasses import dataclass

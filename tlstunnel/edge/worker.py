@@ -1,4 +1,7 @@
-"""A worker: its code, its environment from `setup`, and its calls."""
+"""A worker: its code, its environment from `setup`, and its calls.
+
+Tested by tests/unit/test_edge_thread.py.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,7 @@
-"""The workers of one configuration: load them, set them up, and take over those that have not changed."""
+"""The workers of one configuration: load them, set them up, and take over those that have not changed.
+
+Tested by tests/promises/test_edge_reload.py.
+"""
 
 import asyncio
 import gc

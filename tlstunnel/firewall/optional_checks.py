@@ -2,6 +2,8 @@
 
 This module is imported only if the configuration has such a check: importing its libraries takes as long as importing
 everything else.
+
+Tested by tests/unit/test_firewall_verdict.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,6 +3,8 @@
 h11's readers are not used: they make an event of each chunk, and 64 KiB of one-byte chunks, which any client can send,
 kept a process busy for a third of a second (measured; here it is a few milliseconds). The content is always framed
 again before it is forwarded, so that the next hop reads one canonical form.
+
+Tested by tests/unit/test_handshake_plain.py.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""What the firewall and edge workers see of a connection, in addition to the request."""
+"""What the firewall and edge workers see of a connection, in addition to the request.
+
+Tested by tests/unit/test_firewall_facts.py.
+"""
 
 from dataclasses import dataclass
 

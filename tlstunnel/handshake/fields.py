@@ -1,4 +1,7 @@
-"""Header fields of requests and responses: lists, tokens, and hop-by-hop fields."""
+"""Header fields of requests and responses: lists, tokens, and hop-by-hop fields.
+
+Tested by tests/unit/test_handshake_edits.py.
+"""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,7 @@
-"""Refusals: the HTTP responses that the tunnel itself sends."""
+"""Refusals: the HTTP responses that the tunnel itself sends.
+
+Tested by tests/promises/test_refusals.py.
+"""
 
 from http import HTTPStatus
 

@@ -1,4 +1,7 @@
-"""Complete a request that a person has typed: ``GET /chat?room=1`` and some fields."""
+"""Complete a request that a person has typed: ``GET /chat?room=1`` and some fields.
+
+Tested by tests/unit/test_handshake_request.py.
+"""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,7 @@
-"""The record of a connection: what is known of it, filled in stage by stage."""
+"""The record of a connection: what is known of it, filled in stage by stage.
+
+Tested by tests/unit/test_journal.py.
+"""
 
 import time
 from dataclasses import dataclass, field

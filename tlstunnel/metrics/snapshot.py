@@ -1,4 +1,7 @@
-"""The values of a process at one moment, as they are sent to the parent, and their sum over all processes."""
+"""The values of a process at one moment, as they are sent to the parent, and their sum over all processes.
+
+Tested by tests/unit/test_metrics.py.
+"""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, Self

@@ -1,4 +1,7 @@
-"""Connect to the first of several members that accepts; a slow one does not delay the next (RFC 8305)."""
+"""Connect to the first of several members that accepts; a slow one does not delay the next (RFC 8305).
+
+Tested by tests/promises/test_origin_down.py.
+"""
 
 import asyncio
 import errno

@@ -1,4 +1,7 @@
-"""The program of the embedded echo origin: `embedded` runs ``python -m tlstunnel.origins.echo DESCRIPTOR``."""
+"""The program of the embedded echo origin: `embedded` runs ``python -m tlstunnel.origins.echo DESCRIPTOR``.
+
+Tested by tests/e2e/test_demo.py.
+"""
 
 import asyncio
 import contextlib

@@ -2,6 +2,8 @@
 
 It runs in its own process, so that it does not slow down the tunnel's loop. The process exits when its standard input
 ends, and so whenever the tunnel's parent exits.
+
+Tested by tests/e2e/test_demo.py.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Active health checks: check each member of a pool at an interval, even without traffic."""
+"""Active health checks: check each member of a pool at an interval, even without traffic.
+
+Tested by tests/promises/test_origins_several.py.
+"""
 
 import asyncio
 import base64

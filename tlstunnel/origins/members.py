@@ -3,6 +3,8 @@
 Passive checks: after `Ejection.failures` failures in a row, it is ejected for `Ejection.delay`, doubled each time up to
 `Ejection.max_delay`. Then a single handshake tries it, and no other until the result is known. Active checks: it is not
 tried while its health check fails. All times are in seconds of the loop's clock, which callers pass in.
+
+Tested by tests/unit/test_origins_balance.py.
 """
 
 import socket

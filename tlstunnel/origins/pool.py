@@ -1,4 +1,7 @@
-"""The origins of a site or of one of its routes: their addresses, and the order in which to try them."""
+"""The origins of a site or of one of its routes: their addresses, and the order in which to try them.
+
+Tested by tests/promises/test_origins_several.py.
+"""
 
 import asyncio
 import math

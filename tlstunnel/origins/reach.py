@@ -1,4 +1,7 @@
-"""Reach an origin: connect, and make the TLS handshake for ``wss://``; try the next member if either fails."""
+"""Reach an origin: connect, and make the TLS handshake for ``wss://``; try the next member if either fails.
+
+Tested by tests/promises/test_origin_tls.py.
+"""
 
 from collections.abc import Sequence
 

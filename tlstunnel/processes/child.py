@@ -1,4 +1,7 @@
-"""A child that serves connections. It handles the parent's requests, and drains by itself if the parent exits."""
+"""A child that serves connections. It handles the parent's requests, and drains by itself if the parent exits.
+
+Tested by tests/promises/test_processes.py.
+"""
 
 import argparse
 import asyncio

@@ -4,6 +4,8 @@ A request has a reply, a notification has none. On the link, each message is a l
 the tag of its type (`tlstunnel.processes.link`). Unknown fields are ignored and new fields have a default, so that
 different releases can talk to each other. Any other change, such as a new role of children, needs a new `FORMAT` and a
 translation to and from the previous one (`tlstunnel.processes.previous`).
+
+Tested by tests/unit/test_processes_link.py.
 """
 
 from typing import Any, ClassVar, Generic, Literal, TypeVar

@@ -5,6 +5,8 @@ that there were no notifications: messages with ``"answer": 0``, as notification
 no roles of children, and a draining child is *finishing*.
 
 A child does not learn that an earlier release replaced its parent, so it always understands both formats.
+
+Tested by tests/promises/test_upgrade_between_versions.py.
 """
 
 from collections.abc import Mapping

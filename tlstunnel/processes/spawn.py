@@ -3,6 +3,8 @@
 This module imports almost nothing. A child takes as long as the parent to start Python and to import its modules, so
 the first one is started before the parent imports its own: the tunnel is ready after 0.35 s instead of 0.54 s (medians
 of 9).
+
+Tested by tests/promises/test_processes.py.
 """
 
 import atexit

@@ -2,6 +2,8 @@
 
 `start`, `reload`, the probe of an upgrade, `config check`, `firewall explain` and `edge run` all use it, so that they
 accept and reject the same files. What is being served changes only after everything is built.
+
+Tested by tests/unit/test_loading_corpus.py.
 """
 
 from collections.abc import Sequence

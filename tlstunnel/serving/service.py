@@ -2,6 +2,8 @@
 
 Everything is loaded and checked before anything is switched. This happens in a thread, because ten thousand sites take
 seconds and the event loop serves tunnels meanwhile. A reload that fails changes nothing.
+
+Tested by tests/promises/test_reload.py.
 """
 
 import asyncio

@@ -3,6 +3,8 @@
 Both sockets are registered with the process's readiness, edge-triggered, and wake the task of their connection.
 Level-triggered, an incomplete hello that was only peeked would stay readable and wake the task endlessly (seen: 375 000
 times a second).
+
+Tested by tests/promises/test_hello_in_pieces.py.
 """
 
 import socket

@@ -4,6 +4,8 @@ Closing a socket that has unread input sends RST, and an RST destroys what is st
 buffer and, on some systems, in the peer's receive buffer (seen: 485 KB of 5 MB arrived). Therefore a graceful close
 sends FIN first and discards what the peer still sends for a moment, and an intended RST waits until the peer has
 received what was sent before it.
+
+Tested by tests/promises/test_last_bytes_before_a_close.py.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""Waiting for an event or a deadline, for connections that have no tunnel yet."""
+"""Waiting for an event or a deadline, for connections that have no tunnel yet.
+
+Tested by tests/promises/test_slow_loris.py.
+"""
 
 import asyncio
 

@@ -1,4 +1,7 @@
-"""Listening sockets, with one-line errors that say what to do."""
+"""Listening sockets, with one-line errors that say what to do.
+
+Tested by tests/promises/test_upgrade.py.
+"""
 
 import contextlib
 import errno

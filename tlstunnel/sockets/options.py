@@ -1,4 +1,7 @@
-"""Options of TCP sockets."""
+"""Options of TCP sockets.
+
+Tested by tests/promises/test_proxy_protocol.py.
+"""
 
 import socket
 

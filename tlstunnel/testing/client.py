@@ -1,4 +1,7 @@
-"""The client's side of a handshake, and requests for tests of a worker's function alone."""
+"""The client's side of a handshake, and requests for tests of a worker's function alone.
+
+Tested by tests/e2e/test_testing_fixtures.py.
+"""
 
 import base64
 import secrets

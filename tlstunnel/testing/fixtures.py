@@ -1,4 +1,7 @@
-"""The pytest fixtures."""
+"""The pytest fixtures.
+
+Tested by tests/e2e/test_testing_fixtures.py.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,7 @@
-"""WebSocket messages for both ends of a test, the client and the origin."""
+"""WebSocket messages for both ends of a test, the client and the origin.
+
+Tested by tests/e2e/test_testing_fixtures.py.
+"""
 
 import socket
 from collections.abc import Generator, Iterable, Iterator

@@ -1,4 +1,7 @@
-"""Origins: servers in threads of the test's own process."""
+"""Origins: servers in threads of the test's own process.
+
+Tested by tests/e2e/test_testing_fixtures.py.
+"""
 
 import contextlib
 import socket

@@ -1,4 +1,7 @@
-"""The real tunnel with one site that has an edge worker."""
+"""The real tunnel with one site that has an edge worker.
+
+Tested by tests/e2e/test_testing_fixtures.py.
+"""
 
 import contextlib
 import os

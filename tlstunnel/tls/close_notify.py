@@ -1,4 +1,7 @@
-"""Send close_notify on a TLS connection whose peer may still be sending (RFC 8446 section 6.1)."""
+"""Send close_notify on a TLS connection whose peer may still be sending (RFC 8446 section 6.1).
+
+Tested by tests/promises/test_half_close_return_traffic.py.
+"""
 
 import os
 import socket

@@ -2,6 +2,8 @@
 
 Sources: FoxIO's technical details of JA4 (https://github.com/FoxIO-LLC/ja4, technical_details/JA4.md); RFC 8701
 (GREASE: code points that clients offer only to make sure that servers ignore them).
+
+Tested by tests/unit/test_hello.py.
 """
 
 from hashlib import sha256

@@ -1,4 +1,7 @@
-"""Find the key exchange group that a server chose, in the plaintext records that it sends first."""
+"""Find the key exchange group that a server chose, in the plaintext records that it sends first.
+
+Tested by tests/unit/test_check_steps.py.
+"""
 
 from collections.abc import Iterator
 from typing import Final

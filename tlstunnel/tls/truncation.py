@@ -1,4 +1,7 @@
-"""Truncation of a TLS stream: an end without close_notify (RFC 8446 section 6.1)."""
+"""Truncation of a TLS stream: an end without close_notify (RFC 8446 section 6.1).
+
+Tested by tests/promises/test_ending.py.
+"""
 
 import ssl
 

@@ -1,4 +1,7 @@
-"""The stages of a connection before its first request: PROXY header, hello, choice of the site, TLS handshake."""
+"""The stages of a connection before its first request: PROXY header, hello, choice of the site, TLS handshake.
+
+Tested by tests/promises/test_hello_in_pieces.py and test_proxy_protocol.py.
+"""
 
 import ssl
 

@@ -1,4 +1,7 @@
-"""The client's side of a connection: one object from accept until the socket is closed or spliced."""
+"""The client's side of a connection: one object from accept until the socket is closed or spliced.
+
+Tested by tests/unit/test_turn.py.
+"""
 
 import socket
 

@@ -1,4 +1,7 @@
-"""How a connection ends without a tunnel: the bytes that the client gets, the record, and how its socket is closed."""
+"""How a connection ends without a tunnel: the bytes that the client gets, the record, and how its socket is closed.
+
+Tested by tests/unit/test_turn.py and tests/promises/test_refusals.py.
+"""
 
 import asyncio
 import contextlib

@@ -2,6 +2,8 @@
 
 The request was judged like any other; it is the only one of its connection. One coroutine moves both directions, since
 a response may begin, and a connection be done, before the request's body is whole.
+
+Tested by tests/promises/test_http_pass.py.
 """
 
 import asyncio

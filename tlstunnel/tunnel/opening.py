@@ -1,4 +1,7 @@
-"""The last stage of a handshake: the verified 101 opens the tunnel, and its splice takes both sockets over."""
+"""The last stage of a handshake: the verified 101 opens the tunnel, and its splice takes both sockets over.
+
+Tested by tests/promises/test_ending.py.
+"""
 
 import asyncio
 import random

@@ -1,4 +1,7 @@
-"""The stages of a request at an origin: reach one, send it the upgrade request, and relay a response other than 101."""
+"""The stages of a request at an origin: reach one, send it the upgrade request, and relay a response other than 101.
+
+Tested by tests/promises/test_origin_lying.py and test_origin_declining.py.
+"""
 
 import asyncio
 

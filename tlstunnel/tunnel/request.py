@@ -1,4 +1,7 @@
-"""The stages of a request before an origin is involved: reading it, the firewall, the edge worker."""
+"""The stages of a request before an origin is involved: reading it, the firewall, the edge worker.
+
+Tested by tests/promises/test_refusals.py and test_firewall_order.py.
+"""
 
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.connection import Connection

@@ -1,4 +1,7 @@
-"""What a connection is served with."""
+"""What a connection is served with.
+
+Tested by tests/unit/test_turn.py.
+"""
 
 import asyncio
 from dataclasses import dataclass

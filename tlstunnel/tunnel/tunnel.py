@@ -1,4 +1,7 @@
-"""One connection, from accept to its record. `Tunnel.run` is the order of the stages; no other place knows it."""
+"""One connection, from accept to its record. `Tunnel.run` is the order of the stages; no other place knows it.
+
+Tested by tests/unit/test_turn.py.
+"""
 
 import asyncio
 import socket

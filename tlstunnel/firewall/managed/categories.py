@@ -1,4 +1,7 @@
-"""The categories of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 use the same numbers."""
+"""The categories of OWASP CRS's rules, by the first three digits of a rule's id. CRS 3 and 4 use the same numbers.
+
+Tested by tests/unit/test_firewall_managed_check.py.
+"""
 
 _CATEGORIES = {
     910: "IP reputation",

@@ -1,6 +1,8 @@
 """The messages between the tunnel and a helper: one msgpack value per packet of a SOCK_SEQPACKET socket pair.
 
 Packets keep their boundaries, so a killed helper cannot leave half a message.
+
+Tested by tests/unit/test_firewall_managed_helper.py.
 """
 
 import msgspec

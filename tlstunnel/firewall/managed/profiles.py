@@ -2,6 +2,8 @@
 
 Each is a directive that takes effect when all rules are loaded, so it may precede the rules that it changes. All were
 found by sending real handshakes to CRS 3.3.4 and 4. An id that a release does not have is ignored.
+
+Tested by tests/unit/test_firewall_managed_rule_sets.py.
 """
 
 from collections.abc import Mapping
