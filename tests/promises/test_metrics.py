@@ -147,6 +147,7 @@ def test_totals_never_decrease_while_processes_come_and_go(origin: RawOrigin, ce
                 before = found
 
 
+@pytest.mark.alone
 def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certificate) -> None:
     """Nothing is counted, nothing wakes up: neither a tunnel that is open nor the time cost CPU."""
 
@@ -161,7 +162,8 @@ def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certifica
         switches = [_switches(pid) for pid in pids]
         began = [ticks(pid) for pid in pids]
         time.sleep(3)
-        assert [ticks(pid) for pid in pids] == began
+        # A tick is 10 ms: the certificates' files are looked at meanwhile.
+        assert all(now - before <= 1 for now, before in zip(map(ticks, pids), began, strict=True))
         assert all(now - before <= 6 for now, before in zip(map(_switches, pids), switches, strict=True))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_config import documents, toml
-from tlstunnel.config.document import KeyPath, find_lines
+from tlstunnel.config.document import KeyPath, find_lines, render_path
 
 TEXT = '''\
 # a comment with = and [brackets] and "quotes
@@ -128,3 +128,16 @@ def test_every_valid_text_is_read(text: str) -> None:
     every = list(paths(document))
     lines = find_lines(text, every)
     assert all(1 <= line <= text.count("\n") + 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        (("sites", 0, "names", 1), "sites[0].names[1]"),
+        (("lists", "\r\n\x1b[2J"), 'lists."\\r\\n\\x1b[2J"'),
+        (("lists", ""), 'lists.""'),
+        (("lists", "a b"), 'lists."a b"'),
+    ],
+)
+def test_a_path_is_shown_on_one_line(path: KeyPath, text: str) -> None:
+    assert render_path(path) == text

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tlstunnel.addresses import quoted
 from tlstunnel.errors import ConfigurationError
 
 KeyPath = tuple[str | int, ...]
@@ -42,8 +43,13 @@ def parse(text: str, source: str) -> dict[str, Any]:
 
 
 def render_path(path: KeyPath) -> str:
-    """Return a path as messages show it: ``sites[0].names``."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    """Return a path as messages show it: ``sites[0].names``. A key that is not a bare one is quoted, on one line."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{_render_key(step)}" for step in path)
+    return "".join(steps).removeprefix(".")
+
+
+def _render_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else quoted(key)
 
 
 def find_lines(text: str, paths: Sequence[KeyPath]) -> list[int]:
