@@ -3,9 +3,13 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import Certificate
 from tlstunnel.certificates import issue
+
+# For ./scripts/matrix --subset: what differs between Python versions shows with few examples.
+settings.register_profile("few", max_examples=15)
 
 # All clients connect to this machine, whatever proxy the environment has for others.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
