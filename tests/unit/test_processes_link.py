@@ -108,6 +108,19 @@ def test_messages_sent_before_the_exit_are_handled() -> None:
     _linked(work)
 
 
+def test_a_request_that_comes_too_late_loses_no_message() -> None:
+    """The process has closed its end; sending to it fails before its last notification was read."""
+
+    async def work(near: Link, far: Link, events: list[str]) -> None:
+        far.notify(Seen(1))
+        far.close()
+        with pytest.raises(ProcessError):
+            await near.request(Echo())
+        assert events == ["seen 1", "near"]
+
+    _linked(work)
+
+
 def test_the_rest_of_a_link_that_someone_else_holds_open_is_taken_too() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
         far.notify(Seen(1))

@@ -143,6 +143,9 @@ class Link:
                 self._loop.add_writer(self.sock, self._write)
                 return
             except OSError:
+                # The other side has closed its end. What it sent before that, such as its last metrics, still counts.
+                while not self.closed and self._read():
+                    pass
                 return self._handle_end()
             for fd in descriptors:
                 os.close(fd)
