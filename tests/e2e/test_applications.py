@@ -1,4 +1,4 @@
-"""Applications that people run, whose page and socket share a hostname, behind a site with `http = "pass"`.
+"""Real applications whose page and WebSocket share a hostname, behind a site with `http = "pass"`.
 
 JupyterLab and Socket.IO, each as its own process; Chromium opens their pages and trusts the test authority.
 """
@@ -23,7 +23,7 @@ from tlstunnel.testing.program import kill_left_behind, mark_environment
 
 CLIENTS = REPOSITORY / "tests" / "clients"
 SLOW = 2 * TIMEOUT * 1000
-"""Milliseconds for what waits until JupyterLab has started in the browser, or its kernel in Python."""
+"""Milliseconds for events that wait until JupyterLab has started in the browser, or its kernel in Python."""
 SITE = 'http = "pass"\nweb_origins = ["same"]\n'
 
 NOTEBOOK = {
@@ -38,9 +38,9 @@ NOTEBOOK = {
 def _application(
     command: Sequence[str], folder: Path, says: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[re.Match[str]]:
-    """Run it in `folder` until its output has `says`, give the match, and end it with SIGTERM.
+    """Run it in `folder` until its output matches `says`, yield the match, and end it with SIGTERM.
 
-    Fails when it does not end with 0, or leaves a process.
+    Fails if its exit status is not 0, or a process is left.
     """
     log = folder / "output.txt"
     mark, inherited = mark_environment(os.environ | dict(environment or {}))
@@ -79,7 +79,7 @@ def _said(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> re.Match
 
 @contextmanager
 def _tunnel(origin: str, certificate: Certificate) -> Iterator[Tunnel]:
-    """A tunnel that, when all is over, has refused nothing that the application's page asked for."""
+    """A tunnel that, at the end, has refused no request of the application's page."""
     with tunnel_to(origin, certificate, site=SITE) as tunnel:
         yield tunnel
     assert [record for record in tunnel.records("connection") if record["verdict"] == "refused"] == []
@@ -90,14 +90,14 @@ def _tunnel(origin: str, certificate: Certificate) -> Iterator[Tunnel]:
 
 @contextmanager
 def _jupyter(folder: Path) -> Iterator[str]:
-    """JupyterLab with one notebook, on a Unix socket; nothing in it but what a fresh installation has."""
+    """JupyterLab with one notebook, on a Unix socket, as freshly installed."""
     python = CLIENTS / ".venv" / "bin" / "python"
     if not python.exists():
         missing("JupyterLab is not installed: ./scripts/install gets it")
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     (notebooks / "sums.ipynb").write_text(json.dumps(NOTEBOOK))
-    # No question whether to fetch news stands in the way, and nothing is asked of other machines.
+    # No question about news is in the way, and no other machines are contacted.
     settings = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -125,7 +125,7 @@ def test_a_cell_of_a_jupyter_notebook(certificate: Certificate, tmp_path: Path) 
             kernel = opened.value
             path = urlsplit(kernel.url).path
             cell = page.locator(".jp-Notebook .jp-CodeCell").first
-            # Before its kernel is idle, a page on a busy machine may lose what is typed.
+            # Before its kernel is idle, a page on a busy machine may lose key strokes.
             page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached", timeout=SLOW)
             cell.locator(".cm-content").click()
             page.keyboard.type("print(6*7)")
@@ -180,7 +180,7 @@ def _converse(tunnel: Tunnel, home: Path, query: str, transport: str) -> list[st
 
 
 def _answered(tunnel: Tunnel) -> int:
-    """How many requests of Socket.IO's were passed on and answered."""
+    """Return the number of Socket.IO's requests that were forwarded and got a response."""
     return sum(
         (record["path"], record["status"], record["reason"]) == ("/socket.io/", 200, "responded")
         for record in tunnel.records("connection")
@@ -191,7 +191,7 @@ def _upgraded(record: Record) -> bool:
     return (record.get("path"), record.get("status")) == ("/socket.io/", 101)
 
 
-def test_socket_io_begins_by_polling_and_goes_on_by_websocket(socket_io: Tunnel, tmp_path: Path) -> None:
+def test_socket_io_begins_by_polling_and_continues_by_websocket(socket_io: Tunnel, tmp_path: Path) -> None:
     assert _converse(socket_io, tmp_path / "home", "", "websocket") == ["polling", "websocket"]
     record = socket_io.wait_record(_upgraded)
     assert record["verdict"] == "pass"
@@ -201,6 +201,6 @@ def test_socket_io_begins_by_polling_and_goes_on_by_websocket(socket_io: Tunnel,
 
 def test_socket_io_by_polling_alone(socket_io: Tunnel, tmp_path: Path) -> None:
     assert _converse(socket_io, tmp_path / "home", "?transports=polling", "polling") == ["polling"]
-    # Two messages of each side, each with its answer: as many POSTs, and the GETs by which the page hears.
+    # Two messages of each side, each with its response: as many POSTs, and the GETs that receive them.
     eventually(lambda: _answered(socket_io) >= 8)
     assert not any(map(_upgraded, socket_io.records("connection")))

@@ -1,7 +1,7 @@
-"""Headless Chromium from Debian: the page's own `new WebSocket(...)`, the test authority trusted as a user trusts one.
+"""Headless Chromium from Debian: the page's own `new WebSocket(...)`, with the test authority trusted by the user.
 
-Trust comes from an NSS database in a home folder made for the test, and from nothing else: no flag makes Chromium
-overlook a certificate.
+Trust comes only from an NSS database in a home folder made for the test: no flag makes Chromium
+ignore certificate errors.
 """
 
 import subprocess
@@ -116,7 +116,7 @@ def test_a_page_converses_through_the_tunnel(echo: Tunnel, tmp_path: Path) -> No
 
 
 def test_a_browser_that_does_not_trust_the_authority_refuses(echo: Tunnel, tmp_path: Path) -> None:
-    """Proves the other test: what made it pass was the trusted authority."""
+    """Confirms that the other test passes because the authority is trusted."""
     with _browser_page(tmp_path) as page:
         result = page.evaluate(CONVERSE, echo.uri)
     assert result["close"] == [1006, "", False]

@@ -1,4 +1,4 @@
-"""curl: what a person who looks at the handshake by hand sees."""
+"""curl: what a person sees who tries the handshake by hand."""
 
 import socket
 import subprocess
@@ -17,7 +17,7 @@ UPGRADE = {
 def _curl(
     tunnel: Tunnel, *arguments: str, fields: dict[str, str] | None = None
 ) -> tuple[list[str], dict[str, str], str]:
-    """The status line's parts, the fields (names in lower case) and the body."""
+    """Return the status line's parts, the fields (names in lower case) and the body."""
     command = [require("curl"), "--silent", "--show-error", "--include", "--no-buffer", "--http1.1", "--max-time", "20"]
     command += ["--cacert", str(tunnel.ca)]
     for name, value in (fields or {}).items():
@@ -56,7 +56,7 @@ def test_the_handshake(certificate: Certificate) -> None:
 
 
 def _refused(tunnel: Tunnel, *arguments: str, fields: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """A refusal's status and fields, after a check of what every refusal has."""
+    """Return a refusal's status and fields, after the checks that apply to every refusal."""
     status, received, body = _curl(tunnel, *arguments, _https(tunnel), fields=fields)
     assert "close" in received["connection"].lower().split(", ")  # beside "upgrade" where Upgrade is sent: RFC 9110
     assert received["content-type"] == "text/plain; charset=utf-8"
@@ -67,7 +67,7 @@ def _refused(tunnel: Tunnel, *arguments: str, fields: dict[str, str]) -> tuple[s
     return status[1], received
 
 
-def test_what_is_no_upgrade_is_refused_with_the_reason(certificate: Certificate) -> None:
+def test_requests_that_are_no_upgrade_are_refused_with_the_reason(certificate: Certificate) -> None:
     with RawOrigin(_hello_and_goodbye) as origin, Tunnel(origin.address, certificate) as tunnel:
         status, fields = _refused(tunnel, fields={})
         assert (status, fields["upgrade"]) == ("426", "websocket")
@@ -82,7 +82,7 @@ def test_what_is_no_upgrade_is_refused_with_the_reason(certificate: Certificate)
         assert origin.connections == 0
 
 
-def test_plain_http_on_the_port_is_told_to_use_wss(certificate: Certificate) -> None:
+def test_plain_http_on_the_port_gets_a_hint_to_use_wss(certificate: Certificate) -> None:
     with Tunnel(None, certificate) as tunnel:
         status, fields, body = _curl(tunnel, f"http://localhost:{tunnel.port}/", fields=UPGRADE)
         assert status[:2] == ["HTTP/1.1", "400"]

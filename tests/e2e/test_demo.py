@@ -1,4 +1,4 @@
-"""`./scripts/demo`, as a newcomer runs it: up to the first echoed message, and to its end by Ctrl-C."""
+"""`./scripts/demo`, as a newcomer runs it: up to the first echoed message, and until Ctrl-C ends it."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _demo(port: int) -> Iterator[subprocess.Popen[str]]:
-    """It uses the virtual environment that the tests run in; at its end, nothing that it started may be left."""
+    """It uses the virtual environment of the tests; at its end, nothing that it started may be left."""
     mark, environment = mark_environment(os.environ | {"TLSTUNNEL_VENV": sys.prefix})
     process = start_process(
         [DEMO, "--port", str(port)],
@@ -82,7 +82,7 @@ def test_from_nothing_to_an_echo_and_ctrl_c(tmp_path: Path) -> None:
 
 
 def _try_printed_commands(said: str, folder: Path) -> None:
-    """Run the commands that it printed as they stand there, by a shell in the repository's folder."""
+    """Run the commands that it printed, unchanged, with a shell in the repository's folder."""
     commands = re.findall(r"^ {4}((?:.*\\\n)*.*)$", said, re.MULTILINE)
     by_curl = next(command for command in commands if command.startswith("curl "))
     curl = subprocess.run(
@@ -119,7 +119,7 @@ def test_other_ways_to_end_it_leave_nothing(number: signal.Signals) -> None:
         assert demo.wait(15) == 0
 
 
-def test_a_client_that_stays_does_not_keep_it_from_ending() -> None:
+def test_a_client_that_stays_does_not_prevent_its_exit() -> None:
     port = _free_port()
     with _demo(port) as demo:
         _read_until(demo.stdout, LAST_LINE)

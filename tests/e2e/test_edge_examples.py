@@ -474,7 +474,7 @@ def test_while_redis_is_down_or_slow_clients_get_503() -> None:
             server.send_signal(signal.SIGCONT)
             assert user_of(tunnel.handshake(headers=cookie("anna"))) == [USERS["anna"]]
         assert turned_away()
-        # Its connections are all gone; the first request of the next one does not suffer for it.
+        # All its connections are closed; the first request afterwards is not affected.
         with server as client:
             remember(client)
             assert user_of(tunnel.handshake(headers=cookie("anna"))) == [USERS["anna"]]
@@ -542,7 +542,7 @@ def test_the_shares_are_as_configured() -> None:
     assert len(asyncio.run(part(experiment(100)))) == 2000
 
 
-def test_percentages_that_do_not_make_100_refuse_the_start() -> None:
+def test_percentages_that_do_not_add_up_to_100_refuse_the_start() -> None:
     config = experiment(10)
     config["variants"][0]["percent"] = 80
     with pytest.raises(ValueError, match="add up to 100"):
@@ -552,7 +552,7 @@ def test_percentages_that_do_not_make_100_refuse_the_start() -> None:
 # --- shard_by_path
 
 
-def test_a_room_has_one_shard_by_whatever_path() -> None:
+def test_all_paths_to_a_room_have_one_shard() -> None:
     with (
         EdgeOrigin() as first,
         EdgeOrigin() as second,
@@ -581,7 +581,7 @@ def test_a_room_has_one_shard_by_whatever_path() -> None:
             assert paths[1].endswith("/sub?x=1")
         assert set(reached.values()) == {first.address, second.address}
         assert tunnel.handshake("/rooms/lobby").record["origin"] == large.address
-        # What one server takes for the lobby, and another does not.
+        # Paths that one server takes for the lobby, and another does not.
         answer = tunnel.handshake("/rooms/a/../lobby")
         assert answer.request is not None
         assert (answer.record["origin"], answer.request.target) == (large.address, "/rooms/lobby")

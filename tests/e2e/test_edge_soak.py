@@ -57,7 +57,7 @@ def test_workers_leave_nothing_behind(certificate: Certificate) -> None:
         eventually(lambda: tunnel.descriptors() <= descriptors)
         print(f"{connections} handshakes: RSS {early >> 10} -> {tunnel.rss() >> 10} KiB")
         assert tunnel.rss() < early + 8 * MEBIBYTE
-        # The loop's executor, in which files are read, makes its threads when they are needed, and keeps them.
+        # The loop's executor, in which files are read, creates its threads on demand, and keeps them.
         assert _threads(tunnel) <= threads + (os.cpu_count() or 1) + 4
 
 
@@ -73,7 +73,7 @@ async def _ask(tunnel: Tunnel, seconds: float) -> int:
 async def _reload(tunnel: Tunnel, deadline: float) -> None:
     while time.monotonic() < deadline - 5:
         await asyncio.to_thread(reloaded, tunnel)
-        await asyncio.sleep(2)  # between two reloads there are to be handshakes
+        await asyncio.sleep(2)  # so that handshakes happen between two reloads
 
 
 async def _client(tunnel: Tunnel, number: int, deadline: float) -> int:

@@ -1,4 +1,4 @@
-"""`openssl s_client`: which TLS is spoken here and which is not."""
+"""`openssl s_client`: which versions and features of TLS are supported, and which are not."""
 
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from tests.harness import Certificate, Tunnel, handshake_request, require
 
 REFUSED_REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-"""Answered with a 426 and the end of the connection, which is how s_client comes to an end without waiting."""
+"""The response is a 426 and the end of the connection, so that s_client exits without waiting."""
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def tunnel(certificate: Certificate) -> Iterator[Tunnel]:
 
 
 def _s_client(tunnel: Tunnel, *options: str, name: str | None = "localhost") -> tuple[int, str]:
-    """Exit status and all output of one connection on which `REFUSED_REQUEST` is sent."""
+    """Return the exit status and all output of one connection on which `REFUSED_REQUEST` is sent."""
     command = [require("openssl"), "s_client", "-connect", f"127.0.0.1:{tunnel.port}", "-ign_eof"]
     command += ["-CAfile", str(tunnel.ca), "-verify_return_error"]
     command += ["-noservername"] if name is None else ["-servername", name, "-verify_hostname", name]
@@ -40,7 +40,7 @@ def _accepted(output: str) -> bool:
         (["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"], "TLSv1.2", "ECDHE-ECDSA-CHACHA20-POLY1305"),
     ],
 )
-def test_what_is_spoken(tunnel: Tunnel, options: list[str], protocol: str, cipher: str) -> None:
+def test_supported_tls(tunnel: Tunnel, options: list[str], protocol: str, cipher: str) -> None:
     if options == ["-tls1_3"]:
         options = ["-tls1_3", "-ciphersuites", cipher]
     status, output = _s_client(tunnel, *options)
@@ -61,7 +61,7 @@ def test_what_is_spoken(tunnel: Tunnel, options: list[str], protocol: str, ciphe
     ],
     ids=["tls-1.1", "tls-1.0", "cbc-sha1", "cbc-sha256", "no-forward-secrecy"],
 )
-def test_what_is_not_spoken(tunnel: Tunnel, options: list[str]) -> None:
+def test_unsupported_tls(tunnel: Tunnel, options: list[str]) -> None:
     status, output = _s_client(tunnel, *options)
     assert status != 0
     assert "alert protocol version" in output or "alert handshake failure" in output, output
@@ -69,8 +69,8 @@ def test_what_is_not_spoken(tunnel: Tunnel, options: list[str]) -> None:
 
 
 def test_the_whole_upgrade_over_tls(certificate: Certificate, tunnel: Tunnel) -> None:
-    """-quiet keeps the connection as it is: what stands on standard input is sent, and the answer printed."""
-    close_frame = b"\x88\x80\x00\x00\x00\x00"  # masked, as a client's must be; the echo origin answers and closes
+    """-quiet does not change the connection: standard input is sent, and the response is printed."""
+    close_frame = b"\x88\x80\x00\x00\x00\x00"  # masked, as a client's must be; the echo origin responds and closes
     done = subprocess.run(
         [require("openssl"), "s_client", "-quiet", "-connect", f"127.0.0.1:{tunnel.port}", "-CAfile", str(tunnel.ca)],
         input=handshake_request() + close_frame,
@@ -102,7 +102,7 @@ def test_reconnecting_resumes_each_time(tunnel: Tunnel) -> None:
     assert output.count("Reused, TLSv1.2") == 5
 
 
-def test_one_ticket_is_given(tunnel: Tunnel) -> None:
+def test_one_ticket_is_issued(tunnel: Tunnel) -> None:
     status, output = _s_client(tunnel, "-tls1_3")
     assert status == 0, output
     assert output.count("Post-Handshake New Session Ticket arrived") == 1
@@ -119,7 +119,7 @@ def test_alpn(tunnel: Tunnel) -> None:
 
 
 @pytest.mark.parametrize("name", ["localhost", None])
-def test_a_site_without_names_takes_any(certificate: Certificate, name: str | None) -> None:
+def test_a_site_without_names_accepts_any(certificate: Certificate, name: str | None) -> None:
     with Tunnel(None, certificate) as tunnel:
         status, output = _s_client(tunnel, name=name)
         assert status == 0, output
@@ -134,7 +134,7 @@ def test_the_chain_that_is_served(tunnel: Tunnel) -> None:
 
 
 def test_renegotiation_is_refused(tunnel: Tunnel) -> None:
-    """`R` on a line makes s_client ask for it; the request that follows shows whether the connection went on."""
+    """`R` on a line makes s_client request it; the request that follows shows whether the connection continued."""
     done = subprocess.run(
         [
             require("openssl"),

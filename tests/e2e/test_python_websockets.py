@@ -1,4 +1,4 @@
-"""The `websockets` library on both ends: what its client and server agree on is not changed by the tunnel between."""
+"""The `websockets` library on both ends: the tunnel does not change what its client and server agree on."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ def test_messages_come_back_as_they_were_sent(echo: Tunnel, message: str | bytes
         assert client.recv() == message
 
 
-def test_a_large_message_comes_back_whole(echo: Tunnel) -> None:
+def test_a_large_message_comes_back_complete(echo: Tunnel) -> None:
     message = random.Random(6455).randbytes(8 << 20)  # random: permessage-deflate cannot shrink it
     with connect(echo.uri, ssl=client_context(echo), max_size=None) as client:
         client.send(message)
@@ -47,7 +47,7 @@ def test_messages_keep_their_order(echo: Tunnel) -> None:
         assert [client.recv() for _ in messages] == messages
 
 
-def test_many_clients_at_once_keep_to_themselves(echo: Tunnel) -> None:
+def test_many_clients_at_once_get_their_own_messages(echo: Tunnel) -> None:
     async def converse(number: int) -> None:
         async with connect_async(echo.uri, ssl=client_context(echo)) as client:
             for turn in range(20):
@@ -60,7 +60,7 @@ def test_many_clients_at_once_keep_to_themselves(echo: Tunnel) -> None:
     asyncio.run(converse_all())
 
 
-def test_fragments_are_not_put_together_or_cut(certificate: Certificate) -> None:
+def test_fragments_are_not_joined_or_split(certificate: Certificate) -> None:
     async def report_fragments(connection: ServerConnection) -> None:
         fragments = [fragment async for fragment in connection.recv_streaming(decode=True)]
         await connection.send("|".join(fragments))

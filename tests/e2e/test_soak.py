@@ -1,4 +1,4 @@
-"""Long-running: `./scripts/soak [SECONDS]`. What a minute does not show: memory or descriptors that creep up."""
+"""Long-running: `./scripts/soak [SECONDS]`. What a minute does not show: memory or descriptors that leak slowly."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(certificate: Certificate)
         connections += asyncio.run(_come_and_go(tunnel, seconds * 0.8))
         tunnel.wait_records(connections)
         eventually(lambda: tunnel.descriptors() <= descriptors)
-        # The allocator keeps some of a peak; what leaks grows with each of many thousand connections.
+        # The allocator keeps some memory of a peak; a leak grows with each of many thousand connections.
         assert tunnel.rss() < early + 8 * MEBIBYTE
         assert len(tunnel.records("connection")) == connections
 

@@ -1,4 +1,4 @@
-"""sslyze: what somebody who audits TLS servers finds at a tunnel with nothing configured (docs/tls.md)."""
+"""sslyze: what an auditor of TLS servers finds at a tunnel with the default settings (docs/tls.md)."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from tests.harness import REPOSITORY, Certificate, Tunnel, missing
 
 PROGRAM = REPOSITORY / "build" / "sslyze" / "bin" / "sslyze"
-"""Where scripts/install puts it, in a virtual environment of its own."""
+"""Installed by scripts/install, in a virtual environment of its own."""
 
 SUITES = {
     "TLS_1_2": {
@@ -25,11 +25,11 @@ BESIDE_MOZILLAS_PROFILE = {
     "maximum_certificate_lifespan": "a test certificate's 397 days, which are Apple's limit; the profile has 366",
     "tls_curves": "X448 and P-521: Python's ssl has no call that chooses groups (docs/tls.md)",
 }
-"""What differs from the profile `intermediate`, and why."""
+"""The differences from the profile `intermediate`, with reasons."""
 
 
 class Audit(NamedTuple):
-    """What sslyze says: its words on the profile, and the result of each of its scans."""
+    """The results of sslyze: its verdict on the profile, and the result of each of its scans."""
 
     words: str
     scans: dict[str, Any]
@@ -41,7 +41,7 @@ def audit(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) ->
         missing("sslyze not found: ./scripts/install gets it")
     file = tmp_path_factory.mktemp("sslyze") / "result.json"
     with Tunnel(None, certificate) as tunnel:
-        # With a profile it runs all that the profile is about, which these are not.
+        # With a profile it runs all scans that belong to the profile; these do not.
         command = [str(PROGRAM), f"--json_out={file}", "--early_data", "--resum", "--mozilla_config", "intermediate"]
         command += ["--certinfo_ca_file", str(tunnel.ca), f"localhost:{tunnel.port}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
@@ -50,7 +50,7 @@ def audit(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _scans(file: Path) -> dict[str, Any]:
-    """Return the result of each scan that was asked for; all have to have ended well."""
+    """Return the result of each requested scan; all must have succeeded."""
     (server,) = json.loads(file.read_text())["server_scan_results"]
     assert server["scan_status"] == "COMPLETED", server["connectivity_error_trace"]
     scans = {name: scan for name, scan in server["scan_result"].items() if scan["status"] != "NOT_SCHEDULED"}
@@ -59,7 +59,7 @@ def _scans(file: Path) -> dict[str, Any]:
 
 
 def _accepted(audit: Audit) -> dict[str, list[dict[str, Any]]]:
-    """The suites that each version was spoken with, versions without any left out."""
+    """Return the suites accepted with each version, without versions that have none."""
     results = [result for name, result in audit.scans.items() if name.endswith("_cipher_suites")]
     assert len(results) == 6
     return {result["tls_version_used"]: suites for result in results if (suites := result["accepted_cipher_suites"])}
@@ -103,7 +103,7 @@ def test_known_attacks_and_what_prevents_them(audit: Audit, scan: str, result: d
 
 
 def test_tickets_resume_every_time(audit: Audit) -> None:
-    """Session identifiers resume where the client ended its connection in order, which sslyze does not always."""
+    """Session identifiers resume if the client closed its connection in order, which sslyze does not always do."""
     assert audit.scans["session_resumption"]["tls_ticket_resumption_result"] == "FULLY_SUPPORTED"
 
 

@@ -1,4 +1,4 @@
-"""What stops `tlstunnel start` from starting is said in one line, names its place, and is no traceback."""
+"""Errors that prevent `tlstunnel start` are one line, name their place, and have no traceback."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ def _start(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
 
 
 def _refused(folder: Path, *arguments: str | Path) -> str:
-    """Start it in ``folder``, check what every refusal has in common, and return the line that says why."""
+    """Start it in ``folder``, check what all refusals have in common, and return the line with the reason."""
     done = _start(folder, *arguments)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
@@ -49,13 +49,13 @@ def test_a_missing_key(certificate: Certificate, tmp_path: Path) -> None:
     assert str(absent) in _refused(tmp_path, *_pair(certificate.cert, absent))
 
 
-def test_a_file_that_is_no_certificate(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_certificate(certificate: Certificate, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("this is no certificate\n")
     assert str(nonsense) in _refused(tmp_path, *_pair(nonsense, certificate.key))
 
 
-def test_a_file_that_is_no_key(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_key(certificate: Certificate, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense-key.pem"
     nonsense.write_text("this is no key\n")
     assert str(nonsense) in _refused(tmp_path, *_pair(certificate.cert, nonsense))
@@ -97,7 +97,7 @@ def test_an_address_of_another_machine(certificate: Certificate, tmp_path: Path)
     assert "192.0.2.1" in said
 
 
-def test_a_unix_socket_in_no_folder(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_unix_socket_in_a_missing_folder(certificate: Certificate, tmp_path: Path) -> None:
     path = tmp_path / "absent" / "tunnel.sock"
     said = _refused(
         tmp_path, "--listen", f"unix:{path}", "--cert", certificate.cert, "--key", certificate.key, "localhost:3000"
@@ -122,11 +122,11 @@ def test_a_missing_configuration_file(tmp_path: Path) -> None:
     assert "absent.toml" in _refused(tmp_path, "--config", tmp_path / "absent.toml")
 
 
-def test_a_configuration_that_is_no_toml(tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_toml(tmp_path: Path) -> None:
     _refused_config(tmp_path, "listen = [\n")
 
 
-def test_a_configuration_that_is_no_text(tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     assert "binary.toml" in _refused(tmp_path, "--config", tmp_path / "binary.toml")
 
@@ -164,7 +164,7 @@ def test_a_certificate_named_in_the_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], named: str) -> None:
-    """The command line itself is at fault: status 2, and how to use it."""
+    """The command line itself is wrong: status 2, and the usage."""
     done = _start(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: tlstunnel start ")

@@ -1,4 +1,4 @@
-"""tlstunnel.testing: what somebody who writes an edge worker tests it with."""
+"""tlstunnel.testing: the fixtures with which authors of edge workers test them."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def tunnel(worker: str) -> Iterator[EdgeTunnel]:
         yield tunnel
 
 
-def test_a_handshake_says_what_reached_the_origin(tunnel: EdgeTunnel) -> None:
+def test_a_handshake_shows_what_reached_the_origin(tunnel: EdgeTunnel) -> None:
     answer = tunnel.handshake(
         "/chat?room=1",
         headers=[("X-A", "1"), ("x-a", "2")],
@@ -86,7 +86,7 @@ def test_a_handshake_says_what_reached_the_origin(tunnel: EdgeTunnel) -> None:
     assert answer.record["origin"] == tunnel.origin.address
 
 
-def test_a_refusal_says_that_nothing_did(tunnel: EdgeTunnel) -> None:
+def test_a_refusal_shows_that_nothing_did(tunnel: EdgeTunnel) -> None:
     answer = tunnel.handshake("/told", client_address="127.0.0.7", host="a.example.com")
     assert (answer.status, answer.body, answer.request, answer.messages) == (403, "grüße", None, ())
     assert (answer.headers["X-Host"], answer.headers["X-Site"]) == ("a.example.com", "*.example.com")
@@ -116,7 +116,7 @@ def test_a_plain_request_reaches_the_origin_too(tunnel: EdgeTunnel) -> None:
     assert tunnel.origin.requests[-1].target == "/page"
 
 
-def test_what_does_not_come_is_waited_for_no_longer(tunnel: EdgeTunnel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_record_has_a_timeout(tunnel: EdgeTunnel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlstunnel.testing.program.TIMEOUT", 0.05)
     with pytest.raises(
         AssertionError, match=r"(?s)no record 'nothing' with .* within 0.05 s; its log:.*ready"
@@ -131,7 +131,7 @@ def test_a_failing_worker_is_found_in_the_log(tunnel: EdgeTunnel) -> None:
     assert "LookupError: of the worker" in tunnel.wait_for("edge worker failed", id=answer.record["id"])["exception"]
 
 
-def test_a_worker_may_send_elsewhere(worker: str, edge_tunnel: Tunnels, edge_origin: Origins) -> None:
+def test_a_worker_may_choose_another_origin(worker: str, edge_tunnel: Tunnels, edge_origin: Origins) -> None:
     first, other = edge_origin(), edge_origin()
     allowed = edge_tunnel(f"{worker}:fetch", config={"else": other.address}, origins=[first], worker_origins=[other])
     answer = allowed.handshake("/else?a=b", messages=["hello"])
@@ -165,17 +165,17 @@ def test_a_worker_gets_its_configuration(worker: str, config: dict[str, Any], ed
         ("fetch", {"top": "broken ["}, "tlstunnel.toml:2"),
     ],
 )
-def test_a_start_that_fails_says_why(
+def test_a_start_that_fails_reports_why(
     worker: str, edge_tunnel: Tunnels, reference: str, options: dict[str, str], said: str
 ) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)the tunnel did not start.* its log:\n.*{said}"):
         edge_tunnel(f"{worker}:{reference}", **options)
 
 
-def test_a_tunnel_that_does_not_end_well_fails_the_test(worker: str) -> None:
+def test_a_tunnel_that_does_not_exit_cleanly_fails_the_test(worker: str) -> None:
     def test() -> None:
         with EdgeTunnel(f"{worker}:fetch") as tunnel:
-            with contextlib.suppress(AssertionError, OSError):  # the process that serves may be quicker
+            with contextlib.suppress(AssertionError, OSError):  # the serving process may be quicker
                 tunnel.handshake("/end")
             tunnel._program.process.wait()
 
@@ -183,7 +183,7 @@ def test_a_tunnel_that_does_not_end_well_fails_the_test(worker: str) -> None:
         test()
 
 
-def test_an_error_of_the_test_goes_before_the_tunnels(worker: str) -> None:
+def test_an_error_of_the_test_takes_precedence_over_the_tunnels(worker: str) -> None:
     def test() -> None:
         with EdgeTunnel(f"{worker}:fetch") as tunnel:
             tunnel._program.process.kill()
@@ -193,7 +193,7 @@ def test_an_error_of_the_test_goes_before_the_tunnels(worker: str) -> None:
         test()
 
 
-def test_an_origin_ends_what_is_open_and_takes_nothing_more() -> None:
+def test_an_origin_closes_its_connections_and_accepts_no_more() -> None:
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(EdgeOrigin())
         with connect(f"ws://{origin.address}/", proxy=None) as client:
@@ -209,7 +209,7 @@ def test_an_origin_ends_what_is_open_and_takes_nothing_more() -> None:
 # --- worker_request
 
 
-def test_worker_request_gives_what_a_worker_gets() -> None:
+def test_worker_request_returns_what_a_worker_gets() -> None:
     request = worker_request(
         "GET /chat/%C3%BC?x=1&x=2",
         headers=[("Cookie", "sid=7"), ("X-A", "1"), ("X-A", "2")],
@@ -252,7 +252,7 @@ def test_worker_request_refuses_what_no_worker_would_see(text: str, headers: dic
         worker_request(text, headers=headers)
 
 
-# --- in a project of somebody else
+# --- in another project
 
 
 THEIRS = """
@@ -284,7 +284,7 @@ def test_that_fails(edge_tunnel):
     assert edge_tunnel("edge/chat.py:fetch").handshake("/sorry").status == 101
 
 
-def test_of_a_worker_that_is_not_there(edge_tunnel):
+def test_of_a_missing_worker(edge_tunnel):
     edge_tunnel("edge/chat.py:fetsh")
 """
 
@@ -304,7 +304,7 @@ async def fetch(request, env):
 """
 
 
-def test_somebody_elses_project_uses_it_as_a_plugin(tmp_path: Path) -> None:
+def test_another_project_uses_it_as_a_plugin(tmp_path: Path) -> None:
     (tmp_path / "edge").mkdir()
     (tmp_path / "edge" / "chat.py").write_text(CHAT)
     (tmp_path / "test_chat.py").write_text(THEIRS)

@@ -1,4 +1,4 @@
-"""testssl.sh: what it finds at a tunnel with nothing configured (docs/tls.md). A minute: `./scripts/soak`."""
+"""testssl.sh: what it finds at a tunnel with the default settings (docs/tls.md). A minute: `./scripts/soak`."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ EXCLUDED = {
     "cipher_order": "the client chooses: every suite is a good one, and it knows which is fast for it. So does "
     "Mozilla's profile intermediate",
 }
-"""The findings that are no fault of our settings, by testssl.sh's identifiers, and why."""
+"""The findings that are not faults of the settings, by testssl.sh's identifiers, and why."""
 
 HARMLESS = {"OK", "INFO", "LOW"}
 """Anything else fails: MEDIUM, HIGH and CRITICAL, and WARN and FATAL, with which something was not tested."""
@@ -25,13 +25,13 @@ NEEDED = {
     "secure_renego", "secure_client_renego", "CRIME_TLS", "POODLE_SSL", "SWEET32", "FREAK", "DROWN", "LOGJAM", "BEAST",
     "LUCKY13", "RC4",
 }  # fmt: skip
-"""What has to have been tested."""
+"""The tests that must have run."""
 
 
 @pytest.mark.soak
 def test_testssl_finds_nothing(certificate: Certificate, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
-    # Debian calls it testssl, its makers testssl.sh.
+    # Debian calls it testssl, its authors testssl.sh.
     command = [require("testssl", "testssl.sh"), "--quiet", "--color", "0", "--warnings", "off", "--sneaky"]
     command += ["--ip", "127.0.0.1", "--nodns", "none", "--add-ca", str(certificate.ca), "--jsonfile", str(found)]
     with Tunnel(None, certificate, measured=True) as tunnel:

@@ -57,7 +57,7 @@ class TlsEnd:
 
     @property
     def version(self) -> str | None:
-        """Of TLS, such as ``TLSv1.3``."""
+        """The version of TLS, such as ``TLSv1.3``."""
         return self._tls.version()
 
     def encrypt(self, data: bytes | memoryview) -> bytes:
@@ -113,7 +113,7 @@ class TlsEnd:
         return bytes(received)
 
     def receive_all(self) -> bytes:
-        """Everything up to a ``close_notify`` that a FIN follows."""
+        """Return everything up to a ``close_notify`` that a FIN follows."""
         received = bytearray()
         while some := self.receive():
             received += some

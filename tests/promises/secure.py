@@ -1,4 +1,4 @@
-"""Both ends of a tunnel to a ``wss://`` origin in the hands of one test, and certificates with something wrong."""
+"""Both ends of a tunnel to a ``wss://`` origin, controlled by one test, and certificates that are invalid."""
 
 import contextlib
 import ipaddress
@@ -36,7 +36,7 @@ DAY = timedelta(days=1)
 
 
 class Authority:
-    """A test authority, which signs whatever it is asked to."""
+    """A certificate authority for tests. It signs anything."""
 
     def __init__(self, folder: Path, name: str = "test authority") -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Authority:
         self_signed: bool = False,
         common: str | None = None,
     ) -> Certificate:
-        """A pair for ``names``, whose validity is counted from now; ``ca`` is the file to trust it by."""
+        """A pair for ``names``, valid relative to the current time; ``ca`` is the file that makes it trusted."""
         key = ec.generate_private_key(ec.SECP256R1())
         common = common or (names[0] if names else "no name")
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
@@ -108,7 +108,7 @@ def server_context(pair: Certificate) -> ssl.SSLContext:
 
 
 def site(certificate: Certificate, origin: str, settings: str = "", head: str = "") -> str:
-    """A whole configuration of one site. ``settings`` are keys of the site, ``head`` what stands before it."""
+    """Return a configuration with one site. ``settings`` are keys of the site, ``head`` comes before it."""
     return (
         f'listen = ["127.0.0.1:0"]\n{head}\n[[sites]]\ncert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
         f'origins = ["{origin}"]\n{settings}\n'
@@ -116,7 +116,7 @@ def site(certificate: Certificate, origin: str, settings: str = "", head: str = 
 
 
 class OriginEnd(TlsEnd):
-    """The server's end of a TLS connection, as `TlsEnd` is the client's."""
+    """The server's end of a TLS connection, the counterpart of `TlsEnd`."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         self.sock = sock
@@ -141,12 +141,12 @@ class OriginEnd(TlsEnd):
 
     @property
     def resumed(self) -> bool:
-        """Whether the TLS handshake took up an earlier session."""
+        """Whether the TLS handshake resumed an earlier session."""
         return bool(self._tls.session_reused)
 
     @property
     def peer(self) -> str:
-        """The common name in the certificate that the tunnel showed; "" for none."""
+        """The common name in the certificate that the tunnel presented; "" if it presented none."""
         der = self._tls.getpeercert(binary_form=True)
         if not der:
             return ""
@@ -154,18 +154,18 @@ class OriginEnd(TlsEnd):
         return str(common[0].value)
 
     def receive(self) -> bytes:
-        """As `TlsEnd.receive`; the client's first bytes may have come with the last of its TLS handshake."""
+        """As `TlsEnd.receive`; the client's first bytes may have arrived with the end of its TLS handshake."""
         with self._lock:
             data = self._decrypt()
         return data or super().receive()
 
     def recv(self, _: int) -> bytes:
-        """As a socket's, for what reads heads."""
+        """As the method of a socket, for functions that read heads."""
         return self.receive()
 
     def read_request(self) -> Request:
-        """Read one request's head."""
-        return read_request_of(cast(socket.socket, self))  # all that it needs is recv
+        """Read the head of one request."""
+        return read_request_of(cast(socket.socket, self))  # it only needs recv
 
 
 class SecurePair(NamedTuple):
@@ -176,7 +176,7 @@ class SecurePair(NamedTuple):
 
 
 class SecureEnds(BothEnds):
-    """As `BothEnds`, the origin's end in TLS too, with the certificate ``origin`` (None: the tunnel's own)."""
+    """As `BothEnds`, but the origin also uses TLS, with the certificate ``origin`` (None: the tunnel's own)."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class SecureEnds(BothEnds):
     def open_secure(
         self, *, context: ssl.SSLContext | None = None, buffers: int | None = None, tls_1_2: bool = False
     ) -> SecurePair:
-        """A tunnel; ``tls_1_2`` is of the TLS with the origin, ``context`` the client's."""
+        """Open a tunnel; ``tls_1_2`` applies to TLS with the origin, ``context`` is the client's."""
         context = context or self.context
         context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
         client = self.connect(context=context, buffers=buffers)
@@ -218,16 +218,16 @@ class SecureEnds(BothEnds):
 
 
 def truncated(receive: Callable[[], bytes]) -> None:
-    """That a FIN without ``close_notify`` comes next."""
+    """Check that a FIN without ``close_notify`` comes next."""
     with pytest.raises(ssl.SSLError) as caught:
         receive()
     assert is_truncation(caught.value)
 
 
 class Sealing:
-    """Seals TLS 1.3 records as ``end`` would, for what OpenSSL never sends; afterwards ``end`` can only receive.
+    """Seals TLS 1.3 records as ``end`` would, to send what OpenSSL never sends; ``end`` can only receive afterwards.
 
-    ``secret`` is the traffic secret of its side, ``sent`` the number of records it has sent with that.
+    ``secret`` is the traffic secret of its side, ``sent`` the number of records already sent with it.
     """
 
     def __init__(self, cipher: str, secret: bytes, sent: int) -> None:
@@ -237,7 +237,7 @@ class Sealing:
         self._secret, self._number = secret, sent
 
     def record(self, content: bytes, kind: int) -> bytes:
-        """The record of ``content``; ``kind`` is 22 for a part of the TLS handshake, 23 for data (RFC 8446 5.2)."""
+        """Return a record with ``content``; ``kind`` is 22 for a TLS handshake message, 23 for data (RFC 8446 5.2)."""
         inner = content + bytes([kind])
         head = b"\x17\x03\x03" + (len(inner) + 16).to_bytes(2)
         key, vector = self._expand(b"key", self._key_size), self._expand(b"iv", 12)
@@ -247,7 +247,7 @@ class Sealing:
         return head + aead.encrypt(nonce, inner, head)
 
     def next_secret(self) -> None:
-        """From the record after a KeyUpdate on (section 7.2)."""
+        """Use the key that follows a KeyUpdate (section 7.2)."""
         self._secret, self._number = self._expand(b"traffic upd", self._hash.digest_size), 0
 
     def _expand(self, label: bytes, size: int) -> bytes:
@@ -257,7 +257,7 @@ class Sealing:
 
 
 def refused(tunnel: Tunnel) -> bytes:
-    """What a client is answered."""
+    """Return the response that a client gets."""
     with socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT) as sock:
         client = TlsEnd(sock, client_context(tunnel))
         client.send(handshake_request())

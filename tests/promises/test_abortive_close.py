@@ -1,6 +1,6 @@
-"""A side that aborts (RST) aborts the other, behind all that it sent before; a FIN without close_notify truncates.
+"""A reset (RST) of one side resets the other, after everything sent before it; FIN without close_notify truncates.
 
-Whatever the moment, the tunnel ends, gives its descriptors back and does not spin.
+In every case the tunnel ends, releases its descriptors and does not spin.
 """
 
 import random
@@ -46,7 +46,7 @@ def _who_and_why(record: Record) -> tuple[str, str]:
 
 
 def _full(pair: Pair, direction: str) -> int:
-    """Send in ``direction`` until its tunnel has no more room; how many bytes of `DATA`, over and over, went in."""
+    """Send in ``direction`` until its tunnel is full; return how many bytes of `DATA`, repeated, were taken."""
     sock = pair.client.sock if direction == "up" else pair.origin
     sealed = pair.client.encrypt if direction == "up" else bytes
     sock.settimeout(0.5)
@@ -126,7 +126,7 @@ def test_a_record_cut_by_a_fin_is_a_truncation(ends: BothEnds) -> None:
     assert _who_and_why(ends.record(client)) == ("client", "truncated")
 
 
-def test_a_client_that_goes_on_in_clear_is_an_error(ends: BothEnds) -> None:
+def test_a_client_that_continues_unencrypted_is_an_error(ends: BothEnds) -> None:
     client, origin = ends.open()
     client.send(b"sealed")
     client.sock.sendall(b"in clear, which is no record")
@@ -140,14 +140,14 @@ def test_a_client_that_goes_on_in_clear_is_an_error(ends: BothEnds) -> None:
 
 @pytest.mark.alone
 def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: BothEnds) -> None:
-    """Nobody reads the client's socket then, and epoll tells of its error all the same, and again and again."""
+    """The client's socket is not read at that time, and epoll still reports its error, again and again."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
     size = _full(Pair(client, origin), "up")
     reset(client.sock)
     _does_not_spin(measured)
     received = receive_until_reset(lambda: origin.recv(65_536))
-    # What was in the client's kernel went with it; what comes is a beginning of what it sent.
+    # The reset discards what was in the client's kernel; what arrives is a prefix of what it sent.
     assert received == (DATA[:MIB] * (size // MIB + 1))[: len(received)]
     record = measured.record(client)
     assert (record["ended_by"], record["reason"], record["up"]) == ("client", "reset", len(received))
@@ -170,8 +170,8 @@ def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: B
 
 @pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_a_side_that_never_reads_again_does_not_hold_a_hung_up_tunnel(certificate: Certificate, direction: str) -> None:
-    """The sender hangs up with bytes still to deliver: no spin, and after ``timeouts.close`` the end of it."""
+def test_a_side_that_stops_reading_does_not_hold_up_a_closing_tunnel(certificate: Certificate, direction: str) -> None:
+    """The sender closes with bytes still to deliver: no spin, and ``timeouts.close`` ends the tunnel."""
     with BothEnds(certificate, settings='[timeouts]\nclose = "2s"\n', measured=True) as ends:
         idle = ends.tunnel.descriptors()
         pair = ends.open(buffers=65_536)
@@ -184,7 +184,7 @@ def test_a_side_that_never_reads_again_does_not_hold_a_hung_up_tunnel(certificat
 
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_by_the_side_that_does_not_read(measured: BothEnds, side: str) -> None:
-    """The tunnel waits for this side to take more when it goes: the other side is told at once."""
+    """The tunnel is waiting until it can write to this side when it resets: the other side is reset at once."""
     idle = measured.tunnel.descriptors()
     pair = measured.open(buffers=65_536)
     _full(pair, "down" if side == "client" else "up")
@@ -200,7 +200,7 @@ def test_a_reset_by_the_side_that_does_not_read(measured: BothEnds, side: str) -
 @pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_by_the_side_that_had_ended(measured: BothEnds, side: str) -> None:
-    """It sent its end and was to be answered: when it goes now, nobody is left to answer, and the tunnel is over."""
+    """It had ended its direction and awaited a response: when it resets now, the tunnel ends."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open()
     if side == "client":
@@ -236,7 +236,7 @@ def test_both_reset_at_once(ends: BothEnds) -> None:
         eventually(lambda: ends.tunnel.descriptors() <= idle)
 
 
-def test_the_other_tunnels_do_not_notice(ends: BothEnds) -> None:
+def test_other_tunnels_are_unaffected(ends: BothEnds) -> None:
     witness = ends.open()
     for number in range(40):
         client, origin = ends.open()
@@ -249,7 +249,7 @@ def test_the_other_tunnels_do_not_notice(ends: BothEnds) -> None:
     assert witness.client.receive() == b"still here"
 
 
-def test_an_abort_is_no_proper_end_for_the_client(ends: BothEnds) -> None:
+def test_an_abort_is_not_an_orderly_end_for_the_client(ends: BothEnds) -> None:
     """What the origin broke off must not look complete: no close_notify, so no `ssl.SSLSocket` reads an end."""
     client, origin = ends.open()
     origin.sendall(b"half of")

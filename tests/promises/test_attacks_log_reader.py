@@ -31,7 +31,7 @@ LONG = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 12_000)
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A tunnel whose standard error is `log`, which nothing reads behind the line that says it is ready."""
+    """A tunnel whose standard error is `log`, which is not read any further than the line that says it is ready."""
 
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -81,7 +81,7 @@ def test_reader_that_stops_reading(certificate: Certificate) -> None:
             assert upgrade(client).status == 101
             _refused(started, REQUESTS)
             _echoed(client)
-        # Read again, every line is there, in order and whole.
+        # When it is read again, all lines are there, in order and complete.
         count = 0
         while count < REQUESTS + 1:
             count += json.loads(started.log.readline())["event"] == "connection"
@@ -97,7 +97,7 @@ def test_reader_that_exits(certificate: Certificate) -> None:
             before = len(list(descriptors.iterdir()))
             started.log.close()
             _refused(started, REQUESTS)
-            with started.connect() as other:  # a tunnel's end is logged too
+            with started.connect() as other:  # the end of a tunnel is logged too
                 assert upgrade(other).status == 101
             _echoed(client)
             eventually(lambda: len(list(descriptors.iterdir())) <= before)

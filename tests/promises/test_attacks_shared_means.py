@@ -1,4 +1,4 @@
-"""What one client or origin can occupy is bounded: the loop's time, descriptors, the exit of a process."""
+"""What one client or origin can occupy is limited: the time of the loop, descriptors, and the time to exit."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ from tests.harness import (
 
 @pytest.mark.alone
 def test_endless_response_does_not_block_the_loop(certificate: Certificate) -> None:
-    """An origin that answers 200 with a large file, to a client that takes it as fast as it comes."""
+    """An origin responds 200 with a large file, to a client that reads it as fast as it arrives."""
 
     def handle(sock: socket.socket) -> None:
         read_request(sock)
@@ -44,7 +44,7 @@ def test_endless_response_does_not_block_the_loop(certificate: Certificate) -> N
             while not over.is_set() and client.recv_into(buffer):
                 pass
 
-    # Not in debug mode: it is the tunnel that is to be the slowest of the three.
+    # Not in debug mode: the tunnel must be the slowest of the three.
     with RawOrigin(handle) as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
         takers = [threading.Thread(target=take, args=(connect_tls(tunnel),)) for _ in range(3)]
         for taker in takers:
@@ -65,8 +65,8 @@ def test_endless_response_does_not_block_the_loop(certificate: Certificate) -> N
         assert worst < 0.5
 
 
-def test_closing_sockets_give_up_their_descriptors(certificate: Certificate) -> None:
-    """Clients that take nothing of what they were refused with keep no descriptor from others."""
+def test_closing_sockets_release_their_descriptors(certificate: Certificate) -> None:
+    """Clients that do not read the refusal sent to them do not keep descriptors from others."""
     body = bytes(300_000)
 
     def handle(sock: socket.socket) -> None:
@@ -90,11 +90,11 @@ def test_closing_sockets_give_up_their_descriptors(certificate: Certificate) -> 
             refused.sendall(handshake_request("/refused"))
             if tunnel.descriptors() >= 98:
                 break
-        # Whatever is left is taken by connections that wait, and the tunnel still ends as it should.
+        # The remaining descriptors are taken by connections that wait, and the tunnel still exits cleanly.
         for _ in range(5):
             stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT))
         client.sendall(b"x")
-        assert receive_all(client) == b"bye"  # with close_notify: without, it raises
+        assert receive_all(client) == b"bye"  # with close_notify: without it, this raises
         with connect_tls(tunnel) as other:
             assert upgrade(other).status == 101
 
@@ -116,7 +116,7 @@ def test_trickling_reader_does_not_delay_the_exit(certificate: Certificate) -> N
         context = ssl.create_default_context(cafile=tunnel.ca)
         with context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(handshake_request())
-            for _ in range(200):  # some of it, so that the rest fits into the tunnel's send buffer
+            for _ in range(200):  # part of it, so that the rest fits into the tunnel's send buffer
                 client.recv(16_384)
                 if tunnel.records("connection"):
                     break

@@ -29,7 +29,7 @@ def measured(certificate: Certificate) -> Iterator[BothEnds]:
 
 
 def _blocks(count: int, step: int) -> Iterator[memoryview]:
-    """``count`` times one MiB, each from another place of the noise, so that no two pieces of them are alike."""
+    """Yield ``count`` pieces of one MiB, each from another offset of the noise, so that no two are alike."""
     noise = memoryview(_NOISE)
     for number in range(count):
         start = number * step % MIB

@@ -1,4 +1,4 @@
-"""Bytes that follow either head, in the same record or segment, are neither lost nor reordered nor sent early."""
+"""Bytes that follow either head, in the same record or segment, are not lost, reordered or sent early."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def test_in_the_same_segment_as_the_heads(ends: BothEnds, size: int) -> None:
 
 
 def test_not_a_byte_before_the_101(ends: BothEnds) -> None:
-    """The origin thinks for a while; what the client has sent meanwhile must not reach it before its answer."""
+    """The origin takes a while to respond; what the client has sent must not reach it before its response."""
     client = ends.connect()
     client.send(handshake_request() + UP[:1000])
     origin = ends.accept()

@@ -84,7 +84,7 @@ def test_a_renewed_pair_is_served_and_tunnels_stay_open(
     with serving(site(origin, tmp_path)) as tunnel, connected(tunnel, context) as client:
         assert upgrade(client).status == 101
         first = served(tunnel, context)
-        # One file after the other, as programs do it, with a look at them between perhaps.
+        # One file after the other, as programs write them, perhaps with a check by the watcher in between.
         key = new_key()
         (tmp_path / "a.pem").write_bytes(cert_pem(authority.sign(key)))
         assert served(tunnel, context).serial_number == first.serial_number
@@ -255,7 +255,7 @@ def test_a_ticket_of_an_open_site_does_not_open_a_closed_one(
                 return read_until(process, "426 Upgrade Required|alert|:error:|closed")
 
         assert "426" in ask("localhost", "-sess_out", str(session))
-        # The ticket is good where it was given.
+        # The ticket is valid where it was issued.
         again = ask("localhost", "-sess_in", str(session))
         assert "Reused, " in again
         assert "426" in again

@@ -1,6 +1,6 @@
-"""A tunnel of which one side has ended may take as long as it likes while it gets on, and ``timeouts.close`` when not.
+"""A half-closed tunnel may take any time while it makes progress; without progress, ``timeouts.close`` ends it.
 
-Getting on is any byte that a side takes, also of what the tunnel has long handed to the kernel.
+Progress is any byte that a side reads, even if the tunnel has long since handed it to the kernel.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from tests.promises.both_ends import BothEnds, Pair, Threads, receive_until_fin,
 SETTINGS = '[timeouts]\nclose = "1s"\n'
 DATA = random.Random(9).randbytes(4 << 20)
 LATE = 6.0
-"""On a busy machine; a default close timeout would be 30 s."""
+"""Allows for a busy machine; the default close timeout would be 30 s."""
 
 
 def _client_ends(pair: Pair) -> None:
@@ -39,12 +39,12 @@ def test_a_half_closed_tunnel_without_progress_ends(certificate: Certificate, en
         record = ends.tunnel.wait_records(1)[0]
         assert 0.8 < time.monotonic() - begin < LATE
         assert (record["ended_by"], record["reason"]) == ("tunnel", "close timeout")
-        # The side that may still send has had the other's end, so that only sending shows the reset.
+        # The side that may still send has received the other's end, so only sending shows the reset.
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             (pair.origin if end is _client_ends else pair.client.sock).send(b".")
 
 
-def test_a_tunnel_whose_last_bytes_nobody_takes_ends(certificate: Certificate) -> None:
+def test_a_tunnel_whose_last_bytes_are_not_read_ends(certificate: Certificate) -> None:
     with BothEnds(certificate, settings=SETTINGS) as ends, Threads() as threads:
         client, origin = ends.open(buffers=65_536)
 
@@ -59,7 +59,7 @@ def test_a_tunnel_whose_last_bytes_nobody_takes_ends(certificate: Certificate) -
         assert (record["ended_by"], record["reason"]) == ("tunnel", "close timeout")
 
 
-def test_a_whole_tunnel_is_in_no_hurry(certificate: Certificate) -> None:
+def test_the_close_timeout_does_not_apply_to_an_open_tunnel(certificate: Certificate) -> None:
     with BothEnds(certificate, settings=SETTINGS) as ends:
         client, origin = ends.open()
         time.sleep(2)
@@ -88,7 +88,7 @@ def _client_drips(pair: Pair) -> None:
 
 
 def _client_sips(pair: Pair) -> None:
-    """The origin has sent all it had, and closed; the client takes it in little by little."""
+    """The origin has sent everything and closed; the client reads it slowly."""
     pair.origin.sendall(DATA[:400_000])
     wait_until_acknowledged(pair.origin)
     pair.origin.shutdown(socket.SHUT_WR)
@@ -97,12 +97,12 @@ def _client_sips(pair: Pair) -> None:
         received += pair.client.sock.recv(8192)
     while some := pair.client.sock.recv(65_536):
         received += some
-    assert len(received) > 400_000  # records, and so some more than was sealed in them
+    assert len(received) > 400_000  # records, and therefore slightly more than their contents
     pair.client.sock.close()
 
 
 def _origin_sips(pair: Pair) -> None:
-    """The client has sent all it had, and ended; the origin takes it in little by little."""
+    """The client has sent everything and ended; the origin reads it slowly."""
     pair.client.send(DATA[:400_000])
     pair.client.end()
     received = bytearray()
@@ -113,12 +113,12 @@ def _origin_sips(pair: Pair) -> None:
     pair.origin.close()
 
 
-def test_slow_but_steady_progress_goes_on(certificate: Certificate) -> None:
-    """All at once, since each takes three seconds: three times the timeout, which therefore is no limit in all."""
+def test_slow_but_steady_progress_continues(certificate: Certificate) -> None:
+    """All at once, since each takes three seconds: three times the timeout, which is therefore not a limit in all."""
     with BothEnds(certificate, settings=SETTINGS) as ends, Threads() as threads:
         threads.do(_origin_drips, ends.open())
         threads.do(_client_drips, ends.open())
-        # Small windows: a window is opened again only when half of it is free, and that shall be soon.
+        # Small windows: a window opens again only when half of it is free, and this should happen soon.
         threads.do(_client_sips, ends.open(buffers=8192))
         threads.do(_origin_sips, ends.open(buffers=8192))
         assert {record["reason"] for record in ends.tunnel.wait_records(4)} == {"closed"}

@@ -26,9 +26,9 @@ WARM_UP = 1_000
 AT_ONCE = 20
 MIB = 1 << 20
 SLACK = 6 * MIB
-"""What RSS may grow by behind the warm-up: 600 bytes a connection would be seen. Measured: under 2 MiB."""
+"""The most that RSS may grow after the warm-up: 600 bytes a connection would be seen. Measured: under 2 MiB."""
 
-# RFC 6455 section 1.3: this key, always; only the tunnel's side of things is to cost anything here.
+# RFC 6455 section 1.3: always this key, so that only the tunnel's side costs anything here.
 REQUEST = handshake_request(key="dGhlIHNhbXBsZSBub25jZQ==")
 ANSWER = (
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -38,7 +38,7 @@ MESSAGE = b"0123456789abcdef"
 
 
 class _Origin:
-    """Answers every request with the one 101 and echoes, on as many threads as there are connections at once."""
+    """Responds to every request with the same 101 and echoes, on as many threads as there are connections at once."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -114,7 +114,7 @@ class _Churn:
                     client.close()  # FIN without close_notify
                 case 3:
                     client.sendall(MESSAGE)
-                    reset(client)  # with something under way
+                    reset(client)  # with an operation in progress
                 case _:
                     client.sendall(b"reset".ljust(16))
                     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Out of descriptors, the tunnel says so once, waits without spinning, serves those it has, and goes on by itself."""
+"""Out of descriptors, the tunnel logs it once, does not spin, serves its open tunnels, and recovers by itself."""
 
 import contextlib
 import ssl
@@ -23,7 +23,7 @@ DESCRIPTORS = 100
 
 
 def _open(tunnel: Tunnel, context: ssl.SSLContext, patience: float) -> ssl.SSLSocket:
-    """A tunnel, open; TimeoutError when nobody accepts."""
+    """Open a tunnel. Raises TimeoutError if the connection is not accepted."""
     plain = connect_tcp(tunnel, patience)
     try:
         client = context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False)
@@ -59,7 +59,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         assert tunnel.descriptors() < DESCRIPTORS
 
         for _ in range(2):
-            # One that waits in the backlog while nothing is accepted.
+            # It waits in the backlog while the tunnel does not accept.
             waiting = stack.enter_context(connect_tcp(tunnel))
             assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
             assert all(_echoes(client) for client in clients)
@@ -83,8 +83,8 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
 
 
 @pytest.mark.alone
-def test_a_crowd_that_only_connects_does_not_use_them_up(certificate: Certificate) -> None:
-    """Far more than there are descriptors, at once, silent: when they go, the next one is served."""
+def test_many_silent_connections_do_not_use_them_up(certificate: Certificate) -> None:
+    """Far more than there are descriptors, at once, silent: when they have gone, the next client is served."""
     with (
         RawOrigin(echo_bytes) as origin,
         Tunnel(origin.address, certificate, descriptors=DESCRIPTORS, measured=True) as tunnel,

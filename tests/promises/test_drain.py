@@ -26,12 +26,12 @@ from tests.harness import (
 @pytest.mark.alone
 @pytest.mark.parametrize("clients", [500, pytest.param(5000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_the_rate_of_reconnects_is_bounded(clients: int) -> None:
-    """All of them at once come back when they are ended, which is evenly over the time that was given."""
+    """When tunnels are ended, their clients reconnect, spread evenly over the period of the drain."""
     over = 5.0 if clients == 500 else 60.0
     spread = measure(clients, over)
     assert len(spread.back) == clients
     assert spread.attempts == clients, "every client reconnects at its first attempt"
-    # Jitter moves each by one distance at most, and the machine is busy with other things.
+    # Jitter moves each by one interval at most, and the machine is busy with other things.
     assert spread.peak() < 2 * clients / over
     assert spread.ended[-1] > 0.9 * over
     at_once = measure(clients, 0.0)
@@ -46,10 +46,10 @@ def test_oldest_first(certificate: Certificate) -> None:
             for _ in range(20):
                 answer = upgrade(stack.enter_context(connect_tls(tunnel)))
                 assert answer.status == 101
-                time.sleep(0.01)  # so that their ages are told apart in the log
+                time.sleep(0.01)  # so that their ages differ in the log
             tunnel.send_signal(signal.SIGTERM)
             records = tunnel.wait_records(20)
-        # Each is ended at its place with a jitter of one distance: neighbours may change places, no more.
+        # Each ends at its place with a jitter of one interval: neighbours may swap places, no more.
         starts = [_at(record) - record["seconds"] for record in records]
         places = [sorted(starts).index(start) for start in starts]
         assert all(abs(place - wanted) <= 1 for wanted, place in enumerate(places)), places
@@ -59,8 +59,8 @@ def _at(record: dict[str, object]) -> float:
     return datetime.fromisoformat(str(record["timestamp"])).timestamp()
 
 
-def test_what_is_in_flight_is_delivered(certificate: Certificate) -> None:
-    """A slow reader gets all that was sent before its tunnel's end, then the end, orderly."""
+def test_bytes_in_flight_are_delivered(certificate: Certificate) -> None:
+    """A slow reader gets everything that was sent before its tunnel's end, then an orderly end."""
     settings = '[release]\ndrain_over = "0s"\n'
     with (
         RawOrigin(echo_bytes) as origin,

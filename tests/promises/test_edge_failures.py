@@ -252,7 +252,7 @@ def test_any_exception_is_a_500(refusing: Servers, how: str, named: str) -> None
 
 
 @pytest.mark.parametrize("how", ["stops_the_loop", "exits_beside"])
-def test_its_loop_survives_whatever_stops_it(refusing: Servers, how: str) -> None:
+def test_its_loop_survives_anything_that_stops_it(refusing: Servers, how: str) -> None:
     pid = refusing[1].pid
     assert asked(refusing, f"/{how}").status == 101
     assert _works(refusing)
@@ -344,7 +344,7 @@ def test_no_line_of_the_text_log_can_be_forged(in_text: bytes) -> None:
     assert FORGED not in in_text.decode().splitlines()
 
 
-# --- answers that are none --------------------------------------------------------------------------------------------
+# --- invalid results --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [101, 100, 200, 204, 299, 0, -1, 600, 1000])
@@ -409,7 +409,7 @@ def test_a_late_worker_is_a_504_in_time(refusing: Servers) -> None:
 
 @pytest.mark.alone
 def test_a_worker_that_ignores_its_cancellation(refusing: Servers) -> None:
-    """The client gets a response in time all the same, and a later result is discarded."""
+    """The client still gets a response in time, and a later result is discarded."""
     began = time.monotonic()
     assert asked(refusing, "/stubborn?id=s").status == 504
     assert time.monotonic() - began < WORKER_TIMEOUT + 1

@@ -1,6 +1,6 @@
 """A worker may choose the site's origins and those in `worker_origins`; any other is a 502, and logged.
 
-The workers here do what no worker should: they take the address, and whatever else they set, from the client.
+The workers here do what no worker should: they take the address, and everything else they set, from the client.
 """
 
 import socket

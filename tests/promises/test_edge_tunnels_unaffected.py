@@ -1,8 +1,8 @@
-"""Established tunnels, and the handshakes of other sites, keep their pace whatever a worker does.
+"""Established tunnels, and handshakes of other sites, are not slowed down by anything that a worker does.
 
-Ten tunnels exchange numbered messages all the time, and a site without a worker is asked for one more again and again,
-while workers wait, sleep, compute, raise and leak. `MOST` is what a message or such a handshake may take meanwhile: a
-tunnel that waited for a worker would show the seconds that this takes.
+Ten tunnels exchange numbered messages all the time, and clients open more tunnels on a site without a worker,
+while workers wait, sleep, compute, raise and leak. `MOST` is the longest a message or such a handshake may take: if a
+tunnel waited for a worker, it would take seconds.
 """
 
 import asyncio

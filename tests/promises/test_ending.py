@@ -1,4 +1,4 @@
-"""Told to end, the tunnel takes no more, delivers what is under way, ends its tunnels in turn, and exits 0."""
+"""On a signal to exit, the tunnel stops accepting, delivers what is in flight, ends tunnels in turn, and exits 0."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def _over(seconds: str, wait: str = "0s") -> str:
 
 
 def _ended_well(tunnel: Tunnel, within: float) -> None:
-    """Exit status 0, in that time, and `stopped` is the last word."""
+    """Check the exit status 0, within that time, and that `stopped` is the last record."""
     began = time.monotonic()
     assert tunnel.wait(within + TIMEOUT) == 0
     assert time.monotonic() - began < within
@@ -84,7 +84,7 @@ def test_without_tunnels_it_exits_at_once(certificate: Certificate, number: sign
             assert receive_exactly(client, 4) == b"once"
         tunnel.wait_records(1)
         tunnel.send_signal(number)
-        _ended_well(tunnel, within=4)  # SIGINT's spread is 5 s, SIGTERM's 60 s
+        _ended_well(tunnel, within=4)  # SIGINT's drain takes 5 s, SIGTERM's 60 s
         assert tunnel.wait_record(lambda record: record["event"] == "drain requested")["signal"] == number.name
 
 
@@ -94,7 +94,7 @@ def test_it_exits_when_the_last_tunnel_has_ended_by_itself(certificate: Certific
         with _open(tunnel) as client:
             tunnel.send_signal(number)
             eventually(lambda: _refuses_connections(tunnel))
-            # It has its turn within the time, so it may have ended already; until then it goes on.
+            # Its turn comes within the time, so it may have ended already; until then it continues.
             with contextlib.suppress(*ABRUPT_ENDS, AssertionError):
                 client.sendall(b"still open")
                 receive_exactly(client, 10)
@@ -113,7 +113,7 @@ def test_endings_are_spread_out(certificate: Certificate) -> None:
         order, times = _ends_of(opened)
         assert tunnel.wait(TIMEOUT) == 0
         assert len(order) == 12
-        # Jitter and a busy machine may bring two together, not all.
+        # Jitter and a busy machine may bring two together, but not all.
         assert times[-1] - times[0] > 1.5, times
         assert times[-1] - times[0] < 3 + 5
         assert set(order[:3]) <= set(range(6)), order
@@ -125,7 +125,7 @@ def test_endings_are_spread_out(certificate: Certificate) -> None:
 
 
 def _ends_of(clients: list[ssl.SSLSocket]) -> tuple[list[int], list[float]]:
-    """Which ended in which order, and when. Each has to end with close_notify."""
+    """Return which ended, in order, and when. Each has to end with close_notify."""
     order: list[int] = []
     times: list[float] = []
     with selectors.DefaultSelector() as selector:
@@ -144,8 +144,8 @@ def _ends_of(clients: list[ssl.SSLSocket]) -> tuple[list[int], list[float]]:
     return order, times
 
 
-def test_what_is_under_way_is_delivered_first(certificate: Certificate) -> None:
-    """Sent by either side before the signal, and read by nobody until behind it."""
+def test_bytes_in_flight_are_delivered_first(certificate: Certificate) -> None:
+    """Sent by either side before the signal, and read only after it."""
     from_origin, from_client = os.urandom(300 * KIB), os.urandom(300 * KIB)
     all_sent = threading.Event()
     may_read = threading.Event()
@@ -203,7 +203,7 @@ def test_sigint_does_not_wait_for_drain_wait(certificate: Certificate) -> None:
 
 @SIGNALS
 def test_a_second_signal_ends_it_at_once(certificate: Certificate, number: signal.Signals) -> None:
-    """RST to both sides, and the exit status is 0 all the same: it was asked to."""
+    """RST to both sides; the exit status is still 0, as the exit was requested."""
     resets = []
 
     def origin_(sock: socket.socket) -> None:
@@ -224,7 +224,7 @@ def test_a_second_signal_ends_it_at_once(certificate: Certificate, number: signa
         tunnel.wait_record(lambda record: record["event"] == "drain requested")
         tunnel.send_signal(number)
         for client in opened:
-            raw = socket.socket(fileno=client.detach())  # below TLS, where a RST is one
+            raw = socket.socket(fileno=client.detach())  # below TLS, where a RST is visible
             clients.enter_context(raw)
             raw.settimeout(TIMEOUT)
             with pytest.raises(ConnectionResetError):
@@ -269,7 +269,7 @@ def test_a_handshake_under_way_may_still_finish(certificate: Certificate) -> Non
 
 
 def test_a_client_that_never_closes_does_not_hold_it_up(certificate: Certificate) -> None:
-    """It has its close_notify, and a moment to answer."""
+    """It is sent close_notify, and has a moment to respond."""
     with _serving(certificate, _over("500ms")) as (tunnel, clients):
         clients.enter_context(_open(tunnel))
         tunnel.send_signal(signal.SIGTERM)
@@ -295,7 +295,7 @@ def test_a_client_that_never_reads_is_cut_after_timeouts_close(certificate: Cert
         assert record["ended_by"] == "tunnel"
 
 
-# --- what it leaves --------------------------------------------------------------------------------------------------
+# --- what it leaves behind ------------------------------------------------------------------------------------------
 
 
 def _children(pid: int) -> list[int]:
@@ -303,7 +303,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_gone(pid: int) -> bool:
-    """No process, or one that is only waited for by whoever inherited it."""
+    """Whether there is no such process, or only a zombie that its new parent has not reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -311,7 +311,7 @@ def _is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_the_echo_origin_goes_with_it(certificate: Certificate, number: signal.Signals) -> None:
+def test_the_echo_origin_exits_with_it(certificate: Certificate, number: signal.Signals) -> None:
     with contextlib.ExitStack() as stack:
         tunnel = Tunnel(None, certificate)
         if number == signal.SIGKILL:
@@ -325,7 +325,7 @@ def test_the_echo_origin_goes_with_it(certificate: Certificate, number: signal.S
         eventually(lambda: all(map(_is_gone, children)))
 
 
-def test_a_unix_sockets_file_goes_with_it(certificate: Certificate, tmp_path: Path) -> None:
+def test_the_file_of_a_unix_socket_is_removed(certificate: Certificate, tmp_path: Path) -> None:
     path = tmp_path / "tunnel.sock"
     with Tunnel(None, certificate, listen=[f"unix:{path}"]) as tunnel:
         assert path.is_socket()
@@ -349,7 +349,7 @@ def test_a_stale_unix_socket_is_replaced(certificate: Certificate, tmp_path: Pat
             assert upgrade(client).status == 101
 
 
-def test_a_live_unix_socket_is_left_alone(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_unix_socket_in_use_is_left_alone(certificate: Certificate, tmp_path: Path) -> None:
     path = tmp_path / "tunnel.sock"
     with Tunnel(None, certificate, listen=[f"unix:{path}"]) as first:
         with pytest.raises(AssertionError, match=r"in use by another program"):
@@ -362,7 +362,7 @@ def test_a_live_unix_socket_is_left_alone(certificate: Certificate, tmp_path: Pa
                 assert upgrade(client).status == 101
 
 
-def test_a_file_that_is_no_socket_is_left_alone(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_socket_is_left_alone(certificate: Certificate, tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("not a socket")
     with pytest.raises(AssertionError, match=r"in use by another program"):

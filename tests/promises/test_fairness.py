@@ -12,11 +12,11 @@ from tests.promises.both_ends import BothEnds, Pair, Threads
 TUNNELS = 50
 ECHOES = 1000
 BUSY = 32 << 20
-"""Bytes that the busy tunnel has to move each way meanwhile: beside one that does nothing, all are quick."""
+"""Bytes that the busy tunnel has to move each way meanwhile: beside an idle one, all are quick."""
 P99 = 0.25
-"""Seconds. The tunnel gives the busy one a quarter of a megabyte a turn, half a millisecond; what is measured beside
-that is the test's own five threads under one interpreter lock (5 ms a switch) and whoever else uses the machine. A
-tunnel that moved on only when the busy one pauses would show seconds."""
+"""Seconds. The tunnel moves a quarter of a megabyte of the busy one a turn, in half a millisecond; the rest of what
+is measured comes from the test's own five threads under one interpreter lock (5 ms a switch) and other programs. A
+tunnel served only when the busy one pauses would take seconds."""
 BULK = bytes(1 << 20)
 
 

@@ -1,4 +1,4 @@
-"""Nobody makes the tunnel compute a key exchange over a finite field: ffdhe8192 would hold everyone up for 160 ms."""
+"""No client can make the tunnel compute a finite-field key exchange: ffdhe8192 would block all others for 160 ms."""
 
 import subprocess
 
@@ -24,7 +24,7 @@ def test_openssl_is_refused(certificate: Certificate, offered: str) -> None:
             assert upgrade(client).status == 101
 
 
-def test_openssl_that_could_is_served_by_a_curve(certificate: Certificate) -> None:
+def test_openssl_that_supports_it_is_served_with_a_curve(certificate: Certificate) -> None:
     with Tunnel(None, certificate) as tunnel:
         command = [require("openssl"), "s_client", "-connect", f"127.0.0.1:{tunnel.port}", "-servername", "localhost"]
         command += ["-groups", "X25519:ffdhe8192"]
@@ -33,8 +33,8 @@ def test_openssl_that_could_is_served_by_a_curve(certificate: Certificate) -> No
 
 
 @pytest.mark.parametrize("groups", [(FFDHE_8192, FFDHE_2048, P_521), (P_521, FFDHE_8192)])
-def test_who_has_a_curve_is_asked_for_it(certificate: Certificate, groups: tuple[int, ...]) -> None:
-    """What the refusal relies on: OpenSSL's HelloRetryRequest wants the curve, wherever it stands in the list."""
+def test_a_client_that_supports_a_curve_is_asked_for_it(certificate: Certificate, groups: tuple[int, ...]) -> None:
+    """The refusal relies on this: OpenSSL's HelloRetryRequest selects the curve, wherever it is in the list."""
     with Tunnel(None, certificate) as tunnel, connect_tcp(tunnel) as plain:
         plain.sendall(_hello(groups))
         header = receive_exactly(plain, 5)

@@ -55,7 +55,7 @@ timeout = "20s"
 
 
 def _attacks() -> bytes:
-    """All attacks of the corpus as the requests that they are, then as what stands in their targets and fields."""
+    """All attacks of the corpus, as whole requests and then as the contents of their targets and fields."""
     found = []
     for attack in corpus.attacks():
         request = attack.request
@@ -97,7 +97,7 @@ def servers(certificate: Certificate) -> Iterator[tuple[Tunnel, list[bytes]]]:
 def test_payload_that_every_check_would_refuse_passes_unchanged(
     servers: tuple[Tunnel, list[bytes]],
 ) -> None:
-    """With the evaluating process stopped from the 101 on: whoever asked it would wait, and say so."""
+    """With the evaluating process stopped after the 101: any check that used it would wait, and be logged."""
     tunnel, received = servers
     with connect_from(tunnel, "127.0.0.1") as client:
         answer = upgrade(client, "/chat", [("Origin", "https://localhost")])
@@ -124,7 +124,7 @@ def _says_nothing(tunnel: Tunnel) -> None:
 
 
 def test_data_in_the_same_write_as_the_handshake_is_not_inspected(certificate: Certificate) -> None:
-    """It waits beside the request until the 101; nobody takes it for a part of it."""
+    """It waits beside the request until the 101 and is not taken for a part of it."""
     early = _attacks()[:8000]
     with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=TOP) as tunnel:
         traffic = origin.play(switching_protocols)
@@ -138,7 +138,7 @@ def test_data_in_the_same_write_as_the_handshake_is_not_inspected(certificate: C
 
 
 def test_second_request_in_a_tunnel_is_not_inspected(certificate: Certificate) -> None:
-    """Neither counted by the limits, of which the first was the last, nor judged, nor made anybody else's."""
+    """It is not counted by the limits, of which the first used the last place, nor checked, nor sent elsewhere."""
     second = handshake_request("/admin?x=1'%20OR%20'1'='1", headers=[("X-Forwarded-For", "203.0.113.1")])
     with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=TOP) as tunnel:
         traffic = origin.play(switching_protocols)
@@ -148,6 +148,6 @@ def test_second_request_in_a_tunnel_is_not_inspected(certificate: Certificate) -
         assert traffic.surplus_at_end() == second * 100
         traffic.record(tunnel)
         _says_nothing(tunnel)
-        # The policy does bite where it is asked.
+        # The policy does refuse handshakes.
         assert try_handshake((origin, tunnel), "/chat").reason == "rate limit: one"
         assert try_handshake((origin, tunnel), "/admin").reason == "rule: everything but the handshake"

@@ -1,6 +1,6 @@
-"""Ways round a rule: one path written in many ways, fields written twice, and what servers read in different ways.
+"""Bypasses of rules: one path written in many ways, repeated fields, and what servers parse in different ways.
 
-Each of them is either seen as what it is, or refused as ambiguous; and an origin is asked for what the client sent.
+Each is either normalized and matched, or refused as ambiguous; the origin gets the target as the client sent it.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ ADMIN = [
     "/x/.%2E/admin",
     "/x/%2e./admin",
     "/admin/%2e",
-    "/admin/..;/",  # a segment of its own to us, as to most servers
+    "/admin/..;/",  # a segment of its own here, as for most servers
 ]
 
 
@@ -120,7 +120,7 @@ def test_rule_with_lower_matches_every_case(servers: Servers, target: str) -> No
         "/x/admin",
         "/.admin",
         "/...//admin/../chat",
-        "/%EF%BD%81dmin",  # a wide a, which no server takes for an a
+        "/%EF%BD%81dmin",  # a fullwidth a, which no server treats as an a
         "/admi%C3%B1",
         "/chat//b/../c%41/./d?x=%2f%5c%2561&&y=../admin",
         "/chat?u=https://a.example/../admin",
@@ -162,7 +162,7 @@ AMBIGUOUS = [
     "/%C1%A1dmin",  # an overlong a
     "/%E1dmin",  # latin-1
     "/%ED%A0%80admin",  # a surrogate
-    "/%F4%90%80%80",  # behind the last code point
+    "/%F4%90%80%80",  # beyond the last code point
     "/%FF%FEa",
     "/chat?q=%00",
     "/chat?q=union%00select",
@@ -237,7 +237,7 @@ def test_every_spelling_of_a_query_value_is_matched(servers: Servers, query: str
 
 
 def test_too_many_values_are_refused_and_not_ignored(servers: Servers) -> None:
-    """127 in front of the one that is meant are seen through; more are a 400."""
+    """127 values before the one that matters are read; more are a 400."""
     _seen(try_handshake(servers, "/chat?" + "q=x&" * 127 + "q=union+select"), "query")
     outcome = try_handshake(servers, "/chat?" + "q=x&" * 128 + "q=union+select")
     assert (outcome.status, outcome.reason) == (400, "too many query values")
@@ -271,7 +271,7 @@ def test_every_spelling_of_a_field_is_matched(servers: Servers, headers: list[tu
 
 
 def test_correct_key_next_to_a_wrong_one_is_refused(servers: Servers) -> None:
-    """Of a field that stands twice the values are joined: a rule and an origin cannot each pick their own."""
+    """The values of a repeated field are joined: a rule and an origin cannot each choose a different one."""
     assert try_handshake(servers, "/keyed", [("X-Key", "sesame")]).status == 101
     for headers in (
         [],

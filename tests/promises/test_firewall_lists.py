@@ -24,7 +24,7 @@ TOP = 'lists = {{ botnets = "{file}", closed = "{closed}" }}\n{more}'
 
 
 def _write(file: Path, text: str) -> None:
-    """As a program that renews a list does: whole, under its name at once."""
+    """Replace the file atomically, as programs that renew lists do."""
     new = file.with_suffix(".new")
     new.write_text(text)
     os.replace(new, file)  # noqa: PTH105

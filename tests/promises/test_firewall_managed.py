@@ -56,7 +56,7 @@ def servers(certificate: Certificate) -> Iterator[Servers]:
 
 
 def _each_category() -> list[Sample]:
-    """The first attack of each."""
+    """The first attack of each category."""
     found: dict[str, Sample] = {}
     for attack in corpus.attacks():
         found.setdefault(attack.category, attack)
@@ -80,7 +80,7 @@ def test_an_ordinary_handshake_passes(servers: Servers, sample: Sample) -> None:
     with connect_tls(tunnel) as client:
         client.sendall(_head(sample))
         assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
-    # The origin's refusal, not ours.
+    # The refusal is the origin's, not the tunnel's.
     assert traffic.record(tunnel)["verdict"] == "pass"
 
 
@@ -112,7 +112,7 @@ def test_killed_helper_is_replaced_and_tunnels_stay_open(certificate: Certificat
             (pid,) = eventually(lambda: helpers(tunnel))
             os.kill(pid, signal.SIGKILL)
             _echoes(client)
-            # One request may have been given to what was just killed, and is refused for that.
+            # One request may have been sent to the helper that was just killed, and is refused for that.
             eventually(lambda: _judged_by_rules((other, tunnel)))
             assert pid not in helpers(tunnel)
         _echoes(client)
@@ -144,7 +144,7 @@ def test_a_helper_that_hangs_costs_a_request_its_deadline_at_most(
         asked = time.monotonic()
         outcome = try_handshake(servers, "/?x=bad", ip="127.0.0.9")
         assert outcome.status == status
-        # The deadline, and that the helper is noticed; the rest is for a busy machine.
+        # The deadline, and the time to notice it; the rest allows for a busy machine.
         assert time.monotonic() - asked < 5
         assert outcome.record["managed_rules"]["failure"] in {"late", "waited too long"}
         # Killed and replaced.

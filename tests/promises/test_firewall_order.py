@@ -94,7 +94,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(certificate: Certificate, rules: Path) -> Iterator[Servers]:
-    """With a user who has had all of the day's tunnels."""
+    """Configure a user who has opened all of the day's tunnels."""
     with (
         ScriptedOrigin() as origin,
         tunnel_to(origin.address, certificate, top=TOP, site=SITE.replace("{rules}", str(rules))) as tunnel,
@@ -104,7 +104,7 @@ def servers(certificate: Certificate, rules: Path) -> Iterator[Servers]:
 
 
 def _closed_at_accept(tunnel: Tunnel, ip: str) -> None:
-    """It ends without a byte, and though none was sent: nobody waited for a ClientHello."""
+    """Check that it ends without a byte, although the client sent none: the tunnel did not wait for a ClientHello."""
     with (
         socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=(ip, 0)) as client,
         contextlib.suppress(ConnectionResetError),
@@ -123,7 +123,7 @@ OFFENCES: dict[str, tuple[int, str]] = {
 
 
 def _offending(servers: Servers, offences: list[str]) -> Outcome:
-    """Ask with all of these wrong."""
+    """Send a request with all of these offences."""
     headers = [SPENT] if "rate limits" in offences else []
     headers += [("Origin", "https://evil.example")] if "origin" in offences else []
     target = ("/admin" if "rules" in offences else "/chat") + ("?x=bad" if "managed rules" in offences else "?x=good")
@@ -158,7 +158,7 @@ def test_the_list_of_all_sites_closes_before_tls(servers: Servers) -> None:
         _closed_at_accept(tunnel, BLOCKED_BY_ALL)
     line = tunnel.wait_record(lambda record: record["event"] == "not accepted")
     assert (line["reason"], line["client"], line["level"]) == ("address blocked", BLOCKED_BY_ALL, "warning")
-    assert try_handshake(servers).status == 101  # whatever there was to be logged of them has been
+    assert try_handshake(servers).status == 101  # those logged before it have been read
     assert len(tunnel.records("not accepted")) == 1
     assert not [record for record in tunnel.records() if record.get("client") == BLOCKED_BY_ALL and record != line]
 
@@ -234,7 +234,7 @@ def test_skip_skips_the_named_checks_and_continues(servers: Servers) -> None:
 
 
 def test_failing_rule_does_not_match_unless_on_error_is_block(servers: Servers) -> None:
-    """Of two rules that need the same header, the one that blocks on errors does so; said once, not each time."""
+    """Of two rules that need the same header, the one that blocks on errors does so; logged once, not each time."""
     _, tunnel = servers
     assert try_handshake(servers, "/vault", [("X-Key", "sesame")]).status == 101
     assert try_handshake(servers, "/vault", [("X-Key", "wrong")]).reason == "rule: closed"
@@ -347,7 +347,7 @@ def behind(certificate: Certificate) -> Iterator[Servers]:
         ("::ffff:203.0.113.9", "address blocked"),
         ("::ffff:cb00:7109", "address blocked"),
         ("192.0.2.1, 203.0.113.9", "address blocked"),
-        ("203.0.113.9, 192.0.2.1", ""),  # what the client has put there itself
+        ("203.0.113.9, 192.0.2.1", ""),  # what the client has set itself
         ("198.51.100.1", "address not allowed"),
         ("192.0.2.66", "rule: one of them"),
         ("::ffff:192.0.2.66", "rule: one of them"),
@@ -365,7 +365,7 @@ def test_client_behind_a_trusted_proxy_is_checked(behind: Servers, claimed: str,
 
 @pytest.mark.parametrize("claimed", ["203.0.113.9", "192.0.2.66", "198.51.100.1", "127.0.0.1", "::1", "nonsense", ""])
 def test_claims_of_an_untrusted_client_are_ignored(behind: Servers, claimed: str) -> None:
-    """Neither does it get one refused whom it does not name, nor anybody in: the origin is told the real address."""
+    """They neither block nor admit a client under another address: the origin gets the real one."""
     headers = [(name, claimed) for name in ("X-Forwarded-For", "X-Real-IP")] + [("Forwarded", f"for={claimed}")]
     outcome = try_handshake(behind, headers=headers, ip=UNTRUSTED)
     assert (outcome.status, outcome.record["client"]) == (101, UNTRUSTED)
@@ -384,5 +384,5 @@ def test_clients_behind_a_proxy_are_counted_separately(behind: Servers) -> None:
     assert [asked("192.0.2.7") for _ in range(3)] == [101, 101, 429]
     assert asked("::ffff:192.0.2.7") == 429
     assert [asked("192.0.2.8") for _ in range(3)] == [101, 101, 429]
-    # And one that changes what it claims is still one.
+    # A client that changes its claims is still the same client.
     assert [asked(f"192.0.2.{number}", UNTRUSTED) for number in range(20, 23)] == [101, 101, 429]

@@ -1,4 +1,4 @@
-"""Rate limits are exact with 200 concurrent clients, and every tunnel is returned, however its connection ends."""
+"""Rate limits are exact with 200 concurrent clients, and every tunnel is uncounted, however its connection ends."""
 
 import contextlib
 import socket
@@ -64,14 +64,14 @@ def _hold(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _connected(tunnel: Tunnel, count: int) -> Iterator[list[ssl.SSLSocket]]:
-    """So many clients whose TLS handshakes are done."""
+    """Return so many clients whose TLS handshakes are done."""
     context = client_context(tunnel)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(connect_from(tunnel, "127.0.0.1", context)) for _ in range(count)]
 
 
 def _asked_at_once(clients: list[ssl.SSLSocket], path: str) -> list[int]:
-    """Send all the requests before any answer is read, and give the statuses."""
+    """Send all requests before reading any response, and return the statuses."""
     for client in clients:
         client.sendall(handshake_request(path))
     return [read_response(client).status for client in clients]
@@ -100,7 +100,7 @@ max_tunnels = 2
 
 
 def _statuses(tunnel: Tunnel, count: int) -> list[int]:
-    """Ask one after the other, each giving up its connection."""
+    """Send requests one after the other, closing each connection."""
     statuses = []
     context = client_context(tunnel)
     for _ in range(count):
@@ -111,7 +111,7 @@ def _statuses(tunnel: Tunnel, count: int) -> list[int]:
 
 
 def test_a_tunnel_that_ends_makes_room_for_exactly_one(certificate: Certificate) -> None:
-    """By a proper end of the client's, by a reset, and by the end of the origin's."""
+    """By an orderly end of the client's, by a reset, and by the end of the origin's."""
     with RawOrigin(_hold) as origin, tunnel_to(origin.address, certificate, site=TWO) as tunnel:
         ended = 0
         for end in (lambda client: client.unwrap(), reset, lambda client: client.close()):
@@ -129,7 +129,7 @@ def test_a_tunnel_that_ends_makes_room_for_exactly_one(certificate: Certificate)
 
 
 def _wait_ended(tunnel: Tunnel, count: int) -> None:
-    """Wait for the records of so many tunnels: a tunnel's count is given back with its record."""
+    """Wait for the records of so many tunnels: a tunnel is uncounted when its record is written."""
     eventually(lambda: len([r for r in tunnel.records("connection") if r["verdict"] == "pass"]) >= count)
 
 
@@ -159,11 +159,11 @@ def test_too_many_tunnels_is_reported_as_such(certificate: Certificate) -> None:
 
 def test_an_origin_that_is_down_keeps_no_tunnel_counted(certificate: Certificate) -> None:
     with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # bound and not listening: it refuses
+        reserved.bind(("127.0.0.1", 0))  # bound but not listening: it refuses
         origin = f"127.0.0.1:{reserved.getsockname()[1]}"
         with tunnel_to(origin, certificate, site=TWO) as tunnel:
             assert _statuses(tunnel, 6) == [502] * 6
-            with _connected(tunnel, 4) as clients:  # and none too few: those that wait are counted
+            with _connected(tunnel, 4) as clients:  # and not one too few: those that wait are counted
                 assert set(_asked_at_once(clients, "/")) <= {502, 429}
             assert _statuses(tunnel, 3) == [502] * 3
 
@@ -202,7 +202,7 @@ def test_an_origin_that_is_silent_keeps_no_tunnel_counted(certificate: Certifica
 
 
 def test_client_that_leaves_before_the_response_keeps_no_tunnel_counted(certificate: Certificate) -> None:
-    """It was counted when the origin was asked, and its reset is noticed while the origin says nothing."""
+    """It is counted before the origin is connected to, and its reset is noticed while the origin is silent."""
     asked: list[socket.socket] = []
 
     def hesitate(sock: socket.socket) -> None:
@@ -237,7 +237,7 @@ def test_a_request_that_managed_rules_refuse_keeps_no_tunnel_counted(certificate
 
 
 def test_limits_of_all_sites_and_of_a_site_are_reported_together(certificate: Certificate) -> None:
-    """And one that refuses uses up none of the others: the second of all sites is there for another user."""
+    """One that refuses uses up none of the others: the second of all sites remains for another user."""
     top = '[[rate_limits]]\nname = "all"\nlimit = "2/day"\nstrategy = "moving"\n'
     site = '[[sites.rate_limits]]\nname = "user"\nkey = ["header:X-User"]\nlimit = "1/day"\nstrategy = "moving"\n'
     with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=top, site=site) as tunnel:
@@ -269,7 +269,7 @@ def test_block_applies_to_every_request(certificate: Certificate) -> None:
 
 
 def test_a_limit_without_its_key_does_not_apply(certificate: Certificate) -> None:
-    """One counter for all who leave a cookie out would let one of them refuse the others."""
+    """One counter for all clients without the cookie would let one of them refuse the others."""
     site = (
         '[[sites.rate_limits]]\nname = "sessions"\nkey = ["cookie:sid", "path"]\nlimit = "1/day"\nstrategy = "moving"\n'
     )

@@ -1,4 +1,4 @@
-"""When one side has ended what it sends, the other goes on for as long as it likes, and loses nothing.
+"""When one side has ended its direction, the other may continue without a time limit, and loses nothing.
 
 A client's ``close_notify`` becomes a FIN to the origin, an origin's FIN ``close_notify`` and FIN to the client.
 """
@@ -20,7 +20,7 @@ VERSIONS = pytest.mark.parametrize("version", ["TLSv1.3", "TLSv1.2"])
 
 
 @VERSIONS
-def test_the_origin_goes_on_after_the_client_has_ended(ends: BothEnds, version: str) -> None:
+def test_the_origin_continues_after_the_client_has_ended(ends: BothEnds, version: str) -> None:
     with Threads() as threads:
         client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None)
         threads.do(_in_turn, lambda: client.send(DATA), client.end)
@@ -54,7 +54,7 @@ def test_a_close_notify_without_a_fin_is_an_end_too(ends: BothEnds) -> None:
 
 
 @VERSIONS
-def test_the_client_goes_on_after_the_origin_has_ended(ends: BothEnds, version: str) -> None:
+def test_the_client_continues_after_the_origin_has_ended(ends: BothEnds, version: str) -> None:
     client, origin = ends.open(context=ends.tls_1_2() if version == "TLSv1.2" else None)
     origin.sendall(b"all of it")
     origin.shutdown(socket.SHUT_WR)
@@ -71,10 +71,10 @@ def test_the_client_goes_on_after_the_origin_has_ended(ends: BothEnds, version: 
 
 @VERSIONS
 @pytest.mark.parametrize("reads", ["at once", "slowly"])
-def test_the_client_sends_all_the_while_the_origin_ends(ends: BothEnds, version: str, reads: str) -> None:
-    """``close_notify`` is made while the client's records wait in the socket and half of one in the TLS library.
+def test_the_client_sends_while_the_origin_ends(ends: BothEnds, version: str, reads: str) -> None:
+    """``close_notify`` is written while the client's records wait in the socket and half of one in the TLS library.
 
-    `ssl.SSLSocket.unwrap` reads after it has sent, and would lose them, with the connection.
+    `ssl.SSLSocket.unwrap` reads after it has sent, and would lose them and the connection.
     """
     with Threads() as threads:
         for _ in range(3):
@@ -83,7 +83,7 @@ def test_the_client_sends_all_the_while_the_origin_ends(ends: BothEnds, version:
             received = _received(origin, MIB)
             origin.shutdown(socket.SHUT_WR)
             if reads == "slowly":
-                # The upward direction waits for the origin by now, or will, while the end goes down.
+                # The upward direction waits for the origin by now, or soon will, while the end is sent to the client.
                 assert client.receive_all() == b""
             received += _received(origin, None, lambda: time.sleep(0.002 if reads == "slowly" else 0))
             sending.result()

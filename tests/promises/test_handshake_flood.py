@@ -1,4 +1,4 @@
-"""Thousands of connections that come to nothing leave nothing: no memory, no descriptor, no flood of log lines."""
+"""Thousands of connections that fail leave nothing behind: no memory, no descriptor, no flood of log lines."""
 
 import contextlib
 import socket
@@ -30,7 +30,7 @@ FLOOD = 6_000
 AT_ONCE = 20
 MIB = 1 << 20
 SLACK = 8 * MIB
-"""What RSS may differ by: the allocator's own, some tens of connections' worth. A leak of 3 KiB each is more."""
+"""The most that RSS may change: the allocator's own, for some tens of connections. A leak of 3 KiB each is more."""
 
 
 def _reset_at_once(tunnel: Tunnel) -> None:
@@ -60,7 +60,7 @@ def _half_a_handshake(tunnel: Tunnel) -> None:
 
 
 def _distrust(tunnel: Tunnel) -> None:
-    """An alert by the client, which does not know the authority."""
+    """An alert by the client, which does not trust the authority."""
     with connect_tcp(tunnel) as client, contextlib.suppress(ssl.SSLCertVerificationError):
         DISTRUSTFUL.wrap_socket(client, server_hostname="localhost").close()
         raise AssertionError("trusted without reason")
@@ -132,7 +132,7 @@ class _GoodClient(threading.Thread):
 def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> None:
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
         context = client_context(tunnel)
-        _flood(tunnel, 400)  # warm: allocators, caches
+        _flood(tunnel, 400)  # warm up allocators and caches
         _bad_requests(tunnel, context, 100)
         idle = wait_for_descriptors(tunnel, 30)
         warm = tunnel.rss()
@@ -152,7 +152,7 @@ def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> 
         eventually(lambda: tunnel.rss() < warm + SLACK)
         print(f"RSS {warm / MIB:.1f} MiB before, {tunnel.rss() / MIB:.1f} MiB after {elapsed:.1f} s of flood")
 
-        # Each that got as far as a request has its record; the others have a line a kind in 10 s.
+        # Each that sent a request has its record; the others are summed up in one line per kind every 10 s.
         eventually(lambda: len(tunnel.records("connection")) == 400 + good.served)
         sampled = tunnel.records("no TLS handshake")
         kinds = {record["reason"] for record in sampled}
@@ -162,8 +162,8 @@ def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> 
         assert not [record for record in tunnel.records() if record["level"] == "error"]
 
 
-def test_a_listener_full_of_dead_connections_is_worked_off(certificate: Certificate) -> None:
-    """Reset before they were accepted: accept gives them all the same, and each ends at once."""
+def test_a_backlog_full_of_dead_connections_is_emptied(certificate: Certificate) -> None:
+    """Reset before they were accepted: accept returns them anyway, and each ends at once."""
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate) as tunnel:
         idle = tunnel.descriptors()
         for _ in range(500):

@@ -1,4 +1,4 @@
-"""A ClientHello may come in any pieces; half of one costs no processor time and no more than timeouts.tls_handshake."""
+"""A ClientHello may arrive in any pieces; half of one uses no CPU time and ends after timeouts.tls_handshake."""
 
 import socket
 import time
@@ -37,7 +37,7 @@ behind 70 of them, with Linux's 208 KiB, it is writable no more."""
 
 @pytest.fixture(scope="module")
 def tunnel(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tunnel]:
-    """Over TCP and over a Unix socket, which peeks in its own way."""
+    """Over TCP and over a Unix socket, where peeking works differently."""
     listen = ["127.0.0.1:0", f"unix:{tmp_path_factory.mktemp('hello') / 'tunnel.sock'}"]
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, listen=listen, measured=True) as tunnel:
         yield tunnel
@@ -54,7 +54,7 @@ def connect(request: pytest.FixtureRequest, tunnel: Tunnel) -> Connect:
 
     def tcp() -> socket.socket:
         sock = connect_tcp(tunnel)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a segment a write
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # one write per segment
         return sock
 
     return unix if request.param == "unix" else tcp
@@ -101,7 +101,7 @@ def test_a_pause_within_a_hello_is_waited_out(connect: Connect) -> None:
     with connect() as client:
         for piece in (hello[:3], hello[3:100], hello[100:-1], hello[-1:]):
             client.sendall(piece)
-            time.sleep(0.1)  # the pause that this is about
+            time.sleep(0.1)  # the pause under test
         tls.finish(client)
 
 
@@ -114,12 +114,12 @@ def test_a_hello_over_16_kib_is_an_alert(connect: Connect, *, at_once: bool) -> 
             try:
                 client.sendall(piece)
             except ConnectionError:
-                break  # it has heard enough
+                break  # the tunnel has seen enough
         assert read_until_end(client) == alert(ILLEGAL_PARAMETER)
 
 
 def test_a_hello_over_16_kib_is_an_alert_as_soon_as_it_is_known(connect: Connect) -> None:
-    """Its length stands in its first bytes: nothing of it is waited for."""
+    """Its first bytes contain its length: the tunnel does not wait for the rest."""
     with connect() as client:
         client.sendall(_many_protocols(17_000).step()[:9])
         assert receive_all(client) == alert(ILLEGAL_PARAMETER)
@@ -138,7 +138,7 @@ def test_part_of_a_hello_and_the_end_is_the_end(tunnel: Tunnel, connect: Connect
 
 @pytest.mark.alone
 def test_ends_within_hellos_leave_no_load_behind(tunnel: Tunnel, connect: Connect) -> None:
-    """Seen elsewhere: a level-triggered wait for more of what is only peeked wakes up 375 000 times a second."""
+    """Seen elsewhere: a level-triggered wait for more, after a peek, wakes up 375 000 times a second."""
     hello = client_hello()
     for _ in range(20):
         with connect() as client:
@@ -164,7 +164,7 @@ def test_silence_within_a_hello_costs_no_processor_time(tunnel: Tunnel, connect:
 
 @pytest.mark.parametrize("trickle", [False, True], ids=["silent", "trickling"])
 def test_half_a_hello_is_closed_after_timeouts_tls_handshake(certificate: Certificate, *, trickle: bool) -> None:
-    """Counted from the accept: bytes do not begin it anew."""
+    """Counted from the accept: bytes do not restart it."""
     settings = '[timeouts]\ntls_handshake = "1s"\n'
     with Tunnel(None, certificate, settings=settings) as tunnel, connect_tcp(tunnel) as client:
         hello = client_hello()
@@ -172,7 +172,7 @@ def test_half_a_hello_is_closed_after_timeouts_tls_handshake(certificate: Certif
         for byte in _pieces(hello[:-1], 1):
             client.sendall(byte)
             if trickle:
-                time.sleep(0.02)  # the slowness that this is about: over 4 s in all
+                time.sleep(0.02)  # the slowness under test: over 4 s in all
             if has_ended(client):
                 break
         eventually(lambda: has_ended(client))

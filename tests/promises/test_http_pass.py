@@ -1,4 +1,4 @@
-"""`http = "pass"`: a page and its socket share a hostname; one judged request a connection, streamed both ways."""
+"""`http = "pass"`: a page and its WebSocket share a hostname; one request a connection, streamed both ways."""
 
 import http.client
 import json
@@ -76,7 +76,7 @@ _gates = threading.Semaphore(0)
 
 
 async def gate() -> None:
-    """Go on only when the client has seen the last event."""
+    """Continue only when the client has seen the last event."""
     import asyncio  # noqa: PLC0415
 
     await asyncio.to_thread(_gates.acquire, timeout=TIMEOUT)
@@ -147,7 +147,7 @@ def test_a_page(tunnel: Tunnel) -> None:
     )
 
 
-def test_its_socket_on_the_same_name(tunnel: Tunnel) -> None:
+def test_its_websocket_on_the_same_name(tunnel: Tunnel) -> None:
     with connect_tls(tunnel) as client:
         assert upgrade(client, "/ws").status == 101
         client.sendall(b"\x81\x85\0\0\0\0hello")
@@ -155,7 +155,7 @@ def test_its_socket_on_the_same_name(tunnel: Tunnel) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_upload_is_streamed_whole(tunnel: Tunnel, *, chunked: bool) -> None:
+def test_an_upload_is_streamed_completely(tunnel: Tunnel, *, chunked: bool) -> None:
     content = bytes(range(256)) * 4096 * 4
     body: Any = (content[start : start + 50_000] for start in range(0, len(content), 50_000)) if chunked else content
     response = _ask(tunnel, "POST", "/upload", body)
@@ -168,7 +168,7 @@ def test_a_download_is_streamed_in_bounded_memory(app: str, certificate: Certifi
         assert _ask(tunnel, "GET", "/download?mib=1").read()
         before = tunnel.peak_rss()
         response = _ask(tunnel, "GET", "/download?mib=64")
-        # The reader is slow until it is sure that the whole of it could not wait anywhere.
+        # The reader is slow until it is certain that the whole of it cannot wait anywhere.
         assert len(response.read(1 << 20)) == 1 << 20
         assert len(response.read()) == 63 << 20
         assert tunnel.peak_rss() - before < 16 << 20
@@ -184,7 +184,7 @@ def test_events_arrive_as_they_are_sent(tunnel: Tunnel) -> None:
 
 
 @pytest.mark.parametrize(("method", "target", "status"), [("HEAD", "/", 200), ("GET", "/nothing", 204)])
-def test_what_has_no_body(tunnel: Tunnel, method: str, target: str, status: int) -> None:
+def test_responses_without_a_body(tunnel: Tunnel, method: str, target: str, status: int) -> None:
     with connect_tls(tunnel) as client:
         client.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         head, separator, rest = receive_all(client).partition(b"\r\n\r\n")
@@ -192,7 +192,7 @@ def test_what_has_no_body(tunnel: Tunnel, method: str, target: str, status: int)
         assert (separator, rest) == (b"\r\n\r\n", b"")
 
 
-def test_the_firewall_judges_it(tunnel: Tunnel) -> None:
+def test_the_firewall_checks_it(tunnel: Tunnel) -> None:
     assert _ask(tunnel, "DELETE", "/").status == 403
     response = _ask(tunnel, "GET", "/closed")
     assert response.status == 403
@@ -212,7 +212,7 @@ def test_the_firewall_judges_it(tunnel: Tunnel) -> None:
         ("GET / HTTP/1.1\r\nHost: other.example", 421),
     ],
 )
-def test_what_is_refused(tunnel: Tunnel, head: str, status: int) -> None:
+def test_requests_that_are_refused(tunnel: Tunnel, head: str, status: int) -> None:
     with connect_tls(tunnel) as client:
         client.sendall(f"{head}\r\n\r\n".encode())
         assert receive_all(client).startswith(b"HTTP/1.1 %d " % status)
@@ -224,7 +224,7 @@ def test_the_default_refuses(app: str, certificate: Certificate) -> None:
 
 
 def _raw(answer: bytes, then: str = "end") -> RawOrigin:
-    """An origin that reads a head, writes `answer`, and keeps what else comes."""
+    """An origin that reads a head, writes `answer`, and keeps what follows."""
 
     def handle(sock: socket.socket) -> None:
         received = b""
@@ -258,7 +258,7 @@ def test_a_second_request_never_reaches_an_origin(certificate: Certificate) -> N
         assert b"secret" not in seen
 
 
-def test_another_upgrade_loses_its_field(certificate: Certificate) -> None:
+def test_the_upgrade_field_is_removed_if_it_is_not_for_websocket(certificate: Certificate) -> None:
     with _raw(OK) as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
         client.sendall(
             b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
@@ -279,7 +279,7 @@ def test_another_upgrade_loses_its_field(certificate: Certificate) -> None:
         (b"", 502),
     ],
 )
-def test_what_is_no_answer(certificate: Certificate, answer: bytes, status: int) -> None:
+def test_invalid_responses(certificate: Certificate, answer: bytes, status: int) -> None:
     with (
         _raw(answer) as origin,
         tunnel_to(origin.address, certificate, site=PASS) as tunnel,
@@ -296,7 +296,7 @@ def test_what_is_no_answer(certificate: Certificate, answer: bytes, status: int)
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
     ],
 )
-def test_an_answer_that_breaks_off_is_seen_to(certificate: Certificate, answer: bytes) -> None:
+def test_a_truncated_response_is_visible_to_the_client(certificate: Certificate, answer: bytes) -> None:
     with (
         _raw(answer) as origin,
         tunnel_to(origin.address, certificate, site=PASS) as tunnel,
@@ -309,7 +309,7 @@ def test_an_answer_that_breaks_off_is_seen_to(certificate: Certificate, answer: 
         assert (record["ended_by"], record["reason"], record["status"]) == ("origin", "response truncated", 200)
 
 
-def test_an_answer_before_the_body_is_whole(certificate: Certificate) -> None:
+def test_a_response_before_the_end_of_the_body_is_complete(certificate: Certificate) -> None:
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
     with (
         _raw(answer, "keep") as origin,
@@ -335,7 +335,7 @@ def test_expect_100_continue_reaches_the_client(tunnel: Tunnel) -> None:
         ('timeouts.request = "200ms"', b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc", 408),
     ],
 )
-def test_what_takes_too_long(certificate: Certificate, timeouts: str, sent: bytes, status: int) -> None:
+def test_timeouts(certificate: Certificate, timeouts: str, sent: bytes, status: int) -> None:
     silent = threading.Event()
     with (
         RawOrigin(lambda sock: (silent.wait(TIMEOUT), None)[1]) as origin,
@@ -347,7 +347,7 @@ def test_what_takes_too_long(certificate: Certificate, timeouts: str, sent: byte
         silent.set()
 
 
-def test_a_client_that_goes_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> None:
+def test_a_client_that_leaves_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> None:
     before = tunnel.descriptors()
     for _ in range(20):
         with connect_tls(tunnel) as client:
@@ -356,8 +356,8 @@ def test_a_client_that_goes_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> No
     eventually(lambda: tunnel.descriptors() <= before)
 
 
-def test_streams_are_no_unfinished_handshakes(app: str, certificate: Certificate) -> None:
-    """Ten may be unfinished, one of an address: more streams than that go on."""
+def test_streams_do_not_count_as_unfinished_handshakes(app: str, certificate: Certificate) -> None:
+    """Ten may be unfinished, one for an address: more streams than that continue."""
     with tunnel_to(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel:
         clients = []
         for _ in range(15):
@@ -371,7 +371,7 @@ def test_streams_are_no_unfinished_handshakes(app: str, certificate: Certificate
 
 
 def test_curl(tunnel: Tunnel, tmp_path: Path) -> None:
-    """A client that wants to keep the connection, and a body of which it waits for the 100."""
+    """A client that wants to keep the connection, and waits for the 100 before it sends a body."""
     file = tmp_path / "body"
     file.write_bytes(b"z" * 2_000_000)
     url = f"https://localhost:{tunnel.port}"

@@ -1,4 +1,4 @@
-"""With ``timeouts.idle`` a tunnel on which nothing moves ends properly, and one in use goes on; by default all do."""
+"""With ``timeouts.idle`` an idle tunnel ends properly, and one in use continues; by default all continue."""
 
 import time
 
@@ -29,7 +29,7 @@ def test_idle_ends_and_busy_does_not(certificate: Certificate) -> None:
         assert (record["ended_by"], record["reason"]) == ("tunnel", "idle timeout")
         assert (record["up"], record["down"]) == (0, 0)
         assert 0.9 < record["seconds"] < 3, time.monotonic() - begin
-        # Both sides see a proper end.
+        # Both sides see an orderly end.
         assert receive_until_fin(idle.origin) == b""
         assert idle.client.receive_all() == b""
 

@@ -1,4 +1,4 @@
-"""A TLS 1.3 KeyUpdate at a bad moment: in pieces, or when its answer cannot be written. No spin, and no byte lost."""
+"""A TLS 1.3 KeyUpdate at a bad moment: in pieces, or when no response can be written. No spin, and no byte lost."""
 
 import ssl
 import time
@@ -13,7 +13,7 @@ from tests.promises.secure import Sealing, SecureEnds
 
 HANDSHAKE, DATA = 22, 23
 KEY_UPDATE = b"\x18\x00\x00\x01\x01"
-"""That asks for one in answer (RFC 8446 section 4.6.3)."""
+"""A KeyUpdate that requests one in response (RFC 8446 section 4.6.3)."""
 IDLE_CPU = 0.25
 
 
@@ -33,7 +33,7 @@ def secure(certificate: Certificate) -> Iterator[SecureEnds]:
 
 
 def _sealing(end: TlsEnd, keys: Path, side: str) -> Sealing:
-    """For an ``end`` that has sent one record."""
+    """Return a KeyUpdate for an ``end`` that has sent one record."""
     line = next(line for line in keys.read_text().splitlines() if line.startswith(f"{side}_TRAFFIC_SECRET_0"))
     cipher = end._tls.cipher()
     assert cipher is not None
@@ -54,7 +54,7 @@ def _does_not_spin(ends: BothEnds) -> None:
 
 @pytest.mark.alone
 def test_half_a_key_update_of_the_client(ends: BothEnds, tmp_path: Path) -> None:
-    """TLS writes nothing before the other half has come: writability is of no use then, and there all the time."""
+    """TLS writes nothing until the other half arrives; the socket is writable all the time, and must not be polled."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"))
     sealing = _sealing(client, tmp_path / "keys", "CLIENT")
     client.sock.sendall(sealing.record(b"before", DATA) + sealing.record(KEY_UPDATE[:4], HANDSHAKE))
@@ -96,10 +96,10 @@ def test_half_a_key_update_and_the_end(ends: BothEnds, tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_a_key_update_that_cannot_be_answered(ends: BothEnds, tmp_path: Path) -> None:
-    """The client reads nothing, so the answer waits for room, while more of the client's waits to be read."""
+    """The client reads nothing, so the response waits for room, while more of the client's data waits to be read."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"), buffers=65_536)
     sealing = _sealing(client, tmp_path / "keys", "CLIENT")
-    # Not more than what the tunnel takes at once and the kernel's buffers hold, or it is a write that is pending.
+    # No more than the tunnel takes at once and the kernel's buffers hold, or a write is pending.
     origin.settimeout(0.5)
     sent = 0
     try:
@@ -117,7 +117,7 @@ def test_a_key_update_that_cannot_be_answered(ends: BothEnds, tmp_path: Path) ->
         while received < sent:
             received += len(client.receive())
     except (ssl.SSLError, ConnectionError):
-        # OpenSSL 3.0 does not write a message of its own while a record of ours is half written.
+        # OpenSSL 3.0 does not write a message of its own while a record of the tunnel's is half written.
         assert ends.record(client)["ended_by"] == "client"
         return
     assert receive_exactly(origin, 5) == b"after"

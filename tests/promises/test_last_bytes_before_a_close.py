@@ -31,7 +31,7 @@ def ends(certificate: Certificate) -> Iterator[BothEnds]:
 
 
 def _slowly(client: TlsEnd) -> bytes:
-    """Everything up to ``close_notify``, with pauses, so that most of it waits on its way when the sender closes."""
+    """Read up to ``close_notify``, with pauses, so that most of it is still in flight when the sender closes."""
     received = bytearray()
     pause_at = 0
     while some := client.receive():
@@ -81,9 +81,9 @@ def test_16_mib_and_a_close_by_the_client(ends: BothEnds, version: str) -> None:
 
 @pytest.mark.parametrize("sends", ["now and then", "all the time"])
 def test_a_full_close_by_the_origin_while_the_client_sends(ends: BothEnds, sends: str) -> None:
-    """The origin's kernel answers what comes after close() with RST: it must not overtake what the origin sent before.
+    """The origin's kernel answers data after close() with RST, which must not overtake what the origin sent before.
 
-    The origin's own kernel throws away what it has not sent by then, so it closes when all of it is on its way.
+    The origin's own kernel discards what it has not sent by then, so it closes when everything has been sent.
     """
     data = DATA[: 2 * MIB]
     with Threads() as threads:
@@ -109,7 +109,7 @@ def test_a_full_close_by_the_origin_while_the_client_sends(ends: BothEnds, sends
 
 
 def test_a_reset_by_the_origin_right_after_data(ends: BothEnds) -> None:
-    """An origin that closes with something unread resets; what had left it before is delivered all the same."""
+    """An origin that closes with unread input resets; what it sent before is still delivered."""
     data = DATA[: 2 * MIB]
     client, origin = ends.open()
     client.send(b"never read")
@@ -152,8 +152,8 @@ def test_data_and_an_end_right_behind_the_request(ends: BothEnds, size: int) -> 
         assert client.receive_all().endswith(b"\r\n\r\nuntil the end")
 
 
-def test_the_library_client_sees_no_truncation(ends: BothEnds) -> None:
-    """`ssl.SSLSocket`, which most Python clients are, takes the end for a proper one."""
+def test_a_client_with_pythons_ssl_sees_no_truncation(ends: BothEnds) -> None:
+    """`ssl.SSLSocket`, which most Python clients use, sees an orderly end."""
     with Threads() as threads:
         plain = socket.create_connection(("127.0.0.1", ends.tunnel.port), 15)
         with ends.context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as client:

@@ -1,4 +1,4 @@
-"""Whatever a client or an origin sends, a log line stays one line of plain ASCII: nothing acts on who reads it."""
+"""Whatever a client or an origin sends, a log line stays one line of plain ASCII, harmless to its readers."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from tests.harness import (
 )
 from tests.promises.wire import ABRUPT_ENDS, MemoryTlsClient, client_hello, read_until_end
 
-# What acts on terminals, ends lines, or forges fields: C0, ANSI, C1 raw and in UTF-8, bidi and separator characters.
+# What controls terminals, ends lines, or forges fields: C0, ANSI, C1 raw and in UTF-8, bidi and separators.
 NASTY = {
     "newline": b'\n{"event":"forged","level":"info"}\n',
     "crlf": b"\r\nevent=forged",
@@ -48,7 +48,7 @@ NASTY = {
 
 
 class _Logged:
-    """A tunnel whose standard error is read as the bytes it is."""
+    """A tunnel whose standard error is read as raw bytes."""
 
     def __init__(self, style: str, folder: Path, origin: str, certificate: Certificate) -> None:
         (folder / "t.toml").write_text('trusted_proxies = ["127.0.0.0/8"]\n[log]\nopened = true\n')
@@ -78,7 +78,7 @@ class _Logged:
         return int(listening[1] or listening[2]) if listening and b"ready" in self.raw else 0
 
     def stop(self) -> bytes:
-        """Stop it, if it runs; return all it logged."""
+        """Stop it if it runs; return everything it logged."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
@@ -113,7 +113,7 @@ def logged(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certific
     turns = iter(NASTY.values())
 
     def origin_(sock: socket.socket) -> None:
-        """Accepts /accept; to others answers, each time, with the next of the nasty things, in a head or as one."""
+        """Accepts /accept; other requests get, one by one, one of the hostile texts, in a head or as one."""
         asked = read_request(sock)
         if asked.line.startswith("GET /accept"):
             sock.sendall(switching_protocols(asked))
@@ -134,7 +134,7 @@ def logged(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certific
 
 
 def _lines(logged: _Logged) -> list[str]:
-    """All lines, each checked for what every one has to be."""
+    """Return all lines, after the checks that apply to each."""
     raw = logged.stop()
     assert re.fullmatch(rb"[\n\x20-\x7e]*", raw), re.findall(rb".{0,80}[^\n\x20-\x7e].{0,80}", raw)[:3]
     assert raw.endswith(b"\n")
@@ -172,7 +172,7 @@ def test_paths_and_fields(logged: _Logged) -> None:
 
 
 def test_what_a_trusted_proxy_passes_on(logged: _Logged) -> None:
-    """The client may be behind it, and what it wrote into these fields too."""
+    """The client may be behind the proxy, and may have written these fields too."""
     for nasty in NASTY.values():
         logged.request(_with(b"X-Forwarded-For: " + nasty))
         logged.request(_with(b"X-Forwarded-For: fe80::1%" + nasty))
@@ -182,7 +182,7 @@ def test_what_a_trusted_proxy_passes_on(logged: _Logged) -> None:
 
 
 def _hello_for(name: bytes) -> bytes:
-    """A ClientHello whose SNI is ``name``, in place of one of the same length that a TLS library would take."""
+    """Return a ClientHello with this SNI, in place of one of the same length that a TLS library accepts."""
     stand_in = ".".join(["a" * 63] * 5)[: len(name)].strip(".").ljust(len(name), "a")
     hello = client_hello(stand_in)
     assert stand_in.encode() in hello
@@ -201,14 +201,14 @@ def test_server_names_and_first_bytes(logged: _Logged) -> None:
 
 
 @pytest.mark.parametrize("path", ["/garbage", "/phrase", "/chunk"])
-def test_what_an_origin_says(logged: _Logged, path: str) -> None:
+def test_responses_of_an_origin(logged: _Logged, path: str) -> None:
     for _ in NASTY:
         logged.request(handshake_request(path))
     assert len(_connections(_lines(logged))) == len(NASTY)
 
 
-def test_a_line_has_its_bounds(logged: _Logged) -> None:
-    """A client that sends 16 KiB does not get to write 60 KiB into the log."""
+def test_the_length_of_a_line_is_limited(logged: _Logged) -> None:
+    """A client that sends 16 KiB cannot write 60 KiB into the log."""
     logged.request(b"GET /" + b"a" * 15_000 + handshake_request("")[4:])
     logged.request(_with(b"X-Long " + b"\x9b" * 15_000))
     logged.request(_with(b"Host: " + b"\x9b" * 15_000))

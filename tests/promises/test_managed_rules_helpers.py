@@ -78,7 +78,7 @@ def test_helper_evaluates_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
 
 @pytest.mark.alone
 def test_hanging_evaluation_is_killed_and_the_next_succeeds(rule_set: RuleSet) -> None:
-    """For real: a regular expression of the user's that backtracks for seconds, and no signal from outside."""
+    """A regular expression of the user's really backtracks for seconds, without a signal from outside."""
 
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
@@ -101,7 +101,7 @@ def test_stopped_helper_misses_the_deadline_and_is_replaced(rule_set: RuleSet) -
             stopped = pool.pids()[0]
             os.kill(stopped, signal.SIGSTOP)
             assert await pool.evaluate(rule_set.name, ORDINARY, 0.05) is Failure.LATE
-            # Not before its successor has been asked: the deadline of this one is not spent on waiting.
+            # Not before its successor has a request: the deadline of this one is not spent on waiting.
             assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
             assert pool.pids() != (stopped,)
 
@@ -114,7 +114,7 @@ def test_killing_a_helper_fails_only_its_request(rule_set: RuleSet) -> None:
         os.kill(child, signal.SIGSTOP)
         middle = asyncio.create_task(pool.evaluate(rule_set.name, BAD, 60))
         behind = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(20)]
-        await asyncio.sleep(0)  # they have been asked
+        await asyncio.sleep(0)  # the requests have been sent to them
         os.kill(child, signal.SIGKILL)
         assert await middle is Failure.DIED
         assert await asyncio.gather(*behind) == [CLEAN] * 20
@@ -224,7 +224,7 @@ def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rule_set: RuleS
 
 
 def links(pid: str) -> dict[str, str]:
-    """What a process's descriptors are, by their numbers."""
+    """Return what the descriptors of a process refer to, by number."""
     found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the one that reads the folder

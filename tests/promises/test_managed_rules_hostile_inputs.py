@@ -17,7 +17,7 @@ from tlstunnel.metrics.registry import Registry
 
 LONGEST = 0.1
 ATTEMPTS = 3
-"""The best of these counts: a busy machine may delay a process for longer, but not every time."""
+"""The best of these attempts counts: a busy machine may delay a process for longer, but not every time."""
 
 
 def query(text: str) -> tuple[str, tuple[str, ...]]:
@@ -44,7 +44,7 @@ HOSTILE = {
     "4 kB path of slashes": ("/" * 4000, ()),
     "120 arguments": ("/chat?" + "&".join(f"a{number}=x" for number in range(120)), ()),
     "64 arguments of $(": ("/chat?" + "&".join(f"a{number}={'$(' * 15}" for number in range(64)), ()),
-    # Below the guard's measure: these are the deadline's.
+    # Below the guard's limits: the deadline applies to these.
     "8 kB of a=": query("a=" * 4000),
     "8 kB of a'": query("a'" * 2500),
     "8 kB of $(a": query("$(a" * 2500),

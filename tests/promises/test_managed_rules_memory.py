@@ -21,13 +21,13 @@ MOST = KIB * KIB
 
 
 def private(pid: int) -> int:
-    """Bytes that belong to this process alone."""
+    """Return the bytes that belong to this process alone."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * KIB for line in lines if line.startswith("Private_"))
 
 
 def growth(evaluations: int) -> float:
-    """Evaluate that many requests, all different, a fifth of them attacks; gives a helper's growth since it is warm."""
+    """Evaluate that many requests, all different, a fifth of them attacks; return a helper's growth once warm."""
     rule_set = build(SiteManagedRules(owasp_crs=True))
     chance = random.Random(1)
     attacks = [attack.request for attack in corpus.attacks() if len(attack.request.target) < 60][::3]
@@ -76,5 +76,5 @@ def test_memory_is_flat_over_20_000_evaluations() -> None:
 @pytest.mark.timeout(7200)
 def test_memory_is_flat_over_a_million_evaluations() -> None:
     require_crs()
-    # Two bytes each is what malloc keeps apart: a helper is replaced after 100 000 evaluations.
+    # malloc's fragmentation takes two bytes for each: a helper is replaced after 100 000 evaluations.
     assert growth(1_000_000) < 4 * MOST

@@ -46,7 +46,7 @@ def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> Non
 
 
 def test_profile_excludes_nothing_else() -> None:
-    """An attack beside the excluded argument is blocked all the same."""
+    """An attack beside the excluded argument is still blocked."""
     require_crs()
     attacks = [attack for attack in corpus.attacks() if "?host=" in attack.request.target.decode()]
     every = ("kubernetes", "signalr", "grafana", "keycloak", "proxmox", "guacamole", "nextjs")

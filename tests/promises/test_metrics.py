@@ -1,4 +1,4 @@
-"""Metrics add up over all processes, and a total never decreases, whatever becomes of a process."""
+"""Metrics add up over all processes, and a total never decreases when a process ends or is replaced."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def origin() -> Iterator[RawOrigin]:
 
 
 def totals(tunnel: Tunnel) -> Totals:
-    """The sum of each family, and of its values where a label tells them apart."""
+    """Return the sum of each family, and of each value of a label that has one."""
     found: Totals = {}
     for name, series in tunnel.status()["metrics"].items():
         for one in series:
@@ -93,7 +93,7 @@ def test_counts_of_two_processes_add_up(origin: RawOrigin, certificate: Certific
 def test_a_killed_process_takes_at_most_the_last_second_with_it(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, arguments=TWO, errors_expected=True) as tunnel:
         use(tunnel, 20)
-        time.sleep(2)  # each has sent what it has counted, without being asked
+        time.sleep(2)  # each has sent its counts, unprompted
         victims = tunnel.pids
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_a_killed_process_takes_at_most_the_last_second_with_it(origin: RawOrigi
 
 
 def test_a_process_reports_before_it_exits(origin: RawOrigin, certificate: Certificate) -> None:
-    """Also what it has counted within its last second."""
+    """This includes what it has counted within its last second."""
     with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
         use(tunnel, 10)
         leaving = tunnel.pids
@@ -117,7 +117,7 @@ def test_a_process_reports_before_it_exits(origin: RawOrigin, certificate: Certi
         assert found["tlstunnel_tunnels_opened_total"] == found["tlstunnel_connections_total"] == 10
 
 
-def test_totals_go_on_through_upgrades_and_reloads(origin: RawOrigin, certificate: Certificate) -> None:
+def test_totals_continue_through_upgrades_and_reloads(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, arguments=TWO) as tunnel, connect_tls(tunnel) as kept:
         assert upgrade(kept).status == 101
         before: Totals = {}
@@ -149,7 +149,7 @@ def test_totals_never_decrease_while_processes_come_and_go(origin: RawOrigin, ce
 
 @pytest.mark.alone
 def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certificate) -> None:
-    """Nothing is counted, nothing wakes up: neither a tunnel that is open nor the time cost CPU."""
+    """Without changes nothing wakes up: neither an open tunnel nor passing time costs CPU."""
 
     def ticks(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -162,7 +162,7 @@ def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certifica
         switches = [_switches(pid) for pid in pids]
         began = [ticks(pid) for pid in pids]
         time.sleep(3)
-        # A tick is 10 ms: the certificates' files are looked at meanwhile.
+        # A tick is 10 ms: the certificates' files are checked meanwhile.
         assert all(now - before <= 1 for now, before in zip(map(ticks, pids), began, strict=True))
         assert all(now - before <= 6 for now, before in zip(map(_switches, pids), switches, strict=True))
 

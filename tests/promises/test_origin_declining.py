@@ -1,4 +1,4 @@
-"""An origin's own refusal reaches the client whole, body and all, and the connection ends; half of one shows."""
+"""An origin's own refusal reaches the client complete with its body; a truncated one is visible as truncated."""
 
 import random
 import socket
@@ -70,7 +70,7 @@ def _declined(stage: Stage, answer: bytes, *, then: Then) -> tuple[Response, Rec
 
 @pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS.keys())
 @pytest.mark.parametrize("body", [b"", b"because\n", LARGE], ids=["empty", "short", "2MiB"])
-def test_any_framing_is_relayed_whole(stage: Stage, framing: Callable[[bytes, bytes], bytes], body: bytes) -> None:
+def test_any_framing_is_relayed_completely(stage: Stage, framing: Callable[[bytes, bytes], bytes], body: bytes) -> None:
     head = b"HTTP/1.1 403 Out of the Question\r\nX-Why: Because\r\nContent-Type: text/odd\r\n"
     then: Then = "end" if framing is _to_the_end else "keep"
     response, record = _declined(stage, framing(head, body), then=then)
@@ -113,7 +113,7 @@ def test_a_status_without_a_body_ends_at_its_head(stage: Stage, line: bytes) -> 
     assert record["reason"] == "declined"
 
 
-def test_hop_by_hop_fields_stay_on_their_hop(stage: Stage) -> None:
+def test_hop_by_hop_fields_are_not_relayed(stage: Stage) -> None:
     head = b"HTTP/1.1 403 Forbidden\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: a\r\n"
     response, _ = _declined(stage, _by_length(head, b"no"), then="keep")
     assert response.headers.get_all("Connection") == ["close"]
@@ -132,11 +132,11 @@ CUT_SHORT: dict[str, tuple[bytes, Then]] = {
 
 
 @pytest.mark.parametrize(("rest", "then"), CUT_SHORT.values(), ids=CUT_SHORT.keys())
-def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then) -> None:
-    """No close_notify: it would say that this was all, and where only the end frames the body nothing else says it."""
+def test_a_truncated_body_does_not_look_complete(stage: Stage, rest: bytes, then: Then) -> None:
+    """No close_notify: it would mark the end, which is the only framing that some bodies have."""
     origin, tunnel = stage
     head_arrived = threading.Event()
-    # Only when the client has the head is there a body to be cut short.
+    # Only once the client has the head can the body be truncated.
     traffic = origin.play(b"HTTP/1.1 500 Internal Server Error\r\n" + rest, then=then, after=head_arrived)
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
@@ -149,8 +149,8 @@ def test_a_body_cut_short_is_no_whole_one(stage: Stage, rest: bytes, then: Then)
     assert (record["ended_by"], record["reason"]) == ("origin", "response truncated"), record
 
 
-def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
-    """In the very segment of the head, so that it is met before anything has gone to the client."""
+def test_a_malformed_body_does_not_look_complete(stage: Stage) -> None:
+    """It is in the segment of the head, so it is read before anything has been sent to the client."""
     origin, tunnel = stage
     traffic = origin.play(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nthis is no chunk\r\n")
     with connect_tls(tunnel) as client:
@@ -162,7 +162,7 @@ def test_a_body_that_is_nonsense_is_no_whole_one(stage: Stage) -> None:
 
 
 def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> None:
-    """Longer than timeouts.close in all, but never so long without a byte."""
+    """In all this takes longer than timeouts.close, but never that long without a byte."""
     body = LARGE * 2
     with (
         ScriptedOrigin() as origin,
@@ -175,7 +175,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> 
         received = bytearray(read_response(client).leftover)
         while some := client.recv(65_536):
             received += some
-            time.sleep(3 * len(some) / len(body))  # the slowness that this is about
+            time.sleep(3 * len(some) / len(body))  # the slowness under test
         assert bytes(received) == body
         assert traffic.record(tunnel)["reason"] == "declined"
 
@@ -184,7 +184,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(certificate: Certificate) -> 
 def test_a_client_that_leaves_in_the_middle_is_noticed_at_once(
     stage: Stage, leave: Callable[[socket.socket], None]
 ) -> None:
-    """The origin streams on, or waits: its connection is not held for ``timeouts.close`` (30 s here)."""
+    """The origin keeps streaming, or waits: its connection is not held for ``timeouts.close`` (30 s here)."""
     origin, tunnel = stage
     traffic = origin.play(b"HTTP/1.1 200 OK\r\n\r\nstream")
     client = connect_tls(tunnel)

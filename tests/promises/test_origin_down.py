@@ -1,4 +1,4 @@
-"""An origin that is down costs its clients a clear answer, 502 or 504, and nobody else anything."""
+"""If an origin is down, its clients get a clear response, 502 or 504, and other clients are unaffected."""
 
 import contextlib
 import socket
@@ -22,7 +22,7 @@ from tests.promises.wire import Response, send_request
 
 
 def _refused(tunnel: Tunnel, status: int, reasons: set[str]) -> Response:
-    """Ask for a tunnel; the answer must be this status, and the record must agree with it."""
+    """Request a tunnel; the response must have this status, and the record must agree with it."""
     response = send_request(tunnel, handshake_request("/down"))
     assert response.status == status, response.raw
     assert response.headers["Connection"] == "close"
@@ -40,18 +40,18 @@ def _refused(tunnel: Tunnel, status: int, reasons: set[str]) -> Response:
 
 def test_a_refused_connection_is_a_502(certificate: Certificate) -> None:
     with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port, and it refuses
+        reserved.bind(("127.0.0.1", 0))  # bound but not listening: no other program gets the port, and it refuses
         with Tunnel(f"127.0.0.1:{reserved.getsockname()[1]}", certificate) as tunnel:
             _refused(tunnel, 502, {"origin unreachable"})
 
 
-def test_a_unix_socket_that_is_not_there_is_a_502(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_missing_unix_socket_is_a_502(certificate: Certificate, tmp_path: Path) -> None:
     with Tunnel(f"unix:{tmp_path / 'absent.sock'}", certificate) as tunnel:
         _refused(tunnel, 502, {"origin unreachable"})
 
 
-def test_a_name_that_nobody_knows_is_a_502(certificate: Certificate) -> None:
-    # On a machine without a resolver the answer takes as long as the resolver is asked to be patient.
+def test_an_unknown_name_is_a_502(certificate: Certificate) -> None:
+    # On a machine without a resolver the response takes as long as the resolver's own timeout.
     patience = {"RES_OPTIONS": "timeout:1 attempts:1"}
     with Tunnel("no-such-host.invalid:80", certificate, environment=patience) as tunnel:
         response = _refused(tunnel, 502, {"origin unreachable"})
@@ -59,7 +59,7 @@ def test_a_name_that_nobody_knows_is_a_502(certificate: Certificate) -> None:
 
 
 def _fill(connect_to: object, family: int) -> list[socket.socket]:
-    """Connect until the accept queue is full: nobody accepts, so whoever comes later waits."""
+    """Connect until the accept queue is full: nothing accepts, so later connections wait."""
     held: list[socket.socket] = []
     waiting = 0
     while waiting < 2:
@@ -85,7 +85,7 @@ def _full(family: int, address: object) -> Iterator[socket.socket]:
         yield listener
 
 
-def test_a_connection_that_does_not_come_about_is_a_504(certificate: Certificate) -> None:
+def test_a_connection_that_is_not_established_is_a_504(certificate: Certificate) -> None:
     with _full(socket.AF_INET, ("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with Tunnel(address, certificate, settings='[timeouts]\norigin_connect = "300ms"\n') as tunnel:
@@ -102,7 +102,7 @@ def test_a_unix_socket_whose_queue_is_full_is_a_504(certificate: Certificate, tm
 
 
 def test_a_unix_socket_whose_queue_empties_in_time_is_waited_for(certificate: Certificate, tmp_path: Path) -> None:
-    """connect(2) on a Unix socket does not wait for room: the tunnel has to."""
+    """connect(2) on a Unix socket does not wait for room, so the tunnel has to."""
     path = str(tmp_path / "full.sock")
     with (
         _full(socket.AF_UNIX, path) as listener,
@@ -111,7 +111,7 @@ def test_a_unix_socket_whose_queue_empties_in_time_is_waited_for(certificate: Ce
     ):
         client.sendall(handshake_request())
         listener.settimeout(TIMEOUT)
-        # Those that filled the queue have left nothing to read; the tunnel's connection comes behind them.
+        # Those that filled the queue sent nothing; the tunnel's connection is behind them.
         for _ in range(64):
             sock, _ = listener.accept()
             with sock:
@@ -142,12 +142,12 @@ def _half_an_answer_and_end(sock: socket.socket) -> None:
     [
         (_reads_and_ends, {"invalid response"}),
         (_reads_and_resets, {"origin failed"}),
-        (reset, {"origin failed", "origin unreachable"}),  # the reset may come before connecting is seen to be done
+        (reset, {"origin failed", "origin unreachable"}),  # the reset may arrive before connecting is noticed
         (_half_an_answer_and_end, {"invalid response"}),
     ],
     ids=["closes", "resets", "resets-at-once", "closes-within-the-head"],
 )
-def test_no_answer_is_a_502(
+def test_no_response_is_a_502(
     certificate: Certificate, handler: Callable[[socket.socket], None], reasons: set[str]
 ) -> None:
     with RawOrigin(handler) as origin, Tunnel(origin.address, certificate) as tunnel:

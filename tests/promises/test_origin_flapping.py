@@ -1,4 +1,4 @@
-"""An origin that goes away and comes back is served again at once: no memory of its failure holds a client off."""
+"""An origin that goes away and comes back is served again at once: an earlier failure does not delay clients."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ from tests.harness import (
 )
 from tests.promises.wire import read_until_end, send_request
 
-# A process of its own: only then is there something to kill.
+# A process of its own, so that it can be killed.
 ORIGIN = """
 import sys
 from tests.harness import RawOrigin, echo_bytes
@@ -38,7 +38,7 @@ def _origin(port: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-def test_a_flapping_origin_is_served_whenever_it_is_there(certificate: Certificate) -> None:
+def test_a_flapping_origin_is_served_whenever_it_is_up(certificate: Certificate) -> None:
     with contextlib.ExitStack() as stack:
         process, port = stack.enter_context(_origin(0))
         tunnel = stack.enter_context(Tunnel(f"127.0.0.1:{port}", certificate))

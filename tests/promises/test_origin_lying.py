@@ -1,4 +1,4 @@
-"""An origin's 101 is believed when it proves itself, and only then; of anything else nothing goes either way."""
+"""Only a 101 that is valid in every respect opens a tunnel; after any other response, no bytes pass."""
 
 import base64
 import contextlib
@@ -102,7 +102,7 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
-def test_a_lie_is_a_502_and_goes_no_further(stage: Stage, lie: Script | bytes) -> None:
+def test_an_invalid_101_is_a_502_and_passes_nothing(stage: Stage, lie: Script | bytes) -> None:
     origin, tunnel = stage
     traffic = origin.play(lie)
     with connect_tls(tunnel) as client:
@@ -150,7 +150,7 @@ TRUTHS: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS.keys())
-def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Script) -> None:
+def test_a_valid_101_is_accepted_in_every_form(certificate: Certificate, truth: Script) -> None:
     pieces = iter((1, 7, 1 << 20))
 
     def play(sock: socket.socket) -> None:
@@ -176,7 +176,7 @@ def test_the_truth_is_believed_in_every_form(certificate: Certificate, truth: Sc
                 assert receive_exactly(client, 10) == b"last words"
 
 
-def test_a_lie_to_one_client_costs_the_next_nothing(stage: Stage) -> None:
+def test_an_invalid_101_does_not_affect_the_next_client(stage: Stage) -> None:
     origin, tunnel = stage
     turns = itertools.count()
     origin.play(lambda request: LIE + b"\r\n\r\n" if next(turns) % 2 == 0 else switching_protocols(request))
@@ -186,8 +186,8 @@ def test_a_lie_to_one_client_costs_the_next_nothing(stage: Stage) -> None:
             assert upgrade(client).status == 101
 
 
-def test_an_answer_before_the_request_is_still_judged(certificate: Certificate) -> None:
-    """Sent on connecting, it cannot know the key."""
+def test_a_response_before_the_request_is_still_checked(certificate: Certificate) -> None:
+    """It is sent on connecting, when the origin cannot know the key."""
 
     def hasty(sock: socket.socket) -> None:
         sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n" + LIE)

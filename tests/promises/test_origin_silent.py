@@ -1,4 +1,4 @@
-"""An origin that says nothing, or never comes to an end, holds no client for longer than the timeouts say."""
+"""An origin that is silent, or never finishes its response, holds no client for longer than the timeouts."""
 
 import contextlib
 import socket
@@ -37,7 +37,7 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 @pytest.mark.parametrize(
     "beginning", [b"", b"HTTP/1.1 101 Switching Pro", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["nothing", "half", "100"]
 )
-def test_no_answer_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
+def test_no_response_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
     origin, tunnel = stage
     traffic = origin.play(beginning)
     began = time.monotonic()
@@ -50,8 +50,8 @@ def test_no_answer_in_time_is_a_504(stage: Stage, beginning: bytes) -> None:
     assert traffic.surplus_at_end() == b""
 
 
-def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -> None:
-    """Each byte is progress, and still the answer is not there."""
+def test_a_trickled_response_does_not_extend_the_timeout(certificate: Certificate) -> None:
+    """Each byte is progress, but the response is still incomplete."""
     gone = threading.Event()
 
     def trickle(sock: socket.socket) -> None:
@@ -74,13 +74,13 @@ def test_a_trickled_answer_does_not_stretch_the_time(certificate: Certificate) -
         assert gone.wait(TIMEOUT), "the origin's connection outlived the 504"
 
 
-def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> None:
+def test_a_refusal_whose_body_stops_does_not_look_complete(stage: Stage) -> None:
     origin, tunnel = stage
     traffic = origin.play(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 1000\r\n\r\nonly this")
     with connect_tls(tunnel) as client:
         client.sendall(handshake_request())
         assert read_response(client).status == 403
-        # Not a close_notify, which says that all has been sent.
+        # Not a close_notify, which would mark the body as complete.
         with pytest.raises(ABRUPT_ENDS):
             receive_all(client)
     record = traffic.record(tunnel)
@@ -88,8 +88,8 @@ def test_a_refusal_whose_body_stops_is_not_passed_off_as_whole(stage: Stage) -> 
     assert traffic.surplus_at_end() == b""
 
 
-def test_a_client_that_leaves_a_silent_origin_takes_its_connection_along(certificate: Certificate) -> None:
-    """The 30 s of origin_response are not waited out: the harness would not wait that long."""
+def test_a_client_that_leaves_closes_its_connection_to_a_silent_origin(certificate: Certificate) -> None:
+    """The tunnel does not wait for origin_response, 30 s: the test would time out first."""
     with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
         for leave in (socket.socket.close, reset):
             traffic = origin.play(b"")
@@ -101,8 +101,8 @@ def test_a_client_that_leaves_a_silent_origin_takes_its_connection_along(certifi
             assert traffic.record(tunnel)["ended_by"] == "client"
 
 
-def test_a_good_client_is_served_while_others_wait_for_an_answer(certificate: Certificate) -> None:
-    """Twenty that hang cost the twenty-first nothing."""
+def test_a_good_client_is_served_while_others_wait_for_a_response(certificate: Certificate) -> None:
+    """Twenty that wait do not delay the twenty-first."""
 
     def only_for_the_patient(sock: socket.socket) -> None:
         request = read_request(sock)

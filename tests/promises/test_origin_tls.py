@@ -1,4 +1,4 @@
-"""TLS on to a ``wss://`` origin: verified, and with the same promises as the TLS of the client."""
+"""TLS to a ``wss://`` origin: verified, and with the same promises as TLS with the client."""
 
 import contextlib
 import fcntl
@@ -59,7 +59,7 @@ def measured(certificate: Certificate) -> Iterator[SecureEnds]:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """Signs the origins' certificates of this file."""
+    """Signs the origins' certificates in this file."""
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
@@ -140,7 +140,7 @@ def test_sizes_about_those_of_records_and_buffers(ends: SecureEnds, size: int) -
 
 
 def test_bytes_behind_both_heads_arrive(ends: SecureEnds) -> None:
-    """What the origin sends in one record with its 101, and after it in the same segment."""
+    """The origin sends them in one record with its 101, and after it in the same segment."""
     client = ends.connect()
     client.send(_request("/early") + b"early up")
     origin = OriginEnd(ends.accept(), ends.origin_context)
@@ -185,7 +185,7 @@ def _send_and_end(end: TlsEnd, data: bytes) -> None:
 
 
 @VERSIONS
-def test_the_origin_goes_on_after_the_client_has_ended(ends: SecureEnds, tls_1_2: bool) -> None:
+def test_the_origin_continues_after_the_client_has_ended(ends: SecureEnds, tls_1_2: bool) -> None:
     with Threads() as threads:
         client, origin = ends.open_secure(tls_1_2=tls_1_2)
         threads.do(_send_and_end, client, DATA)
@@ -201,7 +201,7 @@ def test_the_origin_goes_on_after_the_client_has_ended(ends: SecureEnds, tls_1_2
 
 
 @VERSIONS
-def test_the_client_goes_on_after_the_origin_has_ended(ends: SecureEnds, tls_1_2: bool) -> None:
+def test_the_client_continues_after_the_origin_has_ended(ends: SecureEnds, tls_1_2: bool) -> None:
     client, origin = ends.open_secure(tls_1_2=tls_1_2)
     origin.send(b"all of it")
     origin.end()
@@ -215,8 +215,8 @@ def test_the_client_goes_on_after_the_origin_has_ended(ends: SecureEnds, tls_1_2
 
 
 @VERSIONS
-def test_the_origin_sends_all_the_while_the_client_ends(ends: SecureEnds, tls_1_2: bool) -> None:
-    """``close_notify`` is made while the origin's records wait in the socket and half of one in the TLS library."""
+def test_the_origin_sends_while_the_client_ends(ends: SecureEnds, tls_1_2: bool) -> None:
+    """``close_notify`` is written while the origin's records wait in the socket and half of one in the TLS library."""
     with Threads() as threads:
         for _ in range(3):
             client, origin = ends.open_secure(tls_1_2=tls_1_2, buffers=65_536)
@@ -303,7 +303,7 @@ def test_data_and_then_a_reset(ends: SecureEnds, side: str, size: int) -> None:
     eventually(lambda: ends.tunnel.descriptors() <= idle)
 
 
-def test_an_origin_that_goes_on_in_clear_is_an_error(ends: SecureEnds) -> None:
+def test_an_origin_that_continues_unencrypted_is_an_error(ends: SecureEnds) -> None:
     client, origin = ends.open_secure()
     origin.send(b"sealed")
     origin.sock.sendall(b"in clear, which is no record")
@@ -318,7 +318,7 @@ def test_an_origin_that_goes_on_in_clear_is_an_error(ends: SecureEnds) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_while_the_tunnel_waits_for_the_other(measured: SecureEnds, side: str) -> None:
-    """Nobody reads the socket then, and epoll tells of its error all the same, and again and again."""
+    """The socket is not read at that time, and epoll still reports its error, again and again."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open_secure(buffers=65_536)
     aborts, other = (client, origin) if side == "client" else (origin, client)
@@ -342,7 +342,7 @@ def _does_not_spin(ends: SecureEnds) -> None:
     assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
-def test_an_end_of_ours_ends_both_in_an_orderly_way(certificate: Certificate) -> None:
+def test_a_drain_ends_both_sides_in_an_orderly_way(certificate: Certificate) -> None:
     with SecureEnds(certificate, head='[timeouts]\nidle = "1s"') as ends:
         client, origin = ends.open_secure()
         assert client.receive_all() == b""
@@ -354,7 +354,7 @@ def test_an_end_of_ours_ends_both_in_an_orderly_way(certificate: Certificate) ->
 
 
 def _accept_all(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
-    """A handler of an origin that echoes in TLS; a client that ends or fails the TLS handshake is nothing to it."""
+    """Return a handler of an origin that echoes in TLS, and ignores clients that fail the TLS handshake."""
 
     def handle(sock: socket.socket) -> None:
         try:
@@ -373,7 +373,7 @@ def _accept_all(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
 
 
 def _works(tunnel: Tunnel) -> str:
-    """That it is a tunnel; the name that the origin saw in our certificate."""
+    """Check that it is a tunnel; return the name in the certificate that the origin received."""
     with connect_tls(tunnel) as client:
         answer = upgrade(client)
         assert answer.status == 101
@@ -415,7 +415,7 @@ def test_an_issuer_that_is_not_trusted(certificate: Certificate, authority: Auth
     with RawOrigin(_accept_all(server_context(pair))) as origin:
         address = f"wss://localhost:{origin.port}"
         other = Authority(tmp_path, "another authority")
-        for settings in (f'origin_ca = "{other.file}"', ""):  # the system's store does not know it either
+        for settings in (f'origin_ca = "{other.file}"', ""):  # the system's store does not have it either
             with Tunnel(certificate=certificate, config=site(certificate, address, settings)) as tunnel:
                 assert refused(tunnel).startswith(b"HTTP/1.1 502 ")
                 assert tunnel.wait_records(1)[0]["reason"] == "origin certificate from unknown issuer"
@@ -436,7 +436,7 @@ def test_a_self_signed_certificate_may_be_trusted_itself(certificate: Certificat
         ("127.0.0.1", ["localhost"], "", False),
         ("127.0.0.1", ["inner.example"], 'origin_name = "inner.example"', True),
         ("localhost", ["localhost"], 'origin_name = "inner.example"', False),
-        ("localhost", [], "", False),  # a common name alone is none (RFC 9525 section 2)
+        ("localhost", [], "", False),  # a common name alone does not count (RFC 9525 section 2)
     ],
 )
 def test_the_name_that_counts(
@@ -454,7 +454,7 @@ def test_the_name_that_counts(
 
 
 @VERSIONS
-def test_a_client_certificate_for_an_origin_that_asks(
+def test_a_client_certificate_for_an_origin_that_requests_one(
     certificate: Certificate, authority: Authority, tls_1_2: bool
 ) -> None:
     context = server_context(authority.issue("localhost"))
@@ -471,7 +471,7 @@ def test_a_client_certificate_for_an_origin_that_asks(
         with Tunnel(certificate=certificate, config=site(certificate, address, ca)) as tunnel:
             assert refused(tunnel).startswith(b"HTTP/1.1 502 ")
             record = tunnel.wait_records(1)[0]
-            # With TLS 1.3 a server says so after the handshake is done for the client.
+            # With TLS 1.3 a server reports this after the handshake has completed for the client.
             assert record["reason"] == ("origin TLS failed" if tls_1_2 else "origin failed")
             assert ("handshake failure" if tls_1_2 else "certificate required") in record["detail"]
             assert "origin_cert" in record["detail"]
@@ -500,7 +500,7 @@ def _alert(sock: socket.socket) -> None:
         (_alert, "origin TLS failed", "unrecognized name"),
     ],
 )
-def test_an_origin_that_does_not_speak_tls_with_us(
+def test_an_origin_that_does_not_speak_tls(
     certificate: Certificate, handler: Callable[[socket.socket], None], reason: str, word: str
 ) -> None:
     with RawOrigin(handler) as origin:
@@ -530,7 +530,7 @@ def test_an_origin_that_is_silent_in_its_tls_handshake(certificate: Certificate)
             idle = tunnel.descriptors()
             assert refused(tunnel).startswith(b"HTTP/1.1 504 ")
             assert tunnel.wait_records(1)[0]["reason"] == "origin connect timed out"
-            # A client that goes meanwhile takes the connection to the origin with it.
+            # If the client leaves meanwhile, the connection to the origin is closed too.
             with connect_tls(tunnel) as client:
                 client.sendall(_request("/"))
                 eventually(lambda: origin.connections == 2)
@@ -552,7 +552,7 @@ def test_the_second_connection_resumes_the_session(ends: SecureEnds, tls_1_2: bo
     assert resumed[1:] == [True, True]
 
 
-# --- origins nobody here wrote ---------------------------------------------------------------------------------------
+# --- independent origins ----------------------------------------------------------------------------------------------
 
 
 def test_nginx_as_the_origin(certificate: Certificate, tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def _accepts(port: int) -> bool:
 
 
 def test_openssl_s_server_that_changes_its_keys(certificate: Certificate) -> None:
-    """``K`` on its standard input sends a KeyUpdate that asks for ours."""
+    """``K`` on its standard input sends a KeyUpdate that requests one of the tunnel."""
     command = [require("openssl"), "s_server", "-accept", "127.0.0.1:0", "-naccept", "1"]
     command += ["-cert", str(certificate.cert), "-key", str(certificate.key), "-cert_chain", str(certificate.cert)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -630,7 +630,7 @@ def test_openssl_s_server_that_changes_its_keys(certificate: Certificate) -> Non
                 _type(process, b"down %d\n" % number)
                 assert receive_exactly(client, 7) == b"down %d\n" % number
             _type(process, b"Q\n")
-            with contextlib.suppress(ssl.SSLEOFError):  # it says goodbye to a descriptor that it has closed
+            with contextlib.suppress(ssl.SSLEOFError):  # it writes to a descriptor that it has closed
                 assert receive_all(client) == b""
             assert tunnel.wait_records(1)[0]["ended_by"] == "origin"
     finally:
@@ -640,7 +640,7 @@ def test_openssl_s_server_that_changes_its_keys(certificate: Certificate) -> Non
 
 
 def _type(process: "subprocess.Popen[bytes]", line: bytes) -> None:
-    """What is read at once is one command: wait until it has been read."""
+    """It takes what it reads at once as one command: wait until it has been read."""
     stdin = process.stdin
     assert stdin is not None
     stdin.write(line)
@@ -649,7 +649,7 @@ def _type(process: "subprocess.Popen[bytes]", line: bytes) -> None:
 
 
 class _Output:
-    """What a process has written, waited for."""
+    """Wait for output of a process, and return it."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self._process = process
@@ -659,7 +659,7 @@ class _Output:
         self._thread.start()
 
     def wait_for(self, begin: bytes, end: bytes) -> bytes:
-        """What stands between the next ``begin`` and the ``end`` behind it."""
+        """Return what is between the next ``begin`` and the ``end`` after it."""
         with self._changed:
             found = self._changed.wait_for(lambda: end in self._data.partition(begin)[2], TIMEOUT)
             assert found, self._data
@@ -667,7 +667,7 @@ class _Output:
             return between
 
     def close(self) -> None:
-        """Once the process has ended."""
+        """Return the output after the process has ended."""
         self._thread.join(TIMEOUT)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None

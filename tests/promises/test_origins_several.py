@@ -1,4 +1,4 @@
-"""Several origins: who is asked, what becomes of it when some are down, full, slow or gone, and what a reload keeps."""
+"""Several origins: balance, failover when some are down, full, slow or gone, and what survives a reload."""
 
 import contextlib
 import socket
@@ -28,7 +28,7 @@ from tests.promises.firewalled import config_for, tunnel_to
 
 
 class Origin:
-    """Accepts every handshake, says its name in a frame, counts, and can go away and come back on its port."""
+    """Accepts every handshake, sends its name in a frame, counts, and can go away and come back on its port."""
 
     def __init__(self, name: bytes) -> None:
         self.name = name
@@ -74,7 +74,7 @@ def serving(origins: list[Origin], certificate: Certificate, more: str = "", top
 
 @contextlib.contextmanager
 def opened(tunnel: Tunnel, path: str = "/", *headers: tuple[str, str]) -> Iterator[tuple[bytes, Response]]:
-    """A tunnel, and the name of its origin; b"" where there is none."""
+    """Open a tunnel; return it and the name of its origin, b"" if there is none."""
     with connect_tls(tunnel) as client:
         answer = upgrade(client, path, headers)
         if answer.status != 101:
@@ -118,12 +118,12 @@ def test_least_tunnels(origins: list[Origin], certificate: Certificate) -> None:
         assert Counter(names) == {b"a": 3, b"b": 3, b"c": 3}
         stack.close()
         tunnel.wait_records(9)
-        # All of them count down again.
+        # All counts decrease again.
         names = [stack.enter_context(opened(tunnel))[0] for _ in range(9)]
         assert Counter(names) == {b"a": 3, b"b": 3, b"c": 3}
 
 
-def test_a_client_comes_back_to_its_origin(origins: list[Origin], certificate: Certificate) -> None:
+def test_a_client_returns_to_its_origin(origins: list[Origin], certificate: Certificate) -> None:
     with serving(origins, certificate, 'balance = "hash:cookie:sid"') as tunnel:
         first = {number: name_of(tunnel, "/", ("Cookie", f"sid={number}")) for number in range(40)}
         assert len(set(first.values())) == 3
@@ -133,20 +133,20 @@ def test_a_client_comes_back_to_its_origin(origins: list[Origin], certificate: C
         assert all(after[number] == name for number, name in first.items() if name != b"b")
 
 
-def test_an_origin_that_refuses_costs_no_handshake(origins: list[Origin], certificate: Certificate) -> None:
+def test_an_origin_that_refuses_fails_no_handshake(origins: list[Origin], certificate: Certificate) -> None:
     with serving(origins, certificate) as tunnel:
         origins[0].kill()
         assert Counter(name_of(tunnel) for _ in range(20))[b"a"] == 0
         (record,) = tunnel.wait_records(1, "origin ejected")
         assert (record["origin"], record["reason"]) == (origins[0].address, "Connection refused")
         origins[0].revive()
-        # Within the delay of a second or a few, doubled by what failed meanwhile.
+        # Within the delay of a second or a few, which later failures have doubled.
         eventually(lambda: name_of(tunnel) == b"a", timeout=20)
         tunnel.wait_records(1, "origin restored")
         assert Counter(name_of(tunnel) for _ in range(30)) == {b"a": 10, b"b": 10, b"c": 10}
 
 
-def test_nobody_left_is_503_and_over_as_soon_as_one_is_back(origins: list[Origin], certificate: Certificate) -> None:
+def test_no_origin_left_is_503_until_one_is_back(origins: list[Origin], certificate: Certificate) -> None:
     with serving(origins, certificate) as tunnel:
         for origin in origins:
             origin.kill()
@@ -167,7 +167,7 @@ def test_nobody_left_is_503_and_over_as_soon_as_one_is_back(origins: list[Origin
         assert time.monotonic() - began < 5
 
 
-def test_an_only_origin_is_asked_always(origins: list[Origin], certificate: Certificate) -> None:
+def test_an_only_origin_is_always_tried(origins: list[Origin], certificate: Certificate) -> None:
     with serving(origins[:1], certificate) as tunnel:
         origins[0].kill()
         for _ in range(10):
@@ -179,7 +179,7 @@ def test_an_only_origin_is_asked_always(origins: list[Origin], certificate: Cert
 
 @contextlib.contextmanager
 def silent() -> Iterator[str]:
-    """An address that neither takes nor refuses a connection: its backlog is full."""
+    """An address that neither accepts nor refuses a connection: its backlog is full."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.socket())
         server.bind(("127.0.0.1", 0))
@@ -191,7 +191,7 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_another_is_tried_beside_one_that_does_not_answer(origins: list[Origin], certificate: Certificate) -> None:
+def test_another_is_tried_alongside_one_that_does_not_respond(origins: list[Origin], certificate: Certificate) -> None:
     with silent() as address:
         text = config_for(address, certificate).replace(f'["{address}"]', f'["{address}", "{origins[0].address}"]')
         with Tunnel(None, certificate, config=text) as tunnel:
@@ -204,7 +204,7 @@ def test_another_is_tried_beside_one_that_does_not_answer(origins: list[Origin],
             eventually(lambda: tunnel.descriptors() <= descriptors)
 
 
-def test_the_most_tunnels_of_an_origin(origins: list[Origin], certificate: Certificate) -> None:
+def test_the_limit_of_tunnels_of_an_origin(origins: list[Origin], certificate: Certificate) -> None:
     a, b, _ = origins
     text = config_for(a.address, certificate).replace(
         f'["{a.address}"]',
@@ -215,7 +215,7 @@ def test_the_most_tunnels_of_an_origin(origins: list[Origin], certificate: Certi
         assert Counter(names) == {b"a": 2, b"b": 3}
         with opened(tunnel) as (_, answer):
             assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
-        # Also through a reload, which keeps count.
+        # Also through a reload, which keeps the count.
         changed = text.replace("max_tunnels = 3", "max_tunnels = 4")
         assert tunnel.reload(changed) == ["site localhost: changed: origins"]
         assert stack.enter_context(opened(tunnel))[0] == b"b"
@@ -226,7 +226,7 @@ def test_the_most_tunnels_of_an_origin(origins: list[Origin], certificate: Certi
         assert {name_of(tunnel) for _ in range(4)} == {b"a", b"b"}
 
 
-def test_it_is_exact_with_many_at_once(origins: list[Origin], certificate: Certificate) -> None:
+def test_the_limit_is_exact_with_many_at_once(origins: list[Origin], certificate: Certificate) -> None:
     a = origins[0]
     text = config_for(a.address, certificate).replace(
         f'["{a.address}"]', f'[{{ address = "{a.address}", max_tunnels = 20 }}]'
@@ -265,11 +265,11 @@ def test_routes(origins: list[Origin], certificate: Certificate) -> None:
             ("/%61dmin/", b"b"),
         ):
             assert name_of(tunnel, path) == name, path
-        # What the origin gets is what the client sent.
+        # The origin gets what the client sent.
         assert "/x/../admin/%78" in b.heads
 
 
-def test_health_checks_take_an_origin_out_before_anybody_asks_it(
+def test_health_checks_exclude_an_origin_before_any_request_fails(
     origins: list[Origin], certificate: Certificate, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -300,13 +300,13 @@ def test_health_checks_take_an_origin_out_before_anybody_asks_it(
             broken.unlink()
             tunnel.wait_records(1, "origin up")
             assert {name_of(tunnel) for _ in range(4)} == {b"s", b"a"}
-            # A reload leaves one check an origin behind, not two.
+            # A reload leaves one check for each origin, not two.
             tunnel.reload()
             tunnel.reload()
             assert {name_of(tunnel) for _ in range(4)} == {b"s", b"a"}
 
 
-def test_origins_change_and_the_tunnels_of_those_that_go_stay(origins: list[Origin], certificate: Certificate) -> None:
+def test_origins_change_and_tunnels_of_removed_ones_stay(origins: list[Origin], certificate: Certificate) -> None:
     a, b, _ = origins
     with serving([a], certificate) as tunnel, connect_tls(tunnel) as client:
         answer = upgrade(client)
@@ -322,7 +322,7 @@ ASKERS = 8
 
 
 def test_origins_killed_and_revived_under_load(origins: list[Origin], certificate: Certificate) -> None:
-    """New handshakes fail over; only what an origin had been sent when it died is lost; nothing is left behind."""
+    """New handshakes fail over; only requests already sent to an origin that dies are lost; nothing is left behind."""
     with serving(origins, certificate) as tunnel:
         assert name_of(tunnel) in {b"a", b"b", b"c"}
         descriptors = tunnel.descriptors()
@@ -336,7 +336,7 @@ def test_origins_killed_and_revived_under_load(origins: list[Origin], certificat
                     with opened(tunnel) as (name, answer):
                         (names if answer.status == 101 else cut).append(name or answer.status)  # type: ignore[arg-type]
                 except AssertionError:
-                    cut.append(101)  # its origin died between the 101 and its first word
+                    cut.append(101)  # its origin died between the 101 and its first message
 
         with ThreadPoolExecutor(ASKERS) as threads:
             asking = [threads.submit(ask) for _ in range(ASKERS)]
@@ -350,7 +350,7 @@ def test_origins_killed_and_revived_under_load(origins: list[Origin], certificat
             over.set()
             for one in asking:
                 one.result(TIMEOUT)
-        # Of those that were under way at each of four deaths; a 503 would be a refusal for want of an origin.
+        # Those in progress at each of four deaths; a 503 would mean that no origin was available.
         assert set(cut) <= {101, 502}
         assert len(cut) <= 4 * ASKERS
         refused = [record["reason"] for record in tunnel.records("connection") if record["status"] != 101]

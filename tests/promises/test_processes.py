@@ -68,7 +68,7 @@ def test_the_kernel_spreads_connections_over_all(origin: RawOrigin, certificate:
             assert upgrade(stack.enter_context(connect_tls(tunnel))).status == 101
         counted = _counted(tunnel)
         assert sum(counted) == 40
-        assert min(counted) > 0  # by chance alone 1 in 2 ** 39
+        assert min(counted) > 0  # the probability that this happens by chance is 1 in 2 ** 39
 
 
 def test_a_port_in_use_is_seen(origin: RawOrigin, certificate: Certificate) -> None:
@@ -138,7 +138,7 @@ def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, pr
 
 
 def test_a_dead_process_leaves_no_client_waiting(origin: RawOrigin, certificate: Certificate) -> None:
-    """What had connected to its socket is served by its sibling, before it is there again."""
+    """Clients that had connected to its socket are served by its sibling, before it is restarted."""
     with Tunnel(origin.address, certificate, arguments=TWO, errors_expected=True) as tunnel:
         victim = tunnel.pids[0]
         os.kill(victim, signal.SIGSTOP)
@@ -165,7 +165,7 @@ def test_a_process_that_keeps_exiting_is_restarted_with_delays(origin: RawOrigin
 
 
 def test_the_parent_killed(origin: RawOrigin, certificate: Certificate) -> None:
-    """Its processes accept no more and drain; none is left."""
+    """Its processes stop accepting and drain; none is left."""
     settings = '[release]\ndrain_over = "1s"\n'
     with ExitStack() as stack:
         stack.enter_context(pytest.raises(AssertionError, match="it exited with -9"))
@@ -191,7 +191,7 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-def test_more_and_fewer_by_reload(certificate: Certificate) -> None:
+def test_more_and_fewer_processes_by_reload(certificate: Certificate) -> None:
     """No handshake fails and no tunnel ends meanwhile."""
     with WebsocketsOrigin() as origin:
         text = config_for(origin.address, certificate)
@@ -213,7 +213,7 @@ def test_more_and_fewer_by_reload(certificate: Certificate) -> None:
             assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
 
 
-def test_fewer_serve_every_socket(origin: RawOrigin, certificate: Certificate) -> None:
+def test_fewer_processes_serve_every_socket(origin: RawOrigin, certificate: Certificate) -> None:
     text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=f"processes = 3\n{text}") as tunnel:
         tunnel.reload(f"processes = 1\n{text}")
@@ -222,7 +222,7 @@ def test_fewer_serve_every_socket(origin: RawOrigin, certificate: Certificate) -
 
 
 def test_socket_activation(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
-    """systemd's protocol, spoken by systemd's own tool where there is one, else by hand (sd_listen_fds(3))."""
+    """systemd's protocol, spoken by systemd's own tool if it is installed, else by hand (sd_listen_fds(3))."""
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
         script = (
@@ -246,15 +246,15 @@ def test_socket_activation(origin: RawOrigin, certificate: Certificate, tmp_path
         assert process.wait(TIMEOUT) == 0
 
 
-def test_the_end_during_the_start(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
-    """SIGTERM at whatever moment of the start ends it, and leaves no process."""
+def test_sigterm_during_the_start(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """SIGTERM at any moment of the start ends it, and leaves no process."""
     for delay in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
         command = [*PROGRAM, "start", origin.address, "--listen", "127.0.0.1:0", *TWO]
         command += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
         process = subprocess.Popen(
             command, cwd=tmp_path, env=child_environment(), stderr=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(delay)  # the moment is what is tested
+        time.sleep(delay)  # the moment is under test
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT) in (0, -signal.SIGTERM)
         eventually(lambda process=process: not _in_session(process.pid))  # type: ignore[misc]
@@ -292,7 +292,7 @@ def test_a_process_that_gets_sigterm_is_replaced_and_drains(
             _echoes(tunnel)
         eventually(lambda: len(tunnel.pids) == len(before) + 1)
         eventually(lambda: _states(tunnel).count("serving") == len(before))
-        for client in clients[-3:]:  # the oldest are the first to end
+        for client in clients[-3:]:  # the oldest end first
             client.sendall(b"ping")
             assert receive_exactly(client, 4) == b"ping"
 

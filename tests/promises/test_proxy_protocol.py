@@ -1,4 +1,4 @@
-"""The PROXY protocol both ways, with HAProxy as sender and receiver; what origins are told; the longest life."""
+"""The PROXY protocol both ways, with HAProxy as sender and receiver; what origins receive; the lifetime limit."""
 
 import contextlib
 import re
@@ -45,14 +45,14 @@ def origin() -> Iterator[ScriptedOrigin]:
 
 
 def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
-    """Send the header, in pieces where asked to, then TLS and a handshake right behind it."""
+    """Send the header, in pieces if requested, then TLS and a handshake right after it."""
     plain = connect_tcp(tunnel)
     start = 0
     for end in (*pieces, len(header)):
         plain.sendall(header[start:end])
         start = end
     with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
-        # An X-Forwarded-For is no word of a proxy's here.
+        # An X-Forwarded-For does not come from a proxy here.
         client.sendall(handshake_request("/", headers=[("X-Forwarded-For", "198.51.100.1")]))
         return read_response(client).status
 
@@ -68,7 +68,7 @@ def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
         (b"PROXY UNKNOWN\r\n", "127.0.0.1"),
     ],
 )
-def test_its_address_is_the_clients(
+def test_the_clients_address_is_that_of_the_header(
     origin: ScriptedOrigin, certificate: Certificate, header: bytes, address: str
 ) -> None:
     with tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel:
@@ -80,7 +80,7 @@ def test_its_address_is_the_clients(
             assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in traffic.heads[0], told
 
 
-def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: ScriptedOrigin, certificate: Certificate) -> None:
+def test_lists_and_rules_apply_to_the_client_behind_the_proxy(origin: ScriptedOrigin, certificate: Certificate) -> None:
     top = REQUIRED + f'block_addresses = ["{CLIENT[0]}"]\n'
     rule = '[[sites.rules]]\nname = "seven"\nwhen = \'ip == "203.0.113.7"\'\naction = "block"\n'
     with tunnel_to(origin.address, certificate, top=top, site=rule) as tunnel:
@@ -95,7 +95,7 @@ def test_lists_and_rules_mean_the_client_behind_the_proxy(origin: ScriptedOrigin
 @pytest.mark.parametrize(
     "sent", [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\n\r\n", SIGNATURE + b"\x11\x11\0\0", b"PROX"]
 )
-def test_who_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Certificate, sent: bytes) -> None:
+def test_a_proxy_that_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Certificate, sent: bytes) -> None:
     top = REQUIRED + 'timeouts.tls_handshake = "300ms"\n'
     with tunnel_to(origin.address, certificate, top=top) as tunnel, connect_tcp(tunnel) as plain:
         plain.sendall(sent)
@@ -104,7 +104,7 @@ def test_who_sends_no_header_is_closed(origin: ScriptedOrigin, certificate: Cert
         assert record["reason"].startswith("PROXY header: ")
 
 
-def test_a_stranger_is_closed_whatever_it_says(origin: ScriptedOrigin, certificate: Certificate) -> None:
+def test_an_untrusted_client_is_closed_whatever_it_sends(origin: ScriptedOrigin, certificate: Certificate) -> None:
     with tunnel_to(origin.address, certificate, top=REQUIRED.replace("127.0.0.1", "10.0.0.1")) as tunnel:
         with connect_tcp(tunnel) as plain:
             with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ def test_only_on_some_listeners(origin: ScriptedOrigin, certificate: Certificate
 
 @contextlib.contextmanager
 def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
-    """An origin that wants a PROXY header; each with the head of the request behind it."""
+    """An origin that expects a PROXY header; returns each with the head of the request after it."""
     seen: list[tuple[bytes, bytes]] = []
 
     def serve() -> None:
@@ -173,7 +173,7 @@ def _proxied_origin() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
-def test_origins_are_told_of_the_client(certificate: Certificate, version: str) -> None:
+def test_origins_receive_the_clients_address(certificate: Certificate, version: str) -> None:
     with (
         _proxied_origin() as (address, seen),
         tunnel_to(address, certificate, site=f'send_proxy_protocol = "{version}"') as tunnel,
@@ -237,7 +237,7 @@ def _connected(port: int) -> socket.socket | None:
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
 def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
-    """It refuses connections without a header, and tells its own server whom the header named."""
+    """It refuses connections without a header, and forwards the address in the header to its own server."""
     port = _free_port()
     with ScriptedOrigin() as origin:
         text = (
@@ -260,7 +260,7 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
+def test_what_origins_receive_can_be_changed(certificate: Certificate) -> None:
     site = (
         'origin_host = "chat.internal:81"\nset_headers = { X-Site = "chat", X-Forwarded-Proto = "wss" }\n'
         'remove_headers = ["X-Debug", "cookie"]\n'
@@ -282,7 +282,7 @@ def test_what_origins_are_told_can_be_changed(certificate: Certificate) -> None:
         assert not [line for line in lines if line.lower().startswith(("x-debug", "cookie"))]
 
 
-def test_the_longest_life_of_a_tunnel(certificate: Certificate) -> None:
+def test_the_lifetime_limit_of_a_tunnel(certificate: Certificate) -> None:
     site = 'max_age = "300ms"\nmax_age_jitter = "200ms"\n'
     with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, site=site) as tunnel:
         with connect_tls(tunnel) as client:

@@ -1,4 +1,4 @@
-"""Whoever gets no tunnel is told why: by a status, a sentence, and an id that is also in the log; never by a reset."""
+"""A client that gets no tunnel learns why: a status, a sentence, and an id that is also in the log; never a reset."""
 
 import base64
 import contextlib
@@ -55,14 +55,14 @@ def stage(certificate: Certificate) -> Iterator[Stage]:
 
 
 def _request(line: str = "GET /chat HTTP/1.1", more: str = "", **changed: str | None) -> bytes:
-    """A right handshake but for ``line``, fields changed (or left out, with None), and ``more`` at its end."""
+    """A valid handshake except for ``line``, fields changed (or omitted, with None), and ``more`` at its end."""
     fields = RIGHT | {name.replace("_", "-"): value for name, value in changed.items()}
     given = "".join([f"{name}: {value}\r\n" for name, value in fields.items() if value is not None])
     return f"{line}\r\n{given}{more}\r\n".encode("latin-1")
 
 
 def _head_of(size: int) -> bytes:
-    """A right handshake of this many bytes."""
+    """A valid handshake of this many bytes."""
     bare = _request(more="X-Filler: \r\n")
     return _request(more=f"X-Filler: {'a' * (size - len(bare))}\r\n")
 
@@ -75,7 +75,7 @@ ALLOW = {"Allow": "GET"}
 UPGRADE = {"Upgrade": "websocket"}
 VERSION = UPGRADE | {"Sec-WebSocket-Version": "13"}
 
-# name: the request, the status, what the answer says beside it, and the record's reason
+# name: the request, the status, what else the response contains, and the record's reason
 REFUSED: dict[str, tuple[bytes, int, dict[str, str], str]] = {
     "POST": (_request("POST /chat HTTP/1.1"), 405, ALLOW, "method"),
     "PUT": (_request("PUT /chat HTTP/1.1"), 405, ALLOW, "method"),
@@ -148,12 +148,12 @@ def _as_all_refusals_are(tunnel: Tunnel, response: Response, status: int, reason
 
 
 def _ask_with_more_than_is_drained(tunnel: Tunnel, request: bytes) -> Response:
-    """As `send_request`, but the tunnel may reset the connection before it has been sent everything."""
+    """As `send_request`, but the tunnel may reset the connection before everything has been sent."""
     tls = MemoryTlsClient(server_name="localhost")
     with connect_tcp(tunnel) as client:
         client.sendall(tls.step())
         tls.finish(client)
-        with contextlib.suppress(ConnectionError):  # what it has said stays said
+        with contextlib.suppress(ConnectionError):  # what it sent remains readable
             client.sendall(tls.encrypt(request))
         return parse_response(tls.read_all(client))
 
@@ -191,7 +191,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("request_", ACCEPTED.values(), ids=ACCEPTED.keys())
-def test_what_is_just_right_is_not_refused(stage: Stage, request_: bytes) -> None:
+def test_requests_at_the_limits_are_not_refused(stage: Stage, request_: bytes) -> None:
     origin, tunnel = stage
     origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
@@ -200,7 +200,7 @@ def test_what_is_just_right_is_not_refused(stage: Stage, request_: bytes) -> Non
 
 
 def test_100_fields_are_not_too_many(certificate: Certificate) -> None:
-    """Not by `ScriptedOrigin`: with ours they are more than Python's own HTTP parser takes."""
+    """Not by `ScriptedOrigin`: with the tunnel's fields they are more than Python's own HTTP parser accepts."""
 
     def decline(sock: socket.socket) -> None:
         received = b""
@@ -214,7 +214,7 @@ def test_100_fields_are_not_too_many(certificate: Certificate) -> None:
 
 
 def test_a_slow_head_is_a_408(certificate: Certificate) -> None:
-    """Each byte counts for nothing: the head has to be whole in time."""
+    """Single bytes do not extend the deadline: the head has to be complete in time."""
     with (
         ScriptedOrigin() as origin,
         Tunnel(origin.address, certificate, settings='[timeouts]\nrequest = "300ms"\n') as tunnel,
@@ -228,12 +228,12 @@ def test_a_slow_head_is_a_408(certificate: Certificate) -> None:
         assert traffic.connections == 0
 
 
-# --- an answer, and not a reset --------------------------------------------------------------------------------------
+# --- a response, and not a reset -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behind", [0, 1000, 60_000, 200 * 1024], ids=lambda size: f"{size}-behind")
-def test_the_answer_is_seen_whatever_was_sent_behind(stage: Stage, behind: int) -> None:
-    """All is sent before anything is read, as clients do that write and read in turn."""
+def test_the_response_is_read_whatever_was_sent_after_the_request(stage: Stage, behind: int) -> None:
+    """Everything is sent before anything is read, as clients do that write and read in turn."""
     _, tunnel = stage
     response = _ask_with_more_than_is_drained(tunnel, _request("POST /chat HTTP/1.1") + b"b" * behind)
     _as_all_refusals_are(tunnel, response, 405, "method")
@@ -241,7 +241,7 @@ def test_the_answer_is_seen_whatever_was_sent_behind(stage: Stage, behind: int) 
 
 @pytest.mark.parametrize("behind", [0, 60_000, 200 * 1024], ids=lambda size: f"{size}-behind")
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
-def test_plain_http_is_told_to_use_tls(stage: Stage, method: bytes, behind: int) -> None:
+def test_plain_http_gets_a_hint_to_use_tls(stage: Stage, method: bytes, behind: int) -> None:
     _, tunnel = stage
     with connect_tcp(tunnel) as client:
         with contextlib.suppress(ConnectionError):
@@ -266,7 +266,7 @@ def _received(client: socket.socket, *, tolerant: bool) -> bytes:
     [b"SSH-2.0-OpenSSH_9.2p1\r\n", b"\x00" * 100, b"\x80\x2e\x01\x00\x02", b"hello\n", b"\x16\x02\x00" + bytes(50)],
     ids=["ssh", "zeros", "ssl2", "lower-case", "no-tls-version"],
 )
-def test_other_bytes_are_closed_without_a_word(stage: Stage, garbage: bytes) -> None:
+def test_other_bytes_are_closed_without_a_response(stage: Stage, garbage: bytes) -> None:
     _, tunnel = stage
     with connect_tcp(tunnel) as client:
         client.sendall(garbage)
@@ -283,7 +283,7 @@ def _alerted(tunnel: Tunnel, hello: bytes) -> bytes:
 
 
 def _hello_of_tls_1_1() -> bytes:
-    """Python does not make one any more: legacy_version 0x0302, one suite, no extensions."""
+    """Python no longer creates one: legacy_version 0x0302, one suite, no extensions."""
     body = b"\x03\x02" + bytes(range(32)) + b"\x00" + b"\x00\x02\xc0\x09" + b"\x01\x00"
     message = b"\x01" + len(body).to_bytes(3) + body
     return b"\x16\x03\x01" + len(message).to_bytes(2) + message
@@ -358,7 +358,7 @@ def test_a_name_of_no_site_is_an_unrecognized_name_alert(two_sites: tuple[Stage,
     assert _alerted(tunnel, client_hello(name)) == alert(UNRECOGNIZED_NAME)
 
 
-def test_no_name_gets_the_default_site_or_none(two_sites: tuple[Stage, bool]) -> None:
+def test_a_client_without_sni_gets_the_default_site_or_an_alert(two_sites: tuple[Stage, bool]) -> None:
     (origin, tunnel), has_default = two_sites
     origin.play(switching_protocols)
     if not has_default:
@@ -396,7 +396,7 @@ def test_host_is_a_name_of_the_site_or_it_is_a_421(
             assert traffic.connections == 0
 
 
-def test_an_unknown_name_shows_as_what_it_is_to_a_real_client(two_sites: tuple[Stage, bool]) -> None:
+def test_an_unknown_name_is_reported_as_such_by_a_real_client(two_sites: tuple[Stage, bool]) -> None:
     (_, tunnel), _ = two_sites
     with pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"):
         connect_tls(tunnel, server_name="c.example").close()

@@ -21,7 +21,7 @@ def origin() -> Iterator[WebsocketsOrigin]:
 
 
 def _configurations(origin: str, certificate: Certificate, folder: Path) -> Iterator[str]:
-    """Certificates, rules, origins and sites, in turn; every other has a pair of its own."""
+    """Certificates, rules, origins and sites, in turn; every second one has a pair of its own."""
     for number in itertools.count():
         cert, key = folder / f"{number % 2}.pem", folder / f"{number % 2}-key.pem"
         cert.write_bytes(certificate.cert.read_bytes())
@@ -42,7 +42,7 @@ async def _through_reloads(tunnel: Tunnel, configurations: Iterator[str], tunnel
     traffic = Traffic(tunnel)
     await traffic.through(tunnels, reloads, reload)
     await traffic.close()
-    # Those that came and went, and nobody else, have ended.
+    # Only the tunnels that came and went have ended.
     refused = [record for record in tunnel.records("connection") if record["status"] != 101]
     assert refused == []
 
@@ -69,7 +69,7 @@ def test_numbered_messages_through_a_hundred_reloads(
 
 
 def _memory_after(tunnel: Tunnel, reloads: int, configurations: Iterator[str]) -> int:
-    """RSS once that many reloads are done, asked for over the control socket itself: no process each."""
+    """Return RSS after that many reloads, requested over the control socket itself: no process each."""
     from tlstunnel.processes.control import send_command  # noqa: PLC0415
 
     for _ in range(reloads):
@@ -85,7 +85,7 @@ def _memory(origin: WebsocketsOrigin, certificate: Certificate, folder: Path, wa
         before = _memory_after(tunnel, warm, configurations)
         after = _memory_after(tunnel, reloads, configurations)
         print(f"{reloads} reloads: RSS {before >> 10} -> {after >> 10} KiB")
-        # A context kept has 20 KiB and more, a configuration of two sites about the same.
+        # A leaked context takes 20 KiB and more, a configuration of two sites about the same.
         assert after - before < max(reloads, 200) * 5 * 1024
         assert abs(tunnel.descriptors() - descriptors) <= 2
 

@@ -1,4 +1,4 @@
-"""Clients that take their time, however many, are ended by the timeouts, and shut nobody out while they last."""
+"""Slow clients, however many, are ended by the timeouts, and do not prevent others from being served."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def _from(number: int, tunnel: Tunnel) -> socket.socket:
 
 
 def _hung_after_hello(tunnel: Tunnel, number: int) -> tuple[socket.socket, MemoryTlsClient]:
-    """A connection from 127.0.0.NUMBER that has been accepted for certain: the server's flight is on its way back."""
+    """A connection from 127.0.0.NUMBER that has been accepted: the server's flight has been sent."""
     sock, tls = _from(number, tunnel), MemoryTlsClient()
     sock.sendall(tls.step())
     sock.recv(1, socket.MSG_PEEK)
@@ -41,7 +41,7 @@ def _hung_after_hello(tunnel: Tunnel, number: int) -> tuple[socket.socket, Memor
 
 
 def _alive(held: tuple[socket.socket, MemoryTlsClient]) -> bool:
-    """Whether the handshake of this one can still be finished."""
+    """Return whether the handshake of this one can still be completed."""
     sock, tls = held
     sock.settimeout(15)
     try:
@@ -54,7 +54,7 @@ def _alive(held: tuple[socket.socket, MemoryTlsClient]) -> bool:
 
 @pytest.mark.alone
 def test_trickling_clients_are_ended_while_good_ones_are_served(certificate: Certificate) -> None:
-    """In each stage thirty send a byte now and then, and never get anywhere."""
+    """In each stage thirty send a byte now and then, and never complete it."""
     settings = '[timeouts]\ntls_handshake = "3s"\nrequest = "3s"\n'
     with (
         RawOrigin(echo_bytes) as origin,
@@ -68,7 +68,7 @@ def test_trickling_clients_are_ended_while_good_ones_are_served(certificate: Cer
             trickling.append((stack.enter_context(connect_tcp(tunnel)), iter([hello[n : n + 1] for n in range(200)])))
             sock = stack.enter_context(connect_tcp(tunnel))
             sock.sendall(hello)
-            # A record that never gets whole.
+            # A record that is never complete.
             trickling.append((sock, iter([b"\x14", b"\x03", b"\x03", b"\x40", b"\x00", *[b"a"] * 200])))
         slow_requests = []
         for _ in range(30):
@@ -127,7 +127,7 @@ def test_when_the_cap_is_reached_the_oldest_goes(certificate: Certificate) -> No
             stack.enter_context(sock)
         assert len(held) == CAP
         assert _alive(held.pop(7)), "as many as the cap allows are held"
-        held.append(_hung_after_hello(tunnel, 20))  # in its place
+        held.append(_hung_after_hello(tunnel, 20))  # instead of it
         later = [_hung_after_hello(tunnel, number) for number in (21, 22, 23)]
         for sock, _ in (*later, held[-1]):
             stack.enter_context(sock)
@@ -160,7 +160,7 @@ def test_one_address_cannot_shut_another_out(certificate: Certificate) -> None:
 
 
 def test_a_burst_over_the_cap_leaves_nothing_behind(certificate: Certificate) -> None:
-    """All of it is accepted in one turn of the loop: some have to go before they have begun."""
+    """All of it is accepted in one turn of the loop: some have to be closed before they have begun."""
     with _capped(certificate) as (tunnel, stack):
         settled = tunnel.descriptors()
         os.kill(tunnel.pid, signal.SIGSTOP)
@@ -177,7 +177,7 @@ def test_a_burst_over_the_cap_leaves_nothing_behind(certificate: Certificate) ->
             assert upgrade(client).status == 101
 
 
-def test_those_who_have_finished_are_not_counted(certificate: Certificate) -> None:
+def test_clients_that_have_finished_are_not_counted(certificate: Certificate) -> None:
     with _capped(certificate) as (tunnel, stack):
         tunnels = []
         for _ in range(CAP + SHARE):
@@ -192,7 +192,7 @@ def test_those_who_have_finished_are_not_counted(certificate: Certificate) -> No
 
 @contextlib.contextmanager
 def _capped(certificate: Certificate) -> Iterator[tuple[Tunnel, contextlib.ExitStack]]:
-    """A tunnel with the cap, and a stack for clients, which are gone before it is stopped."""
+    """A tunnel with the cap, and a stack for clients, which are closed before it is stopped."""
     with (
         RawOrigin(echo_bytes) as origin,
         Tunnel(origin.address, certificate, settings=f"[limits]\nunfinished_handshakes = {CAP}\n") as tunnel,

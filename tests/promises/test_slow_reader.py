@@ -1,6 +1,6 @@
 """A side that does not read holds back the other side of its own tunnel, and nothing else.
 
-The tunnel's memory stays bounded, other tunnels go on undisturbed, and every byte arrives once that side reads again.
+The tunnel's memory stays bounded, other tunnels are undisturbed, and every byte arrives once that side reads again.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from tests.promises.both_ends import BothEnds, Pair, Threads
 MIB = 1 << 20
 TUNNELS = 20
 GROWTH = 32 * MIB
-"""What a tunnel may hold is 256 KiB and as much again in OpenSSL; these are three times that for each."""
+"""A tunnel may hold 256 KiB and as much again in OpenSSL; these are three times that for each."""
 TOO_MUCH = 256 * MIB
-"""The kernel's buffers hold far less of one connection: whoever takes this much is not held back."""
+"""The kernel's buffers hold far less for one connection: a side that reads this much is not held back."""
 NOISE = random.Random(7).randbytes(MIB)
 
 
 class Flood:
-    """Bytes sent into a socket as fast as it takes them."""
+    """Sends as fast as the socket takes it, and counts the bytes."""
 
     def __init__(self, sock: socket.socket, sealed: Callable[[bytes], bytes]) -> None:
         self.sock = sock
@@ -49,7 +49,7 @@ class Flood:
             pass
 
     def end(self, sealed_end: bytes) -> str:
-        """Send what has to follow, and give the digest of it all."""
+        """Send the rest, and return the digest of everything."""
         self.sock.settimeout(60)
         self.sock.sendall(self._left + sealed_end)
         self.sock.shutdown(socket.SHUT_WR)

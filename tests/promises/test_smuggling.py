@@ -1,4 +1,4 @@
-"""No client gets a raw pipe to an origin: after any answer but a verified 101, not one more of its bytes goes there.
+"""No client gets a raw connection to an origin: after any response but a verified 101, none of its bytes pass.
 
 The scenarios are those of 0ang3el/websocket-smuggle (an origin's refusal or a foreign 101 taken for an upgrade) and of
 HTTP request smuggling in general (a request that two parsers read in two ways).
@@ -33,13 +33,13 @@ KEY = base64.b64encode(b"sixteen bytes ok").decode()
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    settings = '[timeouts]\nclose = "500ms"\n'  # one of these origins never ends its answer
+    settings = '[timeouts]\nclose = "500ms"\n'  # one of these origins never finishes its response
     with ScriptedOrigin() as origin, Tunnel(origin.address, certificate, settings=settings) as tunnel:
         yield origin, tunnel
 
 
 def _request(*fields: str, line: str = "GET /socket HTTP/1.1", host: str = "Host: localhost") -> bytes:
-    """A handshake that is right but for what is given; ``fields`` come last."""
+    """A valid handshake except for what is given; ``fields`` come last."""
     right = [line, host, "Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Key: {KEY}"]
     return "\r\n".join([*right, "Sec-WebSocket-Version: 13", *fields, "", ""]).encode("latin-1")
 
@@ -112,11 +112,11 @@ def test_an_ambiguous_or_wrong_handshake_never_reaches_an_origin(stage: Stage, r
         read_until_end(client)
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["origin"]) == (status, "refused", "")
-    # The record is the connection's last word: an origin would have been asked before it.
+    # The record comes at the end of the connection: an origin would have been contacted before.
     assert traffic.connections == 0
 
 
-# --- scenario 1 and 2: an answer that is no upgrade, while the client already sends its next request -----------------
+# --- scenario 1 and 2: a response that is not an upgrade, while the client already sends its next request ------------
 
 REFUSALS: dict[str, tuple[int, bytes]] = {
     "426": (
@@ -140,13 +140,13 @@ REFUSALS: dict[str, tuple[int, bytes]] = {
         b"101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + FOREIGN + b"\r\n\r\n",
     ),
 }
-"""What the client is to be answered, and the origin's answer behind its HTTP version."""
+"""The response that the client must get, and the origin's response after its HTTP version."""
 
 
 @pytest.mark.parametrize(("status", "answer"), REFUSALS.values(), ids=REFUSALS.keys())
 @pytest.mark.parametrize("when", ["with it", "behind it", "after the answer"])
-def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, when: str) -> None:
-    """It comes in the record of the first, or while the origin thinks, or after its answer, and to no avail."""
+def test_a_second_request_is_not_forwarded(stage: Stage, status: int, answer: bytes, when: str) -> None:
+    """It is sent in the record of the first, or while the origin is silent, or after its response."""
     origin, tunnel = stage
     sent = threading.Event()
 
@@ -177,7 +177,7 @@ def test_a_second_request_stays_here(stage: Stage, status: int, answer: bytes, w
 
 
 def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> None:
-    """What the other tests find nothing of is seen here: early bytes do go on, once it is right."""
+    """Confirms that the other tests would notice early bytes: they are forwarded after a valid 101."""
     origin, tunnel = stage
     before: list[bytes] = []
 
@@ -195,11 +195,11 @@ def test_early_bytes_wait_for_the_verified_101_and_then_arrive(stage: Stage) -> 
     assert before == [b""]
 
 
-# --- what goes on is what was judged ---------------------------------------------------------------------------------
+# --- what is forwarded is what was checked ----------------------------------------------------------------------------
 
 
 def _forwarded(stage: Stage, *fields: str, request: bytes | None = None) -> dict[str, list[str]]:
-    """The fields that the origin gets of a handshake that is accepted, by their names in lower case."""
+    """Return the fields of an accepted handshake that the origin gets, by their names in lower case."""
     origin, tunnel = stage
     traffic = origin.play(switching_protocols)
     with connect_tls(tunnel) as client:
@@ -215,7 +215,7 @@ def _forwarded(stage: Stage, *fields: str, request: bytes | None = None) -> dict
     return found
 
 
-def test_connection_cannot_take_away_what_the_handshake_rests_on(stage: Stage) -> None:
+def test_connection_cannot_nominate_fields_of_the_handshake(stage: Stage) -> None:
     nominated = "Connection: Host, Sec-WebSocket-Key, Sec-WebSocket-Version, X-Forwarded-For, X-Request-Id, Forwarded"
     fields = _forwarded(stage, nominated)
     assert fields["host"] == ["localhost"]
@@ -227,7 +227,7 @@ def test_connection_cannot_take_away_what_the_handshake_rests_on(stage: Stage) -
     assert fields["upgrade"] == ["websocket"]
 
 
-def test_fields_for_this_hop_alone_end_here(stage: Stage) -> None:
+def test_hop_by_hop_fields_are_not_forwarded(stage: Stage) -> None:
     own = ("Keep-Alive: timeout=5", "TE: trailers", "Trailer: X-T", "Proxy-Connection: keep-alive", "X-Private: a")
     fields = _forwarded(stage, "Connection: X-Private, keep-alive", *own, "X-Public: b")
     assert {"keep-alive", "te", "trailer", "proxy-connection", "x-private"}.isdisjoint(fields)
@@ -235,7 +235,7 @@ def test_fields_for_this_hop_alone_end_here(stage: Stage) -> None:
     assert fields["connection"] == ["Upgrade"]
 
 
-def test_only_the_upgrade_that_was_judged_is_asked_for(stage: Stage) -> None:
+def test_only_the_websocket_upgrade_is_forwarded(stage: Stage) -> None:
     request = _replaced("Upgrade: websocket", "Upgrade: h2c, websocket").replace(
         b"Connection: Upgrade", b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAARAAAAA"
     )
@@ -245,7 +245,7 @@ def test_only_the_upgrade_that_was_judged_is_asked_for(stage: Stage) -> None:
     assert "http2-settings" not in fields
 
 
-def test_nobody_can_speak_for_the_tunnel(stage: Stage) -> None:
+def test_clients_cannot_forge_the_tunnels_own_fields(stage: Stage) -> None:
     forged = (
         "X-Forwarded-For: 10.0.0.1",
         "X_Forwarded_For: 10.0.0.1",
@@ -262,12 +262,12 @@ def test_nobody_can_speak_for_the_tunnel(stage: Stage) -> None:
     assert "internal" not in str(fields)
 
 
-def test_a_length_of_nothing_is_no_body(stage: Stage) -> None:
+def test_a_content_length_of_zero_is_no_body(stage: Stage) -> None:
     assert _forwarded(stage, "Content-Length: 0")["content-length"] == ["0"]
 
 
-def test_a_smuggler_costs_the_next_client_nothing(stage: Stage) -> None:
-    """Origin connections are never used again, so there is none to poison."""
+def test_a_smuggler_does_not_affect_the_next_client(stage: Stage) -> None:
+    """Connections to origins are never reused, so none can be poisoned."""
     origin, tunnel = stage
     refused = origin.play(b"HTTP/1.1 " + REFUSALS["200"][1])
     assert send_request(tunnel, _request() + SMUGGLED).status == 200

@@ -1,4 +1,4 @@
-"""After the 101 nothing is looked at: what is no WebSocket frame, or a wrong one, passes through untouched."""
+"""After the 101 nothing is inspected: bytes that are not WebSocket frames, or invalid ones, pass unchanged."""
 
 import random
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ PAYLOADS = {
 
 @pytest.fixture(scope="module")
 def ends(certificate: Certificate) -> Iterator[BothEnds]:
-    """One for all of them."""
+    """One tunnel for all tests of this file."""
     with BothEnds(certificate) as running:
         yield running
 
@@ -48,7 +48,7 @@ def test_passes_through_both_ways(ends: BothEnds, payload: bytes) -> None:
     assert receive_exactly(origin, len(payload)) == payload
     origin.sendall(payload)
     assert client.receive_exactly(len(payload)) == payload
-    # Nobody answered it, added to it, or ended the tunnel for it.
+    # The tunnel did not respond to it, add to it, or end because of it.
     client.send(b"end")
     client.end()
     assert receive_until_fin(origin) == b"end"

@@ -87,7 +87,7 @@ def test_watchdog(manager: Manager, certificate: Certificate) -> None:
     environment = {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "100000"}
     with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, environment=environment) as tunnel:
         manager.wait_for_life(3)
-        tunnel.send_signal(signal.SIGUSR2)  # and the code after an upgrade is alive, too
+        tunnel.send_signal(signal.SIGUSR2)  # and the code after an upgrade sends it too
         tunnel.wait_record(lambda record: record["event"] == "upgraded")
         manager.wait_for_life(3)
 
@@ -112,7 +112,7 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     assert [line for line in said if not re.search("Failed to parse service type, ignoring: notify-reload", line)] == []
 
 
-def test_the_documentation_says_its_exposure() -> None:
+def test_the_documentation_states_its_exposure() -> None:
     analyze = require("systemd-analyze", "systemd")
     command = [analyze, "security", "--offline=true", str(UNITS / "tlstunnel.service")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,12 +9,12 @@ from tests.harness import Certificate, RawOrigin, Tunnel, connect_tls, echo_byte
 
 SITES = 10_000
 START_SECONDS = 5.0
-"""Processor time, which a busy machine does not lengthen."""
+"""CPU time, which a busy machine does not lengthen."""
 SITE_BYTES = 30 * 1024
 
 
 def _configuration(folder: Path, certificate: Certificate, origin: str, sites: int) -> str:
-    """The first site is localhost, which clients ask for; the pairs are equal, but each has files of its own."""
+    """The first site is localhost, which clients request; the pairs are equal, but each has files of its own."""
     cert, key = certificate.cert.read_bytes(), certificate.key.read_bytes()
     lines = ['listen = ["127.0.0.1:0"]']
     for number in range(sites):

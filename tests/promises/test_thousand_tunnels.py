@@ -24,7 +24,7 @@ from tests.promises.wire import wait_for_descriptors
 TUNNELS = 1_000
 KIB = 1024
 MOST_EACH = 40 * KIB
-"""Measured with care it is 15 to 17 KiB; here the allocator's slack of a thousand TLS handshakes is in it."""
+"""Measured with care it is 15 to 17 KiB; here it includes the allocator's slack of a thousand TLS handshakes."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_a_thousand_tunnels(certificate: Certificate) -> None:
         ThreadPoolExecutor(10) as pool,
     ):
         context = client_context(tunnel)
-        _open(tunnel, context).close()  # what the first one alone costs
+        _open(tunnel, context).close()  # what only the first one costs
         eventually(lambda: tunnel.records("connection"))
         idle, before = tunnel.descriptors(), tunnel.rss()
 
@@ -58,7 +58,7 @@ def test_a_thousand_tunnels(certificate: Certificate) -> None:
         assert tunnel.descriptors() >= idle + 2 * TUNNELS
 
         for round_ in range(2):
-            # All have something under way before any is read.
+            # All have data in flight before any is read.
             for number, client in enumerate(clients):
                 client.sendall(_message(round_, number))
             for number, client in enumerate(clients):

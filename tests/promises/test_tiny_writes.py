@@ -50,7 +50,7 @@ def test_both_at_once(ends: BothEnds) -> None:
 
 
 def test_a_byte_there_and_a_byte_back(ends: BothEnds) -> None:
-    """Nothing is held back in the hope of more."""
+    """Nothing is delayed to be sent with more."""
     client, origin = ends.open()
     for place in range(500):
         client.send(UP[place : place + 1])
@@ -66,7 +66,7 @@ def test_thousands_of_one_byte_records_in_one_segment(ends: BothEnds) -> None:
 
 
 def test_a_record_a_byte_at_a_time(ends: BothEnds) -> None:
-    """A record that comes in one-byte segments is delivered when it is whole, and so is the next."""
+    """A record that arrives in one-byte segments is delivered when it is complete, and so is the next."""
     client, origin = ends.open()
     sealed = client.encrypt(b"first") + client.encrypt(b"second")
     for place in range(len(sealed)):

@@ -188,10 +188,10 @@ def test_modules_imported_later_are_of_the_same_version(
         assert any("rules" in line for line in tunnel.reload(rules))
 
 
-def test_a_process_that_is_started_again_is_of_the_version_that_runs(
+def test_a_restarted_process_is_of_the_version_that_runs(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    """Also when the link says another by now: that one is for the upgrade."""
+    """Even if the link points to another by now: that one is for the upgrade."""
     with _started(origin, certificate, versions, errors_expected=True) as tunnel:
         versions.install("2.0.0")
         before = tunnel.pid
@@ -225,7 +225,7 @@ def test_changes_by_a_reload_are_kept(origin: WebsocketsOrigin, certificate: Cer
 
 
 def test_listeners_come_and_go(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
-    """An upgrade reads the file, too: what it says by then of listeners is done."""
+    """An upgrade also reads the file, and applies the listeners in it."""
     versions = Versions(tmp_path / "versions")
     first, second = tmp_path / "first.sock", tmp_path / "second.sock"
     text = config_for(origin.address, certificate)
@@ -270,7 +270,7 @@ def test_code_that_does_not_import(origin: WebsocketsOrigin, certificate: Certif
         _refused(tunnel, "SyntaxError")
 
 
-def test_code_that_is_not_there(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
+def test_code_that_is_missing(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions) as tunnel:
         package = versions.install("2.0.0")
         (package / "__main__.py").write_text("raise SystemExit\n")
@@ -315,7 +315,7 @@ def test_an_unreadable_certificate(origin: WebsocketsOrigin, tmp_path: Path, cer
 
 
 def test_a_full_disk(origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path) -> None:
-    """Where nothing more can be written, neither the byte code of the new version nor anything else, it upgrades."""
+    """If nothing can be written, neither bytecode of the new version nor anything else, it still upgrades."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
@@ -351,7 +351,7 @@ def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Cer
         assert upgraded(tunnel) == "1.0.0 -> 3.0.0, generation 2"
 
 
-def test_the_end_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
+def test_stopping_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
     with _started(origin, certificate, versions) as tunnel:
         (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
         tunnel.send_signal(signal.SIGUSR2)

@@ -26,7 +26,7 @@ def origin() -> Iterator[WebsocketsOrigin]:
 
 @pytest.fixture(params=WHEELS, ids=lambda wheel: wheel.name.split("-py3")[0])
 def versions(tmp_path: Path, request: pytest.FixtureRequest) -> Versions:
-    """The earlier release, as ``previous``, is the current one; the present code is ``present``."""
+    """The earlier release, as ``previous``, is the current one; the code under test is ``present``."""
     versions = Versions(tmp_path / "versions")
     versions.install("present")
     versions.install_wheel(request.param, "previous")
@@ -34,7 +34,7 @@ def versions(tmp_path: Path, request: pytest.FixtureRequest) -> Versions:
 
 
 def _generations(tunnel: Tunnel) -> dict[int, int]:
-    """How many tunnels each generation has."""
+    """Return the number of tunnels of each generation."""
     found: dict[int, int] = {}
     for one in tunnel.status()["processes"]:
         found[one["generation"]] = found.get(one["generation"], 0) + one["tunnels"]

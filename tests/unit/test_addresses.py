@@ -12,7 +12,7 @@ from tlstunnel.addresses import ListenAddress, Networks, OriginAddress, normalis
 
 FOLDER = Path("/etc/tlstunnel")
 
-# Characters that addresses are made of come up often, so that more than the first check is reached.
+# Characters of addresses are frequent, so that more than the first check is reached.
 texts = st.one_of(
     st.text(max_size=300),
     st.text(alphabet="0123456789abcdefx.:[]%/*@?#- _\0", max_size=60),
@@ -272,7 +272,7 @@ def test_parsers_raise_value_errors_of_one_line(text: str) -> None:
             if isinstance(value, str):
                 assert normalise_name(value) == value
     for refusal in refusals:
-        assert type(refusal) is ValueError  # and none of its subclasses, whose messages are not for people
+        assert type(refusal) is ValueError  # and none of its subclasses, whose messages are not for users
         assert len(str(refusal).splitlines()) == 1
 
 

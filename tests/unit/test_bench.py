@@ -118,12 +118,12 @@ def rounds(ours: list[float], peers: list[float] | None = None) -> gate.Rounds:
 
 
 def test_the_gate_compares_rounds_with_the_peer_and_instructions_as_they_are() -> None:
-    # The second round was slow for both: the ratio is not moved by it.
+    # The second round was slow for both: it does not change the ratio.
     found = gate.compute_values(rounds([12.0, 36.0, 12.0], [10.0, 30.0, 10.0]))
     assert found == {"echo-64-64.cpu": pytest.approx(1.2), "instructions.small": 70.0}
 
 
-def test_the_gate_says_what_became_worse_and_by_how_much() -> None:
+def test_the_gate_reports_what_became_worse_and_by_how_much() -> None:
     baseline = {"versions": VERSIONS.to_json(), "values": {"echo-64-64.cpu": 1.0, "instructions.small": 70.0}}
     assert list(gate.explain({"echo-64-64.cpu": 1.05, "instructions.small": 70.5}, baseline, VERSIONS)) == []
     sentences = list(gate.explain({"echo-64-64.cpu": 1.5, "instructions.small": 77.0}, baseline, VERSIONS))

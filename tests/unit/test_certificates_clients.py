@@ -85,7 +85,7 @@ def test_an_invalid_certificate_has_no_subject() -> None:
     assert not is_allowed(b"\x30\x00", ("cn:ann",))
 
 
-# The allow list.
+# The list of allowed clients.
 
 ANN = der(
     CA.sign(
@@ -273,7 +273,7 @@ def test_a_client_without_a_certificate_gets_an_alert(asked: Asked, version: ssl
 @pytest.mark.parametrize("required", [True, False])
 @pytest.mark.parametrize(
     ("authority", "alert"),
-    [("Other CA", "TLSV1_ALERT_UNKNOWN_CA"), ("Test CA", "TLSV1_ALERT_DECRYPT_ERROR")],  # another, and one that lies
+    [("Other CA", "TLSV1_ALERT_UNKNOWN_CA"), ("Test CA", "TLSV1_ALERT_DECRYPT_ERROR")],  # another, and an impostor
 )
 def test_a_client_of_another_authority_is_refused(
     asked: Asked, version: ssl.TLSVersion, required: bool, authority: str, alert: str
@@ -351,7 +351,7 @@ def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
         resumed(asked.site(required=False).context(), strict, without)
     assert not resumed(free, strict, with_one)
     assert not resumed(strict, free, with_one)
-    # What shows that the test would see one.
+    # Verify that the test would notice a resumption.
     assert resumed(free, free, without)
     assert resumed(strict, strict, with_one)
 

@@ -155,7 +155,7 @@ def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
 @pytest.mark.parametrize("allowed", [False, True])
 def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
     context = make_server_context(issued.cert, issued.key)
-    if allowed:  # shows that the test would see one
+    if allowed:  # verify that the test would notice one
         context.options &= ~ssl.OP_NO_RENEGOTIATION
         context.options |= 0x100  # OpenSSL 3's SSL_OP_ALLOW_CLIENT_RENEGOTIATION, which ssl does not name
     with tls_server(context) as address, typing(process := s_client(address, "-tls1_2")) as type_line:
@@ -208,7 +208,7 @@ def unprivileged() -> Iterator[None]:
 def test_an_unreadable_file_is_named(
     issued: issue.Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # relative paths: the folders above are closed to others, and not ours to open
+    monkeypatch.chdir(tmp_path)  # relative paths: the test cannot open the parent folders to other users
     tmp_path.chmod(0o755)
     paths = {"cert": Path("cert.pem"), "key": Path("key.pem")}
     for name, source in (("cert", issued.cert), ("key", issued.key)):
@@ -265,7 +265,7 @@ def test_an_encrypted_key_is_an_error_and_no_prompt_appears(tmp_path: Path, form
     assert reason(cert, key).startswith(f"{key}: the private key is encrypted; name its passphrase")
 
 
-def test_what_only_openssl_refuses_has_its_reason(tmp_path: Path) -> None:
+def test_an_error_that_only_openssl_finds_has_its_reason(tmp_path: Path) -> None:
     cert = write(tmp_path, rsa.generate_private_key(65537, 1024))
     assert reason(cert, tmp_path / "x-key.pem") == f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"
 

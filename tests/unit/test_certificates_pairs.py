@@ -46,7 +46,7 @@ def test_a_pair_with_any_type_of_key_is_served_from_memory(tmp_path: Path, kind:
         tls_client(address, client_context(tmp_path / "ca.pem", ssl.TLSVersion.TLSv1_3)),
     ):
         pass
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "ca.pem"]  # nothing else was ever a file
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "ca.pem"]  # no other file was created
 
 
 def test_the_key_is_not_shown(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_which_pair_may_replace_which(tmp_path: Path) -> None:
     expired = read_pair(PairFiles(*CA.pair(tmp_path, "expired", start=NOW - 9 * DAY, end=NOW - DAY)))
     early = read_pair(PairFiles(*CA.pair(tmp_path, "early", start=NOW + DAY)))
     assert newer.find_objection(valid, NOW) is None
-    assert valid.find_objection(newer, NOW) is None  # back to an older one is somebody's wish
+    assert valid.find_objection(newer, NOW) is None  # a user may want to return to an older one
     assert valid.find_objection(expired, NOW) is None
     assert early.find_objection(expired, NOW) is expired.find_objection(early, NOW) is None
     assert str(expired.find_objection(valid, NOW)).startswith(f"{tmp_path}/expired.pem: the new certificate expired ")

@@ -139,7 +139,7 @@ def test_two_certificates_with_the_same_type_of_key_are_refused(tmp_path: Path) 
     certificates.serve((first, other)).context()
 
 
-def test_what_openssl_refuses_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+def test_an_error_that_only_openssl_finds_is_reported_when_the_pair_is_loaded(tmp_path: Path) -> None:
     cert, key = CA.pair(tmp_path, "weak", key=rsa.generate_private_key(65537, 1024))
     for _ in range(2):
         with pytest.raises(CertificateError, match=f"{cert}: OpenSSL refuses it: EE_KEY_TOO_SMALL"):

@@ -220,7 +220,7 @@ def differs(served: ServerCredentials, digest: bytes) -> bool:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_renewal_is_found_by_itself(tmp_path: Path, log: list[Line]) -> None:
+def test_a_renewal_is_noticed_automatically(tmp_path: Path, log: list[Line]) -> None:
     site = Watched(tmp_path)
 
     async def work() -> None:
@@ -313,7 +313,7 @@ def test_days_left_are_logged_and_each_warning_appears_once(tmp_path: Path, log:
     assert "expires in 19 days" in log[-1]["reason"]
 
 
-def test_of_very_many_warnings_the_rest_is_counted(
+def test_beyond_a_limit_warnings_are_only_counted(
     tmp_path: Path, log: list[Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "MAX_WARNINGS", 2)

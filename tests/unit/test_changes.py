@@ -1,4 +1,4 @@
-"""What a reload says it changed."""
+"""The changes that a reload reports."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_lines(old: str, new: str, lines: list[str]) -> None:
     assert describe_changes(read(old), read(new)) == lines
 
 
-def test_no_text_of_a_rule_or_an_address_is_told() -> None:
+def test_texts_of_rules_and_addresses_are_not_reported() -> None:
     rule = '[[sites.rules]]\nname = "token"\nwhen = \'header("x") == "s3cret"\'\naction = "block"\n'
     old = read(f'lists = {{ a = ["10.0.0.1"] }}\n{site("a.example")}')
     new = read(f'lists = {{ a = ["10.0.0.2"] }}\n{site("a.example", rule)}')

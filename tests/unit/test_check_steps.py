@@ -1,4 +1,4 @@
-"""The check against real servers: a good one, and TLS servers that go wrong in every step."""
+"""The check against real servers: a good one, and TLS servers that fail in every step."""
 
 import base64
 import contextlib
@@ -64,7 +64,7 @@ def server_context(cert: Path, key: Path) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def serving(handler: Handler, context: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[int]:
-    """Run ``handler`` on each connection, TLS done where there is a context; what fails there is no news."""
+    """Run ``handler`` on each connection, after the TLS handshake if there is a context, and ignore its failures."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
 
@@ -96,7 +96,7 @@ def steps(port: int, trust: Trust, host: str = "localhost", **options: Any) -> l
 
 
 def failure(found: Sequence[Step]) -> tuple[str, str]:
-    """The failed step's name and reason; the ones before it went well."""
+    """Return the failed step's name and reason; the steps before it succeeded."""
     assert all(step.ok for step in found[:-1])
     assert found[-1].error is not None, found
     return found[-1].name, found[-1].error
@@ -159,7 +159,7 @@ def answering(data: bytes) -> Handler:
     return handler
 
 
-# --- what goes well
+# --- success
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +223,14 @@ def test_an_abandoned_check_closes_its_connection(issued: issue.Issued, trust: T
     with serving(handler, server_context(issued.cert, issued.key)) as port:
         found = run(Target.parse(f"wss://localhost:{port}"), trust)
         assert [next(found).name for _ in range(3)] == ["dns", "tcp", "tls"]
-        found.close()  # type: ignore[attr-defined]  # a generator, though the annotation promises less
+        found.close()  # type: ignore[attr-defined]  # a generator, though its annotation is less specific
         assert gone.wait(10)
 
 
 @pytest.mark.parametrize(
     ("version", "curve", "name"),
     [
-        (ssl.TLSVersion.TLSv1_3, "prime256v1", "secp256r1"),  # a HelloRetryRequest: no client here guesses it
+        (ssl.TLSVersion.TLSv1_3, "prime256v1", "secp256r1"),  # a HelloRetryRequest: no client sends this share
         (ssl.TLSVersion.TLSv1_3, "X25519", "X25519"),
         (ssl.TLSVersion.TLSv1_2, "secp384r1", "secp384r1"),
     ],
@@ -268,7 +268,7 @@ def test_ipv6_literals_and_a_request_with_own_fields(issued: issue.Issued, trust
     assert b"Host: other.example" in requests[1]
 
 
-def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: Trust) -> None:
+def test_frames_before_the_pong_and_the_close(issued: issue.Issued, trust: Trust) -> None:
     heard: list[tuple[int, bytes]] = []
     deflated = zlib.compressobj(wbits=-15)
     message = deflated.compress(b"squeezed") + deflated.flush(zlib.Z_SYNC_FLUSH)[:-4]
@@ -276,7 +276,7 @@ def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: T
     def handler(connection: Any) -> None:
         request = head(connection)
         accepted = f"Sec-WebSocket-Accept: {token(request)}\r\nSec-WebSocket-Extensions: permessage-deflate\r\n"
-        # The first frames stand in the segment of the head; an early hint comes before it.
+        # The first frames are in the segment of the head; an early hint comes before it.
         connection.sendall(
             f"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n{SWITCH}{accepted}X-Request-Id: abc\r\n\r\n".encode()
             + frame(1, message, first=0xC0)
@@ -304,7 +304,7 @@ def test_what_comes_before_the_pong_and_the_close(issued: issue.Issued, trust: T
 # --- DNS and TCP
 
 
-def test_a_name_that_is_none(trust: Trust) -> None:
+def test_a_name_that_does_not_resolve(trust: Trust) -> None:
     found = steps(443, trust, host="no-such-name.invalid")
     name, reason = failure(found)
     assert name == "dns"
@@ -312,7 +312,7 @@ def test_a_name_that_is_none(trust: Trust) -> None:
     assert found[0].result == DnsResult("no-such-name.invalid")
 
 
-def test_words_for_what_the_resolver_says(monkeypatch: pytest.MonkeyPatch, trust: Trust) -> None:
+def test_messages_for_errors_of_the_resolver(monkeypatch: pytest.MonkeyPatch, trust: Trust) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -380,7 +380,7 @@ def test_a_port_that_drops_connections(trust: Trust) -> None:
 
 
 def signed(folder: Path, name: str, names: Sequence[str], begins: timedelta, ends: timedelta) -> tuple[Path, Path]:
-    """A certificate by the CA in ``folder``, valid from now + begins to now + ends."""
+    """Create a certificate by the CA in ``folder``, valid from now + begins to now + ends."""
     ca = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
     ca_key = load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
@@ -416,7 +416,7 @@ DAY = timedelta(days=1)
         ([], -DAY, DAY, "name mismatch: certificate is for no name, not for localhost"),
     ],
 )
-def test_a_certificate_that_does_not_fit(
+def test_an_invalid_certificate(
     tmp_path: Path, names: list[str], begins: timedelta, ends: timedelta, reason: str
 ) -> None:
     ca = issue.create([], tmp_path).ca
@@ -425,7 +425,7 @@ def test_a_certificate_that_does_not_fit(
         found = steps(port, Trust.load(ca))
     assert failure(found)[0] == "tls"
     assert failure(found)[1].startswith(reason)
-    # What the server sent is told all the same.
+    # The server's certificate is reported anyway.
     assert isinstance(found[-1].result, TlsResult)
     assert found[-1].result.version == "TLSv1.3"
     assert [certificate.names for certificate in found[-1].result.chain] == [tuple(names)]
@@ -505,11 +505,11 @@ def test_alerts_have_names(issued: issue.Issued, trust: Trust) -> None:
         assert failure(steps(port, trust)) == ("tls", "TLS alert access_denied")
 
 
-def test_a_client_certificate_is_asked_for(issued: issue.Issued, trust: Trust) -> None:
+def test_a_client_certificate_is_requested(issued: issue.Issued, trust: Trust) -> None:
     context = server_context(issued.cert, issued.key)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(issued.ca)
-    # In TLS 1.3 the alert comes after the client's last word; the server's reset may be quicker than it is read.
+    # In TLS 1.3 the alert comes after the client's last message; the server's reset may arrive before it is read.
     with serving(until_gone, context) as port:
         name, reason = failure(steps(port, trust))
     assert name == "handshake"
@@ -585,7 +585,7 @@ def test_refusals(issued: issue.Issued, trust: Trust, answer: bytes, reason: str
     assert len(found[-1].result.body) <= MAX_BODY
 
 
-def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: Trust) -> None:
+def test_a_refusal_whose_body_never_ends(issued: issue.Issued, trust: Trust) -> None:
     def handler(connection: Any) -> None:
         head(connection)
         connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nwait")
@@ -604,14 +604,14 @@ def test_a_refusal_whose_body_does_not_end(issued: issue.Issued, trust: Trust) -
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, "the response's head does not end within 65536 bytes"),
     ],
 )
-def test_answers_that_are_none(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
+def test_invalid_responses(issued: issue.Issued, trust: Trust, answer: bytes, reason: str) -> None:
     with serving(answering(answer), server_context(issued.cert, issued.key)) as port:
         name, why = failure(steps(port, trust))
     assert name == "handshake"
     assert why.startswith(reason)
 
 
-def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: Trust) -> None:
+def test_an_endless_head_and_a_trickled_one(issued: issue.Issued, trust: Trust) -> None:
     def endless(connection: Any) -> None:
         head(connection)
         connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n")
@@ -673,7 +673,7 @@ def test_an_endless_head_and_a_dripping_one(issued: issue.Issued, trust: Trust) 
         ),
     ],
 )
-def test_a_101_that_is_none(issued: issue.Issued, trust: Trust, fields: str, reason: str) -> None:
+def test_an_invalid_101(issued: issue.Issued, trust: Trust, fields: str, reason: str) -> None:
     def handler(connection: Any) -> None:
         answer = fields.replace("{token}", token(head(connection)))
         connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\n{answer}\r\n".encode())
@@ -824,7 +824,7 @@ def test_urls(url: str, host: str, port: int, resource: str, authority: str) -> 
         ("wss://./", "not a host name"),
     ],
 )
-def test_urls_that_are_none(url: str, reason: str) -> None:
+def test_invalid_urls(url: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Target.parse(url)
 
@@ -856,7 +856,7 @@ def test_subprotocols() -> None:
             check_subprotocols(wrong)
 
 
-def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_ca_file(tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
     with pytest.raises(CertificateError, match=re.escape(str(path))):
         Trust.load(path)
@@ -866,14 +866,14 @@ def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
 
 
 @given(st.text())
-def test_printable_text_tells_a_terminal_nothing(text: str) -> None:
+def test_printable_text_contains_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     assert printable(shown).count("\\") == 2 * shown.count("\\")
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_upset_the_group(data: bytes) -> None:
+def test_any_bytes_are_accepted_when_looking_for_the_group(data: bytes) -> None:
     find_group(data)
     find_group(b"\x16\x03\x03" + struct.pack("!H", len(data)) + data)
     find_group(b"\x16\x03\x03" + struct.pack("!H", len(data) + 4) + b"\x02\0" + struct.pack("!H", len(data)) + data)

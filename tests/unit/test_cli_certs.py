@@ -22,7 +22,7 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def test_create_says_what_it_wrote(tmp_path: Path) -> None:
+def test_create_prints_what_it_wrote(tmp_path: Path) -> None:
     folder = tmp_path / "certs"
     result = run("create", "--dir", folder)
     assert result.exit_code == 0

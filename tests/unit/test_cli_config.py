@@ -89,7 +89,7 @@ def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:
     assert unmatched.startswith(f"tlstunnel: {file}:15: sites[2].key: {tmp_path}/b-key.pem: ")
 
 
-def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
+def test_a_certificate_that_expires_soon_is_a_warning(tmp_path: Path) -> None:
     pair(tmp_path, "old", days=3)
     file = tmp_path / "t.toml"
     file.write_text(f'{SITE}cert = "old.pem"\nkey = "old-key.pem"\nweb_origins = ["same"]\n')

@@ -101,7 +101,7 @@ def test_every_check_of_a_request_that_passes(file: Path) -> None:
     ]
 
 
-def test_what_was_not_reached_says_so(file: Path) -> None:
+def test_checks_that_were_not_reached_are_marked(file: Path) -> None:
     found = lines(file, "GET /", "--header", "Origin: https://evil.example")
     assert found[-5:-1] == [
         "rules not reached",
@@ -191,7 +191,7 @@ def test_managed_rules_with_their_score(tmp_path: Path) -> None:
         (["GET /", "--config", "{file}", "--ip", "300.1.1.1"], 2, "'300.1.1.1' is not an IP address"),
     ],
 )
-def test_what_cannot_be_explained(  # noqa: PLR0917
+def test_errors_of_the_request_or_the_configuration(  # noqa: PLR0917
     file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The configuration file: what it gives, and what is said about a wrong one."""
+"""The configuration file: the values it results in, and the errors in a wrong one."""
 
 import json
 import re
@@ -300,7 +300,7 @@ def test_durations(text: str, seconds: float, again: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "10", "s", "10 s", "-1s", "+1s", "1e3s", ".5s", "5.s", "10S", "10sec", "\uff11s", "1s\n"]
 )
-def test_what_is_no_duration(text: str) -> None:
+def test_invalid_durations(text: str) -> None:
     with pytest.raises(ValueError, match='expected a duration such as "10s", got "'):
         Duration.parse(text)
 
@@ -357,7 +357,7 @@ def test_what_is_no_duration(text: str) -> None:
         (f"{SITE}cert = 1", "t.toml:3: sites[0].cert: expected the path of a PEM file, got 1"),
         (f"{SITE}key = ''", 't.toml:3: sites[0].key: expected the path of a PEM file, got ""'),
         (f'{SITE}key = "a\\u0000b"', 'sites[0].key: expected the path of a PEM file, got "a\\x00b"'),
-        # Values out of their range or grammar.
+        # Values out of range or malformed.
         (
             "[timeouts]\nclose = '0s'",
             't.toml:2: timeouts.close: expected a duration such as "10s", longer than zero, got',
@@ -542,7 +542,7 @@ def test_what_is_no_duration(text: str) -> None:
         ("a = " + "1" * 5000, "t.toml: a number has too many digits"),
     ],
 )
-def test_what_is_said(text: str, message: str) -> None:
+def test_the_error(text: str, message: str) -> None:
     assert message in refusal(text)
 
 
@@ -603,8 +603,8 @@ default = "yes"
     ]
 
 
-def test_what_depends_on_a_wrong_value_is_not_judged() -> None:
-    """The key is there, so it is not called missing; nor is its default compared with anything."""
+def test_checks_that_depend_on_a_wrong_value_are_skipped() -> None:
+    """The key is there, so it is not reported as missing; nor is its default compared with other values."""
     assert len(problems(f"{SITE}cert = 1\nkey = 'a'")) == 1
     assert len(problems(f"{SITE}max_age = 'never'\nmax_age_jitter = '1s'")) == 1
     assert len(problems("[[sites]]\norigins = ['localhost']\norigin_ca = 'a'")) == 1
@@ -613,7 +613,7 @@ def test_what_depends_on_a_wrong_value_is_not_judged() -> None:
     assert len(problems(f"lists = 1\n{SITE}block_addresses = ['@a']")) == 1
 
 
-def test_a_file_full_of_problems_is_not_reported_whole() -> None:
+def test_a_file_full_of_problems_is_reported_in_part() -> None:
     found = problems("".join(f"key{number} = 1\n" for number in range(200)))
     assert len(found) == MAX_PROBLEMS + 1
     assert found[-1] == f"t.toml: {200 - MAX_PROBLEMS} more problems"
@@ -790,13 +790,13 @@ def section(heading: str) -> str:
 
 
 def documented(heading: str) -> dict[str, tuple[str, str]]:
-    """Give the default and the reason of each key in a section's table."""
+    """Return the default and the reason of each key in a section's table."""
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*)\| ([^|]+) \|$", section(heading), re.MULTILINE)
     return {key: (default.strip(), reason) for key, default, reason in rows}
 
 
 def written(value: object) -> str:
-    """Write a default as the documentation does."""
+    """Render a default as the documentation does."""
     match value:
         case msgspec.Struct():
             return ""

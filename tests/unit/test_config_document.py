@@ -83,7 +83,7 @@ def paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
         (("list", 1, "deep", 1, "six"), 27),
         (("quoted [] key", "seven"), 29),
         (("x", "y"), 30),
-        # What the document does not have is in the innermost table that it has.
+        # A missing key is reported at the innermost table that exists.
         (("x", "y", "z", "missing", 3), 30),
         (("list", 1, "deep", 1, "missing"), 26),
         (("missing",), 1),
@@ -97,7 +97,7 @@ def test_lines(path: KeyPath, line: int, end: str) -> None:
 
 
 def test_every_value_of_the_text_is_found() -> None:
-    """Else it would be at the line of the table around it, or at the first."""
+    """Otherwise it would be reported at the line of the table around it, or at the first."""
     every = list(paths(tomllib.loads(TEXT)))
     found = dict(zip(every, find_lines(TEXT, every), strict=True))
     assert min(line for path, line in found.items() if path) == 2

@@ -1,4 +1,4 @@
-"""The `worker*` keys of a site: what they give, what is said about wrong ones, and what `config show` hides."""
+"""The `worker*` keys of a site: their values, the errors in wrong ones, and what `config show` hides."""
 
 import tomllib
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_references(written: str, meant: str) -> None:
         "{}",
     ],
 )
-def test_no_reference(written: str) -> None:
+def test_invalid_references(written: str) -> None:
     message = refusal(f"{SITE}worker = {written}\n")
     assert ":3: sites[0].worker: " in message or "line 3: sites[0].worker: " in message
     assert 'expected "edge/chat.py:fetch" or "package.module:fetch", got ' in message
@@ -143,25 +143,25 @@ def test_origins(written: str, meant: str) -> None:
         ('"10.0.0.0/8"', ""),
     ],
 )
-def test_no_origins(written: str, said: str) -> None:
+def test_invalid_origins(written: str, said: str) -> None:
     message = refusal(f"{WORKER}worker_origins = {written}\n")
     assert "sites[0].worker_origins" in message
     assert said in message
 
 
 @pytest.mark.parametrize("written", ['""', "5", "[]", "true", '["a"]'])
-def test_no_table(written: str) -> None:
+def test_invalid_tables(written: str) -> None:
     message = refusal(f"{WORKER}worker_config = {written}\n")
     assert "sites[0].worker_config: expected a table such as { url =" in message
 
 
 @pytest.mark.parametrize("written", ['"0s"', '"1"', "1", '"off"', '"-1s"', '"367d"'])
-def test_no_timeout(written: str) -> None:
+def test_invalid_timeouts(written: str) -> None:
     assert "sites[0].worker_timeout" in refusal(f"{WORKER}worker_timeout = {written}\n")
 
 
 @pytest.mark.parametrize("written", ['"block"', "true", '""'])
-def test_no_on_error(written: str) -> None:
+def test_invalid_on_error(written: str) -> None:
     assert "sites[0].worker_on_error" in refusal(f"{WORKER}worker_on_error = {written}\n")
 
 
@@ -181,21 +181,21 @@ def test_keys_without_a_worker(line: str) -> None:
     assert ":3" in message or "line 3" in message
 
 
-def test_a_key_that_is_not_there_has_a_hint() -> None:
+def test_an_unknown_key_has_a_hint() -> None:
     assert "worker_origins" in refusal(f'{WORKER}worker_origin = ["a"]\n')
 
 
-def test_a_route_has_none() -> None:
+def test_a_route_has_no_worker() -> None:
     route = '[[sites.routes]]\npath = "/a"\norigins = ["a:1"]\nworker = "a.py:f"\n'
     assert "sites[0].routes[0]" in refusal(SITE + route)
 
 
-def test_trust_in_origins_may_be_for_those_that_a_worker_chooses() -> None:
+def test_trust_in_origins_may_be_for_origins_that_a_worker_chooses() -> None:
     assert decoded(f'{WORKER}worker_origins = ["a.internal"]\norigin_ca = "ca.pem"\n').origin_ca
     assert "origin_ca" in refusal(f'{WORKER}origin_ca = "ca.pem"\n')
 
 
-def test_tables_that_are_equal_have_one_hash() -> None:
+def test_equal_tables_have_one_hash() -> None:
     """Whatever the order of their keys."""
     one, two = WorkerTable({"a": 1, "b": {"c": 2, "d": 3}}), WorkerTable({"b": {"d": 3, "c": 2}, "a": 1})
     assert one == two
@@ -204,7 +204,7 @@ def test_tables_that_are_equal_have_one_hash() -> None:
     assert hash(one) == hash(two)
 
 
-def test_what_a_reload_says_of_it_holds_no_secret() -> None:
+def test_the_changes_that_a_reload_reports_hold_no_secret() -> None:
     def config(secret: str) -> Config:
         return decode(f'{WORKER}worker_config = {{ token = "{secret}" }}\n', FOLDER, "t.toml")
 
@@ -310,7 +310,7 @@ def test_check_loads_it(tmp_path: Path) -> None:
         ("async def other(request, env): ...\n", "there is no fetch"),
     ],
 )
-def test_check_says_what_is_wrong(tmp_path: Path, worker: str | None, wrong: str) -> None:
+def test_check_reports_what_is_wrong(tmp_path: Path, worker: str | None, wrong: str) -> None:
     status, said = _checked(tmp_path, worker)
     assert status == 1
     assert f"tlstunnel: {tmp_path}/t.toml:4: sites[0].worker: the edge worker " in said

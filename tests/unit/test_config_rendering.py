@@ -31,7 +31,7 @@ def run(*arguments: str) -> str:
 def test_what_is_shown_loads_as_the_same(file: Path) -> None:
     shown = run("show", str(file))
     assert decode(shown, Path("/elsewhere"), "shown") == load(file)
-    # Defaults are said too.
+    # Defaults are included.
     for key in ("drain_wait", "max_age_jitter", "strict_path", "weight", "on_error", "drain_removed"):
         assert f"\n{key} = " in shown
 
@@ -44,7 +44,7 @@ def test_an_empty_file_shows_all_defaults(tmp_path: Path) -> None:
     assert 'tls_handshake = "10s"' in shown
 
 
-def test_what_may_be_secret_is_hidden(tmp_path: Path) -> None:
+def test_possible_secrets_are_hidden(tmp_path: Path) -> None:
     (tmp_path / "t.toml").write_text(
         '[[sites]]\norigins = ["a:1"]\nset_headers = { Authorization = "s3", X-Api-Key = "s3", X-Site = "chat" }\n'
     )
@@ -54,7 +54,7 @@ def test_what_may_be_secret_is_hidden(tmp_path: Path) -> None:
     assert 'X-Site = "chat"' in shown
 
 
-def test_a_text_with_anything_in_it_reads_back(tmp_path: Path) -> None:
+def test_any_text_reads_back(tmp_path: Path) -> None:
     body = 'a "quote", a \\, a\ttab, a\nline, \x7f, ü and \U0001f600'
     (tmp_path / "t.toml").write_text(
         f'[[sites]]\norigins = ["a:1"]\n[[sites.rules]]\nname = "r"\nwhen = "true"\naction = "block"\n'
@@ -65,14 +65,14 @@ def test_a_text_with_anything_in_it_reads_back(tmp_path: Path) -> None:
 
 
 def _keys(schema: dict[str, Any]) -> set[str]:
-    """The keys of every table in it."""
+    """Return the keys of every table in it."""
     own = schema.get("properties", {})
     inner = [*own.values(), *schema.get("anyOf", []), *([schema["items"]] if "items" in schema else [])]
     return set(own).union(*(_keys(one) for one in inner))
 
 
 def fits(value: Any, schema: dict[str, Any]) -> bool:
-    """The few words of JSON Schema that ours uses."""
+    """Validate with the few keywords of JSON Schema that the schema uses."""
     if "anyOf" in schema:
         return any(fits(value, one) for one in schema["anyOf"])
     if "enum" in schema or "const" in schema:

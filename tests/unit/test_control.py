@@ -60,7 +60,7 @@ def raw(path: Path, sent: bytes) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
         sock.connect(str(path))
-        with contextlib.suppress(BrokenPipeError):  # it may have answered, and left, without reading
+        with contextlib.suppress(BrokenPipeError):  # it may have responded and closed, without reading
             sock.sendall(sent)
             sock.shutdown(socket.SHUT_WR)
         with sock.makefile("rb") as stream:

@@ -1,4 +1,4 @@
-"""The documents: every relative link leads to a file that is there, and to a heading of it."""
+"""The documents: every relative link leads to a file that exists, and to a heading in it."""
 
 import re
 from pathlib import Path

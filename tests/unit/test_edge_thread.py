@@ -233,7 +233,7 @@ def test_the_switch_interval_is_shorter_once_it_runs() -> None:
 
 
 @pytest.mark.parametrize("how", ["exit", "interrupt", "stop", "exit in a callback"])
-def test_it_survives_whatever_stops_its_loop(logged: Logged, how: str) -> None:
+def test_it_survives_anything_that_stops_its_loop(logged: Logged, how: str) -> None:
     async def ends() -> None:
         loop = asyncio.get_running_loop()
         match how:

@@ -391,14 +391,14 @@ def test_an_error_does_not_show_the_value() -> None:
         {"subprotocols": ["a"]},
     ],
 )
-def test_what_is_wrong_is_said_where_it_is_done(wrong: dict[str, Any]) -> None:
+def test_an_error_is_raised_by_the_wrong_call(wrong: dict[str, Any]) -> None:
     with pytest.raises(EdgeError) as caught:
         asked().forward(**wrong)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"query": 5}, {"remove_headers": 5}, {"subprotocols": 5}, {"remove_headers": None}])
-def test_a_wrong_type_is_said_too(wrong: dict[str, Any]) -> None:
+def test_a_wrong_type_is_an_error_too(wrong: dict[str, Any]) -> None:
     with pytest.raises(EdgeError):
         asked().forward(**wrong)
 
@@ -438,7 +438,7 @@ def test_chained() -> None:
     assert (after.path, dict(after.query), after.subprotocols) == ("/p", {"q": "1"}, ("c",))
 
 
-# --- the head, whatever is asked for ----------------------------------------------------------------------------------
+# --- the head, whatever the changes -----------------------------------------------------------------------------------
 
 _NAMES = (
     st.from_regex(r"\A[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,12}\Z")
@@ -768,7 +768,7 @@ def test_changing_the_headers_later_does_not_change_a_reply() -> None:
     assert (b"X-A", b"1") in rendered(reply)[1]
 
 
-# --- what comes of what it returns ------------------------------------------------------------------------------------
+# --- the results of a worker ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])

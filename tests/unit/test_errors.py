@@ -1,4 +1,4 @@
-"""The errors a person can do something about: one problem or several, and how they are printed."""
+"""The errors that a user can correct: one problem or several, and how they are printed."""
 
 import pickle
 

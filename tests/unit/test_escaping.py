@@ -1,4 +1,4 @@
-"""What is shown of text that somebody else chose."""
+"""How text from other people or programs is displayed."""
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ def test_printable_text_is_one_harmless_line(text: str) -> None:
 
 
 @given(st.text(), st.text())
-def test_printable_text_is_never_the_same_for_two(first: str, second: str) -> None:
+def test_printable_texts_of_different_texts_differ(first: str, second: str) -> None:
     assert (printable(first) == printable(second)) is (first == second)
 
 

@@ -91,7 +91,7 @@ class MovingModel:
 
 
 class SlidingModel:
-    """The window before counts by its share in the last `window` seconds."""
+    """The previous window counts by its share of the last `window` seconds."""
 
     def __init__(self, most: int, window: int) -> None:
         self.most, self.window = most, window
@@ -176,7 +176,7 @@ def test_wait_is_exact(
             assert not result.exceeded
 
 
-# What is kept when it is full.
+# What is kept when the capacity is used up.
 
 
 @settings(deadline=None)
@@ -268,7 +268,7 @@ def test_new_window_is_not_protected() -> None:
 def test_refused_keys_are_evicted_if_there_are_no_others() -> None:
     storage = BoundedStorage(1, Clock(), shards=1)
     storage.incr("a", 60)
-    storage.protect("a")  # half of one is none
+    storage.protect("a")  # half of one rounds down to none
     storage.incr("b", 60)
     assert "b" in storage
     assert len(storage) == 1

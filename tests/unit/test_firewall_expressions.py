@@ -196,7 +196,7 @@ def test_every_field_is_known() -> None:
         ("in_list(subprotocols, 'office')", "in_list takes a string, not a list"),
         ("ip_in(headers, '10.0.0.0/8')", "ip_in takes a string, not a map"),
         ("now.regex('a')", "regex takes a string, not a datetime"),
-        # What could take long.
+        # Expressions that could be slow.
         (
             "headers.exists(a, headers.exists(b, a == b))",
             "line 1, column 27: these comprehensions could take more than 2000 steps; iterate over query[x]",
@@ -319,7 +319,7 @@ def test_regular_expressions_have_no_slow_inputs() -> None:
     assert time.process_time() - began < 0.5
 
 
-# Whatever people write and clients send.
+# Any expression and any request.
 
 MARKS = "true ( ) [ ] { } . , == && || ! in ? : + - ' \" r' ''' b'' \\ // 1 0x exists( x map(x, regex(' ip_in( has("
 words = st.sampled_from([*NAMES, *MARKS.split(), '"a"', "\n"])

@@ -307,7 +307,7 @@ def test_too_many_offers_are_refused(name: bytes) -> None:
     assert refused(b"/", (name, most), (name, b"a")).reason == "too many elements"
 
 
-# Whatever a client sends.
+# Any request.
 
 pieces = st.sampled_from(b"/ // . .. %2e %2E%2e %2f %5c \\ %25 % %c0%af %00 %c3%bc a admin 2e %61 ; %u002f %e9".split())
 paths = st.lists(pieces, max_size=12).map(lambda found: b"/" + b"".join(found))
@@ -321,7 +321,7 @@ def test_normalising_twice_changes_nothing(raw: bytes) -> None:
     assert path.startswith("/")
     assert "//" not in path
     assert not {".", ".."} & set(path.split("/"))
-    # A form that is sent as it is comes out as it is.
+    # A target that is forwarded unchanged normalises to the expected form.
     assert normalise_path(quote(path).encode()) == path
 
 
@@ -335,9 +335,9 @@ def test_strict_targets_have_one_reading(target: bytes) -> None:
     assert "\\" not in path
     assert "\0" not in path
     assert "\ufffd" not in path or b"%EF%BF%BD" in raw.upper()
-    # Decoding once more finds nothing to decode: whether an origin does so makes no difference.
+    # Decoding once more has no effect, so it does not matter whether an origin does.
     assert unquote(path) == path
-    # No slash came out of an escape.
+    # No escape decodes to a slash.
     assert path.count("/") <= raw.count(b"/")
 
 

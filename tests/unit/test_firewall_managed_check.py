@@ -66,7 +66,7 @@ def test_threshold(score: int, blocked: bool) -> None:
         assert outcome.refusal is not None
         assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules")
         assert outcome.refusal.detail.startswith(f"score {score}: 942100 SQL; 941100 XSS")
-        assert b"SQL" not in render_refusal(outcome.refusal, "id")  # the client is not told what to change
+        assert b"SQL" not in render_refusal(outcome.refusal, "id")  # the client does not learn what to change
     else:
         assert outcome.refusal is None
 
@@ -111,7 +111,7 @@ def test_failure_follows_on_failure(failure: Failure, on_failure: Literal["block
 
 
 @pytest.mark.parametrize("on_failure", ["block", "allow"])
-def test_guard_refuses_whatever_on_failure_says(on_failure: Literal["block", "allow"]) -> None:
+def test_a_refusal_by_the_guard_does_not_depend_on_on_failure(on_failure: Literal["block", "allow"]) -> None:
     outcome, _ = judge(Evaluation(0), SiteManagedRules(on_failure=on_failure), HOSTILE)
     assert outcome.refusal is not None
     assert (outcome.refusal.status, outcome.refusal.reason) == (403, "managed rules: guard")

@@ -83,7 +83,7 @@ def _longest_run(text: bytes) -> int:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("text", [b"%" * 16_000, b"%2" * 8_000, b"%25" * 5_000, b"%u00" * 4_000, b"%u0041" * 2_600])
-def test_is_fast_whatever_the_input(text: bytes) -> None:
+def test_is_fast_for_any_input(text: bytes) -> None:
     """A generous bound: milliseconds would mean a fault in the algorithm."""
     text = b"a".join(text[at : at + 20] for at in range(0, len(text), 20))
     took = []

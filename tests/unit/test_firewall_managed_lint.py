@@ -112,7 +112,7 @@ def test_missing_library_is_named_with_the_package(tmp_path: Path, monkeypatch: 
 
 
 def test_crs_has_no_faults() -> None:
-    """5 000 lines by people who know the language: a fault found there would be a fault of the check."""
+    """5 000 lines by experts: a fault found there would be a fault of the check."""
     require_crs()
     files = sorted((DEBIAN_CRS / "rules").glob("REQUEST-*.conf"))
     lint.check([file for file in files if "IP-REPUTATION" not in file.name], {})  # that one asks the DNS

@@ -78,7 +78,7 @@ def test_all_helpers_work(rule_set: RuleSet) -> None:
         stopped, free = pool.pids()
         os.kill(stopped, signal.SIGSTOP)
         found = asyncio.gather(*(pool.evaluate(rule_set.name, ORDINARY, 60) for _ in range(50)))
-        # One question is with the stopped one; the other answers the rest.
+        # The stopped one has one request; the other serves the rest.
         await asyncio.sleep(0)
         os.kill(stopped, signal.SIGCONT)
         assert await found == [CLEAN] * 50
@@ -119,7 +119,7 @@ def test_equal_rule_sets_are_loaded_once(rule_set: RuleSet, tmp_path: Path) -> N
     assert second.denied_by == 1
 
 
-# Answers its first question with nonsense, or by going away; from then on a real helper is started.
+# Responds to its first request with invalid data, or exits; after that, a real helper is started.
 LIAR = """\
 import os, pathlib, socket, sys
 import msgspec

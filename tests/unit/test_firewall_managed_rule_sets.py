@@ -15,7 +15,7 @@ from tlstunnel.firewall.managed.messages import RuleSet
 from tlstunnel.firewall.managed.profiles import PROFILES
 from tlstunnel.firewall.managed.rule_sets import DEBIAN_CRS, DEBIAN_SETUP, build
 
-# What changed its name between version 3 and 4.
+# Names that differ between versions 3 and 4.
 NEW_NAMES = {
     "executing_paranoia_level": "detection_paranoia_level",
     "paranoia_level": "blocking_paranoia_level",
@@ -78,7 +78,7 @@ def test_only_equal_settings_have_equal_names() -> None:
         )
     ]
     assert len(set(names)) == 4
-    # What is decided by us is no part of what is loaded.
+    # Settings that the tunnel itself applies are not part of what is loaded.
     same = SiteManagedRules(owasp_crs=True, mode="log", threshold=10, timeout=UNHURRIED, on_failure="allow")
     assert build(same).name == names[0]
 

@@ -246,7 +246,7 @@ def test_without_limits_everything_passes() -> None:
     outcome.lease.close()
 
 
-# What is said when one is over.
+# The refusal.
 
 
 def test_the_refusal() -> None:
@@ -418,7 +418,7 @@ def test_exact_under_200_clients_at_once(strategy: str) -> None:
     assert sum(outcome.refusal is None for outcome in outcomes) == 50
 
 
-# Trying a limit, joining limits, seeing what they do.
+# Mode "log", joined limits, metrics, the trace.
 
 
 def test_mode_log_counts_and_refuses_nothing() -> None:
@@ -500,7 +500,7 @@ def test_the_trace() -> None:
     assert nothing == [LimitTrace("a", "block", (), "does not apply: the request has no ja4 and no cookie:s")]
 
 
-# What is refused when they are loaded.
+# Errors when they are loaded.
 
 
 @pytest.mark.parametrize(

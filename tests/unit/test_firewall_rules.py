@@ -99,7 +99,7 @@ def test_log_continues() -> None:
     assert (outcome.rule, outcome.logged) == ("no", ("seen",))
 
 
-def test_skip_goes_on_and_adds_up() -> None:
+def test_skip_continues_and_adds_up() -> None:
     found = rules(
         rule("a", "skip", skip=("rate_limits",)),
         rule("b", "skip", "false", skip=("managed_rules",)),
@@ -205,7 +205,7 @@ def test_trace() -> None:
     assert trace[4].values == {"query": {"room": ["1"]}}
 
 
-# What was tried, in rules that people write.
+# Bypasses of rules that people write.
 
 ADMIN = 'path.startsWith("/admin")'
 

@@ -1,4 +1,4 @@
-"""What a site and its worker change of a head: `Edits`, one after the other, and a refusal with a body of its own."""
+"""The changes that a site and its worker make to a head: `Edits`, in order, and a refusal with a body of its own."""
 
 import h11
 import pytest
@@ -15,7 +15,7 @@ FORWARDING = Forwarding("198.51.100.7", ID, trusted=False)
 
 
 def fields(edits: Edits, *more: Field) -> list[Field]:
-    """What an origin makes of the head."""
+    """Return how an origin parses the head."""
     found = RequestReader().feed(request((*FIELDS, *more)))
     assert found is not None
     server = h11.Connection(h11.SERVER)
@@ -40,8 +40,8 @@ def test_no_edits_change_nothing() -> None:
 
 @pytest.mark.parametrize("spelled", [b"X-User-Id", b"x-user-id", b"X_User_Id", b"X-User_Id", b"x_USER-id"])
 @pytest.mark.parametrize("named", [b"X-User-Id", b"x_user_id"])
-def test_names_are_those_of_every_spelling(spelled: bytes, named: bytes) -> None:
-    """CGI and WSGI tell no hyphen from an underscore: `names` has one spelling for all of them."""
+def test_names_are_compared_in_one_spelling(spelled: bytes, named: bytes) -> None:
+    """CGI and WSGI do not distinguish hyphens from underscores: `names` has one spelling for all of them."""
     for edits in (Edits(added=((named, b"ann"),)), Edits(removed=frozenset({named.lower()}))):
         assert cgi(spelled) in {cgi(name) for name in edits.names}
         values = [value for _, value in fields(edits, (spelled, b"forged"), (b"X-User-Idx", b"kept"))]
@@ -49,7 +49,7 @@ def test_names_are_those_of_every_spelling(spelled: bytes, named: bytes) -> None
         assert b"kept" in values
 
 
-def test_what_is_added_comes_last_in_order_and_repeated() -> None:
+def test_added_fields_come_last_in_order_and_repeated() -> None:
     edits = Edits(added=((b"X-B", b"1"), (b"X-A", b"2"), (b"X-B", b"3")))
     assert fields(edits, (b"x-a", b"0"))[-3:] == [(b"X-B", b"1"), (b"X-A", b"2"), (b"X-B", b"3")]
     assert of(fields(edits, (b"x-a", b"0")), b"x-a") == [(b"X-A", b"2")]
@@ -62,7 +62,7 @@ def test_host_takes_the_place_of_the_clients() -> None:
     assert fields(Edits().then(Edits(host=b"two")))[0] == (b"Host", b"two")
 
 
-def test_then_has_the_last_word() -> None:
+def test_later_edits_take_precedence() -> None:
     first = Edits(added=((b"X-A", b"1"), (b"X-B", b"1"), (b"X-C", b"1")), removed=frozenset({b"x-d", b"x-e"}))
     later = Edits(added=((b"x-a", b"2"), (b"X-D", b"2")), removed=frozenset({b"x-b"}))
     found = fields(first.then(later), *((name, b"client") for name in (b"X-A", b"X-B", b"X-C", b"X-D", b"X-E", b"X-F")))
@@ -92,8 +92,8 @@ _EDITS = st.builds(
 
 
 @given(_EDITS, _EDITS, _EDITS, st.lists(st.tuples(_NAMES, st.just(b"client")), max_size=3))
-def test_then_is_one_after_the_other(one: Edits, two: Edits, three: Edits, client: list[Field]) -> None:
-    """In whichever way they are put together, and whatever the client sent, nothing that is named comes through."""
+def test_then_applies_edits_in_order(one: Edits, two: Edits, three: Edits, client: list[Field]) -> None:
+    """However they are combined, and whatever the client sent, no named field passes."""
     assert fields(one.then(two).then(three), *client) == fields(one.then(two.then(three)), *client)
     found = fields(one.then(two), *client)
     assert of(found, b"host") == [(b"Host", two.host or one.host or b"chat.example.com")]
@@ -129,7 +129,7 @@ def test_a_body_is_sent_as_it_is() -> None:
     assert body == b"\0\r\n\r\n\xff"
 
 
-def test_an_empty_body_is_none_and_not_our_own() -> None:
+def test_an_empty_body_is_empty_and_not_the_default() -> None:
     line, rest, body = rendered(Refusal(401, "r", "never said", body=b""))
     assert (line, body) == (b"HTTP/1.1 401 Unauthorized", b"")
     assert b"Content-Length: 0" in rest
@@ -142,12 +142,12 @@ def test_304_has_neither_body_nor_length() -> None:
     assert body == b""
 
 
-def test_a_status_that_nobody_knows_has_a_phrase() -> None:
+def test_an_unknown_status_has_a_phrase() -> None:
     for status in (399, 499, 599):
         assert rendered(Refusal(status, "r", "", body=b""))[0] == f"HTTP/1.1 {status} Refused".encode()
 
 
-def test_our_own_is_text_with_the_id() -> None:
+def test_the_default_body_is_text_with_the_id() -> None:
     _, rest, body = rendered(Refusal(404, "r", "there is none"))
     assert b"Content-Type: text/plain; charset=utf-8" in rest
     assert body == f"404 Not Found: there is none\nid: {ID}\n".encode()
@@ -156,7 +156,7 @@ def test_our_own_is_text_with_the_id() -> None:
     assert not [field for field in rest if field.startswith(b"X-Request-Id")]
 
 
-def test_426_names_what_to_upgrade_to() -> None:
+def test_426_names_the_protocol_to_upgrade_to() -> None:
     _, rest, _ = rendered(Refusal(426, "r", "no", UPGRADE))
     assert b"Connection: close, Upgrade" in rest
     assert b"Upgrade: websocket" in rest

@@ -1,4 +1,4 @@
-"""The request as the origin gets it: what stays, what ends at this hop, and whose word is taken."""
+"""The request as the origin gets it: which fields stay, which end at this hop, and which proxies are trusted."""
 
 import re
 
@@ -40,7 +40,7 @@ def read(
 
 
 def parsed(head: bytes) -> h11.Request:
-    """What a server makes of it, which must be one request without a body and nothing behind it."""
+    """Return how a server parses it: it must be one request without a body, and nothing after it."""
     server = h11.Connection(h11.SERVER)
     server.receive_data(head)
     event = server.next_event()
@@ -61,12 +61,12 @@ def values(fields: tuple[Field, ...], name: bytes) -> list[bytes]:
 # What stays.
 
 
-def test_fields_keep_order_and_case_and_ours_come_last() -> None:
+def test_fields_keep_order_and_case_and_the_tunnels_come_last() -> None:
     more = ((b"X-b", b"2"), (b"cOOkie", b"a=1"), (b"X-B", b"1"), (b"Origin", b"https://chat.example.com"))
     assert forwarded(read(*more)) == END_TO_END + more + OURS
 
 
-def test_head_is_what_the_rfc_writes() -> None:
+def test_head_is_the_one_in_the_rfc() -> None:
     assert render_forwarded_head(read(), FROM_CLIENT) == (
         b"GET /chat?room=1 HTTP/1.1\r\n"
         b"Host: chat.example.com\r\n"
@@ -110,7 +110,7 @@ def test_bytes_above_127_are_untouched() -> None:
     "name",
     [b"Keep-Alive", b"Proxy-Connection", b"TE", b"Trailer", b"keep-alive", b"PROXY-CONNECTION"],
 )
-def test_hop_by_hop_field_ends_here(name: bytes) -> None:
+def test_hop_by_hop_field_is_not_forwarded(name: bytes) -> None:
     assert forwarded(read((name, b"x"))) == END_TO_END + OURS
 
 
@@ -122,12 +122,12 @@ def test_upgrade_and_connection_are_set_anew() -> None:
 @pytest.mark.parametrize(
     "connection", [b"Upgrade, X-Private", b"x-private , upgrade", b"Upgrade,,X-PRIVATE", b"Upgrade,\tx-Private\t"]
 )
-def test_field_that_connection_names_ends_here(connection: bytes) -> None:
+def test_field_that_connection_names_is_not_forwarded(connection: bytes) -> None:
     fields = (*without(b"Connection"), (b"Connection", connection))
     assert values(forwarded(read((b"X-Private", b"1"), (b"x-private", b"2"), fields=fields)), b"X-Private") == []
 
 
-def test_fields_that_two_connection_lines_name_end_here() -> None:
+def test_fields_that_two_connection_lines_name_are_not_forwarded() -> None:
     more = ((b"Connection", b"A"), (b"A", b"1"), (b"B", b"2"), (b"connection", b"b"))
     assert forwarded(read(*more)) == END_TO_END + OURS
 
@@ -143,14 +143,14 @@ def test_fields_that_two_connection_lines_name_end_here() -> None:
         b"Content-Length",
     ],
 )
-def test_what_the_handshake_rests_on_cannot_be_nominated_away(name: bytes) -> None:
+def test_fields_of_the_handshake_cannot_be_nominated_away(name: bytes) -> None:
     more = ((b"Sec-WebSocket-Protocol", b"chat"), (b"Sec-WebSocket-Extensions", b"x"), (b"Content-Length", b"0"))
     fields = (*without(b"Connection"), (b"Connection", b"Upgrade, " + name), *more)
     assert forwarded(read(fields=fields)) == END_TO_END + more + OURS
 
 
 @pytest.mark.parametrize("name", [b"X-Forwarded-For", b"Forwarded", b"X-Request-Id", b"Upgrade"])
-def test_what_we_say_cannot_be_nominated_away(name: bytes) -> None:
+def test_the_tunnels_fields_cannot_be_nominated_away(name: bytes) -> None:
     fields = (*without(b"Connection"), (b"Connection", b"Upgrade, " + name))
     assert forwarded(read(fields=fields)) == END_TO_END + OURS
     proxied = forwarded(read((b"X-Forwarded-For", b"192.0.2.1"), fields=fields), FROM_PROXY)
@@ -158,13 +158,13 @@ def test_what_we_say_cannot_be_nominated_away(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"Hostname", b"Host-Override", b"Content-Length-Hint"])
-def test_nominated_field_ends_here_whatever_its_name_begins_with(name: bytes) -> None:
+def test_nominated_field_is_not_forwarded_whatever_its_name_begins_with(name: bytes) -> None:
     """RFC 9110 section 7.6.1: what Connection names MUST be removed. Only Host itself is Host."""
     fields = (*without(b"Connection"), (b"Connection", b"Upgrade, " + name))
     assert values(forwarded(read((name, b"x"), fields=fields)), name) == []
 
 
-# What a client says of itself as if it were a proxy.
+# Fields with which a client claims to be a proxy.
 
 FORGED = [
     b"X-Forwarded-For",
@@ -192,11 +192,11 @@ def test_forged_field_is_dropped(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"X-Forwarded", b"X-Forward-For", b"Forwarded-For", b"X-Request-Identity", b"Via"])
-def test_other_names_are_not_ours_to_drop(name: bytes) -> None:
+def test_similar_names_are_forwarded(name: bytes) -> None:
     assert forwarded(read((name, b"a"))) == (*END_TO_END, (name, b"a"), *OURS)
 
 
-# What we say: RFC 7239 section 6.
+# The tunnel's own fields: RFC 7239 section 6.
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_address_of_the_peer(peer: str, x_forwarded_for: bytes, node: bytes) -> 
 
 @pytest.mark.parametrize("host", [b"[::1]:8443", b"a,b;c=d:1", b"chat.example.com:8443"])
 def test_host_is_quoted(host: bytes) -> None:
-    """RFC 7239 section 4: a value that is no token is a quoted-string."""
+    """RFC 7239 section 4: a value that is not a token is a quoted-string."""
     fields = forwarded(read(fields=((b"Host", host), *without(b"Host"))))
     assert values(fields, b"Forwarded") == [b'for=198.51.100.7;proto=https;host="%b"' % host]
     assert values(fields, b"X-Forwarded-Host") == [host]
 
 
-# What a trusted proxy says.
+# Fields of a trusted proxy.
 
 
 def test_chain_of_a_trusted_proxy_grows() -> None:
@@ -247,33 +247,33 @@ def test_first_hop_of_a_trusted_proxy_is_kept() -> None:
 
 
 @pytest.mark.parametrize("name", [b"X-Forwarded-Port", b"X-Forwarded-Prefix", b"x-real-ip"])
-def test_what_else_a_trusted_proxy_says_is_kept(name: bytes) -> None:
+def test_other_fields_of_a_trusted_proxy_are_kept(name: bytes) -> None:
     assert forwarded(read((name, b"1")), FROM_PROXY) == (*END_TO_END, (name, b"1"), *OURS)
 
 
-def test_trusted_proxy_that_says_nothing_gets_the_same_as_a_client() -> None:
+def test_trusted_proxy_without_these_fields_is_treated_as_a_client() -> None:
     assert forwarded(read(), FROM_PROXY) == forwarded(read(), FROM_CLIENT)
 
 
 def test_id_is_the_one_of_the_record() -> None:
-    """Whether a proxy's id is taken is `read_request_id`'s to say; the head carries what the log has."""
+    """`read_request_id` decides whether a proxy's id is used; the head carries the id in the log."""
     fields = forwarded(read((b"X-Request-Id", b"not\xffthis")), FROM_PROXY)
     assert values(fields, b"X-Request-Id") == [ID.encode()]
 
 
 @pytest.mark.parametrize("given", [b"a", b"0f8fad5b-d9cb-469f-a165-70867728950e", b"A_.-9", b"x" * 128])
-def test_id_of_a_proxy_is_taken(given: bytes) -> None:
+def test_id_of_a_proxy_is_used(given: bytes) -> None:
     assert read_request_id(read((b"x-request-ID", given))) == given.decode()
 
 
 @pytest.mark.parametrize(
     "given", [b"", b"x" * 129, b"a b", b"a\tb", b"\xff", b"a,b", b"<script>", b"%0a", b'"a"', b"a/b", b"a\\b"]
 )
-def test_id_that_cannot_be_passed_on_is_not(given: bytes) -> None:
+def test_id_that_cannot_be_forwarded_is_not_used(given: bytes) -> None:
     assert read_request_id(read((b"X-Request-Id", given))) is None
 
 
-def test_no_id_or_two_are_none() -> None:
+def test_no_id_or_two_are_ignored() -> None:
     assert read_request_id(read()) is None
     assert read_request_id(read((b"X-Request-Id", b"a"), (b"X-Request-Id", b"a"))) is None
 
@@ -336,7 +336,7 @@ def test_forwarded_of_a_client_is_never_read() -> None:
 
 @pytest.mark.parametrize("zone", [b"eth0", b"\x9b31m", b"a b", b"<script>"])
 def test_client_address_has_no_zone(zone: bytes) -> None:
-    """RFC 4007 section 6: a zone means something on its own host alone, and Python lets anything stand in it."""
+    """RFC 4007 section 6: a zone has a meaning only on its own host, and Python allows any text in it."""
     found = read((b"X-Forwarded-For", b"fe80::1%" + zone))
     assert find_client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
 
@@ -360,7 +360,7 @@ def test_client_address_of_anything_is_an_address_that_can_be_logged(entries: li
     assert re.fullmatch(r"[0-9a-f.:]+", address)
 
 
-# Whatever was accepted.
+# Any accepted request.
 
 BASES = (
     request(),

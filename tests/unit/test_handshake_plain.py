@@ -1,4 +1,4 @@
-"""`http = "pass"`: the request that asks for no upgrade, its body, and the response; hostile, and in any pieces."""
+"""`http = "pass"`: a request without an upgrade, its body, and the response; hostile, and in any pieces."""
 
 import http.client
 import io
@@ -51,7 +51,7 @@ def refused(data: bytes, *, accept_plain: bool = True) -> tuple[int, str]:
 
 
 def through(data: bytes, cuts: Iterable[int] = ()) -> tuple[PlainRequest, bytes]:
-    """The request in `data`, which comes in pieces, and all that goes to the origin of it. Its body is complete."""
+    """Return the request in `data`, which comes in pieces, and all that the origin gets of it; its body is complete."""
     reader, body, out, found = RequestReader(accept_plain=True), None, b"", None
     for piece in pieces(data, list(cuts)):
         if body is None:
@@ -71,7 +71,7 @@ def through(data: bytes, cuts: Iterable[int] = ()) -> tuple[PlainRequest, bytes]
 
 
 def served(data: bytes) -> tuple[h11.Request, bytes]:
-    """What an origin makes of `data`, which must be one whole request, the last one, and nothing more."""
+    """Return how an origin parses `data`, which must be one whole request, the last one, and nothing more."""
     server = h11.Connection(h11.SERVER)
     server.receive_data(data)
     head = server.next_event()
@@ -94,13 +94,13 @@ def chunked(*chunks: bytes, trailer: bytes = b"") -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + b"0\r\n" + trailer + b"\r\n"
 
 
-# The request: which are passed on.
+# The request: which are forwarded.
 
 
 @pytest.mark.parametrize(
     "method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "VERSION-CONTROL", "X_1"]
 )
-def test_method_is_passed_on(method: str) -> None:
+def test_method_is_forwarded(method: str) -> None:
     found, out = through(asking(line=b"%b /app HTTP/1.1" % method.encode()))
     assert found.method == method
     assert served(out)[0].method == method.encode()
@@ -137,8 +137,8 @@ def test_request_is_read_as_upgrade_requests_are() -> None:
         (((b"transfer-encoding", b"Chunked"),), None, True),
     ],
 )
-def test_framing_is_told_once(fields: tuple[Field, ...], length: int | None, is_chunked: bool) -> None:
-    """RFC 9112 section 6.3, item 5: equal lengths may be taken for one, and then only one goes on."""
+def test_framing_is_forwarded_once(fields: tuple[Field, ...], length: int | None, is_chunked: bool) -> None:
+    """RFC 9112 section 6.3, item 5: equal lengths may be treated as one, and only one is forwarded."""
     found = read(asking(*fields, line=b"POST / HTTP/1.1"))
     assert (found.length, found.chunked) == (length, is_chunked)
     framing = [(b"Transfer-Encoding", b"chunked")] if is_chunked else []
@@ -157,7 +157,7 @@ def test_upgrade_request_is_one_whether_others_pass_or_not(accept_plain: bool) -
     assert reader.leftover == b"\x81\x05hello"
 
 
-def test_reader_that_does_not_pass_refuses_as_ever() -> None:
+def test_reader_without_pass_refuses_as_before() -> None:
     assert refused(asking(), accept_plain=False) == (426, "no upgrade")
     assert refused(asking(line=b"POST / HTTP/1.1"), accept_plain=False) == (405, "method")
 
@@ -168,7 +168,7 @@ def test_beginning_of_the_body_is_left_over() -> None:
     assert reader.leftover == b"hel"
 
 
-def test_proxy_is_believed_as_of_upgrade_requests() -> None:
+def test_proxy_is_trusted_as_for_upgrade_requests() -> None:
     found = read(asking((b"X-Forwarded-For", b"192.0.2.1"), (b"X-Request-Id", b"abc")))
     assert read_request_id(found) == "abc"
     assert find_client_address(found, "10.0.0.9", Networks.parse(["10.0.0.0/8"])) == "192.0.2.1"
@@ -203,13 +203,13 @@ def test_405(method: bytes) -> None:
         (request((*without(b"Upgrade"), (b"Upgrade", b"h2c, WebSocket"), CHUNKED)), 400, "body"),
     ],
 )
-def test_what_asks_for_a_websocket_is_refused_as_ever(data: bytes, status: int, reason: str) -> None:
+def test_a_bad_websocket_request_is_refused_as_before(data: bytes, status: int, reason: str) -> None:
     assert refused(data) == refused(data, accept_plain=False) == (status, reason)
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"0.9", b"1.2", b"2.0"])
 @pytest.mark.parametrize("more", [(), (CHUNKED,)])
-def test_other_versions_are_not_spoken(version: bytes, more: tuple[Field, ...]) -> None:
+def test_other_versions_are_refused(version: bytes, more: tuple[Field, ...]) -> None:
     assert refused(asking(*more, line=b"POST / HTTP/%b" % version)) == (505, "HTTP version")
 
 
@@ -217,7 +217,7 @@ def test_other_versions_are_not_spoken(version: bytes, more: tuple[Field, ...]) 
     "target",
     [b"http://chat.example.com/", b"https://chat.example.com/", b"https://other.example/", b"*", b"a", b"?", b"/a#b"],
 )
-def test_target_that_is_no_path_is_refused(target: bytes) -> None:
+def test_target_that_is_not_a_path_is_refused(target: bytes) -> None:
     """Absolute form would name a second host."""
     assert refused(asking(line=b"OPTIONS %b HTTP/1.1" % target)) == (400, "target form")
 
@@ -297,7 +297,7 @@ def test_ambiguous_framing_is_refused(method: bytes, fields: tuple[Field, ...], 
         ((b"Content_Length", b"5"),),
     ],
 )
-def test_field_ends_here(fields: tuple[Field, ...]) -> None:
+def test_hop_by_hop_field_is_not_forwarded(fields: tuple[Field, ...]) -> None:
     assert render_forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
         b"GET /app?x=1 HTTP/1.1", [HOST, CLOSE, *TOLD]
     )
@@ -312,14 +312,14 @@ def test_field_ends_here(fields: tuple[Field, ...]) -> None:
         ((b"Sec-WebSocket-Protocol", b"chat"), (b"Connection-Hint", b"x")),
     ],
 )
-def test_field_goes_on_as_it_stands(fields: tuple[Field, ...]) -> None:
+def test_field_is_forwarded_unchanged(fields: tuple[Field, ...]) -> None:
     assert render_forwarded_head(read(asking(*fields)), FROM_CLIENT) == render_head(
         b"GET /app?x=1 HTTP/1.1", [HOST, *fields, CLOSE, *TOLD]
     )
 
 
 @pytest.mark.parametrize("name", [b"Host", b"Content-Length", b"Transfer-Encoding"])
-def test_what_frames_the_request_cannot_be_nominated_away(name: bytes) -> None:
+def test_framing_fields_cannot_be_nominated_away(name: bytes) -> None:
     framing = CHUNKED if name == b"Transfer-Encoding" else (b"Content-Length", b"5")
     found = read(asking(framing, (b"Connection", name), line=b"POST / HTTP/1.1"))
     assert render_forwarded_head(found, FROM_CLIENT) == render_head(b"POST / HTTP/1.1", [HOST, framing, CLOSE, *TOLD])
@@ -337,7 +337,7 @@ def test_request_without_a_body_is_complete_at_once(more: tuple[Field, ...], beh
     assert body.feed(behind) == b""
 
 
-def test_nothing_behind_the_body_goes_on() -> None:
+def test_nothing_after_the_body_is_forwarded() -> None:
     length = (b"Content-Length", b"5")
     _, out = through(asking(length, line=b"POST / HTTP/1.1") + b"hello" + SECOND)
     assert served(out)[1] == b"hello"
@@ -349,7 +349,7 @@ def test_nothing_behind_the_body_goes_on() -> None:
 
 @pytest.mark.parametrize("framing", [(b"Content-Length", b"11"), CHUNKED], ids=["length", "chunked"])
 def test_body_is_streamed(framing: Field) -> None:
-    """Each byte that came goes on before the next one comes."""
+    """Each byte is forwarded before the next one arrives."""
     body = BodyReader(read(asking(framing, line=b"POST / HTTP/1.1")))
     is_chunked = framing is CHUNKED
     assert body.feed(b"6\r\nhello " if is_chunked else b"hello ") == (b"6\r\nhello \r\n" if is_chunked else b"hello ")
@@ -361,7 +361,7 @@ def test_body_is_streamed(framing: Field) -> None:
     assert body.complete
 
 
-def test_chunks_go_on_without_extensions_and_trailer() -> None:
+def test_chunks_are_forwarded_without_extensions_and_trailer() -> None:
     data = b'5;a=b;c="d"\r\nhello\r\n006 \r\n world\r\n0;last\r\nX-Sum: 1\r\nTransfer-Encoding: chunked\r\n\r\n'
     _, out = through(asking(CHUNKED, line=b"POST / HTTP/1.1") + data)
     assert out.endswith(b"\r\n\r\nb\r\nhello world\r\n0\r\n\r\n")
@@ -438,7 +438,7 @@ def test_a_read_of_the_smallest_chunks_is_little_work_and_one_chunk() -> None:
     assert body.feed(b"1\r\nx\r\n" * 10_000) == b"2710\r\n" + b"x" * 10_000 + b"\r\n"
 
 
-def test_any_length_is_streamed_without_being_held() -> None:
+def test_any_length_is_streamed_without_being_buffered() -> None:
     body = BodyReader(read(asking((b"Content-Length", b"%d" % MAX_LENGTH), line=b"PUT / HTTP/1.1")))
     piece = b"x" * 65_536
     assert all(body.feed(piece) is piece or body.feed(piece) == piece for _ in range(100))
@@ -504,11 +504,11 @@ def test_coding_is_read_as_h11_reads_it_or_refused_and_the_same_in_any_pieces(da
     try:
         while isinstance(event := server.next_event(), h11.Data):
             content += event.data
-    except h11.RemoteProtocolError:  # sooner than we see it: there a line is judged when it is whole
+    except h11.RemoteProtocolError:  # h11 notices it earlier: here a line is checked when it is complete
         assert not found[1]
         return
     if isinstance(event, h11.EndOfMessage) and not found[1]:
-        # It takes a bare LF for the end of the trailers; here that is the beginning of a line that nobody ends.
+        # h11 takes a bare LF for the end of the trailers; here it begins a line that never ends.
         assert re.search(rb"\n(?<!\r\n)", data)
         return
     assert found == (content, isinstance(event, h11.EndOfMessage))
@@ -523,7 +523,7 @@ HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
 
 
 def relayed(*data: bytes, to: PlainRequest = GET) -> tuple[PlainResponseReader, bytes]:
-    """What of the origin's `data`, then its end, goes to the client."""
+    """Return what goes to the client of the origin's `data`, followed by its end."""
     reader, out = PlainResponseReader(to), b""
     for piece in (*data, b""):
         if reader.complete:
@@ -534,7 +534,7 @@ def relayed(*data: bytes, to: PlainRequest = GET) -> tuple[PlainResponseReader, 
 
 
 def bad(*data: bytes, to: PlainRequest = GET) -> tuple[int, str]:
-    """The status that went to the client before the answer turned out bad, and why it is."""
+    """Return the status that went to the client before the response turned out bad, and the reason."""
     reader = PlainResponseReader(to)
     with pytest.raises(BadResponse) as caught:
         list(map(reader.feed, (*data, b"")))
@@ -542,7 +542,7 @@ def bad(*data: bytes, to: PlainRequest = GET) -> tuple[int, str]:
 
 
 class Wire:
-    """As much of a socket as `http.client.HTTPResponse` wants."""
+    """The part of a socket that `http.client.HTTPResponse` uses."""
 
     def __init__(self, data: bytes) -> None:
         self.file = io.BytesIO(data)
@@ -552,7 +552,7 @@ class Wire:
 
 
 def understood(out: bytes, method: str = "GET") -> http.client.HTTPResponse:
-    """What the standard library's client makes of `out`, which must be one whole response and nothing more."""
+    """Return how the standard library's client parses `out`: it must be one whole response and nothing more."""
     wire = Wire(out)
     response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]
     response.begin()
@@ -568,7 +568,7 @@ def body_of(response: http.client.HTTPResponse) -> bytes:
     return body
 
 
-def test_response_goes_on_with_fields_in_order_and_case() -> None:
+def test_response_is_forwarded_with_fields_in_order_and_case() -> None:
     fields = [(b"sERVER", b"x"), (b"Set-Cookie", b"a"), (b"Set-Cookie", b"b"), (b"Content-Length", b"2")]
     reader, out = relayed(render_head(b"HTTP/1.1 200 Very OK", fields) + b"ok")
     assert out == render_head(b"HTTP/1.1 200 Very OK", [*fields, CLOSE]) + b"ok"
@@ -584,14 +584,14 @@ def test_response_goes_on_with_fields_in_order_and_case() -> None:
         ((b"Proxy-Connection", b"x"), (b"TE", b"x"), (b"Trailer", b"X")),
     ],
 )
-def test_hop_by_hop_fields_of_a_response_end_here(fields: tuple[Field, ...]) -> None:
+def test_hop_by_hop_fields_of_a_response_are_not_forwarded(fields: tuple[Field, ...]) -> None:
     length = (b"Content-Length", b"0")
     assert relayed(render_head(b"HTTP/1.1 200 OK", [*fields, length]))[1] == render_head(
         b"HTTP/1.1 200 OK", [length, CLOSE]
     )
 
 
-def test_1xx_are_passed_on_at_once() -> None:
+def test_1xx_are_forwarded_at_once() -> None:
     reader = PlainResponseReader(GET)
     assert reader.feed(CONTINUE) == CONTINUE
     assert reader.feed(HINTS + b"HTTP/1.1 102") == HINTS
@@ -602,14 +602,14 @@ def test_1xx_are_passed_on_at_once() -> None:
     assert reader.complete
 
 
-def test_1xx_go_on_without_framing_and_hop_by_hop_fields() -> None:
+def test_1xx_are_forwarded_without_framing_and_hop_by_hop_fields() -> None:
     fields = [(b"Content-Length", b"9"), CHUNKED, (b"Connection", b"close, X-Private"), (b"X-Private", b"1")]
     assert PlainResponseReader(GET).feed(render_head(b"HTTP/1.0 103 x", fields)) == b"HTTP/1.1 103 x\r\n\r\n"
 
 
 @pytest.mark.parametrize("before", [b"", CONTINUE, HINTS])
 @pytest.mark.parametrize("fields", [[], [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]])
-def test_101_is_a_bad_answer(before: bytes, fields: list[Field]) -> None:
+def test_101_is_a_bad_response(before: bytes, fields: list[Field]) -> None:
     assert bad(before + render_head(b"HTTP/1.1 101 Switching Protocols", fields)) == (
         0,
         "101 in response to a request without Upgrade",
@@ -617,14 +617,14 @@ def test_101_is_a_bad_answer(before: bytes, fields: list[Field]) -> None:
 
 
 @pytest.mark.parametrize("piece", [1000, 65_536])
-def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
+def test_endless_1xx_are_a_bad_response(piece: int) -> None:
     endless = CONTINUE * 4000
     status, reason = bad(*(endless[at : at + piece] for at in range(0, len(endless), piece)))
     assert (status, reason) == (0, "response head too large")
 
 
 @pytest.mark.parametrize("size", [1000, 65_536, 100_000])
-def test_head_too_large_is_a_bad_answer(size: int) -> None:
+def test_head_too_large_is_a_bad_response(size: int) -> None:
     reader = PlainResponseReader(GET)
     with pytest.raises(BadResponse):
         fed(reader, render_head(b"HTTP/1.1 200 OK", [(b"X", b"a" * MAX_RESPONSE_HEAD)]), size)
@@ -651,7 +651,7 @@ def test_response_to_head_has_no_body(status: int, fields: list[Field]) -> None:
 @pytest.mark.parametrize("fields", FRAMINGS)
 @pytest.mark.parametrize("to", [GET, HEAD], ids=["GET", "HEAD"])
 def test_204_and_304_have_no_body(status: int, fields: list[Field], to: PlainRequest) -> None:
-    """Nor has a 204 a length (RFC 9110 section 8.6)."""
+    """A 204 has no length either (RFC 9110 section 8.6)."""
     reader = PlainResponseReader(to)
     out = reader.feed(render_head(b"HTTP/1.1 %d x" % status, fields) + b"hello")
     assert reader.complete
@@ -697,7 +697,7 @@ def test_end_delimits_the_response(version: bytes) -> None:
         render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"5\r\nhello\r\n0\r\n",
     ],
 )
-def test_response_cut_short_is_never_made_whole(data: bytes) -> None:
+def test_truncated_response_is_never_completed(data: bytes) -> None:
     reader = PlainResponseReader(GET)
     out = reader.feed(data)
     assert reader.status == 200
@@ -727,17 +727,17 @@ def test_response_cut_short_is_never_made_whole(data: bytes) -> None:
         ((render_head(b"HTTP/1.1 200 OK", [CHUNKED]) + b"1\r\nh\r\n", b"x\r\n"), 200),
     ],
 )
-def test_status_says_whether_a_bad_answer_can_still_be_replaced(data: tuple[bytes, ...], status: int) -> None:
+def test_status_shows_whether_a_bad_response_can_still_be_replaced(data: tuple[bytes, ...], status: int) -> None:
     assert bad(*data)[0] == status
 
 
-def test_426_keeps_what_to_upgrade_to() -> None:
+def test_426_keeps_the_protocol_to_upgrade_to() -> None:
     fields = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade"), (b"Content-Length", b"0")]
     _, out = relayed(render_head(b"HTTP/1.1 426 Upgrade Required", fields))
     assert b"\r\nUpgrade: websocket\r\nConnection: close, Upgrade\r\n" in out
 
 
-# Whatever bytes come.
+# Any bytes.
 
 REQUESTS = (
     asking(),
@@ -750,7 +750,7 @@ REQUESTS = (
 
 
 def outcome(fed: list[bytes]) -> tuple[object, ...]:
-    """What comes of the pieces: what kind of request, and what the origin gets of it; a refusal; a wait for more."""
+    """Return the outcome of the pieces: the kind of request and what the origin gets of it; a refusal; or a wait."""
     reader, body, out = RequestReader(accept_plain=True), None, b""
     found: Request | None = None
     try:
@@ -781,8 +781,8 @@ def test_any_pieces_give_one_clean_request_or_a_refusal(data: bytes, cuts: list[
 
 @settings(max_examples=300, deadline=None)
 @given(mutated(*REQUESTS))
-def test_passing_changes_nothing_for_what_asks_for_a_websocket(data: bytes) -> None:
-    """And of the rest only the rows on the method, the upgrade and the body: what else is refused stays refused."""
+def test_passing_changes_nothing_for_websocket_requests(data: bytes) -> None:
+    """Of the rest only the rows on the method, the upgrade and the body: other refusals stay."""
 
     def judged(accept_plain: bool) -> tuple[object, ...]:
         try:
@@ -865,7 +865,7 @@ def answered(fed: list[bytes], to: PlainRequest) -> tuple[object, ...]:
 
 @settings(max_examples=300, deadline=None)
 @given(mutated(*RESPONSES), splits(), st.sampled_from([GET, HEAD]))
-def test_any_pieces_of_a_response_give_one_clean_response_or_a_bad_answer(
+def test_any_pieces_of_a_response_give_one_clean_response_or_a_bad_one(
     data: bytes, cuts: list[int], to: PlainRequest
 ) -> None:
     found = answered([data] if data else [], to)

@@ -1,4 +1,4 @@
-"""The upgrade request: RFC 6455 section 4.2.1 and RFC 9112, row by row, and whatever bytes a client sends."""
+"""The upgrade request: RFC 6455 section 4.2.1 and RFC 9112, row by row, and any bytes from a client."""
 
 import re
 
@@ -22,7 +22,7 @@ ID = "0123456789abcdef"
 
 
 def read(*data: bytes) -> UpgradeRequest:
-    """The request that `data`, fed piece by piece, is complete with."""
+    """Return the request that `data`, fed piece by piece, completes."""
     reader = RequestReader()
     *first, last = data
     for piece in first:
@@ -39,7 +39,7 @@ def refused(data: bytes) -> Refusal:
 
 
 def response(refusal: Refusal) -> tuple[h11.Response, bytes]:
-    """What an HTTP client makes of the refusal's response."""
+    """Return how an HTTP client parses the refusal's response."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "chat.example.com")]))
     client.send(h11.EndOfMessage())
@@ -62,7 +62,7 @@ def field(head: h11.Response, name: bytes) -> bytes | None:
 
 
 def filled(size: int) -> bytes:
-    """A valid request whose head has `size` bytes."""
+    """Return a valid request whose head has `size` bytes."""
     unfilled = len(request((*FIELDS, (b"X-Fill", b""))))
     return request((*FIELDS, (b"X-Fill", b"a" * (size - unfilled))))
 
@@ -109,7 +109,7 @@ def test_accepts_what_the_rfc_lets_a_client_write(name: bytes, value: bytes) -> 
     assert read(request((*without(name), (name, value)))).key == KEY
 
 
-def test_list_fields_may_stand_on_several_lines() -> None:
+def test_list_fields_may_be_on_several_lines() -> None:
     fields = (*without(b"Connection"), (b"Connection", b"keep-alive"), (b"Connection", b"Upgrade"))
     fields += ((b"Sec-WebSocket-Protocol", b"a"), (b"Sec-WebSocket-Protocol", b"b,, c"))
     assert read(request(fields)).subprotocols == {b"a", b"b", b"c"}
@@ -148,7 +148,7 @@ def test_values_may_hold_tabs_inside_and_bytes_above_127() -> None:
     assert read(request(fields)).fields == fields
 
 
-def test_content_length_of_nothing_is_no_body() -> None:
+def test_content_length_of_zero_is_no_body() -> None:
     assert (b"Content-Length", b"0") in read(request((*FIELDS, (b"Content-Length", b"0")))).fields
 
 
@@ -163,7 +163,7 @@ def test_byte_by_byte_gives_the_same() -> None:
     assert read(*(bytes((byte,)) for byte in request(RICH_FIELDS))) == read(request(RICH_FIELDS))
 
 
-def test_incomplete_head_is_waited_for() -> None:
+def test_incomplete_head_waits_for_more() -> None:
     reader = RequestReader()
     assert reader.feed(b"") is None
     assert reader.feed(request()[:-1]) is None
@@ -453,7 +453,7 @@ def test_refusal_is_a_response_that_http_clients_understand(data: bytes, status:
     assert len(body) < 300
 
 
-def test_405_says_what_is_allowed() -> None:
+def test_405_names_the_allowed_method() -> None:
     head, _ = response(refused(request(line=b"POST / HTTP/1.1")))
     assert field(head, b"allow") == b"GET"
 
@@ -463,8 +463,8 @@ def test_405_says_what_is_allowed() -> None:
     [(without(b"Upgrade"), None), (without(b"Sec-WebSocket-Version"), b"13")],
     ids=["no Upgrade", "no version"],
 )
-def test_426_says_what_to_upgrade_to(fields: tuple[Field, ...], version: bytes | None) -> None:
-    """RFC 9110 section 7.8: whoever sends Upgrade names it in Connection. RFC 6455 section 4.4: the version."""
+def test_426_names_the_protocol_to_upgrade_to(fields: tuple[Field, ...], version: bytes | None) -> None:
+    """RFC 9110 section 7.8: a sender of Upgrade names it in Connection. RFC 6455 section 4.4: the version."""
     head, _ = response(refused(request(fields)))
     assert field(head, b"upgrade") == b"websocket"
     assert field(head, b"connection") == b"close, Upgrade"
@@ -493,7 +493,7 @@ def test_refusal_without_a_record_has_no_id() -> None:
     assert b"x-request-id" not in head.lower()
 
 
-def test_response_holds_nothing_that_the_client_sent() -> None:
+def test_response_contains_nothing_that_the_client_sent() -> None:
     refusal = refused(request((*FIELDS, (b"X-\xffevil", b"evil")), line=b"GET /evil HTTP/1.1"))
     assert "evil" in refusal.detail
     assert b"evil" not in render_refusal(refusal, ID)
@@ -545,7 +545,7 @@ def test_101_fields_are_too_many() -> None:
     assert (refusal.status, refusal.reason) == (431, "too many fields")
 
 
-# What is known of a refused request.
+# What is known about a refused request.
 
 
 def test_target_of_a_refused_request_is_known() -> None:
@@ -555,11 +555,11 @@ def test_target_of_a_refused_request_is_known() -> None:
     assert reader.target == b"/chat?token=1"
 
 
-# Whatever bytes come.
+# Any bytes.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 VALUE = rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?"
-# RFC 9112 sections 3 and 5, without obs-fold; written here anew, not taken from the code.
+# RFC 9112 sections 3 and 5, without obs-fold; written independently of the code.
 ONE_REQUEST = re.compile(
     rb"GET (/[\x21-\x7e]*) HTTP/1\.1\r\n(?:" + TOKEN + rb":[ \t]*" + VALUE + rb"[ \t]*\r\n){1,100}\r\n"
 )
@@ -575,7 +575,7 @@ BASES = (
 
 
 def outcome(fed: list[bytes]) -> tuple[object, ...]:
-    """What comes of the pieces `fed`: a request and all that is behind it, a refusal, or a wait for more."""
+    """Return the outcome of the pieces `fed`: a request and everything after it, a refusal, or a wait for more."""
     reader = RequestReader()
     for number, piece in enumerate(fed):
         try:
@@ -624,7 +624,7 @@ def test_what_is_accepted_is_one_request_by_the_rfc(data: bytes) -> None:
 @given(mutated(*BASES))
 @example(BASES[0])
 def test_what_the_strict_parser_reads_h11_reads_the_same(data: bytes) -> None:
-    """One expression reads nearly every request: it may leave one to h11, but never read one otherwise."""
+    """One expression reads nearly every request: it may leave one to h11, but must never read one differently."""
     head = data[: data.find(b"\r\n\r\n") + 4]
     read = parse_strict(head)
     if read is not None:
@@ -653,5 +653,5 @@ def test_ordinary_requests_are_read_by_the_strict_parser(base: bytes) -> None:
         b": nameless",
     ],
 )
-def test_what_h11_reads_more_in_is_left_to_it(field: bytes) -> None:
+def test_requests_that_only_h11_reads_fully_are_left_to_it(field: bytes) -> None:
     assert parse_strict(request()[:-2] + field + b"\r\n\r\n") is None

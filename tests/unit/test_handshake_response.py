@@ -1,4 +1,4 @@
-"""The origin's answer: the one right 101, all the wrong ones, other responses relayed whole, and hostile bytes."""
+"""The origin's response: the one valid 101, all invalid ones, other responses relayed whole, and hostile bytes."""
 
 from collections.abc import Iterator
 
@@ -48,12 +48,12 @@ def switched(data: bytes, to: UpgradeRequest = PLAIN) -> Switched:
 
 
 def answered(reader: UpgradeResponseReader, fed: Iterator[bytes]) -> Switched | Declined:
-    """What `reader` gives once it has got as much of `fed` as it needs."""
+    """Return the result of `reader` once it has got as much of `fed` as it needs."""
     return next(found for found in map(reader.feed, fed) if found is not None)
 
 
 def bad(data: bytes, to: UpgradeRequest = PLAIN) -> str:
-    """Why the origin's `data`, and then its end, are no answer."""
+    """Return why the origin's `data`, followed by its end, is not a response."""
     reader = UpgradeResponseReader(to)
     with pytest.raises(BadResponse) as caught:
         answered(reader, iter((data, b"")))
@@ -61,7 +61,7 @@ def bad(data: bytes, to: UpgradeRequest = PLAIN) -> str:
 
 
 def relayed(*data: bytes) -> tuple[Declined, bytes]:
-    """What of the origin's `data`, then its end, goes to the client: the answer, and head and body as bytes."""
+    """Return what goes to the client of the origin's `data`, then its end: the response, and head and body as bytes."""
     reader = UpgradeResponseReader(PLAIN)
     fed = iter((*data, b""))
     found = answered(reader, fed)
@@ -73,7 +73,7 @@ def relayed(*data: bytes) -> tuple[Declined, bytes]:
 
 
 def understood(out: bytes) -> tuple[h11.Response, bytes]:
-    """What an HTTP client makes of `out`, which must be one whole response and nothing more."""
+    """Return how an HTTP client parses `out`, which must be one whole response and nothing more."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "a"), ("Upgrade", "websocket")]))
     client.send(h11.EndOfMessage())
@@ -95,10 +95,10 @@ def field(head: h11.Response, name: bytes) -> bytes | None:
     return values[0] if values else None
 
 
-# The right 101.
+# The valid 101.
 
 
-def test_right_101_switches() -> None:
+def test_valid_101_switches() -> None:
     found = switched(RIGHT)
     assert (found.status, found.head, found.leftover) == (101, RIGHT, b"")
 
@@ -113,7 +113,7 @@ def test_101_of_the_rfc_switches() -> None:
 
 
 @pytest.mark.parametrize("leftover", [b"\x81\x05hello", b"\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 100_000])
-def test_what_follows_the_101_is_kept(leftover: bytes) -> None:
+def test_bytes_after_the_101_are_kept(leftover: bytes) -> None:
     assert switched(RIGHT + leftover).leftover == leftover
 
 
@@ -127,7 +127,7 @@ def test_what_follows_the_101_is_kept(leftover: bytes) -> None:
     ],
     ids=["case", "more in Connection", "two Connection lines", "white space"],
 )
-def test_101_may_be_written_so(fields: tuple[Field, ...]) -> None:
+def test_101_may_be_written_this_way(fields: tuple[Field, ...]) -> None:
     assert switched(response(fields)).head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
 
 
@@ -148,12 +148,12 @@ def test_fields_of_a_101_keep_order_and_case() -> None:
     ],
     ids=["subprotocol", "extension", "parameters", "two lines"],
 )
-def test_what_was_asked_for_is_passed_on(more: tuple[Field, ...]) -> None:
+def test_what_was_requested_is_forwarded(more: tuple[Field, ...]) -> None:
     assert switched(response((*RESPONSE_FIELDS, *more)), OFFERS).head == response((*RESPONSE_FIELDS, *more))
 
 
 @pytest.mark.parametrize("dropped", [b"Content-Length", b"Transfer-Encoding", b"Keep-Alive", b"X-Private"])
-def test_101_goes_on_without_body_and_hop_by_hop_fields(dropped: bytes) -> None:
+def test_101_is_forwarded_without_body_and_hop_by_hop_fields(dropped: bytes) -> None:
     value = {b"Content-Length": b"0", b"Transfer-Encoding": b"chunked"}.get(dropped, b"x")
     fields = (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"Upgrade, X-Private"), (dropped, value))
     assert switched(response(fields) + b"\x81\x00") == Switched(RIGHT, b"\x81\x00")
@@ -183,7 +183,7 @@ def test_byte_by_byte_gives_the_same() -> None:
     assert reader.feed(last) == Switched(RIGHT, b"")
 
 
-# Every wrong 101.
+# Every invalid 101.
 
 
 def changed(name: bytes, *values: bytes) -> bytes:
@@ -236,20 +236,20 @@ WRONG: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "reason"), WRONG.values(), ids=WRONG)
-def test_wrong_101_is_a_bad_answer(data: bytes, reason: str) -> None:
+def test_invalid_101_is_a_bad_response(data: bytes, reason: str) -> None:
     assert reason in bad(data, OFFERS)
 
 
 @pytest.mark.parametrize(("name", "value"), [(b"Sec-WebSocket-Extensions", b"x"), (b"Sec-WebSocket-Protocol", b"x")])
-def test_nothing_may_be_agreed_that_was_not_asked_for(name: bytes, value: bytes) -> None:
+def test_nothing_may_be_agreed_that_was_not_requested(name: bytes, value: bytes) -> None:
     assert "not offered" in bad(changed(name, value), PLAIN)
 
 
-def test_wrong_101_stays_wrong_whatever_1xx_comes_before() -> None:
+def test_invalid_101_stays_invalid_after_any_1xx() -> None:
     assert "Accept" in bad(CONTINUE + HINTS + changed(b"Sec-WebSocket-Accept", b"x"))
 
 
-# 1xx before the answer.
+# 1xx before the response.
 
 
 @pytest.mark.parametrize("before", [CONTINUE, HINTS, b"HTTP/1.1 102 Processing\r\n\r\n", CONTINUE * 3 + HINTS * 2])
@@ -271,7 +271,7 @@ def test_1xx_before_another_status_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("piece", [1000, 65_536])
-def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
+def test_endless_1xx_are_a_bad_response(piece: int) -> None:
     reader = UpgradeResponseReader(PLAIN)
     endless = CONTINUE * 10_000
     fed = iter([endless[at : at + piece] for at in range(0, len(endless), piece)])
@@ -280,7 +280,7 @@ def test_endless_1xx_are_a_bad_answer(piece: int) -> None:
     assert len(b"".join(fed)) >= len(endless) - MAX_RESPONSE_HEAD - 2 * piece
 
 
-# What is no answer.
+# Invalid responses.
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
@@ -318,21 +318,21 @@ GARBAGE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
-def test_garbage_is_a_bad_answer(data: bytes) -> None:
+def test_garbage_is_a_bad_response(data: bytes) -> None:
     assert bad(data)
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
-def test_garbage_is_a_bad_answer_byte_by_byte(data: bytes) -> None:
+def test_garbage_is_a_bad_response_byte_by_byte(data: bytes) -> None:
     assert outcome([bytes((byte,)) for byte in data]) == ("bad",)
 
 
-def test_end_instead_of_an_answer_says_so() -> None:
+def test_end_instead_of_a_response_is_reported() -> None:
     assert bad(b"HTTP/1.1 101") == "origin closed the connection without a response"
 
 
 @pytest.mark.parametrize("name", [b"Content-Length", b"content-length"])
-def test_both_length_and_transfer_encoding_is_a_bad_answer(name: bytes) -> None:
+def test_both_length_and_transfer_encoding_is_a_bad_response(name: bytes) -> None:
     """RFC 9112 section 6.1: it ought to be handled as an error; two readers may disagree on where it ends."""
     fields = [(name, b"5"), (b"Transfer-Encoding", b"chunked")]
     assert "both" in bad(render_head(b"HTTP/1.1 200 OK", fields) + b"5\r\nhello\r\n0\r\n\r\n")
@@ -347,7 +347,7 @@ def test_both_length_and_transfer_encoding_is_a_bad_answer(name: bytes) -> None:
     ],
     ids=["field", "reason"],
 )
-def test_control_character_in_a_declining_head_is_a_bad_answer(data: bytes) -> None:
+def test_control_character_in_a_declining_head_is_a_bad_response(data: bytes) -> None:
     assert "control character" in bad(data)
 
 
@@ -369,7 +369,7 @@ def test_limit_of_the_heads_does_not_depend_on_the_split(over: int, before: byte
     assert found[0] == ("bad" if over > 0 else "switched")
 
 
-def test_line_without_end_is_a_bad_answer() -> None:
+def test_line_without_end_is_a_bad_response() -> None:
     assert bad(b"HTTP/1.1 200 " + b"a" * 70_000)
 
 
@@ -405,7 +405,7 @@ def test_fields_are_relayed_in_order_and_case() -> None:
     assert out == found.head + b"no"
 
 
-def test_hop_by_hop_fields_of_a_response_end_here() -> None:
+def test_hop_by_hop_fields_of_a_response_are_not_forwarded() -> None:
     fields = [
         (b"Connection", b"keep-alive, X-Private"),
         (b"Keep-Alive", b"timeout=5"),
@@ -418,8 +418,8 @@ def test_hop_by_hop_fields_of_a_response_end_here() -> None:
     assert found.head == render_head(b"HTTP/1.1 404 Not Found", [(b"Content-Length", b"0"), (b"Connection", b"close")])
 
 
-def test_426_keeps_what_to_upgrade_to() -> None:
-    """RFC 9110 section 15.5.22: it must say to what, and Upgrade is hop by hop."""
+def test_426_keeps_the_protocol_to_upgrade_to() -> None:
+    """RFC 9110 section 15.5.22: it must name the protocol, and Upgrade is hop by hop."""
     fields = [
         (b"Upgrade", b"websocket, HTTP/3.0"),
         (b"Connection", b"Upgrade"),
@@ -444,7 +444,7 @@ def test_length_delimits_the_body() -> None:
     assert out == found.head + b"hello"
 
 
-def test_length_nought_is_complete_at_once() -> None:
+def test_length_zero_is_complete_at_once() -> None:
     reader = UpgradeResponseReader(PLAIN)
     assert reader.feed(render_head(b"HTTP/1.1 403 Forbidden", [(b"Content-Length", b"0")])) is not None
     assert not reader.complete
@@ -476,7 +476,7 @@ def test_end_delimits_the_body() -> None:
     assert (field(head, b"connection"), body) == (b"close", b"hello")
 
 
-def test_end_right_behind_the_head_is_an_empty_body() -> None:
+def test_end_right_after_the_head_is_an_empty_body() -> None:
     found, out = relayed(b"HTTP/1.1 200 OK\r\n\r\n")
     assert out == found.head
 
@@ -511,7 +511,7 @@ def test_response_of_http_1_0_is_relayed_as_1_1() -> None:
         render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + b"5",
     ],
 )
-def test_body_cut_short_is_a_bad_answer(data: bytes) -> None:
+def test_truncated_body_is_a_bad_response(data: bytes) -> None:
     reader = UpgradeResponseReader(PLAIN)
     assert isinstance(reader.feed(data), Declined)
     reader.body(None)
@@ -521,14 +521,14 @@ def test_body_cut_short_is_a_bad_answer(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("chunk", [b"x\r\n", b"-5\r\n", b"5 5\r\n", b"5\r\nhelloX", b"F" * 21 + b"\r\n"])
-def test_bad_chunk_is_a_bad_answer(chunk: bytes) -> None:
+def test_bad_chunk_is_a_bad_response(chunk: bytes) -> None:
     reader = UpgradeResponseReader(PLAIN)
     assert reader.feed(render_head(b"HTTP/1.1 200 OK", [(b"Transfer-Encoding", b"chunked")]) + chunk) is not None
     with pytest.raises(BadResponse):
         reader.body(None)
 
 
-# Whatever bytes come.
+# Any bytes.
 
 BASES = (
     RIGHT + b"\x81\x05hello",
@@ -545,9 +545,9 @@ BASES = (
 
 
 def outcome(fed: list[bytes]) -> tuple[object, ...]:
-    """What comes of the pieces `fed` and then the end.
+    """Return the outcome of the pieces `fed` followed by the end.
 
-    A body that turns out to be bad keeps what was given of it before: that went to the client already, so only the
+    A body that turns out to be bad keeps what was already sent of it: that went to the client, so only the
     verdict is compared.
     """
     reader, rest = UpgradeResponseReader(OFFERS), iter((*fed, b""))
@@ -565,7 +565,7 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
 
 @settings(max_examples=500, deadline=None)
 @given(mutated(*BASES), splits())
-def test_any_split_gives_the_same_and_nothing_but_a_bad_answer_is_raised(data: bytes, cuts: list[int]) -> None:
+def test_any_split_gives_the_same_and_only_a_bad_response_is_raised(data: bytes, cuts: list[int]) -> None:
     whole = outcome([data] if data else [])
     assert outcome(pieces(data, cuts)) == whole
     assert outcome([bytes((byte,)) for byte in data]) == whole
@@ -573,7 +573,7 @@ def test_any_split_gives_the_same_and_nothing_but_a_bad_answer_is_raised(data: b
 
 @settings(max_examples=300, deadline=None)
 @given(mutated(*BASES))
-def test_what_switches_is_a_clean_101(data: bytes) -> None:
+def test_a_101_that_switches_is_clean(data: bytes) -> None:
     found = outcome([data] if data else [])
     if found[0] != "switched":
         return

@@ -371,7 +371,7 @@ def test_python_client(
 
 
 def openssl_client(*arguments: str) -> tuple[bytes, str]:
-    """Return the first flight of `openssl s_client` and what it says itself about it."""
+    """Return the first flight of `openssl s_client` and its own description of it."""
     program = shutil.which("openssl")
     if program is None:
         assert "CI" not in os.environ, "openssl is missing"
@@ -413,7 +413,7 @@ def test_openssl_client(arguments: list[str], name: str | None, protocols: tuple
     assert answer is not None
     assert (answer.server_name, answer.alpn) == (name, protocols)
 
-    # The fingerprint again, from OpenSSL's own account of what it sent.
+    # The fingerprint again, from OpenSSL's own description of what it sent.
     ciphers = sorted(f"{a}{b}".lower() for a, b in re.findall(r"\{0x(..), 0x(..)\} ", trace))
     kinds = sorted(f"{int(kind):04x}" for kind in re.findall(r"extension_type=\w+\((\d+)\)", trace))
     signatures = re.findall(r"\(0x(....)\)$", trace.partition("=signature_algorithms(")[2], re.MULTILINE)
@@ -557,7 +557,7 @@ def test_longest_hello() -> None:
     assert len(longest) == MAX_HELLO
     assert read_client_hello(longest) is not None
     too_long = record(message([(b"\x00\x15", bytes(padding + 1))]))
-    # The length stands in the first nine bytes, and so they decide.
+    # The length is in the first nine bytes, so they decide.
     assert read_client_hello(too_long[:8]) is None
     assert refusal(too_long[:9]).alert == hello.ILLEGAL_PARAMETER
 
@@ -583,7 +583,7 @@ def test_client_understands_the_alert() -> None:
         connection.do_handshake()
 
 
-# However the bytes come
+# In any pieces
 
 
 Outcome = ClientHello | tuple[type[HelloError], int | None, str] | None
@@ -680,6 +680,6 @@ def test_records_of_one_byte() -> None:
     while length < len(data):
         length = bytes_needed(data[:length])
         reads += 1
-    # Whoever waits for the bytes that are needed reads seldom, however small the records.
+    # A reader that waits for the bytes that are needed reads rarely, however small the records.
     assert length == len(data)
     assert reads < 50

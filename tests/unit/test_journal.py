@@ -1,4 +1,4 @@
-"""The record of a connection, and samples of what has none."""
+"""The record of a connection, and samples of failures that have none."""
 
 import pytest
 from structlog.testing import capture_logs
@@ -41,7 +41,7 @@ FACTS = {
 }
 
 
-# What is said of a connection.
+# Records.
 
 
 def test_record_of_a_connection() -> None:
@@ -69,14 +69,14 @@ def test_seconds_are_those_since_the_beginning() -> None:
     assert logs[0]["seconds"] == pytest.approx(61.5, abs=5)
 
 
-def test_peer_is_named_where_it_is_not_the_client() -> None:
+def test_peer_is_logged_if_it_is_not_the_client() -> None:
     record = filled()
     assert "peer" not in record.facts()
     record.client = "198.51.100.7"
     assert record.facts() == {**FACTS, "client": "198.51.100.7", "peer": "192.0.2.1"}
 
 
-def test_detail_is_named_where_there_is_one() -> None:
+def test_detail_is_logged_if_there_is_one() -> None:
     record = filled()
     record.detail = "101 with a wrong Sec-WebSocket-Accept"
     assert record.facts() == {**FACTS, "detail": "101 with a wrong Sec-WebSocket-Accept"}
@@ -86,7 +86,7 @@ def test_new_record_has_every_field() -> None:
     assert Record("a", "").facts().keys() == FACTS.keys()
 
 
-def test_opening_is_logged_where_asked_for() -> None:
+def test_opening_is_logged_if_configured() -> None:
     with capture_logs() as logs:
         Journal(opened=True).opened(filled())
     assert logs == [{"event": "opened", "log_level": "info", **FACTS}]
@@ -101,7 +101,7 @@ def test_opening_is_counted_only_by_default() -> None:
     assert journal.metrics[TUNNELS_OPENED].values == {("chat.example.com",): 2}
 
 
-def test_ends_are_counted_by_who_and_why() -> None:
+def test_ends_are_counted_by_side_and_reason() -> None:
     journal, other = Journal(), filled()
     other.ended_by, other.reason = "origin", "reset"
     with capture_logs() as logs:
@@ -133,7 +133,7 @@ def test_bytes_are_counted_at_the_end() -> None:
     assert journal.metrics[BYTES].values == {(site, "up"): 13, (site, "down"): 345}
 
 
-def test_listeners_get_each_record_once_it_is_whole() -> None:
+def test_listeners_get_each_record_once_it_is_complete() -> None:
     journal, record = Journal(), filled()
     heard: list[tuple[Record, int, int]] = []
     journal.listeners.append(lambda one: heard.append((one, one.up, one.down)))
@@ -164,7 +164,7 @@ def test_failures_before_a_request_are_counted_and_one_is_logged() -> None:
     assert journal.metrics[TLS_HANDSHAKES_FAILED].values == {("tls: handshake failed",): 1000}
 
 
-def test_later_sample_says_how_many_were_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_sample_has_the_number_that_were_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal()
     with capture_logs() as logs:
         for _ in range(5):
@@ -176,7 +176,7 @@ def test_later_sample_says_how_many_were_not_logged(monkeypatch: pytest.MonkeyPa
     assert journal.metrics[CONNECTIONS_NOT_ACCEPTED].values == {("untrusted proxy",): 7}
 
 
-def test_each_kind_is_sampled_alone() -> None:
+def test_each_kind_is_sampled_separately() -> None:
     journal = Journal()
     with capture_logs() as logs:
         for why in ("hello: timed out", "hello: not TLS", "hello: timed out", "hello: not TLS"):
@@ -184,7 +184,7 @@ def test_each_kind_is_sampled_alone() -> None:
     assert [line["reason"] for line in logs] == ["hello: timed out", "hello: not TLS"]
 
 
-def test_sample_names_the_sni_where_there_is_one() -> None:
+def test_sample_has_the_sni_if_there_is_one() -> None:
     record = Record("a", "192.0.2.1")
     record.sni = "nobody.example.com"
     with capture_logs() as logs:

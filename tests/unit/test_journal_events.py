@@ -13,11 +13,11 @@ from tlstunnel.journal.events import VARIABLE, EndedBy, Event, Reason, WorkerOut
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "log.md").read_text()
 PLACEHOLDER = re.compile(r": [A-Z]+$")
-"""Of what varies: the document writes it in capitals."""
+"""The varying part, which the document writes in capitals."""
 
 
 def columns(title: str) -> set[str]:
-    """The texts in the columns of this title (its first word), in all tables of the document."""
+    """Return the texts in the columns of this title (its first word), in all tables of the document."""
     found: set[str] = set()
     column: int | None = None
     for line in DOCUMENT.splitlines():

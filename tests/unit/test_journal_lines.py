@@ -1,4 +1,4 @@
-"""The lines of the log: one an event, whatever they hold, and written without waiting."""
+"""The lines of the log: one for each event, whatever it contains, and written without waiting."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ HOSTILE = '\x1b[2J\r\n{"event":"ready"}\x00\x7f\x9b31m\u202e\u2028"\\ é'
 
 @contextlib.contextmanager
 def logging_as(style: Literal["text", "json"]) -> Iterator[None]:
-    """As `configure_logging` sets it, and as it was again."""
+    """Configure the log as `configure_logging` does, and restore it."""
     root = logging.getLogger()
     handlers, root.handlers, level = root.handlers, [], root.level
     configure_logging(style)
@@ -87,7 +87,7 @@ def test_text_is_one_line_an_event(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_what_is_less_than_information_is_not_logged(
+def test_events_below_information_are_not_logged(
     style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with logging_as(style):
@@ -116,8 +116,8 @@ def test_hostile_text_stays_inside_its_line(style: Literal["text", "json"], capf
 
 
 @pytest.mark.parametrize("value", [HOSTILE, "\x1b[2J", "\x9b31m"])
-def test_text_escapes_whatever_it_is_given(value: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Also what somebody forgot to make printable."""
+def test_text_format_escapes_every_value(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also values that were not made printable before."""
     with logging_as("text"):
         structlog.get_logger().info("odd", value=value)
     err = capfd.readouterr().err
@@ -132,10 +132,10 @@ def test_values_of_any_type_can_be_logged_as_json(capfd: pytest.CaptureFixture[s
     assert json.loads(capfd.readouterr().err)["value"] == str(address)
 
 
-# What libraries say.
+# Libraries.
 
 
-def test_warning_of_a_library_is_a_line_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_a_library_is_a_line_of_the_log(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_as("json"):
         logging.getLogger("some.library").error("failed %d times", 3)
     line = json.loads(capfd.readouterr().err)
@@ -164,7 +164,7 @@ def test_fault_that_asyncio_reports_has_its_traceback(
 
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_traceback_shows_no_values(style: Literal["text", "json"], capfd: pytest.CaptureFixture[str]) -> None:
-    """A fault while a request is at hand must not put its cookies and tokens into the log."""
+    """A fault during a request must not put its cookies and tokens into the log."""
 
     def handle(cookie: str) -> int:
         return len(cookie) // 0
@@ -180,7 +180,7 @@ def test_traceback_shows_no_values(style: Literal["text", "json"], capfd: pytest
 
 
 def test_processes_with_one_pipe_do_not_mix_their_lines() -> None:
-    """One whose reader is behind keeps lines, and writes a part of them whenever there is room."""
+    """A process whose reader is slow keeps lines, and writes some of them whenever there is room."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as pipe:
         writers = {name: Lines(pipe) for name in "ab"}
@@ -201,8 +201,8 @@ def test_processes_with_one_pipe_do_not_mix_their_lines() -> None:
         assert all(line[-1] == "end" for line in own)
 
 
-def test_another_thread_that_never_stops_talking_neither_holds_nor_displaces(capfd: pytest.CaptureFixture[str]) -> None:
-    """Its lines are written in turns, and lost beyond what may wait; ours are there, whole and in order."""
+def test_a_thread_that_logs_without_pause_neither_blocks_nor_displaces(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its lines are written in turns, and dropped beyond a limit; the others are there, complete and in order."""
 
     async def serve() -> float:
         lines = Lines(sys.stderr)

@@ -38,14 +38,14 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def _unit_tests(module: Path) -> list[Path]:
-    """Where the unit test of a module may be."""
+    """Return where the unit test of a module may be."""
     parts = module.relative_to(PACKAGE).with_suffix("").parts
     names = ("_".join(parts), "_".join(parts[-2:]), parts[-1])
     return [ROOT / "tests" / "unit" / f"test_{name}.py" for name in names]
 
 
 def _named_tests(module: Path) -> list[Path]:
-    """The tests that the module's docstring names after "Tested by"."""
+    """Return the tests that the module's docstring names after "Tested by"."""
     docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
     line = " ".join(docstring.partition("Tested by ")[2].partition("\n\n")[0].split())
     folder, found = "", []

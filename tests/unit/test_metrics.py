@@ -129,7 +129,7 @@ def test_counters_do_not_decrease_when_a_process_ends_and_its_gauges_are_gone() 
     assert totals.sum()[CONNECTIONS] == {CLOSED: 8}
 
 
-def test_the_next_release_goes_on_with_the_totals() -> None:
+def test_the_next_release_continues_the_totals() -> None:
     totals = Totals()
     totals.update(1, _snapshot(3, 10))
     totals.update(2, _snapshot(4, 20))
@@ -143,7 +143,7 @@ def test_the_next_release_goes_on_with_the_totals() -> None:
     assert successor.sum() == totals.sum()
 
 
-def test_what_another_release_counts_differently_is_ignored() -> None:
+def test_metrics_that_another_release_counts_differently_are_ignored() -> None:
     totals = Totals(Snapshot.of({CONNECTIONS.name: {("client", "closed"): 7}}))
     totals.update(1, Snapshot.of({"tlstunnel_new_total": {("x",): 1}, CONNECTIONS.name: {CLOSED: 2}}))
     assert totals.sum()[CONNECTIONS] == {CLOSED: 2}

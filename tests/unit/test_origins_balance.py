@@ -1,4 +1,4 @@
-"""Balance and ejection, pure: counts, weights, who moves when an origin goes, and whose turn it is to be tried."""
+"""Balance and ejection, without I/O: counts, weights, which clients move when an origin goes, and trials."""
 
 import socket
 from collections import Counter
@@ -41,7 +41,7 @@ def test_an_order_has_each_member_once(places: list[int], balance: str) -> None:
         assert sorted(one.text for one in order(members, *asking())) == sorted(one.text for one in members)
 
 
-def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
+def test_least_tunnels_fills_up_origins_below_their_weight() -> None:
     members = [member("a"), member("b", 3), member("c")]
     members[0].tunnels = 10
     order = select_order("least_tunnels")
@@ -50,7 +50,7 @@ def test_least_tunnels_fills_up_who_is_behind_by_weight() -> None:
     assert [one.tunnels for one in members] == [14, 42, 14]
 
 
-def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
+def test_rendezvous_spreads_by_weight_and_moves_as_few_as_possible() -> None:
     members = [member("a:1"), member("b:1", 2), member("c:1"), member("d:1")]
     order = select_order("hash:ip")
     clients = [f"10.{number // 250}.{number % 250}.1" for number in range(20_000)]
@@ -60,7 +60,7 @@ def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
         assert counts[text] == pytest.approx(part * len(clients), rel=0.05)
     after = {ip: order(members[:2] + members[3:], *asking(ip)) for ip in clients}
     assert all(after[ip][0].text == text for ip, text in before.items() if text != "c:1")
-    # Whoever loses its origin goes to the one that would have been asked next.
+    # A client that loses its origin moves to the one that is second in its order.
     for ip in clients[:200]:
         assert [one.text for one in order(members, *asking(ip)) if one.text != "c:1"] == [one.text for one in after[ip]]
 
@@ -68,11 +68,11 @@ def test_rendezvous_spreads_by_weight_and_moves_only_who_must_move() -> None:
 def test_rendezvous_agrees_between_processes_and_pools() -> None:
     members = [member(f"{name}.example:3000") for name in "abcdef"]
     order = select_order("hash:header:X-User")
-    # Taken once: whoever changes this moves everybody's clients at the next release.
+    # Recorded once: a change of these moves all clients to other origins at the next release.
     assert [order(members, *asking("", f"X-User: {n}"))[0].text[0] for n in range(12)] == list("aeeaeaacedbd")
 
 
-def test_what_a_hash_is_over() -> None:
+def test_the_input_of_the_hash() -> None:
     members = [member(f"o{number}") for number in range(50)]
 
     def first(balance: str, *headers: str, ip: str = "192.0.2.9") -> str:
@@ -81,14 +81,14 @@ def test_what_a_hash_is_over() -> None:
     assert first("hash:cookie:sid", "Cookie: a=b; sid=1") == first("hash:cookie:sid", "Cookie: sid=1", ip="192.0.2.1")
     assert first("hash:cookie:sid", "Cookie: sid=1") != first("hash:cookie:sid", "Cookie: sid=2")
     assert first("hash:header:x-user", "X-User: 1") == first("hash:header:X-USER", "x-user: 1", ip="192.0.2.1")
-    # Without it the address counts.
+    # Without it the address is used.
     assert first("hash:cookie:sid") == first("hash:header:X-User") == first("hash:ip")
 
 
 EJECTION = Ejection(failures=3, delay=Timeout(1), max_delay=Timeout(4))
 
 
-def test_three_failures_in_a_row_eject_and_one_at_a_time_may_try() -> None:
+def test_three_failures_in_a_row_eject_and_one_request_at_a_time_may_try() -> None:
     one = member("a")
     assert not one.record_failure(0, EJECTION)
     assert not one.record_failure(0, EJECTION)
@@ -98,7 +98,7 @@ def test_three_failures_in_a_row_eject_and_one_at_a_time_may_try() -> None:
     assert one.is_usable(1.11)
     one.take()
     assert not one.is_usable(1.2)
-    # What had begun before the ejection says nothing new, and the trial's end counts.
+    # Results of requests from before the ejection are ignored; the trial's result counts.
     one.abandon_trial()
     assert one.is_usable(1.2)
     one.take()
@@ -137,7 +137,7 @@ def test_health_checks() -> None:
     assert one.is_usable(0)
 
 
-def test_an_origin_is_full_over_all_its_addresses() -> None:
+def test_an_origin_is_full_across_all_its_addresses() -> None:
     use = Use()
     first = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.1", 1), use, most=2)
     second = Member(OriginAddress.parse("a:1"), socket.AF_INET, ("192.0.2.2", 1), use, most=2)

@@ -1,4 +1,4 @@
-"""A place is counted once while it is held, and an ejected member's trial is left to the next if it had no result."""
+"""A place is counted once while it is held; a trial of an ejected member without a result passes to the next."""
 
 import asyncio
 
@@ -48,7 +48,7 @@ def test_a_place_is_returned_once(pool: Pool) -> None:
     assert (member.tunnels, member.use.tunnels) == (0, 0)
 
 
-def test_a_trial_without_a_result_is_left_to_the_next(pool: Pool) -> None:
+def test_a_trial_without_a_result_passes_to_the_next(pool: Pool) -> None:
     member = eject(pool)
     place = Place(pool, member)
     assert not is_usable(member)
@@ -66,7 +66,7 @@ def test_a_success_ends_the_ejection(pool: Pool) -> None:
 
 
 def test_a_tunnel_that_ends_does_not_end_the_trial_of_another(pool: Pool) -> None:
-    """It had its result long before the member was ejected."""
+    """That tunnel had its result long before the member was ejected."""
     long = Place(pool, pool.members[0])
     long.record_success()
     member = eject(pool)

@@ -1,4 +1,4 @@
-"""The client context for origins, what it says when files are wrong, and the sessions that are kept."""
+"""The client context for origins, the errors if files are wrong, and the sessions that are kept."""
 
 import asyncio
 import socket
@@ -26,7 +26,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
-def test_it_verifies_unless_told_otherwise(authority: Authority) -> None:
+def test_it_verifies_unless_configured_otherwise(authority: Authority) -> None:
     for context in (create_client_context(), create_client_context(ca=authority.file)):
         assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
         assert context.minimum_version == ssl.TLSVersion.TLSv1_2
@@ -36,7 +36,7 @@ def test_it_verifies_unless_told_otherwise(authority: Authority) -> None:
     assert (off.verify_mode, off.check_hostname) == (ssl.CERT_NONE, False)
 
 
-def test_it_trusts_the_given_authority_alone(authority: Authority) -> None:
+def test_it_trusts_only_the_given_authority(authority: Authority) -> None:
     assert create_client_context(ca=authority.file).cert_store_stats()["x509"] == 1
 
 
@@ -46,7 +46,7 @@ def test_it_writes_no_keys(authority: Authority, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "keys").exists()
 
 
-def test_contexts_are_shared_by_what_they_are_made_of(authority: Authority) -> None:
+def test_contexts_are_shared_if_their_settings_are_equal(authority: Authority) -> None:
     contexts = Contexts()
     first = contexts.get(ca=authority.file)
     assert contexts.get(ca=authority.file) is first
@@ -54,7 +54,7 @@ def test_contexts_are_shared_by_what_they_are_made_of(authority: Authority) -> N
     assert Contexts().get(ca=authority.file) is not first
 
 
-def test_what_is_wrong_with_a_file_names_it(authority: Authority, tmp_path: Path) -> None:
+def test_an_error_in_a_file_names_it(authority: Authority, tmp_path: Path) -> None:
     pair, other = authority.issue("one"), authority.issue("two")
     absent, empty = tmp_path / "absent.pem", tmp_path / "empty.pem"
     empty.write_text("")
@@ -93,18 +93,18 @@ def test_a_pair_in_one_file(authority: Authority, tmp_path: Path) -> None:
         ("UNEXPECTED_EOF_WHILE_READING", "closed the connection"),
     ],
 )
-def test_openssl_names_in_words(reason: str, words: str) -> None:
+def test_openssl_errors_have_readable_messages(reason: str, words: str) -> None:
     error = ssl.SSLError(1, reason)
     error.reason = reason
     assert words in explain(error)
 
 
-def test_other_errors_in_the_words_of_the_system() -> None:
+def test_other_errors_have_the_messages_of_the_system() -> None:
     assert explain(ConnectionResetError(104, "Connection reset by peer")) == "Connection reset by peer"
 
 
 class _Server:
-    """Answers each connection with one byte, in TLS."""
+    """Sends one byte on each connection, in TLS."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -164,7 +164,7 @@ def test_sessions_are_kept_by_origin_and_name(authority: Authority, monkeypatch:
     how = OriginTLS(context)
     for _ in range(3):
         asyncio.run(_once(how, server.address))
-    asyncio.run(_once(OriginTLS(context), server.address))  # another site: nothing is shared but the context
+    asyncio.run(_once(OriginTLS(context), server.address))  # another site: only the context is shared
     monkeypatch.setattr(tls, "SESSION_SECONDS", 0.0)
     asyncio.run(_once(how, server.address))
     serving.join()
@@ -187,7 +187,7 @@ def test_sessions_are_bounded(authority: Authority, monkeypatch: pytest.MonkeyPa
         assert server.resumed == [False, False]
 
 
-def test_a_failure_closes_the_socket_and_says_which(authority: Authority) -> None:
+def test_a_failure_closes_the_socket_and_has_the_reason(authority: Authority) -> None:
     server = _Server(server_context(authority.issue("other.example")))
     serving = server.serve(1)
     with pytest.raises(OriginTLSFailed) as caught:
@@ -199,7 +199,7 @@ def test_a_failure_closes_the_socket_and_says_which(authority: Authority) -> Non
 
 
 def test_an_address_with_a_zone_is_verified_without_it(certificate: Certificate) -> None:
-    """A zone says by which interface, and is in no certificate."""
+    """A zone selects an interface, and is in no certificate."""
     server = _Server(server_context(certificate))
     address = OriginAddress("::1%lo", server.address.port)
     serving = server.serve(1)

@@ -33,10 +33,10 @@ def _groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
         ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
         ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
-        # A quota of a group around it holds too, the smallest of all counts.
+        # A quota of a parent group applies too; the smallest counts.
         ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
         ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "100000 100000\n"}, 1),
-        # In a container its own group is seen as the root.
+        # In a container its own group is visible as the root.
         ("0::/docker/0123\n", {"cpu.max": "400000 100000\n"}, 4),
         # Version 1.
         (

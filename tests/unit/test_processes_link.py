@@ -22,7 +22,7 @@ JSON = st.recursive(
 
 
 class Echoed(LinkReply, frozen=True):
-    """The same value, and how many descriptors came along."""
+    """Return the same value, and the number of descriptors that came with it."""
 
     said: Any
     count: int
@@ -48,13 +48,13 @@ class Hang(Request[Done], frozen=True, tag="hang"):
 
 
 class Seen(Notification, frozen=True, tag="seen"):
-    """Keep the number."""
+    """Record the number."""
 
     number: int
 
 
 class Unseen(Notification, frozen=True, tag="unseen"):
-    """Of a type that the other side does not know."""
+    """A message whose type the other side does not know."""
 
 
 async def _echo(request: Echo, descriptors: list[int]) -> Echoed:
@@ -121,7 +121,7 @@ def test_a_request_that_comes_too_late_loses_no_message() -> None:
     _linked(work)
 
 
-def test_the_rest_of_a_link_that_someone_else_holds_open_is_taken_too() -> None:
+def test_the_rest_of_a_link_that_another_process_holds_open_is_read_too() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
         far.notify(Seen(1))
         near.read_rest()
@@ -150,7 +150,7 @@ def test_a_text_larger_than_the_sockets_buffers() -> None:
     _linked(work)
 
 
-def test_a_path_that_is_no_utf_8() -> None:
+def test_a_path_that_is_not_utf_8() -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:
         path = os.fsdecode(b"/etc/\xff.toml")
         assert (await near.request(Echo(path))).said == path
@@ -185,7 +185,7 @@ def test_a_refusal_and_a_fault() -> None:
     _linked(work)
 
 
-def test_a_side_that_takes_no_requests() -> None:
+def test_a_side_that_accepts_no_requests() -> None:
     async def work(_: Link, far: Link, __: list[str]) -> None:
         with pytest.raises(ProcessError, match="invalid request"):
             await far.request(Commit())
@@ -193,7 +193,7 @@ def test_a_side_that_takes_no_requests() -> None:
     _linked(work)
 
 
-def test_the_other_sides_end_is_noticed_once() -> None:
+def test_the_end_of_the_other_side_is_noticed_once() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
         asked = asyncio.ensure_future(near.request(Hang()))
         await asyncio.sleep(0)
@@ -233,7 +233,7 @@ def test_a_notification_that_cannot_be_handled_harms_nothing() -> None:
     _linked(work)
 
 
-# --- the wire, which other releases speak too -------------------------------------------------------------------------
+# --- the wire format, which other releases use too --------------------------------------------------------------------
 
 
 def _lines(sock: socket.socket) -> list[dict[str, Any]]:

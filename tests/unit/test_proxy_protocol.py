@@ -1,4 +1,4 @@
-"""PROXY headers: what versions 1 and 2 allow, however they arrive, and what we write read back."""
+"""PROXY headers: what versions 1 and 2 allow, in any pieces, and the tunnel's own headers read back."""
 
 import struct
 from ipaddress import IPv4Address, IPv6Address
@@ -31,7 +31,7 @@ def v2(command: int, family: int, body: bytes, length: int | None = None) -> byt
     return V2.pack(SIGNATURE, command, family, len(body) if length is None else length) + body
 
 
-# The worked examples of section 2.1 among them.
+# Including the examples in section 2.1.
 GOOD = [
     (b"PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n", "255.255.255.255"),
     (b"PROXY TCP6 ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", BadHeader),
@@ -86,7 +86,7 @@ def test_a_header_and_exactly_its_bytes(data: bytes, source: object) -> None:
     expected = BadHeader if source is BadHeader else (len(data), source)
     assert outcome(data) == expected
     assert outcome(data + b"\x16\x03\x01more") == expected
-    # Byte by byte it is undecided, and then decided for good.
+    # Byte by byte it is undecided, and then the decision is final.
     found = [outcome(data[:end]) for end in range(len(data) + 1)]
     decided = next(end for end, one in enumerate(found) if one is not None)
     assert set(found[:decided]) <= {None}
@@ -151,11 +151,11 @@ def tlvs(data: bytes) -> list[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
-def test_a_connection_of_our_own(version: str) -> None:
+def test_a_connection_of_the_proxy_itself(version: str) -> None:
     data = write_local(version)
     assert read_header(data) == Header(len(data), None)
 
 
-def test_nothing_is_known_of_a_unix_socket() -> None:
+def test_a_unix_socket_has_no_address() -> None:
     assert write_v1(None, ("192.0.2.1", 1)) == b"PROXY UNKNOWN\r\n"
     assert read_header(write_v2(None, None)) == Header(16, None)

@@ -1,4 +1,4 @@
-"""Readiness on real sockets: what a handler is told, when, and what a fault of one costs the others."""
+"""Readiness on real sockets: which events a handler gets, when, and that its faults do not affect others."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ def pairs() -> Iterator[Callable[[], Pair]]:
 
 
 def run(test: Callable[[Readiness], Awaitable[None]]) -> None:
-    """Run `test`, and see that nothing fails where only the loop would say so."""
+    """Run `test`, and check for failures that only the loop would report."""
     faults: list[object] = []
 
     async def main() -> None:
@@ -92,7 +92,7 @@ def test_handler_is_called_as_long_as_there_is_something_to_read(pairs: Callable
         await until(lambda: len(events) >= 3)
         assert set(events) == {IN}
         near.recv(1)
-        await some_turns(watched)  # one call may have been due
+        await some_turns(watched)  # one more call may have been due
         events.clear()
         await some_turns(watched)
         assert events == []
@@ -207,7 +207,7 @@ def test_unregistered_is_not_called(pairs: Callable[[], Pair]) -> None:
     run(test)
 
 
-def test_what_is_not_watched_can_be_unregistered(pairs: Callable[[], Pair]) -> None:
+def test_a_socket_that_is_not_watched_can_be_unregistered(pairs: Callable[[], Pair]) -> None:
     near, _ = pairs()
 
     async def test(watched: Readiness) -> None:
@@ -326,7 +326,7 @@ def test_handler_that_raises_loses_only_itself(pairs: Callable[[], Pair]) -> Non
     run(test)
 
 
-def test_length_is_how_many_are_watched(pairs: Callable[[], Pair]) -> None:
+def test_length_is_the_number_of_watched_sockets(pairs: Callable[[], Pair]) -> None:
     async def test(watched: Readiness) -> None:
         socks = [pairs()[0] for _ in range(3)]
         for number, sock in enumerate(socks, 1):
@@ -358,7 +358,7 @@ def test_nothing_is_called_after_close(pairs: Callable[[], Pair]) -> None:
     asyncio.run(main(), debug=True)
 
 
-def test_edge_is_told_once(pairs: Callable[[], Pair]) -> None:
+def test_edge_is_reported_once(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
@@ -371,7 +371,7 @@ def test_edge_is_told_once(pairs: Callable[[], Pair]) -> None:
     run(test)
 
 
-def test_edge_is_told_again_with_new_bytes(pairs: Callable[[], Pair]) -> None:
+def test_edge_is_reported_again_with_new_bytes(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     events: list[int] = []
 
@@ -385,8 +385,8 @@ def test_edge_is_told_again_with_new_bytes(pairs: Callable[[], Pair]) -> None:
     run(test)
 
 
-def test_edge_is_told_after_modify(pairs: Callable[[], Pair]) -> None:
-    """EPOLL_CTL_MOD looks anew: who waits for room to write learns of it at once."""
+def test_edge_is_reported_after_modify(pairs: Callable[[], Pair]) -> None:
+    """EPOLL_CTL_MOD checks again: a handler that waits for room to write is called at once."""
     near, _ = pairs()
     events: list[int] = []
 
@@ -402,8 +402,8 @@ def test_edge_is_told_after_modify(pairs: Callable[[], Pair]) -> None:
 
 
 @pytest.mark.parametrize("mask", [0, OUT, IN])
-def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
-    """Paused (mask 0) as well: whoever ignores them there spins."""
+def test_error_and_hang_up_are_reported_whatever_is_watched(mask: int) -> None:
+    """Also while paused (mask 0): a handler that ignores them there spins."""
     seen = 0
 
     def note(events: int) -> None:
@@ -424,7 +424,7 @@ def test_error_and_hang_up_are_told_whatever_is_watched(mask: int) -> None:
     run(test)
 
 
-def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
+def test_half_close_is_reported_as_rdhup(pairs: Callable[[], Pair]) -> None:
     near, far = pairs()
     seen = 0
 
@@ -440,7 +440,7 @@ def test_half_close_is_told_as_rdhup(pairs: Callable[[], Pair]) -> None:
     run(test)
 
 
-def test_one_wake_up_serves_so_many_and_the_loop_has_its_turn(
+def test_one_wake_up_serves_a_limited_number_and_then_the_loop(
     pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "EVENTS_PER_TURN", 2)
@@ -480,7 +480,7 @@ def test_idle_costs_no_wake_up(pairs: Callable[[], Pair]) -> None:
     run(test)
 
 
-# What asyncio itself watches, in the same epoll.
+# Descriptors that asyncio itself watches, in the same epoll.
 
 
 @pytest.fixture
@@ -526,7 +526,7 @@ def test_asyncio_finds_a_file_object_that_was_closed(
 
 
 def test_reader_of_a_listener_is_replaced_and_removed() -> None:
-    """What every reload does, given the listener's socket rather than its descriptor."""
+    """Every reload does this, with the listener's socket rather than its descriptor."""
     first: list[None] = []
     second: list[None] = []
 
@@ -547,7 +547,7 @@ def test_reader_of_a_listener_is_replaced_and_removed() -> None:
         runner.run(main())
 
 
-# Which one there is.
+# Which instance a loop has.
 
 
 def test_the_loop_of_the_tunnels_has_one_and_any_other_gets_one() -> None:

@@ -1,4 +1,4 @@
-"""How often the server looks through deadlines. `tests/promises` test the rest, above all `test_ending.py`."""
+"""How often the server checks deadlines. `tests/promises` test the rest, above all `test_ending.py`."""
 
 import pytest
 

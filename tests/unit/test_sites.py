@@ -1,4 +1,4 @@
-"""Which site a client means: the rules of names, and what a configuration is made into."""
+"""Which site a client requests: the rules of names, and the sites built from a configuration."""
 
 import ssl
 import time
@@ -77,7 +77,7 @@ def test_without_sni_the_default_site_serves() -> None:
     assert Sites([first, default], default).choose(None) is default
 
 
-def test_without_sni_and_default_nobody_serves() -> None:
+def test_without_sni_and_default_no_site_serves() -> None:
     assert Sites([site("a.example"), site("*.b.example")], None).choose(None) is None
 
 
@@ -113,7 +113,7 @@ def test_default_site_comes_before_the_one_of_any_name() -> None:
     ],
 )
 def test_host_must_be_one_of_the_sites_names(names: tuple[str, ...], host: str, served: bool) -> None:
-    """What is not served gets 421 (RFC 9110 section 15.5.20)."""
+    """A host that is not served gets 421 (RFC 9110 section 15.5.20)."""
     only = site(*names)
     assert (Sites([only], None).choose(host) is only) is served
 
@@ -142,7 +142,7 @@ def test_sites_of_a_configuration(issued: issue.Issued) -> None:
     assert default is sites.choose("other.example.com")
     assert (chat.name, chat.pool.name) == ("chat.example.com", "localhost:3000")
     assert (default.name, default.pool.name) == ("other.example.com", "unix:/run/chat.sock")
-    assert chat.context is default.context  # the same files, and nothing asked of clients
+    assert chat.context is default.context  # the same files, and no client certificates
     assert chat.context.cert_store_stats()["x509"] == 0
     assert sites.choose("third.example.com") is None
 
@@ -175,7 +175,7 @@ def test_site_without_any_certificate_cannot_be_served() -> None:
         build_sites([SiteConfig(origins=(ADDRESS,))])
 
 
-def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued) -> None:
+def test_the_next_configuration_keeps_what_has_not_changed(issued: issue.Issued) -> None:
     config = [SiteConfig(cert=issued.cert, key=issued.key, origins=(ADDRESS,))]
     before = build_sites(config)
     first = before.choose(None)
@@ -189,7 +189,7 @@ def test_the_next_configuration_takes_over_what_is_still_so(issued: issue.Issued
     assert second.context is context
 
 
-def test_certificates_that_are_broken_since_go_on(tmp_path: Path) -> None:
+def test_certificates_that_have_become_invalid_stay_in_use(tmp_path: Path) -> None:
     made = issue.create([], tmp_path)
     config = [SiteConfig(cert=made.cert, key=made.key, origins=(ADDRESS,))]
     before = build_sites(config)
@@ -211,7 +211,7 @@ def test_a_configured_site_asks_for_client_certificates(issued: issue.Issued) ->
 
 
 @pytest.mark.alone
-def test_ten_thousand_sites_are_asked_in_microseconds() -> None:
+def test_a_site_among_ten_thousand_is_found_in_microseconds() -> None:
     many = Sites([site(f"h{number}.example.com") for number in range(10_000)], None)
     start = time.process_time()
     for number in range(10_000):

@@ -27,14 +27,14 @@ MOST_CALLS = 200  # of handlers, for one step of a script: more of them is a bus
 
 
 class FakeSocket:
-    """A connected non-blocking socket. The test is its peer: it feeds, ends, opens the window, and looks at `sent`."""
+    """A connected non-blocking socket. The test is its peer: it feeds, ends, opens the window, and reads `sent`."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.incoming = bytearray()
         self.fed = bytearray()
         self.sent = bytearray()
-        self.window = UNLIMITED  # bytes that it still takes
+        self.window = UNLIMITED  # bytes that it still accepts
         self.peer_ended = False
         self.error = 0
         self.broken = False  # the connection is reset
@@ -43,7 +43,7 @@ class FakeSocket:
         self.may_be_read: Callable[[], bool] = lambda: True
         self.lingers = False
 
-    # What the peer does.
+    # The peer's actions.
 
     def feed(self, data: bytes) -> None:
         self.incoming += data
@@ -141,8 +141,8 @@ class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of 
         super().__init__(descriptor)
         self.truncated = False
         self.failed = self.send_failed = False  # for OpenSSL
-        self.blocked = b""  # what a send that would block was offered
-        self.progress = 0  # how much of that was sent all the same
+        self.blocked = b""  # the data of a send that would block
+        self.progress = 0  # how much of it was sent nevertheless
         self.must_read = False  # before it can send
         self.can_read_it = False
         self.must_write = False  # before it can be read
@@ -326,7 +326,7 @@ class FakeClosing(ClosingSockets):
 
 
 class Playbook:
-    """A splice and its two peers. Each method is a step of the script; then everything happens that can happen."""
+    """A splice and its two peers. Each method is a step of the script; afterwards all pending events are handled."""
 
     CLOSE_TIMEOUT = 10.0
 
@@ -416,7 +416,7 @@ both_origins = pytest.mark.parametrize("tls_origin", [False, True], ids=["plain 
 
 
 @both_origins
-def test_what_is_taken_whole_flows_and_changes_nothing(tls_origin: bool) -> None:
+def test_data_sent_at_once_changes_nothing(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
     before = play.readiness.changes
     play.client.feed(b"up")
@@ -430,7 +430,7 @@ def test_what_is_taken_whole_flows_and_changes_nothing(tls_origin: bool) -> None
 
 
 @both_origins
-def test_a_side_is_paused_until_the_other_has_taken_what_it_sent(tls_origin: bool) -> None:
+def test_a_side_is_paused_until_the_other_has_read_what_it_sent(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
     play.origin.window = 3
     play.client.feed(b"abcdef")
@@ -489,7 +489,7 @@ def test_tls_that_must_write_before_it_is_read_is_watched_for_that_alone() -> No
 
 
 @both_origins
-def test_an_end_of_the_client_is_passed_on_and_the_other_flow_goes_on(tls_origin: bool) -> None:
+def test_an_end_of_the_client_is_passed_on_and_the_other_flow_continues(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
     play.client.feed(b"last")
     play.client.end()
@@ -510,7 +510,7 @@ def test_an_end_of_the_client_is_passed_on_and_the_other_flow_goes_on(tls_origin
 
 
 @both_origins
-def test_an_end_of_the_origin_is_passed_on_and_the_other_flow_goes_on(tls_origin: bool) -> None:
+def test_an_end_of_the_origin_is_passed_on_and_the_other_flow_continues(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
     play.origin.feed(b"last")
     play.origin.end()
@@ -562,14 +562,14 @@ def test_a_truncation_is_passed_on_as_one(tls_origin: bool) -> None:
     play.run()
     assert play.ended() == ("client", "truncated")
     assert play.origin.sent == b"not the last"
-    # A FIN without close_notify follows from this.
+    # It results in a FIN without close_notify.
     assert play.origin.how_closed == play.client.how_closed == "graceful close"
     if isinstance(play.origin, FakeTls):
         assert not play.origin.record_taken
 
 
 @pytest.mark.parametrize("side", ["client", "origin"])
-def test_a_reset_is_passed_on_behind_what_came_before_it(side: str) -> None:
+def test_a_reset_is_passed_on_after_the_bytes_before_it(side: str) -> None:
     play = Playbook().start()
     sender, receiver = (play.client, play.origin) if side == "client" else (play.origin, play.client)
     receiver.window = 2
@@ -585,7 +585,7 @@ def test_a_reset_is_passed_on_behind_what_came_before_it(side: str) -> None:
     assert not receiver.has_fin
 
 
-def test_a_tls_error_says_which() -> None:
+def test_a_tls_error_names_the_error() -> None:
     play = Playbook().start()
 
     def fail() -> int:
@@ -603,7 +603,7 @@ def test_a_tls_error_says_which() -> None:
 # PAUSED and ENDING
 
 
-def test_a_hang_up_of_a_paused_side_is_watched_no_more_and_read_later() -> None:
+def test_a_hang_up_of_a_paused_side_is_no_longer_watched_and_is_read_later() -> None:
     play = Playbook().start()
     play.origin.window = 0
     play.client.feed(b"first")
@@ -637,7 +637,7 @@ def test_an_end_waits_for_what_is_unsent() -> None:
 
 
 @both_origins
-def test_a_side_that_takes_no_more_is_read_to_its_end(tls_origin: bool) -> None:
+def test_a_side_that_accepts_no_more_is_read_to_its_end(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin).start()
     play.origin.reset()
     play.readiness.watched[4] = 0  # the client's message is handled first
@@ -666,7 +666,7 @@ def test_a_failed_send_to_a_side_that_has_ended_aborts() -> None:
 
 
 @both_origins
-def test_what_it_begins_with_is_sent_first(tls_origin: bool) -> None:
+def test_initial_bytes_are_sent_first(tls_origin: bool) -> None:
     play = Playbook(tls_origin=tls_origin, to_client=b"101 and more", to_origin=b"early", head=3)
     play.client.window = 5
     play.client.feed(b" later")
@@ -680,7 +680,7 @@ def test_what_it_begins_with_is_sent_first(tls_origin: bool) -> None:
     assert (play.splice.up, play.splice.down) == (11, 16)
 
 
-def test_what_openssl_has_decrypted_before_is_read_at_the_start() -> None:
+def test_data_that_openssl_has_already_decrypted_is_read_at_the_start() -> None:
     play = Playbook()
     play.client.feed(b"decrypted")
     play.client.decrypted = len(play.client.incoming)
@@ -689,7 +689,7 @@ def test_what_openssl_has_decrypted_before_is_read_at_the_start() -> None:
     assert play.origin.sent == b"decrypted"
 
 
-# Ending from our side
+# Ending by the tunnel
 
 
 @both_origins
@@ -863,7 +863,7 @@ def _do(play: Playbook, step: tuple[str, str, int]) -> None:
     what, side, number = step
     sock = play.client if side == "client" else play.origin
     gone = sock.peer_ended or sock.broken or getattr(sock, "truncated", False)
-    must_read = getattr(sock, "must_read", False)  # what comes next is for TLS, not for us
+    must_read = getattr(sock, "must_read", False)  # the next record is for TLS, not for the splice
     match what:
         case "feed" if not gone and not must_read:
             at = len(sock.fed) % 251
@@ -893,7 +893,7 @@ def _do(play: Playbook, step: tuple[str, str, int]) -> None:
 
 
 def _check(play: Playbook) -> None:
-    """What holds at every moment."""
+    """Check what must hold at every moment."""
     for sock, other in ((play.client, play.origin), (play.origin, play.client)):
         assert (play.started_with[sock.descriptor] + other.fed).startswith(sock.sent), "in order, nothing left out"
     assert len(play.ends) <= 1
@@ -906,7 +906,7 @@ def _check(play: Playbook) -> None:
 
 
 def _open_up(play: Playbook) -> None:
-    """Let both peers take everything."""
+    """Let both peers read everything."""
     for sock in (play.client, play.origin):
         sock.window = UNLIMITED
         if isinstance(sock, FakeTls):

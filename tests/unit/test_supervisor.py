@@ -22,7 +22,7 @@ def _descriptors() -> int:
 
 @pytest.fixture(params=["pidfd", "thread"], autouse=True)
 def _way_of_watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test with pidfds, and as on a system that has none."""
+    """Run each test with pidfds, and as on a system without them."""
     if request.param == "thread":
 
         def pidfd_open(pid: int, flags: int = 0) -> int:

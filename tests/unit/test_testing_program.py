@@ -1,4 +1,4 @@
-"""tlstunnel.testing.program: how tests start programs, and end what these have started."""
+"""tlstunnel.testing.program: how tests start programs, and end the programs that these have started."""
 
 import os
 import signal

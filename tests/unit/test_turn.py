@@ -1,4 +1,4 @@
-"""A turn returns what it holds once, however it ends; and one client may have one turn after another."""
+"""A turn returns what it holds once, however it ends; and one client may have several turns in a row."""
 
 import asyncio
 import socket
@@ -95,7 +95,7 @@ def site(origin: Origin, issued: issue.Issued) -> Site:
 
 
 class Process:
-    """What a serving process has, as far as one connection needs it."""
+    """The part of a serving process that one connection needs."""
 
     def __init__(self, site: Site) -> None:
         loop = asyncio.get_running_loop()
@@ -144,7 +144,7 @@ def run(site: Site, test: Callable[[Process], Any]) -> None:
 
 
 def hold(turn: Turn) -> CountedLease:
-    """Let `turn` hold a lease and a place at the origin."""
+    """Give `turn` a lease and a place at the origin."""
     lease = CountedLease()
     turn.verdict = Verdict(lease=lease)  # type: ignore[arg-type]
     turn.place = Place(turn.site.pool, turn.site.pool.members[0])
@@ -152,14 +152,14 @@ def hold(turn: Turn) -> CountedLease:
 
 
 def tls_error(reason: str) -> ssl.SSLError:
-    """An error as OpenSSL raises it."""
+    """Return an error as OpenSSL raises it."""
     error = ssl.SSLError(1, reason)
     error.reason = reason
     return error
 
 
 def test_a_client_may_have_one_turn_after_another(site: Site, issued: issue.Issued) -> None:
-    """The tunnel serves one request a connection; a second one needs this loop, and nothing else."""
+    """The tunnel serves one request a connection; a second one needs only this loop."""
     bodies = []
 
     def ask(sock: socket.socket, ca: Path) -> None:
