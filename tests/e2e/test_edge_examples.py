@@ -61,7 +61,7 @@ def loaded(name: str) -> Code:
     return Loader().load(f"{REPOSITORY}/docs/edge/{name}.py:fetch")
 
 
-def asked(code: Code, request: WorkerRequest, config: dict[str, Any]) -> object:
+def call(code: Code, request: WorkerRequest, config: dict[str, Any]) -> object:
     async def ask() -> object:
         return await code.fetch(request, await code.setup(config) if code.setup else None)
 
@@ -299,7 +299,7 @@ def test_a_file_without_a_usable_key_refuses_the_start(tmp_path: Path, text: str
     file.write_text(text)
     code = loaded("jwt_check")
     with pytest.raises((jwt.PyJWTError, ValueError, AttributeError)):
-        asked(code, worker_request(), {"jwks": str(file), "issuer": ISSUER, "audience": AUDIENCE})
+        call(code, worker_request(), {"jwks": str(file), "issuer": ISSUER, "audience": AUDIENCE})
 
 
 # --- redis_session
@@ -546,7 +546,7 @@ def test_percentages_that_do_not_add_up_to_100_refuse_the_start() -> None:
     config = experiment(10)
     config["variants"][0]["percent"] = 80
     with pytest.raises(ValueError, match="add up to 100"):
-        asked(loaded("ab_cookie"), worker_request(), config)
+        call(loaded("ab_cookie"), worker_request(), config)
 
 
 # --- shard_by_path
@@ -614,7 +614,7 @@ def test_adding_a_shard_moves_only_its_own_share() -> None:
 )
 def test_invalid_shards_refuse_the_start(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"shards are|prefix begins"):
-        asked(loaded("shard_by_path"), worker_request(), {"prefix": "/", "shards": ["a:1"]} | config)
+        call(loaded("shard_by_path"), worker_request(), {"prefix": "/", "shards": ["a:1"]} | config)
 
 
 # --- maintenance
@@ -640,7 +640,7 @@ def test_unknown_addresses_are_refused_during_maintenance(tmp_path: Path, addres
     flag = tmp_path / "maintenance"
     flag.touch()
     config = {"flag": str(flag), "let_through": ["10.0.0.0/8", "2001:db8::/32"]}
-    answer = asked(loaded("maintenance"), worker_request(client_address=address), config)
+    answer = call(loaded("maintenance"), worker_request(client_address=address), config)
     assert isinstance(answer, WorkerRequest if passes else Reply)
 
 

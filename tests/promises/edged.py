@@ -54,7 +54,7 @@ def written(tunnel: Tunnel, code: str, name: str = "worker.py") -> None:
     new.replace(tunnel.folder / name)
 
 
-def asked(
+def attempt(
     stage: Servers,
     target: str = "/",
     headers: Iterable[Header] = (),
@@ -71,16 +71,16 @@ def asked(
         answer = read_response(client)
         if answer.status != 101:
             outcome = _refused(tunnel, client, answer)
-            assert traffic.connections == 0, "an origin was asked"
+            assert traffic.connections == 0, "an origin was connected to"
             return outcome
     record = record_of(tunnel, traffic.record(tunnel)["id"])
     assert record["verdict"] == "pass"
     return Outcome(101, answer.headers, "", record, traffic.heads[0])
 
 
-def told(stage: Servers, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
+def reply_json(stage: Servers, target: str, headers: Iterable[Header] = (), **options: Any) -> Any:
     """Return the JSON in a worker's reply."""
-    return json.loads(asked(stage, target, headers, **options).body)
+    return json.loads(attempt(stage, target, headers, **options).body)
 
 
 def _refused(tunnel: Tunnel, client: ssl.SSLSocket, answer: Response) -> Outcome:

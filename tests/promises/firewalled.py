@@ -86,7 +86,7 @@ def try_handshake(
         answer = read_response(client)
         if answer.status != 101:
             outcome = read_refusal(tunnel, client, answer)
-            assert traffic.connections == 0, "an origin was asked"
+            assert traffic.connections == 0, "an origin was connected to"
             return outcome
     record = traffic.record(tunnel)
     assert record["verdict"] == "pass"

@@ -112,8 +112,8 @@ def test_an_invalid_pair_replaces_nothing(
                 authority.pair(tmp_path, "a", start=NOW - 9 * DAY, end=NOW - DAY)
             case "gone":
                 cert.unlink()
-        (told,) = tunnel.wait_records(1, "certificate not replaced")
-        assert str(cert) in told["reason"] or "a-key.pem" in told["reason"]
+        (record,) = tunnel.wait_records(1, "certificate not replaced")
+        assert str(cert) in record["reason"] or "a-key.pem" in record["reason"]
         assert served(tunnel, context).serial_number == first.serial_number
         # A reload reports the same, and is not refused.
         assert any(str(tmp_path) in line for line in tunnel.reload())
@@ -195,7 +195,7 @@ def test_the_subject_reaches_the_origin_and_cannot_be_claimed(
             traffic = origin.play(switching_protocols)
             with connected(tunnel, client_context(ca, pair=pair)) as client:
                 assert upgrade(client, headers=forged).status == 101
-            eventually(lambda told=traffic: told.heads)  # type: ignore[misc]
+            eventually(lambda sent=traffic: sent.heads)  # type: ignore[misc]
             found = re.findall(rb"(?i)\r\nx[-_]client[-_]subject: ([^\r]*)", traffic.heads[0])
             assert found == expected
 

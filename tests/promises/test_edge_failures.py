@@ -29,7 +29,7 @@ from tests.harness import (
     handshake_request,
     reset,
 )
-from tests.promises.edged import BY_PATH, asked, edged, told
+from tests.promises.edged import BY_PATH, attempt, edged, reply_json
 from tests.promises.firewalled import Outcome, Servers, config_for
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import MemoryTlsClient
@@ -204,7 +204,7 @@ def _logged(tunnel: Tunnel, outcome: Outcome, event: str = "edge worker failed")
 
 
 def _works(stage: Servers) -> bool:
-    return asked(stage, "/asis").status == 101
+    return attempt(stage, "/asis").status == 101
 
 
 # --- exceptions -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def _works(stage: Servers) -> bool:
 
 def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refusing: Servers) -> None:
     tunnel = refusing[1]
-    outcome = asked(refusing, "/raises")
+    outcome = attempt(refusing, "/raises")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert outcome.body == f"500 Internal Server Error: the edge worker failed\nid: {outcome.record['id']}\n"
     logged = _logged(tunnel, outcome)
@@ -244,7 +244,7 @@ def test_any_exception_is_a_500(refusing: Servers, how: str, named: str) -> None
     """Also SystemExit and KeyboardInterrupt: the process stays."""
     tunnel = refusing[1]
     pid = tunnel.pid
-    outcome = asked(refusing, f"/{how}?text=other")
+    outcome = attempt(refusing, f"/{how}?text=other")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert named in _logged(tunnel, outcome)["exception"]
     assert _works(refusing)
@@ -254,7 +254,7 @@ def test_any_exception_is_a_500(refusing: Servers, how: str, named: str) -> None
 @pytest.mark.parametrize("how", ["stops_the_loop", "exits_beside"])
 def test_its_loop_survives_anything_that_stops_it(refusing: Servers, how: str) -> None:
     pid = refusing[1].pid
-    assert asked(refusing, f"/{how}").status == 101
+    assert attempt(refusing, f"/{how}").status == 101
     assert _works(refusing)
     assert refusing[1].pid == pid
 
@@ -263,7 +263,7 @@ NASTY = "a\x1b[2Jb\nTraceback\r\n{}\x07\x9b\u2028\u202e\x85\\x"
 
 
 def test_client_text_in_an_exception_is_escaped(refusing: Servers) -> None:
-    outcome = asked(refusing, f"/says?text={quote(NASTY)}")
+    outcome = attempt(refusing, f"/says?text={quote(NASTY)}")
     assert outcome.status == 500
     exception = _logged(refusing[1], outcome)["exception"]
     assert re.fullmatch(r"[\n -~]*", exception)
@@ -272,7 +272,7 @@ def test_client_text_in_an_exception_is_escaped(refusing: Servers) -> None:
 
 
 def test_a_long_exception_is_cut(refusing: Servers) -> None:
-    outcome = asked(refusing, f"/says?text={'x' * 9000}&{'y' * 5000}")
+    outcome = attempt(refusing, f"/says?text={'x' * 9000}&{'y' * 5000}")
     assert len(_logged(refusing[1], outcome)["exception"]) < 17_000
 
 
@@ -349,7 +349,7 @@ def test_no_line_of_the_text_log_can_be_forged(in_text: bytes) -> None:
 
 @pytest.mark.parametrize("status", [101, 100, 200, 204, 299, 0, -1, 600, 1000])
 def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Servers, status: int) -> None:
-    outcome = asked(refusing, f"/endpoint?status={status}")
+    outcome = attempt(refusing, f"/endpoint?status={status}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "hello" not in outcome.body
     exception = _logged(refusing[1], outcome)["exception"]
@@ -370,7 +370,7 @@ def test_a_reply_with_a_status_of_an_endpoint_is_an_error(refusing: Servers, sta
     ],
 )
 def test_other_return_values_are_errors(refusing: Servers, of: str, said: str) -> None:
-    outcome = asked(refusing, f"/value?of={of}")
+    outcome = attempt(refusing, f"/value?of={of}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert (
         f"a worker must return the request, request.forward(...) or a Reply, not {said}"
@@ -381,7 +381,7 @@ def test_other_return_values_are_errors(refusing: Servers, of: str, said: str) -
 def test_changing_the_headers_of_a_reply_later(certificate: Certificate) -> None:
     """A reply keeps its original headers, or is an error of the worker; the client gets a response in any case."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
-        outcome = asked((origin, tunnel), "/changed_afterwards")
+        outcome = attempt((origin, tunnel), "/changed_afterwards")
         assert outcome.status in (403, 500)
         assert "X-Injected" not in outcome.headers
 
@@ -389,8 +389,8 @@ def test_changing_the_headers_of_a_reply_later(certificate: Certificate) -> None
 def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate) -> None:
     """A worker may keep a request by mistake: its cookies and its key are not this client's."""
     with ScriptedOrigin() as origin, edged(origin.address, certificate, WORKER) as tunnel:
-        asked((origin, tunnel), "/anothers", [("Cookie", "sid=first")])
-        assert asked((origin, tunnel), "/anothers", [("Cookie", "sid=second")]).status == 500
+        attempt((origin, tunnel), "/anothers", [("Cookie", "sid=first")])
+        assert attempt((origin, tunnel), "/anothers", [("Cookie", "sid=second")]).status == 500
 
 
 # --- late -------------------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def test_the_request_of_another_client_is_not_forwarded(certificate: Certificate
 @pytest.mark.alone
 def test_a_late_worker_is_a_504_in_time(refusing: Servers) -> None:
     began = time.monotonic()
-    outcome = asked(refusing, "/late")
+    outcome = attempt(refusing, "/late")
     took = time.monotonic() - began
     assert (outcome.status, outcome.reason) == (504, "edge: worker timed out")
     assert outcome.body.startswith("504 Gateway Timeout: the edge worker did not respond within 0.3 s\nid: ")
@@ -411,18 +411,18 @@ def test_a_late_worker_is_a_504_in_time(refusing: Servers) -> None:
 def test_a_worker_that_ignores_its_cancellation(refusing: Servers) -> None:
     """The client still gets a response in time, and a later result is discarded."""
     began = time.monotonic()
-    assert asked(refusing, "/stubborn?id=s").status == 504
+    assert attempt(refusing, "/stubborn?id=s").status == 504
     assert time.monotonic() - began < WORKER_TIMEOUT + 1
-    eventually(lambda: "cancelled s" in told(refusing, "/said"))
+    eventually(lambda: "cancelled s" in reply_json(refusing, "/said"))
     assert _works(refusing)
-    assert asked(refusing, "/let_go").status == 101
-    eventually(lambda: "through s" in told(refusing, "/said"))
+    assert attempt(refusing, "/let_go").status == 101
+    eventually(lambda: "through s" in reply_json(refusing, "/said"))
     assert _works(refusing)
 
 
 def test_late_calls_are_cancelled(refusing: Servers) -> None:
-    assert asked(refusing, "/waits?id=w").status == 504
-    eventually(lambda: "cancelled w" in told(refusing, "/said"))
+    assert attempt(refusing, "/waits?id=w").status == 504
+    eventually(lambda: "cancelled w" in reply_json(refusing, "/said"))
 
 
 @pytest.fixture(scope="module")
@@ -440,9 +440,9 @@ def test_a_client_that_leaves_cancels_its_worker(patient: Servers, leave: Callab
     tunnel, name = patient[1], leave.__name__
     client = connect_tls(tunnel)
     client.sendall(handshake_request(f"/waits/{name}?id={name}"))
-    eventually(lambda: f"begun {name}" in told(patient, "/said"))
+    eventually(lambda: f"begun {name}" in reply_json(patient, "/said"))
     leave(client)
-    eventually(lambda: f"cancelled {name}" in told(patient, "/said"))
+    eventually(lambda: f"cancelled {name}" in reply_json(patient, "/said"))
     record = tunnel.wait_record(lambda record: record.get("path") == f"/waits/{name}")
     assert (record["ended_by"], record["reason"]) == ("client", "closed during the handshake")
     assert not tunnel.records("edge worker failed")
@@ -463,7 +463,7 @@ def test_a_client_that_leaves_cancels_its_worker(patient: Servers, leave: Callab
 )
 def test_on_error_forward_sends_the_request_unchanged(forwarding: Servers, how: str, saw: str, event: str) -> None:
     """Without any change that the worker had made by then."""
-    outcome = asked(forwarding, f"/{how}", [("Cookie", "a=1")])
+    outcome = attempt(forwarding, f"/{how}", [("Cookie", "a=1")])
     assert (outcome.status, outcome.record["edge"]) == (101, saw)
     assert outcome.target.decode() == f"/{how}"
     assert b"\r\nCookie: a=1\r\n" in outcome.head
@@ -474,14 +474,14 @@ def test_on_error_forward_sends_the_request_unchanged(forwarding: Servers, how: 
 @pytest.mark.parametrize("how", ["endpoint?status=101", "endpoint?status=200", f"spoilt?text={quote(chr(10))}"])
 def test_on_error_forward_does_not_apply_to_an_invalid_reply(forwarding: Servers, how: str) -> None:
     """The worker meant to refuse."""
-    outcome = asked(forwarding, f"/{how}")
+    outcome = attempt(forwarding, f"/{how}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "forwarded" not in _logged(forwarding[1], outcome)
 
 
 def test_on_error_forward_changes_nothing_for_a_working_worker(forwarding: Servers) -> None:
-    assert asked(forwarding, "/spoilt?text=well").status == 403
-    assert asked(forwarding, "/asis").record["edge"] == "forwarded"
+    assert attempt(forwarding, "/spoilt?text=well").status == 403
+    assert attempt(forwarding, "/asis").record["edge"] == "forwarded"
 
 
 # --- starting with one ------------------------------------------------------------------------------------------------

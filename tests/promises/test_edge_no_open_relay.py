@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.harness import Certificate, RawOrigin, connect_tls, switching_protocols, upgrade
-from tests.promises.edged import BY_PATH, asked, edged
+from tests.promises.edged import BY_PATH, attempt, edged
 from tests.promises.firewalled import Outcome, Servers, config_for
 from tests.promises.scripted_origin import ScriptedOrigin
 
@@ -65,7 +65,7 @@ def stage(certificate: Certificate) -> Iterator[Servers]:
 def _sent(stage: Servers, target: ScriptedOrigin, where: str) -> Outcome:
     """Request this destination, and check that nothing has reached the forbidden origin."""
     traffic = target.play(switching_protocols)
-    outcome = asked(stage, "/to", [("X-To", where)])
+    outcome = attempt(stage, "/to", [("X-To", where)])
     assert traffic.connections == 0, "an open relay"
     return outcome
 
@@ -147,7 +147,7 @@ def test_a_name_that_cannot_be_resolved(stage: Servers, target: ScriptedOrigin) 
 
 def test_a_declared_origin(stage: Servers) -> None:
     origin, _ = stage
-    outcome = asked(stage, "/to", [("X-To", f"ws://{origin.address}/")])
+    outcome = attempt(stage, "/to", [("X-To", f"ws://{origin.address}/")])
     assert (outcome.status, outcome.record["origin"]) == (101, origin.address)
 
 
@@ -161,10 +161,10 @@ def test_a_declared_origin_under_another_name_is_refused(certificate: Certificat
             f"wss://{origin.address}",
             "unknown.example:1",
         ):
-            outcome = asked((origin, tunnel), "/to", [("X-To", where)])
+            outcome = attempt((origin, tunnel), "/to", [("X-To", where)])
             assert (outcome.status, outcome.reason) == (502, "edge: origin not allowed")
             assert "neither an origin of the site nor in worker_origins" in outcome.record["detail"]
-        assert asked((origin, tunnel), "/to", [("X-To", origin.address)]).status == 101
+        assert attempt((origin, tunnel), "/to", [("X-To", origin.address)]).status == 101
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_a_unix_socket_that_is_declared(certificate: Certificate, tmp_path: Path
     with ScriptedOrigin() as origin, RawOrigin(handler, path=tmp_path / "other.sock"):
         site = '[[sites.routes]]\npath = "/never"\norigins = ["unix:mine.sock"]\n'
         with edged(origin.address, certificate, WORKER, site=site) as tunnel:
-            outcome = asked((origin, tunnel), "/to", [("X-To", f"unix:{tmp_path}/other.sock")])
+            outcome = attempt((origin, tunnel), "/to", [("X-To", f"unix:{tmp_path}/other.sock")])
             assert outcome.reason == "edge: origin not allowed"
             declared = f"unix:{tunnel.folder}/mine.sock"
-            assert asked((origin, tunnel), "/to", [("X-To", declared)]).reason == "origin unreachable"
+            assert attempt((origin, tunnel), "/to", [("X-To", declared)]).reason == "origin unreachable"
 
 
 def test_allowed_origins_change_with_a_reload(certificate: Certificate, target: ScriptedOrigin) -> None:
@@ -233,9 +233,9 @@ HOSTILE = (
 def test_no_value_can_split_the_head(stage: Servers, how: str, value: str) -> None:
     """A client's value that the worker decodes cannot end a line. It is a 500, and no origin is connected to."""
     if "\0" in value:  # the firewall's own, before the worker
-        assert asked(stage, f"/{how}{quote(value)}").status == 400
+        assert attempt(stage, f"/{how}{quote(value)}").status == 400
         return
-    outcome = asked(stage, f"/{how}{quote(value)}")
+    outcome = attempt(stage, f"/{how}{quote(value)}")
     assert (outcome.status, outcome.reason) == (500, "edge: worker failed")
     assert "X-Injected" not in str(outcome.headers)
     assert "Injected" not in outcome.body
@@ -244,7 +244,7 @@ def test_no_value_can_split_the_head(stage: Servers, how: str, value: str) -> No
 @pytest.mark.parametrize("value", [value for value in HOSTILE if "\0" not in value])
 def test_no_path_can_split_the_request_line(stage: Servers, value: str) -> None:
     """A path may contain anything: it is escaped."""
-    outcome = asked(stage, f"/path?p=/{quote(value)}")
+    outcome = attempt(stage, f"/path?p=/{quote(value)}")
     assert outcome.status == 101
     line, *fields = outcome.head.split(b"\r\n")
     assert line == f"GET /{quote(value, safe='/:')}?p=/{quote(value)} HTTP/1.1".encode()
@@ -272,7 +272,7 @@ def test_no_path_can_split_the_request_line(stage: Servers, value: str) -> None:
     ],
 )
 def test_fields_of_the_handshake_stay(stage: Servers, name: str) -> None:
-    assert asked(stage, f"/field?f={name}").status == 500
+    assert attempt(stage, f"/field?f={name}").status == 500
 
 
 @pytest.mark.parametrize("forged", ["X-User_Id", "x_user-ID"])
@@ -280,6 +280,6 @@ def test_a_client_cannot_forge_a_set_field_in_another_spelling(certificate: Cert
     """CGI and WSGI treat underscores as hyphens, and join fields whose names are then equal."""
     code = BY_PATH + "async def ann(request, env):\n    return request.forward(headers={'X-User-Id': 'ann'})\n"
     with ScriptedOrigin() as origin, edged(origin.address, certificate, code) as tunnel:
-        head = asked((origin, tunnel), "/ann", [(forged, "bob")]).head
+        head = attempt((origin, tunnel), "/ann", [(forged, "bob")]).head
         assert b"ann" in head
         assert b"bob" not in head

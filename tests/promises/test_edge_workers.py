@@ -26,7 +26,7 @@ from tests.harness import (
     upgrade,
 )
 from tests.pki import Authority, cert_pem
-from tests.promises.edged import BY_PATH, asked, edged, told
+from tests.promises.edged import BY_PATH, attempt, edged, reply_json
 from tests.promises.firewalled import Servers
 from tests.promises.scripted_origin import SMUGGLED, ScriptedOrigin, record_of
 from tests.promises.wire import parse_response, read_until_end, send_request
@@ -171,46 +171,46 @@ def stage(certificate: Certificate, other: ScriptedOrigin, people: tuple[Path, t
 
 def test_the_worker_is_not_called_for_what_the_firewall_refuses(stage: Servers) -> None:
     """Rules, rate limits, malformed requests and unknown hosts are refused before it."""
-    assert asked(stage, "/asis/limited").status == 101
+    assert attempt(stage, "/asis/limited").status == 101
     refused = [
-        (403, asked(stage, "/closed")),
-        (403, asked(stage, "/closed/asis")),
-        (429, asked(stage, "/asis/limited")),
-        (421, asked(stage, request=handshake_request("/asis", host="other.example"))),
-        (400, asked(stage, "/asis/%zz")),
-        (426, asked(stage, request=handshake_request("/asis").replace(b"Version: 13", b"Version: 12"))),
+        (403, attempt(stage, "/closed")),
+        (403, attempt(stage, "/closed/asis")),
+        (429, attempt(stage, "/asis/limited")),
+        (421, attempt(stage, request=handshake_request("/asis", host="other.example"))),
+        (400, attempt(stage, "/asis/%zz")),
+        (426, attempt(stage, request=handshake_request("/asis").replace(b"Version: 13", b"Version: 12"))),
     ]
     assert [outcome.status for _, outcome in refused] == [status for status, _ in refused]
-    met = told(stage, "/seen")
+    met = reply_json(stage, "/seen")
     assert met
     assert not {outcome.record["id"] for _, outcome in refused}.intersection(met)
 
 
 def test_a_refused_request_reaches_no_origin(stage: Servers, other: ScriptedOrigin) -> None:
-    """`asked` sees that the site's origin was not connected to; here also the other's."""
+    """`attempt` checks that the site's origin was not connected to; here also the other's."""
     traffic = other.play(switching_protocols)
-    outcome = asked(stage, "/refused?status=401")
+    outcome = attempt(stage, "/refused?status=401")
     assert (outcome.status, outcome.reason, outcome.record["origin"]) == (401, "edge: reply", "")
     assert outcome.body == "sign in first: ü\n"
     assert traffic.connections == 0
 
 
 def test_it_is_called_once_per_request(stage: Servers) -> None:
-    before = told(stage, "/seen")
-    record = asked(stage, "/asis").record
-    after = told(stage, "/seen")
+    before = reply_json(stage, "/seen")
+    record = attempt(stage, "/asis").record
+    after = reply_json(stage, "/seen")
     assert after[len(before) : -1] == [record["id"]]
 
 
 def test_it_is_not_called_for_plain_requests(stage: Servers) -> None:
     """With `http = "pass"`."""
     origin, tunnel = stage
-    before = told(stage, "/seen")
+    before = reply_json(stage, "/seen")
     traffic = origin.play(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage", then="end")
     answer = send_request(tunnel, b"GET /refused?status=401 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (answer.status, answer.body) == (200, b"page")
     assert traffic.heads[0].startswith(b"GET /refused?status=401 HTTP/1.1\r\n")
-    assert len(told(stage, "/seen")) == len(before) + 1
+    assert len(reply_json(stage, "/seen")) == len(before) + 1
     record = record_of(tunnel, _id_in(traffic.heads[0]))
     assert "edge" not in record
 
@@ -233,7 +233,7 @@ SENT = (
 
 def test_a_request_forwarded_unchanged(stage: Servers) -> None:
     """The origin gets exactly the bytes that it would get without a worker."""
-    outcome = asked(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
+    outcome = attempt(stage, request=handshake_request("/asis/a%20b?x=%41&y", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
         "GET /asis/a%20b?x=%41&y HTTP/1.1",
         "Host: localhost",
@@ -260,7 +260,7 @@ def test_a_request_forwarded_unchanged(stage: Servers) -> None:
 
 def test_a_request_forwarded_with_changes(stage: Servers) -> None:
     """Byte by byte: what it sets replaces the client's fields, also those spelled with an underscore."""
-    outcome = asked(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
+    outcome = attempt(stage, request=handshake_request("/changed?room=9", headers=SENT, key=KEY))
     assert outcome.head.decode("latin-1").split("\r\n") == [
         "GET /chat%20room/%C3%BC?room=1&room=2&name=a%26b HTTP/1.1",
         "Host: inside.example",
@@ -338,7 +338,7 @@ def test_the_request_as_the_client_sent_it(stage: Servers) -> None:
     """Repeated fields are kept, names match in any case, and it sees what the firewall compares."""
     cookies = [("Cookie", 'sid="5"; b=2'), ("Cookie", "sid=6")]
     sent = [("X-User", "a"), ("x-user", "b"), *cookies, ("Sec-WebSocket-Protocol", "v1, v2"), ("X-Bytes", "J\xfcrgen")]
-    found = told(stage, "/facts/%41//b?q=1&q=%C3%BC&r=a+b", sent)
+    found = reply_json(stage, "/facts/%41//b?q=1&q=%C3%BC&r=a+b", sent)
     assert found["method"] == "GET"
     assert (found["path"], found["raw_path"]) == ("/facts/A/b", "/facts/%41//b")
     assert found["query"] == [["q", "1"], ["q", "ü"], ["r", "a b"]]
@@ -355,8 +355,8 @@ def test_the_request_as_the_client_sent_it(stage: Servers) -> None:
 def test_the_client_behind_a_proxy_and_without_one(stage: Servers) -> None:
     """The address as in the log and for lists: behind a trusted proxy, the one that the proxy names."""
     said = [("X-Forwarded-For", "198.51.100.7")]
-    assert told(stage, "/facts", said, ip=PROXY)["client_address"] == "198.51.100.7"
-    assert told(stage, "/facts", said, ip="127.0.0.3")["client_address"] == "127.0.0.3"
+    assert reply_json(stage, "/facts", said, ip=PROXY)["client_address"] == "198.51.100.7"
+    assert reply_json(stage, "/facts", said, ip="127.0.0.3")["client_address"] == "127.0.0.3"
 
 
 def test_the_client_that_a_proxy_header_names(certificate: Certificate) -> None:
@@ -370,21 +370,21 @@ def test_the_client_that_a_proxy_header_names(certificate: Certificate) -> None:
 
 def test_its_id_is_that_of_the_record_and_the_origin(stage: Servers) -> None:
     """The id of a trusted proxy, if it sends one; otherwise the tunnel's own."""
-    outcome = asked(stage, "/facts")
+    outcome = attempt(stage, "/facts")
     assert json.loads(outcome.body)["id"] == outcome.record["id"] == outcome.headers["X-Request-Id"]
-    given = asked(stage, "/facts", [("X-Request-Id", "of-the-proxy.1")], ip=PROXY)
+    given = attempt(stage, "/facts", [("X-Request-Id", "of-the-proxy.1")], ip=PROXY)
     assert json.loads(given.body)["id"] == given.record["id"] == given.headers["X-Request-Id"] == "of-the-proxy.1"
-    forged = asked(stage, "/facts", [("X-Request-Id", "forged")])
+    forged = attempt(stage, "/facts", [("X-Request-Id", "forged")])
     assert json.loads(forged.body)["id"] == forged.record["id"] != "forged"
-    forwarded = asked(stage, "/asis")
-    assert _id_in(forwarded.head) == forwarded.record["id"] == told(stage, "/seen")[-2]
+    forwarded = attempt(stage, "/asis")
+    assert _id_in(forwarded.head) == forwarded.record["id"] == reply_json(stage, "/seen")[-2]
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_the_clients_tls(stage: Servers, version: ssl.TLSVersion) -> None:
     context = client_context(stage[1])
     context.minimum_version = context.maximum_version = version
-    outcome = asked(stage, "/facts", context=context)
+    outcome = attempt(stage, "/facts", context=context)
     tls_version, cipher, server_name, ja4 = json.loads(outcome.body)["tls"]
     assert tls_version == {"TLSv1_2": "TLSv1.2", "TLSv1_3": "TLSv1.3"}[version.name]
     assert (cipher, ja4) == (outcome.record["cipher"], outcome.record["ja4"])
@@ -394,13 +394,13 @@ def test_the_clients_tls(stage: Servers, version: ssl.TLSVersion) -> None:
 
 def test_the_clients_certificate(stage: Servers, people: tuple[Path, tuple[Path, Path]]) -> None:
     """Subject and DER of the verified certificate; None for a client without one."""
-    assert told(stage, "/facts")["certificate"] is None
+    assert reply_json(stage, "/facts")["certificate"] is None
     context = client_context(stage[1])
     context.load_cert_chain(*people[1])
     der = ssl.PEM_cert_to_DER_cert(people[1][0].read_text())
     # The second one resumes the first one's session.
     for _ in range(2):
-        assert told(stage, "/facts", context=context)["certificate"] == ["CN=ann", der.hex()]
+        assert reply_json(stage, "/facts", context=context)["certificate"] == ["CN=ann", der.hex()]
 
 
 # --- subprotocols -----------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_it_never_sees_bytes_after_the_request(stage: Servers) -> None:
 
 
 def test_bytes_after_a_refused_request_are_discarded(stage: Servers) -> None:
-    outcome = asked(stage, request=handshake_request("/everything?refuse") + SMUGGLED)
+    outcome = attempt(stage, request=handshake_request("/everything?refuse") + SMUGGLED)
     assert outcome.status == 400
     assert "/internal/secrets" not in outcome.body
     assert "/everything" in outcome.body

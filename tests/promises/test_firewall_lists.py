@@ -89,9 +89,9 @@ def test_invalid_list_is_unchanged_and_reported(tunnel: Tunnel, file: Path, how:
         _write(file, "127.0.0.0/8\nthis is no network\n")
     else:
         file.unlink()
-    (told,) = tunnel.wait_records(1, "list not reloaded")
-    assert str(file) in told["reason"]
-    assert told["level"] == "warning"
+    (record,) = tunnel.wait_records(1, "list not reloaded")
+    assert str(file) in record["reason"]
+    assert record["level"] == "warning"
     assert _status(tunnel) == 403
     assert _status(tunnel, ip="127.0.0.8") == 101
     _write(file, "")

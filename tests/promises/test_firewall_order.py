@@ -378,11 +378,11 @@ def test_claims_of_an_untrusted_client_are_ignored(behind: Servers, claimed: str
 
 
 def test_clients_behind_a_proxy_are_counted_separately(behind: Servers) -> None:
-    def asked(client: str, ip: str = PROXY) -> int:
+    def status_for(client: str, ip: str = PROXY) -> int:
         return try_handshake(behind, "/limited", [("X-Forwarded-For", client)], ip=ip).status
 
-    assert [asked("192.0.2.7") for _ in range(3)] == [101, 101, 429]
-    assert asked("::ffff:192.0.2.7") == 429
-    assert [asked("192.0.2.8") for _ in range(3)] == [101, 101, 429]
+    assert [status_for("192.0.2.7") for _ in range(3)] == [101, 101, 429]
+    assert status_for("::ffff:192.0.2.7") == 429
+    assert [status_for("192.0.2.8") for _ in range(3)] == [101, 101, 429]
     # A client that changes its claims is still the same client.
-    assert [asked(f"192.0.2.{number}", UNTRUSTED) for number in range(20, 23)] == [101, 101, 429]
+    assert [status_for(f"192.0.2.{number}", UNTRUSTED) for number in range(20, 23)] == [101, 101, 429]

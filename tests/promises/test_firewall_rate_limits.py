@@ -203,11 +203,11 @@ def test_an_origin_that_is_silent_keeps_no_tunnel_counted(certificate: Certifica
 
 def test_client_that_leaves_before_the_response_keeps_no_tunnel_counted(certificate: Certificate) -> None:
     """It is counted before the origin is connected to, and its reset is noticed while the origin is silent."""
-    asked: list[socket.socket] = []
+    connected: list[socket.socket] = []
 
     def hesitate(sock: socket.socket) -> None:
         request = read_request(sock)
-        asked.append(sock)
+        connected.append(sock)
         if request.line.startswith("GET /patient "):
             sock.sendall(switching_protocols(request))
         while sock.recv(65_536):
@@ -217,7 +217,7 @@ def test_client_that_leaves_before_the_response_keeps_no_tunnel_counted(certific
         for number in range(1, 7):
             client = connect_from(tunnel, "127.0.0.1")
             client.sendall(handshake_request("/impatient"))
-            eventually(lambda number=number: len(asked) == number)  # type: ignore[misc]
+            eventually(lambda number=number: len(connected) == number)  # type: ignore[misc]
             reset(client)
             tunnel.wait_records(number)
         with connect_from(tunnel, "127.0.0.1") as client:

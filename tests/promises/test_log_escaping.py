@@ -114,12 +114,12 @@ def logged(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certific
 
     def origin_(sock: socket.socket) -> None:
         """Accepts /accept; other requests get, one by one, one of the hostile texts, in a head or as one."""
-        asked = read_request(sock)
-        if asked.line.startswith("GET /accept"):
-            sock.sendall(switching_protocols(asked))
-        elif asked.line.startswith("GET /phrase"):
+        request = read_request(sock)
+        if request.line.startswith("GET /accept"):
+            sock.sendall(switching_protocols(request))
+        elif request.line.startswith("GET /phrase"):
             sock.sendall(b"HTTP/1.1 403 " + next(turns) + b"\r\nContent-Length: 0\r\n\r\n")
-        elif asked.line.startswith("GET /chunk"):
+        elif request.line.startswith("GET /chunk"):
             sock.sendall(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwords\r\n")
             sock.sendall(next(turns) + b"\r\n")
         else:

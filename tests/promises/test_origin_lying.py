@@ -139,7 +139,7 @@ TRUTHS: dict[str, Script] = {
     ),
     "with a length of nothing": lambda request: switching_protocols(request, [("Content-Length", "0")]),
     "without a reason": lambda request: switching_protocols(request).replace(b"101 Switching Protocols", b"101 "),
-    "with what was asked for": lambda request: switching_protocols(
+    "with what was requested": lambda request: switching_protocols(
         request,
         [
             ("Sec-WebSocket-Protocol", "superchat"),

@@ -95,7 +95,7 @@ def test_a_client_that_leaves_closes_its_connection_to_a_silent_origin(certifica
             traffic = origin.play(b"")
             client = connect_tls(tunnel)
             client.sendall(handshake_request() + SMUGGLED)
-            eventually(lambda: traffic.heads)  # noqa: B023 - asked here and now
+            eventually(lambda: traffic.heads)  # noqa: B023 - called at once
             leave(client)
             assert traffic.surplus_at_end() == b""
             assert traffic.record(tunnel)["ended_by"] == "client"

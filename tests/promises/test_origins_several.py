@@ -240,10 +240,10 @@ def test_the_limit_is_exact_with_many_at_once(origins: list[Origin], certificate
             return answer.status
 
     with Tunnel(None, certificate, config=text) as tunnel, ThreadPoolExecutor(60) as threads:
-        asked = [threads.submit(one, number) for number in range(60)]
-        eventually(lambda: sum(one.done() for one in asked) == 40)
+        handshakes = [threads.submit(one, number) for number in range(60)]
+        eventually(lambda: sum(one.done() for one in handshakes) == 40)
         done.set()
-        assert Counter(one.result() for one in asked) == {101: 20, 503: 40}
+        assert Counter(one.result() for one in handshakes) == {101: 20, 503: 40}
 
 
 def test_routes(origins: list[Origin], certificate: Certificate) -> None:

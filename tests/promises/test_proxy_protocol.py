@@ -44,7 +44,7 @@ def origin() -> Iterator[ScriptedOrigin]:
         yield origin
 
 
-def _asked(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
+def _send_header(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
     """Send the header, in pieces if requested, then TLS and a handshake right after it."""
     plain = connect_tcp(tunnel)
     start = 0
@@ -74,10 +74,10 @@ def test_the_clients_address_is_that_of_the_header(
     with tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel:
         for pieces in ((), (1,), (5, 6, 11), (len(header) - 1,)):
             traffic = origin.play(switching_protocols)
-            assert _asked(tunnel, header, *pieces) == 101
+            assert _send_header(tunnel, header, *pieces) == 101
             assert traffic.record(tunnel)["client"] == address
-            told = f"[{address}]" if ":" in address else address
-            assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in traffic.heads[0], told
+            shown = f"[{address}]" if ":" in address else address
+            assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in traffic.heads[0], shown
 
 
 def test_lists_and_rules_apply_to_the_client_behind_the_proxy(origin: ScriptedOrigin, certificate: Certificate) -> None:
@@ -87,9 +87,9 @@ def test_lists_and_rules_apply_to_the_client_behind_the_proxy(origin: ScriptedOr
         with connect_tcp(tunnel) as plain:
             plain.sendall(write_v2(CLIENT, SERVER))
             assert read_until_end(plain) == b""
-        assert _asked(tunnel, write_v2(("203.0.113.7", 1), SERVER)) == 403
+        assert _send_header(tunnel, write_v2(("203.0.113.7", 1), SERVER)) == 403
         origin.play(switching_protocols)
-        assert _asked(tunnel, write_v2(("203.0.113.8", 1), SERVER)) == 101
+        assert _send_header(tunnel, write_v2(("203.0.113.8", 1), SERVER)) == 101
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_new_connections_use_the_new_configuration_and_tunnels_stay(
         assert tunnel.reload(before) == ["site localhost: changed: rules"]
         assert _status(tunnel, "/closed") == 101
         _echo(client)
-    told = [record["changes"] for record in tunnel.records("reloaded")]
-    assert told == [["site localhost: changed: rules"], [], ["site localhost: changed: rules"]]
+    changes = [record["changes"] for record in tunnel.records("reloaded")]
+    assert changes == [["site localhost: changed: rules"], [], ["site localhost: changed: rules"]]
 
 
 def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) -> None:
@@ -217,9 +217,9 @@ def test_the_control_socket_is_private_and_removed_at_the_end(certificate: Certi
         assert answer == {"ok": True, "changes": []}
         tunnel.stop()
         assert not path.exists()
-    nobody = _command("reload", "--control", str(path))
-    assert nobody.returncode == 1
-    assert str(path) in nobody.stderr
+    missing = _command("reload", "--control", str(path))
+    assert missing.returncode == 1
+    assert str(path) in missing.stderr
     alone = _command("reload", RUNTIME_DIRECTORY=str(tmp_path))
     assert alone.returncode == 1
     assert str(tmp_path) in alone.stderr

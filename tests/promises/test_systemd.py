@@ -27,9 +27,9 @@ class Manager:
     def next(self) -> dict[str, str]:
         """Return the next notification that is not for the watchdog."""
         while True:
-            told = dict(line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines())
-            if told != {"WATCHDOG": "1"}:
-                return told
+            notification = dict(line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines())
+            if notification != {"WATCHDOG": "1"}:
+                return notification
 
     def wait_for_life(self, times: int) -> None:
         """Wait for messages of the watchdog."""

@@ -192,7 +192,7 @@ def test_an_expired_policy_is_a_warning_and_replaces_nothing(ca: Path, tmp_path:
 # Over real connections.
 
 
-class Asked:
+class Parties:
     """A site that requires client certificates, and clients with and without one."""
 
     def __init__(self, folder: Path) -> None:
@@ -211,8 +211,8 @@ class Asked:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
-    return Asked(tmp_path)
+def parties(tmp_path: Path) -> Parties:
+    return Parties(tmp_path)
 
 
 @contextmanager
@@ -249,24 +249,24 @@ def refused(site: ServerCredentials, client: ssl.SSLContext) -> str:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_client_with_a_certificate_is_accepted(asked: Asked, version: ssl.TLSVersion) -> None:
-    client = client_context(asked.ca, version, pair=asked.ann)
-    assert subject_seen(asked.site(), client) == ["CN=ann"]
-    assert subject_seen(asked.site(allow=("cn:ann",)), client) == ["CN=ann"]
-    assert subject_seen(asked.site(allow=("cn:bob",)), client) == [
+def test_a_client_with_a_certificate_is_accepted(parties: Parties, version: ssl.TLSVersion) -> None:
+    client = client_context(parties.ca, version, pair=parties.ann)
+    assert subject_seen(parties.site(), client) == ["CN=ann"]
+    assert subject_seen(parties.site(allow=("cn:ann",)), client) == ["CN=ann"]
+    assert subject_seen(parties.site(allow=("cn:bob",)), client) == [
         "refused: the client certificate is not in client_allow"
     ]
-    assert subject_seen(asked.open(), client) == [""]
+    assert subject_seen(parties.open(), client) == [""]
 
 
 @pytest.mark.parametrize(
     ("version", "alert"),
     [(VERSIONS[0], "SSLV3_ALERT_HANDSHAKE_FAILURE"), (VERSIONS[1], "TLSV13_ALERT_CERTIFICATE_REQUIRED")],
 )
-def test_a_client_without_a_certificate_gets_an_alert(asked: Asked, version: ssl.TLSVersion, alert: str) -> None:
-    client = client_context(asked.ca, version)
-    assert refused(asked.site(), client) == alert
-    assert subject_seen(asked.site(required=False), client) == [""]
+def test_a_client_without_a_certificate_gets_an_alert(parties: Parties, version: ssl.TLSVersion, alert: str) -> None:
+    client = client_context(parties.ca, version)
+    assert refused(parties.site(), client) == alert
+    assert subject_seen(parties.site(required=False), client) == [""]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -276,52 +276,52 @@ def test_a_client_without_a_certificate_gets_an_alert(asked: Asked, version: ssl
     [("Other CA", "TLSV1_ALERT_UNKNOWN_CA"), ("Test CA", "TLSV1_ALERT_DECRYPT_ERROR")],  # another, and an impostor
 )
 def test_a_client_of_another_authority_is_refused(
-    asked: Asked, version: ssl.TLSVersion, required: bool, authority: str, alert: str
+    parties: Parties, version: ssl.TLSVersion, required: bool, authority: str, alert: str
 ) -> None:
-    stranger = Authority(authority).pair(asked.folder, "stranger", "ann")
-    assert refused(asked.site(required=required), client_context(asked.ca, version, pair=stranger)) == alert
+    stranger = Authority(authority).pair(parties.folder, "stranger", "ann")
+    assert refused(parties.site(required=required), client_context(parties.ca, version, pair=stranger)) == alert
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_expired_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> None:
-    old = CA.pair(asked.folder, "old", "ann", start=NOW - 9 * DAY, end=NOW - DAY)
-    assert refused(asked.site(), client_context(asked.ca, version, pair=old)) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
+def test_an_expired_client_is_refused(parties: Parties, version: ssl.TLSVersion) -> None:
+    old = CA.pair(parties.folder, "old", "ann", start=NOW - 9 * DAY, end=NOW - DAY)
+    assert refused(parties.site(), client_context(parties.ca, version, pair=old)) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_revoked_client_is_refused(asked: Asked, version: ssl.TLSVersion) -> None:
-    crl = asked.folder / "crl.pem"
-    bob = CA.pair(asked.folder, "bob", "bob")
-    crl.write_bytes(crl_pem(CA.revoke(x509.load_pem_x509_certificate(asked.ann[0].read_bytes()))))
-    site = asked.site(crl=crl)
-    assert refused(site, client_context(asked.ca, version, pair=asked.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
-    assert subject_seen(site, client_context(asked.ca, version, pair=bob)) == ["CN=bob"]
+def test_a_revoked_client_is_refused(parties: Parties, version: ssl.TLSVersion) -> None:
+    crl = parties.folder / "crl.pem"
+    bob = CA.pair(parties.folder, "bob", "bob")
+    crl.write_bytes(crl_pem(CA.revoke(x509.load_pem_x509_certificate(parties.ann[0].read_bytes()))))
+    site = parties.site(crl=crl)
+    assert refused(site, client_context(parties.ca, version, pair=parties.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert subject_seen(site, client_context(parties.ca, version, pair=bob)) == ["CN=bob"]
 
 
-def test_intermediates_are_looked_up_in_the_revocation_lists_too(asked: Asked) -> None:
+def test_intermediates_are_looked_up_in_the_revocation_lists_too(parties: Parties) -> None:
     middle = Authority("Middle", CA)
-    leaf = middle.pair(asked.folder, "leaf", "leaf")
+    leaf = middle.pair(parties.folder, "leaf", "leaf")
     leaf[0].write_bytes(leaf[0].read_bytes() + cert_pem(middle.cert))
-    client = client_context(asked.ca, pair=leaf)
-    crl = asked.folder / "crl.pem"
+    client = client_context(parties.ca, pair=leaf)
+    crl = parties.folder / "crl.pem"
     crl.write_bytes(crl_pem(CA.revoke(), middle.revoke()))
-    assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
+    assert subject_seen(parties.site(crl=crl), client) == ["CN=leaf"]
     crl.write_bytes(crl_pem(CA.revoke(middle.cert), middle.revoke()))
-    assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert refused(parties.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
 
 
-def test_an_intermediate_may_be_the_only_authority(asked: Asked) -> None:
-    middle, crl = Authority("Middle", CA), asked.folder / "crl.pem"
-    leaf = middle.pair(asked.folder, "leaf", "leaf")
-    client = client_context(asked.ca, pair=leaf)
-    ann = client_context(asked.ca, pair=asked.ann)
-    asked.ca.write_bytes(cert_pem(middle.cert))
-    assert subject_seen(asked.site(), client) == ["CN=leaf"]
+def test_an_intermediate_may_be_the_only_authority(parties: Parties) -> None:
+    middle, crl = Authority("Middle", CA), parties.folder / "crl.pem"
+    leaf = middle.pair(parties.folder, "leaf", "leaf")
+    client = client_context(parties.ca, pair=leaf)
+    ann = client_context(parties.ca, pair=parties.ann)
+    parties.ca.write_bytes(cert_pem(middle.cert))
+    assert subject_seen(parties.site(), client) == ["CN=leaf"]
     crl.write_bytes(crl_pem(middle.revoke()))  # without the root's
-    assert subject_seen(asked.site(crl=crl), client) == ["CN=leaf"]
+    assert subject_seen(parties.site(crl=crl), client) == ["CN=leaf"]
     crl.write_bytes(crl_pem(middle.revoke(x509.load_pem_x509_certificate(leaf[0].read_bytes()))))
-    assert refused(asked.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
-    assert refused(asked.site(), ann) == "TLSV1_ALERT_UNKNOWN_CA"
+    assert refused(parties.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert refused(parties.site(), ann) == "TLSV1_ALERT_UNKNOWN_CA"
 
 
 # Sessions.
@@ -339,16 +339,16 @@ def resumed(first: ssl.SSLContext, second: ssl.SSLContext, client: ssl.SSLContex
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
-    asked: Asked, version: ssl.TLSVersion
+    parties: Parties, version: ssl.TLSVersion
 ) -> None:
     """Python gives every context one session id context: only their own ticket keys keep them apart (seen)."""
-    without, with_one = client_context(asked.ca, version), client_context(asked.ca, version, pair=asked.ann)
-    free, strict = asked.open().context(), asked.site().context()
+    without, with_one = client_context(parties.ca, version), client_context(parties.ca, version, pair=parties.ann)
+    free, strict = parties.open().context(), parties.site().context()
     alert = {VERSIONS[0]: "SSLV3_ALERT_HANDSHAKE_FAILURE", VERSIONS[1]: "TLSV13_ALERT_CERTIFICATE_REQUIRED"}[version]
     with pytest.raises(ssl.SSLError, match=alert):
         resumed(free, strict, without)
     with pytest.raises(ssl.SSLError, match=alert):
-        resumed(asked.site(required=False).context(), strict, without)
+        resumed(parties.site(required=False).context(), strict, without)
     assert not resumed(free, strict, with_one)
     assert not resumed(strict, free, with_one)
     # Verify that the test would notice a resumption.
@@ -356,20 +356,20 @@ def test_a_ticket_of_another_site_does_not_resume_if_certificates_are_required(
     assert resumed(strict, strict, with_one)
 
 
-def test_no_session_is_stored_for_a_client_without_tickets(asked: Asked) -> None:
+def test_no_session_is_stored_for_a_client_without_tickets(parties: Parties) -> None:
     """With its id it could be resumed in TLS 1.2, and thousands of sessions would take memory."""
-    client = client_context(asked.ca, VERSIONS[0])
+    client = client_context(parties.ca, VERSIONS[0])
     client.options |= ssl.OP_NO_TICKET
-    context = asked.open().context()
+    context = parties.open().context()
     assert not resumed(context, context, client)
     assert context.session_stats()["number"] == 0
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_a_ticket_of_another_site_does_not_resume_with_openssl(asked: Asked, version: str) -> None:
+def test_a_ticket_of_another_site_does_not_resume_with_openssl(parties: Parties, version: str) -> None:
     """With an independent client."""
-    free, strict = asked.open().context(), asked.site().context()
-    session = asked.folder / "session.pem"
+    free, strict = parties.open().context(), parties.site().context()
+    session = parties.folder / "session.pem"
 
     def ask(address: tuple[str, int], *options: str, waits_for: str = "^hello") -> str:
         process: subprocess.Popen[str] = s_client(address, version, *options)
@@ -389,10 +389,10 @@ def test_a_ticket_of_another_site_does_not_resume_with_openssl(asked: Asked, ver
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_resumed_session_is_checked_like_a_new_one(asked: Asked, version: ssl.TLSVersion) -> None:
+def test_a_resumed_session_is_checked_like_a_new_one(parties: Parties, version: ssl.TLSVersion) -> None:
     """Tickets carry the certificate, which is checked against what is allowed when the session resumes."""
-    client = client_context(asked.ca, version, pair=asked.ann)
-    site = asked.site(allow=("cn:ann",))
+    client = client_context(parties.ca, version, pair=parties.ann)
+    site = parties.site(allow=("cn:ann",))
     with seen_by(site) as (context, seen), tls_server(context) as address:
         with tls_client(address, client) as first:
             session = first.session
@@ -403,10 +403,10 @@ def test_a_resumed_session_is_checked_like_a_new_one(asked: Asked, version: ssl.
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_expired_certificate_does_not_resume(
-    asked: Asked, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
+    parties: Parties, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = client_context(asked.ca, version, pair=asked.ann)
-    with seen_by(asked.site()) as (context, seen), tls_server(context) as address:
+    client = client_context(parties.ca, version, pair=parties.ann)
+    with seen_by(parties.site()) as (context, seen), tls_server(context) as address:
         with tls_client(address, client) as first:
             session = first.session
         monkeypatch.setattr(clients, "_read_expiry", lambda _: NOW - DAY)
@@ -415,34 +415,34 @@ def test_an_expired_certificate_does_not_resume(
     assert seen == ["CN=ann", "refused: the client certificate has expired"]
 
 
-def change_allow(asked: Asked) -> ClientFiles:
-    return ClientFiles(asked.ca, allow=("cn:bob",))
+def change_allow(parties: Parties) -> ClientFiles:
+    return ClientFiles(parties.ca, allow=("cn:bob",))
 
 
-def change_authorities(asked: Asked) -> ClientFiles:
-    asked.ca.write_bytes(cert_pem(CA.cert, Authority("Second").cert))
-    return ClientFiles(asked.ca)
+def change_authorities(parties: Parties) -> ClientFiles:
+    parties.ca.write_bytes(cert_pem(CA.cert, Authority("Second").cert))
+    return ClientFiles(parties.ca)
 
 
-def change_lists(asked: Asked) -> ClientFiles:
-    crl = asked.folder / "crl.pem"
+def change_lists(parties: Parties) -> ClientFiles:
+    crl = parties.folder / "crl.pem"
     crl.write_bytes(crl_pem(CA.revoke()))
-    return ClientFiles(asked.ca, crl)
+    return ClientFiles(parties.ca, crl)
 
 
-def change_nothing(asked: Asked) -> ClientFiles:
-    return ClientFiles(asked.ca)
+def change_nothing(parties: Parties) -> ClientFiles:
+    return ClientFiles(parties.ca)
 
 
 @pytest.mark.parametrize("change", [change_allow, change_authorities, change_lists, change_nothing])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_tickets_are_void_once_the_policy_changes(
-    asked: Asked, version: ssl.TLSVersion, change: Callable[[Asked], ClientFiles]
+    parties: Parties, version: ssl.TLSVersion, change: Callable[[Parties], ClientFiles]
 ) -> None:
-    client = client_context(asked.ca, version, pair=asked.ann)
+    client = client_context(parties.ca, version, pair=parties.ann)
     before = Certificates()
-    first = before.serve(asked.files, ClientFiles(asked.ca)).context()
+    first = before.serve(parties.files, ClientFiles(parties.ca)).context()
     after = Certificates(before.contexts)
-    second = after.serve(asked.files, change(asked), before).context()
+    second = after.serve(parties.files, change(parties), before).context()
     after.activate()
     assert resumed(first, second, client) is (change is change_nothing)

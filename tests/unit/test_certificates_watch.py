@@ -122,11 +122,11 @@ BREAKS = ["mismatch", "gone", "half", "expired"]
 @pytest.mark.parametrize("how", BREAKS)
 def test_an_invalid_pair_is_logged_once_and_the_old_one_is_served(tmp_path: Path, log: list[Line], how: str) -> None:
     site = Watched(tmp_path)
-    told = broken(site, how)
+    expected = broken(site, how)
     assert not site.look()
     assert log == []
     assert not site.look()
-    assert [reason.startswith(told) for reason in warnings(log)] == [True]
+    assert [reason.startswith(expected) for reason in warnings(log)] == [True]
     assert not site.look(3)
     assert len(log) == 1
     CA.pair(tmp_path, "x")  # repaired

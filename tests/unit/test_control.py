@@ -93,12 +93,12 @@ def test_the_response_comes_when_the_command_is_done(tmp_path: Path) -> None:
             return {}
 
         async def use() -> None:
-            asked = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
+            pending = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
             # Another client is served meanwhile.
             assert (await asyncio.to_thread(send_command, path, {"do": "reload"}))["ok"]
-            assert not asked.done()
+            assert not pending.done()
             may_end.set()
-            assert await asked == {"ok": True}
+            assert await pending == {"ok": True}
 
         await beside(path, use, {**HANDLERS, "slow": slow})
 
@@ -161,11 +161,11 @@ def test_the_number_of_clients_is_limited(tmp_path: Path, monkeypatch: pytest.Mo
             return {}
 
         async def use() -> None:
-            asked = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
+            pending = asyncio.create_task(asyncio.to_thread(send_command, path, {"do": "slow"}))
             await entered.wait()
             assert (await asyncio.to_thread(raw, path, b""))["error"] == "more than 1 clients at once"
             may_end.set()
-            assert (await asked)["ok"]
+            assert (await pending)["ok"]
 
         await beside(path, use, {"slow": slow})
 

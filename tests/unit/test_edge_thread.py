@@ -192,10 +192,10 @@ def test_work_runs_there_and_calls_back_here() -> None:
                 return threading.current_thread().name
 
             assert await edge.run(where(), 5) == "edge workers"
-            told: list[str] = []
-            edge.send(lambda: edge.send_back(lambda: told.append(threading.current_thread().name)))
-            await until(lambda: told)
-            assert told == [threading.main_thread().name]
+            names: list[str] = []
+            edge.send(lambda: edge.send_back(lambda: names.append(threading.current_thread().name)))
+            await until(lambda: names)
+            assert names == [threading.main_thread().name]
             assert await edge.responds(5)
         assert not alive(edge)
 

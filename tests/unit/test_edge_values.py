@@ -44,7 +44,7 @@ OURS = (
 END_TO_END = without(b"Upgrade", without(b"Connection"))
 
 
-def asked(
+def make(
     *more: Field,
     line: bytes = b"GET /chat?room=1 HTTP/1.1",
     connection: Connection = CONNECTION,
@@ -84,7 +84,7 @@ def fields(given: WorkerRequest, site: SiteEdits | None = None) -> tuple[Field, 
 
 
 def test_every_property() -> None:
-    given = asked(
+    given = make(
         (b"Cookie", b'sid="5"; b=2'),
         (b"cookie", b"sid=6"),
         (b"Sec-WebSocket-Protocol", b"chat, , superchat"),
@@ -107,19 +107,19 @@ def test_every_property() -> None:
 
 
 def test_attributes_without_a_value() -> None:
-    nobody = Connection(ip="", tls_version="TLSv1.2", tls_cipher="c", site="*")
-    given = asked(line=b"GET / HTTP/1.1", connection=nobody)
+    anonymous = Connection(ip="", tls_version="TLSv1.2", tls_cipher="c", site="*")
+    given = make(line=b"GET / HTTP/1.1", connection=anonymous)
     assert (given.client_address, given.tls.server_name, given.client_certificate) == ("", "", None)
     assert (dict(given.query), dict(given.cookies), given.subprotocols) == ({}, {}, ())
     assert "a Unix socket" in repr(given)
 
 
 def test_a_mapped_address_is_the_ipv4_one() -> None:
-    assert asked(connection=dataclasses.replace(CONNECTION, ip="::ffff:192.0.2.1")).client_address == "192.0.2.1"
+    assert make(connection=dataclasses.replace(CONNECTION, ip="::ffff:192.0.2.1")).client_address == "192.0.2.1"
 
 
 def test_headers_by_any_case_and_repeated_ones_kept() -> None:
-    given = asked((b"X-Tag", b"a"), (b"x-tAG", b"b"), (b"X-Bytes", b"J\xfcrgen\tM"))
+    given = make((b"X-Tag", b"a"), (b"x-tAG", b"b"), (b"X-Bytes", b"J\xfcrgen\tM"))
     assert given.headers["x-TAG"] == "a"
     assert given.headers.getall("X-TAG") == ["a", "b"]
     assert given.headers.get("X-None") is None
@@ -131,7 +131,7 @@ def test_headers_by_any_case_and_repeated_ones_kept() -> None:
 
 def test_its_repr_contains_no_secret() -> None:
     """A worker that logs the request does not log cookies, tokens or the query."""
-    given = asked((b"Cookie", b"sid=secret"), (b"Authorization", b"secret"), line=b"GET /chat?token=secret HTTP/1.1")
+    given = make((b"Cookie", b"sid=secret"), (b"Authorization", b"secret"), line=b"GET /chat?token=secret HTTP/1.1")
     assert "secret" not in repr(given) + str(given) + f"{given.forward(headers={'X-A': 'secret'})}"
     assert ID in repr(given)
 
@@ -140,7 +140,7 @@ def test_its_repr_contains_no_secret() -> None:
     "name", ["id", "path", "raw_path", "headers", "cookies", "query", "origin", "tls", "site", "new"]
 )
 def test_no_attribute_can_be_set_or_deleted(name: str) -> None:
-    given = asked()
+    given = make()
     with pytest.raises(AttributeError):
         setattr(given, name, "changed")
     with pytest.raises(AttributeError):
@@ -148,7 +148,7 @@ def test_no_attribute_can_be_set_or_deleted(name: str) -> None:
 
 
 def test_it_is_immutable() -> None:
-    given: Any = asked((b"Cookie", b"a=1"), der=b"DER")
+    given: Any = make((b"Cookie", b"a=1"), der=b"DER")
     for change in (
         lambda: given.headers.__setitem__("X", "1"),
         lambda: given.headers.add("X", "1"),
@@ -167,7 +167,7 @@ def test_it_is_immutable() -> None:
 
 
 def test_forward_does_not_change_the_original() -> None:
-    given = asked((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a, b"))
+    given = make((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a, b"))
     before = (given.path, [*given.query.items()], [*given.headers.items()], given.subprotocols, fields(given))
     given.forward(
         origin="localhost:1", path="/x", query="y", headers={"X-A": "2"}, remove_headers=["X-B"], subprotocols=["b"]
@@ -180,7 +180,7 @@ def test_forward_does_not_change_the_original() -> None:
 
 
 def test_forward_without_arguments_changes_nothing() -> None:
-    given = asked((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a"), line=b"GET /%41?b%20=+ HTTP/1.1")
+    given = make((b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"a"), line=b"GET /%41?b%20=+ HTTP/1.1")
     again = given.forward()
     assert again is not given
     assert (head(again).target, fields(again)) == (head(given).target, fields(given))
@@ -188,7 +188,7 @@ def test_forward_without_arguments_changes_nothing() -> None:
 
 
 def test_headers_replace_in_any_case_and_in_the_underscore_spelling() -> None:
-    given = asked((b"x-user", b"forged"), (b"X-USER", b"forged"), (b"x_USER", b"forged"), (b"X-Kept", b"1"))
+    given = make((b"x-user", b"forged"), (b"X-USER", b"forged"), (b"x_USER", b"forged"), (b"X-Kept", b"1"))
     after = given.forward(headers={"X-User": "ann", "x-more": ["a", "b"]})
     assert fields(after) == (
         *END_TO_END,
@@ -205,42 +205,42 @@ def test_headers_replace_in_any_case_and_in_the_underscore_spelling() -> None:
 
 @pytest.mark.parametrize("forged", [b"X-User_Id", b"x_user-id"])
 def test_headers_replace_in_a_mixed_spelling(forged: bytes) -> None:
-    after = asked((forged, b"forged")).forward(headers={"X-User-Id": "ann"})
+    after = make((forged, b"forged")).forward(headers={"X-User-Id": "ann"})
     assert b"forged" not in [value for _, value in fields(after)]
 
 
 def test_headers_with_an_underscore_replace_those_with_a_hyphen() -> None:
-    after = asked((b"X-User", b"forged")).forward(headers={"X_User": "ann"})
+    after = make((b"X-User", b"forged")).forward(headers={"X_User": "ann"})
     assert b"forged" not in [value for _, value in fields(after)]
 
 
 def test_empty_values_and_surrounding_blanks() -> None:
-    after = asked().forward(headers={"X-Empty": "", "X-Blanks": " \ta b\t ", "X-Latin": "ü"})
+    after = make().forward(headers={"X-Empty": "", "X-Blanks": " \ta b\t ", "X-Latin": "ü"})
     assert fields(after)[-3:] == ((b"X-Empty", b""), (b"X-Blanks", b"a b"), (b"X-Latin", b"\xfc"))
     assert after.headers["X-Blanks"] == "a b"
 
 
 def test_an_empty_list_sets_no_field() -> None:
     """No value is set, but the client's value for that name is not forwarded either."""
-    after = asked((b"X-User", b"forged")).forward(headers={"X-User": []}, remove_headers=["X-User"])
+    after = make((b"X-User", b"forged")).forward(headers={"X-User": []}, remove_headers=["X-User"])
     assert "x-user" not in after.headers
     assert b"forged" not in [value for _, value in fields(after)]
 
 
 def test_remove_headers() -> None:
-    given = asked((b"Cookie", b"a"), (b"cookie", b"b"), (b"X_Debug", b"1"), (b"X-Kept", b"1"))
+    given = make((b"Cookie", b"a"), (b"cookie", b"b"), (b"X_Debug", b"1"), (b"X-Kept", b"1"))
     after = given.forward(remove_headers=("COOKIE", "x-debug", "X-Forwarded-Host", "forwarded", "X-None"))
     assert fields(after) == (*END_TO_END, (b"X-Kept", b"1"), *OURS[:4], OURS[6])
     assert after.headers.get("cookie") is None
 
 
 def test_a_field_that_is_both_set_and_removed_is_set() -> None:
-    after = asked((b"X-A", b"1")).forward(headers={"X-A": "2"}, remove_headers=["X-A"])
+    after = make((b"X-A", b"1")).forward(headers={"X-A": "2"}, remove_headers=["X-A"])
     assert [value for name, value in fields(after) if name == b"X-A"] == [b"2"]
 
 
 def test_the_tunnels_own_fields_can_be_set() -> None:
-    after = asked().forward(headers={"X-Forwarded-For": "192.0.2.1", "x-request-id": "mine", "Forwarded": "for=_x"})
+    after = make().forward(headers={"X-Forwarded-For": "192.0.2.1", "x-request-id": "mine", "Forwarded": "for=_x"})
     assert fields(after)[-3:] == (
         (b"X-Forwarded-For", b"192.0.2.1"),
         (b"x-request-id", b"mine"),
@@ -250,27 +250,27 @@ def test_the_tunnels_own_fields_can_be_set() -> None:
 
 
 def test_host() -> None:
-    after = asked().forward(headers={"host": "inside.example:81"})
+    after = make().forward(headers={"host": "inside.example:81"})
     assert fields(after)[0] == (b"Host", b"inside.example:81")
     assert after.headers["Host"] == "inside.example:81"
     assert [name for name, _ in fields(after)].count(b"Host") == 1
     # It also overrides the site's origin_host.
     assert fields(after, SiteEdits(host="origin"))[0] == (b"Host", b"inside.example:81")
-    assert fields(asked().forward(), SiteEdits(host="origin"))[0] == (b"Host", b"localhost:1")
+    assert fields(make().forward(), SiteEdits(host="origin"))[0] == (b"Host", b"localhost:1")
 
 
 @pytest.mark.parametrize("host", ["", "a b", "a/b", "a@b", "a:99999999", ["a", "b"], [], "a\r\nX: 1", "ü", "[::1"])
 def test_invalid_hosts(host: str | list[str]) -> None:
     if host == []:
-        assert fields(asked().forward(headers={"Host": host}))[0] == (b"Host", b"chat.example.com")
+        assert fields(make().forward(headers={"Host": host}))[0] == (b"Host", b"chat.example.com")
         return
     with pytest.raises(EdgeError):
-        asked().forward(headers={"Host": host})
+        make().forward(headers={"Host": host})
 
 
 def test_changes_of_the_site_come_first() -> None:
     site = SiteEdits(added=((b"X-Site", b"chat"), (b"X-Both", b"site")), removed=frozenset({b"x-gone", b"x-back"}))
-    given = asked((b"X-Gone", b"1"), (b"X-Back", b"1"), (b"X-Both", b"client"))
+    given = make((b"X-Gone", b"1"), (b"X-Back", b"1"), (b"X-Both", b"client"))
     after = given.forward(headers={"X-Both": "worker", "X-Back": "worker"}, remove_headers=["X-Site"])
     last = (fields(after, site)[len(END_TO_END) + len(OURS) :], fields(given, site)[-2:])
     assert last == (
@@ -310,16 +310,16 @@ KEPT = [
 @pytest.mark.parametrize("spelled", [str, str.lower, str.upper, lambda name: name.replace("-", "_")])
 def test_hop_by_hop_and_handshake_fields_cannot_be_changed(name: str, spelled: Any) -> None:
     with pytest.raises(EdgeError, match="cannot be changed"):
-        asked().forward(headers={spelled(name): "1"})
+        make().forward(headers={spelled(name): "1"})
     with pytest.raises(EdgeError, match="cannot be changed"):
-        asked().forward(remove_headers=[spelled(name)])
+        make().forward(remove_headers=[spelled(name)])
 
 
 def test_host_cannot_be_removed_and_subprotocols_have_their_own_argument() -> None:
     with pytest.raises(EdgeError, match="cannot be changed"):
-        asked().forward(remove_headers=["Host"])
+        make().forward(remove_headers=["Host"])
     with pytest.raises(EdgeError, match="subprotocols="):
-        asked().forward(headers={"Sec-WebSocket-Protocol": "a"})
+        make().forward(headers={"Sec-WebSocket-Protocol": "a"})
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_host_cannot_be_removed_and_subprotocols_have_their_own_argument() -> No
 def test_invalid_names(name: Any) -> None:
     for wrong in ({"headers": {name: "1"}}, {"remove_headers": [name]}):
         with pytest.raises(EdgeError):
-            asked().forward(**wrong)
+            make().forward(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_invalid_names(name: Any) -> None:
 )
 def test_invalid_values(value: Any) -> None:
     with pytest.raises(EdgeError) as caught:
-        asked().forward(headers={"X-A": value})
+        make().forward(headers={"X-A": value})
     assert "X-A" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -363,7 +363,7 @@ def test_invalid_values(value: Any) -> None:
 def test_an_error_does_not_show_the_value() -> None:
     """It may be a secret."""
     with pytest.raises(EdgeError) as caught:
-        asked().forward(headers={"X-A": "secret\n"})
+        make().forward(headers={"X-A": "secret\n"})
     assert "secret" not in str(caught.value)
 
 
@@ -393,33 +393,33 @@ def test_an_error_does_not_show_the_value() -> None:
 )
 def test_an_error_is_raised_by_the_wrong_call(wrong: dict[str, Any]) -> None:
     with pytest.raises(EdgeError) as caught:
-        asked().forward(**wrong)
+        make().forward(**wrong)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"query": 5}, {"remove_headers": 5}, {"subprotocols": 5}, {"remove_headers": None}])
 def test_a_wrong_type_is_an_error_too(wrong: dict[str, Any]) -> None:
     with pytest.raises(EdgeError):
-        asked().forward(**wrong)
+        make().forward(**wrong)
 
 
 def test_arguments_have_names() -> None:
     with pytest.raises(TypeError):
-        asked().forward("localhost:1")  # type: ignore[call-arg]
+        make().forward("localhost:1")  # type: ignore[call-arg]
 
 
 def test_origin() -> None:
-    after = asked().forward(origin="wss://Shard-1.Internal.:444/")
+    after = make().forward(origin="wss://Shard-1.Internal.:444/")
     assert after.origin == "wss://Shard-1.Internal.:444/"
     assert made(after).address == OriginAddress("shard-1.internal", 444, tls=True)
     later = after.forward(path="/x")
     assert (later.origin, made(later).address) == (after.origin, made(after).address)
     assert made(after.forward(origin="localhost:1")).address == OriginAddress("localhost", 1)
-    assert made(asked()).address is None
+    assert made(make()).address is None
 
 
 def test_chained() -> None:
-    given = asked((b"X-A", b"0"), (b"Sec-WebSocket-Protocol", b"a, b, c"))
+    given = make((b"X-A", b"0"), (b"Sec-WebSocket-Protocol", b"a, b, c"))
     after = (
         given.forward(headers={"X-A": "1", "X-B": "1", "X-C": "1", "Host": "one.example"})
         .forward(headers={"x-a": "2"}, remove_headers=["X-B"], subprotocols=["a", "c"])
@@ -471,7 +471,7 @@ def test_forward_builds_one_request_with_exactly_these_fields(
         if re.fullmatch(r"(?i)[xc][-_a-z]*", name) and re.fullmatch(r"[\t -~\x80-\xff]*", value)
     ]
     assume(not any(name.lower() in (b"connection", b"content-length", b"content_length") for name, _ in more))
-    given = asked(*more)
+    given = make(*more)
     try:
         after = given.forward(headers=headers, remove_headers=removed)
     except EdgeError:
@@ -501,7 +501,7 @@ def test_forward_builds_one_request_with_exactly_these_fields(
 
 
 def test_kept_subprotocols_are_where_the_first_field_was() -> None:
-    given = asked((b"sec-websocket-protocol", b"a,b"), (b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"c"))
+    given = make((b"sec-websocket-protocol", b"a,b"), (b"X-A", b"1"), (b"Sec-WebSocket-Protocol", b"c"))
     assert fields(given.forward(subprotocols=["a", "c"])) == (
         *END_TO_END,
         (b"sec-websocket-protocol", b"a, c"),
@@ -516,7 +516,7 @@ def test_kept_subprotocols_are_where_the_first_field_was() -> None:
     "wrong", [["b", "a"], ["a", "a"], ["A"], ["d"], [None], [b"a"], ["a, b"], [""], "ab", ["a\r\n"]]
 )
 def test_invalid_subprotocols(wrong: Any) -> None:
-    given = asked((b"Sec-WebSocket-Protocol", b"a, b, c"))
+    given = make((b"Sec-WebSocket-Protocol", b"a, b, c"))
     with pytest.raises(EdgeError, match=r"subprotocols must be (some of those|a list)"):
         given.forward(subprotocols=wrong)
 
@@ -532,7 +532,7 @@ def _is_part(part: list[str], whole: list[str]) -> bool:
 @given(_TOKENS, st.data())
 def test_any_ordered_part_of_the_subprotocols_and_nothing_else(offered: list[str], data: st.DataObject) -> None:
     """The accepted subprotocols are in the head, and the origin may choose only one of these."""
-    given = asked(*([(b"Sec-WebSocket-Protocol", ", ".join(offered).encode())] if offered else []))
+    given = make(*([(b"Sec-WebSocket-Protocol", ", ".join(offered).encode())] if offered else []))
     part = data.draw(st.lists(st.sampled_from(offered) if offered else st.just("x"), max_size=5))
     if not _is_part(part, offered):
         with pytest.raises(EdgeError):
@@ -576,7 +576,7 @@ def _normal(path: str) -> str:
 @settings(max_examples=300)
 @given(_PATHS)
 def test_a_path_is_read_as_it_was_set(path: str) -> None:
-    after = asked().forward(path=path)
+    after = make().forward(path=path)
     assert after.path == _normal(path)
     target = head(after).target
     assert _VISIBLE.fullmatch(target)
@@ -591,7 +591,7 @@ def test_a_path_is_read_as_it_was_set(path: str) -> None:
 def test_any_text_as_a_path_is_one_target_or_an_error(text: str) -> None:
     """Also with lone surrogates, which UTF-8 cannot encode."""
     try:
-        after = asked().forward(path=text)
+        after = make().forward(path=text)
     except EdgeError:
         assert not text.startswith("/") or "\0" in text
         return
@@ -606,7 +606,7 @@ def test_any_text_as_a_path_is_one_target_or_an_error(text: str) -> None:
 )
 def test_a_query_from_a_mapping_is_read_as_it_was_set(query: dict[str, str | list[str]]) -> None:
     assume(not any("\ud800" <= c <= "\udfff" for c in str(query)))
-    after = asked().forward(query=query)
+    after = make().forward(query=query)
     assert _VISIBLE.fullmatch(head(after).target)
     wanted = {name: [value] if isinstance(value, str) else value for name, value in query.items()}
     assert {name: after.query.getall(name) for name in after.query} == wanted
@@ -626,18 +626,18 @@ def test_a_query_from_a_mapping_is_read_as_it_was_set(query: dict[str, str | lis
     ],
 )
 def test_query(query: Any, target: bytes) -> None:
-    assert head(asked().forward(query=query)).target == target
-    assert head(asked().forward(path="/chat", query=query)).target == target
+    assert head(make().forward(query=query)).target == target
+    assert head(make().forward(path="/chat", query=query)).target == target
 
 
 def test_a_query_that_was_read_can_be_set_again() -> None:
-    given = asked(line=b"GET /c?a=1&a=%C3%BC&b=x+y HTTP/1.1")
+    given = make(line=b"GET /c?a=1&a=%C3%BC&b=x+y HTTP/1.1")
     assert [*given.forward(query=given.query).query.items()] == [*given.query.items()]
 
 
 def test_the_path_alone_can_be_changed() -> None:
-    assert head(asked(line=b"GET /a?b%20c HTTP/1.1").forward(path="/ü?#%/")).target == b"/%C3%BC%3F%23%25/?b%20c"
-    assert head(asked(line=b"GET /a? HTTP/1.1").forward(path="/b")).target == b"/b?"
+    assert head(make(line=b"GET /a?b%20c HTTP/1.1").forward(path="/ü?#%/")).target == b"/%C3%BC%3F%23%25/?b%20c"
+    assert head(make(line=b"GET /a? HTTP/1.1").forward(path="/b")).target == b"/b?"
 
 
 def test_normalise_path_is_the_firewalls() -> None:
@@ -650,7 +650,7 @@ def test_normalise_path_is_the_firewalls() -> None:
 
 def rendered(reply: Reply) -> tuple[int, list[Field], bytes]:
     """Parse what the client gets, which must be exactly one response."""
-    refusal = to_outcome(reply, asked())
+    refusal = to_outcome(reply, make())
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.reason, refusal.detail) == (reply.status, "edge: reply", "")
     client = h11.Connection(h11.CLIENT)
@@ -774,16 +774,16 @@ def test_changing_the_headers_later_does_not_change_a_reply() -> None:
 @pytest.mark.parametrize("said", [None, 401, "401", (401, "no"), Reply, WorkerRequest, object(), True, {"status": 401}])
 def test_other_return_values_are_errors(said: object) -> None:
     with pytest.raises(EdgeError, match=r"a worker must return the request, request\.forward"):
-        to_outcome(said, asked())
+        to_outcome(said, make())
 
 
 def test_another_clients_request_is_refused() -> None:
     """However it was changed: its cookies and its key are another client's."""
-    kept = asked()
+    kept = make()
     for said in (kept, kept.forward(), kept.forward(headers={"X-A": "1"}), dataclasses.replace(kept, id="other")):
         assert to_outcome(said, kept)
         with pytest.raises(EdgeError, match="another client's"):
-            to_outcome(said, asked())
+            to_outcome(said, make())
 
 
 class _Denied(Reply):
@@ -793,9 +793,9 @@ class _Denied(Reply):
 def test_a_subclass_of_reply_is_a_refusal_or_invalid() -> None:
     """The worker meant to refuse, so `worker_on_error = "forward"` does not apply."""
     with contextlib.suppress(InvalidReply):
-        assert isinstance(to_outcome(_Denied(403), asked()), Refusal)
+        assert isinstance(to_outcome(_Denied(403), make()), Refusal)
 
 
 def test_replacing_attributes_by_other_means_has_no_effect() -> None:
     """`dataclasses.replace` and the like bypass `forward`; only the origin passed to `forward` counts."""
-    assert made(dataclasses.replace(asked(), origin="evil.example:80")).address is None
+    assert made(dataclasses.replace(make(), origin="evil.example:80")).address is None

@@ -45,7 +45,7 @@ def item(text: str, strategy: Strategy = "fixed") -> RateLimitItem:
     return type(parsed)(parsed.amount, parsed.multiples, namespace=strategy)
 
 
-def asked(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult]:
+def run_check(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult]:
     """Return the results, without a loop, since no method may suspend."""
     try:
         counters.check(checks).send(None)
@@ -132,7 +132,7 @@ def test_each_strategy_admits_as_its_model(
     limit = item(f"{most} per {window} second", strategy)
     for step, key in steps:
         clock.now += step
-        (result,) = asked(counters, LimitCheck(key, limit, strategy))
+        (result,) = run_check(counters, LimitCheck(key, limit, strategy))
         assert (not result.exceeded) == models[key].ask(clock.now)
 
 
@@ -165,14 +165,14 @@ def test_wait_is_exact(
     check = LimitCheck("a", item(f"{most} per {window} second", strategy), strategy)
     for step, _ in steps:
         clock.now += step
-        (result,) = asked(counters, check)
+        (result,) = run_check(counters, check)
         if result.exceeded:
             assert 0 < result.wait <= 2 * window
             refused_at = clock.now
             clock.now = refused_at + result.wait - 0.001
-            assert result.wait < 0.001 or asked(counters, check)[0].exceeded
+            assert result.wait < 0.001 or run_check(counters, check)[0].exceeded
             clock.now = refused_at + ceil(result.wait)
-            (result,) = asked(counters, check)
+            (result,) = run_check(counters, check)
             assert not result.exceeded
 
 
@@ -209,11 +209,11 @@ def test_refused_key_survives_a_flood() -> None:
     counters = MemoryCounters(1000, clock)
     mine = LimitCheck("mine", item("2/hour"))
     for _ in range(3):
-        (result,) = asked(counters, mine)
+        (result,) = run_check(counters, mine)
     assert result.exceeded
     for number in range(20_000):
-        asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
-    assert asked(counters, mine)[0].exceeded
+        run_check(counters, LimitCheck(f"flood {number}", item("2/hour")))
+    assert run_check(counters, mine)[0].exceeded
     assert len(counters.storage) <= 1000
 
 
@@ -222,12 +222,12 @@ def test_block_survives_a_flood() -> None:
     counters = MemoryCounters(1000, clock)
     mine = LimitCheck("mine", item("1/second"), block_for=600)
     for _ in range(2):
-        (result,) = asked(counters, mine)
+        (result,) = run_check(counters, mine)
     assert result.exceeded == "limit"
     clock.now += 1
     for number in range(20_000):
-        asked(counters, LimitCheck(f"flood {number}", item("2/hour")))
-    assert asked(counters, mine)[0].exceeded == "blocked"
+        run_check(counters, LimitCheck(f"flood {number}", item("2/hour")))
+    assert run_check(counters, mine)[0].exceeded == "blocked"
 
 
 def test_refused_keys_take_half_of_the_capacity_and_are_evicted_in_order() -> None:
@@ -342,12 +342,12 @@ def test_interface_that_limits_requires() -> None:
 def test_counted_under_all_or_none() -> None:
     counters = MemoryCounters(clock=Clock())
     mine, shared = LimitCheck("mine", item("1/minute")), LimitCheck("shared", item("3/minute"), max_tunnels=9)
-    assert [result.exceeded for result in asked(counters, mine, shared)] == ["", ""]
+    assert [result.exceeded for result in run_check(counters, mine, shared)] == ["", ""]
     for _ in range(5):
-        assert [result.exceeded for result in asked(counters, mine, shared)] == ["limit", ""]
+        assert [result.exceeded for result in run_check(counters, mine, shared)] == ["limit", ""]
     assert counters.open_tunnels("shared") == 1
     other = LimitCheck("other", item("9/minute"))
-    assert [[result.exceeded for result in asked(counters, other, shared)] for _ in range(3)] == [
+    assert [[result.exceeded for result in run_check(counters, other, shared)] for _ in range(3)] == [
         ["", ""],
         ["", ""],
         ["", "limit"],
@@ -359,13 +359,13 @@ def test_exceeded_limit_that_is_not_enforced_lets_others_count() -> None:
     counters = MemoryCounters(clock=Clock())
     loose = LimitCheck("loose", item("1/minute"), enforced=False)
     strict = LimitCheck("strict", item("2/minute"))
-    overs = [[result.exceeded for result in asked(counters, loose, strict)] for _ in range(3)]
+    overs = [[result.exceeded for result in run_check(counters, loose, strict)] for _ in range(3)]
     assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
 
 
 def test_exceeded_limit_that_is_not_enforced_takes_no_tunnel() -> None:
     counters = MemoryCounters(clock=Clock())
-    overs = [asked(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].exceeded for _ in range(4)]
+    overs = [run_check(counters, LimitCheck("a", max_tunnels=2, enforced=False))[0].exceeded for _ in range(4)]
     assert overs == ["", "", "tunnels", "tunnels"]
     assert counters.open_tunnels("a") == 2
 
@@ -375,22 +375,22 @@ def test_limit_that_is_not_enforced_is_not_counted_if_another_refuses() -> None:
     loose = LimitCheck("loose", item("2/minute"), enforced=False)
     strict = LimitCheck("strict", item("1/minute"))
     for _ in range(9):
-        asked(counters, loose, strict)
-    assert asked(counters, loose)[0].exceeded == ""
-    assert asked(counters, loose)[0].exceeded == "limit"
+        run_check(counters, loose, strict)
+    assert run_check(counters, loose)[0].exceeded == ""
+    assert run_check(counters, loose)[0].exceeded == "limit"
 
 
 def test_block_lasts_its_time_whatever_the_window() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
     check = LimitCheck("a", item("1/second"), block_for=60.5)
-    asked(counters, check)
-    assert asked(counters, check) == [LimitResult("limit", 60.5)]
+    run_check(counters, check)
+    assert run_check(counters, check) == [LimitResult("limit", 60.5)]
     clock.now += 60
-    assert asked(counters, check) == [LimitResult("blocked", 0.5)]
-    assert asked(counters, LimitCheck("a", block_for=60.5)) == [LimitResult("blocked", 0.5)]
+    assert run_check(counters, check) == [LimitResult("blocked", 0.5)]
+    assert run_check(counters, LimitCheck("a", block_for=60.5)) == [LimitResult("blocked", 0.5)]
     clock.now += 0.5
-    assert asked(counters, check) == [LimitResult()]
+    assert run_check(counters, check) == [LimitResult()]
 
 
 def test_attempts_do_not_prolong_a_block() -> None:
@@ -399,7 +399,7 @@ def test_attempts_do_not_prolong_a_block() -> None:
     check = LimitCheck("a", item("1/second"), block_for=60)
     results = []
     for _ in range(122):
-        results += asked(counters, check)
+        results += run_check(counters, check)
         clock.now += 0.5
     assert [result.exceeded for result in results] == ["", "limit", *["blocked"] * 119, ""]
 
@@ -407,8 +407,8 @@ def test_attempts_do_not_prolong_a_block() -> None:
 def test_wait_covers_both_block_and_window() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", item("1/hour"), block_for=60)
-    asked(counters, check)
-    assert asked(counters, check) == [LimitResult("limit", 3600)]
+    run_check(counters, check)
+    assert run_check(counters, check) == [LimitResult("limit", 3600)]
 
 
 @pytest.mark.parametrize("strategy", MODELS)
@@ -459,20 +459,20 @@ def test_tunnels_are_exact_with_200_concurrent_checks() -> None:
 def test_tunnels_are_never_evicted() -> None:
     counters = MemoryCounters(64, Clock())
     check = LimitCheck("a", max_tunnels=1)
-    asked(counters, check)
+    run_check(counters, check)
     for number in range(1000):
-        asked(counters, LimitCheck(str(number), item("1/minute"), max_tunnels=1))
-    assert asked(counters, check)[0].exceeded == "tunnels"
+        run_check(counters, LimitCheck(str(number), item("1/minute"), max_tunnels=1))
+    assert run_check(counters, check)[0].exceeded == "tunnels"
     counters.return_tunnels(["a"])
-    assert asked(counters, check)[0].exceeded == ""
+    assert run_check(counters, check)[0].exceeded == ""
 
 
 def test_too_many_tunnels_do_not_begin_a_block() -> None:
     counters = MemoryCounters(clock=Clock())
     check = LimitCheck("a", item("9/minute"), max_tunnels=1, block_for=600)
-    assert [asked(counters, check)[0].exceeded for _ in range(3)] == ["", "tunnels", "tunnels"]
+    assert [run_check(counters, check)[0].exceeded for _ in range(3)] == ["", "tunnels", "tunnels"]
     counters.return_tunnels(["a"])
-    assert asked(counters, check)[0].exceeded == ""
+    assert run_check(counters, check)[0].exceeded == ""
 
 
 def test_returning_a_tunnel_that_was_not_taken_raises() -> None:

@@ -34,10 +34,10 @@ def test_address_set_agrees_with_a_linear_search(texts: list[str], data: st.Data
     fast, plain = AddressSet(texts), Networks.parse(texts)
     assert len(fast) <= len(texts)
     edges = [edge for text in texts for edge in (ipaddress.ip_network(text)[0], ipaddress.ip_network(text)[-1])]
-    asked = [str(edge) for edge in edges] + [str(edge + 1) for edge in edges if int(edge + 0) < 2**32 - 1]
-    asked += [str(edge - 1) for edge in edges if int(edge) > 0]
-    asked += data.draw(st.lists(st.ip_addresses().map(str), max_size=5))
-    for ip in asked:
+    addresses = [str(edge) for edge in edges] + [str(edge + 1) for edge in edges if int(edge + 0) < 2**32 - 1]
+    addresses += [str(edge - 1) for edge in edges if int(edge) > 0]
+    addresses += data.draw(st.lists(st.ip_addresses().map(str), max_size=5))
+    for ip in addresses:
         assert (ip in fast) == (ip in plain), ip
 
 

@@ -29,11 +29,11 @@ def test_full_queue_fails_at_once(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(4)]
+        pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(4)]
         await asyncio.sleep(0)
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
-        assert await asyncio.gather(*asked) == [CLEAN] * 4
+        assert await asyncio.gather(*pending) == [CLEAN] * 4
 
     with_pool(HelperPool([rule_set], queue=3), ask)
 
@@ -44,12 +44,12 @@ def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) 
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
+        pending = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.WAITED
         os.kill(child, signal.SIGCONT)
         # The one that had begun has its own deadline.
-        assert await asked == CLEAN
+        assert await pending == CLEAN
 
     with_pool(HelperPool([rule_set], queue=3), ask)
 
@@ -58,17 +58,17 @@ def test_cancelled_request_leaves_the_queue(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         child = pool.pids()[0]
         os.kill(child, signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(3)]
+        pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(3)]
         await asyncio.sleep(0)
-        asked[0].cancel()  # with the helper
-        asked[1].cancel()  # in the queue
-        await asyncio.gather(*asked[:2], return_exceptions=True)
-        assert [task.cancelled() for task in asked] == [True, True, False]
+        pending[0].cancel()  # with the helper
+        pending[1].cancel()  # in the queue
+        await asyncio.gather(*pending[:2], return_exceptions=True)
+        assert [task.cancelled() for task in pending] == [True, True, False]
         behind = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.FULL
         os.kill(child, signal.SIGCONT)
-        assert await asked[2] == await behind == CLEAN
+        assert await pending[2] == await behind == CLEAN
 
     with_pool(HelperPool([rule_set], queue=2), ask)
 
@@ -93,10 +93,10 @@ def test_closing_ends_all_requests(rule_set: RuleSet) -> None:
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.start()
         os.kill(pool.pids()[0], signal.SIGSTOP)
-        asked = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(5)]
+        pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(5)]
         await asyncio.sleep(0)
         await pool.close()
-        assert await asyncio.gather(*asked) == [Failure.CLOSED] * 5
+        assert await asyncio.gather(*pending) == [Failure.CLOSED] * 5
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.close()
 

@@ -61,18 +61,18 @@ def limits(*configs: RateLimitConfig, **more: Any) -> RateLimits:
     )
 
 
-def judged(limits: RateLimits, facts: Facts, trace: list[Any] | None = None) -> LimitsOutcome:
+def check(limits: RateLimits, facts: Facts, trace: list[Any] | None = None) -> LimitsOutcome:
     return asyncio.run(limits.judge(facts, trace))
 
 
 def refused(limits: RateLimits, facts: Facts) -> Refusal:
-    outcome = judged(limits, facts)
+    outcome = check(limits, facts)
     assert outcome.refusal is not None
     return outcome.refusal
 
 
 def passes(limits: RateLimits, facts: Facts) -> bool:
-    return judged(limits, facts).refusal is None
+    return check(limits, facts).refusal is None
 
 
 # What they count by.
@@ -145,7 +145,7 @@ def test_several_parts_count_together() -> None:
     assert passes(counting, facts(target=b"/other"))
 
 
-class Asked(MemoryCounters):
+class RecordingCounters(MemoryCounters):
     """Counters that record their checks."""
 
     def __init__(self) -> None:
@@ -165,19 +165,19 @@ values = st.binary(max_size=40).map(lambda data: bytes(0x21 + byte % 0x5E for by
 @settings(deadline=None)
 @given(st.tuples(values, values), st.tuples(values, values))
 def test_keys_are_short_and_distinct(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> None:
-    counters = Asked()
+    counters = RecordingCounters()
     counting = limits(config(key=("header:A", "header:B")), counters=counters)
     for a, b in (one, other):
-        judged(counting, facts((b"A", a), (b"B", b)))
+        check(counting, facts((b"A", a), (b"B", b)))
     first, second = counters.checks
     assert (first.key == second.key) == (one == other)
     assert len(first.key) == len(second.key) == 32
 
 
 def test_limits_of_different_scopes_names_and_keys_share_nothing() -> None:
-    counters = Asked()
+    counters = RecordingCounters()
     for scope, name, key in (("", "a", "ip"), ("b", "a", "ip"), ("", "b", "ip"), ("", "a", "header:Ip")):
-        judged(limits(config(name, key=(key,)), counters=counters, scope=scope), facts((b"Ip", b"192.0.2.1")))
+        check(limits(config(name, key=(key,)), counters=counters, scope=scope), facts((b"Ip", b"192.0.2.1")))
     assert len({check.key for check in counters.checks}) == 4
 
 
@@ -235,13 +235,13 @@ def test_failing_when_applies_and_is_reported_once_a_minute() -> None:
     assert not passes(counting, facts((b"X-Tier", b"silver")))
     assert passes(counting, facts((b"X-Tier", b"gold")))
     clock.now += 60
-    judged(counting, facts())
+    check(counting, facts())
     assert len(told) == 2
 
 
 def test_without_limits_everything_passes() -> None:
     trace: list[LimitTrace] = []
-    outcome = judged(limits(), facts(), trace)
+    outcome = check(limits(), facts(), trace)
     assert (outcome.refusal, outcome.limit, outcome.logged, trace) == (None, "", (), [])
     outcome.lease.close()
 
@@ -254,7 +254,7 @@ def test_the_refusal() -> None:
     counting = limits(config("per address", "30/minute"), counters=MemoryCounters(clock=clock))
     assert all(passes(counting, facts()) for _ in range(30))
     clock.now += 12.4
-    outcome = judged(counting, facts())
+    outcome = check(counting, facts())
     refusal = outcome.refusal
     assert refusal is not None
     assert outcome.limit == "per address"
@@ -296,7 +296,7 @@ def test_request_passes_after_retry_after(strategy: str) -> None:
     waits = 0
     for step in range(300):
         clock.now += step % 7 / 4
-        refusal = judged(counting, facts()).refusal
+        refusal = check(counting, facts()).refusal
         if refusal is not None:
             waits += 1
             clock.now += int(refusal.fields[0][1])
@@ -309,7 +309,7 @@ def test_all_exceeded_limits_are_named_and_the_longest_wait_counts() -> None:
         config("minute", "1/minute"), config("free", "9/minute"), config("hour", "1/hour"), config("log", mode="log")
     )
     assert passes(counting, facts())
-    outcome = judged(counting, facts())
+    outcome = check(counting, facts())
     assert outcome.refusal is not None
     assert outcome.limit == "minute"
     assert outcome.logged == ("log",)
@@ -345,7 +345,7 @@ def test_any_name_can_be_sent_in_the_fields(name: str) -> None:
 
 def test_tunnels() -> None:
     counting = limits(config("open", None, max_tunnels=2))
-    outcomes = [judged(counting, facts()) for _ in range(2)]
+    outcomes = [check(counting, facts()) for _ in range(2)]
     refusal = refused(counting, facts())
     assert (refusal.status, refusal.reason, refusal.detail) == (429, "rate limit: open", "too many tunnels")
     assert refusal.text == "too many tunnels are open; try again in 10 s"
@@ -362,11 +362,11 @@ def test_tunnels() -> None:
 
 
 def test_refused_request_holds_nothing() -> None:
-    counters = Asked()
+    counters = RecordingCounters()
     counting = limits(config("open", None, max_tunnels=9), config(), counters=counters)
-    taken = judged(counting, facts())
+    taken = check(counting, facts())
     for _ in range(9):
-        outcome = judged(counting, facts())
+        outcome = check(counting, facts())
         assert outcome.refusal is not None
         outcome.lease.close()
     key = counters.checks[0].key
@@ -377,13 +377,13 @@ def test_refused_request_holds_nothing() -> None:
 
 def test_limit_and_max_tunnels_together() -> None:
     counting = limits(config(limit="3/minute", max_tunnels=1))
-    lease = judged(counting, facts()).lease
+    lease = check(counting, facts()).lease
     refusal = refused(counting, facts())
     assert refusal.detail == "too many tunnels"
     assert (b"RateLimit-Policy", b'"a";q=1;qu="concurrent-requests"') in refusal.fields
     for _ in range(2):
         lease.close()
-        lease = judged(counting, facts()).lease
+        lease = check(counting, facts()).lease
     lease.close()
     assert refused(counting, facts()).detail == "exceeded"
 
@@ -426,12 +426,12 @@ def test_mode_log_counts_and_refuses_nothing() -> None:
     counting = limits(
         config(mode="log", limit="2/minute"), config("open", None, mode="log", max_tunnels=3), metrics=metrics
     )
-    outcomes = [judged(counting, facts()) for _ in range(5)]
+    outcomes = [check(counting, facts()) for _ in range(5)]
     assert all(outcome.refusal is None and outcome.limit == "" for outcome in outcomes)
     assert [outcome.logged for outcome in outcomes] == [(), (), ("a",), ("a", "open"), ("a", "open")]
     for outcome in outcomes:
         outcome.lease.close()
-    assert judged(counting, facts()).logged == ("a",)
+    assert check(counting, facts()).logged == ("a",)
     assert metrics[RATE_LIMITS].values == {
         ("", "a", "passed", "log"): 2,
         ("", "a", "exceeded", "log"): 4,
@@ -444,7 +444,7 @@ def test_metrics_count_outcomes() -> None:
     metrics = Registry()
     counting = limits(config(block_for=Timeout(60)), config("never", when='path == "/other"'), metrics=metrics)
     for _ in range(4):
-        judged(counting, facts())
+        check(counting, facts())
     assert metrics[RATE_LIMITS].values == {
         ("", "a", "passed", "block"): 1,
         ("", "a", "exceeded", "block"): 1,
@@ -455,10 +455,10 @@ def test_metrics_count_outcomes() -> None:
 def test_refused_request_uses_up_no_other_limit() -> None:
     counting = limits(config("mine"), config("shared", "3/minute", key=("path",)))
     for _ in range(9):
-        judged(counting, facts())
+        check(counting, facts())
     assert passes(counting, facts(ip="192.0.2.2"))
     assert passes(counting, facts(ip="192.0.2.3"))
-    assert judged(counting, facts(ip="192.0.2.4")).limit == "shared"
+    assert check(counting, facts(ip="192.0.2.4")).limit == "shared"
 
 
 def test_joined_limits_are_checked_at_once() -> None:
@@ -470,7 +470,7 @@ def test_joined_limits_are_checked_at_once() -> None:
     assert (len(everywhere), len(site), len(both)) == (1, 1, 2)
     assert passes(both, facts())
     for _ in range(9):
-        assert judged(both, facts()).limit == "a"
+        assert check(both, facts()).limit == "a"
     assert passes(everywhere, facts())  # not used up by what the site's limit refused
     assert not passes(everywhere, facts())
 
@@ -484,8 +484,8 @@ def test_the_trace() -> None:
     )
     first: list[LimitTrace] = []
     second: list[LimitTrace] = []
-    judged(counting, facts(), first)
-    judged(counting, facts(), second)
+    check(counting, facts(), first)
+    check(counting, facts(), second)
     ip = (("ip", "192.0.2.1"),)
     assert first == [
         LimitTrace("a", "block", ip, "within the limit"),
@@ -496,7 +496,7 @@ def test_the_trace() -> None:
     assert second[0] == LimitTrace("a", "block", ip, "exceeded, for 60 s")
     assert second[3] == LimitTrace("open", "log", ip, "too many tunnels, only logged, for 10 s")
     nothing: list[LimitTrace] = []
-    judged(limits(config(key=("ja4", "cookie:s"))), facts(), nothing)
+    check(limits(config(key=("ja4", "cookie:s"))), facts(), nothing)
     assert nothing == [LimitTrace("a", "block", (), "does not apply: the request has no ja4 and no cookie:s")]
 
 
@@ -550,7 +550,7 @@ def test_invalid_limit(limit: str, parts: list[str]) -> None:
 )
 def test_valid_limit(limit: str, fields: bytes) -> None:
     counting = limits(config(limit=limit))
-    while (refusal := judged(counting, facts()).refusal) is None:
+    while (refusal := check(counting, facts()).refusal) is None:
         pass
     assert refusal.fields[2][1] == b'"a";' + fields
 

@@ -394,8 +394,8 @@ def test_any_accepted_request_is_forwarded_as_one_clean_request(data: bytes, tru
     if not trusted:
         as_cgi_reads_them = [name.replace(b"_", b"-") for name in names]
         assert b"x-real-ip" not in as_cgi_reads_them
-        told = [n for n in as_cgi_reads_them if n in {b"forwarded", b"x-request-id"} or n.startswith(b"x-forwarded-")]
-        assert told == [name.lower() for name, _ in OURS[2:]]
+        claims = [n for n in as_cgi_reads_them if n in {b"forwarded", b"x-request-id"} or n.startswith(b"x-forwarded-")]
+        assert claims == [name.lower() for name, _ in OURS[2:]]
         clients = values(fields, b"X-Forwarded-For") + values(fields, b"Forwarded")
         assert clients == [PEER.encode(), b'for=198.51.100.7;proto=https;host="%b"' % found.authority]
     again = RequestReader().feed(head)

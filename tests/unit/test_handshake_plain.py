@@ -784,17 +784,17 @@ def test_any_pieces_give_one_clean_request_or_a_refusal(data: bytes, cuts: list[
 def test_passing_changes_nothing_for_websocket_requests(data: bytes) -> None:
     """Of the rest only the rows on the method, the upgrade and the body: other refusals stay."""
 
-    def judged(accept_plain: bool) -> tuple[object, ...]:
+    def outcome_of(accept_plain: bool) -> tuple[object, ...]:
         try:
             return ("read", RequestReader(accept_plain).feed(data))
         except Refusal as refusal:
             return refusal.status, refusal.reason
 
-    found, as_ever = judged(accept_plain=True), judged(accept_plain=False)
+    found, strict = outcome_of(accept_plain=True), outcome_of(accept_plain=False)
     if isinstance(found[1], PlainRequest):
-        assert as_ever in [(405, "method"), (400, "body"), (426, "no upgrade")]
-    elif found != as_ever:
-        assert as_ever in [(405, "method"), (400, "body"), (426, "no upgrade")]
+        assert strict in [(405, "method"), (400, "body"), (426, "no upgrade")]
+    elif found != strict:
+        assert strict in [(405, "method"), (400, "body"), (426, "no upgrade")]
         assert found[0] in (400, 405)
 
 

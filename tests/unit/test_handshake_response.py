@@ -28,14 +28,14 @@ HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
 RIGHT = response(RESPONSE_FIELDS)
 
 
-def asked(*more: Field) -> UpgradeRequest:
+def upgrade_request(*more: Field) -> UpgradeRequest:
     found = RequestReader().feed(request((*FIELDS, *more)))
     assert found is not None
     return found
 
 
-PLAIN = asked()
-OFFERS = asked(
+PLAIN = upgrade_request()
+OFFERS = upgrade_request(
     (b"Sec-WebSocket-Protocol", b"chat, superchat"),
     (b"Sec-WebSocket-Extensions", b"permessage-deflate; client_max_window_bits, x-other"),
 )
@@ -104,7 +104,7 @@ def test_valid_101_switches() -> None:
 
 
 def test_101_of_the_rfc_switches() -> None:
-    chat = asked((b"Sec-WebSocket-Protocol", b"chat, superchat"))
+    chat = upgrade_request((b"Sec-WebSocket-Protocol", b"chat, superchat"))
     data = (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: chat\r\n\r\n"
@@ -211,7 +211,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "Connection: upgraded": (changed(b"Connection", b"upgraded"), "Connection: Upgrade"),
     "nothing but the status": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "Upgrade: websocket"),
     "extension not offered": (changed(b"Sec-WebSocket-Extensions", b"x-unasked"), "extension"),
-    "one extension asked for, one not": (
+    "one extension requested, one not": (
         changed(b"Sec-WebSocket-Extensions", b"permessage-deflate, x-unasked"),
         "extension",
     ),

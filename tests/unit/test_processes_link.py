@@ -195,11 +195,11 @@ def test_a_side_that_accepts_no_requests() -> None:
 
 def test_the_end_of_the_other_side_is_noticed_once() -> None:
     async def work(near: Link, far: Link, events: list[str]) -> None:
-        asked = asyncio.ensure_future(near.request(Hang()))
+        pending = asyncio.ensure_future(near.request(Hang()))
         await asyncio.sleep(0)
         far.close()
         with pytest.raises(ProcessError, match="the process has exited"):
-            await asked
+            await pending
         assert events == ["near"]
         assert near.closed
         near.notify(Seen(1))
@@ -247,11 +247,11 @@ def test_the_wire_format() -> None:
         ours, theirs = socket.socketpair()
         link = Link(ours, {Echo: _echo, Refuse: _refuse}, lambda: None)
         with theirs:
-            asked = asyncio.ensure_future(link.request(Status()))
+            pending = asyncio.ensure_future(link.request(Status()))
             await asyncio.sleep(0)
             assert _lines(theirs) == [{"ask": 1, "do": "status", "fds": 0}]
             theirs.sendall(b'{"answer": 1, "ok": true, "tunnels": 3, "handshakes": 4, "later": 5, "fds": 0}\n')
-            assert await asked == Load(3, 4)
+            assert await pending == Load(3, 4)
             theirs.sendall(
                 b'{"ask": 9, "do": "echo", "value": 1, "later": 2, "fds": 0}\n{"ask": 10, "do": "refuse", "fds": 0}\n'
             )
@@ -279,11 +279,11 @@ def test_a_reply_without_its_fields() -> None:
         ours, theirs = socket.socketpair()
         link = Link(ours, {}, lambda: None)
         with theirs:
-            asked = asyncio.ensure_future(link.request(Status()))
+            pending = asyncio.ensure_future(link.request(Status()))
             await asyncio.sleep(0)
             theirs.sendall(b'{"answer": 1, "ok": true, "fds": 0}\n')
             with pytest.raises(ProcessError, match="an invalid reply"):
-                await asked
+                await pending
             link.close()
 
     asyncio.run(work())
