@@ -3,7 +3,7 @@
 import traceback
 
 LONGEST_TRACEBACK = 16_384
-"""Characters of a traceback in the log. An exception's text may quote what a client sent."""
+"""Characters of a traceback in the log. The text of an exception may contain what a client sent."""
 
 
 def printable(text: str) -> str:

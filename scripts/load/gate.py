@@ -1,8 +1,8 @@
 """Checks whether the tunnel has become more expensive than the committed baseline.
 
 Times are compared as ratios to HAProxy's in the same round, which removes most of the influence of the machine. Memory,
-instructions and system calls are compared directly. A number above its tolerance is measured again, and then judged by
-all rounds.
+instructions and system calls are compared directly. A number above its tolerance is measured again, and the median
+of all rounds counts.
 """
 
 import statistics
@@ -114,7 +114,7 @@ def find_comparable(baseline: dict[str, Any], versions: Versions) -> list[Check]
 
 def render(now: dict[str, float], baseline: dict[str, Any], versions: Versions) -> Iterator[str]:
     """Yield a line for each check, with both numbers and the change."""
-    judged = find_comparable(baseline, versions)
+    compared = find_comparable(baseline, versions)
     over = find_worse(now, baseline, versions)
     yield f"{'':38}{'baseline':>10}{'now':>10}{'change':>9}{'allowed':>9}"
     for check in CHECKS:
@@ -123,7 +123,7 @@ def render(now: dict[str, float], baseline: dict[str, Any], versions: Versions) 
         if before is None or after is None:
             yield f"{title:38.38}{_format(before)}{_format(after)}   not compared"
             continue
-        verdict = "" if check in judged else "  not compared"
+        verdict = "" if check in compared else "  not compared"
         verdict = "  WORSE" if check in over else verdict
         change = after / before - 1
         yield f"{title:38.38}{_format(before)}{_format(after)}{change:>+9.1%}{check.tolerance:>+9.0%}{verdict}"

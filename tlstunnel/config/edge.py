@@ -43,7 +43,7 @@ class WorkerTable(dict[str, Any]):
 
     @property
     def canonical(self) -> str:
-        """The same text for the same table, whatever the order of its keys."""
+        """The same text for equal tables, whatever the order of their keys."""
         return json.dumps(self, sort_keys=True, default=str)
 
     def __hash__(self) -> int:  # type: ignore[override]

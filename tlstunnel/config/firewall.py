@@ -188,7 +188,7 @@ class SiteManagedRules(Table, frozen=True):
     on_failure: Literal["block", "allow"] = "block"
 
     def check_rules(self) -> Findings:
-        """There are rules, so that nobody relies on a protection that does nothing."""
+        """There are rules: otherwise a user could rely on a protection that does nothing."""
         if not self.owasp_crs and self.rules is None:
             yield (), "no rules are enabled; set owasp_crs = true, or rules to files of your own"
 

@@ -1,4 +1,4 @@
-"""The command line of `start`, and what it and the configuration file say together.
+"""The command line of `start`, combined with the configuration file.
 
 Tested by tests/unit/test_sites.py.
 """
@@ -19,7 +19,7 @@ EVERYWHERE = (ListenAddress("0.0.0.0", PORT), ListenAddress("::", PORT))  # noqa
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What the command line of `start` says.
+    """The values of the command line of `start`.
 
     `origin` is as written, and None if the file has the sites; `echo` is the port of the embedded echo origin that
     replaces it. `listen` is empty if the file or the default decides.

@@ -1,4 +1,4 @@
-"""Kinds of values: for each, what the file may hold, what to say about anything else, and its JSON Schema.
+"""Kinds of values: for each, what the file may hold, the error for anything else, and its JSON Schema.
 
 A field of a table names its kind by its type: ``bool``, ``str`` and ``Literal`` have one each, classes such as
 ``Duration`` have a method ``kind``, and ``Annotated[str, Text(...)]`` has one of its own. ``tables.kind_of`` finds it.

@@ -112,7 +112,7 @@ class Decision(Word):
 
 
 class WorkerOutcome(Word):
-    """What came of calling an edge worker: the field `edge` of the record, and a label of its metric."""
+    """The outcome of calling an edge worker: the field `edge` of the record, and a label of its metric."""
 
     FORWARDED = "forwarded"
     REPLIED = "replied"

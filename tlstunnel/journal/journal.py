@@ -42,7 +42,7 @@ class Journal:
             self._log.info(Event.OPENED, **record.facts())
 
     def ended(self, record: Record, up: int = 0, down: int = 0) -> None:
-        """Log and count a connection that has ended. `up` and `down` are the bytes moved behind the heads."""
+        """Log and count a connection that has ended. `up` and `down` are the bytes moved after the heads."""
         self._connections.add(record.site, record.ended_by, fixed_reason(record.reason) or OTHER)
         if up:
             self._bytes.increase(up, record.site, "up")

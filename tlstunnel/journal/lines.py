@@ -135,7 +135,7 @@ class Lines:
     def _write(self) -> None:
         try:
             # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, as long as they are no
-            # longer: other processes of ours write to the same pipe.
+            # longer: other processes of the tunnel write to the same pipe.
             while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
                 end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1
                 del self._kept[: os.write(self._fd, self._kept[: end or select.PIPE_BUF])]
@@ -157,7 +157,7 @@ class Lines:
 
 
 _json_lines: Lines | None = None
-"""Where records go without structlog, which takes as long for one as all else of it, and adds nothing to it."""
+"""Where records are written without structlog, which would double the time for each and adds nothing."""
 
 
 def write_info(log: Any, event: str, facts: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def configure_logging(style: Literal["text", "json"]) -> None:
         processors = [
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            # repr of strings: whatever is not printable is escaped also here.
+            # repr of strings, so that unprintable characters are escaped here too.
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=structlog.dev.plain_traceback
             ),
@@ -194,7 +194,7 @@ def configure_logging(style: Literal["text", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
-    # What edge workers say is wanted from INFO on.
+    # Edge workers may log from level INFO.
     logging.getLogger("tlstunnel.edge").setLevel(logging.INFO)
 
 
@@ -202,7 +202,7 @@ _ENCODER = msgspec.json.Encoder(enc_hook=str)
 
 
 def _as_json(logger: Any, level: str, event: structlog.typing.EventDict) -> str:
-    """One JSON object of an event. structlog's own chain of four for it took three times as long."""
+    """Return an event as a JSON object. structlog's own chain of four processors takes three times as long."""
     if "exc_info" in event:
         event = structlog.processors.format_exc_info(logger, level, event)
     event["level"] = "error" if level == "exception" else level
@@ -211,7 +211,7 @@ def _as_json(logger: Any, level: str, event: structlog.typing.EventDict) -> str:
 
 
 class _Forward(logging.Handler):
-    """What libraries (asyncio, mostly) say by the standard library's logging, as lines of ours."""
+    """Writes what libraries, mostly asyncio, log with the standard library as lines of this log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None

@@ -28,7 +28,7 @@ from tlstunnel.processes.rollout import HANDLED_SIGNALS, Rollout
 from tlstunnel.processes.slots import Slots
 
 SIGINT_SECONDS = 5.0
-"""The period over which SIGINT and `stop` end tunnels. It is short, because somebody waits at a terminal."""
+"""The period over which SIGINT and `stop` end tunnels. It is short, because a user waits at a terminal."""
 
 
 class Parent:

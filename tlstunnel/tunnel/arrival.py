@@ -24,7 +24,7 @@ _PLAIN_HTTP = render_refusal(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port sp
 
 
 async def read_proxy_header(client: Client) -> None:
-    """Read the PROXY header and nothing more. The client's address in it is believed. Raises Dropped."""
+    """Read the PROXY header and nothing more. The client's address in it is trusted. Raises Dropped."""
     channel = client.channel
     try:
         data = await channel.peek(proxy_protocol.MAX_V2, 0)
@@ -68,7 +68,7 @@ def choose_site(client: Client, hello: tls_hello.ClientHello) -> Site:
     client.sni, client.ja4 = printable(hello.server_name or ""), hello.ja4
     if not supports_version(hello.versions):
         raise Dropped(Reason.HELLO_TLS_VERSION, tls_hello.alert(tls_hello.PROTOCOL_VERSION))
-    # One over ffdhe8192 takes 160 ms, in which no tunnel moves on (docs/tls.md); no client needs any.
+    # A key exchange over ffdhe8192 blocks all tunnels for 160 ms (docs/tls.md), and no client needs one.
     if hello.finite_field:
         raise Dropped(Reason.HELLO_FINITE_FIELD, tls_hello.alert(tls_hello.HANDSHAKE_FAILURE))
     # Python's OpenSSL completes the TLS handshake without a common protocol, against RFC 7301 section 3.2.
@@ -104,10 +104,10 @@ async def accept_tls(client: Client, site: Site) -> None:
     try:
         client.subject = site.check_client(sock)
     except ClientRefused as refused:
-        # The client gets it as the response to its request: TLS 1.3 has no alert for it any more.
+        # The client gets it as the response to its request: in TLS 1.3 it is too late for an alert.
         client.certificate_refusal = str(refused)
     if site.edge is not None:
-        # Whatever the subject, which may be empty: workloads often have their names in the subjectAltName alone.
+        # Even if the subject is empty: workloads often have their names in the subjectAltName alone.
         client.certificate = sock.getpeercert(binary_form=True)
     cipher = sock.cipher()
     client.tls_version, client.cipher = sock.version() or "", cipher[0] if cipher else ""

@@ -12,10 +12,10 @@ from tlstunnel.tunnel.sites import Site
 
 
 class Client:
-    """One connection of a client, whatever requests it sends. The arrival stages fill in what they find out.
+    """One connection of a client, whatever requests it sends. The arrival stages fill it in.
 
     `peer` is the address of the socket's peer, or the one in its PROXY header; "" for a Unix socket. `trusted` means
-    that the peer is a proxy whose forwarding fields are believed. `site` is None until the hello has chosen one.
+    that the peer is a proxy whose forwarding fields are used. `site` is None until the hello has chosen one.
     `certificate` is the client's, in DER, if the site has an edge worker. `certificate_refusal` says why the
     certificate is not accepted, "" if it is.
     """

@@ -126,7 +126,7 @@ def close_connection(client: Client, end: End) -> None:
         client.release()
         return reset(sock)
     if isinstance(sock, ssl.SSLSocket):
-        # It sends close_notify and then wants the client's, which is not waited for.
+        # It sends close_notify and then needs the client's, which is not waited for.
         with contextlib.suppress(OSError):
             sock.unwrap()
     client.release()

@@ -1,7 +1,7 @@
 """One plain HTTP request and its response, for sites that pass them on: both are streamed, in bounded memory.
 
-The request was judged like any other; it is the only one of its connection. One coroutine moves both directions, since
-a response may begin, and a connection be done, before the request's body is whole.
+The firewall has checked the request like any other; it is the only one of its connection. One coroutine moves both
+directions, since a response may begin, and a connection may end, before the request's body is complete.
 
 Tested by tests/promises/test_http_pass.py.
 """
@@ -46,7 +46,7 @@ async def pass_on(turn: Turn) -> End:
         raise
     except Broken as broken:
         record.status, record.verdict, record.detail = exchange.status, Decision.PASS, printable(broken.detail)
-        # With RST: close_notify would make a part look whole.
+        # With RST: close_notify would make a part look complete.
         return End(broken.ended_by, broken.reason, reset=True)
     record.status, record.verdict = exchange.status, Decision.PASS
     record_success(turn)
@@ -64,7 +64,7 @@ class Broken(Exception):
 
 
 class Exchange:
-    """`request`, whose head for the origin is `head` and of whose body `early` is there, and its response.
+    """One `request` and its response. `head` is its head for the origin, `early` the received part of its body.
 
     `up` and `down` count the bytes of both bodies' streams, heads included, that the sockets took.
     """
@@ -100,7 +100,7 @@ class Exchange:
         try:
             self._to_origin += self._body.feed(self._early)
             while self._to_client or not self._response.complete:
-                # Asked for anew after each byte that gets on, whichever way.
+                # Requested again after each byte that moves, in either direction.
                 self._wakeup.deadline = loop.time() + self._timeout()
                 if self._step():
                     await asyncio.sleep(0)  # others get their turn
@@ -126,7 +126,7 @@ class Exchange:
             raise self._explain_timeout() from None
 
     def _step(self) -> bool:
-        """Do what can be done without waiting; return whether that was anything."""
+        """Do what can be done without waiting; return whether anything was done."""
         moved = self._write()
         if self._uploads and not self._to_origin and not self._body.complete:
             data = self._client.recv_now()
@@ -149,7 +149,7 @@ class Exchange:
             try:
                 rest = self._origin.send_now(self._to_origin)
             except OSError:
-                # It may have answered before it read everything (413), and that is to be read.
+                # It may have responded before it read everything (413), and that response must be read.
                 self._uploads, rest = False, b""
             else:
                 self.up += len(self._to_origin) - len(rest)

@@ -144,7 +144,7 @@ def record_success(turn: Turn) -> None:
 
 
 async def relay(turn: Turn, declined: Declined, reader: UpgradeResponseReader) -> End:
-    """Send the client the origin's other response, whole. The timeout starts again with each byte sent."""
+    """Send the client the origin's complete response. The timeout starts again with each byte sent."""
     client, record, origin = turn.client, turn.record, turn.origin
     assert origin is not None
     timeout = client.serving.timeouts.close
@@ -161,7 +161,7 @@ async def relay(turn: Turn, declined: Declined, reader: UpgradeResponseReader) -
         record.detail = error.reason
         return End(EndedBy.ORIGIN, Reason.RESPONSE_TRUNCATED, reset=True)
     except ClientGone:
-        # With RST: close_notify would make the part look whole to a client that has only ended its own side.
+        # With RST: close_notify would make the part look complete to a client that has only ended its own side.
         return End(EndedBy.CLIENT, Reason.CLOSED_DURING_RESPONSE, reset=True)
     except TimeoutError:
         return End(EndedBy.TUNNEL, Reason.RESPONSE_TIMED_OUT, reset=True)

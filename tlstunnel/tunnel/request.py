@@ -14,7 +14,7 @@ from tlstunnel.tunnel.turn import Turn
 
 
 async def read_request(turn: Turn) -> None:
-    """Read the request; what came behind the head of an upgrade request waits for the 101.
+    """Read the request; what came after the head of an upgrade request waits for the 101.
 
     Raises Refusal; ClientGone.
     """
@@ -33,14 +33,14 @@ async def read_request(turn: Turn) -> None:
     except TimeoutError:
         raise Refusal(408, Reason.REQUEST_TIMED_OUT, f"no complete request within {timeout:g} s") from None
     finally:
-        # Without the query: that is where people put tokens.
+        # Without the query, since it often contains tokens.
         record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
         record.id = read_request_id(request) or record.id
     if client.certificate_refusal:
         raise Refusal(403, Reason.CLIENT_CERTIFICATE, client.certificate_refusal)
-    # A site's certificate must not lead to what another site has the closer name, and its own rules, for.
+    # The certificate of one site must not give access to another with a closer name and its own rules.
     if serving.sites.choose(request.host) is not turn.site:
         raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
     turn.request, turn.early = request, reader.leftover

@@ -47,7 +47,7 @@ NO_EDITS_OF_SITE = SiteEdits()
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A set of names with one certificate and its origins. `name`, the first of them, is what the record says.
+    """A set of names with one certificate and its origins. `name`, the first of them, is in the record.
 
     `pool` are the origins of requests that match none of `routes` (the beginning of a path, and its origins). `edits`
     apply to the heads for origins, and `edge` is called before an origin is chosen. A tunnel lives for `max_age`

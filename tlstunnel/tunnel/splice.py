@@ -31,7 +31,7 @@ the other. There is no queue, no task and no timer for each tunnel.
   truth about a side: errors and hang-ups that epoll reports are left for the read to find.
 - A send that fails takes the socket's error with it, and the next read finds a regular end. So a side remembers that
   error (`send_error`), and its end is then reported as a reset.
-- epoll reports ERR and HUP even if nobody asked for them, again and again. OUT comes with both: a socket that failed,
+- epoll reports ERR and HUP even if they are not watched, again and again. OUT comes with both: a socket that failed,
   or whose FIN was sent, rejects every write at once.
 
 ## The states of a flow, from side A to side B
@@ -77,7 +77,7 @@ watched for that event alone.
 2. *Bounded memory.* A is read only while its flow is FLOWING, so nothing is added to an `unsent` that is not empty. It
    holds at most TURN bytes, or what the splice began with. All splices share one read buffer: a handler sends what it
    read, or copies it, before it returns.
-3. *Half-close.* An end is passed on while the other flow goes on. A truncation is passed on as one, as a FIN without
+3. *Half-close.* An end is passed on while the other flow continues. A truncation is passed on as one, as a FIN without
    close_notify; a reset is passed on as RST, behind everything that came before it.
 4. *No spinning.* Readiness is level-triggered, so a side is only ever watched for what will be acted on; a side that
    hung up and is not read now is not watched at all.
@@ -278,7 +278,7 @@ class _Side:
         self._splice.advance()
 
     def send_end(self) -> bool:
-        """Send the end of the other side's flow; this side may go on sending. Return whether all of it is sent."""
+        """Send the end of the other side's flow; this side may continue to send. Return whether all of it is sent."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         return True
@@ -393,7 +393,7 @@ class _TlsSide(_Side):
         return Reason.RESET if reason == Reason.TRUNCATED and self.send_error is not None else reason
 
     def has_decrypted_data(self) -> bool:
-        """Return whether OpenSSL has decrypted data that nobody has read."""
+        """Return whether OpenSSL has decrypted data that has not been read yet."""
         return bool(self.sock.pending())
 
     def send_end(self) -> bool:
@@ -569,7 +569,7 @@ class Splice:
             self._close(self._reset)
 
     def progress(self) -> tuple[int, int, int]:
-        """Return what changes with every byte that gets on: what the sockets took, what the peers acknowledged."""
+        """Return what changes with every byte that moves: what the sockets took and the peers acknowledged."""
         if self.closed:
             return 0, 0, 0
         return self.up + self.down, _acknowledged(self.client.sock), _acknowledged(self.origin.sock)
@@ -591,7 +591,7 @@ class Splice:
         del self.client, self.origin
 
     def _close_gracefully(self, sock: socket.socket) -> None:
-        """Close `sock`; gracefully if it may have input that nobody has read, which a plain close answers with RST."""
+        """Close `sock`; gracefully if it may have unread input, for which a plain close sends RST."""
         if self.draining_since or any(
             side.send_error or side.end == Reason.TRUNCATED for side in (self.client, self.origin)
         ):

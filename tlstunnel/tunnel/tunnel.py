@@ -1,4 +1,4 @@
-"""One connection, from accept to its record. `Tunnel.run` is the order of the stages; no other place knows it.
+"""One connection, from accept to its record. Only `Tunnel.run` defines the order of the stages.
 
 Tested by tests/unit/test_turn.py.
 """

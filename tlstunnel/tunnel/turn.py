@@ -20,9 +20,9 @@ _ids = random.Random()  # noqa: S311 - an id must be unique, not secret
 class Turn:
     """One request of `client`, whose TLS handshake is done; `started` is a time of the loop.
 
-    The stages fill it in: `request` and `early`, the bytes that came behind its head; `connection`, what the firewall
-    and the edge see; then `verdict`, `directions`, and with `place` and `origin` the connection to an origin. Whoever
-    makes a turn calls `close` in the end, whatever happened.
+    The stages fill it in: `request` and `early`, the bytes that came after its head; `connection`, what the firewall
+    and the edge see; then `verdict`, `directions`, and with `place` and `origin` the connection to an origin. The
+    creator of a turn calls `close` at the end, in every case.
     """
 
     __slots__ = (
