@@ -535,9 +535,9 @@ def test_the_shares_are_as_configured() -> None:
     ten, twenty = asyncio.run(part(experiment(10))), asyncio.run(part(experiment(20)))
     assert 150 < len(ten) < 250
     assert 320 < len(twenty) < 480
-    assert ten < twenty, "who is in stays in"
+    assert ten < twenty, "visitors keep their variant"
     other = asyncio.run(part(experiment(10, experiment="another")))
-    assert len(ten & other) < 60, "another experiment takes others"
+    assert len(ten & other) < 60, "another experiment selects other visitors"
     assert asyncio.run(part(experiment(0))) == set()
     assert len(asyncio.run(part(experiment(100)))) == 2000
 

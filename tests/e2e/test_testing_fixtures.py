@@ -320,4 +320,4 @@ def test_another_project_uses_it_as_a_plugin(tmp_path: Path) -> None:
     assert re.search(r"AssertionError: the tunnel did not start .*\n.*edge worker .*: there is no fetsh in ", said), (
         said
     )
-    assert "tlstunnel/testing/" not in said, "the report ends where the test stands"
+    assert "tlstunnel/testing/" not in said, "the report ends in the code of the test"

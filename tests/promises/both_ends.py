@@ -117,7 +117,7 @@ class TlsEnd:
         received = bytearray()
         while some := self.receive():
             received += some
-        assert self.sock.recv(1) == b"", "bytes behind close_notify"
+        assert self.sock.recv(1) == b"", "bytes after close_notify"
         return bytes(received)
 
     def _decrypt(self) -> bytes:

@@ -74,7 +74,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
             assert all(_echoes(client) for client in clients)
 
         paused = tunnel.records("accepting paused")
-        assert 1 <= len(paused) <= 4, "a line in 10 s, not one a try"
+        assert 1 <= len(paused) <= 4, "one line in 10 s, not one per attempt"
         for client in clients:
             client.close()
         wait_for_descriptors(tunnel, idle)

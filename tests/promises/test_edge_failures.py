@@ -222,7 +222,7 @@ def test_an_exception_is_a_500_with_the_id_and_a_traceback_in_the_log_alone(refu
     assert lines[-1].endswith(f"LookupError: no such shard: {SECRET}")
     line = 1 + WORKER.splitlines().index('    raise LookupError("no such shard: secret-of-the-worker")')
     assert f'worker.py", line {line}, in inner' in logged["exception"]
-    assert "tlstunnel/edge" not in logged["exception"], "our own frames are of no use to anybody"
+    assert "tlstunnel/edge" not in logged["exception"], "the tunnel's own frames do not help"
     assert SECRET not in str(outcome.record)
     assert _works(refusing)
 

@@ -130,7 +130,7 @@ def test_a_changed_file_takes_effect_and_tunnels_stay_open(started: Started, not
         assert upgrade(client).status == 101
         for version in ("two", "six"):  # as long as the one before, and perhaps within one tick of the file's clock
             written(tunnel, worker(version))
-            assert _says(tunnel) != f"418 {version}", "a file is read at a reload, and at no other time"
+            assert _says(tunnel) != f"418 {version}", "a file is read only at a reload"
             reloaded(tunnel)
             assert _says(tunnel) == f"418 {version}"
             _echoes(client)

@@ -337,7 +337,7 @@ def test_a_stale_unix_socket_is_replaced(certificate: Certificate, tmp_path: Pat
     path = tmp_path / "tunnel.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    assert path.is_socket(), "left by a process that is gone"
+    assert path.is_socket(), "left behind by a process that has exited"
     with (
         RawOrigin(echo_bytes) as origin,
         Tunnel(origin.address, certificate, listen=[f"unix:{path}"]) as tunnel,

@@ -39,7 +39,7 @@ def _slowly(client: TlsEnd) -> bytes:
         if len(received) >= pause_at:
             time.sleep(0.005)
             pause_at = len(received) + 256 * 1024
-    assert client.sock.recv(1) == b"", "bytes behind close_notify"
+    assert client.sock.recv(1) == b"", "bytes after close_notify"
     return bytes(received)
 
 

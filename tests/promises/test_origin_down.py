@@ -34,7 +34,7 @@ def _refused(tunnel: Tunnel, status: int, reasons: set[str]) -> Response:
     assert record["reason"] in reasons, record
     assert record["path"] == "/down"
     if status == 502:
-        assert record["detail"], "a person has to find out why"
+        assert record["detail"], "the record explains the failure"
     return response
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_name_is_a_502(certificate: Certificate) -> None:
     patience = {"RES_OPTIONS": "timeout:1 attempts:1"}
     with Tunnel("no-such-host.invalid:80", certificate, environment=patience) as tunnel:
         response = _refused(tunnel, 502, {"origin unreachable"})
-    assert b"no-such-host" not in response.body, "where the origin is, is nobody's business"
+    assert b"no-such-host" not in response.body, "the client must not learn the address of the origin"
 
 
 def _fill(connect_to: object, family: int) -> list[socket.socket]:
@@ -70,7 +70,7 @@ def _fill(connect_to: object, family: int) -> list[socket.socket]:
             sock.connect(connect_to)  # type: ignore[arg-type]
         except (TimeoutError, BlockingIOError):
             waiting += 1
-        assert len(held) < 64, "the queue does not get full"
+        assert len(held) < 64, "the queue does not fill up"
     return held
 
 

@@ -119,7 +119,7 @@ def test_an_invalid_101_is_a_502_and_passes_nothing(stage: Stage, lie: Script | 
     record = record_of(tunnel, answer.headers)
     assert (record["status"], record["verdict"], record["reason"]) == (502, "refused", "invalid response")
     assert record["ended_by"] == "tunnel"
-    assert record["detail"], "a person has to find out why"
+    assert record["detail"], "the record explains the failure"
     assert (record["up"], record["down"]) == (0, 0)
 
 

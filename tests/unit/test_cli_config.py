@@ -133,7 +133,7 @@ WRONG_POLICIES = {
         f"lists.office = []\n{SAME}[[sites.rules]]\n{RULE}when = 'in_list(ip, \"ofice\")'\n",
         ("sites[0]", "no admins", "ofice", '"office"'),
     ),
-    "a pattern that is none": (
+    "an invalid pattern": (
         f"{SAME}[[sites.rules]]\n{RULE}when = 'path.regex(\"(\")'\n",
         ("sites[0]", "no admins", "missing )"),
     ),
@@ -155,7 +155,7 @@ WRONG_POLICIES = {
         ("block_addresses", "botnet", "botnets"),
     ),
     "a file of a list that is not there": (f'lists.botnets = "none.txt"\n{SAME}', ("none.txt", "No such file")),
-    "words where networks belong": (
+    "words instead of networks": (
         f'lists.botnets = ["chat"]\n{SAME}block_addresses = ["@botnets"]\n',
         ("botnets", "chat", "not a network"),
     ),

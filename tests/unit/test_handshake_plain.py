@@ -388,7 +388,7 @@ BAD_CHUNKS: dict[str, bytes] = {
     "chunk longer than its size": b"1\r\nhello\r\n",
     "chunk shorter than its size": b"3\r\nh\r\n0\r\n\r\n",
     "LF behind the chunk": b"1\r\nh\n0\r\n\r\n",
-    "nothing behind the chunk": b"1\r\nh0\r\n\r\n",
+    "nothing after the chunk": b"1\r\nh0\r\n\r\n",
     "LF ends the body": b"0\r\n\n",
     "LF behind the last size": b"0\n\r\n",
     "trailer without a colon": b"0\r\nX\r\n\r\n",

@@ -354,7 +354,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
             "no target": b"GET  HTTP/1.1",
             "two spaces before the target": b"GET  / HTTP/1.1",
             "two spaces before the version": b"GET /  HTTP/1.1",
-            "space behind the version": b"GET / HTTP/1.1 ",
+            "space after the version": b"GET / HTTP/1.1 ",
             "tab instead of space": b"GET\t/\tHTTP/1.1",
             "target above 127": b"GET /\xc3\xbc HTTP/1.1",
             "no version": b"GET /",

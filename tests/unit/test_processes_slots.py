@@ -56,7 +56,7 @@ def test_addresses_are_added_and_removed() -> None:
         slots.update(slots.open((first,), 2), (first,))
         kept = [slot.number for slot in slots]
         assert len(kept) == 2
-        assert len({slot.listener.address for slot in slots}) == 1, "both on the port that the first has got"
+        assert len({slot.listener.address for slot in slots}) == 1, "both on the port of the first"
         opened = slots.open((first, second), 1)
         assert list(opened) == [second]
         assert slots.update(opened, (first, second)) == []

@@ -212,7 +212,7 @@ class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of 
         return self.decrypted
 
     def unwrap(self) -> socket.socket:
-        assert self.end_was_read, "it would read on, to the peer's end"
+        assert self.end_was_read, "it would continue to read up to the peer's end"
         assert not self.record_taken
         if not self.window:
             raise ssl.SSLWantWriteError
@@ -743,7 +743,7 @@ def test_a_drain_ends_a_side_that_does_not_stop_sending() -> None:
     play.origin.window = UNLIMITED
     play.run()
     assert play.ended() == ("tunnel", "drained")
-    assert play.client.incoming, "it was read no more"
+    assert play.client.incoming, "it was no longer read"
 
 
 def test_an_abort_resets_both_now() -> None:
@@ -895,7 +895,7 @@ def _do(play: Playbook, step: tuple[str, str, int]) -> None:
 def _check(play: Playbook) -> None:
     """Check what must hold at every moment."""
     for sock, other in ((play.client, play.origin), (play.origin, play.client)):
-        assert (play.started_with[sock.descriptor] + other.fed).startswith(sock.sent), "in order, nothing left out"
+        assert (play.started_with[sock.descriptor] + other.fed).startswith(sock.sent), "in order and complete"
     assert len(play.ends) <= 1
     assert play.splice.reason != "internal error", "a fake was used in a way that it does not allow"
     assert play.splice.closed == bool(play.ends)
