@@ -73,7 +73,7 @@ NO_EDITS = Edits()
 def render_forwarded_head(request: Request, forwarding: Forwarding, edits: Edits = NO_EDITS) -> bytes:
     """Return the head for the origin: the client's fields, without hop-by-hop and forged ones, and then ours.
 
-    A plain request is the only one on its connection, and its body is framed anew.
+    A plain request is the only one on its connection, and the tunnel frames its body again.
     """
     dropped = find_hop_by_hop(request.by_name)
     last: Fields = _UPGRADED
