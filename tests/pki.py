@@ -1,5 +1,6 @@
 """Certificates for tests, and minimal TLS servers and clients."""
 
+import contextlib
 import re
 import socket
 import ssl
@@ -210,18 +211,23 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 @contextmanager
 def typing(process: subprocess.Popen[str]) -> Iterator[Callable[[str], None]]:
-    """Yield a function that writes a line to `process`, which is killed at the end or after 20 s."""
+    """Yield a function that writes a line to `process`, which is killed at the end or after 20 s.
+
+    A process that has exited takes no line: its output says why.
+    """
     alarm = threading.Timer(20, process.kill)
     alarm.start()
 
     def type_line(line: str) -> None:
         assert process.stdin is not None
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
 
     try:
         yield type_line
     finally:
         alarm.cancel()
         process.kill()
-        process.communicate()
+        with contextlib.suppress(BrokenPipeError):  # of the line that was not taken
+            process.communicate()
