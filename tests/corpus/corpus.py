@@ -16,13 +16,17 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A request, its `name` in reports, and the `category` of rules that must match, "" if it must pass."""
+    """A request, its `name` in reports, and the `category` of rules that must match, "" if it must pass.
+
+    `profile` makes it pass; releases of CRS after `until` let it pass without.
+    """
 
     name: str
     category: str
     request: UpgradeRequest
     profile: str = ""
     paranoia: int = 1
+    until: str = ""
 
 
 def attacks() -> list[Sample]:
@@ -57,6 +61,7 @@ def _handshakes() -> list[Sample]:
             upgrade_request(item["target"], _merge(clients[item["client"]], item.get("headers", []))),
             item.get("profile", ""),
             item.get("paranoia", 1),
+            item.get("until", ""),
         )
         for item in document["handshakes"]
     ]
