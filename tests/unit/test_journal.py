@@ -3,6 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
+from tests.unit.test_journal_lines import FACTS, filled
 from tlstunnel.journal import journal as recording
 from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
@@ -14,32 +15,6 @@ from tlstunnel.metrics.families import (
     TLS_HANDSHAKES_FAILED,
     TUNNELS_OPENED,
 )
-
-
-def filled() -> Record:
-    record = Record("0123456789abcdef", "192.0.2.1")
-    record.site, record.sni, record.ja4 = "chat.example.com", "chat.example.com", "t13d1516h2_8daaf6152771_e5627efa2ab1"
-    record.tls_version, record.cipher = "TLSv1.3", "TLS_AES_128_GCM_SHA256"
-    record.path, record.origin = "/chat", "localhost:3000"
-    record.status, record.verdict = 101, "pass"
-    record.ended_by, record.reason = "client", "closed"
-    return record
-
-
-FACTS = {
-    "id": "0123456789abcdef",
-    "client": "192.0.2.1",
-    "site": "chat.example.com",
-    "sni": "chat.example.com",
-    "ja4": "t13d1516h2_8daaf6152771_e5627efa2ab1",
-    "tls_version": "TLSv1.3",
-    "cipher": "TLS_AES_128_GCM_SHA256",
-    "path": "/chat",
-    "status": 101,
-    "verdict": "pass",
-    "origin": "localhost:3000",
-}
-
 
 # Records.
 
