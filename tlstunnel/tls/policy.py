@@ -7,6 +7,8 @@ fields among them are refused by the ClientHello (docs/tls.md#groups, `hello.Cli
 import ssl
 from typing import Final
 
+from tlstunnel.tls.tls_socket import TlsSocket
+
 MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
 MAXIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_3
 """RFC 9325 section 3.1.1: TLS 1.2 and 1.3 only."""
@@ -64,6 +66,7 @@ def apply_to_client_context(context: ssl.SSLContext) -> None:
 
 
 def _apply_to_both(context: ssl.SSLContext) -> None:
+    context.sslsocket_class = TlsSocket
     context.options |= ssl.OP_NO_RENEGOTIATION
     # Python up to 3.11.2 (Debian 12) sets this: a FIN without close_notify would look like a regular end (seen).
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
