@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import http.client
 import io
-import json
 import os
 import re
 import secrets
@@ -44,6 +43,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as WebsocketsRequest
 from websockets.typing import Subprotocol
 
+from tlstunnel.processes.control import send_command
 from tlstunnel.testing import origin as origins
 from tlstunnel.testing import program as programs
 
@@ -243,9 +243,8 @@ class Tunnel:
         )
 
     def status(self) -> Record:
-        """Return what ``tlstunnel status --json`` prints."""
-        found: Record = json.loads("".join(self.run_command("status", "--json")))
-        return found
+        """Return what ``tlstunnel status --json`` prints, without the half second that starting a program takes."""
+        return send_command(self.control, {"do": "status"})
 
     @property
     def parent(self) -> int:

@@ -1,6 +1,7 @@
 """The parent keeps serving processes running; what happens to one of them does not affect the others."""
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -69,6 +70,13 @@ def test_the_kernel_spreads_connections_over_all(origin: RawOrigin, certificate:
         counted = _counted(tunnel)
         assert sum(counted) == 40
         assert min(counted) > 0  # the probability that this happens by chance is 1 in 2 ** 39
+
+
+def test_status_as_json(origin: RawOrigin, certificate: Certificate) -> None:
+    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
+        printed = json.loads("".join(tunnel.run_command("status", "--json")))
+        assert printed.keys() == tunnel.status().keys()
+        assert {one["pid"] for one in printed["processes"]} == set(tunnel.pids)
 
 
 def test_a_port_in_use_is_seen(origin: RawOrigin, certificate: Certificate) -> None:
