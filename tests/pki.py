@@ -75,6 +75,8 @@ class Authority:
         names: Sequence[x509.GeneralName] = (x509.DNSName("localhost"),),
         start: datetime = NOW - DAY,
         end: datetime = NOW + 90 * DAY,
+        *,
+        usage: x509.ObjectIdentifier | None = None,
     ) -> x509.Certificate:
         builder = (
             x509.CertificateBuilder()
@@ -87,6 +89,8 @@ class Authority:
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if usage is not None:
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         return builder.sign(self.key, hashes.SHA256())
 
     def pair(

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def _write_certificates(folder: Path) -> None:
     authority.pair(folder, "rsa", key=rsa.generate_private_key(65537, 2048))
     authority.pair(folder, "expired", start=NOW - 9 * DAY, end=NOW - DAY)
     authority.pair(folder, "early", start=NOW + 9 * DAY)
-    authority.pair(folder, "soon", end=NOW + 3 * DAY + timedelta(hours=1))
+    authority.pair(folder, "soon", start=NOW - 87 * DAY, end=NOW + 3 * DAY)
     chat, key = (folder / "chat.pem").read_bytes(), (folder / "chat-key.pem").read_bytes()
     (folder / "wrong-order.pem").write_bytes(cert_pem(authority.cert) + chat)
     (folder / "damaged.pem").write_bytes(chat.replace(b"M", b"N", 40))
@@ -87,6 +86,7 @@ def _write_certificates(folder: Path) -> None:
     (folder / "expired-ca.pem").write_bytes(cert_pem(Authority("Old CA", end=NOW - DAY).cert))
     for name, crl in (
         ("ca", authority.revoke()),
+        ("soon", authority.revoke(end=NOW + DAY / 8)),
         ("old", authority.revoke(end=NOW - DAY)),
         ("foreign", other.revoke()),
         ("forged", authority.revoke(key=new_key())),

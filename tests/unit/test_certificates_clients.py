@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from tests.pki import (
     Authority,
     cert_pem,
     client_context,
+    key_pem,
     new_key,
     read_until,
     s_client,
@@ -27,9 +28,18 @@ from tests.pki import (
     typing,
 )
 from tlstunnel.certificates import clients
-from tlstunnel.certificates.clients import ClientFiles, ClientRefused, is_allowed, read_policy, read_subject
-from tlstunnel.certificates.pairs import PairFiles
+from tlstunnel.certificates.clients import (
+    ClientFiles,
+    ClientRefused,
+    explain_failure,
+    is_allowed,
+    read_policy,
+    read_subject,
+)
+from tlstunnel.certificates.contexts import make_context
+from tlstunnel.certificates.pairs import PairFiles, read_pair
 from tlstunnel.certificates.store import Certificates, ServerCredentials
+from tlstunnel.certificates.validity import Validity
 from tlstunnel.errors import CertificateError
 
 CA = Authority()
@@ -172,7 +182,7 @@ def test_a_revocation_list_may_be_der(ca: Path, tmp_path: Path) -> None:
     crl.write_bytes(CA.revoke().public_bytes(Encoding.DER))
     in_der = read_policy(ClientFiles(ca, crl))
     crl.write_bytes(crl_pem(CA.revoke()))
-    assert read_policy(ClientFiles(ca, crl)).crl_expiry == in_der.crl_expiry == NOW + DAY
+    assert read_policy(ClientFiles(ca, crl)).lists == in_der.lists == (Validity(NOW - DAY, NOW + DAY),)
 
 
 def test_an_expired_policy_is_a_warning_and_replaces_nothing(ca: Path, tmp_path: Path) -> None:
@@ -187,6 +197,103 @@ def test_an_expired_policy_is_a_warning_and_replaces_nothing(ca: Path, tmp_path:
     assert stale.find_objection(stale, NOW) is good.find_objection(stale, NOW) is None
     ca.write_bytes(cert_pem(CA.cert, Authority("Old", end=NOW - DAY).cert))
     assert str(read_policy(ClientFiles(ca)).find_warning(NOW)).startswith(f"{ca}: an authority expired on ")
+
+
+def test_a_policy_that_expires_soon_is_a_warning_and_no_objection(ca: Path, tmp_path: Path) -> None:
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoke(end=NOW + 6 * DAY)))
+    good = read_policy(ClientFiles(ca, crl))
+    later = NOW + 5 * DAY
+    assert good.find_warning(NOW) is None
+    assert good.find_warning(later) == (
+        f"{crl}: a revocation list expires on {NOW + 6 * DAY:%Y-%m-%d %H:%M} UTC, and its authority's clients will be"
+        " refused; renew it"
+    )
+    assert good.find_objection(good, later) is None
+    ca.write_bytes(cert_pem(Authority("Ends", end=NOW + DAY / 8).cert))
+    assert str(read_policy(ClientFiles(ca)).find_warning(NOW)).startswith(f"{ca}: an authority expires on ")
+
+
+def test_only_the_last_list_of_an_issuer_counts(ca: Path, tmp_path: Path) -> None:
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoke()) + crl_pem(CA.revoke(end=NOW - DAY)))
+    assert read_policy(ClientFiles(ca, crl)).find_warning(NOW) is None
+
+
+# Why OpenSSL refuses a client.
+
+
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> ssl.SSLError | None:
+    """Make a TLS handshake in memory. Return the server's error."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    there = server.wrap_bio(up, down, server_side=True)
+    here = client.wrap_bio(down, up, server_hostname="localhost")
+    for side in (here, there, here, there, here):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLError as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "accepted",
+        "tls: no client certificate",
+        "tls: client certificate from unknown issuer",
+        "tls: client certificate expired",
+        "tls: client certificate not yet valid",
+        "tls: client certificate revoked",
+        "tls: client certificate for another purpose",
+        "tls: client certificate not trusted",
+        "tls: no revocation list",
+        "tls: revocation list expired",
+    ],
+)
+def test_each_cause_of_a_refusal_has_a_reason(tmp_path: Path, reason: str, version: ssl.TLSVersion) -> None:
+    ca, crl = tmp_path / "ca.pem", tmp_path / "crl.pem"
+    authority, key = Authority(), new_key()
+    start, end, issuer, usage = NOW - DAY, NOW + DAY, authority, ExtendedKeyUsageOID.CLIENT_AUTH
+    if "unknown issuer" in reason:
+        issuer = Authority("Other")
+    elif "not trusted" in reason:  # the authority's name, but not its key
+        issuer = Authority()
+        issuer.name = authority.name
+    elif "not yet" in reason:
+        start = NOW + DAY / 2
+    elif "certificate expired" in reason:
+        end = NOW - DAY / 2
+    elif "purpose" in reason:
+        usage = ExtendedKeyUsageOID.SERVER_AUTH
+    cert = issuer.sign(key, "ann", (), start, end, usage=usage)
+    ca.write_bytes(cert_pem(authority.cert))
+    if "no revocation" in reason:  # of the intermediate authority
+        middle = Authority("Middle", issuer=authority)
+        ca.write_bytes(cert_pem(middle.cert, authority.cert))
+        cert = middle.sign(key, "ann", ())
+    crl.write_bytes(
+        crl_pem(authority.revoke(*[cert] * ("revoked" in reason), end=NOW - DAY / 2 if "list exp" in reason else end))
+    )
+    if "certificate expired" in reason:
+        crl.write_bytes(crl_pem(authority.revoke()))
+    server = make_context((read_pair(PairFiles(*CA.pair(tmp_path, "server"))),), read_policy(ClientFiles(ca, crl)))
+    (tmp_path / "trusted.pem").write_bytes(cert_pem(CA.cert))
+    client = client_context(tmp_path / "trusted.pem", version)
+    if "no client" not in reason:
+        (tmp_path / "client.pem").write_bytes(cert_pem(cert) + key_pem(key))
+        client.load_cert_chain(tmp_path / "client.pem")
+    error = shake_hands(server, client)
+    assert ("accepted" if error is None else explain_failure(error)[0]) == reason
+
+
+def test_other_failures_of_tls_have_openssls_name() -> None:
+    error = ssl.SSLError(1, "[SSL: NO_SHARED_CIPHER] no shared cipher")
+    error.reason = "NO_SHARED_CIPHER"
+    assert explain_failure(error) == ("tls: handshake failed", "NO_SHARED_CIPHER")
 
 
 # Over real connections.

@@ -18,7 +18,8 @@ from cryptography.x509.oid import NameOID
 
 from tests.pki import NOW, Key, client_context, key_pem, read_until, s_client, tls_client, tls_server, typing
 from tlstunnel.certificates import issue
-from tlstunnel.certificates.contexts import find_expiry_warning, make_server_context
+from tlstunnel.certificates.contexts import ServerContext, make_context
+from tlstunnel.certificates.pairs import PairFiles, read_pair
 from tlstunnel.errors import CertificateError
 
 
@@ -30,6 +31,11 @@ def issued(tmp_path_factory: pytest.TempPathFactory) -> issue.Issued:
 @pytest.fixture(scope="module")
 def rsa_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65537, 2048)
+
+
+def serve_pair(cert: Path, key: Path) -> ServerContext:
+    """Return the context that serves `cert` with `key`."""
+    return make_context((read_pair(PairFiles(cert, key)),))
 
 
 def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW + timedelta(days=90)) -> Path:
@@ -57,7 +63,7 @@ def write(folder: Path, key: Key, *, start: datetime = NOW, end: datetime = NOW 
 def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVersion, name: str) -> None:
     client = client_context(issued.ca, version)
     client.set_alpn_protocols(["h2", "http/1.1"])
-    with tls_server(make_server_context(issued.cert, issued.key)) as address:
+    with tls_server(serve_pair(issued.cert, issued.key)) as address:
         with tls_client(address, client) as first:
             assert first.version() == name
             assert first.selected_alpn_protocol() == "http/1.1"
@@ -72,7 +78,7 @@ def test_both_versions_work_and_resume(issued: issue.Issued, version: ssl.TLSVer
 def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_server(serve_pair(cert, tmp_path / "x-key.pem")) as address,
         tls_client(address, client_context(cert, ssl.TLSVersion.TLSv1_2)) as client,
     ):
         cipher = client.cipher()
@@ -83,7 +89,7 @@ def test_an_rsa_certificate_works(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) ->
 def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
     old = client_context(issued.ca, ssl.TLSVersion.TLSv1_1, "DEFAULT:@SECLEVEL=0")
     with (
-        tls_server(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(serve_pair(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"),
         tls_client(address, old),
     ):
@@ -93,7 +99,7 @@ def test_tls_1_1_is_refused(issued: issue.Issued) -> None:
 @pytest.mark.parametrize("ciphers", ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-CCM"])
 def test_a_client_without_a_common_suite_is_refused(issued: issue.Issued, ciphers: str) -> None:
     with (
-        tls_server(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(serve_pair(issued.cert, issued.key)) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
         tls_client(address, client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
@@ -106,7 +112,7 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 ) -> None:
     cert = write(tmp_path, rsa_key)
     with (
-        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_server(serve_pair(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
         tls_client(address, client_context(cert, ssl.TLSVersion.TLSv1_2, ciphers)),
     ):
@@ -123,7 +129,7 @@ def test_an_rsa_certificate_offers_forward_secret_aead_only(
 )
 def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple[str, str]) -> None:
     client = client_context(issued.ca, ssl.TLSVersion.TLSv1_2, ":".join(order))
-    with tls_server(make_server_context(issued.cert, issued.key)) as address, tls_client(address, client) as connection:
+    with tls_server(serve_pair(issued.cert, issued.key)) as address, tls_client(address, client) as connection:
         cipher = connection.cipher()
         assert cipher is not None
         assert cipher[0] == order[0]
@@ -134,14 +140,14 @@ def test_the_client_chooses_among_good_suites(issued: issue.Issued, order: tuple
     ["TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"],
 )
 def test_the_client_chooses_in_tls_1_3_too(issued: issue.Issued, suites: str) -> None:
-    with tls_server(make_server_context(issued.cert, issued.key)) as address:
+    with tls_server(serve_pair(issued.cert, issued.key)) as address:
         output, _ = s_client(address, "-tls1_3", "-ciphersuites", suites).communicate("Q\n", 20)
     assert f"Cipher is {suites.split(':', maxsplit=1)[0]}" in output
 
 
 def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
     with (
-        tls_server(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(serve_pair(issued.cert, issued.key)) as address,
         typing(process := s_client(address, "-tls1_3", "-msg")) as type_line,
     ):
         # Tickets come before the first data, so an echo shows that all of them have arrived.
@@ -154,7 +160,7 @@ def test_there_is_exactly_one_ticket(issued: issue.Issued) -> None:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
-    context = make_server_context(issued.cert, issued.key)
+    context = serve_pair(issued.cert, issued.key)
     if allowed:  # verify that the test would notice one
         context.options &= ~ssl.OP_NO_RENEGOTIATION
         context.options |= 0x100  # OpenSSL 3's SSL_OP_ALLOW_CLIENT_RENEGOTIATION, which ssl does not name
@@ -171,7 +177,7 @@ def test_renegotiation_is_refused(issued: issue.Issued, allowed: bool) -> None:
 def test_session_keys_are_not_logged(issued: issue.Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     with (
-        tls_server(make_server_context(issued.cert, issued.key)) as address,
+        tls_server(serve_pair(issued.cert, issued.key)) as address,
         tls_client(address, client_context(issued.ca)),
     ):
         pass
@@ -180,7 +186,7 @@ def test_session_keys_are_not_logged(issued: issue.Issued, tmp_path: Path, monke
 
 def reason(cert: Path, key: Path) -> str:
     with pytest.raises(CertificateError) as caught:
-        make_server_context(cert, key)
+        serve_pair(cert, key)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -215,7 +221,7 @@ def test_an_unreadable_file_is_named(
         paths[name].write_bytes(source.read_bytes())
         paths[name].chmod(0o644)
     with unprivileged():
-        make_server_context(paths["cert"], paths["key"])
+        serve_pair(paths["cert"], paths["key"])
     paths[which].chmod(0)
     with unprivileged():
         assert reason(paths["cert"], paths["key"]) == f"{paths[which]}: cannot be read: Permission denied"
@@ -275,33 +281,8 @@ def test_an_expired_certificate_is_served(tmp_path: Path) -> None:
         tmp_path, ec.generate_private_key(ec.SECP256R1()), start=NOW - timedelta(days=9), end=NOW - timedelta(days=1)
     )
     with (
-        tls_server(make_server_context(cert, tmp_path / "x-key.pem")) as address,
+        tls_server(serve_pair(cert, tmp_path / "x-key.pem")) as address,
         pytest.raises(ssl.SSLCertVerificationError, match="expired"),
         tls_client(address, client_context(cert)),
     ):
         pass
-
-
-def test_find_expiry_warning(tmp_path: Path) -> None:
-    start, end = NOW, NOW + timedelta(days=90)
-    cert = write(tmp_path, ec.generate_private_key(ec.SECP256R1()), start=start, end=end)
-    second = timedelta(seconds=1)
-    assert find_expiry_warning(cert, start) is None
-    assert find_expiry_warning(cert, end - timedelta(days=21)) is None
-    soon = find_expiry_warning(cert, end - timedelta(days=21) + second)
-    assert soon is not None
-    assert soon.startswith(f"{cert}: the certificate expires in 20 days, on {end:%Y-%m-%d}")
-    last = find_expiry_warning(cert, end)
-    assert last is not None
-    assert "expires in 0 days" in last
-    expired = find_expiry_warning(cert, end + second)
-    assert expired is not None
-    assert f"{cert}: the certificate expired on {end:%Y-%m-%d}" in expired
-    early = find_expiry_warning(cert, start - second)
-    assert early is not None
-    assert f"{cert}: the certificate is not valid before {start:%Y-%m-%d}" in early
-
-
-def test_find_expiry_warning_of_an_unreadable_file(tmp_path: Path) -> None:
-    with pytest.raises(CertificateError, match="cannot be read"):
-        find_expiry_warning(tmp_path / "no.pem", NOW)

@@ -170,11 +170,19 @@ def test_which_pair_may_replace_which(tmp_path: Path) -> None:
     assert early.find_objection(valid, NOW + DAY) is None
 
 
-def test_days_left(tmp_path: Path) -> None:
-    pair = read_pair(PairFiles(*CA.pair(tmp_path, "x", end=NOW + 21 * DAY)))
+def test_days_left_and_warnings(tmp_path: Path) -> None:
+    end = NOW + 21 * DAY
+    pair = read_pair(PairFiles(*CA.pair(tmp_path, "x", start=end - 90 * DAY, end=end)))
     second = timedelta(seconds=1)
     assert pair.days_left(NOW) == 21
     assert pair.find_warning(NOW) is None
-    assert "expires in 20 days" in str(pair.find_warning(NOW + second))
-    assert "expired on" in str(pair.find_warning(NOW + 22 * DAY))
+    assert pair.find_warning(NOW + second) == (
+        f"{tmp_path}/x.pem: the certificate expires on {end:%Y-%m-%d %H:%M} UTC; renew it"
+    )
+    assert pair.find_warning(end + second) == (
+        f"{tmp_path}/x.pem: the certificate expired on {end:%Y-%m-%d %H:%M} UTC: clients refuse it; renew it"
+    )
+    early = str(pair.find_warning(end - 91 * DAY))
+    assert early.startswith(f"{tmp_path}/x.pem: the certificate is not valid before")
+    assert early.endswith("clients refuse it")
     assert pair.describe_renewal(NOW) == f"{tmp_path}/x.pem: a new certificate is served, with 21 days left"

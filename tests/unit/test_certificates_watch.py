@@ -292,7 +292,8 @@ def test_without_files_the_watch_does_not_spin(monkeypatch: pytest.MonkeyPatch) 
 def test_days_left_are_logged_and_each_warning_appears_once(tmp_path: Path, log: list[Line]) -> None:
     certificates = Certificates()
     for number, days in enumerate((100, 20, 50)):
-        certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + days * DAY)),))
+        pair = CA.pair(tmp_path, str(number), start=NOW - 80 * DAY, end=NOW + days * DAY)
+        certificates.serve((PairFiles(*pair),))
     watching = Watch(certificates)
     watching.log_expiry(NOW)
     watching.log_expiry(NOW)
@@ -308,9 +309,11 @@ def test_days_left_are_logged_and_each_warning_appears_once(tmp_path: Path, log:
             "log_level": "info",
         }
     )
-    assert "1.pem: the certificate expires in 20 days" in warning["reason"]
-    watching.log_expiry(NOW + DAY)
-    assert "expires in 19 days" in log[-1]["reason"]
+    assert f"1.pem: the certificate expires on {NOW + 20 * DAY:%Y-%m-%d}" in warning["reason"]
+    watching.warn_of_expiry(NOW + 15 * DAY)  # nothing new
+    assert log[-1] is again
+    watching.warn_of_expiry(NOW + 20 * DAY + DAY / 24)
+    assert "1.pem: the certificate expired on" in log[-1]["reason"]
 
 
 def test_beyond_a_limit_warnings_are_only_counted(
@@ -319,6 +322,7 @@ def test_beyond_a_limit_warnings_are_only_counted(
     monkeypatch.setattr(watch, "MAX_WARNINGS", 2)
     certificates = Certificates()
     for number in range(5):
-        certificates.serve((PairFiles(*CA.pair(tmp_path, str(number), end=NOW + DAY)),))
+        pair = CA.pair(tmp_path, str(number), start=NOW - 20 * DAY, end=NOW + DAY)
+        certificates.serve((PairFiles(*pair),))
     Watch(certificates).log_expiry(NOW)
     assert warnings(log)[2:] == ["3 more of these warnings"]

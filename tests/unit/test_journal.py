@@ -1,5 +1,7 @@
 """The record of a connection, and samples of failures that have none."""
 
+import asyncio
+
 import pytest
 from structlog.testing import capture_logs
 
@@ -149,6 +151,53 @@ def test_later_sample_has_the_number_that_were_not_logged(monkeypatch: pytest.Mo
         journal.not_accepted("192.0.2.1", Reason.UNTRUSTED_PROXY)
     assert [line["suppressed"] for line in logs] == [0, 4, 0]
     assert journal.metrics[CONNECTIONS_NOT_ACCEPTED].values == {("untrusted proxy",): 7}
+
+
+def test_suppressed_lines_are_counted_when_the_window_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SAMPLE_SECONDS", 0.05)
+    journal = Journal()
+
+    async def flood() -> None:
+        async with asyncio.timeout(20):
+            for number in range(5):
+                journal.failed(Record("a", f"192.0.2.{number}"), "tls: handshake failed", f"FAILURE {number}")
+            while len(logs) < 2:
+                await asyncio.sleep(0.001)
+
+    with capture_logs() as logs:
+        asyncio.run(flood())
+        journal.flush()
+    assert [(line["detail"], line["suppressed"]) for line in logs] == [("FAILURE 0", 0), ("FAILURE 4", 3)]
+
+
+def test_suppressed_lines_are_counted_at_the_end_of_the_process() -> None:
+    journal = Journal()
+    with capture_logs() as logs:
+        for _ in range(3):
+            journal.not_accepted("192.0.2.1", Reason.ADDRESS_BLOCKED)
+        journal.failed(Record("a", "192.0.2.2"), Reason.ADDRESS_BLOCKED)
+        journal.flush()
+        journal.flush()
+    assert [(line["event"], line["suppressed"]) for line in logs] == [
+        ("not accepted", 0),
+        ("no TLS handshake", 0),  # the same reason does not hide another event
+        ("not accepted", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "level"),
+    [
+        (Reason.HELLO_CLIENT_CLOSED, "info"),
+        (Reason.PROXY_CLIENT_CLOSED, "info"),
+        (Reason.HELLO_MALFORMED, "warning"),
+        (Reason.TLS_CLIENT_CLOSED, "warning"),
+    ],
+)
+def test_health_checks_by_tcp_are_no_warning(reason: Reason, level: str) -> None:
+    with capture_logs() as logs:
+        Journal().failed(Record("a", "192.0.2.1"), reason)
+    assert [line["log_level"] for line in logs] == [level]
 
 
 def test_each_kind_is_sampled_separately() -> None:

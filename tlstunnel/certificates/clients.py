@@ -7,6 +7,7 @@ checked here, for every connection, including resumed ones, whose tickets carry 
 import hashlib
 import re
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,7 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tlstunnel.certificates import describe
+from tlstunnel.certificates.validity import Validity, find_ending, find_outdated
 from tlstunnel.errors import CertificateError
+from tlstunnel.journal.events import Reason
 
 MAX_CACHED = 1024
 """Client certificates whose parsed form is cached. A million tunnels share few certificates, or each has its own."""
@@ -32,6 +35,20 @@ _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTA
 _IssuerKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
 
 
+# X509_V_ERR_... of OpenSSL's x509_vfy.h. All of OpenSSL 3 have these numbers, but their texts differ.
+_DISTRUST = {
+    2: Reason.TLS_CLIENT_UNKNOWN_ISSUER,
+    3: Reason.TLS_CLIENT_NO_CRL,
+    9: Reason.TLS_CLIENT_NOT_YET_VALID,
+    10: Reason.TLS_CLIENT_EXPIRED,
+    12: Reason.TLS_CLIENT_CRL_EXPIRED,
+    18: Reason.TLS_CLIENT_UNKNOWN_ISSUER,
+    19: Reason.TLS_CLIENT_UNKNOWN_ISSUER,
+    20: Reason.TLS_CLIENT_UNKNOWN_ISSUER,
+    21: Reason.TLS_CLIENT_UNKNOWN_ISSUER,
+    23: Reason.TLS_CLIENT_REVOKED,
+    26: Reason.TLS_CLIENT_OTHER_PURPOSE,
+}
 _COMMON_NAME = re.compile(r"(?:^|[,+])CN=((?:[^,+\\]|\\.)*)")
 
 
@@ -63,34 +80,39 @@ class ClientPolicy:
     """What a site requires of clients, with the content of the files.
 
     ``ca`` is DER, one certificate after another; ``crl`` is PEM. With ``whole_chain``, intermediates are looked up in
-    the revocation lists too. ``ca_expiry`` is when the first authority expires, and ``crl_expiry`` when the first
-    revocation list does; both are aware. ``digest`` covers everything that affects a decision.
+    the revocation lists too. ``authorities`` has the validity of each authority, and ``lists`` that of the last
+    revocation list of each issuer. ``digest`` covers everything that affects a decision.
     """
 
     files: ClientFiles
     ca: bytes = field(repr=False)
     crl: bytes = field(repr=False)
     whole_chain: bool
-    ca_expiry: datetime
-    crl_expiry: datetime | None
+    authorities: tuple[Validity, ...]
+    lists: tuple[Validity, ...]
     digest: bytes
 
     def find_warning(self, now: datetime) -> str | None:
-        """Return a warning if an authority has expired or a revocation list is out of date, else None."""
-        if self.ca_expiry < now:
-            return (
-                f"{self.files.ca}: an authority expired on {self.ca_expiry:%Y-%m-%d %H:%M} UTC: its clients are refused"
-            )
-        if self.crl_expiry is not None and self.crl_expiry < now:
-            return (
-                f"{self.files.crl}: a revocation list expired on {self.crl_expiry:%Y-%m-%d %H:%M} UTC: "
-                "the clients of its authority are refused"
-            )
+        """Return a warning if an authority or a revocation list is not valid now, or only for a short time."""
+        outdated = self._find_outdated(now)
+        if outdated is not None:
+            return outdated
+        if ending := find_ending("a revocation list", self.lists, now):
+            return f"{self.files.crl}: {ending}, and its authority's clients will be refused; renew it"
+        if ending := find_ending("an authority", self.authorities, now):
+            return f"{self.files.ca}: {ending}, and its clients will be refused; replace it"
         return None
 
     def find_objection(self, present: "ClientPolicy", now: datetime) -> str | None:
         """Return why it must not replace ``present``, None if it may."""
-        return self.find_warning(now) if present.find_warning(now) is None else None
+        return self._find_outdated(now) if present._find_outdated(now) is None else None
+
+    def _find_outdated(self, now: datetime) -> str | None:
+        if outdated := find_outdated("an authority", self.authorities, now):
+            return f"{self.files.ca}: {outdated}: its clients are refused"
+        if outdated := find_outdated("a revocation list", self.lists, now):
+            return f"{self.files.crl}: {outdated}: the clients of its authority are refused; renew it"
+        return None
 
     def describe_renewal(self, now: datetime) -> str:
         """Return a text for the log: this policy is in use now."""
@@ -113,17 +135,27 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
     digest = hashlib.sha256()
     for part in (ca, crl, repr((files.required, files.allow)).encode()):
         digest.update(hashlib.sha256(part).digest())
-    updates = [each.next_update_utc for each in lists if each.next_update_utc is not None]
     return ClientPolicy(
         files=files,
         ca=ca,
         crl=crl,
         # OpenSSL then needs a list of each issuer in the chain, and refuses every client if one is missing.
         whole_chain=all(authority.issuer in issuers for authority in authorities),
-        ca_expiry=min(authority.not_valid_after_utc for authority in authorities),
-        crl_expiry=min(updates, default=None),
+        authorities=tuple(Validity(each.not_valid_before_utc, each.not_valid_after_utc) for each in authorities),
+        lists=_find_validities(lists),
         digest=digest.digest(),
     )
+
+
+def _find_validities(lists: Sequence[x509.CertificateRevocationList]) -> tuple[Validity, ...]:
+    """Return the validity of the last list of each issuer. OpenSSL uses it and ignores the others."""
+    last: dict[x509.Name, Validity] = {}
+    for each in lists:
+        # RFC 5280 section 5.1.2.5 requires nextUpdate; for OpenSSL, a list without it does not expire.
+        found = Validity(each.last_update_utc, each.next_update_utc or datetime.max.replace(tzinfo=UTC))
+        if each.issuer not in last or last[each.issuer].end < found.end:
+            last[each.issuer] = found
+    return tuple(last.values())
 
 
 def find_problems(files: ClientFiles) -> list[tuple[str, str]]:
@@ -194,6 +226,16 @@ def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
         return read_subject(der)
     except CertificateError as error:
         raise ClientRefused(str(error)) from None
+
+
+def explain_failure(error: ssl.SSLError) -> tuple[Reason, str]:
+    """Return why OpenSSL failed a TLS handshake with a client, and its own words for it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _DISTRUST.get(error.verify_code, Reason.TLS_CLIENT_NOT_TRUSTED), str(error.verify_message)
+    name = error.reason or str(error)
+    if name == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return Reason.TLS_NO_CLIENT_CERTIFICATE, ""
+    return Reason.TLS_FAILED, name
 
 
 @lru_cache(maxsize=MAX_CACHED)

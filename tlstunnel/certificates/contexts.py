@@ -4,12 +4,10 @@ import os
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
-from tlstunnel.certificates import describe
 from tlstunnel.certificates.clients import ClientPolicy
-from tlstunnel.certificates.pairs import Pair, PairFiles, find_validity_warning, read_pair
+from tlstunnel.certificates.pairs import Pair
 from tlstunnel.errors import CertificateError
 from tlstunnel.tls.policy import apply_to_server_context
 
@@ -18,14 +16,6 @@ class ServerContext(ssl.SSLContext):
     """A context that may be used for new TLS handshakes ``until`` a time of its creator's clock."""
 
     until: float = 0.0
-
-
-def make_server_context(cert: Path, key: Path) -> ServerContext:
-    """Create the context that serves ``cert`` (PEM: the leaf, then its chain) with ``key``.
-
-    Raises CertificateError as ``read_pair`` and ``make_context`` do.
-    """
-    return make_context((read_pair(PairFiles(cert, key)),))
 
 
 def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> ServerContext:
@@ -49,15 +39,6 @@ def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> 
     if clients is not None:
         _verify_clients(context, clients)
     return context
-
-
-def find_expiry_warning(cert: Path, now: datetime) -> str | None:
-    """Return a warning if the leaf in ``cert`` has expired, is not valid yet, or has fewer than 21 days left.
-
-    ``now`` is an aware datetime. Raises CertificateError if the file cannot be read.
-    """
-    leaf = describe.read_certificates(cert)[0]
-    return find_validity_warning(cert, leaf.not_valid_before_utc, leaf.not_valid_after_utc, now)
 
 
 def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:

@@ -11,11 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tlstunnel.certificates import describe
+from tlstunnel.certificates.validity import Validity, find_ending, find_outdated
 from tlstunnel.errors import CertificateError
-
-# Public certificates are valid for 90 days or less, and usually renewed when a third is left. With fewer days left
-# than this, a renewal has failed.
-WARN_DAYS = 21
 
 # The types of key that our cipher suites of TLS 1.2 and 1.3 use. OpenSSL serves one certificate of each.
 _KINDS = frozenset({"RSA", "ECDSA", "Ed25519", "Ed448"})
@@ -43,35 +40,37 @@ class PairFiles:
 class Pair:
     """A certificate chain and the matching key, in memory: they are still served if the files are damaged later.
 
-    ``cert`` is the file. ``pem`` is the decrypted key and the chain, leaf first; ``digest`` is its SHA-256. ``kind`` is
-    ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what a TLS library checks in a chain, apart from its
-    validity: the type and size of each certificate's key, and the algorithm of its signature.
+    ``cert`` is the file. ``pem`` is the decrypted key and the chain, leaf first; ``digest`` is its SHA-256.
+    ``validity`` is the leaf's. ``kind`` is ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what a TLS
+    library checks in a chain, apart from its validity: the type and size of each certificate's key, and the algorithm
+    of its signature.
     """
 
     cert: Path
     pem: bytes = field(repr=False)
     digest: bytes
-    not_before: datetime
-    not_after: datetime
+    validity: Validity
     kind: str
     shape: tuple[str, ...]
 
     def days_left(self, now: datetime) -> int:
         """Return the whole days until it expires, rounded down: negative once it has expired."""
-        return (self.not_after - now).days
+        return (self.validity.end - now).days
 
     def find_warning(self, now: datetime) -> str | None:
-        """Return a warning if it has expired, is not valid yet, or has fewer than 21 days left, else None."""
-        return find_validity_warning(self.cert, self.not_before, self.not_after, now)
+        """Return a warning if it is not valid now, or should have been renewed by now, else None."""
+        if outdated := find_outdated("the certificate", (self.validity,), now):
+            return f"{self.cert}: {outdated}: clients refuse it{'' if now < self.validity.begin else '; renew it'}"
+        if ending := find_ending("the certificate", (self.validity,), now):
+            return f"{self.cert}: {ending}; renew it"
+        return None
 
     def find_objection(self, present: "Pair", now: datetime) -> str | None:
         """Return why it must not replace ``present``, None if it may."""
-        if not present.not_before <= now <= present.not_after or self.not_before <= now <= self.not_after:
+        if not present.validity.is_current(now):
             return None
-        what, when = (
-            ("is not valid before", self.not_before) if now < self.not_before else ("expired on", self.not_after)
-        )
-        return f"{self.cert}: the new certificate {what} {when:%Y-%m-%d %H:%M} UTC, and the current one is valid"
+        outdated = find_outdated("the new certificate", (self.validity,), now)
+        return f"{self.cert}: {outdated}, and the current one is valid" if outdated else None
 
     def describe_renewal(self, now: datetime) -> str:
         """Return a text for the log: this pair is served now."""
@@ -108,8 +107,7 @@ def read_pair(files: PairFiles) -> Pair:
         cert=files.cert,
         pem=pem,
         digest=hashlib.sha256(pem).digest(),
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
+        validity=Validity(leaf.not_valid_before_utc, leaf.not_valid_after_utc),
         kind=kind,
         shape=(shape, *(shape for shape, _ in issuer_parts)),
     )
@@ -135,18 +133,6 @@ def find_problems(files: PairFiles) -> list[tuple[str, str]]:
         except CertificateError as error:
             found.append(("key" if str(error).startswith(f"{files.key}: ") else "cert", str(error)))
     return found
-
-
-def find_validity_warning(cert: Path, not_before: datetime, not_after: datetime, now: datetime) -> str | None:
-    """Return a warning if a certificate has expired, is not valid yet, or has fewer than 21 days left, else None."""
-    if now < not_before:
-        return f"{cert}: the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC: clients will refuse it"
-    if now > not_after:
-        return f"{cert}: the certificate expired on {not_after:%Y-%m-%d %H:%M} UTC: clients refuse it; renew it"
-    days = (not_after - now).days
-    if days < WARN_DAYS:
-        return f"{cert}: the certificate expires in {days} days, on {not_after:%Y-%m-%d %H:%M} UTC; renew it"
-    return None
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,9 @@ SOURCES_AT_ONCE = 250
 DAY = 86_400.0
 """Seconds between two warnings of the same certificate."""
 
+HOUR = 3600.0
+"""Seconds between two looks for what expires soon: the notice of a certificate of one day is four hours."""
+
 MAX_WARNINGS = 100
 """Warnings that are logged one by one; of the rest only the number is logged."""
 
@@ -78,22 +81,31 @@ class Watch:
                 self._warn([change.source.value.find_warning(datetime.now(UTC))])
 
     def log_expiry(self, now: datetime) -> None:
-        """Log how many days are left, and warn of what has fewer than 21 or is not valid, once a day each."""
+        """Log how many days are left, and warn of what is not valid or expires soon."""
         if self._quiet:
             return
         pairs = list(self._certificates.pairs())
         if pairs:
-            first = min(pairs, key=lambda pair: pair.not_after)
+            first = min(pairs, key=lambda pair: pair.validity.end)
             self._log.info(Event.CERTIFICATES, count=len(pairs), first=str(first.cert), days_left=first.days_left(now))
-        self._warn(self._certificates.warnings(now))
+        self.warn_of_expiry(now)
+
+    def warn_of_expiry(self, now: datetime) -> None:
+        """Warn of what is not valid or expires soon, once a day each."""
+        if not self._quiet:
+            self._warn(self._certificates.warnings(now))
 
     async def _run(self) -> None:
-        logged_at = -DAY
+        logged_at = warned_at = -DAY
         while True:
-            if time.monotonic() - logged_at >= DAY:
-                logged_at = time.monotonic()
+            now = time.monotonic()
+            if now - logged_at >= DAY:
+                logged_at = warned_at = now
                 self._warned.clear()
                 self.log_expiry(datetime.now(UTC))
+            elif now - warned_at >= HOUR:
+                warned_at = now
+                self.warn_of_expiry(datetime.now(UTC))
             try:
                 await self._round()
             except Exception:

@@ -1,7 +1,9 @@
 """The journal: one record for each connection, and counts and samples of what is too common for that."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event, Reason, fixed_reason
@@ -12,7 +14,22 @@ from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import OTHER, Registry
 
 SAMPLE_SECONDS = 10.0
-"""Of what is sampled, at most one line for each reason is logged in this time."""
+"""Of what is sampled, at most one line for each event and reason is logged in this time."""
+
+_ORDINARY = frozenset({Reason.HELLO_CLIENT_CLOSED, Reason.PROXY_CLIENT_CLOSED})
+"""Failures that are logged at level info: health checks by TCP and port scans, which need no one's attention."""
+
+
+class _Sample:
+    """What is logged of one event and reason: when the last line was written, and what was suppressed since."""
+
+    __slots__ = ("facts", "logged_at", "suppressed", "timer")
+
+    def __init__(self) -> None:
+        self.logged_at = float("-inf")
+        self.suppressed = 0
+        self.facts: Mapping[str, object] = {}
+        self.timer: asyncio.TimerHandle | None = None
 
 
 class Journal:
@@ -27,7 +44,8 @@ class Journal:
         self.listeners: list[Callable[[Record], None]] = []
         self._log = structlog.get_logger()
         self._opened = opened
-        self._sampled: dict[str, tuple[float, int]] = {}
+        # Few: the reasons are those of the table, and the variable ones have texts of the system.
+        self._samples: dict[tuple[Event, str], _Sample] = {}
         self._connections = metrics[families.CONNECTIONS]
         self._tunnels = metrics[families.TUNNELS_OPENED]
         self._bytes = metrics[families.BYTES]
@@ -76,11 +94,37 @@ class Journal:
         self._pauses.add(reason)
         self._sample(Event.ACCEPTING_PAUSED, reason, connections=connections)
 
+    def flush(self) -> None:
+        """Log what was suppressed so far. To be called when the process ends."""
+        for event, reason in self._samples:
+            self._log_suppressed(event, reason)
+
     def _sample(self, event: Event, reason: str, **facts: object) -> None:
-        now = time.monotonic()
-        last, suppressed = self._sampled.get(reason, (float("-inf"), 0))
-        if now - last < SAMPLE_SECONDS:
-            self._sampled[reason] = (last, suppressed + 1)
-            return
-        self._sampled[reason] = (now, 0)
-        self._log.warning(event, reason=reason, suppressed=suppressed, **facts)
+        sample = self._samples.get((event, reason))
+        if sample is None:
+            sample = self._samples[event, reason] = _Sample()
+        left = sample.logged_at + SAMPLE_SECONDS - time.monotonic()
+        if left <= 0:
+            return self._log_sample(event, reason, facts)
+        sample.suppressed += 1
+        sample.facts = facts
+        if sample.timer is None:
+            with suppress(RuntimeError):  # without a loop, the next sample or `flush` has the number
+                loop = asyncio.get_running_loop()
+                sample.timer = loop.call_later(left, self._log_suppressed, event, reason)
+
+    def _log_suppressed(self, event: Event, reason: str) -> None:
+        """Log the last of what was suppressed, and how many more there were: otherwise the end of a flood is silent."""
+        sample = self._samples[event, reason]
+        if sample.suppressed:
+            sample.suppressed -= 1
+            self._log_sample(event, reason, sample.facts)
+
+    def _log_sample(self, event: Event, reason: str, facts: Mapping[str, object]) -> None:
+        sample = self._samples[event, reason]
+        log = self._log.info if reason in _ORDINARY else self._log.warning
+        log(event, reason=reason, suppressed=sample.suppressed, **facts)
+        if sample.timer is not None:
+            sample.timer.cancel()
+        sample.timer = None
+        sample.logged_at, sample.suppressed, sample.facts = time.monotonic(), 0, {}

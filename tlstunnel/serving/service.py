@@ -123,6 +123,7 @@ class Service:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._loaded.close()
         await self._watch.close()
+        self._journal.flush()
 
     async def _retire(self, before: LoadedConfig) -> None:
         """Close the previous configuration once no handshake uses it any more."""

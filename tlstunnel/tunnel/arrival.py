@@ -5,7 +5,7 @@ Tested by tests/promises/test_hello_in_pieces.py and test_proxy_protocol.py.
 
 import ssl
 
-from tlstunnel.certificates.clients import ClientRefused
+from tlstunnel.certificates.clients import ClientRefused, explain_failure
 from tlstunnel.errors import CertificateError
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.refusal import Refusal, render_refusal
@@ -98,7 +98,8 @@ async def accept_tls(client: Client, site: Site) -> None:
     except ssl.SSLError as error:
         if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
             raise Dropped(Reason.TLS_CLIENT_CLOSED) from None
-        raise Dropped(Reason.TLS_FAILED, detail=error.reason or str(error)) from None
+        reason, detail = explain_failure(error)
+        raise Dropped(reason, detail=detail) from None
     except OSError as error:
         raise Dropped(Reason.TLS_CLIENT_CLOSED, detail=error.strerror or str(error)) from None
     try:
