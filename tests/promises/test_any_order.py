@@ -196,8 +196,8 @@ class AnyOrder(RuleBasedStateMachine):
     def kill_a_process(self, data: st.DataObject) -> None:
         processes = self.tunnel.status()["processes"]
         victim = processes[data.draw(st.integers(0, len(processes) - 1))]
-        os.kill(victim["pid"], signal.SIGKILL)
-        eventually(lambda: victim["pid"] not in self.tunnel.pids)
+        os.kill(victim["process"], signal.SIGKILL)
+        eventually(lambda: victim["process"] not in self.tunnel.pids)
         lost = [one for one in self.model.open if one.has_ended()]
         assert len(lost) == victim["tunnels"]
         for one in lost:

@@ -76,7 +76,7 @@ def test_status_as_json(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
         printed = json.loads("".join(tunnel.run_command("status", "--json")))
         assert printed.keys() == tunnel.status().keys()
-        assert {one["pid"] for one in printed["processes"]} == set(tunnel.pids)
+        assert {one["process"] for one in printed["processes"]} == set(tunnel.pids)
 
 
 def test_a_port_in_use_is_seen(origin: RawOrigin, certificate: Certificate) -> None:
