@@ -90,6 +90,19 @@ def eventually(condition: Callable[[], T], timeout: float = TIMEOUT, interval: f
     return result
 
 
+def assert_below(limit: float, measure: Callable[[], float]) -> None:
+    """Fail unless one of three measurements is below `limit`.
+
+    It is for what takes longer or costs more on a busy machine: that happens now and then, a fault every time.
+    """
+    measured: list[float] = []
+    for _ in range(3):
+        measured.append(measure())
+        if measured[-1] < limit:
+            return
+    raise AssertionError(f"not below {limit} in any of three measurements: {measured}")
+
+
 def child_environment(*, measured: bool = False) -> dict[str, str]:
     """Return the environment of a tunnel under test: warnings are errors, asyncio debugs, coverage as in this process.
 

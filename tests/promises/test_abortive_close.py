@@ -6,7 +6,6 @@ In every case the tunnel ends, releases its descriptors and does not spin.
 import random
 import socket
 import ssl
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,11 +19,10 @@ from tests.promises.both_ends import (
     receive_until_reset,
     wait_until_acknowledged,
 )
+from tests.promises.wire import assert_does_not_spin
 
 MIB = 1 << 20
 DATA = random.Random(3).randbytes(2 * MIB)
-IDLE_CPU = 0.25
-"""Seconds of CPU in a second of wall time: a tunnel that waits uses none, one that spins all of it."""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +55,6 @@ def _full(pair: Pair, direction: str) -> int:
             size += 16_384
     except TimeoutError:
         return size
-
-
-def _does_not_spin(ends: BothEnds) -> None:
-    before = ends.tunnel.cpu_seconds()
-    time.sleep(1)
-    assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
 def test_a_reset_by_the_client(ends: BothEnds) -> None:
@@ -138,14 +130,13 @@ def test_a_client_that_continues_unencrypted_is_an_error(ends: BothEnds) -> None
     assert why.startswith("TLS error: ")
 
 
-@pytest.mark.alone
 def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: BothEnds) -> None:
     """The client's socket is not read at that time, and epoll still reports its error, again and again."""
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
     size = _full(Pair(client, origin), "up")
     reset(client.sock)
-    _does_not_spin(measured)
+    assert_does_not_spin(measured.tunnel)
     received = receive_until_reset(lambda: origin.recv(65_536))
     # The reset discards what was in the client's kernel; what arrives is a prefix of what it sent.
     assert received == (DATA[:MIB] * (size // MIB + 1))[: len(received)]
@@ -154,13 +145,12 @@ def test_a_client_that_resets_while_the_tunnel_waits_for_the_origin(measured: Bo
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
-@pytest.mark.alone
 def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: BothEnds) -> None:
     idle = measured.tunnel.descriptors()
     client, origin = measured.open(buffers=65_536)
     size = _full(Pair(client, origin), "down")
     reset(origin)
-    _does_not_spin(measured)
+    assert_does_not_spin(measured.tunnel)
     received = receive_until_reset(client.receive)
     assert received == (DATA[:MIB] * (size // MIB + 1))[: len(received)]
     record = measured.record(client)
@@ -168,16 +158,15 @@ def test_an_origin_that_resets_while_the_tunnel_waits_for_the_client(measured: B
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_side_that_stops_reading_does_not_hold_up_a_closing_tunnel(certificate: Certificate, direction: str) -> None:
     """The sender closes with bytes still to deliver: no spin, and ``timeouts.close`` ends the tunnel."""
-    with BothEnds(certificate, settings='[timeouts]\nclose = "2s"\n', measured=True) as ends:
+    with BothEnds(certificate, settings='[timeouts]\nclose = "1s"\n', measured=True) as ends:
         idle = ends.tunnel.descriptors()
         pair = ends.open(buffers=65_536)
         _full(pair, direction)
         reset(pair.client.sock if direction == "up" else pair.origin)
-        _does_not_spin(ends)
+        assert_does_not_spin(ends.tunnel)
         assert _who_and_why(ends.record(pair.client)) == ("tunnel", "close timeout")
         eventually(lambda: ends.tunnel.descriptors() == idle)
 
@@ -197,7 +186,6 @@ def test_a_reset_by_the_side_that_does_not_read(measured: BothEnds, side: str) -
     eventually(lambda: measured.tunnel.descriptors() <= idle)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_by_the_side_that_had_ended(measured: BothEnds, side: str) -> None:
     """It had ended its direction and awaited a response: when it resets now, the tunnel ends."""
@@ -215,7 +203,7 @@ def test_a_reset_by_the_side_that_had_ended(measured: BothEnds, side: str) -> No
         client.send(b"half a ques")
         assert receive_exactly(origin, 11) == b"half a ques"
         reset(origin)
-    _does_not_spin(measured)
+    assert_does_not_spin(measured.tunnel)
     eventually(lambda: measured.tunnel.descriptors() <= idle, timeout=5)
     assert measured.record(client)["ended_by"] == side
 

@@ -14,6 +14,7 @@ from tests.harness import (
     Certificate,
     RawOrigin,
     Tunnel,
+    assert_below,
     connect_tls,
     eventually,
     handshake_request,
@@ -44,25 +45,28 @@ def test_endless_response_does_not_block_the_loop(certificate: Certificate) -> N
             while not over.is_set() and client.recv_into(buffer):
                 pass
 
+    def slowest_of_a_second(tunnel: Tunnel) -> float:
+        slowest = 0.0
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            began = time.monotonic()
+            with connect_tls(tunnel) as client:
+                client.sendall(b"no request\r\n\r\n")
+                assert read_response(client).status == 400
+            slowest = max(slowest, time.monotonic() - began)
+        return slowest
+
     # Not in debug mode: the tunnel must be the slowest of the three.
     with RawOrigin(handle) as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
         takers = [threading.Thread(target=take, args=(connect_tls(tunnel),)) for _ in range(3)]
         for taker in takers:
             taker.start()
         try:
-            worst = 0.0
-            end = time.monotonic() + 3
-            while time.monotonic() < end:
-                began = time.monotonic()
-                with connect_tls(tunnel) as client:
-                    client.sendall(b"no request\r\n\r\n")
-                    assert read_response(client).status == 400
-                worst = max(worst, time.monotonic() - began)
+            assert_below(0.5, lambda: slowest_of_a_second(tunnel))
         finally:
             over.set()
             for taker in takers:
                 taker.join(TIMEOUT)
-        assert worst < 0.5
 
 
 def test_closing_sockets_release_their_descriptors(certificate: Certificate) -> None:

@@ -3,8 +3,6 @@
 import contextlib
 import ssl
 
-import pytest
-
 from tests.harness import (
     TIMEOUT,
     Certificate,
@@ -17,7 +15,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.promises.wire import cpu_share, wait_for_descriptors
+from tests.promises.wire import assert_does_not_spin, wait_for_descriptors
 
 DESCRIPTORS = 100
 
@@ -40,7 +38,6 @@ def _echoes(client: ssl.SSLSocket) -> bool:
     return receive_exactly(client, 12) == b"still there?"
 
 
-@pytest.mark.alone
 def test_it_pauses_and_resumes(certificate: Certificate) -> None:
     with (
         RawOrigin(echo_bytes) as origin,
@@ -61,7 +58,7 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         for _ in range(2):
             # It waits in the backlog while the tunnel does not accept.
             waiting = stack.enter_context(connect_tcp(tunnel))
-            assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
+            assert_does_not_spin(tunnel)
             assert all(_echoes(client) for client in clients)
             for client in clients[:5]:
                 client.close()
@@ -82,7 +79,6 @@ def test_it_pauses_and_resumes(certificate: Certificate) -> None:
         assert not [record for record in tunnel.records("connection") if record["ended_by"] != "client"]
 
 
-@pytest.mark.alone
 def test_many_silent_connections_do_not_use_them_up(certificate: Certificate) -> None:
     """Far more than there are descriptors, at once, silent: when they have gone, the next client is served."""
     with (
@@ -94,7 +90,7 @@ def test_many_silent_connections_do_not_use_them_up(certificate: Certificate) ->
             for _ in range(DESCRIPTORS * 2):
                 crowd.enter_context(connect_tcp(tunnel))
             tunnel.wait_records(1, "accepting paused")
-            assert cpu_share(tunnel, 1.0) < 0.15, "it spins"
+            assert_does_not_spin(tunnel)
         with _open(tunnel, client_context(tunnel), TIMEOUT) as client:
             assert _echoes(client)
         wait_for_descriptors(tunnel, idle)

@@ -450,7 +450,6 @@ def test_a_failed_teardown_does_not_block_the_others(started: Started, notes: No
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.alone
 def test_many_reloads_leave_nothing(started: Started, notes: Notes) -> None:
     """No memory, thread or descriptor, whether they are refused or not."""
     megabyte = f"DATA = bytearray(os.urandom(1 << 20))\n{worker('one')}".replace("DATA", "import os\nDATA", 1)

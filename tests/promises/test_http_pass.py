@@ -1,5 +1,6 @@
 """`http = "pass"`: a page and its WebSocket share a hostname; one request a connection, streamed both ways."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -162,7 +163,6 @@ def test_an_upload_is_streamed_completely(tunnel: Tunnel, *, chunked: bool) -> N
     assert response.read() == f"{len(content)} {sum(content) % 65_521}".encode()
 
 
-@pytest.mark.alone
 def test_a_download_is_streamed_in_bounded_memory(app: str, certificate: Certificate) -> None:
     with tunnel_to(app, certificate, site=PASS) as tunnel:
         assert _ask(tunnel, "GET", "/download?mib=1").read()
@@ -358,10 +358,13 @@ def test_a_client_that_leaves_is_noticed_and_nothing_is_kept(tunnel: Tunnel) -> 
 
 def test_streams_do_not_count_as_unfinished_handshakes(app: str, certificate: Certificate) -> None:
     """Ten may be unfinished, one for an address: more streams than that continue."""
-    with tunnel_to(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel:
+    with (
+        tunnel_to(app, certificate, top="limits.unfinished_handshakes = 10", site=PASS) as tunnel,
+        contextlib.ExitStack() as stack,
+    ):
         clients = []
         for _ in range(15):
-            client = connect_tls(tunnel)
+            client = stack.enter_context(connect_tls(tunnel))
             client.sendall(b"GET /download?mib=64 HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert receive_exactly(client, 8) == b"HTTP/1.1"
             clients.append(client)

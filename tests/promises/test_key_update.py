@@ -1,7 +1,6 @@
 """A TLS 1.3 KeyUpdate at a bad moment: in pieces, or when no response can be written. No spin, and no byte lost."""
 
 import ssl
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import pytest
 from tests.harness import Certificate, receive_exactly
 from tests.promises.both_ends import BothEnds, TlsEnd
 from tests.promises.secure import Sealing, SecureEnds
+from tests.promises.wire import assert_does_not_spin
 
 HANDSHAKE, DATA = 22, 23
 KEY_UPDATE = b"\x18\x00\x00\x01\x01"
 """A KeyUpdate that requests one in response (RFC 8446 section 4.6.3)."""
-IDLE_CPU = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +45,6 @@ def _client_context(ends: BothEnds, keys: Path) -> ssl.SSLContext:
     return context
 
 
-def _does_not_spin(ends: BothEnds) -> None:
-    before = ends.tunnel.cpu_seconds()
-    time.sleep(1)
-    assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
-
-
-@pytest.mark.alone
 def test_half_a_key_update_of_the_client(ends: BothEnds, tmp_path: Path) -> None:
     """TLS writes nothing until the other half arrives; the socket is writable all the time, and must not be polled."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"))
@@ -60,7 +52,7 @@ def test_half_a_key_update_of_the_client(ends: BothEnds, tmp_path: Path) -> None
     client.sock.sendall(sealing.record(b"before", DATA) + sealing.record(KEY_UPDATE[:4], HANDSHAKE))
     assert receive_exactly(origin, 6) == b"before"
     origin.sendall(b"x" * 100_000)
-    _does_not_spin(ends)
+    assert_does_not_spin(ends.tunnel)
     client.sock.sendall(sealing.record(KEY_UPDATE[4:], HANDSHAKE))
     sealing.next_secret()
     client.sock.sendall(sealing.record(b"after", DATA))
@@ -68,7 +60,6 @@ def test_half_a_key_update_of_the_client(ends: BothEnds, tmp_path: Path) -> None
     assert receive_exactly(origin, 5) == b"after"
 
 
-@pytest.mark.alone
 def test_half_a_key_update_of_the_origin(secure: SecureEnds, tmp_path: Path) -> None:
     secure.origin_context.keylog_filename = str(tmp_path / "keys")
     client, origin = secure.open_secure()
@@ -76,7 +67,7 @@ def test_half_a_key_update_of_the_origin(secure: SecureEnds, tmp_path: Path) -> 
     origin.sock.sendall(sealing.record(b"before", DATA) + sealing.record(KEY_UPDATE[:4], HANDSHAKE))
     assert client.receive_exactly(6) == b"before"
     client.send(b"x" * 100_000)
-    _does_not_spin(secure)
+    assert_does_not_spin(secure.tunnel)
     origin.sock.sendall(sealing.record(KEY_UPDATE[4:], HANDSHAKE))
     sealing.next_secret()
     origin.sock.sendall(sealing.record(b"after", DATA))
@@ -94,7 +85,6 @@ def test_half_a_key_update_and_the_end(ends: BothEnds, tmp_path: Path) -> None:
     assert ends.record(client)["ended_by"] == "client"
 
 
-@pytest.mark.alone
 def test_a_key_update_that_cannot_be_answered(ends: BothEnds, tmp_path: Path) -> None:
     """The client reads nothing, so the response waits for room, while more of the client's data waits to be read."""
     client, origin = ends.open(context=_client_context(ends, tmp_path / "keys"), buffers=65_536)
@@ -111,7 +101,7 @@ def test_a_key_update_that_cannot_be_answered(ends: BothEnds, tmp_path: Path) ->
     client.sock.sendall(sealing.record(KEY_UPDATE, HANDSHAKE))
     sealing.next_secret()
     client.sock.sendall(sealing.record(b"after", DATA))
-    _does_not_spin(ends)
+    assert_does_not_spin(ends.tunnel)
     received = 0
     try:
         while received < sent:

@@ -13,6 +13,7 @@ from tests.harness import (
     Certificate,
     RawOrigin,
     Tunnel,
+    assert_below,
     connect_tls,
     echo_bytes,
     eventually,
@@ -147,7 +148,6 @@ def test_totals_never_decrease_while_processes_come_and_go(origin: RawOrigin, ce
                 before = found
 
 
-@pytest.mark.alone
 def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certificate) -> None:
     """Without changes nothing wakes up: neither an open tunnel nor passing time costs CPU."""
 
@@ -155,16 +155,21 @@ def test_an_idle_process_sends_nothing(origin: RawOrigin, certificate: Certifica
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
-    with Tunnel(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+    with Tunnel(origin.address, certificate, measured=True) as tunnel, connect_tls(tunnel) as client:
         assert upgrade(client).status == 101
-        time.sleep(2)
         pids = (tunnel.parent, *tunnel.pids)
-        switches = [_switches(pid) for pid in pids]
-        began = [ticks(pid) for pid in pids]
-        time.sleep(3)
-        # A tick is 10 ms: the certificates' files are checked meanwhile.
-        assert all(now - before <= 1 for now, before in zip(map(ticks, pids), began, strict=True))
-        assert all(now - before <= 6 for now, before in zip(map(_switches, pids), switches, strict=True))
+
+        def measure() -> float:
+            before = [(ticks(pid), _switches(pid)) for pid in pids]
+            time.sleep(2)
+            now = [(ticks(pid), _switches(pid)) for pid in pids]
+            # A tick is 10 ms: the certificates' files are checked meanwhile.
+            return max(
+                max((after[0] - first[0]) / 2, (after[1] - first[1]) / 6)
+                for after, first in zip(now, before, strict=True)
+            )
+
+        assert_below(1, measure)
 
 
 def _switches(pid: int) -> int:

@@ -35,12 +35,11 @@ from tests.harness import (
 )
 from tests.promises.both_ends import Threads, TlsEnd, receive_until_reset, wait_until_acknowledged
 from tests.promises.secure import DAY, Authority, OriginEnd, SecureEnds, refused, server_context, site, truncated
+from tests.promises.wire import assert_does_not_spin
 
 MIB = 1 << 20
 DATA = random.Random(9).randbytes(4 * MIB)
 VERSIONS = pytest.mark.parametrize("tls_1_2", [False, True], ids=["TLSv1.3", "TLSv1.2"])
-IDLE_CPU = 0.25
-"""Seconds of CPU in a second of wall time: a tunnel that waits uses none, one that spins all of it."""
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +161,6 @@ def _request(path: str) -> bytes:
     ).encode()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_slow_reader_holds_the_sender_and_no_memory(measured: SecureEnds, direction: str) -> None:
     with Threads() as threads:
@@ -315,7 +313,6 @@ def test_an_origin_that_continues_unencrypted_is_an_error(ends: SecureEnds) -> N
     assert why.startswith("TLS error: ")
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("side", ["client", "origin"])
 def test_a_reset_while_the_tunnel_waits_for_the_other(measured: SecureEnds, side: str) -> None:
     """The socket is not read at that time, and epoll still reports its error, again and again."""
@@ -329,17 +326,11 @@ def test_a_reset_while_the_tunnel_waits_for_the_other(measured: SecureEnds, side
             aborts.sock.sendall(aborts.encrypt(DATA[sent % MIB :][:16_384]))
             sent += 16_384
     reset(aborts.sock)
-    _does_not_spin(measured)
+    assert_does_not_spin(measured.tunnel)
     received = receive_until_reset(other.receive)
     assert received == (DATA[:MIB] * (sent // MIB + 1))[: len(received)]
     assert _who_and_why(measured, client) == (side, "reset")
     eventually(lambda: measured.tunnel.descriptors() <= idle)
-
-
-def _does_not_spin(ends: SecureEnds) -> None:
-    before = ends.tunnel.cpu_seconds()
-    time.sleep(1)
-    assert ends.tunnel.cpu_seconds() - before < IDLE_CPU
 
 
 def test_a_drain_ends_both_sides_in_an_orderly_way(certificate: Certificate) -> None:

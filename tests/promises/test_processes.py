@@ -109,16 +109,17 @@ def test_as_many_as_cores_with_auto(origin: RawOrigin, certificate: Certificate)
     assert said.stdout == "1\n"
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize(("processes", "tunnels"), [(1, 200), (2, 3000)])
+@pytest.mark.parametrize(("processes", "tunnels"), [(1, 50), (2, 400), pytest.param(2, 3000, marks=pytest.mark.soak)])
 def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, processes: int, tunnels: int) -> None:
-    """Clients that reconnect are served within a second."""
+    """Clients that reconnect are served within a second, if the machine starts a tunnel in half a second."""
+    start = time.monotonic()
     with (
         WebsocketsOrigin() as origin,
         Tunnel(
             origin.address, certificate, arguments=("--processes", str(processes)), errors_expected=True, measured=True
         ) as tunnel,
     ):
+        started = time.monotonic() - start
 
         async def run() -> None:
             traffic = Traffic(tunnel)
@@ -130,7 +131,7 @@ def test_a_killed_process_ends_its_own_tunnels_only(certificate: Certificate, pr
             os.kill(victim, signal.SIGKILL)
             again = [await traffic.opened()]
             served = time.monotonic() - began
-            assert served < 1.0
+            assert served < max(1.0, 2 * started)
             ended = await asyncio.gather(*(one.exchange() for one in kept), return_exceptions=True)
             lost = [error for error in ended if error is not None]
             assert len(lost) == before[victim], "its own, and no other"

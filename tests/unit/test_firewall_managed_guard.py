@@ -88,7 +88,7 @@ def test_is_fast_for_any_input(text: bytes) -> None:
     text = b"a".join(text[at : at + 20] for at in range(0, len(text), 20))
     took = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         find_problem(b"/?x=" + text, ())
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
     assert min(took) < 0.02

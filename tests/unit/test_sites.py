@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import assert_below
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import issue
 from tlstunnel.certificates.store import Certificates
@@ -213,8 +214,12 @@ def test_a_configured_site_asks_for_client_certificates(issued: issue.Issued) ->
 @pytest.mark.alone
 def test_a_site_among_ten_thousand_is_found_in_microseconds() -> None:
     many = Sites([site(f"h{number}.example.com") for number in range(10_000)], None)
-    start = time.process_time()
-    for number in range(10_000):
-        assert many.choose(f"h{number}.example.com") is not None
-        assert many.choose(f"a.h{number}.example.com") is None
-    assert (time.process_time() - start) / 20_000 < 50e-6
+
+    def seconds() -> float:
+        start = time.process_time()
+        for number in range(10_000):
+            assert many.choose(f"h{number}.example.com") is not None
+            assert many.choose(f"a.h{number}.example.com") is None
+        return (time.process_time() - start) / 20_000
+
+    assert_below(50e-6, seconds)
