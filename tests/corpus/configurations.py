@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.pki import DAY, NOW, Authority, cert_pem, key_pem, new_key, subject_name
 
@@ -68,12 +69,17 @@ def write_named_files(folder: Path) -> None:
 
 def _write_certificates(folder: Path) -> None:
     authority, other = Authority(), Authority("Another CA")
-    authority.pair(folder, "chat")
+    names = [x509.DNSName(name) for name in ("localhost", "a.example", "b.example", "*.b.example")]
+    authority.pair(folder, "chat", names=names)
     authority.pair(folder, "other")
     authority.pair(folder, "rsa", key=rsa.generate_private_key(65537, 2048))
-    authority.pair(folder, "expired", start=NOW - 9 * DAY, end=NOW - DAY)
+    authority.pair(folder, "expired", names=names, start=NOW - 9 * DAY, end=NOW - DAY)
     authority.pair(folder, "early", start=NOW + 9 * DAY)
-    authority.pair(folder, "soon", start=NOW - 87 * DAY, end=NOW + 3 * DAY)
+    authority.pair(folder, "soon", names=names, start=NOW - 87 * DAY, end=NOW + 3 * DAY)
+    for name, usage in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("client", ExtendedKeyUsageOID.CLIENT_AUTH)):
+        private = new_key()
+        (folder / f"{name}.pem").write_bytes(cert_pem(authority.sign(private, usage=usage)))
+        (folder / f"{name}-key.pem").write_bytes(key_pem(private))
     chat, key = (folder / "chat.pem").read_bytes(), (folder / "chat-key.pem").read_bytes()
     (folder / "wrong-order.pem").write_bytes(cert_pem(authority.cert) + chat)
     (folder / "damaged.pem").write_bytes(chat.replace(b"M", b"N", 40))

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tlstunnel.errors import CertificateError
 
@@ -65,6 +66,28 @@ def is_ca(cert: x509.Certificate) -> bool:
         return cert.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return False
+
+
+def list_hosts(cert: x509.Certificate) -> frozenset[str]:
+    """Return the DNS names, in lower case, and the IP addresses of ``cert``; none if they cannot be decoded."""
+    try:
+        alternative = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = {name.lower() for name in alternative.get_values_for_type(x509.DNSName)}
+        return frozenset(names | {str(address) for address in alternative.get_values_for_type(x509.IPAddress)})
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return frozenset()
+
+
+def allows(cert: x509.Certificate, purpose: x509.ObjectIdentifier) -> bool:
+    """Return whether the extended key usage of ``cert`` (RFC 5280 section 4.2.1.12) allows this purpose.
+
+    Without the extension, any purpose is allowed.
+    """
+    try:
+        usages = cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return True
+    return purpose in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tlstunnel.certificates import describe
 from tlstunnel.certificates.validity import Validity, find_ending, find_outdated
@@ -41,7 +42,8 @@ class Pair:
     """A certificate chain and the matching key, in memory: they are still served if the files are damaged later.
 
     ``cert`` is the file. ``pem`` is the decrypted key and the chain, leaf first; ``digest`` is its SHA-256.
-    ``validity`` is the leaf's. ``kind`` is ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what a TLS
+    ``validity`` and ``hosts``, its names and addresses, are the leaf's; ``for_servers`` is whether its extended key
+    usage allows a server to use it. ``kind`` is ``RSA``, ``ECDSA``, ``Ed25519`` or ``Ed448``. ``shape`` is what a TLS
     library checks in a chain, apart from its validity: the type and size of each certificate's key, and the algorithm
     of its signature.
     """
@@ -52,10 +54,17 @@ class Pair:
     validity: Validity
     kind: str
     shape: tuple[str, ...]
+    hosts: frozenset[str]
+    for_servers: bool
 
     def days_left(self, now: datetime) -> int:
         """Return the whole days until it expires, rounded down: negative once it has expired."""
         return (self.validity.end - now).days
+
+    def covers(self, name: str) -> bool:
+        """Return whether clients accept it for ``name``; a wildcard covers one label (RFC 9525 section 6.3)."""
+        _, _, parent = name.partition(".")
+        return name in self.hosts or f"*.{parent}" in self.hosts
 
     def find_warning(self, now: datetime) -> str | None:
         """Return a warning if it is not valid now, or should have been renewed by now, else None."""
@@ -110,6 +119,8 @@ def read_pair(files: PairFiles) -> Pair:
         validity=Validity(leaf.not_valid_before_utc, leaf.not_valid_after_utc),
         kind=kind,
         shape=(shape, *(shape for shape, _ in issuer_parts)),
+        hosts=describe.list_hosts(leaf),
+        for_servers=describe.allows(leaf, ExtendedKeyUsageOID.SERVER_AUTH),
     )
 
 

@@ -32,6 +32,10 @@ class Event(Word):
     TEST_CERTIFICATE = "test certificate"
     ORIGINS_NOT_VERIFIED = "origins not verified"
     OPEN_TO_WEB_PAGES = "open to web pages"
+    NAMES_NOT_IN_CERTIFICATE = "names not in certificate"
+    CERTIFICATE_PURPOSE = "certificate for another purpose"
+    REQUESTS_SPREAD = "plain requests spread over origins"
+    LIMITS_PER_PROCESS = "limits count per process"
     RELOADED = "reloaded"
     NOT_RELOADED = "not reloaded"
 

@@ -23,20 +23,11 @@ from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed
 from tlstunnel.serving.sites import build_sites
+from tlstunnel.serving.warnings import LoadWarning, find_warnings
 from tlstunnel.tunnel.sites import Sites
 
 if TYPE_CHECKING:
     from tlstunnel.edge.workers import Workers
-
-_HINTS = {
-    Event.OPEN_TO_WEB_PAGES: (
-        "without web_origins any web page may connect, with the cookies of its visitor;"
-        ' write web_origins = ["same"], or the origins of your pages'
-    ),
-    Event.ORIGINS_NOT_VERIFIED: (
-        'origin_verify = "off": an attacker between here and the origins can read and change everything; use origin_ca'
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +71,6 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadWarning:
-    """Something that works but should be changed: its kind, the key, the site's first name, and what to do."""
-
-    kind: Event
-    path: KeyPath
-    site: str
-    hint: str
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedConfig:
     """Everything that serving needs, complete and checked."""
 
@@ -106,10 +87,10 @@ class LoadedConfig:
     def warnings(self) -> list[LoadWarning]:
         """Return the warnings about the configuration."""
         # The hints name keys of a file, so there are none for the site of the command line.
-        return [warning for index, site in enumerate(self.config.sites) for warning in _find_site_warnings(index, site)]
+        return list(find_warnings(self.config, self.sites)) if self.config.sites else []
 
     def certificate_warnings(self, now: datetime) -> list[LoadWarning]:
-        """Return a warning for each certificate that expires soon or has expired."""
+        """Return a warning for each certificate, authority and revocation list that has expired or soon will."""
         found = []
         for index, site in enumerate(self.sites):
             hints = [pair.find_warning(now) for pair in site.served.pairs]
@@ -229,12 +210,3 @@ def _ensure_test_pair(sites: Sequence[SiteConfig], folder: Path) -> tuple[Path, 
         return None
     test = issue.ensure(folder)
     return test.cert, test.key
-
-
-def _find_site_warnings(index: int, site: SiteConfig) -> list[LoadWarning]:
-    kinds = []
-    if site.web_origins is None:
-        kinds.append(Event.OPEN_TO_WEB_PAGES)
-    if site.origin_verify == "off":
-        kinds.append(Event.ORIGINS_NOT_VERIFIED)
-    return [LoadWarning(kind, ("sites", index), site.names[0], _HINTS[kind]) for kind in kinds]

@@ -133,7 +133,8 @@ class Service:
     def _warn(self) -> None:
         warnings = [] if self._quiet else self._loaded.warnings()
         for warning in warnings[:MAX_WARNINGS]:
-            self._log.warning(warning.kind, site=warning.site, hint=warning.hint)
+            about = {"site": warning.site} if warning.site else {}
+            self._log.warning(warning.kind, **about, hint=warning.hint)
         if len(warnings) > MAX_WARNINGS:
             self._log.warning(warnings[-1].kind, more_sites=len(warnings) - MAX_WARNINGS)
 
