@@ -39,6 +39,8 @@ from tests.harness import (
 from tests.promises.firewalled import config_for
 
 MAX_OPEN = 12
+MAX_KILLS = 3
+"""In one run: the delay before a process is replaced doubles with each one that dies soon."""
 FORBIDDEN = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\n'
 BROKEN = "listen = [\n"
 
@@ -95,6 +97,7 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.stack = ExitStack()
         self.model = Model()
+        self.kills = 0
         self.ports = [0, 0]
         self.origins = [ExitStack(), ExitStack()]
 
@@ -192,8 +195,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     # What goes wrong.
 
+    @precondition(lambda self: self.kills < MAX_KILLS)
     @rule(data=st.data())
     def kill_a_process(self, data: st.DataObject) -> None:
+        self.kills += 1
         processes = self.tunnel.status()["processes"]
         victim = processes[data.draw(st.integers(0, len(processes) - 1))]
         os.kill(victim["process"], signal.SIGKILL)
