@@ -72,15 +72,21 @@ class ChildProcess:
 
     def kill(self, *, group: bool = False) -> None:
         """Kill it; with `group`, all processes of the group that it leads."""
+        if not group:
+            self.send_signal(signal.SIGKILL)
+        elif not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the ID is still its own
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has exited."""
         if self.exited.done():
             return
         with contextlib.suppress(ProcessLookupError):
-            if group:
-                os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the ID is still its own
-            elif self._pidfd < 0:
-                os.kill(self.pid, signal.SIGKILL)
+            if self._pidfd < 0:
+                os.kill(self.pid, number)
             else:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _reap(self) -> None:
         code: int | None = None

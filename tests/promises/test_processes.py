@@ -306,15 +306,81 @@ def test_a_process_that_gets_sigterm_is_replaced_and_drains(
             assert receive_exactly(client, 4) == b"ping"
 
 
+QUICKLY = {"TLSTUNNEL_WATCH": "0.1,0.4,600,600"}
+"""Seconds between polls, until a process is silent, until it is killed, until its loop is hung."""
+
+
 def test_a_process_that_hangs_delays_no_other(origin: RawOrigin, certificate: Certificate) -> None:
-    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel:
+    """Its sibling takes over its connections, and it takes part again once it responds."""
+    with Tunnel(origin.address, certificate, arguments=TWO, environment=QUICKLY) as tunnel:
         victim = tunnel.pids[0]
         os.kill(victim, signal.SIGSTOP)
-        try:
-            assert [one["process"] for one in tunnel.status()["processes"]] == tunnel.pids[1:]
-        finally:
-            os.kill(victim, signal.SIGCONT)
-        assert len(tunnel.status()["processes"]) == 2
+        with ExitStack() as stack:
+            stack.callback(os.kill, victim, signal.SIGCONT)
+            # Half of these wait at the socket of the process that has stopped.
+            waiting = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT)) for _ in range(20)
+            ]
+            silent = tunnel.wait_record(lambda record: record["event"] == "process does not respond")
+            assert (silent["process"], silent["state"]) == (victim, "stopped")
+            for client in waiting:
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # not TLS
+                assert client.recv(12) == b"HTTP/1.1 400"
+            for _ in range(4):
+                _echoes(tunnel)
+            states = [(one["state"], one["tunnels"]) for one in tunnel.status()["processes"]]
+            assert states == [("not responding", None), ("serving", 0)]
+        tunnel.wait_record(lambda record: record["event"] == "process responds again")
+        eventually(lambda: _states(tunnel) == ["serving", "serving"])
+        assert tunnel.pids[0] == victim
+
+
+def test_a_reload_does_not_wait_for_a_process_that_hangs(origin: RawOrigin, certificate: Certificate) -> None:
+    """The process is replaced when it responds again, because it has missed the reload."""
+    text = f"processes = 2\n{config_for(origin.address, certificate)}"
+    with Tunnel(None, certificate, config=text, environment=QUICKLY) as tunnel, ExitStack() as stack:
+        victim = tunnel.pids[0]
+        os.kill(victim, signal.SIGSTOP)
+        stack.callback(os.kill, victim, signal.SIGCONT)
+        assert tunnel.reload(f"drain_removed = true\n{text}") == ["drain_removed: changed"]
+        stack.close()
+        eventually(lambda: victim not in tunnel.pids and len(tunnel.pids) == 2)
+
+
+def test_a_process_that_keeps_hanging_is_killed(origin: RawOrigin, certificate: Certificate) -> None:
+    """The log has the stacks of its threads. Its place is taken, and clients that wait for it are served."""
+    watch = {"TLSTUNNEL_WATCH": "0.1,0.5,1.2,600"}
+    with Tunnel(origin.address, certificate, environment=watch, errors_expected=True) as tunnel:
+        victim = tunnel.pid
+        os.kill(victim, signal.SIGSTOP)
+        with socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # not TLS
+            assert client.recv(12) == b"HTTP/1.1 400"
+        exited = tunnel.wait_record(lambda record: record["event"] == "process exited")
+        assert exited["process"] == victim
+        assert exited["reason"].startswith("it did not respond for ")
+        events = [record["event"] for record in tunnel.records() if record.get("process") == victim]
+        assert [event for event in events if event != "process stack"] == [
+            "process does not respond",
+            "process killed",
+            "process exited",
+        ]
+        tunnel.wait_record(lambda record: record["event"] == "process stack" and "in run_forever" in str(record))
+
+
+def test_a_pause_of_all_processes_is_not_a_hang(origin: RawOrigin, certificate: Certificate) -> None:
+    """As in a virtual machine that was suspended."""
+    watch = {"TLSTUNNEL_WATCH": "0.2,1,1.2,1"}
+    with Tunnel(origin.address, certificate, arguments=TWO, environment=watch) as tunnel:
+        before = tunnel.pids
+        for pid in (tunnel.parent, *before):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.4)  # longer than any of the limits
+        for pid in (tunnel.parent, *before):
+            os.kill(pid, signal.SIGCONT)
+        for _ in range(4):
+            _echoes(tunnel)
+        assert tunnel.pids == before
 
 
 @pytest.mark.soak

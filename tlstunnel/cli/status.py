@@ -35,7 +35,7 @@ def command(*, control: Path | None, as_json: bool) -> None:
             *(str(one[name]) for name in ("process", "generation", "version")),
             _render_age(one["seconds"]),
             one["state"],
-            *(str(one[name]) for name in ("tunnels", "handshakes")),
+            *("?" if one[name] is None else str(one[name]) for name in ("tunnels", "handshakes")),
             _render_memory(one["pss_kib"]),
         ]
         for one in response["processes"]

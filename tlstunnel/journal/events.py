@@ -48,6 +48,10 @@ class Event(Word):
     PROCESS_EXITED = "process exited"
     PROCESS_NOT_STARTED = "process not started"
     PROCESS_DRAINED = "process drained"
+    PROCESS_SILENT = "process does not respond"
+    PROCESS_RESPONDS = "process responds again"
+    PROCESS_KILLED = "process killed"
+    PROCESS_STACK = "process stack"
     PARENT_EXITED = "parent exited"
     THREADS_ABANDONED = "threads abandoned"
 

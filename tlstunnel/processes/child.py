@@ -24,6 +24,7 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
+from tlstunnel.processes.pulse import Responder
 from tlstunnel.program import set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopt
@@ -47,6 +48,7 @@ class ServingProcess:
             sock,
             {
                 messages.Begin: self._begin,
+                messages.Respond: self._respond,
                 messages.Listeners: self._add_listeners,
                 messages.Serve: self._serve,
                 messages.Prepare: self._prepare,
@@ -63,6 +65,7 @@ class ServingProcess:
         self._metrics.on_change = self._report_soon
         self._reporting: asyncio.TimerHandle | None = None
         self._service: Service | None = None
+        self._responder: Responder | None = None
         self._listeners: dict[int, Listener] = {}
         self._exit = asyncio.Event()
         self._leaving: asyncio.Task[None] | None = None
@@ -82,6 +85,8 @@ class ServingProcess:
             await self._service.close()
             await self._report_last()
         self._link.close()
+        if self._responder is not None:
+            self._responder.close()
 
     @property
     def _begun_service(self) -> Service:
@@ -101,6 +106,14 @@ class ServingProcess:
         journal = Journal(self._metrics, opened=request.opened)
         self._service = await Service.begin(invocation, request.config, journal, quiet=request.quiet)
         return messages.Begun(version=__version__)
+
+    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
+        sock, stacks = descriptors
+        if self._responder is not None:  # of a program that an upgrade has replaced
+            self._responder.close()
+        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
+        self._responder.start()
+        return messages.Done()
 
     async def _add_listeners(self, request: messages.Listeners, descriptors: list[int]) -> messages.Done:
         for number, written, descriptor in zip(request.numbers, request.written, descriptors, strict=True):

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,6 +39,7 @@ from tlstunnel.processes.messages import (
     Status,
     Stop,
 )
+from tlstunnel.processes.pulse import Pulse
 from tlstunnel.processes.slots import Slot
 from tlstunnel.processes.spawn import SERVING, spawn
 from tlstunnel.supervisor import ChildProcess
@@ -98,20 +99,26 @@ class Identity(msgspec.Struct):
 
 
 class ChildHandover(msgspec.Struct, frozen=True):
-    """A child as an upgrade hands it over. `link` is a descriptor, `metrics` are the last ones that it sent."""
+    """A child as an upgrade hands it over. `metrics` are the last ones that it sent.
+
+    `link`, `pulse` and `stacks` are descriptors; the last two are None if it is not watched.
+    """
 
     identity: Identity
     pid: int
     draining: bool
     link: int
     metrics: Snapshot | None = None
+    pulse: int | None = None
+    stacks: int | None = None
 
 
 class Child:
     """A child and the link to it.
 
     `ready`: it has loaded its configuration and can accept. `draining`: it accepts no more, and exits after its last
-    tunnel. `leaving` is set when it drains because of a signal that did not come from the parent.
+    tunnel. `leaving` is set when another one must take its place. `silent`: it does not respond, so requests to it are
+    sent, but fail at once. `outdated`: it was silent during a reload. `problem` is why it is being killed.
     """
 
     def __init__(self, pid: int, identity: Identity, sock: socket.socket, notifications: ChildNotifications) -> None:
@@ -120,6 +127,10 @@ class Child:
         self.identity = identity
         self.ready = False
         self.draining = False
+        self.silent = False
+        self.outdated = False
+        self.problem = ""
+        self.pulse: Pulse | None = None
         self.leaving = asyncio.Event()
         self.link = Link(
             sock,
@@ -147,7 +158,15 @@ class Child:
 
     def hand_over(self) -> "ChildHandover":
         """Return what `restore` takes in the next program."""
-        return ChildHandover(self.identity, self.pid, self.draining, self.link.sock.fileno())
+        pulse = self.pulse
+        return ChildHandover(
+            self.identity,
+            self.pid,
+            self.draining,
+            self.link.sock.fileno(),
+            pulse=pulse.sock.fileno() if pulse is not None else None,
+            stacks=pulse.stacks if pulse is not None else None,
+        )
 
     @classmethod
     def restore(cls, kept: "ChildHandover", notifications: ChildNotifications) -> "Child":
@@ -168,23 +187,21 @@ class Child:
         """Whether its process has exited."""
         return self.process.exited.done()
 
-    @property
-    def state(self) -> str:
-        """What ``tlstunnel status`` shows."""
-        return "draining" if self.draining else "serving"
-
-    async def request(self, request: Request[ReplyT], seconds: float = REPLY_SECONDS) -> ReplyT:
+    async def request(
+        self, request: Request[ReplyT], seconds: float = REPLY_SECONDS, descriptors: Sequence[int] = ()
+    ) -> ReplyT:
         """Send a request and return the reply.
 
-        Raises ProcessError if the child refuses it, exits, or does not reply within `seconds`.
+        Raises ProcessError if the child refuses it, exits, is silent, or does not reply within `seconds`.
         """
         if self.identity.format == previous.FORMAT:
             request = previous.translate_request(request)
         try:
-            async with asyncio.timeout(seconds):
-                return await self.link.request(request)
+            async with asyncio.timeout(0.0 if self.silent else seconds):
+                return await self.link.request(request, descriptors)
         except TimeoutError:
-            raise ProcessError(f"process {self.pid} did not respond within {seconds:g} s") from None
+            within = "" if self.silent else f" within {seconds:g} s"
+            raise ProcessError(f"process {self.pid} did not respond{within}") from None
 
     async def try_request(self, request: Request[Done]) -> None:
         """Send a request and wait for its reply; a failure is ignored."""
@@ -209,6 +226,11 @@ class Child:
                 [slot.listener.sock.fileno() for slot in part],
             )
 
+    def mark_silent(self) -> None:
+        """Fail the requests that wait for its replies, and those that follow."""
+        self.silent = True
+        self.link.fail_requests(f"process {self.pid} does not respond")
+
     async def drain(self, after: float | None, over: float | None) -> None:
         """Have it accept no more, and exit after its last tunnel: see `Drain`."""
         self.draining = True
@@ -223,7 +245,7 @@ class Child:
         return await self.request(Status())
 
     async def wait_until_leaving(self) -> None:
-        """Wait until it has exited, or drains because of a signal."""
+        """Wait until it has exited, or another one must take its place."""
         leaving = asyncio.ensure_future(self.leaving.wait())
         try:
             await asyncio.wait((leaving, self.process.exited), return_when=asyncio.FIRST_COMPLETED)

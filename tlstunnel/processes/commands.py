@@ -46,16 +46,19 @@ class StatusCommand(msgspec.Struct, frozen=True):
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
-    """A serving process. `seconds` is its age; `pss_kib` is its proportional set size, if that can be read."""
+    """A serving process. `seconds` is its age; `pss_kib` is its proportional set size, if that can be read.
+
+    `tunnels` and `handshakes` are None if it does not respond.
+    """
 
     process: int
     place: int
     generation: int
     version: str
     seconds: float
-    state: Literal["serving", "draining"]
-    tunnels: int
-    handshakes: int
+    state: Literal["serving", "draining", "not responding"]
+    tunnels: int | None
+    handshakes: int | None
     pss_kib: int | None
 
 
@@ -119,7 +122,7 @@ class Commands:
         await self._rollout.upgrade(client)
 
     async def status(self, _: StatusCommand) -> StatusResult:
-        """Return the state of every process that responds."""
+        """Return the state of every process."""
         now = time.time()
         loads = await self._fleet.loads()
         return StatusResult(
@@ -166,17 +169,18 @@ class Commands:
 
         return {"reload": reload, "upgrade": upgrade, "status": status, "drain": drain, "stop": stop}
 
-    def _describe(self, child: Child, load: Load, now: float) -> ProcessStatus:
+    def _describe(self, child: Child, load: Load | None, now: float) -> ProcessStatus:
         identity = child.identity
+        draining = child.draining or bool(self._fleet.ending)
         return ProcessStatus(
             process=child.pid,
             place=identity.place,
             generation=identity.generation,
             version=identity.version,
             seconds=round(now - identity.started, 1),
-            state="draining" if child.draining or self._fleet.ending else "serving",
-            tunnels=load.tunnels,
-            handshakes=load.handshakes,
+            state="not responding" if load is None else "draining" if draining else "serving",
+            tunnels=load.tunnels if load is not None else None,
+            handshakes=load.handshakes if load is not None else None,
             pss_kib=measure_pss(child.pid),
         )
 

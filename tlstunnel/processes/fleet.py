@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
+from tlstunnel.processes.guard import Guard
 from tlstunnel.processes.messages import Load, Measured, Serve
 from tlstunnel.processes.slots import Slots
+from tlstunnel.processes.watch import WatchTimes
 from tlstunnel.supervisor import describe_exit, start_with_retries
 
 RESTARTS = Backoff(first=0.5, longest=30.0)
@@ -77,6 +79,7 @@ class Fleet:
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._guard = Guard(WatchTimes.from_environment(), self._handle_silence, self._run_in_background)
         self._revision = 0
         self._may_start = asyncio.Event()
         self._may_start.set()
@@ -107,6 +110,7 @@ class Fleet:
             and child.identity.generation == self.generation
             and child.ready
             and not child.draining
+            and not child.silent
         ]
         return sorted(found, key=lambda child: child.identity.place)
 
@@ -115,7 +119,12 @@ class Fleet:
     def restore(self, kept: Iterable[ChildHandover]) -> None:
         """Take over the children of the previous program."""
         for one in kept:
-            self._add(Child.restore(one, self._notifications))
+            child = Child.restore(one, self._notifications)
+            self._add(child)
+            if one.pulse is not None and one.stacks is not None:
+                self._guard.restore(child, one.pulse, one.stacks)
+            else:
+                self._run_in_background(self._try_to_watch(child))
             if one.metrics is not None:
                 self.totals.update(one.pid, one.metrics)
 
@@ -131,8 +140,10 @@ class Fleet:
         """Restart a child that exits before it is ready, from now on; until now, that makes the whole start fail."""
         self._started = True
 
-    def replace_startup(self, text: str | None, config: Config) -> None:
-        """Start new children with this configuration."""
+    def replace_startup(self, text: str | None, config: Config, current: Collection[Child]) -> None:
+        """Start new children with this configuration. The children in `current` have it already."""
+        for child in self:
+            child.outdated = child not in current
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
 
@@ -191,7 +202,7 @@ class Fleet:
                 Event.PROCESS_EXITED,
                 process=child.pid,
                 place=place,
-                reason="; ".join(problems) or describe_exit(code),
+                reason="; ".join(problems) or child.problem or describe_exit(code),
                 seconds=round(seconds, 1),
                 retry_in=delay,
             )
@@ -228,6 +239,7 @@ class Fleet:
                 hint = "the package on disk was replaced; run tlstunnel upgrade"
                 self._log.warning(Event.PACKAGE_REPLACED, process=child.pid, version=child.identity.version, hint=hint)
             await child.send_listeners(list(self._slots))
+            await self._guard.watch(child)
         except TlstunnelError as error:
             child.kill()
             return () if child.link.closed else error.problems
@@ -256,6 +268,30 @@ class Fleet:
             *(child.try_request(Serve(kept=kept, numbers=sorted(numbers[child.pid]))) for child in children)
         )
 
+    async def watch(self) -> None:
+        """Watch the children, until cancelled."""
+        await self._guard.run()
+
+    async def _try_to_watch(self, child: Child) -> None:
+        with contextlib.suppress(ProcessError):
+            await self._guard.watch(child)
+
+    def _handle_silence(self, child: Child) -> None:
+        """Have others accept at the sockets of a child that is silent, or itself again once it responds."""
+        if self.ending or child.draining or child.identity.generation != self.generation:
+            return
+        if child.silent or not (child.outdated or child.identity.place > self.count()):
+            self._run_in_background(self.assign())
+            return
+        # It has missed a reload.
+        child.draining = True
+        child.leaving.set()
+        self._run_in_background(self._retire_outdated(child))
+
+    async def _retire_outdated(self, child: Child) -> None:
+        await self.assign()
+        await self.retire(child)
+
     async def resize(self) -> None:
         """Start the children that are missing, and drain those in excess; their slots go to the others."""
         for start in self.start():
@@ -276,16 +312,23 @@ class Fleet:
     def _take_metrics(self, child: Child, measured: Measured) -> None:
         self.totals.update(child.pid, measured.metrics)
 
-    async def loads(self) -> list[tuple[Child, Load]]:
-        """Return the load of each child that responds, and bring `totals` up to date."""
+    async def loads(self) -> list[tuple[Child, Load | None]]:
+        """Return the load of each child, None if it does not respond, and bring `totals` up to date."""
         children = [child for child in self if child.ready]
-        loads = await asyncio.gather(*(child.request_load() for child in children), return_exceptions=True)
-        responded = [(child, load) for child, load in zip(children, loads, strict=True) if isinstance(load, Load)]
-        for child, load in responded:
+        loads = await asyncio.gather(*(self._request_load(child) for child in children))
+        for child, load in zip(children, loads, strict=True):
             # For a child that has exited, the totals already hold the metrics that it sent last.
-            if load.metrics is not None and not child.exited:
+            if load is not None and load.metrics is not None and not child.exited:
                 self.totals.update(child.pid, load.metrics)
-        return responded
+        return [(child, load) for child, load in zip(children, loads, strict=True) if not child.exited]
+
+    async def _request_load(self, child: Child) -> Load | None:
+        if child.silent:
+            return None
+        try:
+            return await child.request_load()
+        except ProcessError:
+            return None
 
     async def quiesce(self, seconds: float) -> None:
         """Wait until no message is half sent. Raises ProcessError if a child does not read one within `seconds`."""

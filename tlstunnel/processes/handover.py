@@ -96,6 +96,7 @@ class Handover(msgspec.Struct, frozen=True):
     def list_descriptors(self) -> list[int]:
         """Return the descriptors that the next program inherits."""
         found = [slot.fd for slot in self.slots.open] + [child.link for child in self.children]
+        found += [fd for child in self.children for fd in (child.pulse, child.stacks) if fd is not None]
         if self.control_socket is not None:
             found += [self.control_socket.fd, self.control_socket.lock]
         if self.echo is not None:

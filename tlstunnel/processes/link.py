@@ -88,6 +88,12 @@ class Link:
         if not self.closed:
             self._send({"answer": 0}, notification)
 
+    def fail_requests(self, reason: str) -> None:
+        """Have the requests that wait for their reply raise ProcessError with this reason."""
+        for reply in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(ProcessError(reason))
+
     def close(self) -> None:
         """Close this side. Requests that wait for their reply fail."""
         if self.closed:
@@ -101,9 +107,7 @@ class Link:
             for fd in descriptors:
                 os.close(fd)
         self._unsent.clear()
-        for reply in self._waiting.values():
-            if not reply.done():
-                reply.set_exception(ProcessError("the process has exited"))
+        self.fail_requests("the process has exited")
 
     def read_rest(self) -> None:
         """Handle what the other side sent before it exited, then close."""

@@ -83,6 +83,16 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     reply: ClassVar[type[LinkReply]] = Begun
 
 
+class Respond(Request[Done], frozen=True, tag="respond"):
+    """Respond to polls, as long as the event loop has run within the last `loop_seconds`.
+
+    Two descriptors come with the message: the socket of the polls, and a memory file for the stacks of the threads
+    (`tlstunnel.processes.pulse`). Earlier releases refuse the request.
+    """
+
+    loop_seconds: float
+
+
 class Listeners(Request[Done], frozen=True, tag="listeners"):
     """Take these listening sockets. Their descriptors come with the message, in the same order."""
 

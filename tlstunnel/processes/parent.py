@@ -74,6 +74,7 @@ class Parent:
             self._run_in_background(self._stay_alive())
         # They were blocked while the program was replaced, because there was no handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+        watching = asyncio.ensure_future(self._fleet.watch())
         ending = asyncio.ensure_future(self._drain_on_signal())
         begin = asyncio.ensure_future(self._begin())
         try:
@@ -86,6 +87,7 @@ class Parent:
             ending.cancel()
             self._stopped.set()
             await self._fleet.stop()
+            watching.cancel()
             await self._rollout.close()
             await self._cancel_background()
             if self._control is not None:

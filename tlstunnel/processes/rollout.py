@@ -13,8 +13,9 @@ Tested by tests/promises/test_reload.py, test_upgrade.py and test_upgrade_betwee
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes import handover
-from tlstunnel.processes.children import REPLY_SECONDS, Child
+from tlstunnel.processes.children import REPLY_SECONDS, Child, try_child
 from tlstunnel.processes.control import ControlSocket
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.handover import Handover
@@ -162,12 +163,11 @@ class Rollout:
             self._refuse_if_ending()
             new = await self._read()
             async with AsyncExitStack() as undo:
-                children = self._fleet.accepting()
-                changes = await self._prepare(new, children, undo)
+                children, changes = await self._prepare(new, self._fleet.accepting(), undo)
                 self._refuse_if_ending()
                 opened = self._open(new, undo)
                 undo.pop_all()
-            added = self._switch(new, opened)
+            added = self._switch(new, opened, children)
             await self._commit(children, added)
             self._log.info(Event.RELOADED, changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
             for slot in added:
@@ -185,21 +185,29 @@ class Rollout:
         file = self._fleet.startup.invocation.file
         return read(file) if file is not None else None
 
-    async def _prepare(self, new: NewConfig, children: Sequence[Child], undo: AsyncExitStack) -> list[str]:
-        """Have every child load the new configuration, while it serves the old one; return what changes.
+    async def _prepare(
+        self, new: NewConfig, children: Sequence[Child], undo: AsyncExitStack
+    ) -> tuple[list[Child], list[str]]:
+        """Have every child load the new configuration, while it serves the old one.
 
-        Raises ProcessError.
+        Return the children that have, and what changes. Raises ProcessError.
         """
         undo.push_async_callback(self._abandon, children)
         request = Prepare(config=new.text)
         replies = await asyncio.gather(
             *(child.request(request, PREPARE_SECONDS) for child in children), return_exceptions=True
         )
+        prepared = {}
         for child, reply in zip(children, replies, strict=True):
-            # A child that has exited meanwhile is restarted with the new configuration.
-            if isinstance(reply, BaseException) and not child.exited and not child.link.closed:
+            if isinstance(reply, Prepared):
+                prepared[child] = reply.changes
+            # A child that has exited meanwhile is restarted with the new configuration; one that is silent is replaced.
+            elif isinstance(reply, BaseException) and not (child.exited or child.link.closed or child.silent):
                 raise reply
-        return next((reply.changes for reply in replies if isinstance(reply, Prepared)), [])
+        if not prepared:
+            # None that serves can check it, for example because each of them is being restarted.
+            await try_child(dataclasses.replace(self._fleet.startup, text=new.text, config=new.config))
+        return list(prepared), next(iter(prepared.values()), [])
 
     async def _abandon(self, children: Iterable[Child]) -> None:
         await asyncio.gather(*(child.try_request(Abandon()) for child in children))
@@ -210,10 +218,12 @@ class Rollout:
         undo.callback(self._slots.forget, opened)
         return opened
 
-    def _switch(self, new: NewConfig, opened: Mapping[ListenAddress, list[Slot]]) -> list[Slot]:
+    def _switch(
+        self, new: NewConfig, opened: Mapping[ListenAddress, list[Slot]], children: Collection[Child]
+    ) -> list[Slot]:
         """Make the new configuration the one that is served; return the new listeners."""
         gone = self._slots.update(opened, new.addresses)
-        self._fleet.replace_startup(new.text, new.config)
+        self._fleet.replace_startup(new.text, new.config, children)
         for slot in gone:
             slot.listener.remove()
         return [slot for slots in opened.values() for slot in slots]
@@ -221,9 +231,11 @@ class Rollout:
     async def _commit(self, children: Iterable[Child], added: list[Slot]) -> None:
         """Have the children serve the new configuration, and adjust their number to it."""
         for child in children:
-            with contextlib.suppress(ProcessError):
+            try:
                 await child.send_listeners(added)
-                await child.try_request(Commit())
+                await child.request(Commit())
+            except ProcessError:
+                child.outdated = True
         await self._fleet.resize()
         await self._fleet.assign()
 
