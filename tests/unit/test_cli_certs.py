@@ -56,6 +56,16 @@ def test_create_needs_force_to_replace(tmp_path: Path) -> None:
     assert (tmp_path / "localhost.pem").read_bytes() != before
 
 
+def test_create_and_revoke_a_client(tmp_path: Path) -> None:
+    result = run("create", "--client", "ann", "--dir", tmp_path)
+    assert result.exit_code == 0
+    cert, key = tmp_path / "client-ann.pem", tmp_path / "client-ann-key.pem"
+    assert f"--cert {cert} --key {key}" in result.output
+    assert f"tlstunnel certs revoke {cert}" in result.output
+    assert run("revoke", cert, "--dir", tmp_path).output.startswith(f"{tmp_path / 'ca.crl'}  the revocation list")
+    assert run("create", "b.example", "--client", "ann", "--dir", tmp_path).exit_code == 2
+
+
 def test_an_error_is_one_line_and_status_1(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tlstunnel", "certs", "show", tmp_path / "no.pem"],

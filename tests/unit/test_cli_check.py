@@ -100,6 +100,49 @@ def test_a_failure_names_the_step_and_the_reason(url: str, issued: issue.Issued)
     assert "subprotocol none" not in refused.stdout
 
 
+def test_connect_replaces_the_address_only(url: str, issued: issue.Issued) -> None:
+    port = int(url.rpartition(":")[2].strip("/"))
+    for elsewhere, where in ((f"wss://localhost:{port}/", "127.0.0.1"), ("wss://localhost/", f"127.0.0.1:{port}")):
+        result = run(elsewhere, "--ca", str(issued.ca), "--subprotocol", "chat", "--connect", where)
+        assert result.exit_code == 0, result.output
+        assert re.match(r"dns +127\.0\.0\.1 -> 127\.0\.0\.1 ", result.stdout)
+    wrong = run(f"wss://a.example:{port}/", "--ca", str(issued.ca), "--connect", "localhost")
+    assert "not for a.example" in str(wrong.exception)
+    for text in ("a:b", "::1", "[::1", "a:0", "a:99999", "a b"):
+        assert run(url, "--connect", text).exit_code == 2
+
+
+def test_a_client_certificate_is_presented(issued: issue.Issued, tmp_path: Path) -> None:
+    ann = issue.create_client("ann", issued.ca.parent)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(issued.cert, issued.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(issued.ca)
+
+    def echo(connection: ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+
+    both = tmp_path / "both.pem"
+    both.write_bytes(ann.cert.read_bytes() + ann.key.read_bytes())
+    with serve(echo, "127.0.0.1", 0, ssl=context) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"wss://localhost:{server.socket.getsockname()[1]}/"
+        for pair in (("--cert", str(ann.cert), "--key", str(ann.key)), ("--cert", str(both))):
+            result = run(url, "--ca", str(issued.ca), *pair)
+            assert result.exit_code == 0, result.output
+        # A certificate for servers is refused.
+        refused = run(url, "--ca", str(issued.ca), "--cert", str(issued.cert), "--key", str(issued.key))
+        assert refused.exit_code == 1
+        server.shutdown()
+        thread.join(10)
+    assert "TLS alert unsupported_certificate: the certificate in --cert is not for clients" in str(refused.exception)
+    assert run(url, "--key", str(ann.key)).exit_code == 2
+    mismatch = run(url, "--cert", str(ann.cert), "--key", str(issued.key))
+    assert "the private key does not match" in str(mismatch.exception)
+
+
 def test_a_failure_in_json() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -5,7 +5,9 @@ import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
+from tlstunnel.certificates import describe
 from tlstunnel.certificates.clients import ClientPolicy
 from tlstunnel.certificates.pairs import Pair
 from tlstunnel.errors import CertificateError
@@ -39,6 +41,25 @@ def make_context(pairs: Sequence[Pair], clients: ClientPolicy | None = None) -> 
     if clients is not None:
         _verify_clients(context, clients)
     return context
+
+
+def load_client_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    """Let a client's ``context`` present ``cert`` (PEM: the leaf, then its chain) with ``key``, which is not encrypted.
+
+    Raises CertificateError with the file and the reason.
+    """
+    leaf, private = describe.read_certificates(cert)[0], describe.read_key(key)
+    if not describe.matches(private, leaf):
+        raise CertificateError(f"{key}: the private key does not match the first certificate in {cert}")
+
+    def refuse_passphrase() -> NoReturn:
+        # `read_key` needed no passphrase. Without a callback, OpenSSL would ask on the terminal.
+        raise CertificateError(f"{key}: the private key is encrypted; `openssl pkey -in {key}` decrypts it")
+
+    try:
+        context.load_cert_chain(cert, key, password=refuse_passphrase)
+    except OSError as error:
+        raise _convert_error(cert, error) from error
 
 
 def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:

@@ -7,15 +7,14 @@ refuses leaf certificates of more than 825 days, and public authorities issue 39
 import fcntl
 import ipaddress
 import os
-import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import idna
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tlstunnel.addresses import normalise_name, quoted
 from tlstunnel.certificates import describe
 from tlstunnel.errors import CertificateError
 
@@ -35,8 +35,8 @@ RENEW_BEFORE = timedelta(days=1)
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
-# RFC 1123 section 2.1: letters, digits, and hyphens inside; at most 63 characters a label.
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+MAX_COMMON_NAME = 64
+"""Characters of a common name: ub-common-name of RFC 5280, appendix A.1."""
 
 _San = x509.DNSName | x509.IPAddress
 _SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -59,6 +59,24 @@ class _Authority:
     created: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """Whom a certificate is for, and what it may be used for."""
+
+    common_name: str
+    names: tuple[_San, ...]
+    usage: x509.ObjectIdentifier
+
+
+def _describe_server(names: tuple[_San, ...]) -> _Subject:
+    # Clients only read subjectAltName (RFC 9525). The common name is for people.
+    return _Subject(str(names[0].value)[:MAX_COMMON_NAME], names, ExtendedKeyUsageOID.SERVER_AUTH)
+
+
+def _describe_client(name: str) -> _Subject:
+    return _Subject(name, (), ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
 def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued:
     """Issue a certificate for ``names`` (default: localhost) into ``folder``, by the CA there or by a new one.
 
@@ -68,7 +86,78 @@ def create(names: Sequence[str], folder: Path, *, force: bool = False) -> Issued
     wanted = tuple(dict.fromkeys(_parse_name(name) for name in names or LOCAL_NAMES))
     stem = _file_stem(wanted[0])
     with _lock(folder):
-        return _issue(wanted, stem, folder, force=force)
+        return _issue(_describe_server(wanted), stem, folder, force=force)
+
+
+def create_client(name: str, folder: Path, *, force: bool = False) -> Issued:
+    """Issue a certificate for a client, with ``name`` as its common name, into ``folder`` as ``client-NAME.pem``.
+
+    Otherwise as ``create``.
+    """
+    if not name.isprintable() or "/" in name or not 0 < len(name.strip()) == len(name) <= MAX_COMMON_NAME:
+        raise CertificateError(
+            f"{quoted(name)} cannot be the name of a client: 1 to {MAX_COMMON_NAME} printable characters, without /"
+        )
+    with _lock(folder):
+        return _issue(_describe_client(name), f"client-{name}", folder, force=force)
+
+
+def revoke(certs: Sequence[Path], folder: Path) -> Path:
+    """Add certificates to the revocation list of the CA in ``folder``, ``ca.crl``, and renew the list.
+
+    Without ``certs`` it is only renewed. Raises CertificateError for a certificate of another CA, and as ``create``.
+    """
+    with _lock(folder):
+        if not (folder / "ca.pem").exists():
+            raise CertificateError(f"{folder}: there is no test CA; tlstunnel certs create makes one")
+        now = datetime.now(UTC).replace(microsecond=0)
+        authority = _load_authority(folder, now)
+        path = folder / "ca.crl"
+        revoked = {entry.serial_number: entry for entry in _read_list(path, authority)}
+        for cert in certs:
+            leaf = describe.read_certificates(cert)[0]
+            if not _is_issued_by(leaf, authority.chain[0]):
+                raise CertificateError(f"{cert}: was not issued by {folder / 'ca.pem'}")
+            entry = x509.RevokedCertificateBuilder().serial_number(leaf.serial_number).revocation_date(now)
+            revoked.setdefault(leaf.serial_number, entry.build())
+        _replace_file(path, _sign_list(list(revoked.values()), authority, now), 0o644)
+    return path
+
+
+def _read_list(path: Path, authority: _Authority) -> x509.CertificateRevocationList | tuple[()]:
+    if not path.exists():
+        return ()
+    try:
+        found = x509.load_pem_x509_crl(describe.read_bytes(path))
+        signed = found.is_signature_valid(authority.key.public_key())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        signed = False
+    if not signed:
+        raise CertificateError(f"{path}: is not a revocation list of the CA beside it; remove it")
+    return found
+
+
+def _is_issued_by(leaf: x509.Certificate, ca: x509.Certificate) -> bool:
+    try:
+        leaf.verify_directly_issued_by(ca)
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
+        return False
+    return True
+
+
+def _sign_list(revoked: Sequence[x509.RevokedCertificate], authority: _Authority, now: datetime) -> bytes:
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.chain[0].subject)
+        .last_update(now - CLOCK_SKEW)
+        .next_update(min(now + LEAF_LIFETIME, authority.chain[0].not_valid_after_utc))
+        # It has to grow (RFC 5280 section 5.2.3).
+        .add_extension(x509.CRLNumber(time.time_ns()), critical=False)
+        .add_extension(_build_authority_identifier(authority), critical=False)
+    )
+    for entry in revoked:
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def ensure(folder: Path) -> Issued:
@@ -80,37 +169,29 @@ def ensure(folder: Path) -> Issued:
         issued = Issued(folder / "ca.pem", folder / "localhost.pem", folder / "localhost-key.pem", ca_created=False)
         if _is_usable(issued):
             return issued
-        return _issue(tuple(map(_parse_name, LOCAL_NAMES)), "localhost", folder, force=True)
+        return _issue(_describe_server(tuple(map(_parse_name, LOCAL_NAMES))), "localhost", folder, force=True)
 
 
 def _is_usable(issued: Issued) -> bool:
     try:
         ca, leaf = describe.read_certificates(issued.ca)[0], describe.read_certificates(issued.cert)[0]
-        leaf.verify_directly_issued_by(ca)
-        matches = describe.matches(describe.read_key(issued.key), leaf)
-    except (CertificateError, InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
+        matches = _is_issued_by(leaf, ca) and describe.matches(describe.read_key(issued.key), leaf)
+    except CertificateError:
         return False
     now = datetime.now(UTC)
     return matches and leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc - RENEW_BEFORE
 
 
 def _parse_name(name: str) -> _San:
-    with suppress(ValueError):
-        # A certificate cannot contain a zone ("fe80::1%eth0"); the check of DNS names below refuses it.
-        if "%" not in name:
-            return x509.IPAddress(ipaddress.ip_address(name))
-    wildcard, base = ("*.", name[2:]) if name.startswith("*.") else ("", name)
-    base = base.lower()
     try:
-        if not base.isascii() or "xn--" in base:
-            base = idna.encode(base, uts46=True).decode()
-    except idna.IDNAError as error:
-        raise CertificateError(f"{name!r} is not a valid DNS name: {error}") from error
-    labels = base.split(".")
-    # A last label of digits is a mistyped IPv4 address (RFC 1123 section 2.1).
-    if len(wildcard + base) > 253 or labels[-1].isdigit() or not all(map(_LABEL.fullmatch, labels)):
-        raise CertificateError(f"{name!r} is not a valid DNS name or IP address")
-    return x509.DNSName(wildcard + base)
+        host = normalise_name(name)
+    except ValueError as error:
+        raise CertificateError(str(error)) from None
+    if host == "*":
+        raise CertificateError('no certificate is valid for every name; write the names instead of "*"')
+    with suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    return x509.DNSName(host)
 
 
 def _file_stem(name: _San) -> str:
@@ -139,7 +220,7 @@ def _lock(folder: Path) -> Iterator[None]:
         raise CertificateError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
 
 
-def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Issued:
+def _issue(subject: _Subject, stem: str, folder: Path, *, force: bool) -> Issued:
     cert, key = folder / f"{stem}.pem", folder / f"{stem}-key.pem"
     for path in (cert, key):
         if path.exists() and not force:
@@ -147,7 +228,7 @@ def _issue(names: Sequence[_San], stem: str, folder: Path, *, force: bool) -> Is
     now = datetime.now(UTC).replace(microsecond=0)
     authority = _load_authority(folder, now)
     leaf_key = ec.generate_private_key(ec.SECP256R1())
-    leaf = _sign_leaf(names, leaf_key.public_key(), authority, now)
+    leaf = _sign_leaf(subject, leaf_key.public_key(), authority, now)
     _write_pair(cert, (leaf, *authority.chain), key, leaf_key)
     return Issued(folder / "ca.pem", cert, key, ca_created=authority.created)
 
@@ -195,24 +276,24 @@ def _sign_root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certifica
 
 
 def _sign_leaf(
-    names: Sequence[_San], key: ec.EllipticCurvePublicKey, authority: _Authority, now: datetime
+    subject: _Subject, key: ec.EllipticCurvePublicKey, authority: _Authority, now: datetime
 ) -> x509.Certificate:
     ca = authority.chain[0]
-    # Clients only read subjectAltName (RFC 9525). The common name is for people, and has at most 64 characters.
-    common = str(names[0].value)[:64]
     not_before = max(now - CLOCK_SKEW, ca.not_valid_before_utc)
-    return (
-        _new_builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)]), ca.subject, key)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject.common_name)])
+    builder = (
+        _new_builder(name, ca.subject, key)
         .not_valid_before(not_before)
         .not_valid_after(min(not_before + LEAF_LIFETIME, ca.not_valid_after_utc))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_build_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([subject.usage]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(_build_authority_identifier(authority), critical=False)
-        .sign(authority.key, hashes.SHA256())
     )
+    if subject.names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(subject.names), critical=False)
+    return builder.sign(authority.key, hashes.SHA256())
 
 
 def _new_builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
@@ -262,6 +343,15 @@ def _write_pair(cert: Path, chain: Sequence[x509.Certificate], key: Path, privat
     finally:
         new_key.unlink(missing_ok=True)
         new_cert.unlink(missing_ok=True)
+
+
+def _replace_file(path: Path, data: bytes, mode: int) -> None:
+    new = path.parent / f".{secrets.token_hex(8)}"
+    try:
+        _write_new(new, data, mode)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

@@ -147,12 +147,12 @@ class _Check:
 
     def resolve(self) -> DnsResult:
         """Resolve the name to all its addresses, in the system's order (RFC 6724)."""
-        host = self.target.host
+        host, port = self.target.place
         results: list[Any] = []
 
         def look_up() -> None:
             try:
-                results.append(socket.getaddrinfo(host, self.target.port, type=socket.SOCK_STREAM))
+                results.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
             except OSError as error:
                 results.append(error)
 
@@ -210,7 +210,8 @@ class _Check:
             except ssl.SSLError as error:
                 if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
                     raise _StepError(f"the server closed the connection {during}") from None
-                raise _StepError(explain_tls_error(error, bytes(wire.captured))) from None
+                presented = self.trust.presents
+                raise _StepError(explain_tls_error(error, bytes(wire.captured), presented=presented)) from None
         return _make_tls_result(wire)
 
     def _fetch_untrusted(self) -> tuple[TlsResult, str]:
@@ -349,7 +350,8 @@ class _Check:
             raise _StepError(f"the check timed out after {self.deadline.seconds:g} s, {during}") from None
         except ssl.SSLError as error:
             # In TLS 1.3 the server checks a client certificate after the client has completed the handshake.
-            raise _StepError(f"{explain_tls_error(error)}, {during}") from None
+            words = explain_tls_error(error, presented=self.trust.presents)
+            raise _StepError(f"{words}, {during}") from None
         except OSError as error:
             raise _StepError(f"connection lost {during}: {os.strerror(error.errno or 0)}") from None
 

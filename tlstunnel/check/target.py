@@ -15,6 +15,7 @@ from urllib.parse import quote
 import idna
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from tlstunnel.certificates.contexts import load_client_pair
 from tlstunnel.certificates.describe import read_certificates
 from tlstunnel.tls.policy import apply_to_client_context
 
@@ -37,6 +38,14 @@ class Target:
     port: int
     resource: str
     """Path and query, as the request line has them (RFC 6455 section 3)."""
+    connect: tuple[str, int | None] | None = None
+    """A host, and perhaps a port, to connect to instead of the URL's, whose name the server gets all the same."""
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The host and the port to connect to."""
+        host, port = self.connect or (self.host, None)
+        return host, self.port if port is None else port
 
     @property
     def authority(self) -> str:
@@ -58,15 +67,9 @@ class Target:
         authority, resource = rest[:end], rest[end:]
         if "@" in authority:
             raise ValueError("a WebSocket URL has no user or password; use --header 'Authorization: ...'")
-        parts = _AUTHORITY.fullmatch(authority)
-        if parts is None:
-            raise ValueError(f"{authority!r} is not HOST[:PORT]; write an IPv6 address in brackets")
-        port = int(parts["port"] or 443)
-        if not 1 <= port <= 65_535:
-            raise ValueError("the port must be a number from 1 to 65535")
-        host = _parse_name(parts["name"]) if parts["six"] is None else _parse_ipv6(parts["six"])
+        host, port = parse_connect(authority)
         resource = resource if resource.startswith("/") else f"/{resource}"
-        return cls(url, host, port, quote(resource, safe="!$%&'()*+,/:;=?@~[]"))
+        return cls(url, host, 443 if port is None else port, quote(resource, safe="!$%&'()*+,/:;=?@~[]"))
 
 
 def _parse_ipv6(host: str) -> str:
@@ -88,6 +91,17 @@ def _parse_name(host: str) -> str:
     if len(ascii_name) > 253 or not _ASCII_NAME.fullmatch(ascii_name):
         raise ValueError(f"{host!r} is not a host name")
     return ascii_name.lower()
+
+
+def parse_connect(text: str) -> tuple[str, int | None]:
+    """Return host and port of ``HOST[:PORT]``; the port may be None. Raises ValueError."""
+    parts = _AUTHORITY.fullmatch(text)
+    if parts is None:
+        raise ValueError(f"{text!r} is not HOST[:PORT]; write an IPv6 address in brackets")
+    port = int(parts["port"]) if parts["port"] else None
+    if port is not None and not 1 <= port <= 65_535:
+        raise ValueError("the port must be a number from 1 to 65535")
+    return _parse_name(parts["name"]) if parts["six"] is None else _parse_ipv6(parts["six"]), port
 
 
 def parse_field(text: str) -> tuple[str, str]:
@@ -115,16 +129,21 @@ def check_subprotocols(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """A client's TLS context, and the file of the authorities that it trusts, if there is one."""
+    """A client's TLS context, and the file of the authorities that it trusts, if there is one.
+
+    With ``presents``, it has a certificate for a server that asks for one.
+    """
 
     context: ssl.SSLContext
     ca: Path | None
+    presents: bool = False
 
     @classmethod
-    def load(cls, ca: Path | None) -> Self:
+    def load(cls, ca: Path | None, cert: Path | None = None, key: Path | None = None) -> Self:
         """Return TLS 1.2 or later, trusting only the certificates in `ca`, or the system's store.
 
-        Raises CertificateError, naming the file, if it cannot be read or contains no certificate.
+        A server that asks for a certificate gets `cert`; its private key is in `key`, or in the same file. Raises
+        CertificateError, naming the file, if one cannot be read or lacks what it should contain.
         """
         given = (
             b"".join(certificate.public_bytes(Encoding.DER) for certificate in read_certificates(ca)) if ca else None
@@ -135,4 +154,6 @@ class Trust:
         # form of extensions, and a certificate given with --ca is trusted even if it is not a root.
         context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
         apply_to_client_context(context)
-        return cls(context, ca)
+        if cert is not None:
+            load_client_pair(context, cert, key or cert)
+        return cls(context, ca, presents=cert is not None)

@@ -24,9 +24,19 @@ _ALERT_HINTS: Final = {
     "no_application_protocol": "the server does not offer http/1.1 by ALPN",
     "handshake_failure": "no TLS version, cipher or group in common, or a client certificate is missing",
     "protocol_version": "the server supports neither TLS 1.2 nor TLS 1.3",
-    "certificate_required": "the server requires a client certificate",
-    "bad_certificate": "the server requires a client certificate, or another one",
+    "certificate_required": "the server requires a client certificate; pass --cert and --key",
+    "bad_certificate": "the server requires a client certificate; pass --cert and --key",
     "internal_error": "the server failed; see its log",
+}
+# The same if the check has presented a certificate.
+_PRESENTED_HINTS: Final = _ALERT_HINTS | {
+    "certificate_required": "the server accepts no certificate of this issuer; see its log",
+    "bad_certificate": "the server does not accept the certificate in --cert; see its log",
+    "certificate_unknown": "the server does not accept the certificate in --cert; see its log",
+    "unsupported_certificate": "the certificate in --cert is not for clients, or is of an unsupported type",
+    "unknown_ca": "the server does not trust the issuer of the certificate in --cert",
+    "certificate_expired": "the certificate in --cert has expired, or the server's revocation list has",
+    "certificate_revoked": "the certificate in --cert has been revoked",
 }
 # OpenSSL names alerts TLSV1_UNRECOGNIZED_NAME, SSLV3_ALERT_HANDSHAKE_FAILURE, TLSV13_ALERT_CERTIFICATE_REQUIRED.
 _ALERT: Final = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_(?:ALERT_)?([A-Z_]+)")
@@ -47,8 +57,8 @@ DNS_ERRORS: Final = {
 }
 
 
-def explain_tls_error(error: ssl.SSLError, captured: bytes = b"") -> str:
-    """Return why TLS failed. `captured` is what the server sent first."""
+def explain_tls_error(error: ssl.SSLError, captured: bytes = b"", *, presented: bool = False) -> str:
+    """Return why TLS failed. `captured` is what the server sent first; `presented` whether it got a certificate."""
     if captured.startswith(b"HTTP/"):
         return "the server speaks plain HTTP on this port, not TLS"
     if captured and captured[0] not in range(20, 25):
@@ -58,7 +68,7 @@ def explain_tls_error(error: ssl.SSLError, captured: bytes = b"") -> str:
     if alert is None:
         return f"TLS error: {reason.lower().replace('_', ' ')}"
     name = alert[1].lower()
-    hint = _ALERT_HINTS.get(name)
+    hint = (_PRESENTED_HINTS if presented else _ALERT_HINTS).get(name)
     return f"TLS alert {name}: {hint}" if hint else f"TLS alert {name}"
 
 

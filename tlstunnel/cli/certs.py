@@ -1,6 +1,7 @@
-"""``tlstunnel certs``: creates test certificates, and shows the certificates in a PEM file."""
+"""``tlstunnel certs``: creates and revokes test certificates, and shows the certificates in a PEM file."""
 
 import json
+import shlex
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +14,10 @@ from tlstunnel.certificates.describe import CertificateDescription
 
 @click.group()
 def command() -> None:
-    """Create test certificates, or show the certificates in a PEM file."""
+    """Create and revoke test certificates, or show the certificates in a PEM file."""
 
 
-@command.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option(
+_folder = click.option(
     "--dir",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -26,16 +25,28 @@ def command() -> None:
     show_default=True,
     help="The folder for the files. A CA in it is used again.",
 )
+
+
+@command.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--client", metavar="NAME", help="Create a certificate for a client with this common name instead.")
+@_folder
 @click.option("--force", is_flag=True, help="Replace an existing certificate and key. Never replaces the CA.")
-def create(names: tuple[str, ...], folder: Path, force: bool) -> None:
-    """Create a certificate for NAMEs (DNS names, *.wildcards, IP addresses), signed by a test CA.
+def create(names: tuple[str, ...], client: str | None, folder: Path, force: bool) -> None:
+    """Create a certificate for NAMEs (as in a site's names), signed by a test CA.
 
     The files are named after the first NAME. The default is localhost, 127.0.0.1 and ::1.
     """
-    issued = issue.create(names, folder, force=force)
-    state = "new" if issued.ca_created else "used again"
+    if client is None:
+        return _print_server(issue.create(names, folder, force=force))
+    if names:
+        raise click.UsageError("--client has a name of its own: leave the NAMEs out")
+    _print_client(issue.create_client(client, folder, force=force))
+
+
+def _print_server(issued: issue.Issued) -> None:
     click.echo(f"""\
-{issued.ca}  the test CA ({state}), which clients must trust
+{issued.ca}  the test CA ({_state(issued)}), which clients must trust
 {issued.cert}  the certificate and its chain, for --cert
 {issued.key}  its private key, for --key
 
@@ -44,6 +55,35 @@ To trust the CA:
   SSL_CERT_FILE={issued.ca} websockets wss://...
   NODE_EXTRA_CA_CERTS={issued.ca} node ...
 Keep {issued.ca.with_name("ca-key.pem")} secret: its holder can impersonate any site to these clients.""")
+
+
+def _print_client(issued: issue.Issued) -> None:
+    cert, key = shlex.quote(str(issued.cert)), shlex.quote(str(issued.key))
+    click.echo(f"""\
+{issued.ca}  the test CA ({_state(issued)}), for the site's client_ca
+{issued.cert}  the client's certificate and its chain
+{issued.key}  its private key
+
+To use it:
+  tlstunnel check wss://... --cert {cert} --key {key}
+  curl --cert {cert} --key {key} ...
+  openssl pkcs12 -export -in {cert} -inkey {key} -out client.p12    (for browsers)
+To revoke it: tlstunnel certs revoke {cert}""")
+
+
+def _state(issued: issue.Issued) -> str:
+    return "new" if issued.ca_created else "used again"
+
+
+@command.command()
+@click.argument("certs", metavar="[PEM]...", type=click.Path(path_type=Path), nargs=-1)
+@_folder
+def revoke(certs: tuple[Path, ...], folder: Path) -> None:
+    """Add the certificates in PEM files to the revocation list of the test CA, ca.crl, for a site's client_crl.
+
+    Without PEM, the list is only renewed: it expires after 397 days, and no client is accepted then.
+    """
+    click.echo(f"{issue.revoke(certs, folder)}  the revocation list, for the site's client_crl")
 
 
 @command.command()

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ from tlstunnel.check.results import (
     UpgradeResult,
 )
 from tlstunnel.check.steps import run
-from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_field
+from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_connect, parse_field
 from tlstunnel.errors import TlstunnelError
 from tlstunnel.escaping import printable
 
@@ -59,6 +59,16 @@ def _check_seconds(seconds: float) -> float:
 @click.command()
 @click.argument("target", metavar="URL", callback=_make_callback(Target.parse))
 @click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust only the certificates in PEM.")
+@click.option(
+    "--cert", type=click.Path(path_type=Path), metavar="PEM", help="Present this certificate if the server asks."
+)
+@click.option("--key", type=click.Path(path_type=Path), metavar="PEM", help="Its private key, if not in the same file.")
+@click.option(
+    "--connect",
+    metavar="HOST[:PORT]",
+    callback=_make_callback(lambda text: None if text is None else parse_connect(text)),
+    help="Connect there, with the URL's name and port in everything else.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
     "--header",
@@ -89,6 +99,9 @@ def command(  # noqa: PLR0913 - the command's options
     *,
     target: Target,
     ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect: tuple[str, int | None] | None,
     as_json: bool,
     fields: tuple[tuple[str, str], ...],
     subprotocols: tuple[str, ...],
@@ -99,7 +112,10 @@ def command(  # noqa: PLR0913 - the command's options
     The steps are DNS, TCP, TLS, the WebSocket handshake, a ping and its pong, and a clean close. If one fails, the
     reason is printed and the exit status is 1.
     """
-    steps = run(target, Trust.load(ca), fields=fields, subprotocols=subprotocols, timeout=timeout)
+    if key is not None and cert is None:
+        raise click.UsageError("--key requires --cert")
+    trust = Trust.load(ca, cert, key)
+    steps = run(replace(target, connect=connect), trust, fields=fields, subprotocols=subprotocols, timeout=timeout)
     if as_json:
         done = list(steps)
         click.echo(json.dumps({"url": target.url, "ok": done[-1].ok, "steps": [_to_json(step) for step in done]}))

@@ -3,10 +3,10 @@
 import ssl
 from pathlib import Path
 from time import monotonic
-from typing import NoReturn
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.certificates import describe
+from tlstunnel.certificates.contexts import load_client_pair
 from tlstunnel.errors import CertificateError
 from tlstunnel.journal.events import Reason
 from tlstunnel.origins.errors import OriginTLSFailed
@@ -173,23 +173,8 @@ def create_client_context(
         # Certificates in `ca` are trusted even if they are not roots.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if cert is not None:
-        _load_pair(context, cert, key or cert)
+        load_client_pair(context, cert, key or cert)
     return context
-
-
-def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    leaf, private = describe.read_certificates(cert)[0], describe.read_key(key)
-    if not describe.matches(private, leaf):
-        raise CertificateError(f"{key}: the private key does not match the first certificate in {cert}")
-
-    def refuse_passphrase() -> NoReturn:
-        # `read_key` needed no passphrase. Without a callback, OpenSSL would ask on the terminal.
-        raise CertificateError(f"{key}: the private key is encrypted; `openssl pkey -in {key}` decrypts it")
-
-    try:
-        context.load_cert_chain(cert, key, password=refuse_passphrase)
-    except OSError as error:
-        raise CertificateError(f"{cert}: the TLS library refuses it: {_get_openssl_name(error)}") from error
 
 
 def explain(error: OSError) -> str:
