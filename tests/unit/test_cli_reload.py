@@ -66,6 +66,16 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", f"tlstunnel: {reason}\n")
 
 
+def test_a_line_for_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = ControlError("nothing was changed: t.toml:3: a", "t.toml:4: b")
+    assert reloaded(tmp_path / "c.sock", error) == 1
+    assert capsys.readouterr() == ("", "tlstunnel: nothing was changed: t.toml:3: a\ntlstunnel: t.toml:4: b\n")
+    assert reloaded(tmp_path / "c.sock", error, "--json") == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"] == "nothing was changed: t.toml:3: a; t.toml:4: b"
+    assert answer["problems"] == ["nothing was changed: t.toml:3: a", "t.toml:4: b"]
+
+
 def test_no_tunnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     assert status() == 1

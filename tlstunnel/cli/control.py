@@ -24,7 +24,8 @@ def run_command(control: Path | None, do: str, *, as_json: bool) -> Mapping[str,
         response = send_command(find_control_socket(control), {"do": do})
     except ControlError as error:
         if as_json:
-            click.echo(json.dumps({"ok": False, "error": str(error)}))
+            several = {"problems": error.problems} if len(error.problems) > 1 else {}
+            click.echo(json.dumps({"ok": False, "error": str(error), **several}))
         raise
     if as_json:
         click.echo(json.dumps(response))

@@ -65,11 +65,17 @@ class AddressSet:
         """Return the number of ranges, after joining networks that overlap or touch."""
         return len(self._v4[0]) + len(self._v6[0])
 
+    @property
+    def fingerprint(self) -> int:
+        """A number that is the same in this process as long as the set contains the same addresses."""
+        return hash(tuple(map(tuple, (*self._v4, *self._v6))))
+
 
 @dataclass(frozen=True, slots=True)
 class _Content:
     addresses: AddressSet
     words: frozenset[str]
+    count: int
 
 
 class NamedList:
@@ -85,7 +91,7 @@ class NamedList:
         self.file = Path(source) if isinstance(source, str) else None
         self.networks_only = False
         self._signature: _Signature | None = None
-        self._content = _Content(AddressSet(), frozenset())
+        self._content = _Content(AddressSet(), frozenset(), 0)
         if isinstance(source, str):
             self.refresh()
         else:
@@ -94,6 +100,17 @@ class NamedList:
     def __contains__(self, value: object) -> bool:
         content = self._content
         return value in content.words or value in content.addresses
+
+    @property
+    def count(self) -> int:
+        """The number of entries, as written."""
+        return self._content.count
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that is the same in this process as long as the list contains the same."""
+        content = self._content
+        return hash((content.addresses.fingerprint, content.words))
 
     def require_networks(self) -> None:
         """Accept only networks from now on. Raises ConfigurationError if the list already has another entry."""
@@ -245,7 +262,7 @@ def _parse_entries(entries: Iterable[tuple[str | int, str]], *, networks_only: b
         problems[MAX_REPORTED:] = [Problem((), f"{more} more entries are wrong")]
     if problems:
         raise InvalidConfiguration(*problems)
-    return _Content(AddressSet(networks), frozenset(words))
+    return _Content(AddressSet(networks), frozenset(words), len(networks) + len(words))
 
 
 def _problem_at(place: str | int, reason: str) -> Problem:

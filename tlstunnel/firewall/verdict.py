@@ -144,6 +144,11 @@ class Firewall:
                 self._policies[site.names[0]] = self._build_policy(index, site)
         problems.raise_found()
 
+    @property
+    def lists(self) -> NamedLists:
+        """The lists of the configuration."""
+        return self._lists
+
     def _build_policy(self, index: int, site: SiteConfig) -> Policy:
         checked = site.web_origins is not None or site.require_web_origin
         rules, limits, managed = self._optional.by_site[index] if self._optional else (None, None, None)

@@ -1,7 +1,8 @@
 """The control socket: how commands reach a running tunnel (`tlstunnel.processes.commands`).
 
 A Unix socket of mode 0600. A client sends a line with a JSON object, such as ``{"do": "reload"}``. Once that is done it
-receives another: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``. Then the connection is closed.
+receives another: ``{"ok": true, ...}``, or ``{"ok": false, "error": "..."}``, with all ``problems`` in a list if there
+are several. Then the connection is closed.
 """
 
 import asyncio
@@ -182,14 +183,14 @@ class ControlSocket:
         try:
             return {"ok": True, **await handler(request, client)}
         except ControlError as error:
-            return _make_error(str(error))
+            return _make_error(*error.problems)
         except Exception:
             structlog.get_logger().exception(Event.COMMAND_FAILED, command=command)
             return _make_error("internal error in the tunnel; see its log")
 
 
-def _make_error(error: str) -> Mapping[str, Any]:
-    return {"ok": False, "error": error}
+def _make_error(*problems: str) -> Mapping[str, Any]:
+    return {"ok": False, "error": "; ".join(problems), **({"problems": problems} if len(problems) > 1 else {})}
 
 
 def _bind(path: Path) -> socket.socket:
@@ -233,6 +234,12 @@ def _is_listening(path: Path) -> bool:
         return True
 
 
+def _list_problems(response: Mapping[str, Any]) -> tuple[str, ...]:
+    problems = response.get("problems")
+    several = problems if isinstance(problems, list) and problems else [response.get("error")]
+    return tuple(map(str, several))
+
+
 def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Send a request and return the response, without a time limit. Raises ControlError, also if it is refused."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -253,5 +260,5 @@ def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(response, dict):
         raise ControlError(f"{path}: the program that listens there is not a tunnel")
     if not response.get("ok"):
-        raise ControlError(str(response.get("error")))
+        raise ControlError(*_list_problems(response))
     return response

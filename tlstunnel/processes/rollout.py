@@ -286,9 +286,12 @@ class Rollout:
         try:
             yield
         except TlstunnelError as error:
-            reason = str(error) if isinstance(error, ControlError) else f"nothing was changed: {error}"
-            self._log.warning(event, reason=reason)
-            raise ControlError(reason) from None
+            problems = error.problems
+            if not isinstance(error, ControlError):
+                first, *more = problems
+                problems = (f"nothing was changed: {first}", *more)
+            self._log.warning(event, reason="; ".join(problems))
+            raise ControlError(*problems) from None
         finally:
             self.notify_ready()
 

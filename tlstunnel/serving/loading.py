@@ -8,7 +8,7 @@ Tested by tests/unit/test_loading_corpus.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +22,8 @@ from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed
+from tlstunnel.serving.changes import describe_changes
+from tlstunnel.serving.contents import Contents, describe_reloaded, read_contents
 from tlstunnel.serving.sites import build_sites
 from tlstunnel.serving.warnings import LoadWarning, find_warnings
 from tlstunnel.tunnel.sites import Sites
@@ -77,12 +79,21 @@ class LoadedConfig:
     description: Description
     sites: Sites
     firewall: Firewall
+    contents: Contents
     workers: "Workers | None" = None
 
     @property
     def config(self) -> Config:
         """The configuration that it was built from."""
         return self.description.config
+
+    def describe_changes(self, before: "LoadedConfig") -> list[str]:
+        """Return a line for each difference from `before`, in the configuration or in the files that it names."""
+        return [
+            *describe_changes(before.config, self.config),
+            *describe_reloaded(before.contents, self.contents, self.sites, self.firewall.lists, datetime.now(UTC)),
+            *self.sites.certificates.complaints(),
+        ]
 
     def warnings(self) -> list[LoadWarning]:
         """Return the warnings about the configuration."""
@@ -177,7 +188,9 @@ def load(
         if workers is not None:
             workers.discard()
         raise
-    return LoadedConfig(description, sites, firewall, workers)
+    folder = description.file.parent if description.file is not None else None
+    contents = read_contents(description.sites, sites, firewall.lists, folder)
+    return LoadedConfig(description, sites, firewall, contents, workers)
 
 
 def load_firewall(description: Description) -> Firewall:

@@ -15,7 +15,6 @@ from tlstunnel.certificates.watch import Watch
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.logger import structlog
-from tlstunnel.serving.changes import describe_changes
 from tlstunnel.serving.loading import Description, LoadedConfig, load
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
@@ -70,7 +69,7 @@ class Service:
         loaded = await _load_in_thread(self._invocation, text, self._journal, self._loaded)
         await loaded.start()
         self._prepared = loaded
-        return [*describe_changes(self._loaded.config, loaded.config), *loaded.sites.certificates.complaints()]
+        return loaded.describe_changes(self._loaded)
 
     def commit(self) -> None:
         """Serve new connections with the configuration that was prepared. Open tunnels are not affected."""
