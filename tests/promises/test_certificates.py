@@ -12,8 +12,18 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding
+from cryptography.x509.oid import NameOID
 
-from tests.harness import TIMEOUT, Tunnel, WebsocketsOrigin, eventually, receive_exactly, switching_protocols, upgrade
+from tests.harness import (
+    TIMEOUT,
+    Tunnel,
+    WebsocketsOrigin,
+    eventually,
+    handshake_request,
+    receive_exactly,
+    switching_protocols,
+    upgrade,
+)
 from tests.pki import DAY, NOW, Authority, cert_pem, client_context, key_pem, new_key, read_until, s_client, typing
 from tests.promises.scripted_origin import ScriptedOrigin
 from tests.promises.wire import read_until_end
@@ -198,6 +208,26 @@ def test_the_subject_reaches_the_origin_and_cannot_be_claimed(
             eventually(lambda sent=traffic: sent.heads)  # type: ignore[misc]
             found = re.findall(rb"(?i)\r\nx[-_]client[-_]subject: ([^\r]*)", traffic.heads[0])
             assert found == expected
+
+
+def test_the_origin_gets_no_forged_common_name(
+    authority: Authority, clients: tuple[Authority, Path], ca: Path, tmp_path: Path
+) -> None:
+    authority.pair(tmp_path, "a")
+    subject = x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, "alice"), x509.NameAttribute(NameOID.ORGANIZATION_NAME, "x,CN=admin")]
+    )
+    pair = clients[0].pair(tmp_path, "alice", subject, names=())
+    more = f'client_ca = "{clients[1]}"\nsend_proxy_protocol = "v2-tls"\n'
+    with ScriptedOrigin() as origin, serving(site(origin, tmp_path, more)) as tunnel:
+        traffic = origin.play(switching_protocols)
+        with connected(tunnel, client_context(ca, pair=pair)) as client:
+            client.sendall(handshake_request("/"))
+            eventually(lambda: traffic.heads)
+        # The signature of the header looks like the end of a head.
+        header = traffic.surplus_at_end().partition(b"GET / ")[0]
+        assert b"\x22\0\x05alice" in header
+        assert b"admin" not in header
 
 
 def test_the_allow_list_and_the_revocation_list(

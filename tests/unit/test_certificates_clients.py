@@ -32,6 +32,7 @@ from tlstunnel.certificates.clients import (
     ClientFiles,
     ClientRefused,
     explain_failure,
+    find_common_name,
     is_allowed,
     read_policy,
     read_subject,
@@ -139,6 +140,30 @@ def test_several_common_names_match_nothing() -> None:
     cert = der(CA.sign(KEY, x509.Name(names)))
     assert not is_allowed(cert, ("cn:ann", "cn:bob", "cn:ann,bob"))
     assert is_allowed(cert, ("dns:localhost",))
+
+
+CN, ORG = NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME
+
+
+@pytest.mark.parametrize(
+    ("attributes", "name"),
+    [
+        ([(CN, "ann")], "ann"),
+        ([(CN, "M\u00fcller, of sales")], "M\u00fcller, of sales"),
+        ([(CN, "alice"), (ORG, "x,CN=admin")], "alice"),
+        ([(ORG, "x+CN=admin")], ""),
+        ([(CN, "alice"), (CN, "admin")], ""),
+        ([(CN, "admin\0.example")], ""),
+        ([(CN, "admin\r\n")], ""),
+        ([(CN, "admin\u202e")], ""),
+        ([], ""),
+    ],
+)
+def test_a_common_name_cannot_be_forged(attributes: list[tuple[x509.ObjectIdentifier, str]], name: str) -> None:
+    # One by one, because a set of several attributes would be sorted.
+    subject = x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes])
+    assert find_common_name(der(CA.sign(KEY, subject))) == name
+    assert find_common_name(b"no certificate") == ""
 
 
 # Authorities and revocation lists.

@@ -159,3 +159,12 @@ def test_a_connection_of_the_proxy_itself(version: str) -> None:
 def test_a_unix_socket_has_no_address() -> None:
     assert write_v1(None, ("192.0.2.1", 1)) == b"PROXY UNKNOWN\r\n"
     assert read_header(write_v2(None, None)) == Header(16, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"), [("ann", True), ("a" * 255, True), ("a" * 256, False), ("\u00fc" * 128, False)]
+)
+def test_a_common_name_is_sent_whole_or_not_at_all(name: str, sent: bool) -> None:
+    header = write_v2(None, None, TLSInfo("TLSv1.3", "A", common_name=name, verified=True))
+    assert (struct.pack("!BH", 0x22, len(name.encode())) + name.encode() in header) is sent
+    assert (b"\x22" in header) is sent

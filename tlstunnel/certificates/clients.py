@@ -49,7 +49,6 @@ _DISTRUST = {
     23: Reason.TLS_CLIENT_REVOKED,
     26: Reason.TLS_CLIENT_OTHER_PURPOSE,
 }
-_COMMON_NAME = re.compile(r"(?:^|[,+])CN=((?:[^,+\\]|\\.)*)")
 
 
 class ClientRefused(Exception):
@@ -256,10 +255,19 @@ def read_subject(der: bytes) -> str:
     return ascii_
 
 
-def find_common_name(text: str) -> str:
-    """Return the common name in the result of `read_subject`; "" if there is none."""
-    found = _COMMON_NAME.search(text)
-    return found[1] if found else ""
+@lru_cache(maxsize=MAX_CACHED)
+def find_common_name(der: bytes) -> str:
+    """Return the common name of a certificate; "" if it has none, several, or one with unprintable characters.
+
+    It is read as an attribute, not from the text of the subject, in which another attribute could imitate it. A
+    receiver may take the first of several or the last, and may end a name at a NUL.
+    """
+    try:
+        found = _load(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except (ValueError, CertificateError):
+        return ""
+    value = found[0].value if len(found) == 1 else ""
+    return value if isinstance(value, str) and value.isprintable() else ""
 
 
 def is_allowed(der: bytes, client_allow: tuple[str, ...]) -> bool:

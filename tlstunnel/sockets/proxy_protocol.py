@@ -19,6 +19,9 @@ LONGEST_V1 = 107
 MAX_V2 = 4096
 """Bytes of a binary header that are accepted. Addresses and common TLVs need a few hundred; 65 551 are possible."""
 
+MAX_COMMON_NAME = 255
+"""Bytes of a common name that is sent. A longer one is left out, because a cut one could equal another."""
+
 _V1 = re.compile(
     rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|(?P<family>TCP[46])"
     rb" (?P<source>[0-9A-Fa-f.:]{2,45}) (?P<destination>[0-9A-Fa-f.:]{2,45})"
@@ -181,7 +184,8 @@ def _render_tlvs(tls: TLSInfo | None, unique_id: str) -> Iterator[bytes]:
         client = CLIENT_SSL
         if tls.verified:
             client |= CLIENT_CERT_CONN | CLIENT_CERT_SESS
-            inner += _render_tlv(SSL_CN, tls.common_name.encode()[:255]) if tls.common_name else b""
+            name = tls.common_name.encode()
+            inner += _render_tlv(SSL_CN, name) if 0 < len(name) <= MAX_COMMON_NAME else b""
         # `verify` is zero if a certificate was presented and verified (section 2.2.6).
         yield _render_tlv(SSL, struct.pack("!BI", client, 0 if tls.verified else 1) + inner)
     if unique_id:

@@ -16,8 +16,8 @@ class Client:
 
     `peer` is the address of the socket's peer, or the one in its PROXY header; "" for a Unix socket. `trusted` means
     that the peer is a proxy whose forwarding fields are used. `site` is None until the hello has chosen one.
-    `certificate` is the client's, in DER, if the site has an edge worker. `certificate_refusal` says why the
-    certificate is not accepted, "" if it is.
+    `certificate` is the client's, in DER, if the site has an edge worker or its origins get a PROXY header with TLS.
+    `certificate_refusal` says why the certificate is not accepted, "" if it is.
     """
 
     __slots__ = (

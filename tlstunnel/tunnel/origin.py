@@ -84,8 +84,9 @@ def _render_proxy_header(turn: Turn, version: str) -> bytes:
         return proxy_protocol.write_v1(source, here)
     if version == "v2":
         return proxy_protocol.write_v2(source, here)
+    common_name = find_common_name(client.certificate) if client.certificate is not None else ""
     tls = proxy_protocol.TLSInfo(
-        client.tls_version, client.cipher, client.sni, find_common_name(client.subject), verified=bool(client.subject)
+        client.tls_version, client.cipher, client.sni, common_name, verified=client.certificate is not None
     )
     return proxy_protocol.write_v2(source, here, tls, turn.record.id)
 
