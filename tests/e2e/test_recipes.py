@@ -111,6 +111,8 @@ def _serve_page_and_socket(sock: socket.socket) -> None:
     sock.sendall(switching_protocols(request))
     while some := sock.recv(65536):
         sock.sendall(bytes([some[0], some[1] & 0x7F]) + _unmask(some[2:]))
+        if some[0] & 0x0F == 8:  # after a Close, the client waits for the end of the connection
+            return
 
 
 def _unmask(rest: bytes) -> bytes:

@@ -341,12 +341,15 @@ def test_a_full_disk(origin: WebsocketsOrigin, certificate: Certificate, tmp_pat
 
 
 def test_an_upgrade_during_an_upgrade(origin: WebsocketsOrigin, certificate: Certificate, versions: Versions) -> None:
-    with _started(origin, certificate, versions, 'upgrade_timeout = "10s"') as tunnel:
-        (versions.install("2.0.0") / "serving" / "service.py").write_text("import time\ntime.sleep(1000)\n")
+    with _started(origin, certificate, versions) as tunnel:
+        over = tunnel.folder / "over"
+        waits = f"import os, time\nwhile not os.path.exists({str(over)!r}):\n    time.sleep(0.1)\nraise SystemExit(1)\n"
+        (versions.install("2.0.0") / "serving" / "service.py").write_text(waits)
         tunnel.send_signal(signal.SIGUSR2)
         eventually(lambda: _probes(tunnel))
         assert "a reload or an upgrade is in progress" in upgraded(tunnel, status=1)
-        tunnel.wait_record(lambda record: "not ready within" in record.get("reason", ""))
+        over.touch()
+        tunnel.wait_records(1, "not upgraded")
         versions.install("3.0.0")
         assert upgraded(tunnel) == "1.0.0 -> 3.0.0, generation 2"
 

@@ -9,7 +9,7 @@ import pytest
 from tests.harness import Certificate, Tunnel, WebsocketsOrigin, eventually
 from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
-from tests.promises.versions import Versions, upgraded
+from tests.promises.versions import Versions, unpack, upgraded
 from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.previous import FORMAT as PREVIOUS
 
@@ -24,12 +24,19 @@ def origin() -> Iterator[WebsocketsOrigin]:
         yield origin
 
 
-@pytest.fixture(params=WHEELS, ids=lambda wheel: wheel.name.split("-py3")[0])
-def versions(tmp_path: Path, request: pytest.FixtureRequest) -> Versions:
+@pytest.fixture(scope="module", params=WHEELS, ids=lambda wheel: wheel.name.split("-py3")[0])
+def previous(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp("previous") / "unpacked"
+    unpack(request.param, folder)
+    return folder
+
+
+@pytest.fixture
+def versions(tmp_path: Path, previous: Path) -> Versions:
     """The earlier release, as ``previous``, is the current one; the code under test is ``present``."""
     versions = Versions(tmp_path / "versions")
     versions.install("present")
-    versions.install_wheel(request.param, "previous")
+    versions.install_folder(previous, "previous")
     return versions
 
 

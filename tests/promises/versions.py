@@ -1,5 +1,6 @@
 """Versions of the package side by side, and a link to the installed one, which is a common way to deploy."""
 
+import compileall
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import tlstunnel
 from tests.harness import Tunnel
+from tlstunnel.processes.control import send_command
 
 
 class Versions:
@@ -29,7 +31,8 @@ class Versions:
         package = self._folder / version / "tlstunnel"
         if not package.exists():
             source = Path(tlstunnel.__file__).parent
-            shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+            # With the compiled modules, except those that are being written.
+            shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.pyc.*"))
             init = package / "__init__.py"
             text, count = re.subn('__version__ = ".*"', f'__version__ = "{version}"', init.read_text())
             assert count == 1
@@ -37,10 +40,9 @@ class Versions:
         self.choose(version)
         return package
 
-    def install_wheel(self, wheel: Path, version: str) -> None:
-        """Unpack a wheel and make it the current one, as ``pip install --no-deps --target`` does."""
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(self._folder / version)
+    def install_folder(self, folder: Path, version: str) -> None:
+        """Copy an installed version and make it the current one."""
+        shutil.copytree(folder, self._folder / version)
         self.choose(version)
 
     def choose(self, version: str) -> None:
@@ -54,8 +56,18 @@ class Versions:
         shutil.rmtree(self._folder / version)
 
 
+def unpack(wheel: Path, folder: Path) -> None:
+    """Install a wheel in a folder, as ``pip install --no-deps --target`` does."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    assert compileall.compile_dir(folder, quiet=1)
+
+
 def upgraded(tunnel: Tunnel, status: int = 0) -> str:
     """Upgrade; return the line that the command prints."""
+    if not status:
+        response = send_command(tunnel.control, {"do": "upgrade"})
+        return f"{response['before']} -> {response['version']}, generation {response['generation']}"
     said = tunnel.run_command("upgrade", status=status)
     assert len(said) == 1, said
     return said[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import h11
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, KEY, Field, request, without
@@ -460,7 +460,6 @@ def _as_cgi(name: bytes) -> bytes:
     return name.upper().replace(b"-", b"_")
 
 
-@settings(max_examples=400, deadline=None)
 @given(_HEADERS, st.lists(_NAMES, max_size=3), st.lists(st.tuples(_NAMES, _VALUES), max_size=4))
 def test_forward_builds_one_request_with_exactly_these_fields(
     headers: dict[str, str | list[str]], removed: list[str], client: list[tuple[str, str]]
@@ -573,7 +572,6 @@ def _normal(path: str) -> str:
     return "/" + "/".join(segments) + ("/" if segments and parts[-1] in ("", ".", "..") else "")
 
 
-@settings(max_examples=300)
 @given(_PATHS)
 def test_a_path_is_read_as_it_was_set(path: str) -> None:
     after = make().forward(path=path)
@@ -741,7 +739,6 @@ def test_invalid_header_values_of_a_reply(value: Any) -> None:
         Reply(401, "", {"X-A": value})
 
 
-@settings(max_examples=200)
 @given(st.integers(300, 599), st.text(max_size=20) | st.binary(max_size=20), _HEADERS)
 def test_any_valid_reply_is_one_response(status: int, body: str | bytes, headers: dict[str, Any]) -> None:
     try:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from math import ceil
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from limits import RateLimitItem, parse
 from limits.strategies import (
@@ -120,7 +120,6 @@ LIBRARY: dict[Strategy, Callable[[BoundedStorage], RateLimiter]] = {
 
 
 @pytest.mark.parametrize("strategy", MODELS)
-@settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
 @example(steps=[(0, "a"), (0, "a"), (20, "a"), (0, "a"), (0.25, "a")], most=1, window=20)
 def test_each_strategy_admits_as_its_model(
@@ -137,7 +136,6 @@ def test_each_strategy_admits_as_its_model(
 
 
 @pytest.mark.parametrize("strategy", LIBRARY)
-@settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20))
 def test_the_library_on_the_storage_admits_as_the_model(
     strategy: Strategy, steps: list[tuple[float, str]], most: int, window: int
@@ -154,7 +152,6 @@ def test_the_library_on_the_storage_admits_as_the_model(
 
 
 @pytest.mark.parametrize("strategy", MODELS)
-@settings(deadline=None)
 @given(steps=steps, most=st.integers(1, 6), window=st.integers(1, 20), start=st.floats(100, 1e7))
 @example(steps=[(0, "a"), (0, "a")], most=1, window=1, start=100.000001)
 def test_wait_is_exact(
@@ -179,7 +176,6 @@ def test_wait_is_exact(
 # What is kept when the capacity is used up.
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["incr", "get", "clear"]), st.integers(0, 9).map(str)), max_size=200),
     st.integers(1, 6),

@@ -126,7 +126,7 @@ def test_missing_library_is_named_with_the_packages(monkeypatch: pytest.MonkeyPa
         ModSecurity()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     target=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40),
     value=st.binary(max_size=40).map(lambda raw: raw.replace(b"\0", b"")),

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, Field, request
@@ -162,7 +162,6 @@ values = st.binary(max_size=40).map(lambda data: bytes(0x21 + byte % 0x5E for by
 )
 
 
-@settings(deadline=None)
 @given(st.tuples(values, values), st.tuples(values, values))
 def test_keys_are_short_and_distinct(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> None:
     counters = RecordingCounters()
@@ -324,7 +323,6 @@ def test_all_exceeded_limits_are_named_and_the_longest_wait_counts() -> None:
 SF_STRING = re.compile(rb'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20) | st.sampled_from(['a"b\\c', "für alle", "a\r\nX: y", "\ud800"]))
 def test_any_name_can_be_sent_in_the_fields(name: str) -> None:
     counting = limits(config(name))

@@ -4,7 +4,7 @@ import re
 
 import h11
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, request, without
@@ -341,7 +341,6 @@ def test_client_address_has_no_zone(zone: bytes) -> None:
     assert find_client_address(found, "10.0.0.9", TRUSTED) == "10.0.0.9"
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -372,7 +371,6 @@ FORBIDDEN = {b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-e
 ONCE = {b"host", b"sec-websocket-key", b"sec-websocket-version"} | {name.lower() for name, _ in OURS}
 
 
-@settings(max_examples=400, deadline=None)
 @given(mutated(*BASES), st.booleans())
 def test_any_accepted_request_is_forwarded_as_one_clean_request(data: bytes, trusted: bool) -> None:
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import h11
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, mutated, pieces, render_head, request, splits, without
@@ -450,7 +450,6 @@ EXTENSION = st.sampled_from([b"", b";", b";a", b';a="b;c"', b" ", b"\t;x=\xff"])
 TRAILER = st.sampled_from([b"", b"X-Sum: 1\r\n", b"A:\r\nHost: other\r\n"])
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.binary(min_size=1, max_size=40), EXTENSION)), TRAILER, splits())
 def test_chunked_body_in_any_pieces_arrives(chunks: list[tuple[bytes, bytes]], trailer: bytes, cuts: list[int]) -> None:
     sent = (
@@ -463,7 +462,6 @@ def test_chunked_body_in_any_pieces_arrives(chunks: list[tuple[bytes, bytes]], t
         assert (head.method, body) == (b"POST", content)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=50), splits())
 def test_counted_body_in_any_pieces_arrives(content: bytes, behind: bytes, cuts: list[int]) -> None:
     data = asking((b"Content-Length", b"%d" % len(content)), line=b"PUT / HTTP/1.1") + content + behind
@@ -487,7 +485,6 @@ def decoded(fed: list[bytes]) -> tuple[bytes, bool] | None:
     return content, body.complete
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*CODED) | st.binary(max_size=60), splits())
 @example(b"1\r\nh\r\n0\r\n\r\n", [3])
 @example(b"1\r\nh\r\n0\r\n\n", [])
@@ -771,7 +768,6 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
     return "plain", found, served(render_forwarded_head(found, FROM_CLIENT) + out)[1]
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*REQUESTS), splits())
 def test_any_pieces_give_one_clean_request_or_a_refusal(data: bytes, cuts: list[int]) -> None:
     found = outcome([data])
@@ -779,7 +775,6 @@ def test_any_pieces_give_one_clean_request_or_a_refusal(data: bytes, cuts: list[
     assert outcome([bytes((byte,)) for byte in data]) == found
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*REQUESTS))
 def test_passing_changes_nothing_for_websocket_requests(data: bytes) -> None:
     """Of the rest only the rows on the method, the upgrade and the body: other refusals stay."""
@@ -798,7 +793,6 @@ def test_passing_changes_nothing_for_websocket_requests(data: bytes) -> None:
         assert found[0] in (400, 405)
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*REQUESTS), st.booleans())
 def test_any_plain_request_is_forwarded_as_one_clean_head(data: bytes, trusted: bool) -> None:
     try:
@@ -863,7 +857,6 @@ def answered(fed: list[bytes], to: PlainRequest) -> tuple[object, ...]:
     return interim, status, fields, body
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*RESPONSES), splits(), st.sampled_from([GET, HEAD]))
 def test_any_pieces_of_a_response_give_one_clean_response_or_a_bad_one(
     data: bytes, cuts: list[int], to: PlainRequest

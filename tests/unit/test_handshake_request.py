@@ -4,7 +4,7 @@ import re
 
 import h11
 import pytest
-from hypothesis import event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from tests.handshakes import FIELDS, KEY, RICH_FIELDS, Field, mutated, pieces, request, splits, without
@@ -588,7 +588,6 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
     return ("more",)
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=400) | mutated(*BASES), splits())
 @example(request()[:-1] + b"\r\n", [len(request()) - 1])
 def test_any_split_gives_the_same_and_nothing_but_a_refusal_is_raised(data: bytes, cuts: list[int]) -> None:
@@ -597,7 +596,6 @@ def test_any_split_gives_the_same_and_nothing_but_a_refusal_is_raised(data: byte
     assert outcome([bytes((byte,)) for byte in data]) == whole
 
 
-@settings(max_examples=400, deadline=None)
 @given(mutated(*BASES))
 def test_what_is_accepted_is_one_request_by_the_rfc(data: bytes) -> None:
     reader = RequestReader()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import h11
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from tests.handshakes import (
     ACCEPT,
@@ -563,7 +563,6 @@ def outcome(fed: list[bytes]) -> tuple[object, ...]:
     return "declined", found.status, understood(found.head + out)[1], found.head
 
 
-@settings(max_examples=500, deadline=None)
 @given(mutated(*BASES), splits())
 def test_any_split_gives_the_same_and_only_a_bad_response_is_raised(data: bytes, cuts: list[int]) -> None:
     whole = outcome([data] if data else [])
@@ -571,7 +570,6 @@ def test_any_split_gives_the_same_and_only_a_bad_response_is_raised(data: bytes,
     assert outcome([bytes((byte,)) for byte in data]) == whole
 
 
-@settings(max_examples=300, deadline=None)
 @given(mutated(*BASES))
 def test_a_101_that_switches_is_clean(data: bytes) -> None:
     found = outcome([data] if data else [])

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tlstunnel.errors import ProcessError
@@ -131,7 +131,6 @@ def test_the_rest_of_a_link_that_another_process_holds_open_is_read_too() -> Non
     _linked(work)
 
 
-@settings(deadline=None)
 @given(st.lists(JSON, max_size=20))
 def test_each_reply_belongs_to_its_request(values: list[Any]) -> None:
     async def work(near: Link, _: Link, __: list[str]) -> None:

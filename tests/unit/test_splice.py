@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -914,7 +914,6 @@ def _open_up(play: Playbook) -> None:
     play.run()
 
 
-@settings(max_examples=300, deadline=None)
 @given(STARTS, st.lists(ORDERLY, max_size=25))
 @example(  # our close_notify waits for room when the peer's is read
     {"tls_origin": True, "to_client": b"", "to_origin": b""},
@@ -937,7 +936,6 @@ def test_an_orderly_script_loses_no_byte(start: dict[str, Any], script: list[tup
     assert play.counted == (len(play.origin.sent), len(play.client.sent))
 
 
-@settings(max_examples=500, deadline=None)
 @given(STARTS, st.lists(ANY, max_size=25))
 def test_any_script_ends_once_and_never_spins(start: dict[str, Any], script: list[tuple[str, str, int]]) -> None:
     play = Playbook(**start).start()
