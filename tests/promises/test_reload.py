@@ -258,6 +258,26 @@ def test_a_second_tunnel_cannot_take_it_but_that_of_a_dead_one_is_replaced(
         assert third.reload() == ["nothing has changed"]
 
 
+def test_a_tunnel_gets_the_control_socket_of_one_that_drains(
+    origin: WebsocketsOrigin, certificate: Certificate, tmp_path: Path
+) -> None:
+    """It is started on the same port while the other one still has tunnels."""
+    environment = {"RUNTIME_DIRECTORY": str(tmp_path)}
+    with Tunnel(origin.address, certificate, environment=environment) as first, connect_tls(first) as client:
+        assert upgrade(client).status == 101
+        first.send_signal(signal.SIGTERM)
+        first.wait_record(lambda record: record["event"] == "draining")
+        listen = (f"127.0.0.1:{first.port}",)
+        with Tunnel(origin.address, certificate, listen=listen, environment=environment) as second:
+            (record,) = second.records("no control socket")
+            assert "another tunnel has this control socket" in record["reason"]
+            client.close()
+            got = second.wait_record(lambda record: record["event"] == "control socket")
+            done = _command("reload", **environment)
+            assert done.stdout == "nothing has changed\n"
+            assert done.stderr == f"using {got['control']}\n"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -73,6 +73,8 @@ def raw(path: Path, sent: bytes) -> dict[str, Any]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty default folder of control sockets."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(control, "SYSTEM_FOLDER", tmp_path / "system")
     return tmp_path
 
 
@@ -212,6 +214,29 @@ def test_the_socket_of_a_dead_tunnel_is_replaced(tmp_path: Path) -> None:
     assert served(path, lambda: send_command(path, {"do": "reload"}))["ok"]
 
 
+def test_no_other_user_can_lock_it(tmp_path: Path) -> None:
+    lock = tmp_path / "c.sock.lock"
+    lock.touch(0o644)  # as earlier releases created it
+    served(tmp_path / "c.sock", lambda: None)
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+    before = os.umask(0)
+    try:
+        served(tmp_path / "new.sock", lambda: None)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.sock.lock").stat().st_mode) == 0o600
+
+
+def test_a_lock_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / "c.sock.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ControlError, match=r"c\.sock\.lock: is a symbolic link"):
+        ControlSocket.bind(tmp_path / "c.sock")
+    assert not (tmp_path / "precious").exists()
+    os.mkfifo(tmp_path / "d.sock.lock")
+    with pytest.raises(ControlError, match=r"d\.sock\.lock: is not a file of this user"):
+        ControlSocket.bind(tmp_path / "d.sock")
+
+
 def test_another_kind_of_file_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
     path.write_text("mine")
@@ -273,7 +298,7 @@ def test_the_only_socket_is_found(folder: Path) -> None:
     (folder / "control-2.sock").touch()
     path = folder / "control-8443.sock"
     with listening(path):
-        assert find_control_socket(None) == path
+        assert find_control_socket() == path
 
 
 def test_a_busy_socket_is_found(folder: Path) -> None:
@@ -281,23 +306,29 @@ def test_a_busy_socket_is_found(folder: Path) -> None:
     with listening(path), socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
         one.connect(str(path))
         two.connect(str(path))  # the backlog of 1 takes two (listen(2)'s old habit), and is full now
-        assert find_control_socket(None) == path
+        assert find_control_socket() == path
 
 
-def test_the_named_socket_is_found(folder: Path) -> None:
-    named = folder / "other.sock"
-    assert find_control_socket(named) == named
+@pytest.mark.parametrize("place", ["s/tlstunnel", "system"])
+def test_a_socket_elsewhere_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A tunnel of the system, from a session; and one of the session, from another service."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / "s"))
+    (folder / place).mkdir(parents=True)
+    path = folder / place / "control-8443.sock"
+    with listening(path):
+        assert find_control_socket() == path
 
 
 def test_no_socket_is_found(folder: Path) -> None:
-    with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder}"):
-        find_control_socket(None)
+    with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder} or {folder}/system;"):
+        find_control_socket()
 
 
 def test_several_are_listed(folder: Path) -> None:
-    one, two = folder / "control-1.sock", folder / "control-2.sock"
+    (folder / "system").mkdir()
+    one, two = folder / "control-1.sock", folder / "system" / "control-2.sock"
     with listening(one), listening(two), pytest.raises(ControlError, match=f"--control: {one}, {two}$"):
-        find_control_socket(None)
+        find_control_socket()
 
 
 def test_no_tunnel_to_connect_to(tmp_path: Path) -> None:

@@ -19,9 +19,15 @@ def control_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_command(control: Path | None, do: str, *, as_json: bool) -> Mapping[str, Any] | None:
-    """Send the command `do`; return the response, or with `as_json` print it and return None. Raises ControlError."""
+    """Send the command `do`; return the response, or with `as_json` print it and return None. Raises ControlError.
+
+    Without `control`, the only tunnel is found, and standard error says which one it is.
+    """
     try:
-        response = send_command(find_control_socket(control), {"do": do})
+        if control is None:
+            control = find_control_socket()
+            click.echo(f"using {control}", err=True)
+        response = send_command(control, {"do": do})
     except ControlError as error:
         if as_json:
             several = {"problems": error.problems} if len(error.problems) > 1 else {}

@@ -28,6 +28,7 @@ class Event(Word):
     RUNNING_AS_ROOT = "running as root"
     NO_IPV6 = "IPv6 not available"
     NO_CONTROL_SOCKET = "no control socket"
+    CONTROL_SOCKET = "control socket"
     ECHO_ORIGIN = "embedded echo origin"
     TEST_CERTIFICATE = "test certificate"
     ORIGINS_NOT_VERIFIED = "origins not verified"

@@ -8,6 +8,7 @@ are several. Then the connection is closed.
 import asyncio
 import contextlib
 import difflib
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,9 @@ FIRST_LINE_SECONDS = 10.0
 LONGEST_PATH = 107
 """Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
 
+SYSTEM_FOLDER = Path("/run/tlstunnel")
+"""The folder of a tunnel that is started by root outside a session, or by the shipped unit."""
+
 Handler = Callable[[Mapping[str, Any], int], Awaitable[Mapping[str, Any]]]
 """Carries out a request and returns the fields of the response, except ``ok``. Raises ControlError.
 
@@ -51,18 +55,26 @@ class ControlHandover(msgspec.Struct, frozen=True):
     lock: int
 
 
-def default_folder() -> Path:
-    """Return the default folder of control sockets: from systemd, of the user's session, or ``/run/tlstunnel``."""
+class ControlSocketInUse(ControlError):
+    """Another tunnel has the control socket, or another program listens there."""
+
+
+def list_folders() -> list[Path]:
+    """Return the folders of control sockets: of systemd's service, of the user's session, and ``/run/tlstunnel``.
+
+    A tunnel creates its own in the first one, if it has no other path.
+    """
+    folders = []
     if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(given.partition(":")[0])
+        folders.append(Path(given.partition(":")[0]))
     if given := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(given) / "tlstunnel"
-    return Path("/run/tlstunnel")
+        folders.append(Path(given) / "tlstunnel")
+    return list(dict.fromkeys((*folders, SYSTEM_FOLDER)))
 
 
 def default_path(port: int) -> Path:
     """Return the default path for a tunnel whose first listener has this port (0 for a Unix socket)."""
-    return default_folder() / f"control-{port}.sock"
+    return list_folders()[0] / f"control-{port}.sock"
 
 
 class ControlSocket:
@@ -80,15 +92,17 @@ class ControlSocket:
 
     @classmethod
     def bind(cls, path: Path) -> Self:
-        """Create the socket, replacing one that a dead tunnel left behind. Raises ControlError."""
+        """Create the socket, replacing one that a dead tunnel left behind.
+
+        Raises ControlSocketInUse, or ControlError for another reason.
+        """
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise ControlError(
                 f"{path}: longer than the {LONGEST_PATH} bytes of a socket's path; choose another with --control"
             )
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # The lock ends with the process, and only one of two simultaneous starts can get it.
-            lock = path.with_name(path.name + ".lock").open("ab")
+            lock = _open_lock(path.with_name(path.name + ".lock"))
         except OSError as error:
             raise ControlError(f"{path}: {error.strerror}; choose another with --control") from None
         try:
@@ -97,12 +111,14 @@ class ControlSocket:
                 raise ControlError(f"{path}: this file exists and is not a socket")
             if _is_listening(path):
                 # It is not a tunnel, which would hold the lock.
-                raise ControlError(f"{path}: another program listens there; choose another with --control")
+                raise ControlSocketInUse(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
             return cls(path, _bind(path), lock)
         except BlockingIOError:
             lock.close()
-            raise ControlError(f"{path}: another tunnel has this control socket; stop it, or choose another") from None
+            raise ControlSocketInUse(
+                f"{path}: another tunnel has this control socket; stop it, or choose another"
+            ) from None
         except OSError as error:
             lock.close()
             raise ControlError(f"{path}: {error.strerror}; choose another with --control") from None
@@ -119,7 +135,8 @@ class ControlSocket:
         """Return the control socket of the previous program, with its lock."""
         for fd in (kept.fd, kept.lock):
             os.set_inheritable(fd, False)
-        return cls(Path(kept.path), socket.socket(fileno=kept.fd), os.fdopen(kept.lock, "ab"))
+        os.fchmod(kept.lock, 0o600)  # earlier releases created it with 0644
+        return cls(Path(kept.path), socket.socket(fileno=kept.fd), os.fdopen(kept.lock, "r+b", buffering=0))
 
     async def serve(self, handlers: Mapping[str, Handler]) -> None:
         """Start serving requests."""
@@ -193,6 +210,29 @@ def _make_error(*problems: str) -> Mapping[str, Any]:
     return {"ok": False, "error": "; ".join(problems), **({"problems": problems} if len(problems) > 1 else {})}
 
 
+def _open_lock(path: Path) -> BinaryIO:
+    """Open the lock's file, which no other user may open: whoever can open a file can lock it (flock(2)).
+
+    The lock ends with the process, and only one of two simultaneous starts can get it. Raises OSError and ControlError.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ControlError(
+                f"{path}: is a symbolic link; remove it, or choose another place with --control"
+            ) from None
+        raise
+    lock = os.fdopen(fd, "r+b", buffering=0)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in {os.geteuid(), 0}:
+        lock.close()
+        raise ControlError(f"{path}: is not a file of this user; remove it, or choose another place with --control")
+    if found.st_uid == os.geteuid():
+        os.fchmod(fd, 0o600)  # earlier releases created it with 0644
+    return lock
+
+
 def _bind(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -208,16 +248,15 @@ def _bind(path: Path) -> socket.socket:
     return sock
 
 
-def find_control_socket(control: Path | None) -> Path:
-    """Return `control`, or if it is None the control socket of the only running tunnel. Raises ControlError."""
-    if control is not None:
-        return control
-    folder = default_folder()
-    alive = [path for path in sorted(folder.glob("control-*.sock")) if _is_listening(path)]
+def find_control_socket() -> Path:
+    """Return the control socket of the only running tunnel. Raises ControlError if there is none, or several."""
+    folders = list_folders()
+    alive = [path for folder in folders for path in sorted(folder.glob("control-*.sock")) if _is_listening(path)]
     if not alive:
-        raise ControlError(f"no running tunnel has a control socket in {folder}; if it is elsewhere, use --control")
+        listed = " or ".join(map(str, folders))
+        raise ControlError(f"no running tunnel has a control socket in {listed}; if it is elsewhere, use --control")
     if len(alive) > 1:
-        listed = ", ".join(str(path) for path in alive)
+        listed = ", ".join(map(str, alive))
         raise ControlError(f"several tunnels are running; choose one with --control: {listed}")
     return alive[0]
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 from tlstunnel import __version__
@@ -20,7 +21,7 @@ from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Startup
 from tlstunnel.processes.commands import Commands
-from tlstunnel.processes.control import ControlSocket, default_path
+from tlstunnel.processes.control import ControlSocket, ControlSocketInUse, default_path
 from tlstunnel.processes.fleet import Fleet, Options
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.notify import ServiceManager
@@ -29,6 +30,10 @@ from tlstunnel.processes.slots import Slots
 
 SIGINT_SECONDS = 5.0
 """The period over which SIGINT and `stop` end tunnels. It is short, because a user waits at a terminal."""
+
+
+CONTROL_RETRY_SECONDS = 1.0
+"""How often to try again to create the control socket, while another tunnel has it."""
 
 
 class Parent:
@@ -54,7 +59,8 @@ class Parent:
         self._service_manager = ServiceManager()
         self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
-        self._control = self._control_socket()
+        self._control_in_use = False
+        self._control = self._make_control_socket()
         self._fleet = Fleet(
             startup,
             slots,
@@ -104,23 +110,45 @@ class Parent:
         loop.add_signal_handler(signal.SIGHUP, lambda: self._run_in_background(self._reload()))
         loop.add_signal_handler(signal.SIGUSR2, lambda: self._run_in_background(self._upgrade()))
 
-    def _control_socket(self) -> ControlSocket | None:
+    def _make_control_socket(self) -> ControlSocket | None:
         """Create the control socket. If that fails, the tunnel starts without one, unless the command line names it."""
-        if self._inherited is not None:
-            kept = self._inherited.control_socket
-            return ControlSocket.restore(kept) if kept is not None else None
-        path = self._options.control or default_path(next(iter(self._slots)).listener.address.port)
+        if self._inherited is not None and self._inherited.control_socket is not None:
+            return ControlSocket.restore(self._inherited.control_socket)
         try:
-            return ControlSocket.bind(path)
+            return ControlSocket.bind(self._control_path)
         except ControlError as error:
             if self._options.control is not None:
                 raise
-            self._log.warning(Event.NO_CONTROL_SOCKET, reason=str(error))
+            self._control_in_use = isinstance(error, ControlSocketInUse)
+            hint = {"hint": "it is tried again until that one has ended; signals work"} if self._control_in_use else {}
+            self._log.warning(Event.NO_CONTROL_SOCKET, reason=str(error), **hint)
             return None
+
+    @property
+    def _control_path(self) -> Path:
+        return self._options.control or default_path(next(iter(self._slots)).listener.address.port)
+
+    async def _wait_for_control_socket(self) -> None:
+        """Create the control socket once the tunnel that has it, such as one that drains, has ended."""
+        path = self._control_path
+        while self._control is None:
+            await asyncio.sleep(CONTROL_RETRY_SECONDS)
+            try:
+                self._control = ControlSocket.bind(path)
+            except ControlSocketInUse:
+                continue
+            except ControlError as error:
+                self._log.warning(Event.NO_CONTROL_SOCKET, reason=str(error))
+                return
+        self._rollout.control = self._control
+        await self._control.serve(self._commands.make_handlers())
+        self._log.info(Event.CONTROL_SOCKET, control=str(path))
 
     async def _begin(self) -> None:
         if self._control is not None:
             await self._control.serve(self._commands.make_handlers())
+        elif self._control_in_use:
+            self._run_in_background(self._wait_for_control_socket())
         await self._rollout.start()
         for address in dict.fromkeys(str(slot.listener.address) for slot in self._slots):
             self._log.info(Event.LISTENING, address=address)

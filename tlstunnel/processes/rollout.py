@@ -63,7 +63,10 @@ class NewConfig:
 
 
 class Rollout:
-    """Makes the changes. `inherited` is what the previous program handed over, None unless this is an upgrade."""
+    """Makes the changes. `inherited` is what the previous program handed over, None unless this is an upgrade.
+
+    `control` is the control socket, None as long as there is none.
+    """
 
     def __init__(  # noqa: PLR0913, PLR0917 - everything that a change affects
         self,
@@ -76,7 +79,7 @@ class Rollout:
     ) -> None:
         self._fleet = fleet
         self._slots = slots
-        self._control = control
+        self.control = control
         self._echo = echo
         self._inherited = inherited
         self._service_manager = service_manager
@@ -270,7 +273,7 @@ class Rollout:
             generation=self._fleet.generation,
             slots=self._slots.hand_over(),
             children=self._fleet.hand_over(),
-            control_socket=self._control.hand_over() if self._control else None,
+            control_socket=self.control.hand_over() if self.control else None,
             echo=self._echo.hand_over() if self._echo else None,
             client=client,
             config=text,
