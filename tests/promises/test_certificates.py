@@ -226,7 +226,7 @@ def test_the_origin_gets_no_forged_common_name(
     pair = clients[0].pair(tmp_path, "alice", subject, names=())
     more = f'client_ca = "{clients[1]}"\nsend_proxy_protocol = "v2-tls"\n'
     with ScriptedOrigin() as origin, serving(site(origin, tmp_path, more)) as tunnel:
-        traffic = origin.play(switching_protocols)
+        traffic = origin.play(b"")
         with connected(tunnel, client_context(ca, pair=pair)) as client:
             client.sendall(handshake_request("/"))
             eventually(lambda: traffic.heads)
