@@ -133,6 +133,20 @@ def test_listeners_come_and_go_and_their_tunnels_stay(origin: WebsocketsOrigin, 
         _echo(client)
 
 
+def test_a_listener_is_narrowed_and_widened(origin: WebsocketsOrigin, certificate: Certificate) -> None:
+    """Its port stays, and no connection is refused meanwhile."""
+    text = config_for(origin.address, certificate)
+    with tunnel_to(origin.address, certificate) as tunnel, connect_tls(tunnel) as client:
+        assert upgrade(client).status == 101
+        for host, reachable in (("0.0.0.0", True), ("127.0.0.1", False), ("0.0.0.0", True)):
+            wanted = f"{host}:{tunnel.port}"
+            assert f"listen: {wanted} added" in tunnel.reload(text.replace("127.0.0.1:0", wanted))
+            assert _status(tunnel, "/") == 101
+            with socket.socket() as other:
+                assert (other.connect_ex(("127.0.0.2", tunnel.port)) == 0) is reachable
+        _echo(client)
+
+
 def _two(origin: WebsocketsOrigin, certificate: Certificate, top: str = "") -> str:
     other = f'[[sites]]\nnames = ["other.example"]\norigins = ["{origin.address}"]\n'
     pair = f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'

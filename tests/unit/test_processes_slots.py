@@ -1,16 +1,22 @@
 """Which child serves which listening socket."""
 
+import fcntl
+import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
-from tlstunnel.processes.slots import Slot, Slots
-from tlstunnel.sockets.listeners import Listener
+from tlstunnel.processes.slots import Slot, Slots, SlotsHandover
+from tlstunnel.sockets import listeners
+from tlstunnel.sockets.listeners import Listener, listen
 
 ADDRESSES = [ListenAddress("127.0.0.1", port) for port in range(1, 6)]
 
@@ -73,6 +79,62 @@ def test_all_addresses_are_opened_or_none() -> None:
         with pytest.raises(ListenError, match="in use by another program"):
             slots.open(addresses, 3)
         assert list(slots) == []
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize(("before", "after"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
+def test_an_address_that_overlaps_another_replaces_it(before: str, after: str, shares: int) -> None:
+    with closing(Slots()) as slots:
+        old = ListenAddress(before, 0)
+        slots.update(slots.open((old,), shares), (old,))
+        port = next(iter(slots)).listener.address.port
+        new = ListenAddress(after, port)
+        Slots.try_to_open((new,), _with_port(slots.hand_over(), port), ())
+        opened = slots.open((new,), 1)
+        for slot in slots.update(opened, (new,)):
+            slot.listener.remove()
+        with socket.create_connection(("127.0.0.1", port), 5):
+            accepted, _ = opened[new][0].listener.sock.accept()
+            accepted.close()
+        with pytest.raises(ListenError, match="in use"):  # another tunnel's start
+            listen(new)
+
+
+def _with_port(kept: SlotsHandover, port: int) -> SlotsHandover:
+    """Return a handover as if the port had been configured."""
+    slots = [msgspec.structs.replace(one, written=one.written.replace(":0", f":{port}")) for one in kept.open]
+    return msgspec.structs.replace(kept, open=slots)
+
+
+def test_of_simultaneous_starts_one_gets_a_stale_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(path))
+
+        def start() -> Listener | None:
+            try:
+                return listen(ListenAddress(None, 0, str(path)))[0]
+            except ListenError:
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            (listener,) = filter(None, pool.map(lambda _: start(), range(4)))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            listener.sock.accept()[0].close()
+        listener.remove()
+
+
+def test_a_folder_that_stays_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "LOCK_SECONDS", 0.0)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ListenError, match="another process has locked its folder"):
+            listen(ListenAddress(None, 0, str(tmp_path / "s")))
+    finally:
+        os.close(folder)
 
 
 def test_slots_are_handed_over_to_the_next_program() -> None:

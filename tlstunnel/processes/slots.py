@@ -16,7 +16,7 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.errors import ListenError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
-from tlstunnel.sockets.listeners import Listener, adopt, listen
+from tlstunnel.sockets.listeners import Listener, adopt, is_in_use, listen, listen_beside
 
 FIRST_PASSED = 3
 """The first descriptor of socket activation (sd_listen_fds(3))."""
@@ -78,7 +78,7 @@ class Slots:
                     listeners = [self._passed[address]]
                 else:
                     try:
-                        listeners = listen(address, shares)
+                        listeners = self._listen(address, shares)
                     except ListenError as error:
                         if address not in optional or not _no_such_family(error):
                             raise
@@ -89,6 +89,16 @@ class Slots:
             self.forget(opened)
             raise
         return opened
+
+    def _listen(self, address: ListenAddress, shares: int) -> list[Listener]:
+        """Listen on `address`, also if a slot has its port: a reload may change 0.0.0.0 to 127.0.0.1, or back."""
+        try:
+            return listen(address, shares)
+        except ListenError as error:
+            same_port = [slot.listener for slot in self if _have_same_port(slot.listener.address, address)]
+            if not same_port or not is_in_use(error):
+                raise
+            return listen_beside(address, same_port)
 
     def update(self, opened: Mapping[ListenAddress, list[Slot]], addresses: tuple[ListenAddress, ...]) -> list[Slot]:
         """Add the slots in `opened`; remove those not for `addresses`, and return them for the caller to close."""
@@ -128,9 +138,17 @@ class Slots:
         addresses: tuple[ListenAddress, ...], kept: SlotsHandover, optional: tuple[ListenAddress, ...]
     ) -> None:
         """Open and close those of `addresses` that are not in `kept`, as a test. Raises ListenError."""
-        written = {one.written for one in kept.open}
+        written = [ListenAddress.parse(one.written) for one in kept.open]
         slots = Slots()
-        slots.forget(slots.open(tuple(one for one in addresses if str(one) not in written), 1, optional))
+        for address in addresses:
+            if address in written:
+                continue
+            try:
+                slots.forget(slots.open((address,), 1, optional))
+            except ListenError as error:
+                # The sockets of the running program are not here, so `open` cannot share the port with them.
+                if not (is_in_use(error) and any(_have_same_port(one, address) for one in written)):
+                    raise
 
     def hand_over(self) -> SlotsHandover:
         """Return what `restore` takes in the next program."""
@@ -169,6 +187,10 @@ def take_passed_sockets() -> list[Listener]:
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     return [adopt(descriptor) for descriptor in descriptors]
+
+
+def _have_same_port(one: ListenAddress, other: ListenAddress) -> bool:
+    return one.path is None and other.path is None and one.port == other.port != 0
 
 
 def _no_such_family(error: ListenError) -> bool:

@@ -5,9 +5,12 @@ Tested by tests/promises/test_upgrade.py.
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tlstunnel.addresses import ListenAddress
@@ -16,6 +19,9 @@ from tlstunnel.sockets.options import tune
 
 BACKLOG = 4096
 """Connections that may wait to be accepted. The kernel limits it to net.core.somaxconn (4096 by default)."""
+
+LOCK_SECONDS = 2.0
+"""How long another start may hold the folder of a Unix socket; it takes milliseconds."""
 
 
 class Listener:
@@ -69,6 +75,24 @@ def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
         raise ListenError(f"cannot listen on {address}: {_explain(error)}") from None
 
 
+def listen_beside(address: ListenAddress, others: Sequence[Listener]) -> list[Listener]:
+    """Listen on `address` with one socket, although `others` of this process have its port, such as ``0.0.0.0``.
+
+    The kernel allows that for sockets of one user that all have SO_REUSEPORT (socket(7)), and gives a connection to the
+    socket with the most specific address. Raises ListenError.
+    """
+    shared = [(other.sock, other.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)) for other in others]
+    try:
+        for sock, _ in shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        return [_make_listener(_listen_tcp(address, shared=True), address)]
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {_explain(error)}") from None
+    finally:
+        for sock, before in shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, before)
+
+
 def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
     """Return the listener of an inherited or received descriptor that listens already. Raises ListenError.
 
@@ -88,6 +112,11 @@ def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
     except (OSError, ValueError) as error:
         raise ListenError(f"descriptor {descriptor} is not a listening socket: {error}") from None
     return Listener(sock, address, written or address)
+
+
+def is_in_use(error: ListenError) -> bool:
+    """Return whether `listen` failed because something else listens there."""
+    return isinstance(error.__context__, OSError) and error.__context__.errno == errno.EADDRINUSE
 
 
 def _make_listener(sock: socket.socket, written: ListenAddress) -> Listener:
@@ -116,6 +145,21 @@ def _listen_tcp(address: ListenAddress, *, shared: bool = False) -> socket.socke
 
 
 def _listen_unix(path: Path) -> socket.socket:
+    with _lock_folder(path.parent):
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.bind(str(path))
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket's file that a process left behind when it exited. Raises OSError if it is something else."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -123,16 +167,34 @@ def _listen_unix(path: Path) -> socket.socket:
             attempt.setblocking(False)  # a full backlog gives EAGAIN
             if attempt.connect_ex(str(path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        path.unlink()  # left behind by a process that has exited
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder for a moment, so that of two simultaneous starts only one replaces a stale socket in it.
+
+    Otherwise the second one could remove the socket that the first one has just created. Raises OSError if the lock is
+    not free within `LOCK_SECONDS`. A folder that cannot be read is not locked.
+    """
     try:
-        sock.setblocking(False)
-        sock.bind(str(path))
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.EAGAIN, "another process has locked its folder") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _explain(error: OSError) -> str:
