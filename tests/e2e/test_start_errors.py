@@ -1,6 +1,7 @@
 """Errors that prevent `tlstunnel start` are one line, name their place, and have no traceback."""
 
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -192,3 +193,37 @@ def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
     assert said.startswith(f"tlstunnel: {file}:3: sites[0].rules[0]: ")
     assert '"no admins"' in said
     assert 'did you mean "path"?' in said
+
+
+def test_the_file_in_this_folder_is_used_unless_an_origin_is_given(certificate: Certificate, tmp_path: Path) -> None:
+    file = tmp_path / "tlstunnel.toml"
+    file.write_text("nonsense = 1\n")
+    assert 'tlstunnel.toml:1: unknown key "nonsense"' in _refused(tmp_path)
+    absent = tmp_path / "absent.pem"
+    assert str(absent) in _refused(tmp_path, *_pair(absent, certificate.key))
+    file.write_text("listen = []\n")
+    busy = socket.create_server(("127.0.0.1", 0))
+    with busy:
+        done = _start(tmp_path, "--listen", f"127.0.0.1:{busy.getsockname()[1]}", "--log-format", "json")
+    first = json.loads(done.stderr.splitlines()[0])
+    assert (first["event"], first["file"]) == ("configuration file", str(file))
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_a_file_that_others_can_write_is_not_used_by_itself(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "tlstunnel.toml"
+    file.write_text("nonsense = 1\n")
+    file.chmod(mode)
+    said = _refused(tmp_path)
+    assert said.endswith(
+        "tlstunnel.toml: is not used unless you name it with --config, because other users can write it (chmod go-w)"
+    )
+    assert "unknown key" in _refused(tmp_path, "--config", file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
+def test_a_file_of_another_user_is_not_used_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "tlstunnel.toml"
+    file.write_text("nonsense = 1\n")
+    os.chown(file, 65_534, -1)
+    assert "because it belongs to another user" in _refused(tmp_path)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -106,9 +107,16 @@ def _with_port(kept: SlotsHandover, port: int) -> SlotsHandover:
     return msgspec.structs.replace(kept, open=slots)
 
 
-def test_of_simultaneous_starts_one_gets_a_stale_socket(tmp_path: Path) -> None:
+def test_of_simultaneous_starts_one_gets_a_stale_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s"
-    for _ in range(20):
+    unlink = Path.unlink
+
+    def unlink_slowly(path: Path) -> None:
+        time.sleep(0.02)  # the others find the stale socket, too
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", unlink_slowly)
+    for _ in range(3):
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(path))
 

@@ -38,6 +38,10 @@ OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """Addresses that are left out on a machine without IPv6."""
 
 
+DEFAULT_FILE = Path("tlstunnel.toml")
+"""The configuration file that is used without being named: the one that ``config check`` checks."""
+
+
 class _Processes(click.ParamType[int | Literal["auto"]]):
     name = "N|auto"
 
@@ -79,12 +83,15 @@ def command(  # noqa: PLR0913 - the command's options
 ) -> None:
     """Start the tunnel in front of ORIGIN: host:port, ws://host:port or unix:/path.
 
-    Without ORIGIN, it starts an echo origin. Without --cert, it creates and uses a test certificate for localhost in
-    certs/, and listens on loopback only.
+    Without ORIGIN and --config, it uses the file tlstunnel.toml in the current folder, or an echo origin if there is
+    none. Without --cert, it creates and uses a test certificate for localhost in certs/, and listens on loopback only.
     """
     handed = Handover.receive()
     set_process_name("tlstunnel")
-    text = handed.config if handed is not None else read(config_file) if config_file else None
+    found = config_file is None and _uses_default_file(origin or cert or key, handed)
+    if found:
+        config_file = DEFAULT_FILE
+    text = handed.config if handed is not None else read(config_file, trusted_only=found) if config_file else None
     listen = _parse_addresses(listen_texts)
     config = Invocation(config_file).configuration(text)
     if config.sites and (origin or cert or key):
@@ -95,6 +102,9 @@ def command(  # noqa: PLR0913 - the command's options
         _refuse_invalid_origin(origin)
     style = log_format or config.log.format
     configure_logging(style)
+    if found and handed is None:
+        hint = "it is in this folder; give an ORIGIN to start without it"
+        structlog.get_logger().info(Event.CONFIGURATION_FILE, file=str(DEFAULT_FILE.absolute()), hint=hint)
     if handed is not None and handed.probe is not None:
         invocation = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen)
         _ensure_test_certificate(invocation, config, log=False)
@@ -112,6 +122,14 @@ def command(  # noqa: PLR0913 - the command's options
         slots = _open_slots(handed, startup, options)
         stack.callback(slots.close)
         asyncio.run(_run(startup, slots, options, echo, handed))
+
+
+def _uses_default_file(given: object, handed: Handover | None) -> bool:
+    """Return whether the file in the current folder is used. `given` is what the command line says about the site."""
+    if given:
+        return False
+    # An upgrade goes on with what was started, even if a file has appeared since.
+    return handed.config is not None if handed is not None else os.path.lexists(DEFAULT_FILE)
 
 
 async def _run(

@@ -1,6 +1,8 @@
 """A configuration file as text: reading it, parsing its TOML, and finding the line of a key."""
 
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +15,16 @@ KeyPath = tuple[str | int, ...]
 """The keys and indexes that lead to a value, such as ``("sites", 0, "names")``."""
 
 
-def read(path: Path) -> str:
-    """Return the text of a configuration file. Raises ConfigurationError."""
+def read(path: Path, *, trusted_only: bool = False) -> str:
+    """Return the text of a configuration file. Raises ConfigurationError.
+
+    With `trusted_only` also if another user may have written it, because it can name edge workers, which are executed.
+    """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if trusted_only:
+                _refuse_untrusted(path, os.fstat(file.fileno()))
+            content = file.read()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -25,6 +33,16 @@ def read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigurationError(f"{path}:{line}: the file is not UTF-8") from None
+
+
+def _refuse_untrusted(path: Path, found: os.stat_result) -> None:
+    if found.st_uid not in {os.geteuid(), 0}:
+        why = "it belongs to another user"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = "other users can write it (chmod go-w)"
+    else:
+        return
+    raise ConfigurationError(f"{path}: is not used unless you name it with --config, because {why}")
 
 
 def parse(text: str, source: str) -> dict[str, Any]:

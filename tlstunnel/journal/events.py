@@ -23,6 +23,7 @@ class Event(Word):
     ACCEPTING_PAUSED = "accepting paused"
 
     # Start and configuration
+    CONFIGURATION_FILE = "configuration file"
     LISTENING = "listening"
     READY = "ready"
     RUNNING_AS_ROOT = "running as root"
