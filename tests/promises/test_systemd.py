@@ -4,13 +4,24 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import REPOSITORY, TIMEOUT, Certificate, RawOrigin, Tunnel, echo_bytes, require
+from tests.harness import (
+    PROGRAM,
+    REPOSITORY,
+    TIMEOUT,
+    Certificate,
+    RawOrigin,
+    Tunnel,
+    child_environment,
+    echo_bytes,
+    require,
+)
 
 UNITS = REPOSITORY / "docs" / "systemd"
 
@@ -108,8 +119,47 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
         env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
     )
     said = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
-    # Debian 12 has systemd 252, and the type is of 253.
-    assert [line for line in said if not re.search("Failed to parse service type, ignoring: notify-reload", line)] == []
+    assert said == []
+
+
+def test_the_unit_reloads_with_the_command(certificate: Certificate) -> None:
+    """As systemd calls it: with RUNTIME_DIRECTORY, and without a session."""
+    (line,) = [line for line in (UNITS / "tlstunnel.service").read_text().splitlines() if "ExecReload" in line]
+    arguments = line.removeprefix("ExecReload=/opt/tlstunnel/bin/tlstunnel ").split()
+    with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, settings="[log]\n") as tunnel:
+        environment = child_environment() | {"RUNTIME_DIRECTORY": str(tunnel.folder / "run")}
+
+        def reload() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+
+        assert reload().returncode == 0
+        tunnel.file.write_text("nonsense = 1\n")
+        failed = reload()
+        assert failed.returncode == 1
+        assert "nothing was changed" in failed.stderr
+
+
+def test_the_deploy_hook_copies_a_renewed_certificate(certificate: Certificate, tmp_path: Path) -> None:
+    lineage = tmp_path / "live" / "chat.example"
+    lineage.mkdir(parents=True)
+    (lineage / "fullchain.pem").write_bytes(certificate.cert.read_bytes())
+    (lineage / "privkey.pem").write_bytes(certificate.key.read_bytes())
+    folder = tmp_path / "certs"
+    environment = {
+        "TLSTUNNEL_CERTS": str(folder),
+        "TLSTUNNEL_GROUP": str(os.getegid()),
+        "RENEWED_LINEAGE": str(lineage),
+    }
+    for _ in range(2):
+        subprocess.run([UNITS / "certbot-deploy-hook"], env={**os.environ, **environment}, check=True)
+        found = {path.name: (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()}
+        assert found == {
+            "chat.example-fullchain.pem": (certificate.cert.read_bytes(), 0o640),
+            "chat.example-privkey.pem": (certificate.key.read_bytes(), 0o640),
+        }
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_the_documentation_states_its_exposure() -> None:
