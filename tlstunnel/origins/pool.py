@@ -17,15 +17,14 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.balance import select_order
 from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
-from tlstunnel.origins.members import Member, SocketAddress, Use
+from tlstunnel.origins.members import Member, Use
+from tlstunnel.origins.resolve import Address, resolve
 from tlstunnel.origins.tls import OriginTLS
 
 FIRST_TRY_AGAIN = 1.0
 """Seconds after which an ejected origin may be tried again if all others are out too, even if its delay is longer."""
 
 _EJECTION = Ejection()
-
-Address = tuple[socket.AddressFamily, SocketAddress]
 
 
 @dataclass(slots=True)
@@ -195,12 +194,12 @@ class Pool:
                 origin.resolving.cancel()
 
     async def _resolve(self, origin: _Origin) -> None:
-        loop = asyncio.get_running_loop()
         address = origin.config.address
+        assert address.host is not None
         try:
-            found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            found = await resolve(address.host, address.port)
             within = self._within
-            allowed = [(family, where) for family, _, _, _, where in found if within is None or where[0] in within]
+            allowed = [(family, where) for family, where in found if within is None or where[0] in within]
             origin.forbidden = bool(found) and not allowed
             if origin.forbidden:
                 origin.failure = f"{origin.text}: none of its addresses is in worker_origins"
@@ -211,7 +210,7 @@ class Pool:
             origin.resolving = None
         # Also after a failure: not every handshake should query a resolver that is down while old addresses are in use.
         if origin.members:
-            origin.fresh_until = loop.time() + self._resolve_every
+            origin.fresh_until = asyncio.get_running_loop().time() + self._resolve_every
 
     def _set_addresses(
         self, origin: _Origin, addresses: Sequence[Address], before: dict[tuple[str, str], Member] | None = None
