@@ -112,13 +112,17 @@ class Authority:
         return cert, key_file
 
     def revoke(
-        self, *revoked: x509.Certificate, end: datetime = NOW + DAY, key: Key | None = None
+        self, *revoked: x509.Certificate, end: datetime = NOW + DAY, key: Key | None = None, unusual: bool = False
     ) -> x509.CertificateRevocationList:
+        """Return a revocation list, with `unusual` one that has an unknown extension, which has no effect."""
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.name)
         builder = builder.last_update(min(NOW, end) - DAY).next_update(end)
         for cert in revoked:
             entry = x509.RevokedCertificateBuilder().serial_number(cert.serial_number).revocation_date(NOW - DAY)
             builder = builder.add_revoked_certificate(entry.build())
+        if unusual:
+            extension = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+            builder = builder.add_extension(extension, critical=False)
         return builder.sign(key or self.key, hashes.SHA256())
 
 

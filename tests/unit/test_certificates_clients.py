@@ -300,11 +300,9 @@ def test_each_cause_of_a_refusal_has_a_reason(tmp_path: Path, reason: str, versi
         middle = Authority("Middle", issuer=authority)
         ca.write_bytes(cert_pem(middle.cert, authority.cert))
         cert = middle.sign(key, "ann", ())
-    crl.write_bytes(
-        crl_pem(authority.revoke(*[cert] * ("revoked" in reason), end=NOW - DAY / 2 if "list exp" in reason else end))
-    )
-    if "certificate expired" in reason:
-        crl.write_bytes(crl_pem(authority.revoke()))
+    revoked = [cert] if "revoked" in reason else []
+    list_end = NOW - DAY / 2 if "list exp" in reason else NOW + DAY
+    crl.write_bytes(crl_pem(authority.revoke(*revoked, end=list_end, unusual=True)))  # so that OpenSSL reads it
     server = make_context((read_pair(PairFiles(*CA.pair(tmp_path, "server"))),), read_policy(ClientFiles(ca, crl)))
     (tmp_path / "trusted.pem").write_bytes(cert_pem(CA.cert))
     client = client_context(tmp_path / "trusted.pem", version)
@@ -426,8 +424,18 @@ def test_a_revoked_client_is_refused(parties: Parties, version: ssl.TLSVersion) 
     bob = CA.pair(parties.folder, "bob", "bob")
     crl.write_bytes(crl_pem(CA.revoke(x509.load_pem_x509_certificate(parties.ann[0].read_bytes()))))
     site = parties.site(crl=crl)
-    assert refused(site, client_context(parties.ca, version, pair=parties.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    ann = client_context(parties.ca, version, pair=parties.ann)
+    # Also in the session that resumes the first.
+    assert subject_seen(site, ann, 2) == ["refused: the client certificate has been revoked"] * 2
     assert subject_seen(site, client_context(parties.ca, version, pair=bob)) == ["CN=bob"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_unusual_list_is_left_to_openssl(parties: Parties, version: ssl.TLSVersion) -> None:
+    crl = parties.folder / "crl.pem"
+    crl.write_bytes(crl_pem(CA.revoke(x509.load_pem_x509_certificate(parties.ann[0].read_bytes()), unusual=True)))
+    site = parties.site(crl=crl)
+    assert refused(site, client_context(parties.ca, version, pair=parties.ann)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
 
 
 def test_intermediates_are_looked_up_in_the_revocation_lists_too(parties: Parties) -> None:
@@ -452,7 +460,7 @@ def test_an_intermediate_may_be_the_only_authority(parties: Parties) -> None:
     crl.write_bytes(crl_pem(middle.revoke()))  # without the root's
     assert subject_seen(parties.site(crl=crl), client) == ["CN=leaf"]
     crl.write_bytes(crl_pem(middle.revoke(x509.load_pem_x509_certificate(leaf[0].read_bytes()))))
-    assert refused(parties.site(crl=crl), client) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert subject_seen(parties.site(crl=crl), client) == ["refused: the client certificate has been revoked"]
     assert refused(parties.site(), ann) == "TLSV1_ALERT_UNKNOWN_CA"
 
 

@@ -1,7 +1,7 @@
 """Client certificates: which ones a site requires and accepts, and the subject that the origin gets.
 
-OpenSSL verifies that a certificate comes from an authority of the site, is valid now and is not revoked. The rest is
-checked here, for every connection, including resumed ones, whose tickets carry the certificate.
+OpenSSL verifies that a certificate comes from an authority of the site and is valid now. The rest, such as revocation,
+is checked here, for every connection, including resumed ones, whose tickets carry the certificate.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tlstunnel.certificates import describe
+from tlstunnel.certificates.revocation import Revocations, find_signers, find_validity
 from tlstunnel.certificates.validity import Validity, find_ending, find_outdated
 from tlstunnel.errors import CertificateError
 from tlstunnel.journal.events import Reason
@@ -32,7 +31,6 @@ MAX_SUBJECT = 4096
 because a cut one could equal another subject."""
 
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
-_IssuerKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
 
 
 # X509_V_ERR_... of OpenSSL's x509_vfy.h. All of OpenSSL 3 have these numbers, but their texts differ.
@@ -52,7 +50,18 @@ _DISTRUST = {
 
 
 class ClientRefused(Exception):
-    """The client has no certificate, or one that the site does not accept."""
+    """The client has no certificate, or one that the site does not accept, for this ``reason`` of the record."""
+
+    def __init__(self, text: str, reason: Reason = Reason.CLIENT_CERTIFICATE) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+_REFUSALS = {
+    Reason.CLIENT_REVOKED: "the client certificate has been revoked",
+    Reason.CLIENT_CRL_EXPIRED: "the revocation list for the client certificate has expired",
+    Reason.CLIENT_NO_CRL: "there is no revocation list for the client certificate",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,8 @@ class ClientFiles:
 class ClientPolicy:
     """What a site requires of clients, with the content of the files.
 
-    ``ca`` is DER, one certificate after another; ``crl`` is PEM. With ``whole_chain``, intermediates are looked up in
+    ``ca`` is DER, one certificate after another. ``revocations`` are the revocation lists; if they are left to OpenSSL,
+    that is None and ``crl`` has them as PEM. With ``whole_chain``, intermediates are looked up in
     the revocation lists too. ``authorities`` has the validity of each authority, and ``lists`` that of the last
     revocation list of each issuer. ``digest`` covers everything that affects a decision.
     """
@@ -86,6 +96,7 @@ class ClientPolicy:
     files: ClientFiles
     ca: bytes = field(repr=False)
     crl: bytes = field(repr=False)
+    revocations: Revocations | None = field(repr=False)
     whole_chain: bool
     authorities: tuple[Validity, ...]
     lists: tuple[Validity, ...]
@@ -134,12 +145,15 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
     digest = hashlib.sha256()
     for part in (ca, crl, repr((files.required, files.allow)).encode()):
         digest.update(hashlib.sha256(part).digest())
+    # A list of each issuer in the chain is then needed, and every client is refused if one is missing.
+    whole_chain = all(authority.issuer in issuers for authority in authorities)
+    revocations = Revocations.build(lists, authorities, whole_chain=whole_chain) if lists else None
     return ClientPolicy(
         files=files,
         ca=ca,
-        crl=crl,
-        # OpenSSL then needs a list of each issuer in the chain, and refuses every client if one is missing.
-        whole_chain=all(authority.issuer in issuers for authority in authorities),
+        crl=crl if revocations is None else b"",
+        revocations=revocations,
+        whole_chain=whole_chain,
         authorities=tuple(Validity(each.not_valid_before_utc, each.not_valid_after_utc) for each in authorities),
         lists=_find_validities(lists),
         digest=digest.digest(),
@@ -147,11 +161,10 @@ def read_policy(files: ClientFiles) -> ClientPolicy:
 
 
 def _find_validities(lists: Sequence[x509.CertificateRevocationList]) -> tuple[Validity, ...]:
-    """Return the validity of the last list of each issuer. OpenSSL uses it and ignores the others."""
+    """Return the validity of the last list of each issuer, which is used instead of the others."""
     last: dict[x509.Name, Validity] = {}
     for each in lists:
-        # RFC 5280 section 5.1.2.5 requires nextUpdate; for OpenSSL, a list without it does not expire.
-        found = Validity(each.last_update_utc, each.next_update_utc or datetime.max.replace(tzinfo=UTC))
+        found = find_validity(each)
         if each.issuer not in last or last[each.issuer].end < found.end:
             last[each.issuer] = found
     return tuple(last.values())
@@ -193,12 +206,7 @@ def _refuse_foreign(
     revoked: x509.CertificateRevocationList, authorities: list[x509.Certificate], files: ClientFiles
 ) -> None:
     """Refuse a list that its authority has not signed. OpenSSL would only notice later, and refuse every client."""
-    keys = [authority.public_key() for authority in authorities if authority.subject == revoked.issuer]
-    try:
-        signed = not keys or any(isinstance(key, _IssuerKey) and revoked.is_signature_valid(key) for key in keys)
-    except (UnsupportedAlgorithm, ValueError, TypeError):
-        signed = False
-    if not signed:
+    if any(each.subject == revoked.issuer for each in authorities) and not find_signers(revoked, authorities):
         raise CertificateError(
             f"{files.crl}: a revocation list is not signed by the authority in {files.ca} that it names"
         )
@@ -218,8 +226,11 @@ def check_client(tls: ssl.SSLSocket, policy: ClientPolicy | None) -> str:
         return ""
     try:
         # OpenSSL checks this in a full TLS handshake only; a resumed one may take place hours later.
-        if _read_expiry(der) < datetime.now(UTC):
-            raise ClientRefused("the client certificate has expired")
+        now = datetime.now(UTC)
+        if _read_expiry(der) < now:
+            raise ClientRefused("the client certificate has expired", Reason.CLIENT_EXPIRED)
+        if policy.revocations is not None and (reason := policy.revocations.find_refusal(der, now)) is not None:
+            raise ClientRefused(_REFUSALS[reason], reason)
         if not is_allowed(der, policy.files.allow):
             raise ClientRefused("the client certificate is not in client_allow")
         return read_subject(der)

@@ -70,7 +70,7 @@ def _verify_clients(context: ssl.SSLContext, clients: ClientPolicy) -> None:
         context.load_verify_locations(cadata=clients.ca)
     except ssl.SSLError as error:
         raise _convert_error(clients.files.ca, error) from error
-    if clients.files.crl is None:
+    if clients.files.crl is None or clients.revocations is not None:
         return
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if clients.whole_chain else ssl.VERIFY_CRL_CHECK_LEAF
     try:

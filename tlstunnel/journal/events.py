@@ -182,6 +182,10 @@ class Reason(Word):
     TOO_MANY_FIELDS = "too many fields"
     HTTP_VERSION = "HTTP version"
     CLIENT_CERTIFICATE = "client certificate"
+    CLIENT_EXPIRED = "client certificate expired"
+    CLIENT_REVOKED = "client certificate revoked"
+    CLIENT_CRL_EXPIRED = "revocation list expired"
+    CLIENT_NO_CRL = "no revocation list"
 
     # Refused: the firewall
     AMBIGUOUS_TARGET = "ambiguous target"

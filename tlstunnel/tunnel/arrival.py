@@ -106,7 +106,7 @@ async def accept_tls(client: Client, site: Site) -> None:
         client.subject = site.check_client(sock)
     except ClientRefused as refused:
         # The client gets it as the response to its request: in TLS 1.3 it is too late for an alert.
-        client.certificate_refusal = str(refused)
+        client.certificate_refusal = refused
     if site.edge is not None or site.edits.proxy_header == "v2-tls":
         # Even if the subject is empty: workloads often have their names in the subjectAltName alone.
         client.certificate = sock.getpeercert(binary_form=True)

@@ -5,6 +5,7 @@ Tested by tests/unit/test_turn.py.
 
 import socket
 
+from tlstunnel.certificates.clients import ClientRefused
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.tunnel.serving import Serving
@@ -17,7 +18,7 @@ class Client:
     `peer` is the address of the socket's peer, or the one in its PROXY header; "" for a Unix socket. `trusted` means
     that the peer is a proxy whose forwarding fields are used. `site` is None until the hello has chosen one.
     `certificate` is the client's, in DER, if the site has an edge worker or its origins get a PROXY header with TLS.
-    `certificate_refusal` says why the certificate is not accepted, "" if it is.
+    `certificate_refusal` says why the certificate is not accepted, None if it is.
     """
 
     __slots__ = (
@@ -45,7 +46,8 @@ class Client:
         self.proxied = proxied
         self.trusted = not proxied and bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies
         self.sni = self.ja4 = self.tls_version = self.cipher = ""
-        self.subject = self.certificate_refusal = ""
+        self.subject = ""
+        self.certificate_refusal: ClientRefused | None = None
         self.certificate: bytes | None = None
         self.site: Site | None = None
         self.wakeup = Wakeup(serving.loop, accepted + serving.timeouts.tls_handshake)

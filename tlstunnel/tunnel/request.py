@@ -38,8 +38,8 @@ async def read_request(turn: Turn) -> None:
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
         record.id = read_request_id(request) or record.id
-    if client.certificate_refusal:
-        raise Refusal(403, Reason.CLIENT_CERTIFICATE, client.certificate_refusal)
+    if (refused := client.certificate_refusal) is not None:
+        raise Refusal(403, refused.reason, str(refused))
     # The certificate of one site must not give access to another with a closer name and its own rules.
     if serving.sites.choose(request.host) is not turn.site:
         raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
