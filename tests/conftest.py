@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,11 @@ for _name, _examples in (("normal", 50), ("many", 3_000), ("few", 15)):
         _name, max_examples=_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 settings.load_profile("normal")
+
+# Some containers forbid to write compiled modules. Then each program that a test starts compiles the whole package,
+# which takes as long as the rest of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # All clients connect to this machine, whatever proxy the environment has for others.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"

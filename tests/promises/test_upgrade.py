@@ -50,7 +50,8 @@ def _started(
     errors_expected: bool = False,
     measured: bool = False,
 ) -> Iterator[Tunnel]:
-    settings = f"[release]\n{release}\n" if release else ""
+    # On a busy machine an upgrade takes seconds.
+    settings = '[timeouts]\ntls_handshake = "1m"\nrequest = "1m"\n' + (f"[release]\n{release}\n" if release else "")
     environment = versions.environment
     with Tunnel(
         origin.address,
