@@ -10,9 +10,10 @@ import click
 
 from tlstunnel.certificates import describe, issue
 from tlstunnel.certificates.describe import CertificateDescription
+from tlstunnel.cli.examples import render_examples
 
 
-@click.group()
+@click.group(short_help="Create, revoke and show certificates.")
 def command() -> None:
     """Create and revoke test certificates, or show the certificates in a PEM file."""
 
@@ -27,7 +28,12 @@ _folder = click.option(
 )
 
 
-@command.command()
+@command.command(
+    short_help="Create a certificate for tests.",
+    epilog=render_examples(
+        "tlstunnel certs create chat.example.com 192.0.2.7", "tlstunnel certs create --client alice"
+    ),
+)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--client", metavar="NAME", help="Create a certificate for a client with this common name instead.")
 @_folder
@@ -75,7 +81,10 @@ def _state(issued: issue.Issued) -> str:
     return "new" if issued.ca_created else "used again"
 
 
-@command.command()
+@command.command(
+    short_help="Add certificates to a revocation list.",
+    epilog=render_examples("tlstunnel certs revoke certs/alice.pem"),
+)
 @click.argument("certs", metavar="[PEM]...", type=click.Path(path_type=Path), nargs=-1)
 @_folder
 def revoke(certs: tuple[Path, ...], folder: Path) -> None:
@@ -86,7 +95,10 @@ def revoke(certs: tuple[Path, ...], folder: Path) -> None:
     click.echo(f"{issue.revoke(certs, folder)}  the revocation list, for the site's client_crl")
 
 
-@command.command()
+@command.command(
+    short_help="Show the certificates in a PEM file.",
+    epilog=render_examples("tlstunnel certs show certs/localhost.pem"),
+)
 @click.argument("pem", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array with an object for each certificate.")
 def show(pem: Path, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from tlstunnel.check.results import (
 )
 from tlstunnel.check.steps import run
 from tlstunnel.check.target import Target, Trust, check_subprotocols, parse_connect, parse_field
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.errors import TlstunnelError
 from tlstunnel.escaping import printable
 
@@ -56,7 +57,13 @@ def _check_seconds(seconds: float) -> float:
     return seconds
 
 
-@click.command()
+@click.command(
+    short_help="Connect to a wss:// URL, and report each step.",
+    epilog=render_examples(
+        "tlstunnel check wss://chat.example.com/socket",
+        "tlstunnel check wss://localhost:8443/ --ca certs/ca.pem",
+    ),
+)
 @click.argument("target", metavar="URL", callback=_make_callback(Target.parse))
 @click.option("--ca", type=click.Path(path_type=Path), metavar="PEM", help="Trust only the certificates in PEM.")
 @click.option(

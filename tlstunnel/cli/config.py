@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.config.rendering import render_schema, render_toml
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from tlstunnel.serving.loading import LoadedConfig
 
 
-@click.group()
+@click.group(short_help="Check or show a configuration file.")
 def command() -> None:
     """Check a configuration file, show all its values, or print the schema of such files."""
 
 
-@command.command()
+@command.command(
+    short_help="Check a file, and all that it names.",
+    epilog=render_examples("tlstunnel config check /etc/tlstunnel/tlstunnel.toml"),
+)
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def check(file: Path) -> None:
     """Check FILE, and the certificates, lists, rules and edge workers that it names, as a start would.
@@ -52,7 +56,9 @@ async def _try_helpers(loaded: "LoadedConfig") -> None:
         await loaded.close()
 
 
-@command.command()
+@command.command(
+    short_help="Print a file with all its values.", epilog=render_examples("tlstunnel config show tlstunnel.toml")
+)
 @click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
 def show(file: Path) -> None:
     """Print FILE as TOML with every key and its value, defaults included.
@@ -63,7 +69,10 @@ def show(file: Path) -> None:
         click.echo(line)
 
 
-@command.command()
+@command.command(
+    short_help="Print the JSON Schema of such files.",
+    epilog=render_examples("tlstunnel config schema > tlstunnel.schema.json"),
+)
 def schema() -> None:
     """Print the JSON Schema of configuration files, for completion and checks in editors."""
     click.echo(json.dumps(render_schema(), indent=2))

@@ -10,11 +10,14 @@ import click
 from tlstunnel.errors import ControlError
 from tlstunnel.processes.control import find_control_socket, send_command
 
+FOLDERS = "$RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel"
+"""Where control sockets are (`tlstunnel.processes.control.list_folders`)."""
+
 
 def control_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options ``--control`` and ``--json``, whose parameter is `as_json`."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
-    where = "The control socket of the tunnel; not needed if only one is running."
+    where = f"The control socket of the tunnel.  [default: the only one that responds in {FOLDERS}]"
     return click.option("--control", type=click.Path(path_type=Path), help=where)(command)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.cli.examples import render_examples
 
 
-@click.command()
+@click.command(
+    short_help="End the open tunnels one after another, and exit.", epilog=render_examples("tlstunnel drain")
+)
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Stop accepting, end the open tunnels over release.drain_over, oldest first, and exit. SIGTERM does the same.

@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from tlstunnel.addresses import OriginAddress
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
 from tlstunnel.config import Config, OriginConfig, SiteConfig, WorkerTable, parse_worker_reference
 from tlstunnel.edge.stage import Directions
@@ -55,12 +56,15 @@ class Outcome:
         return self.result not in ("forwarded", "replied")
 
 
-@click.group()
+@click.group(short_help="Try edge workers.")
 def command() -> None:
     """Try edge workers."""
 
 
-@command.command()
+@command.command(
+    short_help="Call a worker with one request.",
+    epilog=render_examples("tlstunnel edge run edge/chat.py:fetch 'GET /chat' --header 'Cookie: sid=1'"),
+)
 @click.argument("worker", metavar="FILE:FUNCTION")
 @request_options
 @click.option(

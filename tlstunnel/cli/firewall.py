@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
@@ -39,16 +40,26 @@ CHECKS = (
 )
 
 
-@click.group()
+@click.group(short_help="Test the firewall's policy.")
 def command() -> None:
     """Test the firewall's policy."""
 
 
-@command.command()
+@command.command(
+    short_help="Show what the firewall decides about a request.",
+    epilog=render_examples("tlstunnel firewall explain 'GET /admin' --ip 198.51.100.7"),
+)
 @request_options
-@click.option("--config", "file", type=click.Path(path_type=Path), default="tlstunnel.toml", show_default=True)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    default="tlstunnel.toml",
+    show_default=True,
+    help="The configuration file.",
+)
 @click.option("--ja4", default="", help="The JA4 fingerprint of the client's TLS, as in the log.")
-@click.option("--tls-version", default="TLSv1.3", show_default=True)
+@click.option("--tls-version", default="TLSv1.3", show_default=True, help="The version of TLS, as in the log.")
 @click.option("--plain", is_flag=True, help='Make it a plain request, for a site with http = "pass".')
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def explain(  # noqa: PLR0913 - the command's options

@@ -5,9 +5,12 @@ from pathlib import Path
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.cli.examples import render_examples
 
 
-@click.command()
+@click.command(
+    short_help="Load the configuration, certificates and lists again.", epilog=render_examples("tlstunnel reload")
+)
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Read the configuration, the certificates and the lists again, and use them for new connections.

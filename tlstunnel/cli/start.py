@@ -13,6 +13,8 @@ import click
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress, OriginAddress
+from tlstunnel.cli.control import FOLDERS
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, read
 from tlstunnel.config.invocation import (
     EVERYWHERE,
@@ -53,17 +55,35 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
         self.fail(f"{value!r} is neither auto nor a number from 1 to 256", param, ctx)
 
 
-@click.command()
+@click.command(
+    short_help="Start the tunnel in front of an origin.",
+    epilog=render_examples(
+        "tlstunnel start localhost:3000 --cert chain.pem --key key.pem",
+        "tlstunnel start --config /etc/tlstunnel/tlstunnel.toml",
+    ),
+)
 @click.argument("origin", required=False, metavar="[ORIGIN]")
 @click.option(
-    "--listen", "listen_texts", multiple=True, metavar="HOST:PORT", help="Listen at this address; may be repeated."
+    "--listen",
+    "listen_texts",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Listen at this address; may be repeated.  [default: those of the file, else 0.0.0.0:8443 and [::]:8443, or"
+    " 127.0.0.1:8443 and [::1]:8443 with a test certificate]",
 )
 @click.option("--cert", type=click.Path(path_type=Path), help="Certificate and its chain, PEM.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
-@click.option("--control", type=click.Path(path_type=Path), help="Path of the control socket.")
 @click.option(
-    "--processes", type=_Processes(), help="The number of serving processes, instead of the file's; the default is 1."
+    "--control",
+    type=click.Path(path_type=Path),
+    help=f"The control socket.  [default: control-PORT.sock in {FOLDERS}]",
+)
+@click.option(
+    "--processes",
+    type=_Processes(),
+    metavar="N|auto",
+    help="The number of serving processes, instead of the file's; the default is 1.",
 )
 @click.option(
     "--log-format",

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.cli.examples import render_examples
 from tlstunnel.metrics import families
 from tlstunnel.metrics.families import Family
 
@@ -18,7 +19,7 @@ UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "handshakes", "memory")
 
 
-@click.command()
+@click.command(short_help="Show the processes of a running tunnel.", epilog=render_examples("tlstunnel status --json"))
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Show the processes of the tunnel. Each upgrade starts a new generation. Memory is proportional (PSS)."""

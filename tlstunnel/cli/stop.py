@@ -8,9 +8,13 @@ from pathlib import Path
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.cli.examples import render_examples
 
 
-@click.command()
+@click.command(
+    short_help="End the open tunnels within seconds, and exit.",
+    epilog=render_examples("tlstunnel stop --control /run/tlstunnel/control-443.sock"),
+)
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Stop accepting, end the open tunnels over five seconds, and exit. SIGINT does the same.

@@ -8,9 +8,12 @@ from pathlib import Path
 import click
 
 from tlstunnel.cli.control import control_options, run_command
+from tlstunnel.cli.examples import render_examples
 
 
-@click.command()
+@click.command(
+    short_help="Continue with the release that is installed now.", epilog=render_examples("tlstunnel upgrade")
+)
 @control_options
 def command(*, control: Path | None, as_json: bool) -> None:
     """Continue with the release that is installed now, and with the current configuration and certificates.
