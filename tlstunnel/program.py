@@ -6,6 +6,7 @@ Tested by tests/promises/test_upgrade.py.
 import importlib
 import importlib.util
 import os
+import resource
 import site
 import sys
 from collections.abc import Iterator, Mapping
@@ -95,6 +96,18 @@ def build_module_environment() -> Mapping[str, str]:
         return os.environ
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *([before] if before else [])])}
+
+
+def forbid_core_dumps() -> None:
+    """Have the kernel write no core dump of this process and its children: it would contain private keys.
+
+    The limit is 1 byte rather than 0: if kernel.core_pattern is a pipe, such as to systemd-coredump, Linux ignores
+    every limit but this one (fs/coredump.c). A process that is not dumpable (prctl(2)) could not set its own name, nor
+    could ``status`` read its memory.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 0 if hard == 0 else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def set_process_name(name: str) -> None:

@@ -63,6 +63,18 @@ def test_names_in_ps(origin: RawOrigin, certificate: Certificate) -> None:
         assert Path(f"/proc/{tunnel.parent}/comm").read_text() == "tlstunnel\n"
 
 
+def test_no_process_leaves_a_core_dump(origin: RawOrigin, certificate: Certificate) -> None:
+    """It would contain the keys. Neither a file, nor a pipe (kernel.core_pattern), which only ignores other limits."""
+    with Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        for pid in (tunnel.parent, tunnel.pid):
+            assert resource.prlimit(pid, resource.RLIMIT_CORE) == ((1, 1) if hard else (0, 0))
+        os.kill(tunnel.pid, signal.SIGQUIT)  # ends with a core dump (signal(7))
+        exited = tunnel.wait_record(lambda record: record["event"] == "process exited")
+        assert exited["reason"] == "killed by SIGQUIT"
+        assert not list(tunnel.folder.glob("core*"))
+
+
 def test_the_kernel_spreads_connections_over_all(origin: RawOrigin, certificate: Certificate) -> None:
     with Tunnel(origin.address, certificate, arguments=TWO) as tunnel, ExitStack() as stack:
         for _ in range(40):

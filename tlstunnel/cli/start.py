@@ -34,7 +34,7 @@ from tlstunnel.processes.fleet import Options
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.parent import Parent
 from tlstunnel.processes.slots import Slots, take_passed_sockets
-from tlstunnel.program import set_process_name
+from tlstunnel.program import forbid_core_dumps, set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """Addresses that are left out on a machine without IPv6."""
@@ -108,6 +108,7 @@ def command(  # noqa: PLR0913 - the command's options
     """
     handed = Handover.receive()
     set_process_name("tlstunnel")
+    forbid_core_dumps()
     found = config_file is None and _uses_default_file(origin or cert or key, handed)
     if found:
         config_file = DEFAULT_FILE

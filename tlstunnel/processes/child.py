@@ -25,7 +25,7 @@ from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.pulse import Responder
-from tlstunnel.program import set_process_name
+from tlstunnel.program import forbid_core_dumps, set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
@@ -211,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tlstunnel child")
     parser.add_argument("--link", type=int, required=True)
     arguments = parser.parse_args()
+    forbid_core_dumps()
     with asyncio.Runner(loop_factory=TunnelLoop) as runner:
         runner.run(_run(arguments.link))
     _exit_despite_threads()

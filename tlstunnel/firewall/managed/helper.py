@@ -34,6 +34,7 @@ from tlstunnel.firewall.managed.messages import (
     RulesLoaded,
 )
 from tlstunnel.firewall.managed.modsecurity import ModSecurity
+from tlstunnel.program import forbid_core_dumps
 
 EVALUATIONS = 100_000
 """Evaluations after which a child is replaced, in case it leaks memory: about two minutes at full rate."""
@@ -139,7 +140,7 @@ def _die_with(parent: int) -> None:
 
 def _drop_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # requests contain passwords
+    forbid_core_dumps()  # requests contain passwords
     with suppress(OSError):
         os.nice(NICENESS)
 
