@@ -245,6 +245,8 @@ def explain_failure(error: ssl.SSLError) -> tuple[Reason, str]:
     name = error.reason or str(error)
     if name == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return Reason.TLS_NO_CLIENT_CERTIFICATE, ""
+    if name == "EXCESSIVE_MESSAGE_SIZE":
+        return Reason.TLS_CLIENT_CHAIN_TOO_LONG, ""
     return Reason.TLS_FAILED, name
 
 

@@ -254,6 +254,7 @@ class Reason(Word):
     TLS_CLIENT_REVOKED = "tls: client certificate revoked"
     TLS_CLIENT_OTHER_PURPOSE = "tls: client certificate for another purpose"
     TLS_CLIENT_NOT_TRUSTED = "tls: client certificate not trusted"
+    TLS_CLIENT_CHAIN_TOO_LONG = "tls: client certificate chain too long"
     TLS_CLIENT_NO_CRL = "tls: no revocation list"
     TLS_CLIENT_CRL_EXPIRED = "tls: revocation list expired"
     TLS_ABORTED = "tls: handshake aborted"

@@ -7,6 +7,7 @@ fields among them are refused by the ClientHello (docs/tls.md#groups, `hello.Cli
 import ssl
 from typing import Final
 
+from tlstunnel.tls.limits import apply_limits
 from tlstunnel.tls.tls_socket import TlsSocket
 
 MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
@@ -47,7 +48,7 @@ def supports_alpn(protocols: tuple[bytes, ...]) -> bool:
 
 
 def apply_to_server_context(context: ssl.SSLContext) -> None:
-    """Set the versions, suites and options for clients."""
+    """Set the versions, suites, options and limits for clients."""
     context.minimum_version = MINIMUM_VERSION
     context.maximum_version = MAXIMUM_VERSION
     context.set_ciphers(TLS_1_2_CIPHERS)
@@ -56,6 +57,7 @@ def apply_to_server_context(context: ssl.SSLContext) -> None:
     # With the server's preference, OpenSSL would also use AES-256 with every TLS 1.3 client; browsers prefer AES-128.
     context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
     context.num_tickets = TICKETS
+    apply_limits(context)
     _apply_to_both(context)
 
 

@@ -1,0 +1,54 @@
+"""Limits of OpenSSL that Python's ``ssl`` has no functions for: what a client's certificates and sessions may take.
+
+They are set through ``ctypes``, on the ``SSL_CTX`` that is the first member of every ``ssl.SSLContext`` of CPython
+(Modules/_ssl.c, since 3.2). In a Python that links OpenSSL statically, or is not known to be built like that, OpenSSL's
+own limits apply: 102 400 bytes and 20 480 sessions.
+"""
+
+import _ssl
+import ctypes
+import ssl
+import sys
+from collections.abc import Callable
+from typing import Final
+
+MAX_CHAIN: Final = 10_240
+"""Bytes of a client's Certificate message. Four certificates with RSA keys of 4 096 bits fit. OpenSSL parses all that
+it gets, whoever issued them: 98 small ones, 28 KB, took 12 ms; 35, the most that fit now, take 4 ms."""
+
+MAX_SESSIONS: Final = 256
+"""Sessions that are kept per context for clients of TLS 1.2 that support no tickets: 870 bytes each. Others are kept by
+the clients themselves."""
+
+# openssl/ssl.h, the same numbers since 0.9.8.
+_SET_SESSION_CACHE_SIZE = 42
+_SET_MAX_CERT_LIST = 51
+
+_KNOWN = sys.implementation.name == "cpython" and (3, 11) <= sys.version_info < (3, 15)
+
+
+def apply_limits(context: ssl.SSLContext) -> bool:
+    """Set the limits of a context for clients. Return whether this Python can do that."""
+    if _control is None:
+        return False
+    pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
+    _control(pointer, _SET_MAX_CERT_LIST, MAX_CHAIN, None)
+    _control(pointer, _SET_SESSION_CACHE_SIZE, MAX_SESSIONS, None)
+    return True
+
+
+def _find_control() -> Callable[..., int] | None:
+    """Return ``SSL_CTX_ctrl`` of the OpenSSL that ``ssl`` uses, which need not be the only one in this process."""
+    file = getattr(_ssl, "__file__", None)
+    if not _KNOWN or file is None:
+        return None
+    try:
+        control = ctypes.CDLL(file).SSL_CTX_ctrl
+    except (OSError, AttributeError):
+        return None
+    control.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_void_p)
+    control.restype = ctypes.c_long
+    return control
+
+
+_control = _find_control()
