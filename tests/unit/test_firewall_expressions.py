@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, RICH_FIELDS, Field, request
 from tests.harness import assert_below
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.cookies import MAX_COOKIES
 from tlstunnel.firewall.expressions import (
     MAX_EXPRESSION,
     EvaluationError,
@@ -21,7 +22,7 @@ from tlstunnel.firewall.expressions import (
     Expressions,
 )
 from tlstunnel.firewall.facts import FIELDS as NAMES
-from tlstunnel.firewall.facts import MAX_COOKIES, MAX_QUERY_VALUES, Facts, gather
+from tlstunnel.firewall.facts import MAX_QUERY_VALUES, Facts, gather
 from tlstunnel.firewall.lists import NamedLists
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal

@@ -137,6 +137,59 @@ def test_request_without_a_part_of_the_key_is_not_counted(key: str) -> None:
         assert passes(counting, facts())
 
 
+def cookies(value: bytes) -> Facts:
+    return facts((b"Cookie", value))
+
+
+@pytest.mark.parametrize(
+    "again",
+    [b"s=me; s=r2", b"s=r2; s=me", b'x=1; s="m\\145"', b"s=%6de", b"s=1; s=2; s=3; s=me"],
+)
+def test_each_value_of_a_cookie_is_counted(again: bytes) -> None:
+    counting = limits(config(key=("cookie:s",)))
+    assert passes(counting, cookies(b"s=r1; s=me"))
+    assert not passes(counting, cookies(b"s=me"))
+    assert not passes(counting, cookies(again))
+
+
+def test_a_refused_value_of_a_cookie_counts_no_other() -> None:
+    counting = limits(config(key=("cookie:s",)), config("ip", "2/minute"))
+    assert passes(counting, cookies(b"s=a"))
+    trace: list[LimitTrace] = []
+    assert not passes(counting, cookies(b"s=b; s=a"))
+    check(counting, cookies(b"s=b; s=a"), trace)
+    assert trace[0] == LimitTrace("a", "block", (("cookie:s", "b"), ("cookie:s", "a")), "exceeded, for 60 s")
+    assert passes(counting, cookies(b"s=b"))
+
+
+def test_tunnels_of_each_value_of_a_cookie_are_returned() -> None:
+    counters = MemoryCounters(clock=Clock())
+    counting = limits(config(limit=None, max_tunnels=1, key=("cookie:s", "ip")), counters=counters)
+    outcome = check(counting, cookies(b"s=a; s=b"))
+    assert outcome.refusal is None
+    assert not passes(counting, cookies(b"s=b"))
+    outcome.lease.close()
+    assert check(counting, cookies(b"s=b")).refusal is None
+
+
+def test_more_values_of_a_cookie_than_are_counted_are_refused() -> None:
+    five = cookies(b"s=1; s=2; s=3; s=4; s=5")
+    for counting in (limits(config(key=("cookie:s",))), limits(config(when='cookies.s == "9"'))):
+        with pytest.raises(Refusal) as caught:
+            check(counting, five)
+        assert (caught.value.status, caught.value.reason) == (400, "too many cookies")
+    many = cookies(b"; ".join(b"%c=1; %c=2" % (name, name) for name in b"abcde"))
+    with pytest.raises(Refusal, match="too many cookies"):
+        check(limits(config(key=("cookie:a", "cookie:b", "cookie:c", "cookie:d", "cookie:e"))), many)
+    assert passes(limits(config()), five)
+
+
+def test_when_is_true_for_any_value_of_a_cookie() -> None:
+    counting = limits(config(when='cookies["s"] == "me"'))
+    assert passes(counting, cookies(b"s=a; s=me"))
+    assert not passes(counting, cookies(b"s=me; s=a"))
+
+
 def test_several_parts_count_together() -> None:
     counting = limits(config(key=("ip", "path")))
     assert passes(counting, facts())

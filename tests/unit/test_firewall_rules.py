@@ -15,6 +15,7 @@ from tlstunnel.firewall.facts import FIELDS, Facts, gather
 from tlstunnel.firewall.lists import NamedLists
 from tlstunnel.firewall.rules import Rules, RulesOutcome, RuleTrace
 from tlstunnel.handshake.connection import Connection
+from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader, UpgradeRequest
 from tlstunnel.metrics.families import RULES
 from tlstunnel.metrics.registry import Registry
@@ -180,6 +181,76 @@ def test_a_wrong_rule_is_named_with_the_place() -> None:
         rules(rule("fine"), rule("admin only", when='pth == "/"'))
     expected = 'rule "admin only": when: line 1, column 1: there is no field "pth"; did you mean "path"?'
     assert str(caught.value) == expected
+
+
+# Several values of one cookie.
+
+
+def with_cookies(*values: bytes) -> Facts:
+    without = tuple(field for field in CHROMIUM if field[0] != b"Cookie")
+    found = RequestReader().feed(request((*without, *((b"Cookie", value) for value in values)), b"GET / HTTP/1.1"))
+    assert found is not None
+    return gather(found, CONNECTION, strict_path=True, now=0)
+
+
+IS_BANNED = 'cookies["s"] == "banned"'
+IS_NOT_GOOD = 'cookies["s"] != "good"'
+
+
+@pytest.mark.parametrize(
+    ("when", "action", "cookies", "decides"),
+    [
+        (IS_BANNED, "block", b"s=x; s=banned", True),
+        (IS_BANNED, "block", b"s=banned; s=x", True),
+        (IS_BANNED, "block", b"s=x; s=banned; s=y", True),
+        (IS_BANNED, "block", rb's="b\141nned"', True),
+        (IS_BANNED, "block", b"s=%62anned", True),
+        (IS_BANNED, "block", b"s=x; s=y; t=banned", False),
+        (IS_NOT_GOOD, "block", b"s=good; s=good", False),
+        (IS_NOT_GOOD, "block", b"s=good; s=x", True),
+        (f"!({IS_BANNED})", "block", b"s=banned; s=x", True),
+        (f'"s" in cookies && {IS_BANNED}', "block", b"s=x; s=banned", True),
+        ('cookies.exists(n, cookies[n] == "banned")', "block", b"t=1; s=x; s=banned", True),
+        ('cookies.a == "2" && cookies.b == "1"', "block", b"a=1; a=2; b=1; b=2", True),
+        ('int(cookies["s"]) > 3', "block", b"s=x; s=4", True),
+        # To allow, or to skip checks, all values must match: the origin may use any of them.
+        ('cookies["s"] == "good"', "allow", b"s=good; s=x", False),
+        ('cookies["s"] == "good"', "allow", b"s=x; s=good", False),
+        ('cookies["s"].startsWith("g")', "allow", b"s=good; s=gold", True),
+        (IS_NOT_GOOD, "allow", b"s=good; s=x", False),
+        ('int(cookies["s"]) > 3', "allow", b"s=x; s=4", False),
+    ],
+)
+def test_every_value_of_a_cookie_counts(when: str, action: Action, cookies: bytes, decides: bool) -> None:
+    outcome = rules(rule("a", action, when)).judge(with_cookies(cookies))
+    assert (outcome.rule == "a") == decides
+
+
+def test_to_skip_checks_all_values_must_match() -> None:
+    found = rules(rule("a", "skip", 'cookies["s"] == "good"', skip=("rate_limits",)))
+    assert found.judge(with_cookies(b"s=good", b"s=good")).skip == {"rate_limits"}
+    assert found.judge(with_cookies(b"s=good", b"s=x")).skip == frozenset()
+
+
+def test_values_for_which_a_rule_fails() -> None:
+    """A value that matches decides; otherwise the rule has failed, as it may have matched."""
+    mixed = with_cookies(b"s=1; s=x")
+    assert rules(rule("a", when='int(cookies["s"]) == 1', on_error="block")).judge(mixed).refusal is not None
+    for action in ("block", "allow"):
+        trace: list[RuleTrace] = []
+        outcome = rules(rule("a", action, 'int(cookies["s"]) == 2', on_error="block")).judge(mixed, trace)
+        assert outcome.refusal is not None
+        assert trace[0].result == "failed"
+        assert trace[0].values == {"cookies": {"s": ("1", "x")}}
+
+
+def test_more_values_than_a_rule_reads_are_refused() -> None:
+    five = with_cookies(b"s=1; s=2; s=3; s=4; s=5; t=1")
+    for when in (IS_BANNED, "cookies.s == ''", "cookies.exists(n, cookies[n] == '')", "cookies == {}"):
+        with pytest.raises(Refusal, match="too many cookies"):
+            rules(rule("a", when=when)).judge(five)
+    for when in ('cookies.t == "2"', '"s" in cookies && path == ""', 'cookies.exists(n, n == "x")'):
+        assert rules(rule("a", when=when)).judge(five).refusal is None
 
 
 def test_trace() -> None:

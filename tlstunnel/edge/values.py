@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import ClassVar
 from urllib.parse import quote, urlencode
 
@@ -111,9 +110,9 @@ class WorkerRequest:
         )
 
     @cached_property
-    def cookies(self) -> Mapping[str, str]:
-        """The cookies by name; the first, if a name occurs several times."""
-        return MappingProxyType(self._facts.cookies)
+    def cookies(self) -> MultiDictProxy[str]:
+        """The cookies by name: ``cookies["sid"]`` is the first, ``cookies.getall("sid")`` all different ones."""
+        return MultiDictProxy(MultiDict([(k, v) for k, values in self._facts.cookie_values.items() for v in values]))
 
     @property
     def subprotocols(self) -> tuple[str, ...]:

@@ -19,14 +19,8 @@ import re2  # type: ignore[import-untyped]
 from tlstunnel.addresses import quoted
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.facts import (
-    FIELDS,
-    MAX_COOKIES,
-    MAX_ELEMENTS,
-    MAX_QUERY_VALUES,
-    Facts,
-    gather,
-)
+from tlstunnel.firewall.cookies import MAX_COOKIES, combine
+from tlstunnel.firewall.facts import FIELDS, MAX_ELEMENTS, MAX_QUERY_VALUES, Facts, gather
 from tlstunnel.firewall.lists import AddressSet, NamedLists
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.request import MAX_FIELDS, UpgradeRequest
@@ -110,11 +104,15 @@ class EvaluationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A checked expression, with the `fields` of `Facts` that it reads and those of our `functions` that it calls."""
+    """A checked expression, with the `fields` of `Facts` that it reads and those of our `functions` that it calls.
+
+    `cookies` are the names of the cookies whose values it reads, None if they are only known for a request.
+    """
 
     text: str
     fields: frozenset[str]
     functions: frozenset[str]
+    cookies: frozenset[str] | None
     _program: cel.Program
 
     def evaluate(self, context: cel.Context) -> bool:
@@ -149,9 +147,12 @@ class Scope:
         self._fields = tuple(name for name in FIELDS if name in used)
         self._functions = {name: function for name, function in functions.items() if name in called}
 
-    def context(self, facts: Facts) -> cel.Context:
-        """Return the context of a request, for `Expression.evaluate`."""
-        return cel.Context({name: getattr(facts, name) for name in self._fields}, self._functions)
+    def context(self, facts: Facts, cookies: dict[str, str] | None = None) -> cel.Context:
+        """Return the context of a request, for `Expression.evaluate`, with these `cookies` instead of the first."""
+        values = {name: getattr(facts, name) for name in self._fields}
+        if cookies is not None:
+            values["cookies"] = cookies
+        return cel.Context(values, self._functions)
 
 
 class Expressions:
@@ -184,7 +185,8 @@ class Expressions:
         unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - checker.seen
         if unseen:
             raise ExpressionError(f"{quoted(min(unseen))} cannot be used here", 1, 1)
-        expression = Expression(text, frozenset(checker.fields), frozenset(checker.functions), program)
+        cookies = None if checker.reads_any_cookie else frozenset(checker.cookies)
+        expression = Expression(text, frozenset(checker.fields), frozenset(checker.functions), cookies, program)
         self._try_sample(expression)
         return expression
 
@@ -193,22 +195,46 @@ class Expressions:
         return Scope(expressions, self._functions)
 
     def condition(self, text: str, failed: Callable[[str], None] | None = None) -> Callable[[Facts], bool]:
-        """Compile `text` into a function that never raises. Raises `ExpressionError`.
+        """Compile `text` into a function that returns whether it is true for any value of the cookies that it reads.
 
-        If the expression cannot be evaluated, the function calls `failed` with the reason and returns False.
+        If the expression cannot be evaluated, the function calls `failed` with the reason and returns False. It raises
+        `Refusal` as `matches` does, and nothing else. Raises `ExpressionError`.
         """
         expression = self.compile(text)
         scope = self.scope([expression])
 
         def holds(facts: Facts) -> bool:
             try:
-                return expression.evaluate(scope.context(facts))
+                return self.matches(expression, facts, scope.context(facts))
             except EvaluationError as error:
                 if failed:
                     failed(str(error))
                 return False
 
         return holds
+
+    def matches(self, expression: Expression, facts: Facts, context: cel.Context, *, every: bool = False) -> bool:
+        """Return whether the expression is true for any value of the cookies that it reads, or with `every` for all.
+
+        `context` is that of the first values. Raises `EvaluationError` if the result depends on values for which it
+        cannot be evaluated, and `Refusal` (400) for more values than it is evaluated for.
+        """
+        combinations = []
+        if "cookies" in expression.fields and facts.repeats_cookies:
+            combinations = combine(facts.cookie_values, expression.cookies)
+        if len(combinations) < 2:
+            return expression.evaluate(context)
+        scope = self.scope([expression])
+        results: list[bool] = []
+        failure: EvaluationError | None = None
+        for cookies in combinations:
+            try:
+                results.append(expression.evaluate(scope.context(facts, cookies)))
+            except EvaluationError as error:
+                failure = error
+        if failure is not None and (every or not any(results)):
+            raise failure
+        return all(results) if every else any(results)
 
     def _try_sample(self, expression: Expression) -> None:
         try:
@@ -337,13 +363,16 @@ class _Comprehension:
 class _Checker:
     """Walks over the tokens of an expression once, and checks what it uses. Raises `ExpressionError`.
 
-    `fields` and `functions` are those that it uses, `seen` are all its names.
+    `fields` and `functions` are those that it uses, `seen` are all its names. `cookies` are those whose values it
+    reads; with `reads_any_cookie` they depend on the request.
     """
 
     def __init__(self, text: str, literals: Callable[[str, list[str]], None]) -> None:
         self.fields: set[str] = set()
         self.functions: set[str] = set()
         self.seen: set[str] = set()
+        self.cookies: set[str] = set()
+        self.reads_any_cookie = False
         self._text = text
         self._on_literals = literals
         self._tokens = _tokenize(text)
@@ -385,6 +414,18 @@ class _Checker:
             if name not in FIELDS:
                 raise self._error(token, _describe_unknown("field", name, {*FIELDS, *bound}))
             self.fields.add(name)
+            if name == "cookies":
+                self._note_cookie(index)
+
+    def _note_cookie(self, index: int) -> None:
+        """Note whose value is read where ``cookies`` is used. Whether a name is in the map depends on no value."""
+        after, key, end = (self._text_at(index + distance) for distance in (1, 2, 3))
+        if after == "[" and end == "]" and self._tokens[index + 2].kind == "string":
+            self.cookies.add(self._string_value(self._tokens[index + 2]))
+        elif after == "." and end != "(":
+            self.cookies.add(key)
+        elif after == "[" or (after != "." and self._text_at(index - 1) != "in"):
+            self.reads_any_cookie = True
 
     def _enclosing(self) -> list["_Comprehension"]:
         """Return the comprehensions around this place, the innermost last."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from ipaddress import IPv6Address
 
+from tlstunnel.firewall.cookies import MAX_COOKIES, is_unusual, parse_cookies
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import split_list
 from tlstunnel.handshake.refusal import Refusal
@@ -13,9 +14,6 @@ from tlstunnel.journal.events import Reason
 
 MAX_QUERY_VALUES = 128
 """Values of a query. PHP and ModSecurity's recommended settings accept 1000, the guard of managed rules 64."""
-
-MAX_COOKIES = 200
-"""Cookies of a request. Chromium and Firefox keep 180 per site; RFC 6265 section 6.1 requires 50."""
 
 MAX_ELEMENTS = 64
 """Elements of Sec-WebSocket-Protocol, and of Sec-WebSocket-Extensions. Real clients send fewer than ten."""
@@ -73,16 +71,29 @@ class Facts:
         }
 
     @cached_property
+    def cookie_values(self) -> dict[str, tuple[str, ...]]:
+        """The different values of each cookie, in order (`parse_cookies`)."""
+        return parse_cookies(self._cookie_field)
+
+    @cached_property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name (RFC 6265 section 4.2.1). The first one of a name counts, as in most origins."""
-        cookies: dict[str, str] = {}
-        for pair in b";".join(self.request.by_name.get(b"cookie", ())).decode("latin-1").split(";"):
-            name, equals, value = pair.partition("=")
-            if equals:
-                value = value.strip(" \t")
-                quotes = len(value) > 1 and value[0] == value[-1] == '"'
-                cookies.setdefault(name.strip(" \t"), value[1:-1] if quotes else value)
-        return cookies
+        """The first value of each cookie."""
+        return {name: values[0] for name, values in self.cookie_values.items()}
+
+    @cached_property
+    def repeats_cookies(self) -> bool:
+        """Whether a cookie has several values."""
+        return any(len(values) > 1 for values in self.cookie_values.values())
+
+    @property
+    def has_too_many_cookies(self) -> bool:
+        """Whether there are more cookies than rules iterate over. Cookies are only parsed if they are unusual."""
+        many = self._cookie_field.count(";") >= MAX_COOKIES
+        return many or (is_unusual(self._cookie_field) and len(self.cookie_values) > MAX_COOKIES)
+
+    @cached_property
+    def _cookie_field(self) -> str:
+        return b";".join(self.request.by_name.get(b"cookie", ())).decode("latin-1")
 
     @cached_property
     def origin(self) -> str:
@@ -148,14 +159,15 @@ def gather(request: Request, connection: Connection, *, strict_path: bool, now: 
     raw_path, _, query = request.target.partition(b"?")
     if query.count(b"&") >= MAX_QUERY_VALUES:
         raise Refusal(400, Reason.TOO_MANY_QUERY_VALUES, f"the query has more than {MAX_QUERY_VALUES} values")
-    if sum(value.count(b";") + 1 for value in fields.get(b"cookie", ())) > MAX_COOKIES:
-        raise Refusal(400, Reason.TOO_MANY_COOKIES, f"the request has more than {MAX_COOKIES} cookies")
     for name in (b"sec-websocket-protocol", b"sec-websocket-extensions"):
         if sum(value.count(b",") + 1 for value in fields.get(name, ())) > MAX_ELEMENTS:
             raise Refusal(400, Reason.TOO_MANY_ELEMENTS, f"{name.decode()} has more than {MAX_ELEMENTS} elements")
     if strict_path:
         refuse_ambiguous(request.target)
-    return Facts(request, connection, normalise_path(raw_path), now)
+    facts = Facts(request, connection, normalise_path(raw_path), now)
+    if b"cookie" in fields and facts.has_too_many_cookies:
+        raise Refusal(400, Reason.TOO_MANY_COOKIES, f"the request has more than {MAX_COOKIES} cookies")
+    return facts
 
 
 def normalise_path(raw: bytes) -> str:

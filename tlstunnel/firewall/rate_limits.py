@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv6Address, ip_address
+from itertools import product
 from typing import Self
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ from limits import RateLimitItem, parse_many
 from tlstunnel.addresses import quoted
 from tlstunnel.config import RateLimitConfig
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.cookies import find_identities, refuse_many_combinations
 from tlstunnel.firewall.counters import Counters, Exceeded, LimitCheck, LimitResult, Strategy
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
@@ -74,7 +76,8 @@ _OUTCOMES: dict[Exceeded, str] = {
 }
 """The outcomes of a limit, in metrics and in text."""
 
-_Reader = Callable[[Facts], str | None]
+_Reader = Callable[[Facts], tuple[str, ...]]
+"""Returns the values of one part of a key, none if it is missing. Only a cookie has several."""
 
 
 class Lease:
@@ -111,7 +114,7 @@ class LimitsOutcome:
 class LimitTrace:
     """The result of one limit, for `tlstunnel firewall explain`.
 
-    `key` holds the parts of the key that the request has, with their values.
+    `key` holds the parts of the key that the request has, with their values; a cookie may have several.
     """
 
     limit: str
@@ -163,28 +166,28 @@ class RateLimits:
         return len(self._limits)
 
     async def judge(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
-        """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit."""
-        applying: list[tuple[_Limit, LimitCheck]] = []
-        for limit in self._limits:
-            check = limit.make_check(facts)
-            if check is not None:
-                applying.append((limit, check))
+        """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit.
+
+        A limit by a cookie counts each of its values. Raises `Refusal` (400) for more of them than are counted.
+        """
+        applying = [(limit, check) for limit in self._limits for check in limit.make_checks(facts)]
         results = await self._counters.check([check for _, check in applying]) if applying else []
+        found: dict[_Limit, LimitResult] = {}
+        taken: list[str] = []
+        for (limit, check), result in zip(applying, results, strict=True):
+            found[limit] = max(found.get(limit, result), result, key=_weigh)
+            if check.max_tunnels and not result.exceeded:
+                taken.append(check.key)
         if trace is not None:
-            found = {limit: result for (limit, _), result in zip(applying, results, strict=True)}
             trace += (limit.trace(facts, found.get(limit)) for limit in self._limits)
         exceeded: list[tuple[_Limit, LimitResult]] = []
         logged: list[str] = []
-        taken: list[str] = []
-        for (limit, check), result in zip(applying, results, strict=True):
+        for limit, result in found.items():
             self._counts.add(facts.site, limit.name, _OUTCOMES[result.exceeded], limit.mode)
-            if result.exceeded:
-                if limit.enforced:
-                    exceeded.append((limit, result))
-                else:
-                    logged.append(limit.name)
-            elif check.max_tunnels:
-                taken.append(check.key)
+            if result.exceeded and limit.enforced:
+                exceeded.append((limit, result))
+            elif result.exceeded:
+                logged.append(limit.name)
         if exceeded:
             return LimitsOutcome(_refuse(exceeded), exceeded[0][0].name, Lease(self._counters), tuple(logged))
         return LimitsOutcome(None, "", Lease(self._counters, taken), tuple(logged))
@@ -253,21 +256,24 @@ class _Limit:
         outcome = _OUTCOMES[exceeded]
         return outcome if self.enforced else f"{outcome}, only logged"
 
-    def make_check(self, facts: Facts) -> LimitCheck | None:
-        """Return the check of the request, or None if the limit does not apply.
+    def make_checks(self, facts: Facts) -> list[LimitCheck]:
+        """Return the checks of the request, none if the limit does not apply: one for each combination of values.
 
         If `when` is false but `block_for` is set, only the block is checked: it covers all requests of the key.
         """
         applies = self.applies(facts)
         if not applies and not self._block_for:
-            return None
+            return []
         values = [reader(facts) for _, reader in self._readers]
-        if None in values:
-            return None
-        key = self._prefix.copy()
-        key.update(_frame([value for value in values if value is not None]))
+        refuse_many_combinations(values)
         item, max_tunnels = (self._item, self._max_tunnels) if applies else (None, 0)
-        return LimitCheck(key.hexdigest(), item, self._strategy, max_tunnels, self._block_for, self.enforced)
+        keys = (self._make_key(combination) for combination in product(*values))
+        return [LimitCheck(key, item, self._strategy, max_tunnels, self._block_for, self.enforced) for key in keys]
+
+    def _make_key(self, values: Iterable[str]) -> str:
+        key = self._prefix.copy()
+        key.update(_frame(values))
+        return key.hexdigest()
 
     def header_items(self, result: LimitResult, seconds: int) -> tuple[str, str]:
         """Return the limit's items of RateLimit (section 4.1 of the draft) and RateLimit-Policy (section 3.1)."""
@@ -279,7 +285,7 @@ class _Limit:
     def trace(self, facts: Facts, result: LimitResult | None) -> LimitTrace:
         """Return what the limit found. `result` is None if it was not checked."""
         values = [(kind, reader(facts)) for kind, reader in self._readers]
-        missing = [kind for kind, value in values if value is None]
+        missing = [kind for kind, found in values if not found]
         if result is not None and result.exceeded:
             text = f"{self.describe(result.exceeded)}, for {_round_up(result.wait)} s"
         elif missing:
@@ -288,8 +294,13 @@ class _Limit:
             text = "does not apply: when is false"
         else:
             text = "within the limit"
-        key = tuple((kind, value) for kind, value in values if value is not None)
+        key = tuple((kind, value) for kind, found in values for value in found)
         return LimitTrace(self.name, "block" if self.enforced else "log", key, text)
+
+
+def _weigh(result: LimitResult) -> tuple[bool, float]:
+    """Order the results of one limit: one that is exceeded, for the longest time, is the limit's."""
+    return bool(result.exceeded), result.wait
 
 
 def _refuse(exceeded: list[tuple[_Limit, LimitResult]]) -> Refusal:
@@ -373,25 +384,25 @@ def _suggest(text: str) -> str:
 
 
 def _parse_key(kind: str, ipv6_prefix: int) -> _Reader:
-    """Return a function that reads one part of a key, or None if it is missing. Raises ConfigurationError."""
+    """Return a function that reads one part of a key. Raises ConfigurationError."""
     source, colon, name = kind.partition(":")
     if kind == "ip":
-        return lambda facts: _client_network(facts.ip, ipv6_prefix)
+        return lambda facts: (_client_network(facts.ip, ipv6_prefix),)
     if colon and source == "header" and _TOKEN.fullmatch(name):
         lower = name.lower()
-        return lambda facts: facts.headers.get(lower)
+        return lambda facts: (facts.headers[lower],) if lower in facts.headers else ()
     if colon and source == "cookie" and _TOKEN.fullmatch(name):
-        return lambda facts: facts.cookies.get(name)
+        return lambda facts: find_identities(facts.cookie_values, name)
     if kind in _READERS:
         return _READERS[kind]
     raise ConfigurationError(_describe_unknown(kind))
 
 
 _READERS: dict[str, _Reader] = {
-    "path": lambda facts: facts.path,
-    "host": lambda facts: facts.host,
-    "ja4": lambda facts: facts.tls_ja4 or None,
-    "client_subject": lambda facts: facts.client_subject or None,
+    "path": lambda facts: (facts.path,),
+    "host": lambda facts: (facts.host,),
+    "ja4": lambda facts: (facts.tls_ja4,) if facts.tls_ja4 else (),
+    "client_subject": lambda facts: (facts.client_subject,) if facts.client_subject else (),
 }
 
 

@@ -94,7 +94,10 @@ class Rules:
         return len(self._rules)
 
     def judge(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
-        """Evaluate the rules in order, until one blocks or allows. `trace` receives a `RuleTrace` for each rule."""
+        """Evaluate the rules in order, until one blocks or allows. `trace` receives a `RuleTrace` for each rule.
+
+        Raises `Refusal` (400) if a cookie that a rule reads has more values than it is evaluated for.
+        """
         logged: list[str] = []
         skip = _SKIP_NOTHING
         refusal, name = None, ""
@@ -102,7 +105,7 @@ class Rules:
         context = self._scope.context(facts)
         for rule in self._rules:
             evaluated += 1
-            matched, error = self._evaluate(rule, context, facts.site)
+            matched, error = self._evaluate(rule, facts, context)
             if trace is not None:
                 trace.append(_trace(rule, facts, "failed" if error else "matched" if matched else "not matched", error))
             effect = _determine_effect(rule.config, matched=matched, failed=bool(error))
@@ -118,15 +121,20 @@ class Rules:
             trace += (_trace(rule, facts, "not evaluated", "") for rule in self._rules[evaluated:])
         return RulesOutcome(refusal, name, skip, tuple(logged))
 
-    def _evaluate(self, rule: _Rule, context: cel.Context, site: str) -> tuple[bool, str]:
-        """Return whether the rule matches, and the error if it could not be evaluated."""
+    def _evaluate(self, rule: _Rule, facts: Facts, context: cel.Context) -> tuple[bool, str]:
+        """Return whether the rule matches, and the error if it could not be evaluated.
+
+        If a cookie has several values, one that matches is enough to block, but to allow or to skip checks all must
+        match: the origin may use any of them.
+        """
+        every = rule.config.action in {"allow", "skip"}
         try:
-            matched = rule.expression.evaluate(context)
+            matched = self._expressions.matches(rule.expression, facts, context, every=every)
         except EvaluationError as error:
-            self._report_failure(rule, str(error), site)
+            self._report_failure(rule, str(error), facts.site)
             return False, str(error)
         if matched:
-            self._counts.add(site, rule.config.name, "matched")
+            self._counts.add(facts.site, rule.config.name, "matched")
         return matched, ""
 
     def _report_failure(self, rule: _Rule, error: str, site: str) -> None:
@@ -167,4 +175,6 @@ def _trace(
 ) -> RuleTrace:
     config = rule.config
     values = {name: getattr(facts, name) for name in sorted(rule.expression.fields)}
+    if "cookies" in values:
+        values["cookies"] = {name: sent[0] if len(sent) == 1 else sent for name, sent in facts.cookie_values.items()}
     return RuleTrace(config.name, config.action, config.mode, config.when, result, error, values)

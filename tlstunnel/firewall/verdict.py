@@ -214,7 +214,10 @@ class Firewall:
             _add_trace(trace, "target", refusal.text)
             return Verdict(refusal)
         _add_trace(trace, "target", f"the path is {printable(facts.path)}")
-        return await self._check_all(policy, facts, trace, behind_proxy=behind_proxy)
+        try:
+            return await self._check_all(policy, facts, trace, behind_proxy=behind_proxy)
+        except Refusal as refusal:  # more values of a cookie than rules and limits read
+            return Verdict(refusal)
 
     async def _check_all(
         self, policy: Policy, facts: Facts, trace: list[CheckTrace] | None, *, behind_proxy: bool
