@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from tests.handshakes import KEY, Field, request
@@ -327,6 +328,28 @@ def test_the_examples_of_the_documentation_work(example: str) -> None:
         for limit in site.rate_limits:
             if limit.when is not None:
                 expressions.compile(limit.when)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "site", "refused"),
+    [
+        ("POST", "/", b"cross-site", True),
+        ("POST", "/", b"same-site", True),
+        ("POST", "/", b"same-origin", False),
+        ("POST", "/", None, False),
+        ("POST", "/callback", b"cross-site", False),
+        ("GET", "/", b"cross-site", False),
+    ],
+)
+def test_the_rule_for_forms(method: str, path: str, site: bytes | None, refused: bool) -> None:
+    (example,) = (found for found in EXAMPLES if "forms of other sites" in found)
+    (config,) = msgspec.toml.decode(example)["sites"]["rules"]
+    added = () if site is None else ((b"Sec-Fetch-Site", site),)
+    fields = ((b"Host", b"chat.example.com"), (b"Content-Length", b"0"), (b"Origin", b"null"), *added)
+    found = RequestReader(True).feed(request(fields, f"{method} {path} HTTP/1.1".encode()))
+    assert found is not None
+    form = gather(found, CONNECTION, strict_path=True, now=0)
+    assert (rules(RuleConfig(**config)).judge(form).refusal is not None) == refused
 
 
 def test_the_documentation_has_every_field_and_function() -> None:

@@ -141,6 +141,17 @@ def test_empty_list_refuses_all_pages() -> None:
     assert allowed(WebOriginCheck([], NAMES))
 
 
+@pytest.mark.parametrize("origins", [(), (b"null",), (b"https://login.example",), (b"a", b"b")])
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_plain_requests_are_not_checked(method: bytes, origins: tuple[bytes, ...]) -> None:
+    """A page with the policy no-referrer posts its own form with the Origin null, a login service from its own."""
+    fields = [(b"Host", b"chat.example.com"), *((b"Origin", origin) for origin in origins)]
+    found = RequestReader(True).feed(request(tuple(fields), b"%b /callback HTTP/1.1" % method))
+    assert found is not None
+    plain = gather(found, Connection(ip="192.0.2.1"), strict_path=True, now=0)
+    assert WebOriginCheck(["same"], NAMES, required=True).check(plain) is None
+
+
 def test_several_origins_are_refused() -> None:
     same = b"https://chat.example.com"
     assert not allowed(WebOriginCheck(["same"], NAMES), same, same)

@@ -21,7 +21,7 @@ from tlstunnel.firewall.lists import AddressLists, NamedLists
 from tlstunnel.firewall.web_origins import WebOriginCheck
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import Request
+from tlstunnel.handshake.request import Request, UpgradeRequest
 from tlstunnel.journal.events import Event, Reason
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics import families
@@ -294,7 +294,7 @@ class Firewall:
         if policy.web_origins is None:
             return None
         refusal = policy.web_origins.check(facts)
-        _add_trace(trace, "web origin", refusal.text if refusal else f"{printable(facts.origin) or 'none'} is allowed")
+        _add_trace(trace, "web origin", refusal.text if refusal else _describe_web_origin(facts))
         return refusal
 
     async def _refresh(self) -> None:
@@ -328,6 +328,14 @@ def _refuse_address(reason: Reason | None) -> Refusal | None:
 def _add_trace(trace: list[CheckTrace] | None, name: str, result: str, entries: Sequence[object] = ()) -> None:
     if trace is not None:
         trace.append(CheckTrace(name, result, entries))
+
+
+def _describe_web_origin(facts: Facts) -> str:
+    if not isinstance(facts.request, UpgradeRequest):
+        return "not checked: only handshakes are"
+    if not facts.origin:
+        return "no Origin field, so the client is not a web page: allowed"
+    return f"{printable(facts.origin)} is allowed"
 
 
 def _describe_managed_rules(managed: "ManagedRulesOutcome") -> str:

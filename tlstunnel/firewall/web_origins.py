@@ -24,7 +24,7 @@ class WebOriginCheck:
     """The web origins that a site allows.
 
     `allowed` are the entries of ``web_origins`` as the configuration parsed them, and `names` are the site's names.
-    With `required`, requests without an Origin field, which do not come from browsers, are refused too.
+    With `required`, handshakes without an Origin field, which do not come from browsers, are refused too.
     """
 
     __slots__ = ("_exact", "_names", "_required", "_same", "_subdomains")
@@ -38,14 +38,17 @@ class WebOriginCheck:
         self._required = required
 
     def check(self, facts: Facts) -> Refusal | None:
-        """Return the refusal (403) of a request with this Origin field, or None."""
+        """Return the refusal (403) of a handshake with this Origin field, or None.
+
+        Plain requests are not checked. A form has the Origin ``null`` if its page sends no referrer, and other sites'
+        forms may be legitimate (single sign-on); browsers have cookies with SameSite and Sec-Fetch-Site for them.
+        """
+        if not isinstance(facts.request, UpgradeRequest):
+            return None
         values = facts.request.by_name.get(b"origin", ())
         if not values:
-            # Browsers send none when they load a page, so plain requests may lack it.
-            required = self._required and isinstance(facts.request, UpgradeRequest)
-            if not required:
-                return None
-            return _refuse(Reason.WEB_ORIGIN_MISSING, "requests without an Origin field are refused")
+            missing = _refuse(Reason.WEB_ORIGIN_MISSING, "requests without an Origin field are refused")
+            return missing if self._required else None
         if len(values) > 1:
             return _refuse(
                 Reason.WEB_ORIGIN_NOT_ALLOWED, "a request may have only one Origin field", "several Origin fields"
