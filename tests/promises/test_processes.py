@@ -347,16 +347,23 @@ def test_a_process_that_hangs_delays_no_other(origin: RawOrigin, certificate: Ce
         assert tunnel.pids[0] == victim
 
 
-def test_a_reload_does_not_wait_for_a_process_that_hangs(origin: RawOrigin, certificate: Certificate) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reload_does_not_wait_for_a_process_that_hangs(
+    origin: RawOrigin, certificate: Certificate, processes: int
+) -> None:
     """The process is replaced when it responds again, because it has missed the reload."""
-    text = f"processes = 2\n{config_for(origin.address, certificate)}"
+    text = f"processes = {processes}\n{config_for(origin.address, certificate)}"
     with Tunnel(None, certificate, config=text, environment=QUICKLY) as tunnel, ExitStack() as stack:
         victim = tunnel.pids[0]
         os.kill(victim, signal.SIGSTOP)
         stack.callback(os.kill, victim, signal.SIGCONT)
+        tunnel.wait_record(lambda record: record["event"] == "process does not respond")
+        (line,) = tunnel.reload(text.replace(str(certificate.cert), "none.pem"), status=1)
+        assert "none.pem: cannot be read" in line  # checked by another process
         assert tunnel.reload(f"drain_removed = true\n{text}") == ["drain_removed: changed"]
         stack.close()
-        eventually(lambda: victim not in tunnel.pids and len(tunnel.pids) == 2)
+        eventually(lambda: victim not in tunnel.pids and len(tunnel.pids) == processes)
+        assert tunnel.records("parent exited") == []
 
 
 def test_a_process_that_keeps_hanging_is_killed(origin: RawOrigin, certificate: Certificate) -> None:

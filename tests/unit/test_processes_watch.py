@@ -77,7 +77,7 @@ def test_no_child_is_killed_unless_the_parent_polled_it_on_schedule(steps: list[
             began = now
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3", "a,b,c,d"])
+@pytest.mark.parametrize("text", ["", "1,2,3", "a,b,c,d", "0,1,2,3", "1,2,nan,3", "1,inf,2,3"])
 def test_malformed_times_are_ignored(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, text)
     assert WatchTimes.from_environment() == WatchTimes()

@@ -271,6 +271,10 @@ async def try_child(startup: Startup) -> None:
         begun: Begun = await link.request(startup.to_begin("tlstunnel probe", quiet=True))
         assert begun.version
         await link.request(Stop())
+        await process.wait()  # before the link is closed, or the child would report that its parent has exited
+    except BaseException:
+        process.kill()
+        raise
     finally:
         link.close()
         await process.wait()

@@ -4,6 +4,7 @@ Tested by tests/promises/test_processes.py.
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -125,7 +126,10 @@ class Guard:
         """Have a child write its stacks and exit, which `STACKS_SIGNAL` does; kill it if that does not work."""
         about = {"process": child.pid, "place": child.identity.place}
         self._log.error(Event.PROCESS_KILLED, **about, reason=child.problem, state=_read_state(child.pid))
-        stacks = os.dup(child.pulse.stacks) if child.pulse is not None else -1  # it is closed when the child exits
+        stacks = -1
+        with contextlib.suppress(OSError):  # out of descriptors
+            if child.pulse is not None:
+                stacks = os.dup(child.pulse.stacks)  # the other one is closed when the child exits
         child.process.send_signal(STACKS_SIGNAL)
         # A stopped process runs its handler before anything else, and does not survive it.
         child.process.send_signal(signal.SIGCONT)

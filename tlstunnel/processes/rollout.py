@@ -36,6 +36,7 @@ from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.messages import Abandon, Commit, Prepare, Prepared
 from tlstunnel.processes.notify import ServiceManager
 from tlstunnel.processes.slots import Slot, Slots
+from tlstunnel.serving.changes import describe_changes
 
 PREPARE_SECONDS = 120.0
 """How long a child may take to load a new configuration. Ten thousand sites take 2 s."""
@@ -207,10 +208,20 @@ class Rollout:
             # A child that has exited meanwhile is restarted with the new configuration; one that is silent is replaced.
             elif isinstance(reply, BaseException) and not (child.exited or child.link.closed or child.silent):
                 raise reply
-        if not prepared:
-            # None that serves can check it, for example because each of them is being restarted.
-            await try_child(dataclasses.replace(self._fleet.startup, text=new.text, config=new.config))
-        return list(prepared), next(iter(prepared.values()), [])
+        if prepared:
+            return list(prepared), next(iter(prepared.values()))
+        # None that serves can check it, for example because each of them is being restarted.
+        await self._try(new)
+        return [], describe_changes(self._fleet.config, new.config)
+
+    async def _try(self, new: NewConfig) -> None:
+        """Have a child of its own load the new configuration. Raises ProcessError."""
+        startup = dataclasses.replace(self._fleet.startup, text=new.text, config=new.config)
+        try:
+            async with asyncio.timeout(PREPARE_SECONDS):
+                await try_child(startup)
+        except TimeoutError:
+            raise ProcessError(f"no process was ready within {PREPARE_SECONDS:g} s") from None
 
     async def _abandon(self, children: Iterable[Child]) -> None:
         await asyncio.gather(*(child.try_request(Abandon()) for child in children))

@@ -5,6 +5,7 @@ sockets. If it stays silent, it is killed. That only counts while the parent its
 all processes were paused, every count begins again.
 """
 
+import math
 import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class WatchTimes:
             every, silent, kill, loop = map(float, os.environ[VARIABLE].split(","))
         except (KeyError, ValueError):
             return cls()
-        return cls(every, silent, kill, loop)
+        given = cls(every, silent, kill, loop)
+        return given if all(0.0 < seconds < math.inf for seconds in (every, silent, kill, loop)) else cls()
 
 
 class Finding(Enum):
