@@ -8,8 +8,10 @@ and epoll (level-triggered; ERR and HUP always). Each test of the first part is 
 import errno
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
@@ -22,6 +24,7 @@ from tlstunnel.tls.close_notify import CloseNotify
 from tlstunnel.tunnel.splice import RECORD, TURN, Flow, Splice, Splices
 
 UNLIMITED = 1 << 40
+UNDER_WAY = struct.Struct("@3xB20xI28xI")
 CLOSE_NOTIFY = b"<close_notify>"
 MOST_CALLS = 200  # of handlers, for one step of a script: more of them is a busy loop
 
@@ -40,6 +43,10 @@ class FakeSocket:
         self.broken = False  # the connection is reset
         self.has_fin = False  # ours was sent
         self.how_closed = ""
+        self.probes = 0  # of a closed window, without an acknowledgement
+        self.under_way = 0  # bytes that the peer has not acknowledged
+        self.acknowledged_at = 0.0
+        self.now: Callable[[], float] = lambda: 0.0
         self.may_be_read: Callable[[], bool] = lambda: True
         self.lingers = False
 
@@ -100,7 +107,9 @@ class FakeSocket:
         assert how == socket.SHUT_WR
         self.has_fin = True
 
-    def getsockopt(self, level: int, option: int, size: int = 0) -> int:
+    def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
+        if option == socket.TCP_INFO and size == UNDER_WAY.size:
+            return UNDER_WAY.pack(self.probes, self.under_way, int(1000 * (self.now() - self.acknowledged_at)))
         if (level, option) != (socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(errno.ENOPROTOOPT, "not a TCP socket")
         code, self.error = self.error, 0
@@ -305,6 +314,9 @@ class FakeLoop:
         self.timers.append(FakeTimer(when, call))
         return self.timers[-1]
 
+    def call_later(self, delay: float, call: Callable[..., None], *args: Any) -> FakeTimer:
+        return self.call_at(self.now + delay, lambda: call(*args))
+
     def call_soon(self, call: Callable[..., None], *args: Any) -> FakeTimer:
         return self.call_at(self.now, lambda: call(*args))
 
@@ -329,6 +341,7 @@ class Playbook:
     """A splice and its two peers. Each method is a step of the script; afterwards all pending events are handled."""
 
     CLOSE_TIMEOUT = 10.0
+    ACKNOWLEDGE_TIMEOUT = 120.0
 
     def __init__(
         self,
@@ -350,6 +363,7 @@ class Playbook:
         self.started_with = {3: to_client, 4: to_origin}
         self.counted = 0, 0
         for sock in (self.client, self.origin):
+            sock.now = self.loop.time
             self.readiness.register(sock.descriptor, EDGE_TRIGGERED, lambda _: None)
         self.splice = Splice(
             self.splices,
@@ -360,6 +374,7 @@ class Playbook:
             head=head,
             close_timeout=self.CLOSE_TIMEOUT,
             idle_timeout=idle_timeout,
+            acknowledge_timeout=self.ACKNOWLEDGE_TIMEOUT,
             site="site",
             on_end=self._on_end,
         )
@@ -801,12 +816,60 @@ def test_an_idle_tunnel_is_drained() -> None:
     assert play.ended() == ("tunnel", "idle timeout")
 
 
-def test_without_an_idle_timeout_there_is_no_timer() -> None:
+def test_a_message_sets_no_timer() -> None:
     play = Playbook().start()
-    assert not play.loop.timers
+    timers = list(play.loop.timers)
     play.client.feed(b"up")
     play.run()
-    assert not play.loop.timers
+    assert play.loop.timers == timers
+
+
+@pytest.mark.parametrize("what", ["under_way", "probes"])
+@pytest.mark.parametrize("side", ["client", "origin"])
+def test_a_peer_that_acknowledges_nothing_is_gone(side: str, what: str) -> None:
+    play = Playbook().start()
+    play.pass_time(10_000)  # idle: there was nothing to acknowledge
+    setattr(getattr(play, side), what, 5)
+    play.pass_time(play.ACKNOWLEDGE_TIMEOUT - 1)
+    assert not play.ends
+    play.pass_time(play.ACKNOWLEDGE_TIMEOUT / 2)
+    assert play.ended() == (side, "no acknowledgement")
+    assert getattr(play, side).how_closed == "reset"
+    assert getattr(play, "origin" if side == "client" else "client").how_closed == "reset after delivery"
+
+
+def test_a_peer_that_only_acknowledges_is_kept() -> None:
+    """It is alive and reads nothing: its window is closed, and its system acknowledges each probe."""
+    play = Playbook().start()
+    play.client.window = 0
+    play.origin.feed(b"down")
+    play.run()
+    for _ in range(100):
+        play.client.probes = 1
+        play.pass_time(1)
+        play.client.probes, play.client.acknowledged_at = 0, play.loop.now
+        play.pass_time(2 * play.ACKNOWLEDGE_TIMEOUT)
+    assert not play.ends
+    play.client.window = UNLIMITED
+    play.run()
+    assert play.client.sent == b"down"
+
+
+def test_the_acknowledgements_of_many_tunnels_are_checked_in_turns() -> None:
+    plays = [Playbook() for _ in range(3)]
+    splices = plays[0].splices
+    with patch("tlstunnel.tunnel.splice.SWEEP_AT_ONCE", 1):
+        for play in plays:
+            play.splice.splices, play.loop = splices, plays[0].loop
+            for sock in (play.client, play.origin):
+                sock.now = play.loop.time
+            splices.readiness = play.readiness
+            play.splice.start()
+            play.client.under_way = 1
+        splices.closing_sockets.closes = lambda sock, how: sock.closed_by(how)  # type: ignore[attr-defined]
+        plays[0].pass_time(2 * Playbook.ACKNOWLEDGE_TIMEOUT)
+    assert [play.splice.reason for play in plays] == ["no acknowledgement"] * 3
+    assert not splices.all
 
 
 # Bugs

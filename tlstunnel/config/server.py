@@ -55,6 +55,7 @@ class Timeouts(Table, frozen=True):
     origin_response: Timeout = Timeout(30)
     idle: OffOr[Timeout] = None
     close: Timeout = Timeout(30)
+    acknowledge: Timeout = Timeout(120)
 
     @property
     def shortest(self) -> float:

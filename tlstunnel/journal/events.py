@@ -143,6 +143,7 @@ class Reason(Word):
     RESET = "reset"
     TLS_ERROR = "TLS error"
     SOCKET_ERROR = "socket error"
+    NO_ACKNOWLEDGEMENT = "no acknowledgement"
     IDLE_TIMEOUT = "idle timeout"
     CLOSE_TIMEOUT = "close timeout"
     MAX_AGE = "max age"

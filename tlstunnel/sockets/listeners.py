@@ -107,6 +107,7 @@ def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
             path = os.fsdecode(sock.getsockname())
             address = ListenAddress.parse(f"unix:{path}")
         else:
+            tune(sock)
             host, port = sock.getsockname()[:2]
             address = ListenAddress(host, port)
     except (OSError, ValueError) as error:

@@ -43,6 +43,7 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
         head=len(response.head),
         close_timeout=serving.timeouts.close,
         idle_timeout=serving.timeouts.idle,
+        acknowledge_timeout=serving.timeouts.acknowledge,
         site=record.site,
         on_end=end,
     )

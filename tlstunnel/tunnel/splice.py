@@ -61,6 +61,8 @@ watched for that event alone.
     ENDING                                                  it as a failed send to A
     ENDING   B.unsent is empty, B's TLS has no need         send B the end (a FIN, close_notify and FIN), ENDED
                                                             if the splice does not abort
+    FLOWING, A has acknowledged nothing for                 A is gone; the same                           ENDING
+    PAUSED   `acknowledge_timeout`, with data under way
     any      a send to B fails                              drop B.unsent; B itself may be read on: what  ENDED
                                                             it sent before is delivered. If B's flow is
                                                             ENDED already, the splice aborts
@@ -136,7 +138,12 @@ _VIEW = memoryview(_BUFFER)
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _NOT_WATCHED = -1
-_BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked in struct tcp_info, linux/tcp.h
+# Of struct tcp_info (linux/tcp.h): tcpi_bytes_acked; and tcpi_probes, tcpi_unacked, tcpi_last_ack_recv.
+_BYTES_ACKED = struct.Struct("@120xQ")
+_UNDER_WAY = struct.Struct("@3xB20xI28xI")
+
+SWEEP_AT_ONCE = 256
+"""Tunnels whose acknowledgements are checked before others get a turn: less than a millisecond."""
 
 
 class _Side:
@@ -428,14 +435,16 @@ class Splice:
 
     `client` is a TLS socket, `origin` a plain or a TLS one. Both must be registered with the readiness of `splices`.
     `to_client` and `to_origin` are sent first: the 101, whose head has `head` bytes, and what came after either head.
-    `close_timeout` and `idle_timeout` (None: no limit) are seconds without progress. `site` is the name of the site
-    that the tunnel belongs to. `on_end` is called once, when `ended_by` and `reason` are final and both sockets are
+    `close_timeout` and `idle_timeout` (None: no limit) are seconds without progress, `acknowledge_timeout` those in
+    which a peer acknowledges none of the data under way to it. `site` is the name of the site that the tunnel belongs
+    to. `on_end` is called once, when `ended_by` and `reason` are final and both sockets are
     closed or being closed.
     """
 
     __slots__ = (
         "_on_end",
         "aborting",
+        "acknowledge_timeout",
         "client",
         "close_timeout",
         "draining_since",
@@ -460,6 +469,7 @@ class Splice:
         head: int,
         close_timeout: float,
         idle_timeout: float | None,
+        acknowledge_timeout: float,
         site: str,
         on_end: "Callable[[Splice], None]",
     ) -> None:
@@ -477,6 +487,7 @@ class Splice:
         self.origin.moved = -head
         self._on_end: Callable[[Splice], None] | None = on_end
         self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
+        self.acknowledge_timeout = acknowledge_timeout
         self.site = site
         self.last_progress: tuple[int, int, int] | None = None  # as `progress` returned it at the last sweep
         self.last_progress_at = 0.0
@@ -585,7 +596,8 @@ class Splice:
             if side.send_error is not None:
                 self.set_reason(side, Reason.RESET)
         for side in sides:
-            close(side.sock)
+            # No delivery is waited for at a peer that is gone.
+            (self._reset if side.end == Reason.NO_ACKNOWLEDGEMENT else close)(side.sock)
         on_end(self)
         # They refer to the splice, and it to them: without this, only the garbage collector would free the tunnel.
         del self.client, self.origin
@@ -611,10 +623,10 @@ class Splice:
 
 
 class Splices:
-    """The splices of this process, and the one sweep that ends those without progress.
+    """The splices of this process, and the sweeps that end those without progress or peers.
 
-    A sweep instead of a timer for each: an idle tunnel costs no CPU time unless it has an `idle_timeout`, and a message
-    never touches a timer.
+    Sweeps instead of a timer for each: a message never touches a timer, and an idle tunnel costs some 3 us each 30 s,
+    for the question whether its peers acknowledge what is under way to them.
     """
 
     def __init__(self, closing_sockets: ClosingSockets) -> None:
@@ -626,6 +638,8 @@ class Splices:
         self._closing: set[Splice] = set()  # those with a running close_timeout
         self._with_idle_timeout: set[Splice] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._unacknowledged: dict[_Side, float] = {}  # since when data has been seen under way to it
+        self._acknowledgement_timer: asyncio.TimerHandle | None = None
 
     def add(self, splice: Splice) -> None:
         """Add a splice that begins."""
@@ -634,12 +648,15 @@ class Splices:
             self._with_idle_timeout.add(splice)
             splice.last_progress_at = self.loop.time()
             self._sweep_within(splice.idle_timeout)
+        self._check_acknowledgements_within(splice.acknowledge_timeout)
 
     def discard(self, splice: Splice) -> None:
         """Remove a splice that has ended."""
         self.all.pop(splice, None)
         self._closing.discard(splice)
         self._with_idle_timeout.discard(splice)
+        for side in (splice.client, splice.origin):
+            self._unacknowledged.pop(side, None)
 
     def start_close_timeout(self, splice: Splice) -> None:
         """Abort `splice` when it makes no progress for its `close_timeout`. Does nothing if that runs already."""
@@ -650,8 +667,9 @@ class Splices:
 
     def close(self) -> None:
         """Release what the splices share. None may be running."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._acknowledgement_timer):
+            if timer is not None:
+                timer.cancel()
         self.close_notify.close()
 
     def _sweep_within(self, timeout: float) -> None:
@@ -684,6 +702,50 @@ class Splices:
         if self._with_idle_timeout:
             self._sweep_within(min(splice.idle_timeout or 0.0 for splice in self._with_idle_timeout))
 
+    def _check_acknowledgements_within(self, timeout: float) -> None:
+        """Look for peers that are gone soon enough for `timeout`: after a quarter of it, between 50 ms and 30 s."""
+        when = self.loop.time() + min(max(timeout / 4, 0.05), 30.0)
+        if self._acknowledgement_timer is not None:
+            if self._acknowledgement_timer.when() <= when:
+                return
+            self._acknowledgement_timer.cancel()
+        self._acknowledgement_timer = self.loop.call_at(when, self._check_acknowledgements)
+
+    def _check_acknowledgements(self) -> None:
+        if self.all:
+            self._check_part(list(self.all), 0)
+        else:
+            self._acknowledgement_timer = None
+
+    def _check_part(self, splices: "list[Splice]", begin: int) -> None:
+        now = self.loop.time()
+        for splice in splices[begin : begin + SWEEP_AT_ONCE]:
+            if splice.closed:
+                continue
+            try:
+                gone = [side for side in (splice.client, splice.origin) if self._is_gone(side, splice, now)]
+                if gone:
+                    gone[0].end_flow(Reason.NO_ACKNOWLEDGEMENT)
+            except Exception:
+                splice.fail()
+        begin += SWEEP_AT_ONCE
+        if begin < len(splices):
+            # Until the last part, so that no other sweep begins.
+            self._acknowledgement_timer = self.loop.call_later(0, self._check_part, splices, begin)
+            return
+        self._acknowledgement_timer = None
+        if self.all:
+            self._check_acknowledgements_within(min(splice.acknowledge_timeout for splice in self.all))
+
+    def _is_gone(self, side: _Side, splice: Splice, now: float) -> bool:
+        """Return whether the peer of a side is gone. If it has ended what it sends, `close_timeout` decides instead."""
+        silent = _seconds_without_acknowledgement(side.sock) if side.flow < ENDING else None
+        if silent is None:
+            self._unacknowledged.pop(side, None)
+            return False
+        # Before there was data under way, there was nothing to acknowledge.
+        return min(silent, now - self._unacknowledged.setdefault(side, now)) >= splice.acknowledge_timeout
+
 
 def _take_error(sock: socket.socket) -> OSError | None:
     """Return the error of a socket that hung up, which clears it; None if it has just ended."""
@@ -705,6 +767,20 @@ def _reason_of(error: OSError) -> str:
     if isinstance(error, ConnectionResetError):
         return Reason.RESET
     return f"{Reason.SOCKET_ERROR}: {error.strerror or error}"
+
+
+def _seconds_without_acknowledgement(sock: socket.socket) -> float | None:
+    """Return how long the peer of `sock` has acknowledged nothing; None if nothing is under way to it.
+
+    With a closed window, the kernel sends probes at growing intervals of up to 2 minutes: nothing is under way between
+    an acknowledged one and the next. None for a Unix socket.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNDER_WAY.size)
+        probes, unacknowledged, milliseconds = _UNDER_WAY.unpack(info)
+    except (OSError, struct.error):
+        return None
+    return milliseconds / 1000 if unacknowledged or probes else None
 
 
 def _acknowledged(sock: socket.socket) -> int:
