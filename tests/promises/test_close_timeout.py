@@ -62,7 +62,7 @@ def test_a_tunnel_whose_last_bytes_are_not_read_ends(certificate: Certificate) -
 def test_the_close_timeout_does_not_apply_to_an_open_tunnel(certificate: Certificate) -> None:
     with BothEnds(certificate, settings=SETTINGS) as ends:
         client, origin = ends.open()
-        time.sleep(2)
+        time.sleep(1.5)
         client.send(b"still here")
         assert origin.recv(20) == b"still here"
 
@@ -70,7 +70,7 @@ def test_the_close_timeout_does_not_apply_to_an_open_tunnel(certificate: Certifi
 def _origin_drips(pair: Pair) -> None:
     """The client has ended; the origin sends a byte now and then."""
     _client_ends(pair)
-    for _ in ticks(3, 0.2):
+    for _ in ticks(2, 0.2):
         pair.origin.sendall(b".")
         assert pair.client.receive() == b"."
     pair.origin.close()
@@ -80,7 +80,7 @@ def _origin_drips(pair: Pair) -> None:
 def _client_drips(pair: Pair) -> None:
     """The origin has ended; the client sends a byte now and then."""
     _origin_ends(pair)
-    for _ in ticks(3, 0.2):
+    for _ in ticks(2, 0.2):
         pair.client.send(b".")
         assert receive_exactly(pair.origin, 1) == b"."
     pair.client.end()
@@ -93,7 +93,7 @@ def _client_sips(pair: Pair) -> None:
     wait_until_acknowledged(pair.origin)
     pair.origin.shutdown(socket.SHUT_WR)
     received = bytearray()
-    for _ in ticks(3, 0.2):
+    for _ in ticks(2, 0.2):
         received += pair.client.sock.recv(8192)
     while some := pair.client.sock.recv(65_536):
         received += some
@@ -106,7 +106,7 @@ def _origin_sips(pair: Pair) -> None:
     pair.client.send(DATA[:400_000])
     pair.client.end()
     received = bytearray()
-    for _ in ticks(3, 0.2):
+    for _ in ticks(2, 0.2):
         received += pair.origin.recv(8192)
     received += receive_until_fin(pair.origin)
     assert received == DATA[:400_000]

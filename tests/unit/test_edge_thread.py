@@ -359,7 +359,7 @@ def test_a_worker_that_blocks_the_loop_is_named_with_its_line(folder: Path, logg
         assert said["line"] == f"{folder}/file.py:{_line(folder, 'file')}"
         assert said["code"].endswith("# here")
         assert said["log_level"] == "warning"
-        assert 0.25 <= said["seconds"] < 2
+        assert 0.25 <= said["seconds"] < 20
 
     run(work())
 
@@ -433,7 +433,7 @@ def test_blocking_is_logged_once_and_so_is_its_end(folder: Path, logged: Logged)
     run(work())
     events = [record["event"] for record in logged]
     assert events == [BLOCKS, "edge worker resumed"]
-    assert 0.8 < logged[1]["seconds"] < 3
+    assert 0.8 < logged[1]["seconds"] < 20
 
 
 def test_setup_is_watched_too(folder: Path, logged: Logged) -> None:
