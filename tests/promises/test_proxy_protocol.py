@@ -75,7 +75,8 @@ def test_the_clients_address_is_that_of_the_header(
         for pieces in ((), (1,), (5, 6, 11), (len(header) - 1,)):
             traffic = origin.play(switching_protocols)
             assert _send_header(tunnel, header, *pieces) == 101
-            assert traffic.record(tunnel)["client"] == address
+            record = traffic.record(tunnel)
+            assert (record["client"], record.get("peer", address)) == (address, "127.0.0.1")
             shown = f"[{address}]" if ":" in address else address
             assert f"\r\nX-Forwarded-For: {address}\r\n".encode() in traffic.heads[0], shown
 
@@ -87,6 +88,8 @@ def test_lists_and_rules_apply_to_the_client_behind_the_proxy(origin: ScriptedOr
         with connect_tcp(tunnel) as plain:
             plain.sendall(write_v2(CLIENT, SERVER))
             assert read_until_end(plain) == b""
+        dropped = tunnel.wait_records(1, "no TLS handshake")[0]
+        assert (dropped["client"], dropped["peer"]) == (CLIENT[0], "127.0.0.1")
         assert _send_header(tunnel, write_v2(("203.0.113.7", 1), SERVER)) == 403
         origin.play(switching_protocols)
         assert _send_header(tunnel, write_v2(("203.0.113.8", 1), SERVER)) == 101
@@ -102,6 +105,7 @@ def test_a_proxy_that_sends_no_header_is_closed(origin: ScriptedOrigin, certific
         assert read_until_end(plain) == b""
         record = tunnel.wait_records(1, "no TLS handshake")[0]
         assert record["reason"].startswith("PROXY header: ")
+        assert "peer" not in record
 
 
 def test_an_untrusted_client_is_closed_whatever_it_sends(origin: ScriptedOrigin, certificate: Certificate) -> None:

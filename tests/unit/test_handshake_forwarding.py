@@ -239,6 +239,37 @@ def test_chain_of_a_trusted_proxy_grows() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("client", "more", "first"),
+    [
+        ("192.0.2.1", (), b"for=192.0.2.1"),
+        ("2001:db8::7", (), b'for="[2001:db8::7]"'),
+        ("192.0.2.1", ((b"X-Forwarded-Proto", b"http"),), b'for=192.0.2.1;proto="http"'),
+        (
+            "192.0.2.1",
+            ((b"X-Forwarded-Proto", b"https"), (b"X-Forwarded-Host", b"[::1]:8443")),
+            b'for=192.0.2.1;proto="https";host="[::1]:8443"',
+        ),
+        ("192.0.2.1", ((b"X-Forwarded-Proto", b'"'), (b"X-Forwarded-Host", b'a";for=evil')), b"for=192.0.2.1"),
+    ],
+)
+def test_forwarded_begins_with_the_client_if_the_proxy_sends_only_x_forwarded_for(
+    client: str, more: tuple[Field, ...], first: bytes
+) -> None:
+    found = read((b"X-Forwarded-For", b"192.0.2.66, " + client.encode()), *more)
+    fields = forwarded(found, Forwarding(PEER, ID, trusted=True, client=client))
+    assert values(fields, b"Forwarded") == [first + b', for=198.51.100.7;proto=https;host="chat.example.com"']
+    assert values(fields, b"X-Forwarded-For") == [b"192.0.2.66, %b, %b" % (client.encode(), PEER.encode())]
+
+
+@pytest.mark.parametrize("client", [PEER, "", "192.0.2.1"])
+def test_forwarded_of_a_client_names_its_peer_alone(client: str) -> None:
+    """Only a trusted proxy can name another address."""
+    trusted = client != "192.0.2.1"
+    fields = forwarded(read(), Forwarding(PEER, ID, trusted=trusted, client=client))
+    assert values(fields, b"Forwarded") == [b'for=198.51.100.7;proto=https;host="chat.example.com"']
+
+
 def test_first_hop_of_a_trusted_proxy_is_kept() -> None:
     more = ((b"X-Forwarded-Proto", b"http"), (b"X-Forwarded-Host", b"outside.example.com"))
     fields = forwarded(read(*more), FROM_PROXY)

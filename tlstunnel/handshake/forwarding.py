@@ -20,6 +20,9 @@ _UPGRADED: Fields = ((b"Connection", b"Upgrade"), *UPGRADE)
 _FRAMING = frozenset({b"content-length", b"content_length", b"transfer_encoding"})
 """With an underscore too, as above; Transfer-Encoding itself is hop-by-hop."""
 
+_FORWARDABLE = re.compile(rb"[A-Za-z0-9.:\[\]_-]{1,255}")
+"""Schemes and hosts that need no escapes in a quoted string."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0-9]+")
 
@@ -28,12 +31,14 @@ _PORT_BEHIND = re.compile(r"\[(?P<ipv6>[^]]*)\](?::[0-9]+)?|(?P<ipv4>[0-9.]+):[0
 class Forwarding:
     """What the origin learns about the client: the peer's address ("" for a Unix socket) and the request's id.
 
-    `trusted` means that the peer is a trusted proxy: its own forwarding fields are kept and extended.
+    `trusted` means that the peer is a trusted proxy: its own forwarding fields are kept and extended. `client` is then
+    the client's address, if the proxy has named it.
     """
 
     peer: str
     request_id: str
     trusted: bool
+    client: str = ""
 
 
 def to_cgi_name(name: bytes) -> bytes:
@@ -140,11 +145,10 @@ def _is_kept(name: bytes) -> bool:
 
 
 def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
-    client = forwarding.peer.encode()
-    node = b'"[%b]"' % client if b":" in client else client or b"unknown"  # RFC 7239 section 6
-    forwarded = b'for=%b;proto=https;host="%b"' % (node, request.authority)
+    client = forwarding.peer.encode() or b"unknown"
+    forwarded = b'for=%b;proto=https;host="%b"' % (_render_node(forwarding.peer), request.authority)
     ours = [
-        (b"X-Forwarded-For", client or b"unknown"),
+        (b"X-Forwarded-For", client),
         (b"X-Forwarded-Proto", b"https"),
         (b"X-Forwarded-Host", request.authority),
         (b"Forwarded", forwarded),
@@ -152,7 +156,27 @@ def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:
     ]
     if not forwarding.trusted:
         return tuple(ours)
+    if b"forwarded" not in request.by_name and forwarding.client not in {"", forwarding.peer}:
+        ours[3] = (b"Forwarded", b"%b, %b" % (_render_first_hop(request, forwarding.client), forwarded))
     return tuple((name, _extend_field(request, name, value)) for name, value in ours)
+
+
+def _render_node(address: str) -> bytes:
+    """Return an address, or "" for an unknown one, as Forwarded has it (RFC 7239 section 6)."""
+    return (f'"[{address}]"' if ":" in address else address or "unknown").encode()
+
+
+def _render_first_hop(request: Request, client: str) -> bytes:
+    """Return the element of Forwarded for a proxy that sends only X-Forwarded-* (RFC 7239 section 7.4).
+
+    Without it, the first element would name the proxy, and origins take the first one for the client.
+    """
+    element = b"for=%b" % _render_node(client)
+    for parameter, name in ((b"proto", b"x-forwarded-proto"), (b"host", b"x-forwarded-host")):
+        value = request.by_name.get(name, (b"",))[0]
+        if _FORWARDABLE.fullmatch(value):
+            element += b';%b="%b"' % (parameter, value)
+    return element
 
 
 def _extend_field(request: Request, name: bytes, value: bytes) -> bytes:

@@ -82,6 +82,8 @@ class Journal:
         """
         self._failed.add(fixed_reason(reason) or OTHER)
         facts = {"sni": record.sni} if record.sni else {}
+        if record.peer != record.client:
+            facts["peer"] = record.peer
         self._sample(Event.NO_TLS_HANDSHAKE, reason, client=record.client, detail=printable(detail), **facts)
 
     def not_accepted(self, client: str, reason: Reason) -> None:

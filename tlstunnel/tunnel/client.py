@@ -15,10 +15,10 @@ from tlstunnel.tunnel.sites import Site
 class Client:
     """One connection of a client, whatever requests it sends. The arrival stages fill it in.
 
-    `peer` is the address of the socket's peer, or the one in its PROXY header; "" for a Unix socket. `trusted` means
-    that the peer is a proxy whose forwarding fields are used. `site` is None until the hello has chosen one.
-    `certificate` is the client's, in DER, if the site has an edge worker or its origins get a PROXY header with TLS.
-    `certificate_refusal` says why the certificate is not accepted, None if it is.
+    `socket_peer` is the address of the socket's peer, "" for a Unix socket. `peer` is the same, or the address in its
+    PROXY header. `trusted` means that the peer is a proxy whose forwarding fields are used. `site` is None until the
+    hello has chosen one. `certificate` is the client's, in DER, if the site has an edge worker or its origins get a
+    PROXY header with TLS. `certificate_refusal` says why the certificate is not accepted, None if it is.
     """
 
     __slots__ = (
@@ -33,6 +33,7 @@ class Client:
         "serving",
         "site",
         "sni",
+        "socket_peer",
         "subject",
         "tls_version",
         "trusted",
@@ -41,7 +42,7 @@ class Client:
 
     def __init__(self, serving: Serving, sock: socket.socket, peer: str, accepted: float, *, proxied: bool) -> None:
         self.serving = serving
-        self.peer = peer
+        self.peer = self.socket_peer = peer
         self.accepted = accepted
         self.proxied = proxied
         self.trusted = not proxied and bool(peer and serving.trusted_proxies) and peer in serving.trusted_proxies

@@ -134,4 +134,4 @@ def close_connection(client: Client, end: End) -> None:
 
 
 def _record_failure(client: Client) -> Record:
-    return Record(id="", peer=client.peer, sni=client.sni)
+    return Record(id="", peer=client.socket_peer, client=client.peer, sni=client.sni)

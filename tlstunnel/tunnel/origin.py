@@ -98,7 +98,8 @@ def render_head(turn: Turn) -> bytes:
     edits = turn.site.edits.of(record.origin, client.subject)
     if turn.directions is not None and turn.directions.edits is not NO_EDITS:
         edits = edits.then(turn.directions.edits)
-    return render_forwarded_head(turn.request, Forwarding(client.peer, record.id, client.trusted), edits)
+    forwarding = Forwarding(client.peer, record.id, client.trusted, record.client)
+    return render_forwarded_head(turn.request, forwarding, edits)
 
 
 async def request_upgrade(turn: Turn) -> tuple[Switched | Declined, UpgradeResponseReader]:

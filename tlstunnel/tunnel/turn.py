@@ -45,7 +45,8 @@ class Turn:
         self.site = client.site
         self.record = Record(
             id=f"{_ids.getrandbits(64):016x}",
-            peer=client.peer,
+            peer=client.socket_peer,
+            client=client.peer,
             site=client.site.name,
             sni=client.sni,
             ja4=client.ja4,
