@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     )
 
 
+def shorten(text: str, most: int) -> str:
+    """Return `text`, or its first characters and an ellipsis, `most` characters at most."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def printable_traceback(error: BaseException) -> str:
     """Return the traceback of `error` with each line escaped and indented, so that none looks like a line of the log.
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -13,12 +14,14 @@ from typing import Literal
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
-from tlstunnel.journal.lines import Lines, configure_logging
-from tlstunnel.journal.record import Record
+from tlstunnel.journal.lines import MAX_LINE, Lines, _as_json, _to_lines, configure_logging
+from tlstunnel.journal.record import MAX_DETAIL, MAX_PATH, Record
 
 HOSTILE = '\x1b[2J\r\n{"event":"ready"}\x00\x7f\x9b31m\u202e\u2028"\\ é'
 
@@ -123,6 +126,49 @@ def test_text_format_escapes_every_value(value: str, capfd: pytest.CaptureFixtur
     err = capfd.readouterr().err
     assert err.endswith("\n")
     assert err[:-1].isprintable()
+
+
+_TEXTS = st.text(max_size=50) | st.text(max_size=20).map(lambda text: text * 400)
+_VALUES = st.recursive(
+    _TEXTS | st.integers(-9, 9) | st.none() | st.just(object()) | st.just(Reason.CLOSED),
+    lambda values: st.lists(values, max_size=40) | st.dictionaries(st.text(max_size=9), values, max_size=9),
+    max_leaves=60,
+)
+
+
+@given(facts=st.dictionaries(st.sampled_from(["id", "path", "detail", "exception", "rules", "reason"]), _VALUES))
+def test_any_event_is_one_line_that_a_pipe_takes_at_once(facts: dict[str, object]) -> None:
+    line = _to_lines(_as_json(None, "info", {"event": "connection", **facts}))
+    assert len(line) <= MAX_LINE == select.PIPE_BUF
+    assert line.count(b"\n") == 1
+    assert json.loads(line)["event"] == "connection"
+
+
+def test_what_a_long_line_keeps() -> None:
+    record = filled()
+    record.path, record.detail = "/" + "x" * 15_000, "y" * 15_000
+    found = json.loads(_as_json(None, "info", record.facts() | {"event": "connection"}))
+    assert found == FACTS | {
+        "path": "/" + "x" * (MAX_PATH - 2) + "…",
+        "detail": "y" * (MAX_DETAIL - 1) + "…",
+        "event": "connection",
+        "level": "info",
+        "timestamp": found["timestamp"],
+    }
+
+
+def test_a_long_traceback_keeps_its_end() -> None:
+    text = "\n".join(f"  frame {number}" for number in range(1000))
+    found = json.loads(_as_json(None, "error", {"event": "failed", "exception": text}))["exception"]
+    assert found.startswith("  frame 0\n")
+    assert found.endswith("  frame 999")
+
+
+def test_a_long_line_for_people_is_cut() -> None:
+    first, second = _to_lines("é" * 5000 + "\nend").splitlines(keepends=True)
+    assert len(first) <= MAX_LINE
+    assert first.decode().endswith("é…\n")
+    assert second == b"end\n"
 
 
 def test_values_of_any_type_can_be_logged_as_json(capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
-from tlstunnel.escaping import printable, printable_traceback
+from tlstunnel.escaping import printable, printable_traceback, shorten
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 
@@ -24,6 +24,9 @@ MOST_KEPT = 4 << 20
 
 MOST_ELSEWHERE = MOST_KEPT // 4
 """Bytes of waiting lines from other threads, which must not displace the records."""
+
+MAX_LINE = select.PIPE_BUF
+"""Bytes of a line, with its end. A pipe takes so many at once (pipe(7)); longer lines of several processes mix."""
 
 TURN = 16_384
 """Bytes of other threads' lines that are written at once, before tunnels continue."""
@@ -91,7 +94,7 @@ class Lines:
 
     def msg(self, message: str) -> None:
         """Write `message` as a line, as soon as possible without waiting. May be called from any thread."""
-        line = message.encode("utf-8", "backslashreplace") + b"\n"
+        line = _to_lines(message)
         if self._loop is not None and threading.get_ident() != self._thread:
             if self._elsewhere.put(line):
                 with contextlib.suppress(RuntimeError):  # the loop is closed; `flush` writes it
@@ -134,11 +137,11 @@ class Lines:
 
     def _write(self) -> None:
         try:
-            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, as long as they are no
-            # longer: other processes of the tunnel write to the same pipe.
+            # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, since other processes
+            # of the tunnel write to the same pipe.
             while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
-                end = self._kept.rfind(b"\n", 0, select.PIPE_BUF) + 1
-                del self._kept[: os.write(self._fd, self._kept[: end or select.PIPE_BUF])]
+                end = self._kept.rfind(b"\n", 0, MAX_LINE) + 1
+                del self._kept[: os.write(self._fd, self._kept[: end or MAX_LINE])]
                 if self._lost and not self._kept:
                     self._kept += self._render_lost_line()
             gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
@@ -198,6 +201,17 @@ def configure_logging(style: Literal["text", "json"]) -> None:
     logging.getLogger("tlstunnel.edge").setLevel(logging.INFO)
 
 
+def _to_lines(message: str) -> bytes:
+    """Return `message` with a line end, and each of its lines cut to MAX_LINE bytes."""
+    data = message.encode("utf-8", "backslashreplace") + b"\n"
+    if len(data) <= MAX_LINE:
+        return data
+    return b"".join(
+        line if len(line) <= MAX_LINE else line[: MAX_LINE - 4].decode(errors="ignore").encode() + "…\n".encode()
+        for line in data.splitlines(keepends=True)
+    )
+
+
 _ENCODER = msgspec.json.Encoder(enc_hook=str)
 
 
@@ -207,7 +221,34 @@ def _as_json(logger: Any, level: str, event: structlog.typing.EventDict) -> str:
         event = structlog.processors.format_exc_info(logger, level, event)
     event["level"] = "error" if level == "exception" else level
     event["timestamp"] = datetime.now(UTC)
-    return _ENCODER.encode(event).decode()
+    line = _ENCODER.encode(event)
+    return (line if len(line) < MAX_LINE else _encode_shortened(event)).decode()
+
+
+def _encode_shortened(event: structlog.typing.EventDict) -> bytes:
+    """Return an event as a JSON object of less than MAX_LINE bytes: shortened texts, or in the end a few fields."""
+    for most in (2048, 1024, 512, 256, 128, 64):
+        line = _ENCODER.encode({name: _shorten_value(value, most) for name, value in event.items()})
+        if len(line) < MAX_LINE:
+            return line
+    kept = ("event", "level", "timestamp", "id", "client", "site", "status", "verdict", "ended_by", "reason")
+    return _ENCODER.encode({name: _shorten_value(event[name], 64) for name in kept if name in event})
+
+
+def _shorten_value(value: object, most: int) -> object:
+    """Shorten every text in `value`; a traceback in the middle, since its end says most."""
+    match value:
+        case str() if "\n" in value and len(value) > most:
+            return f"{value[: most // 4]}\n…\n{value[-3 * most // 4 :]}"
+        case str():
+            return shorten(value, most)
+        case dict():
+            return {name: _shorten_value(one, most) for name, one in value.items()}
+        case list() | tuple():
+            return [_shorten_value(one, most) for one in value[: most // 16]]
+        case int() | float() | datetime() | None:
+            return value
+    return shorten(str(value), most)
 
 
 class _Forward(logging.Handler):

@@ -7,6 +7,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from tlstunnel.escaping import shorten
+
+MAX_PATH, MAX_DETAIL = 1024, 512
+"""Characters of a path and of a detail in the log: the line must fit into a pipe's buffer at once (`MAX_LINE`)."""
+
 
 @dataclass(slots=True, eq=False)
 class Record:
@@ -49,7 +54,7 @@ class Record:
             "ja4": self.ja4,
             "tls_version": self.tls_version,
             "cipher": self.cipher,
-            "path": self.path,
+            "path": shorten(self.path, MAX_PATH),
             "status": self.status,
             "verdict": self.verdict,
             "origin": self.origin,
@@ -59,5 +64,5 @@ class Record:
         if self.edge:
             facts["edge"] = self.edge
         if self.detail:
-            facts["detail"] = self.detail
+            facts["detail"] = shorten(self.detail, MAX_DETAIL)
         return facts | self.firewall if self.firewall else facts
