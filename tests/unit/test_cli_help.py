@@ -62,7 +62,7 @@ def test_every_option_is_explained(path: tuple[str, ...], command: click.Command
 def test_the_defaults_of_addresses_and_control_sockets() -> None:
     text = " ".join(read_help(("start",)).split())
     assert "[default: those of the file, else 0.0.0.0:8443 and [::]:8443, or 127.0.0.1:8443" in text
-    folders = "$RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel]"
+    folders = "$RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel]"
     assert f"[default: control-PORT.sock in {folders}" in text
     for name in ("reload", "upgrade", "status", "drain", "stop"):
         assert folders in " ".join(read_help((name,)).split())

@@ -311,7 +311,8 @@ def test_a_busy_socket_is_found(folder: Path) -> None:
 
 @pytest.mark.parametrize("place", ["s/tlstunnel", "system"])
 def test_a_socket_elsewhere_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """A tunnel of the system, from a session; and one of the session, from another service."""
+    """A tunnel of the session or of the system, from a session."""
+    monkeypatch.delenv("RUNTIME_DIRECTORY")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / "s"))
     (folder / place).mkdir(parents=True)
     path = folder / place / "control-8443.sock"
@@ -320,13 +321,32 @@ def test_a_socket_elsewhere_is_found(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_socket_is_found(folder: Path) -> None:
-    with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder} or {folder}/system;"):
+    with pytest.raises(ControlError, match=f"no running tunnel has a control socket in {folder};"):
         find_control_socket()
 
 
 def test_several_are_listed(folder: Path) -> None:
+    one, two = folder / "control-1.sock", folder / "control-2.sock"
+    with listening(one), listening(two), pytest.raises(ControlError, match=f"--control: {one}, {two}$"):
+        find_control_socket()
+
+
+def test_a_service_finds_only_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the reload of one unit could reach the tunnel of another."""
     (folder / "system").mkdir()
-    one, two = folder / "control-1.sock", folder / "system" / "control-2.sock"
+    with listening(folder / "system" / "control-1.sock"):
+        with pytest.raises(ControlError, match="no running tunnel"):
+            find_control_socket()
+        monkeypatch.delenv("RUNTIME_DIRECTORY")
+        assert find_control_socket() == folder / "system" / "control-1.sock"
+
+
+def test_several_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    for name in ("tlstunnel", "system"):
+        (folder / name).mkdir()
+    one, two = folder / "tlstunnel" / "control-1.sock", folder / "system" / "control-1.sock"
     with listening(one), listening(two), pytest.raises(ControlError, match=f"--control: {one}, {two}$"):
         find_control_socket()
 

@@ -10,7 +10,7 @@ import click
 from tlstunnel.errors import ControlError
 from tlstunnel.processes.control import find_control_socket, send_command
 
-FOLDERS = "$RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel"
+FOLDERS = "$RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel"
 """Where control sockets are (`tlstunnel.processes.control.list_folders`)."""
 
 

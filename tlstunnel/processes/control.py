@@ -60,16 +60,15 @@ class ControlSocketInUse(ControlError):
 
 
 def list_folders() -> list[Path]:
-    """Return the folders of control sockets: of systemd's service, of the user's session, and ``/run/tlstunnel``.
+    """Return the folders of control sockets. A tunnel creates its own in the first one, if it has no other path.
 
-    A tunnel creates its own in the first one, if it has no other path.
+    With RUNTIME_DIRECTORY, which systemd sets for a service and its ``ExecReload``, only that: tunnels elsewhere are
+    not the service's. Otherwise the folder of the user's session, and that of the system.
     """
-    folders = []
     if given := os.environ.get("RUNTIME_DIRECTORY"):
-        folders.append(Path(given.partition(":")[0]))
-    if given := os.environ.get("XDG_RUNTIME_DIR"):
-        folders.append(Path(given) / "tlstunnel")
-    return list(dict.fromkeys((*folders, SYSTEM_FOLDER)))
+        return [Path(given.partition(":")[0])]
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    return [*([Path(session) / "tlstunnel"] if session else []), SYSTEM_FOLDER]
 
 
 def default_path(port: int) -> Path:
