@@ -107,3 +107,16 @@ def test_a_reason_has_a_fixed_part(reason: str, fixed: Reason | None) -> None:
 def test_no_fixed_part_is_ambiguous() -> None:
     for variable in VARIABLE:
         assert not any(reason.startswith(f"{variable}: ") for reason in Reason)
+
+
+def test_no_field_has_a_name_that_the_text_format_treats_in_its_own_way() -> None:
+    """structlog's renderer takes a `stack` for a text of several lines, and fails if it is something else."""
+    found = [
+        f"{source}:{call.lineno}: {keyword.arg}"
+        for source in SOURCES
+        for call in ast.walk(ast.parse(source.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in LEVELS
+        for keyword in call.keywords
+        if keyword.arg == "stack"
+    ]
+    assert found == []

@@ -140,7 +140,7 @@ class Guard:
         with open(stacks, "rb") as file:  # noqa: ASYNC230, PTH123 - a memory file
             text = os.pread(file.fileno(), MAX_STACKS, 0).decode("utf-8", "replace")
         for thread, frames in list(parse_stacks(text))[:MAX_THREADS]:
-            self._log.error(Event.PROCESS_STACK, **about, thread=thread, stack=frames)
+            self._log.error(Event.PROCESS_STACK, **about, thread=thread, calls=frames)
 
 
 def parse_stacks(text: str) -> Iterator[tuple[str, Sequence[str]]]:
