@@ -41,6 +41,10 @@ name = "a header"
 when = 'headers["x-key"] == "1"'
 action = "allow"
 
+[[sites.routes]]
+path = "/ws/"
+origins = ["localhost:3002", "unix:/run/ws.sock"]
+
 [[sites.rate_limits]]
 name = "each"
 limit = "1/hour"
@@ -98,7 +102,33 @@ def test_every_check_of_a_request_that_passes(file: Path) -> None:
         "each: within the limit; ip=127.0.0.1",
         "managed rules nothing to check",
         "verdict pass",
+        "origins localhost:3000",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ((), "web origin no Origin field, so the client is not a web page: allowed"),
+        (("--header", "Origin: https://chat.example"), "web origin https://chat.example is allowed"),
+        (("--header", "Origin: null"), "web origin pages of this web origin may not connect"),
+        (("--header", "Origin: null", "--plain"), "web origin not checked: only handshakes are"),
+    ],
+)
+def test_the_web_origin(file: Path, options: tuple[str, ...], shown: str) -> None:
+    file.write_text(POLICY.replace('names = ["chat', 'http = "pass"\nnames = ["chat'))
+    assert shown in lines(file, "GET /", *options)
+
+
+def test_the_route_and_its_origins(file: Path, tmp_path: Path) -> None:
+    assert lines(file, "GET //x/../ws/a")[-2:] == ["route /ws/", "origins localhost:3002, unix:/run/ws.sock"]
+    found = explain_json(file, "GET /ws/")
+    assert (found["route"], found["origins"]) == ("/ws/", ["localhost:3002", "unix:/run/ws.sock"])
+    found = explain_json(file, "GET /ws")
+    assert (found["route"], found["origins"], found["worker"]) == ("", ["localhost:3000"], "")
+    (tmp_path / "worker.py").write_text("async def fetch(request, env):\n    return request\n")
+    file.write_text(POLICY.replace('names = ["chat', 'worker = "worker.py:fetch"\nnames = ["chat'))
+    assert lines(file, "GET /")[-1].endswith("worker.py:fetch, which may choose another origin, or refuse")
 
 
 def test_checks_that_were_not_reached_are_marked(file: Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -15,8 +15,10 @@ import click
 
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.cli.request import build_request_head, find_site, refuse_invalid_address, request_options
+from tlstunnel.config import SiteConfig
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
+from tlstunnel.firewall.facts import normalise_path
 from tlstunnel.firewall.managed.categories import name_category
 from tlstunnel.firewall.managed.messages import Match
 from tlstunnel.firewall.rate_limits import LimitTrace
@@ -24,7 +26,7 @@ from tlstunnel.firewall.rules import RuleTrace
 from tlstunnel.firewall.verdict import CheckTrace, Verdict
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
-from tlstunnel.handshake.request import RequestReader
+from tlstunnel.handshake.request import Request, RequestReader, UpgradeRequest
 from tlstunnel.journal.events import Reason
 from tlstunnel.journal.logger import structlog
 from tlstunnel.serving.loading import Description, load_firewall
@@ -73,7 +75,7 @@ def explain(  # noqa: PLR0913 - the command's options
     plain: bool,
     as_json: bool,
 ) -> None:
-    """Show what each check and rule of the firewall decides about a request, and the verdict.
+    """Show what each check and rule of the firewall decides about a request, the verdict, and where it would go.
 
     The Host field chooses the site; without it, the first site is used. The fields of every WebSocket handshake
     (Upgrade, Sec-WebSocket-Key, ...) are added. Counters start at zero, and no origin is connected to.
@@ -87,42 +89,64 @@ def explain(  # noqa: PLR0913 - the command's options
     trace: list[CheckTrace] = []
     connection = Connection(ip=ip, tls_version=tls_version, tls_ja4=ja4)
     head = build_request_head(request, headers, description.sites[0], plain=plain)
-    site, verdict = asyncio.run(_judge(description, head, connection, trace))
+    destination, verdict = asyncio.run(_check(description, head, connection, trace))
     if as_json:
-        click.echo(json.dumps(_to_json(site, verdict, trace), default=_encode, ensure_ascii=True))
+        click.echo(json.dumps(_to_json(destination, verdict, trace), default=_encode, ensure_ascii=True))
     else:
-        for line in _render(site, verdict, trace):
+        for line in _render(destination, verdict, trace):
             click.echo(line)
 
 
-async def _judge(
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a request would go: its site, "" without one; the path of the route, "" without one; the origins.
+
+    `worker` is the edge worker that can choose another origin, "" without one.
+    """
+
+    site: str = ""
+    route: str = ""
+    origins: tuple[str, ...] = ()
+    worker: str = ""
+
+
+def _find_destination(site: SiteConfig, request: Request) -> Destination:
+    path = normalise_path(request.target.partition(b"?")[0])
+    route = next((route for route in site.routes if path.startswith(route.path)), None)
+    origins = tuple(printable(origin.address.text) for origin in (site.origins if route is None else route.origins))
+    worker = str(site.worker) if site.worker is not None and isinstance(request, UpgradeRequest) else ""
+    return Destination(site.names[0], "" if route is None else route.path, origins, worker)
+
+
+async def _check(
     description: Description, head: bytes, connection: Connection, trace: list[CheckTrace]
-) -> tuple[str, Verdict]:
-    """Return the name of the request's site, "" without one, and the verdict. Raises ConfigurationError."""
+) -> tuple[Destination, Verdict]:
+    """Return where the request would go, and the verdict. Raises ConfigurationError."""
     try:
         request = RequestReader(True).feed(head)
         assert request is not None  # the head is complete
         site = find_site(description.sites, request)
         if site is None:
-            return "", Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field does not name a site"))
+            return Destination(), Verdict(Refusal(421, Reason.MISDIRECTED, "the Host field does not name a site"))
         if site.http == "refuse":
             RequestReader().feed(head)
     except Refusal as refusal:
-        return "", Verdict(refusal)
+        return Destination(), Verdict(refusal)
     firewall = load_firewall(description)
     await firewall.start()
     try:
         connection = dataclasses.replace(connection, tls_sni=request.host, site=site.names[0])
-        return site.names[0], await firewall.judge(request, connection, trace, behind_proxy=True)
+        verdict = await firewall.judge(request, connection, trace, behind_proxy=True)
     finally:
         await firewall.close()
+    return _find_destination(site, request), verdict
 
 
-def _render(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> Iterator[str]:
-    if site:
-        yield f"{'site':<24}{site}"
+def _render(destination: Destination, verdict: Verdict, trace: Sequence[CheckTrace]) -> Iterator[str]:
+    if destination.site:
+        yield f"{'site':<24}{destination.site}"
     reached = {check.name: check for check in trace}
-    for name in CHECKS if site else ():
+    for name in CHECKS if destination.site else ():
         check = reached.get(name)
         after = any(CHECKS.index(later) > CHECKS.index(name) for later in reached)
         skipped = "nothing to check" if after or not verdict.refusal else "not reached"
@@ -134,6 +158,11 @@ def _render(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> Iterato
     refusal = verdict.refusal
     if refusal is None:
         yield f"{'verdict':<24}pass"
+        if destination.route:
+            yield f"{'route':<24}{printable(destination.route)}"
+        yield f"{'origins':<24}{', '.join(destination.origins)}"
+        if destination.worker:
+            yield f"{'worker':<24}{printable(destination.worker)}, which may choose another origin, or refuse"
         return
     phrase = HTTPStatus(refusal.status).phrase
     yield f"{'verdict':<24}{refusal.status} {phrase}: {printable(refusal.reason)}"
@@ -154,10 +183,10 @@ def _render_entry(entry: object) -> str:
     return printable(str(entry))
 
 
-def _to_json(site: str, verdict: Verdict, trace: Sequence[CheckTrace]) -> dict[str, Any]:
+def _to_json(destination: Destination, verdict: Verdict, trace: Sequence[CheckTrace]) -> dict[str, Any]:
     refusal = verdict.refusal
     return {
-        "site": site,
+        **asdict(destination),
         "checks": [{"name": check.name, "result": check.result, "entries": list(check.entries)} for check in trace],
         "verdict": "pass" if refusal is None else "refused",
         **({} if refusal is None else {"status": refusal.status, "reason": refusal.reason, "detail": refusal.detail}),
