@@ -10,6 +10,7 @@ from tests.corpus.corpus import Sample, upgrade_request
 from tests.harness import missing
 from tlstunnel.config import SiteManagedRules, Timeout
 from tlstunnel.firewall.facts import Facts, gather
+from tlstunnel.firewall.managed.categories import name_category
 from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
 from tlstunnel.firewall.managed.messages import Subject
 from tlstunnel.firewall.managed.modsecurity import LIBRARY
@@ -75,13 +76,28 @@ def with_pool(pool: HelperPool, ask: Callable[[HelperPool], Coroutine[Any, Any, 
     return asyncio.run(run())
 
 
+def helper_pids(pool: HelperPool) -> tuple[int, ...]:
+    """Return the ids of the evaluating processes, without those that are being replaced."""
+    return tuple(helper.child for helper in pool._helpers if helper.child)
+
+
+def rule_ids(outcome: ManagedRulesOutcome) -> tuple[int, ...]:
+    """Return the ids of the rules that matched, in order, without repetition."""
+    return tuple(dict.fromkeys(match.id for match in outcome.matches))
+
+
+def categories(outcome: ManagedRulesOutcome) -> tuple[str, ...]:
+    """Return what the rules that matched look for: ``SQL injection``, ``cross-site scripting``, ..."""
+    return tuple(dict.fromkeys(name_category(match.id) for match in outcome.matches))
+
+
 def evaluate_samples(samples: Iterable[Sample], settings: SiteManagedRules) -> dict[str, ManagedRulesOutcome]:
     """Return the outcome of each sample, by its name."""
     rule_set = build(settings)
 
     async def ask(pool: HelperPool) -> dict[str, ManagedRulesOutcome]:
         check = ManagedRulesCheck(pool, rule_set.name, settings, Registry())
-        return {sample.name: await check.judge(facts(sample.request)) for sample in samples}
+        return {sample.name: await check.check(facts(sample.request)) for sample in samples}
 
     return with_pool(HelperPool([rule_set]), ask)
 

@@ -113,12 +113,12 @@ def test_killed_helper_is_replaced_and_tunnels_stay_open(certificate: Certificat
             os.kill(pid, signal.SIGKILL)
             _echoes(client)
             # One request may have been sent to the helper that was just killed, and is refused for that.
-            eventually(lambda: _judged_by_rules((other, tunnel)))
+            eventually(lambda: _refused_by_rules((other, tunnel)))
             assert pid not in helpers(tunnel)
         _echoes(client)
 
 
-def _judged_by_rules(servers: Servers) -> Outcome | None:
+def _refused_by_rules(servers: Servers) -> Outcome | None:
     outcome = try_handshake(servers, "/?x=bad")
     if outcome.reason == "managed rules":
         return outcome

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject, with_pool
+from tests.corpus.managed_rules import helper_pids, own_rules, require_libmodsecurity, subject, with_pool
 from tests.harness import TIMEOUT, assert_below, eventually
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import pool as pool_module
@@ -63,7 +63,7 @@ def test_helper_evaluates_and_leaves_nothing_behind(rule_set: RuleSet) -> None:
     pids: list[int] = []
 
     async def ask(pool: HelperPool) -> None:
-        pids.extend([*pool.pids(), *map(parent_of, pool.pids())])
+        pids.extend([*helper_pids(pool), *map(parent_of, helper_pids(pool))])
         assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
         bad = await pool.evaluate(rule_set.name, BAD, 5)
         assert isinstance(bad, Evaluation)
@@ -80,14 +80,14 @@ def test_hanging_evaluation_is_killed_and_the_next_succeeds(rule_set: RuleSet) -
     """A regular expression of the user's really backtracks for seconds, without a signal from outside."""
 
     async def ask(pool: HelperPool) -> float:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         began = time.monotonic()
         hanging = asyncio.create_task(pool.evaluate(rule_set.name, SLOW, 0.05))
         behind = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 5)) for _ in range(20)]
         assert await hanging is Failure.LATE
         took = time.monotonic() - began
         assert await asyncio.gather(*behind) == [CLEAN] * 20
-        assert pool.pids() != (child,)
+        assert helper_pids(pool) != (child,)
         assert took >= 0.05
         await until(lambda: not running(child))
         return took
@@ -98,19 +98,19 @@ def test_hanging_evaluation_is_killed_and_the_next_succeeds(rule_set: RuleSet) -
 def test_stopped_helper_misses_the_deadline_and_is_replaced(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
         for _ in range(3):
-            stopped = pool.pids()[0]
+            stopped = helper_pids(pool)[0]
             os.kill(stopped, signal.SIGSTOP)
             assert await pool.evaluate(rule_set.name, ORDINARY, 0.05) is Failure.LATE
             # Not before its successor has a request: the deadline of this one is not spent on waiting.
             assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
-            assert pool.pids() != (stopped,)
+            assert helper_pids(pool) != (stopped,)
 
     with_pool(HelperPool([rule_set]), ask)
 
 
 def test_killing_a_helper_fails_only_its_request(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         os.kill(child, signal.SIGSTOP)
         middle = asyncio.create_task(pool.evaluate(rule_set.name, BAD, 60))
         behind = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(20)]
@@ -129,9 +129,9 @@ def test_helper_whose_loading_process_is_killed_is_restarted(
     log: list[str] = []
 
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         os.kill(parent_of(child), signal.SIGKILL)
-        await until(lambda: not pool.pids())
+        await until(lambda: not helper_pids(pool))
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) == CLEAN
         await until(lambda: not running(child))
 
@@ -147,7 +147,7 @@ def test_helper_whose_loading_process_hangs_is_restarted(rule_set: RuleSet, monk
     log: list[str] = []
 
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         loader = parent_of(child)
         os.kill(loader, signal.SIGSTOP)
         os.kill(child, signal.SIGSTOP)
@@ -169,11 +169,11 @@ def test_failed_restart_of_a_helper_is_retried(
 
     async def ask(pool: HelperPool) -> None:
         rules.rename(tmp_path / "away")
-        os.kill(parent_of(pool.pids()[0]), signal.SIGKILL)
+        os.kill(parent_of(helper_pids(pool)[0]), signal.SIGKILL)
         await until(lambda: any("next attempt" in line for line in log))
         assert await pool.evaluate(rule_set.name, ORDINARY, 5) is Failure.WAITED
         (tmp_path / "away").rename(rules)
-        await until(pool.pids)
+        await until(lambda: helper_pids(pool))
         assert await pool.evaluate(rule_set.name, ORDINARY, 5) == CLEAN
 
     with_pool(HelperPool([rule_set], log=log.append), ask)
@@ -186,7 +186,7 @@ def test_replacing_children_fails_no_request(rule_set: RuleSet) -> None:
 
         async def one() -> None:
             assert await pool.evaluate(rule_set.name, ORDINARY, 30) == CLEAN
-            seen.update(pool.pids())
+            seen.update(helper_pids(pool))
 
         await asyncio.gather(*(one() for _ in range(100)))
         return seen
@@ -205,7 +205,7 @@ def test_rules_that_do_not_load_prevent_the_start(rule_set: RuleSet) -> None:
 
 def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         ours = links("self")
         for pid in (child, parent_of(child)):
             theirs = links(str(pid))
@@ -236,12 +236,12 @@ PARENT = """
 import asyncio, sys
 from tlstunnel.firewall.managed.messages import RuleSet, RuleSource
 from tlstunnel.firewall.managed.pool import HelperPool
-from tests.corpus.managed_rules import subject
+from tests.corpus.managed_rules import helper_pids, subject
 
 async def main():
     pool = HelperPool([RuleSet("r", (RuleSource(text="SecRuleEngine On\\n"), RuleSource(file=sys.argv[1])))])
     await pool.start()
-    print(*pool.pids(), flush=True)
+    print(*helper_pids(pool), flush=True)
     await pool.evaluate("r", subject("/?y=" + "a" * 60 + "!"), 60)
 
 asyncio.run(main())

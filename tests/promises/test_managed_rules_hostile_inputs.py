@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.corpus.managed_rules import facts, plain_request, require_crs, with_pool
+from tests.corpus.managed_rules import facts, helper_pids, plain_request, require_crs, with_pool
 from tlstunnel.config import SiteManagedRules, Timeout
 from tlstunnel.firewall.managed.check import PENALTY, ManagedRulesCheck, ManagedRulesOutcome
 from tlstunnel.firewall.managed.pool import HelperPool
@@ -70,10 +70,10 @@ def test_hostile_input_is_decided_in_time(name: str) -> None:
         first, second = [], []
         for attempt in range(ATTEMPTS):
             began = time.perf_counter()
-            outcome = await stage.judge(facts(hostile, f"203.0.113.{attempt}"))
+            outcome = await stage.check(facts(hostile, f"203.0.113.{attempt}"))
             first.append(time.perf_counter() - began)
             began = time.perf_counter()
-            after = await stage.judge(facts(ordinary, "198.51.100.1"))
+            after = await stage.check(facts(ordinary, "198.51.100.1"))
             second.append(time.perf_counter() - began)
             assert after == ManagedRulesOutcome()
         return first, second, outcome
@@ -96,15 +96,15 @@ def test_address_that_missed_the_deadline_is_not_evaluated_for_a_while() -> None
         nonlocal now
         stage = ManagedRulesCheck(pool, rule_set.name, settings, metrics, clock=lambda: now)
         request = plain_request("/chat")
-        os.kill(pool.pids()[0], signal.SIGSTOP)
-        late = await stage.judge(facts(request, "2001:db8::1"))
+        os.kill(helper_pids(pool)[0], signal.SIGSTOP)
+        late = await stage.check(facts(request, "2001:db8::1"))
         assert late.failure == "late"
         assert late.refusal is not None
         assert late.refusal.status == 503
-        assert (await stage.judge(facts(request, "2001:db8::2"))).failure == "late before"  # of the same /64
-        assert not (await stage.judge(facts(request, "2001:db8:0:1::1"))).failure
+        assert (await stage.check(facts(request, "2001:db8::2"))).failure == "late before"  # of the same /64
+        assert not (await stage.check(facts(request, "2001:db8:0:1::1"))).failure
         now = PENALTY
-        assert not (await stage.judge(facts(request, "2001:db8::1"))).failure
+        assert not (await stage.check(facts(request, "2001:db8::1"))).failure
 
     with_pool(HelperPool([rule_set]), ask)
     outcomes = {outcome: count for (_, outcome), count in metrics[MANAGED_RULES].values.items()}

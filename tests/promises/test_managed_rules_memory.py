@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import corpus
-from tests.corpus.managed_rules import plain_request, require_crs, with_pool
+from tests.corpus.managed_rules import helper_pids, plain_request, require_crs, with_pool
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.managed.messages import Evaluation, Subject
 from tlstunnel.firewall.managed.pool import HelperPool
@@ -53,10 +53,10 @@ def growth(evaluations: int) -> float:
                 scores += bool(evaluation.score)
 
         await asyncio.gather(*(some(WARM // 4) for _ in range(4)))
-        pids = pool.pids()
+        pids = helper_pids(pool)
         before = [private(pid) for pid in pids]
         await asyncio.gather(*(some(evaluations // 4) for _ in range(4)))
-        assert pool.pids() == pids
+        assert helper_pids(pool) == pids
         assert scores > evaluations // 10
         return max(private(pid) - size for pid, size in zip(pids, before, strict=True))
 

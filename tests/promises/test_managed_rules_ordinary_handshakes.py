@@ -33,7 +33,7 @@ def test_ordinary_handshake_passes(handshake: corpus.Sample, outcomes: dict[str,
 def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> None:
     require_crs()
 
-    def judge(profiles: tuple[str, ...]) -> ManagedRulesOutcome:
+    def evaluate(profiles: tuple[str, ...]) -> ManagedRulesOutcome:
         settings = SiteManagedRules(
             owasp_crs=True,
             paranoia=handshake.paranoia,
@@ -42,13 +42,13 @@ def test_handshake_passes_with_its_profile_only(handshake: corpus.Sample) -> Non
         )
         return evaluate_samples([handshake], settings)[handshake.name]
 
-    stock = judge(())
+    stock = evaluate(())
     if handshake.until and _crs_version() > _numbers(handshake.until):
         assert stock.refusal is None
     else:
         assert stock.refusal is not None
         assert stock.score >= 5
-    assert judge((handshake.profile,)).refusal is None
+    assert evaluate((handshake.profile,)).refusal is None
 
 
 def _crs_version() -> tuple[int, ...]:

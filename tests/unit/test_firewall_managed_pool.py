@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.managed_rules import own_rules, require_libmodsecurity, subject, with_pool
+from tests.corpus.managed_rules import helper_pids, own_rules, require_libmodsecurity, subject, with_pool
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.managed import pool as pool_module
 from tlstunnel.firewall.managed.messages import Evaluation, RuleSet
@@ -27,7 +27,7 @@ def rule_set(tmp_path: Path) -> RuleSet:
 
 def test_full_queue_fails_at_once(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         os.kill(child, signal.SIGSTOP)
         pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(4)]
         await asyncio.sleep(0)
@@ -42,7 +42,7 @@ def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pool_module, "MAX_WAIT", 0.05)
 
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         os.kill(child, signal.SIGSTOP)
         pending = asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60))
         await asyncio.sleep(0)
@@ -56,7 +56,7 @@ def test_waiting_is_bounded(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) 
 
 def test_cancelled_request_leaves_the_queue(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
-        child = pool.pids()[0]
+        child = helper_pids(pool)[0]
         os.kill(child, signal.SIGSTOP)
         pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -75,14 +75,14 @@ def test_cancelled_request_leaves_the_queue(rule_set: RuleSet) -> None:
 
 def test_all_helpers_work(rule_set: RuleSet) -> None:
     async def ask(pool: HelperPool) -> None:
-        stopped, free = pool.pids()
+        stopped, free = helper_pids(pool)
         os.kill(stopped, signal.SIGSTOP)
         found = asyncio.gather(*(pool.evaluate(rule_set.name, ORDINARY, 60) for _ in range(50)))
         # The stopped one has one request; the other serves the rest.
         await asyncio.sleep(0)
         os.kill(stopped, signal.SIGCONT)
         assert await found == [CLEAN] * 50
-        assert pool.pids() == (stopped, free)
+        assert helper_pids(pool) == (stopped, free)
 
     with_pool(HelperPool([rule_set], processes=2), ask)
 
@@ -92,7 +92,7 @@ def test_closing_ends_all_requests(rule_set: RuleSet) -> None:
         pool = HelperPool([rule_set])
         assert await pool.evaluate(rule_set.name, ORDINARY, 60) is Failure.CLOSED
         await pool.start()
-        os.kill(pool.pids()[0], signal.SIGSTOP)
+        os.kill(helper_pids(pool)[0], signal.SIGSTOP)
         pending = [asyncio.create_task(pool.evaluate(rule_set.name, ORDINARY, 60)) for _ in range(5)]
         await asyncio.sleep(0)
         await pool.close()

@@ -62,7 +62,7 @@ def limits(*configs: RateLimitConfig, **more: Any) -> RateLimits:
 
 
 def check(limits: RateLimits, facts: Facts, trace: list[Any] | None = None) -> LimitsOutcome:
-    return asyncio.run(limits.judge(facts, trace))
+    return asyncio.run(limits.check(facts, trace))
 
 
 def refused(limits: RateLimits, facts: Facts) -> Refusal:
@@ -450,7 +450,7 @@ def test_exact_under_200_clients_at_once(strategy: str) -> None:
 
     async def client() -> LimitsOutcome:
         await asyncio.sleep(0)
-        return await counting.judge(seen)
+        return await counting.check(seen)
 
     async def clients() -> list[LimitsOutcome]:
         return await asyncio.gather(*(client() for _ in range(200)))

@@ -70,34 +70,36 @@ FAILING = 'headers["x-not-there"] == "a"'
 
 
 def test_without_rules_everything_passes() -> None:
-    assert rules().judge(facts()) == RulesOutcome(None, "", frozenset(), ())
+    assert rules().evaluate(facts()) == RulesOutcome(None, "", frozenset(), ())
     assert len(rules()) == 0
 
 
 def test_block() -> None:
-    outcome = rules(rule("no", when='path == "/socket"')).judge(facts())
+    outcome = rules(rule("no", when='path == "/socket"')).evaluate(facts())
     assert outcome.rule == "no"
     refusal = outcome.refusal
     assert refusal is not None
     assert (refusal.status, refusal.reason) == (403, "rule: no")
     assert refusal.text == "refused by a rule of this site"
-    assert rules(rule("no", when='path == "/"')).judge(facts()).refusal is None
+    assert rules(rule("no", when='path == "/"')).evaluate(facts()).refusal is None
 
 
 def test_block_with_status_and_body() -> None:
-    refusal = rules(rule("no", status=404, body="nothing here")).judge(facts()).refusal
+    refusal = rules(rule("no", status=404, body="nothing here")).evaluate(facts()).refusal
     assert refusal is not None
     assert (refusal.status, refusal.text) == (404, "nothing here")
 
 
 def test_allow_ends_the_rules_and_nothing_else() -> None:
-    outcome = rules(rule("yes", "allow"), rule("no")).judge(facts())
+    outcome = rules(rule("yes", "allow"), rule("no")).evaluate(facts())
     assert outcome == RulesOutcome(None, "yes", frozenset(), ())
-    assert rules(rule("no"), rule("yes", "allow")).judge(facts()).rule == "no"
+    assert rules(rule("no"), rule("yes", "allow")).evaluate(facts()).rule == "no"
 
 
 def test_log_continues() -> None:
-    outcome = rules(rule("seen", "log"), rule("unseen", "log", "false"), rule("no"), rule("late", "log")).judge(facts())
+    outcome = rules(rule("seen", "log"), rule("unseen", "log", "false"), rule("no"), rule("late", "log")).evaluate(
+        facts()
+    )
     assert (outcome.rule, outcome.logged) == ("no", ("seen",))
 
 
@@ -107,31 +109,31 @@ def test_skip_continues_and_adds_up() -> None:
         rule("b", "skip", "false", skip=("managed_rules",)),
         rule("c", "skip", skip=("rate_limits", "managed_rules")),
     )
-    assert found.judge(facts()) == RulesOutcome(None, "", frozenset({"rate_limits", "managed_rules"}), ())
-    outcome = (rules(rule("a", "skip", skip=("rate_limits",))) + rules(rule("no"))).judge(facts())
+    assert found.evaluate(facts()) == RulesOutcome(None, "", frozenset({"rate_limits", "managed_rules"}), ())
+    outcome = (rules(rule("a", "skip", skip=("rate_limits",))) + rules(rule("no"))).evaluate(facts())
     assert (outcome.rule, outcome.skip) == ("no", frozenset({"rate_limits"}))
 
 
 @pytest.mark.parametrize("action", ["block", "allow", "skip", "log"])
 def test_mode_log_only_logs(action: Action) -> None:
     more: dict[str, Any] = {"skip": ("rate_limits",)} if action == "skip" else {}
-    outcome = rules(rule("trial", action, mode="log", **more), rule("no")).judge(facts())
+    outcome = rules(rule("trial", action, mode="log", **more), rule("no")).evaluate(facts())
     assert (outcome.rule, outcome.skip, outcome.logged) == ("no", frozenset(), ("trial",))
 
 
 def test_a_rule_that_fails_does_not_match() -> None:
-    outcome = rules(rule("a", when=FAILING), rule("b", "allow", when=FAILING)).judge(facts())
+    outcome = rules(rule("a", when=FAILING), rule("b", "allow", when=FAILING)).evaluate(facts())
     assert outcome == RulesOutcome(None, "", frozenset(), ())
 
 
 @pytest.mark.parametrize("action", ["block", "allow", "skip", "log"])
 def test_a_rule_that_fails_can_block(action: Action) -> None:
     more: dict[str, Any] = {"skip": ("rate_limits",)} if action == "skip" else {}
-    outcome = rules(rule("a", action, when=FAILING, on_error="block", status=418, **more)).judge(facts())
+    outcome = rules(rule("a", action, when=FAILING, on_error="block", status=418, **more)).evaluate(facts())
     assert outcome.refusal is not None
     assert (outcome.rule, outcome.refusal.status) == ("a", 418)
     assert outcome.refusal.detail == 'there is no key "x-not-there"'
-    outcome = rules(rule("a", action, when=FAILING, on_error="block", mode="log", **more)).judge(facts())
+    outcome = rules(rule("a", action, when=FAILING, on_error="block", mode="log", **more)).evaluate(facts())
     assert (outcome.refusal, outcome.logged) == (None, ("a",))
 
 
@@ -139,7 +141,7 @@ def test_counters() -> None:
     metrics = Registry()
     found = rules(rule("a", "log"), rule("b", "log", when=FAILING), rule("c"), rule("d"), metrics=metrics)
     for _ in range(3):
-        found.judge(facts())
+        found.evaluate(facts())
     assert metrics[RULES].values == {("*", "a", "matched"): 3, ("*", "b", "failed"): 3, ("*", "c", "matched"): 3}
 
 
@@ -152,15 +154,15 @@ def test_failures_are_reported_once_a_minute_for_each_rule() -> None:
         report=lambda name, error: said.append((name, error)),
         clock=lambda: now,
     )
-    found.judge(facts(b"/?n=1"))
+    found.evaluate(facts(b"/?n=1"))
     assert said == [("a", 'there is no key "x-not-there"')]
-    found.judge(facts())
+    found.evaluate(facts())
     assert said[1:] == [("b", 'there is no key "n"')]
     now = 1059.9
-    found.judge(facts())
+    found.evaluate(facts())
     assert len(said) == 2
     now = 1060.0
-    found.judge(facts())
+    found.evaluate(facts())
     assert [name for name, _ in said[2:]] == ["a", "b"]
 
 
@@ -171,9 +173,9 @@ def test_joined_rules_are_evaluated_in_order_and_share_their_counters() -> None:
     here = Rules([rule("c", when='host == "chat.example.com"')], expressions, metrics=metrics)
     joined = everywhere + here
     assert (len(everywhere), len(here), len(joined)) == (2, 1, 3)
-    assert joined.judge(facts()).rule == "c"
-    assert joined.judge(facts(b"/ok")).rule == "b"
-    assert everywhere.judge(facts()).rule == ""
+    assert joined.evaluate(facts()).rule == "c"
+    assert joined.evaluate(facts(b"/ok")).rule == "b"
+    assert everywhere.evaluate(facts()).rule == ""
     assert metrics[RULES].values == {("*", "a", "matched"): 3, ("*", "b", "matched"): 1, ("*", "c", "matched"): 1}
 
 
@@ -223,23 +225,23 @@ IS_NOT_GOOD = 'cookies["s"] != "good"'
     ],
 )
 def test_every_value_of_a_cookie_counts(when: str, action: Action, cookies: bytes, decides: bool) -> None:
-    outcome = rules(rule("a", action, when)).judge(with_cookies(cookies))
+    outcome = rules(rule("a", action, when)).evaluate(with_cookies(cookies))
     assert (outcome.rule == "a") == decides
 
 
 def test_to_skip_checks_all_values_must_match() -> None:
     found = rules(rule("a", "skip", 'cookies["s"] == "good"', skip=("rate_limits",)))
-    assert found.judge(with_cookies(b"s=good", b"s=good")).skip == {"rate_limits"}
-    assert found.judge(with_cookies(b"s=good", b"s=x")).skip == frozenset()
+    assert found.evaluate(with_cookies(b"s=good", b"s=good")).skip == {"rate_limits"}
+    assert found.evaluate(with_cookies(b"s=good", b"s=x")).skip == frozenset()
 
 
 def test_values_for_which_a_rule_fails() -> None:
     """A value that matches decides; otherwise the rule has failed, as it may have matched."""
     mixed = with_cookies(b"s=1; s=x")
-    assert rules(rule("a", when='int(cookies["s"]) == 1', on_error="block")).judge(mixed).refusal is not None
+    assert rules(rule("a", when='int(cookies["s"]) == 1', on_error="block")).evaluate(mixed).refusal is not None
     for action in ("block", "allow"):
         trace: list[RuleTrace] = []
-        outcome = rules(rule("a", action, 'int(cookies["s"]) == 2', on_error="block")).judge(mixed, trace)
+        outcome = rules(rule("a", action, 'int(cookies["s"]) == 2', on_error="block")).evaluate(mixed, trace)
         assert outcome.refusal is not None
         assert trace[0].result == "failed"
         assert trace[0].values == {"cookies": {"s": ("1", "x")}}
@@ -249,9 +251,9 @@ def test_more_values_than_a_rule_reads_are_refused() -> None:
     five = with_cookies(b"s=1; s=2; s=3; s=4; s=5; t=1")
     for when in (IS_BANNED, "cookies.s == ''", "cookies.exists(n, cookies[n] == '')", "cookies == {}"):
         with pytest.raises(Refusal, match="too many cookies"):
-            rules(rule("a", when=when)).judge(five)
+            rules(rule("a", when=when)).evaluate(five)
     for when in ('cookies.t == "2"', '"s" in cookies && path == ""', 'cookies.exists(n, n == "x")'):
-        assert rules(rule("a", when=when)).judge(five).refusal is None
+        assert rules(rule("a", when=when)).evaluate(five).refusal is None
 
 
 def test_trace() -> None:
@@ -263,7 +265,7 @@ def test_trace() -> None:
         rule("d"),
         rule("e", when='query["room"][0] == "1"'),
     )
-    assert found.judge(facts(), trace).rule == "d"
+    assert found.evaluate(facts(), trace).rule == "d"
     assert [(entry.rule, entry.action, entry.mode, entry.result) for entry in trace] == [
         ("a", "log", "block", "not matched"),
         ("b", "block", "block", "failed"),
@@ -298,12 +300,12 @@ ADMIN = 'path.startsWith("/admin")'
     ],
 )
 def test_no_spelling_of_a_path_bypasses_a_rule(target: bytes) -> None:
-    assert rules(rule("admin", when=ADMIN)).judge(facts(target)).refusal is not None
+    assert rules(rule("admin", when=ADMIN)).evaluate(facts(target)).refusal is not None
 
 
 def test_case_is_up_to_the_rule() -> None:
-    assert rules(rule("admin", when=ADMIN)).judge(facts(b"/Admin")).refusal is None
-    assert rules(rule("admin", when='path.lower().startsWith("/admin")')).judge(facts(b"/Admin")).refusal is not None
+    assert rules(rule("admin", when=ADMIN)).evaluate(facts(b"/Admin")).refusal is None
+    assert rules(rule("admin", when='path.lower().startsWith("/admin")')).evaluate(facts(b"/Admin")).refusal is not None
 
 
 # The documentation.
@@ -324,7 +326,7 @@ def test_the_examples_of_the_documentation_work(example: str) -> None:
         NamedLists({name: () if isinstance(of, str) else of for name, of in config.lists.items()})
     )
     for site in config.sites:
-        Rules(site.rules, expressions).judge(facts())
+        Rules(site.rules, expressions).evaluate(facts())
         for limit in site.rate_limits:
             if limit.when is not None:
                 expressions.compile(limit.when)
@@ -349,7 +351,7 @@ def test_the_rule_for_forms(method: str, path: str, site: bytes | None, refused:
     found = RequestReader(True).feed(request(fields, f"{method} {path} HTTP/1.1".encode()))
     assert found is not None
     form = gather(found, CONNECTION, strict_path=True, now=0)
-    assert (rules(RuleConfig(**config)).judge(form).refusal is not None) == refused
+    assert (rules(RuleConfig(**config)).evaluate(form).refusal is not None) == refused
 
 
 def test_the_documentation_has_every_field_and_function() -> None:
@@ -382,7 +384,7 @@ def cost(kinds: tuple[str, ...], count: int) -> float:
     for _ in range(20):
         began = time.process_time()
         for _ in range(10):
-            outcome = found.judge(gather(sent, CONNECTION, strict_path=True, now=0))
+            outcome = found.evaluate(gather(sent, CONNECTION, strict_path=True, now=0))
         times.append((time.process_time() - began) / 10)
         assert outcome.refusal is None
     return min(times)

@@ -34,7 +34,7 @@ def ask(
     firewall: Firewall, target: str = "/", *headers: str, ip: str = "192.0.2.1", behind: bool = False
 ) -> Coroutine[Any, Any, Verdict]:
     connection = Connection(ip=ip, tls_version="TLSv1.3", tls_sni="chat.example", site="chat.example")
-    return firewall.judge(plain_request(target, *headers), connection, behind_proxy=behind)
+    return firewall.check(plain_request(target, *headers), connection, behind_proxy=behind)
 
 
 def test_without_checks_only_the_target_is_examined(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from tlstunnel.tunnel.arrival import accept_tls, choose_site, read_hello
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.exchange import pass_on
 from tlstunnel.tunnel.origin import reach_origin
-from tlstunnel.tunnel.request import call_worker, judge, read_request
+from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
 from tlstunnel.tunnel.serving import Serving
 from tlstunnel.tunnel.sites import Site, Sites
 from tlstunnel.tunnel.splice import Splices
@@ -184,7 +184,7 @@ def test_a_client_may_have_one_turn_after_another(site: Site, issued: issue.Issu
             turn = Turn(client, asyncio.get_running_loop().time())
             try:
                 await read_request(turn)
-                await judge(turn)
+                await check_firewall(turn)
                 await call_worker(turn)
                 await reach_origin(turn)
                 leases.append(lease := CountedLease())
@@ -270,7 +270,7 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
         ("choose_site", choose),
         ("accept_tls", skip),
         ("read_request", skip),
-        ("judge", skip),
+        ("check_firewall", skip),
         ("call_worker", skip),
         ("reach_origin", hold_something),
         ("request_upgrade", fail),

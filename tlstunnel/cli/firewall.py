@@ -136,7 +136,7 @@ async def _check(
     await firewall.start()
     try:
         connection = dataclasses.replace(connection, tls_sni=request.host, site=site.names[0])
-        verdict = await firewall.judge(request, connection, trace, behind_proxy=True)
+        verdict = await firewall.check(request, connection, trace, behind_proxy=True)
     finally:
         await firewall.close()
     return _find_destination(site, request), verdict

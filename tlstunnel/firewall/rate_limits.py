@@ -165,7 +165,7 @@ class RateLimits:
     def __len__(self) -> int:
         return len(self._limits)
 
-    async def judge(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
+    async def check(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
         """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit.
 
         A limit by a cookie counts each of its values. Raises `Refusal` (400) for more of them than are counted.

@@ -93,7 +93,7 @@ class Rules:
     def __len__(self) -> int:
         return len(self._rules)
 
-    def judge(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
+    def evaluate(self, facts: Facts, trace: list[RuleTrace] | None = None) -> RulesOutcome:
         """Evaluate the rules in order, until one blocks or allows. `trace` receives a `RuleTrace` for each rule.
 
         Raises `Refusal` (400) if a cookie that a rule reads has more values than it is evaluated for.

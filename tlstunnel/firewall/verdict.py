@@ -190,7 +190,7 @@ class Firewall:
             return None
         return reason
 
-    async def judge(
+    async def check(
         self,
         request: Request,
         connection: Connection,
@@ -237,7 +237,7 @@ class Firewall:
         verdict = Verdict(logged=tuple(logged))
         if policy.rules is not None:
             entries: list[Any] | None = None if trace is None else []
-            found = policy.rules.judge(facts, entries)
+            found = policy.rules.evaluate(facts, entries)
             _add_trace(trace, "rules", found.rule or "no rule decided", entries or ())
             skip = found.skip
             verdict = Verdict(found.refusal, rule=found.rule, logged=(*logged, *found.logged))
@@ -257,7 +257,7 @@ class Firewall:
         self, limits: "RateLimits", facts: Facts, trace: list[CheckTrace] | None, verdict: Verdict
     ) -> Verdict:
         entries: list[Any] | None = None if trace is None else []
-        outcome = await limits.judge(facts, entries)
+        outcome = await limits.check(facts, entries)
         _add_trace(trace, "rate limits", outcome.limit or "within all limits", entries or ())
         logged = (*verdict.logged, *outcome.logged)
         return replace(verdict, refusal=outcome.refusal, lease=outcome.lease, logged=logged)
@@ -266,7 +266,7 @@ class Firewall:
         self, check: "ManagedRulesCheck", facts: Facts, trace: list[CheckTrace] | None, verdict: Verdict
     ) -> Verdict:
         try:
-            managed = await check.judge(facts)
+            managed = await check.check(facts)
         except BaseException:
             if verdict.lease is not None:
                 verdict.lease.close()

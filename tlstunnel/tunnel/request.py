@@ -46,8 +46,8 @@ async def read_request(turn: Turn) -> None:
     turn.request, turn.early = request, reader.leftover
 
 
-async def judge(turn: Turn) -> None:
-    """Ask the firewall about the request; after the 101 nothing is inspected. Raises Refusal."""
+async def check_firewall(turn: Turn) -> None:
+    """Check the request with the firewall; after the 101 nothing is inspected. Raises Refusal."""
     client, record = turn.client, turn.record
     assert turn.request is not None
     turn.connection = Connection(
@@ -61,7 +61,7 @@ async def judge(turn: Turn) -> None:
         certificate=client.certificate,
         request_id=record.id,
     )
-    turn.verdict = verdict = await client.serving.firewall.judge(
+    turn.verdict = verdict = await client.serving.firewall.check(
         turn.request, turn.connection, behind_proxy=client.trusted
     )
     record.firewall = verdict.to_record()

@@ -15,7 +15,7 @@ from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.exchange import pass_on
 from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin, relay, request_upgrade
-from tlstunnel.tunnel.request import call_worker, judge, read_request
+from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
 from tlstunnel.tunnel.serving import Serving
 from tlstunnel.tunnel.turn import Turn
 
@@ -51,7 +51,7 @@ class Tunnel:
             await accept_tls(client, site)
             turn = self._turn = Turn(client, client.accepted)
             await read_request(turn)
-            await judge(turn)
+            await check_firewall(turn)
             await call_worker(turn)
             await reach_origin(turn)
             if isinstance(turn.request, PlainRequest):

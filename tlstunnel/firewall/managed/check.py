@@ -10,7 +10,6 @@ from ipaddress import IPv6Address
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.firewall.managed import guard
-from tlstunnel.firewall.managed.categories import name_category
 from tlstunnel.firewall.managed.messages import Evaluation, Match, Subject
 from tlstunnel.firewall.managed.pool import Failure, HelperPool
 from tlstunnel.handshake.refusal import Refusal
@@ -45,16 +44,6 @@ class ManagedRulesOutcome:
     failure: str = ""
     logged: tuple[str, ...] = ()
 
-    @property
-    def rule_ids(self) -> tuple[int, ...]:
-        """The ids of the rules that matched, in order, without repetition."""
-        return tuple(dict.fromkeys(match.id for match in self.matches))
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """What the rules that matched look for: ``SQL injection``, ``cross-site scripting``, ..."""
-        return tuple(dict.fromkeys(name_category(match.id) for match in self.matches))
-
 
 class ManagedRulesCheck:
     """A site's managed rules: its settings, and the name of its rule set in the pool that all sites share.
@@ -77,7 +66,7 @@ class ManagedRulesCheck:
         self._matches = metrics[families.MANAGED_RULE_MATCHES]
         self._penalties = _Penalties(clock)
 
-    async def judge(self, facts: Facts, trace: list[object] | None = None) -> ManagedRulesOutcome:
+    async def check(self, facts: Facts, trace: list[object] | None = None) -> ManagedRulesOutcome:
         """Check a request. Never raises. `trace` receives the outcome."""
         outcome = await self._evaluate(facts)
         if trace is not None:

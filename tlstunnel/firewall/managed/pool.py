@@ -115,10 +115,6 @@ class HelperPool:
             self._queue.popleft().end(Failure.CLOSED)
         await asyncio.gather(*(helper.close() for helper in self._helpers))
 
-    def pids(self) -> tuple[int, ...]:
-        """Return the ids of the evaluating processes, without those that are being replaced."""
-        return tuple(helper.child for helper in self._helpers if helper.child)
-
     async def evaluate(self, rule_set: str, subject: Subject, deadline: float) -> Evaluation | Failure:
         """Evaluate a subject with the rule set of that name, in at most `deadline` seconds once it has begun.
 
