@@ -33,6 +33,12 @@ def _find_python() -> str:
 PYTHON = _find_python()
 PACKAGE = Path(tlstunnel.__file__).resolve().parent
 
+HELPER_VARIABLES = (
+    *("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "TZ"),
+    *("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONUSERBASE"),
+)
+"""What a process needs to find Python, this package and its libraries, and to encode texts."""
+
 IMPORTED_LATER = ("cel", "re2", "limits", "multidict")
 """Libraries that rules (18 MiB) and edge workers need. They are imported when a configuration has such a part."""
 
@@ -96,6 +102,15 @@ def build_module_environment() -> Mapping[str, str]:
         return os.environ
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *([before] if before else [])])}
+
+
+def build_helper_environment() -> Mapping[str, str]:
+    """Return the environment of a process that needs nothing of ours: `HELPER_VARIABLES` of `build_module_environment`.
+
+    Passphrases and tokens are often in the environment, and every library in the process could read them.
+    """
+    ours = build_module_environment()
+    return {name: ours[name] for name in HELPER_VARIABLES if name in ours}
 
 
 def forbid_core_dumps() -> None:

@@ -21,6 +21,7 @@ from tlstunnel.firewall.managed import pool as pool_module
 from tlstunnel.firewall.managed.messages import Evaluation, RuleSet, RuleSource
 from tlstunnel.firewall.managed.pool import Failure, HelperPool
 from tlstunnel.firewall.managed.rule_sets import build
+from tlstunnel.program import HELPER_VARIABLES
 
 RULES = 'SecRule ARGS:x "@streq bad" "id:1001,phase:2,deny,status:429,msg:\'bad x\'"\n'
 # PCRE2 gives up on one after 20 ms.
@@ -203,7 +204,9 @@ def test_rules_that_do_not_load_prevent_the_start(rule_set: RuleSet) -> None:
     assert descriptors() == before
 
 
-def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rule_set: RuleSet) -> None:
+def test_helper_holds_nothing_of_the_tunnel_and_few_rights(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_PASSPHRASE", "correct horse")
+
     async def ask(pool: HelperPool) -> None:
         child = helper_pids(pool)[0]
         ours = links("self")
@@ -213,6 +216,8 @@ def test_helper_holds_no_descriptor_of_the_tunnel_and_few_rights(rule_set: RuleS
             # libmodsecurity's own socket, which its curl opens, and the end of the pair.
             assert {link.partition(":")[0] for link in theirs.values()} == {"socket"}
             assert not set(theirs.values()) & set(ours.values())
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")[:-1]
+            assert {variable.partition(b"=")[0].decode() for variable in variables} <= set(HELPER_VARIABLES)
             assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
             limits = Path(f"/proc/{pid}/limits").read_text()
             for limit, most in (("Max open files", "0"), ("Max file size", "0"), ("Max core file size", "[01]")):

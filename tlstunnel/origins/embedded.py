@@ -12,7 +12,7 @@ from typing import Self
 
 import msgspec
 
-from tlstunnel.program import PYTHON, build_module_command, build_module_environment
+from tlstunnel.program import PYTHON, build_helper_environment, build_module_command
 from tlstunnel.supervisor import wait_or_kill
 
 EXIT_SECONDS = 5.0
@@ -44,7 +44,7 @@ class EchoOrigin:
             pid = os.posix_spawn(
                 PYTHON,
                 build_module_command("tlstunnel.origins.echo", str(listener.fileno())),
-                build_module_environment(),
+                build_helper_environment(),
                 file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)],
                 setpgroup=0,
                 setsigmask=(),

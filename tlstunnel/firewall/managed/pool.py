@@ -30,7 +30,7 @@ from tlstunnel.firewall.managed.messages import (
     RulesLoaded,
     Subject,
 )
-from tlstunnel.program import build_module_command, build_module_environment
+from tlstunnel.program import build_helper_environment, build_module_command
 from tlstunnel.supervisor import ChildProcess, describe_exit, start_with_retries
 
 MAX_WAIT = 1.0
@@ -185,7 +185,7 @@ class _Helper:
             # Without standard error, to which C++ writes when it aborts: that would not be a valid line of the log.
             self._process = ChildProcess.spawn(
                 build_module_command("tlstunnel.firewall.managed.helper", *arguments),
-                build_module_environment(),
+                build_helper_environment(),
                 (theirs.fileno(),),
             )
         try:
