@@ -148,6 +148,14 @@ class Networks:
         return f"Networks.parse({[str(network) for network in self._networks]})"
 
 
+def to_client_key(ip: str) -> str:
+    """Return what identifies a client at the address `ip` where clients are counted: the address, for IPv6 its /64.
+
+    Whoever has an IPv6 address usually has a whole /64.
+    """
+    return ipaddress.IPv6Address(ip).packed[:8].hex() if ":" in ip else ip
+
+
 def normalise_name(text: str) -> str:
     """Return a site's name in the form in which names are compared: lower case, A-labels, no trailing dot.
 

@@ -167,6 +167,44 @@ def test_no_origin_left_is_503_until_one_is_back(origins: list[Origin], certific
         assert time.monotonic() - began < 5
 
 
+@contextlib.contextmanager
+def picky() -> Iterator[RawOrigin]:
+    """An origin that closes the connection for any path but /, and serves plain requests once it has their body."""
+
+    def handle(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, AssertionError):
+            head = sock.recv(65_536, socket.MSG_PEEK)
+            if head.startswith(b"GET / "):
+                accept_upgrade(sock)
+                sock.sendall(b"\x81\x01p")
+            elif head.startswith(b"GET /nope"):
+                return
+            while sock.recv(65_536):
+                pass
+
+    with RawOrigin(handle) as origin:
+        yield origin
+
+
+def test_no_client_takes_a_site_down(certificate: Certificate) -> None:
+    """By asking for a path for which each origin closes the connection, or by sending bodies slowly."""
+    with picky() as one, picky() as two, contextlib.ExitStack() as stack:
+        text = config_for(one.address, certificate, site='http = "pass"\n').replace(
+            f'["{one.address}"]', f'["{one.address}", "{two.address}"]'
+        )
+        tunnel = stack.enter_context(Tunnel(None, certificate, config=text))
+        for _ in range(12):
+            with opened(tunnel, "/nope") as (_, answer):
+                assert answer.status == 502
+        for _ in range(4):
+            slow = stack.enter_context(connect_tls(tunnel))
+            slow.sendall(b"POST /slow HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nx")
+        for _ in range(10):
+            assert name_of(tunnel) == b"p"
+        assert {record["origin"] for record in tunnel.wait_records(22)} == {one.address, two.address}
+        assert not tunnel.records("origin ejected")
+
+
 def test_an_only_origin_is_always_tried(origins: list[Origin], certificate: Certificate) -> None:
     with serving(origins[:1], certificate) as tunnel:
         origins[0].kill()

@@ -2,6 +2,7 @@
 
 import socket
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection, Timeout
 from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.origins.balance import select_order
-from tlstunnel.origins.members import CHECKS_DOWN, Member, Use
+from tlstunnel.origins.members import CHECKS_DOWN, PLAIN_WAIT, Member, Responses, Use
 
 
 def member(text: str, weight: int = 1, **more: object) -> Member:
@@ -88,42 +89,102 @@ def test_the_input_of_the_hash() -> None:
 EJECTION = Ejection(failures=3, delay=Timeout(1), max_delay=Timeout(4))
 
 
+def eject(one: Member, now: float = 0.0) -> None:
+    assert [one.record_unreachable(now, EJECTION) for _ in range(3)] == [False, False, True]
+
+
 def test_three_failures_in_a_row_eject_and_one_request_at_a_time_may_try() -> None:
     one = member("a")
-    assert not one.record_failure(0, EJECTION)
-    assert not one.record_failure(0, EJECTION)
-    one.record_success()
-    assert [one.record_failure(0, EJECTION) for _ in range(3)] == [False, False, True]
-    assert not one.is_usable(0.99)
+    assert not one.record_unreachable(0, EJECTION)
+    assert not one.record_unreachable(0, EJECTION)
+    assert not one.record_connected()
+    eject(one)
+    assert not one.is_usable(0.89)
     assert one.is_usable(1.11)
     one.take()
     assert not one.is_usable(1.2)
-    # Results of requests from before the ejection are ignored; the trial's result counts.
     one.abandon_trial()
     assert one.is_usable(1.2)
     one.take()
-    assert one.record_success()
+    assert one.record_connected()
     assert one.is_usable(1.2)
+
+
+def test_plain_requests_leave_the_trial_to_an_upgrade_request_for_a_while() -> None:
+    one = member("a")
+    eject(one)
+    assert one.is_usable(1.2)
+    assert not one.is_usable(1.2, plain=True)
+    assert one.is_usable(1.2 + PLAIN_WAIT, plain=True)
 
 
 def test_each_failed_trial_doubles_the_delay_up_to_the_longest() -> None:
     one, now = member("a"), 0.0
-    for _ in range(3):
-        one.record_failure(now, EJECTION)
+    eject(one)
     for delay in (1.0, 2.0, 4.0, 4.0):
-        assert not one.is_usable(now + delay * 0.999)
-        now += delay * 1.1
+        assert not one.is_usable(now + delay * 0.899)
+        now += delay * 1.11
         assert one.is_usable(now)
         one.take()
-        assert not one.record_failure(now, EJECTION)
-    assert one.is_usable(now + 1.5, soonest=1.0)
-    assert not one.is_usable(now + 1.5)
+        assert not one.record_unreachable(now, EJECTION)
+
+
+def test_an_origin_that_only_accepts_connections_keeps_its_delay() -> None:
+    one = member("a")
+    eject(one)
+    assert one.record_connected()
+    eject(one, 10)
+    assert not one.is_usable(11.5)
+    assert one.record_connected()
+    one.record_response("192.0.2.1", 12)
+    eject(one, 20)
+    assert one.is_usable(21.11)
 
 
 def test_late_failures_of_many_at_once_eject_once_and_do_not_lengthen_it() -> None:
     one = member("a")
-    assert [one.record_failure(0, EJECTION) for _ in range(100)].count(True) == 1
+    assert [one.record_unreachable(0, EJECTION) for _ in range(100)].count(True) == 1
     assert one.is_usable(1.11)
+
+
+def fail(one: Member, clients: Iterable[int], now: float = 0.0) -> bool:
+    results = [one.record_no_response(f"192.0.2.{client}", now, EJECTION) for client in clients]
+    return any(results)
+
+
+def test_one_client_without_responses_ejects_nothing() -> None:
+    one = member("a")
+    assert not fail(one, [1] * 10_000)
+    assert not fail(one, [1, 2, 3, 4] * 100)
+    assert fail(one, [5])
+    assert not one.is_usable(0.5)
+
+
+def test_few_of_many_clients_without_responses_eject_nothing() -> None:
+    one = member("a")
+    for client in range(100, 110):
+        one.record_response(f"192.0.2.{client}", 0)
+    assert not fail(one, range(39))
+    assert fail(one, range(40))
+
+
+def test_the_last_result_of_a_client_counts_and_only_for_a_while() -> None:
+    one = member("a")
+    assert not fail(one, range(4))
+    one.record_response("192.0.2.0", 1)
+    assert not fail(one, [4], 1)
+    assert not fail(one, [5], 1 + Responses.WINDOW)
+    assert fail(one, range(4), 1 + Responses.WINDOW)
+
+
+def test_the_memory_for_results_is_bounded() -> None:
+    responses = Responses()
+    for client in range(10 * Responses.MOST_CLIENTS):
+        responses.add(str(client), 0, succeeded=client % 2 == 0)
+    assert (
+        repr(responses)
+        == f"<Responses: {Responses.MOST_CLIENTS // 2} clients without, {Responses.MOST_CLIENTS // 2} with>"
+    )
 
 
 def test_health_checks() -> None:
@@ -131,8 +192,7 @@ def test_health_checks() -> None:
     changes = [one.record_check(healthy=False) for _ in range(CHECKS_DOWN + 1)]
     assert changes == [False] * (CHECKS_DOWN - 1) + [True, False]
     assert not one.is_usable(0)
-    for _ in range(3):
-        one.record_failure(0, EJECTION)
+    eject(one)
     assert one.record_check(healthy=True)
     assert one.is_usable(0)
 

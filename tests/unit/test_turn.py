@@ -147,7 +147,7 @@ def hold(turn: Turn) -> CountedLease:
     """Give `turn` a lease and a place at the origin."""
     lease = CountedLease()
     turn.verdict = Verdict(lease=lease)  # type: ignore[arg-type]
-    turn.place = Place(turn.site.pool, turn.site.pool.members[0])
+    turn.place = Place(turn.site.pool, turn.site.pool.members[0], "192.0.2.1")
     return lease
 
 

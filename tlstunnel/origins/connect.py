@@ -34,19 +34,21 @@ _CONNECTED = frozenset({0, errno.EISCONN})
 _IN_PROGRESS = frozenset({errno.EALREADY, errno.EINPROGRESS})
 
 
-async def connect(
-    pool: Pool, members: Sequence[Member], readiness: Readiness, wakeup: Wakeup, client: Channel
+async def connect(  # noqa: PLR0913 - the members, the sockets and the client
+    pool: Pool, members: Sequence[Member], ip: str, *, readiness: Readiness, wakeup: Wakeup, client: Channel
 ) -> tuple[Place, Channel]:
     """Connect to the first of `members` that accepts before the deadline of `wakeup`; return the place there.
 
+    The place is for the address `ip`. Its result is recorded only if it failed: TLS may follow.
+
     Raises OriginUnreachable; TimeoutError; ClientGone if the client disconnects.
     """
-    attempts = _Attempts(pool, readiness, wakeup)
+    attempts = _Attempts(pool, ip, readiness, wakeup)
     try:
         return await attempts.run(members, client)
     except TimeoutError:
         for place, _ in attempts.in_progress:
-            place.record_failure("did not accept the connection in time")
+            place.record_unreachable("did not accept the connection in time")
         raise
     finally:
         attempts.close()
@@ -55,8 +57,9 @@ async def connect(
 class _Attempts:
     """The attempts to connect for one request; those `in_progress` have no result yet."""
 
-    def __init__(self, pool: Pool, readiness: Readiness, wakeup: Wakeup) -> None:
+    def __init__(self, pool: Pool, ip: str, readiness: Readiness, wakeup: Wakeup) -> None:
         self._pool = pool
+        self._ip = ip
         self._readiness = readiness
         self._wakeup = wakeup
         self._failure: OriginUnreachable | None = None
@@ -91,7 +94,7 @@ class _Attempts:
             sock = socket.socket(member.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             raise OriginUnreachable(f"{member.text}: {error.strerror}", shortage=True) from None
-        place = Place(self._pool, member)
+        place = Place(self._pool, member, self._ip)
         code = _begin_to_connect(sock, member)
         if code in _CONNECTED or code in _IN_PROGRESS:
             try:
@@ -142,7 +145,7 @@ class _Attempts:
         shortage = code == errno.EADDRNOTAVAIL
         self._failure = OriginUnreachable(f"{place.member.text}: {reason}", shortage=shortage)
         if not shortage:
-            place.record_failure(reason)
+            place.record_unreachable(reason)
 
     def close(self) -> None:
         """Close the attempts that are no longer needed."""

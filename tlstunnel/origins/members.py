@@ -1,14 +1,16 @@
 """One address of an origin and its state: how many tunnels it has, and whether it may be tried.
 
-Passive checks: after `Ejection.failures` failures in a row, it is ejected for `Ejection.delay`, doubled each time up to
-`Ejection.max_delay`. Then a single handshake tries it, and no other until the result is known. Active checks: it is not
-tried while its health check fails. All times are in seconds of the loop's clock, which callers pass in.
+Passive checks: it is ejected after `Ejection.failures` failures in a row to connect or to make the TLS handshake, or
+when requests of most of several clients failed, for `Ejection.delay`, doubled each time up to `Ejection.max_delay`.
+Then a single upgrade request tries it, and no other until it has accepted the connection. No client can eject it alone:
+one that gets no response, as for an unknown path at some servers, counts once. Active checks: it is tried last while
+its health check fails. All times are in seconds of the loop's clock, which callers pass in.
 
 Tested by tests/unit/test_origins_balance.py.
 """
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.backoff import Backoff
@@ -21,8 +23,61 @@ CHECKS_DOWN = 2
 """Health checks in a row that must fail before an origin is down: one lost packet is not an outage. One success brings
 it up again."""
 
+PLAIN_WAIT = 10.0
+"""Seconds after the delay of an ejection after which plain requests use the member too. Before, they leave it to an
+upgrade request; a site may have none for hours."""
+
 _JITTER = 0.1
 """Part by which a delay varies, so that processes that ejected an origin together do not retry it together."""
+
+
+class Responses:
+    """The last result of each client's requests at one member: a valid response, or none.
+
+    Only the last one counts, so one client, however many requests it sends, has one vote. IPv6 clients are their /64.
+    """
+
+    WINDOW = 60.0
+    """Seconds after which the results are forgotten: more than `timeouts.origin_response`, so that those of a server
+    that does not respond come together."""
+
+    MOST_CLIENTS = 200
+    """Clients that are remembered. The next one begins a new window."""
+
+    FAILED_CLIENTS = 5
+    """Clients that must have failed. Envoy's outlier detection wants 5 hosts and 50 requests for its failure rate."""
+
+    FAILED_SHARE = 0.8
+    """Share of the clients that must have failed. Envoy's is 0.85 (failure_percentage_threshold)."""
+
+    __slots__ = ("_began", "_failed", "_succeeded")
+
+    def __init__(self) -> None:
+        self._began = float("-inf")
+        self._failed: set[str] = set()
+        self._succeeded: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Responses: {len(self._failed)} clients without, {len(self._succeeded)} with>"
+
+    def add(self, client: str, now: float, *, succeeded: bool) -> bool:
+        """Add a result; return whether so many clients have failed that the member should be ejected."""
+        if now - self._began > self.WINDOW or len(self._failed) + len(self._succeeded) >= self.MOST_CLIENTS:
+            self._began = now
+            self.clear()
+        if succeeded:
+            self._succeeded.add(client)
+            self._failed.discard(client)
+            return False
+        self._failed.add(client)
+        self._succeeded.discard(client)
+        failed = len(self._failed)
+        return failed >= self.FAILED_CLIENTS and failed >= self.FAILED_SHARE * (failed + len(self._succeeded))
+
+    def clear(self) -> None:
+        """Forget all results."""
+        self._failed.clear()
+        self._succeeded.clear()
 
 
 class Use:
@@ -54,8 +109,10 @@ class Member:
     most: int | None = None
     tls: OriginTLS | None = None
     current: float = 0.0  # for smooth weighted round robin
+    _responses: Responses = field(default_factory=Responses)
     _failures: int = 0
-    _delay: float = 0.0
+    _ejected: bool = False
+    _delay: float = 0.0  # of the last ejection; 0 once it has responded since
     _out_until: float = float("-inf")
     _trial: bool = False
     _checks_failed: int = 0
@@ -86,23 +143,21 @@ class Member:
 
     @property
     def ejected(self) -> bool:
-        """Whether it has failed too often and has not succeeded since."""
-        return self._delay > 0
+        """Whether it has failed too often and has not accepted a connection since."""
+        return self._ejected
 
     @property
     def checked_down(self) -> bool:
         """Whether it is down according to its health check."""
         return self._checks_failed >= CHECKS_DOWN
 
-    def is_usable(self, now: float, soonest: float | None = None) -> bool:
-        """Return whether a handshake may try it. `soonest` limits the delay if there is no other member to try."""
+    def is_usable(self, now: float, *, plain: bool = False) -> bool:
+        """Return whether a request may use it, an upgrade request or a `plain` one, while others are usable."""
         if self.checked_down:
             return False
-        return not self.ejected or (not self._trial and now >= self.back_at(soonest))
-
-    def back_at(self, soonest: float | None = None) -> float:
-        """Return when it may be tried again."""
-        return self._out_until if soonest is None else min(self._out_until, self._out_until - self._delay + soonest)
+        if not self._ejected:
+            return True
+        return now >= self._out_until + PLAIN_WAIT if plain else not self._trial and now >= self._out_until
 
     def take(self) -> None:
         """Count an attempt to use it."""
@@ -115,24 +170,44 @@ class Member:
         self.tunnels -= 1
         self.use.tunnels -= 1
 
-    def record_success(self) -> bool:
-        """Record a valid response; return whether the member had been ejected."""
-        was = self.ejected
-        self._failures, self._delay, self._trial = 0, 0.0, False
+    def record_connected(self) -> bool:
+        """Record that it accepted a connection, with TLS if it has to; return whether it had been ejected."""
+        was = self._ejected
+        self._failures, self._ejected, self._trial = 0, False, False
         return was
 
-    def record_failure(self, now: float, ejection: Ejection) -> bool:
-        """Record that it could not be reached or sent no valid response; return whether this ejects it."""
+    def record_unreachable(self, now: float, ejection: Ejection) -> bool:
+        """Record that it could not be connected to; return whether this ejects it."""
         self._failures += 1
-        was, trial, self._trial = self.ejected, self._trial, False
-        if was and not trial:
-            return False  # the attempt began before the ejection
+        self._trial = False
+        if self._ejected:
+            if now >= self._out_until:  # otherwise the attempt began before the ejection, or there was no other member
+                self._eject(now, ejection)
+            return False
         if self._failures < ejection.failures:
             return False
+        self._eject(now, ejection)
+        return True
+
+    def record_response(self, client: str, now: float) -> None:
+        """Record that it sent `client` a valid response."""
+        if not self._ejected:
+            self._delay = 0.0
+        self._responses.add(client, now, succeeded=True)
+
+    def record_no_response(self, client: str, now: float, ejection: Ejection) -> bool:
+        """Record that it sent `client` no valid response; return whether this ejects it."""
+        if not self._responses.add(client, now, succeeded=False) or self._ejected:
+            return False
+        self._eject(now, ejection)
+        return True
+
+    def _eject(self, now: float, ejection: Ejection) -> None:
         backoff = Backoff(float(ejection.delay), float(ejection.max_delay), _JITTER)
         self._delay = backoff.after(self._delay)
         self._out_until = now + backoff.spread(self._delay)
-        return not was
+        self._ejected = True
+        self._responses.clear()
 
     def abandon_trial(self) -> None:
         """Let another attempt try it, because this one ended without a result."""
@@ -143,5 +218,6 @@ class Member:
         was = self.checked_down
         self._checks_failed = 0 if healthy else self._checks_failed + 1
         if healthy and was:
-            self.record_success()
+            self.record_connected()
+            self._delay = 0.0
         return was != self.checked_down

@@ -1,38 +1,50 @@
 """A place at an origin: counts one attempt to use a member, from connecting until it is closed."""
 
+from tlstunnel.addresses import to_client_key
 from tlstunnel.escaping import printable
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.pool import Pool
 
 
 class Place:
-    """A place at `member` of `pool`, taken by the constructor. The owner must call `close`.
+    """A place at `member` of `pool` for a client at the address `ip`, taken by the constructor.
 
-    While the member is ejected, the place is its one trial. A place that is closed before it has recorded a success or
-    a failure leaves the trial to the next.
+    The owner must call `close`. While the member is ejected, the place is its one trial, until the member has accepted
+    the connection. A place that is closed before that is known leaves the trial to the next.
     """
 
-    __slots__ = ("_decided", "closed", "member", "pool")
+    __slots__ = ("_decided", "_ip", "closed", "member", "pool")
 
-    def __init__(self, pool: Pool, member: Member) -> None:
+    def __init__(self, pool: Pool, member: Member, ip: str) -> None:
         self.pool = pool
         self.member = member
         self.closed = False
+        self._ip = ip
         self._decided = False
         member.take()
 
     def __repr__(self) -> str:
         return f"<Place at {self.member.text}{', closed' if self.closed else ''}>"
 
-    def record_success(self) -> None:
-        """Record that the member sent a valid response."""
+    def record_connected(self) -> None:
+        """Record that the member accepted the connection, with TLS if it has to."""
         self._decided = True
-        self.pool.record_success(self.member)
+        self.pool.record_connected(self.member)
 
-    def record_failure(self, reason: str) -> None:
-        """Record that the member could not be reached, or sent no valid response."""
+    def record_unreachable(self, reason: str) -> None:
+        """Record that the member could not be connected to."""
         self._decided = True
-        self.pool.record_failure(self.member, printable(reason))
+        self.pool.record_unreachable(self.member, printable(reason))
+
+    def record_response(self) -> None:
+        """Record that the member sent a valid response."""
+        if self.pool.compares:
+            self.pool.record_response(self.member, to_client_key(self._ip))
+
+    def record_no_response(self, reason: str) -> None:
+        """Record that the member closed the connection, or sent no valid response, or none in time."""
+        if self.pool.compares:
+            self.pool.record_no_response(self.member, to_client_key(self._ip), printable(reason))
 
     def close(self) -> None:
         """Return the place. Do nothing if it has already been returned."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
-from tlstunnel.handshake.request import Request
+from tlstunnel.handshake.request import PlainRequest, Request
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.balance import select_order
@@ -20,9 +20,6 @@ from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import Member, Use
 from tlstunnel.origins.resolve import Address, resolve
 from tlstunnel.origins.tls import OriginTLS
-
-FIRST_TRY_AGAIN = 1.0
-"""Seconds after which an ejected origin may be tried again if all others are out too, even if its delay is longer."""
 
 _EJECTION = Ejection()
 
@@ -131,36 +128,53 @@ class Pool:
         return self._order_usable(ip, request, loop.time(), origins)
 
     def _order_usable(self, ip: str, request: Request, now: float, origins: Sequence[_Origin]) -> list[Member]:
+        """Return those that are usable in the order of the balance, then the others, as the last resort.
+
+        If none is usable, all that are only ejected count as usable, or else all.
+        """
         members = [member for origin in origins for member in origin.members]
         if not members:
             failures = "; ".join(origin.failure for origin in origins)
             raise OriginNotAllowed(failures) if any(origin.forbidden for origin in origins) else NoOrigin(failures)
-        able = [member for member in members if member.is_usable(now)]
-        if not able:
-            able = [member for member in members if member.is_usable(now, FIRST_TRY_AGAIN)]
-        if not able and len(origins) == 1:
-            # Trying the only origin costs nothing, and succeeds as soon as it has been restarted.
-            able = [member for member in members if not member.checked_down]
-        if not able:
-            waits = [member.back_at(FIRST_TRY_AGAIN) - now for member in members if not member.checked_down]
-            wait = math.ceil(min((wait for wait in waits if wait > 0), default=FIRST_TRY_AGAIN))
-            raise NoOrigin("all origins are down", wait)
-        free = [member for member in able if not member.full]
-        if not free:
+        members = [member for member in members if not member.full]
+        if not members:
             raise NoOrigin("all origins have reached max_tunnels", 1)
-        primary = [member for member in free if not member.backup]
-        backup = [member for member in free if member.backup]
-        return [*self._order(primary, ip, request), *self._order(backup, ip, request)]
+        plain = isinstance(request, PlainRequest)
+        usable = [member for member in members if member.is_usable(now, plain=plain)]
+        usable = usable or [member for member in members if not member.checked_down] or members
+        primary = [member for member in usable if not member.backup]
+        backup = [member for member in usable if member.backup]
+        order = [*self._order(primary, ip, request), *self._order(backup, ip, request)]
+        if len(order) < len(members):
+            order += sorted((member for member in members if member not in order), key=_rank_unusable)
+        return order
 
-    def record_success(self, member: Member) -> None:
-        """Record that `member` sent a valid response."""
-        if member.record_success():
+    @property
+    def compares(self) -> bool:
+        """Whether there are several members, so that one can be ejected."""
+        return len(self.members) > 1
+
+    def record_connected(self, member: Member) -> None:
+        """Record that `member` accepted a connection, with TLS if it has to."""
+        if member.record_connected() and self.compares:
             self._log.info(Event.ORIGIN_RESTORED, origin=member.text, address=member.address_text)
 
-    def record_failure(self, member: Member, reason: str) -> None:
-        """Record that `member` could not be reached, or sent no valid response."""
-        if member.record_failure(asyncio.get_running_loop().time(), self._ejection) and len(self.members) > 1:
-            self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
+    def record_unreachable(self, member: Member, reason: str) -> None:
+        """Record that `member` could not be connected to."""
+        if member.record_unreachable(asyncio.get_running_loop().time(), self._ejection) and self.compares:
+            self._log_ejection(member, reason)
+
+    def record_response(self, member: Member, client: str) -> None:
+        """Record that `member` sent `client` a valid response."""
+        member.record_response(client, asyncio.get_running_loop().time())
+
+    def record_no_response(self, member: Member, client: str, reason: str) -> None:
+        """Record that `member` sent `client` no valid response."""
+        if member.record_no_response(client, asyncio.get_running_loop().time(), self._ejection):
+            self._log_ejection(member, reason)
+
+    def _log_ejection(self, member: Member, reason: str) -> None:
+        self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
 
     def record_check(self, member: Member, failure: str) -> None:
         """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
@@ -228,6 +242,10 @@ class Pool:
             members.append(member)
         origin.members = members
         self.members = [member for one in self._origins for member in one.members]
+
+
+def _rank_unusable(member: Member) -> tuple[bool, bool]:
+    return member.checked_down, member.backup
 
 
 def _parse_literal(config: OriginConfig) -> Address | None:

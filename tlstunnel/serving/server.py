@@ -9,7 +9,7 @@ import resource
 import socket
 from collections.abc import Iterable, Iterator
 
-from tlstunnel.addresses import ListenAddress
+from tlstunnel.addresses import ListenAddress, to_client_key
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config, Timeouts
 from tlstunnel.firewall.verdict import Firewall
@@ -308,9 +308,7 @@ class Server:
         trusted = self._serving.trusted_proxies
         if not peer or (trusted and peer in trusted):
             return ""
-        if ":" in peer:
-            return socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8].hex()
-        return peer
+        return to_client_key(peer)
 
     def _pause_accepting(self, reason: Reason) -> None:
         """Accept nothing for a moment, or until a connection ends, because level-triggered readiness would spin."""

@@ -19,7 +19,7 @@ from tlstunnel.journal.events import Decision, EndedBy, Reason
 from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.tunnel.ends import End
-from tlstunnel.tunnel.origin import record_success, render_head
+from tlstunnel.tunnel.origin import record_response, render_head
 from tlstunnel.tunnel.turn import Turn
 
 
@@ -42,14 +42,14 @@ async def pass_on(turn: Turn) -> End:
         await exchange.run()
     except Refusal as refusal:
         if refusal.status >= 500:
-            turn.place.record_failure(refusal.detail or refusal.reason)
+            turn.place.record_no_response(refusal.detail or refusal.reason)
         raise
     except Broken as broken:
         record.status, record.verdict, record.detail = exchange.status, Decision.PASS, printable(broken.detail)
         # With RST: close_notify would make a part look complete.
         return End(broken.ended_by, broken.reason, reset=True)
     record.status, record.verdict = exchange.status, Decision.PASS
-    record_success(turn)
+    record_response(turn)
     return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close)
 
 

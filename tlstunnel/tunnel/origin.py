@@ -42,6 +42,7 @@ async def reach_origin(turn: Turn) -> None:
         turn.place, turn.origin = await reach(
             pool,
             members,
+            record.client,
             preface=b"" if version == "off" else _render_proxy_header(turn, version),
             readiness=client.serving.readiness,
             wakeup=client.wakeup,
@@ -120,26 +121,26 @@ async def request_upgrade(turn: Turn) -> tuple[Switched | Declined, UpgradeRespo
         while response is None:
             response = reader.feed(await origin.recv(unless_gone=client.channel))
     except BadResponse as error:
-        place.record_failure(error.reason)
+        place.record_no_response(error.reason)
         raise Refusal(502, Reason.INVALID_RESPONSE, "the origin sent no valid response", detail=error.reason) from None
     except TimeoutError:
-        place.record_failure("did not respond in time")
+        place.record_no_response("did not respond in time")
         raise Refusal(
             504, Reason.ORIGIN_RESPONSE_TIMED_OUT, f"the origin did not respond within {timeout:g} s"
         ) from None
     except OSError as error:
         detail = explain(error)
-        place.record_failure(detail)
+        place.record_no_response(detail)
         raise Refusal(502, Reason.ORIGIN_FAILED, "the origin closed the connection", detail=detail) from None
     turn.record.status = response.status
-    record_success(turn)
+    record_response(turn)
     return response, reader
 
 
-def record_success(turn: Turn) -> None:
+def record_response(turn: Turn) -> None:
     """Record that the origin sent a valid response, and keep its TLS session for the next connection."""
     assert turn.place is not None
-    turn.place.record_success()
+    turn.place.record_response()
     member = turn.place.member
     if member.tls is not None and turn.origin is not None:
         member.tls.remember(turn.origin, member.origin)

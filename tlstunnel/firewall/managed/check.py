@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from ipaddress import IPv6Address
 
+from tlstunnel.addresses import to_client_key
 from tlstunnel.config import SiteManagedRules
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.firewall.managed import guard
@@ -136,14 +136,10 @@ class _Penalties:
         self._until: OrderedDict[str, float] = OrderedDict()
 
     def add(self, ip: str) -> None:
-        self._until[_network_of(ip)] = self._clock() + PENALTY
+        self._until[to_client_key(ip)] = self._clock() + PENALTY
         if len(self._until) > MAX_PENALTIES:
             self._until.popitem(last=False)
 
     def holds(self, ip: str) -> bool:
         # Called for every request, and almost always empty.
-        return bool(self._until) and self._until.get(_network_of(ip), 0.0) > self._clock()
-
-
-def _network_of(ip: str) -> str:
-    return IPv6Address(ip).packed[:8].hex() if ":" in ip else ip
+        return bool(self._until) and self._until.get(to_client_key(ip), 0.0) > self._clock()
