@@ -50,6 +50,15 @@ def _status(tunnel: Tunnel, path: str = "/", port: int | None = None) -> int:
         return status
 
 
+@pytest.fixture(scope="module")
+def untouched(origin: WebsocketsOrigin, certificate: Certificate) -> Iterator[Tunnel]:
+    """A tunnel that no test changes; at the end it still has the same configuration."""
+    with tunnel_to(origin.address, certificate, site=RULE) as tunnel:
+        text = tunnel.file.read_text()
+        yield tunnel
+        assert tunnel.reload(text) == ["nothing has changed"]
+
+
 RULE = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\nstatus = 404\n'
 
 
@@ -90,20 +99,21 @@ def test_sighup_is_a_reload(origin: WebsocketsOrigin, certificate: Certificate) 
     ],
 )
 def test_a_problem_changes_nothing_and_is_reported(
-    origin: WebsocketsOrigin, certificate: Certificate, more: str, said: str
+    origin: WebsocketsOrigin, certificate: Certificate, untouched: Tunnel, more: str, said: str
 ) -> None:
     before = config_for(origin.address, certificate)
-    with tunnel_to(origin.address, certificate, site=RULE) as tunnel, connect_tls(tunnel) as client:
+    earlier = len(untouched.records("not reloaded"))
+    with connect_tls(untouched) as client:
         assert upgrade(client).status == 101
-        lines = tunnel.reload(before + more, status=1)
+        lines = untouched.reload(before + more, status=1)
         assert lines[0].startswith("tlstunnel: nothing was changed: ")
         for line in lines:  # one for each problem
             assert said in line
-            assert str(tunnel.file) in line
+            assert str(untouched.file) in line
         assert len(lines) == (2 if said == "none.pem" else 1)
-        (record,) = tunnel.records("not reloaded")
+        (record,) = untouched.records("not reloaded")[earlier:]
         assert said in record["reason"]
-        assert _status(tunnel, "/closed") == 404
+        assert _status(untouched, "/closed") == 404
         _echo(client)
 
 
@@ -304,13 +314,11 @@ def test_a_tunnel_gets_the_control_socket_of_one_that_drains(
         (b"x" * 70_000 + b"\n", "expected one JSON object"),
     ],
 )
-def test_invalid_requests_are_refused(certificate: Certificate, line: bytes, said: str) -> None:
-    with Tunnel("localhost:1", certificate) as tunnel:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(TIMEOUT)
-            sock.connect(str(tunnel.control))
-            sock.sendall(line)
-            answer = json.loads(sock.makefile("rb").readline())
-        assert answer["ok"] is False
-        assert said in answer["error"]
-        assert tunnel.reload() == ["nothing has changed"]
+def test_invalid_requests_are_refused(untouched: Tunnel, line: bytes, said: str) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(TIMEOUT)
+        sock.connect(str(untouched.control))
+        sock.sendall(line)
+        answer = json.loads(sock.makefile("rb").readline())
+    assert answer["ok"] is False
+    assert said in answer["error"]
