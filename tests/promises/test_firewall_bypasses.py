@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import Certificate, handshake_request
+from tests.harness import Certificate, Tunnel, handshake_request
 from tests.promises.firewalled import Outcome, Servers, try_handshake, tunnel_to
 from tests.promises.scripted_origin import ScriptedOrigin
 
@@ -75,6 +75,10 @@ ADMIN = [
     "/admin/",
     "/admin/users",
     "/admin?x=1",
+    "/%61dmin",
+    "/%61%64%6D%69%6e",
+]
+SEGMENTS = [
     "//admin",
     "////admin",
     "/./admin",
@@ -88,8 +92,6 @@ ADMIN = [
     "/admin/.",
     "/admin/x/..",
     "/admin//",
-    "/%61dmin",
-    "/%61%64%6D%69%6e",
     "/%2e/admin",
     "/%2E%2e/admin",
     "/x/%2e%2e/admin",
@@ -98,6 +100,12 @@ ADMIN = [
     "/admin/%2e",
     "/admin/..;/",  # a segment of its own here, as for most servers
 ]
+"""What is refused, and without `strict_path` matched."""
+
+
+@pytest.mark.parametrize("target", SEGMENTS)
+def test_without_strict_path_every_spelling_of_a_path_is_matched(lenient: Servers, target: str) -> None:
+    _seen(try_handshake(lenient, target), "admin")
 
 
 @pytest.mark.parametrize("target", ADMIN)
@@ -105,7 +113,7 @@ def test_every_spelling_of_a_path_is_matched(servers: Servers, target: str) -> N
     _seen(try_handshake(servers, target), "admin")
 
 
-@pytest.mark.parametrize("target", ["/intern", "/INTERN", "/InTeRn/x", "/%49ntern", "/x/../%69NTERN", "//iNTERN"])
+@pytest.mark.parametrize("target", ["/intern", "/INTERN", "/InTeRn/x", "/%49ntern"])
 def test_rule_with_lower_matches_every_case(servers: Servers, target: str) -> None:
     _seen(try_handshake(servers, target), "intern")
 
@@ -115,17 +123,14 @@ def test_rule_with_lower_matches_every_case(servers: Servers, target: str) -> No
     [
         "/Admin",  # paths have cases (RFC 3986 section 6.2.2.1)
         "/administrator",
-        "/admin/..",
-        "/admin/../chat",
         "/x/admin",
         "/.admin",
-        "/...//admin/../chat",
+        "/.../admin..x/chat",
         "/%EF%BD%81dmin",  # a fullwidth a, which no server treats as an a
         "/admi%C3%B1",
-        "/chat//b/../c%41/./d?x=%2f%5c%2561&&y=../admin",
+        "/chat/b/c%41/d?x=%2f%5c%2561&&y=//../admin%0a",
         "/chat?u=https://a.example/../admin",
         "/",
-        "//",
         "/?q=union",
     ],
 )
@@ -135,6 +140,13 @@ def test_other_paths_pass_unchanged(servers: Servers, target: str) -> None:
 
 
 AMBIGUOUS = [
+    *SEGMENTS,
+    "/admin/../x",
+    "/admin/..",
+    "//",
+    "//x/admin",
+    "/admin%0a",
+    "/admin%7f",
     "/admin%00",
     "/admin%00.png",
     "/%00admin",
@@ -208,6 +220,17 @@ def test_without_strict_path_decoded_once_and_sent_unchanged(lenient: Servers, t
         _seen(outcome, rule)
     else:
         assert (outcome.status, outcome.target) == (101, target.encode())
+
+
+def test_without_rules_any_target_reaches_the_origin_as_it_is(certificate: Certificate) -> None:
+    """Collabora's WebSocket has an encoded URL in its path. Without rules there is nothing to bypass."""
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
+        for target in (
+            "/cool/https%3A%2F%2Foffice.example%2Findex.php%2Frichdocuments/ws?WOPISrc=https%3A%2F%2Foffice.example",
+            "/a%00/%ff/.././/%2e%2E/%5c\\%252f/%/;x?%00",
+        ):
+            outcome = try_handshake((origin, tunnel), target)
+            assert (outcome.status, outcome.target) == (101, target.encode())
 
 
 # --- the query -------------------------------------------------------------------------------------------------------

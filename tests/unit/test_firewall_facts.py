@@ -1,6 +1,7 @@
 """Facts: each field, and the normalised path, whatever a client sends."""
 
 import dataclasses
+import re
 from datetime import UTC, datetime
 from urllib.parse import quote, unquote
 
@@ -255,6 +256,23 @@ AMBIGUOUS = {
     "a percent that begins no escape": b"/100%",
     "a percent before other letters": b"/%zz",
     "an escape of IIS": b"/%u0061dmin",
+    "a dot segment": b"/x/../admin",
+    "a dot segment at the end": b"/admin/..",
+    "a single dot": b"/./admin",
+    "a single dot at the end": b"/admin/.",
+    "an encoded dot segment": b"/admin/%2e%2e/x",
+    "a partly encoded dot segment": b"/admin/.%2E/x",
+    "a dot segment with parameters": b"/admin/..;a=1/x",
+    "a dot segment with encoded parameters": b"/admin/..%3ba/x",
+    "two slashes": b"//x/admin",
+    "two slashes at the end": b"/admin//",
+    "two slashes before a query": b"/admin//?a",
+    "an empty segment with parameters": b"/x/;a/admin",
+    "LF": b"/admin%0a",
+    "CR": b"/admin%0D",
+    "TAB": b"/%09admin",
+    "DEL": b"/admin%7f",
+    "a C1 control character": b"/admin%c2%85",
 }
 
 
@@ -281,7 +299,14 @@ def test_path_of_an_accepted_target(raw: bytes, path: str) -> None:
 
 
 def test_query_may_contain_what_a_path_may_not() -> None:
-    assert facts(b"/?next=%2Fa%5Cb\\c%252e%zz%").path == "/"
+    assert facts(b"/?next=%2Fa%5Cb\\c%252e%zz%//a/../b/;c%0a%0D").path == "/"
+
+
+@pytest.mark.parametrize(
+    "target", [b"/.well-known/x", b"/a..b/...", b"/..a/.b", b"/a;b=1/c;d", b"/%C3%BC%20", b"/a/", b"/%2ea", b"/@x:80"]
+)
+def test_ordinary_paths_are_accepted(target: bytes) -> None:
+    assert facts(target).request.target == target
 
 
 # Bounds.
@@ -340,8 +365,10 @@ def test_strict_targets_have_one_reading(target: bytes) -> None:
     assert "\ufffd" not in path or b"%EF%BF%BD" in raw.upper()
     # Decoding once more has no effect, so it does not matter whether an origin does.
     assert unquote(path) == path
-    # No escape decodes to a slash.
-    assert path.count("/") <= raw.count(b"/")
+    # Nothing is removed, and no escape decodes to a slash.
+    assert path.count("/") == raw.count(b"/")
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", path)
+    assert normalise_path(raw) == unquote(raw.decode())
 
 
 values = st.binary(max_size=40).map(lambda data: bytes(b for b in data if b >= 32 and b != 127).strip(b" "))

@@ -37,20 +37,52 @@ def ask(
     return firewall.check(plain_request(target, *headers), connection, behind_proxy=behind)
 
 
-def test_without_checks_only_the_target_is_examined(tmp_path: Path) -> None:
+def _refuses_odd_targets(text: str, folder: Path) -> bool:
+    async def run(firewall: Firewall) -> bool:
+        assert (await ask(firewall, "/a%20b")).refusal is None
+        refusal = (await ask(firewall, "/%3A%2F%2F%00%ff/..//x?y=%00")).refusal
+        assert refusal is None or refusal.status == 400
+        return refusal is not None
+
+    return bool(with_firewall(text, folder, run))
+
+
+RULE = '[[{}rules]]\nname = "r"\nwhen = \'path == "/x"\'\naction = "block"\n'
+LIMIT = '[[{}rate_limits]]\nname = "l"\nlimit = "9/hour"\n'
+DEPENDING = {
+    "a rule": SITE + RULE.format("sites."),
+    "a rule of all sites": RULE.format("") + SITE,
+    "a limit by path": SITE + LIMIT.format("sites.") + 'key = ["ip", "path"]\n',
+    "a limit with a condition": LIMIT.format("") + "when = 'path == \"/x\"'\n" + SITE,
+    "a route": SITE + '[[sites.routes]]\npath = "/x"\norigins = ["localhost:3001"]\n',
+    "a worker": SITE + 'worker = "worker.py:fetch"\n',
+}
+INDEPENDENT = {
+    "no checks": SITE,
+    "address lists": 'block_addresses = ["198.51.100.1"]\n' + SITE,
+    "a check of web origins": SITE + 'web_origins = ["same"]\n',
+    "a limit by address": SITE + LIMIT.format("sites."),
+}
+
+
+@pytest.mark.parametrize("text", DEPENDING.values(), ids=DEPENDING)
+def test_ambiguous_targets_are_refused_where_something_depends_on_the_path(text: str, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").touch()
+    assert _refuses_odd_targets(text, tmp_path)
+    assert not _refuses_odd_targets(text.replace(SITE, f"{SITE}strict_path = false\n"), tmp_path)
+
+
+@pytest.mark.parametrize("text", INDEPENDENT.values(), ids=INDEPENDENT)
+def test_any_target_passes_where_nothing_depends_on_the_path(text: str, tmp_path: Path) -> None:
+    assert not _refuses_odd_targets(text, tmp_path)
+
+
+def test_without_checks_there_is_nothing_to_do(tmp_path: Path) -> None:
     async def run(firewall: Firewall) -> None:
         assert await ask(firewall) is PASSED
-        refusal = (await ask(firewall, "/%00")).refusal
-        assert refusal is not None
-        assert refusal.status == 400
         assert firewall.check_address("192.0.2.1") is None
 
     with_firewall(SITE, tmp_path, run)
-    with_firewall(SITE + "strict_path = false\n", tmp_path, _lets_any_target_by)
-
-
-async def _lets_any_target_by(firewall: Firewall) -> None:
-    assert await ask(firewall, "/%00") is PASSED
 
 
 def _managed(folder: Path, rule: str = "@streq bad") -> str:

@@ -144,6 +144,11 @@ class SiteConfig(Table, frozen=True):
         )
         return (own, *self.certificates)
 
+    @property
+    def depends_on_path(self) -> bool:
+        """Whether a request's path decides where it goes; rules and rate limits may depend on it besides."""
+        return bool(self.routes) or self.worker is not None
+
     def check_site_names(self) -> Findings:
         """There is a name."""
         if not self.names:

@@ -165,6 +165,11 @@ class RateLimits:
     def __len__(self) -> int:
         return len(self._limits)
 
+    @property
+    def depend_on_path(self) -> bool:
+        """Whether the path may decide what is counted."""
+        return any(limit.depends_on_path for limit in self._limits)
+
     async def check(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
         """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit.
 
@@ -234,6 +239,7 @@ class _Limit:
             self._when = None if config.when is None else compile_when(config.when, self._on_condition_failed)
         except ConfigurationError as error:
             raise ConfigurationError(f"rate limit {quoted(config.name)}: when: {error}") from None
+        self.depends_on_path = "path" in config.key or config.when is not None
         # Makes keys unique in a storage that limits, sites and processes may share.
         self._prefix = blake2b(_frame((scope, config.name, *config.key)), digest_size=16)
 

@@ -86,7 +86,10 @@ PASSED = Verdict()
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The checks of one site, including those of all sites. None stands for a check that is not configured."""
+    """The checks of one site, including those of all sites. None stands for a check that is not configured.
+
+    With `strict_path`, targets that servers read in different ways are refused.
+    """
 
     strict_path: bool
     addresses: AddressLists | None
@@ -152,8 +155,10 @@ class Firewall:
     def _build_policy(self, index: int, site: SiteConfig) -> Policy:
         checked = site.web_origins is not None or site.require_web_origin
         rules, limits, managed = self._optional.by_site[index] if self._optional else (None, None, None)
+        # Where nothing depends on the path, there is nothing to bypass, and some origins need any target.
+        depends = rules is not None or managed is not None or (limits is not None and limits.depend_on_path)
         return Policy(
-            strict_path=site.strict_path,
+            strict_path=site.strict_path and (depends or site.depends_on_path),
             addresses=_build_address_lists(site, self._lists),
             addresses_mode=site.addresses_mode,
             web_origins=WebOriginCheck(site.web_origins or (), site.names, required=site.require_web_origin)
