@@ -68,7 +68,10 @@ def _refused(tunnel: Tunnel, *arguments: str, fields: dict[str, str]) -> tuple[s
 
 
 def test_requests_that_are_no_upgrade_are_refused_with_the_reason(certificate: Certificate) -> None:
-    with RawOrigin(_hello_and_goodbye) as origin, Tunnel(origin.address, certificate) as tunnel:
+    with (
+        RawOrigin(_hello_and_goodbye) as origin,
+        Tunnel(origin.address, certificate, arguments=("--http", "refuse")) as tunnel,
+    ):
         status, fields = _refused(tunnel, fields={})
         assert (status, fields["upgrade"]) == ("426", "websocket")
         status, fields = _refused(tunnel, fields=UPGRADE | {"Sec-WebSocket-Version": "8"})

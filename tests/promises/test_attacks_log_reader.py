@@ -46,7 +46,7 @@ class Started:
 
 @contextmanager
 def _started(origin: RawOrigin, certificate: Certificate) -> Iterator[Started]:
-    command = [*PROGRAM, "start", origin.address, "--listen", "127.0.0.1:0", "--log-format", "json"]
+    command = [*PROGRAM, "start", origin.address, "--http", "refuse", "--listen", "127.0.0.1:0", "--log-format", "json"]
     command += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=child_environment())
     try:

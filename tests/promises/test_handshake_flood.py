@@ -127,7 +127,10 @@ class _GoodClient(threading.Thread):
 
 
 def test_a_flood_of_failures_leaves_nothing_behind(certificate: Certificate) -> None:
-    with RawOrigin(echo_bytes) as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
+    with (
+        RawOrigin(echo_bytes) as origin,
+        Tunnel(origin.address, certificate, arguments=("--http", "refuse"), measured=True) as tunnel,
+    ):
         context = client_context(tunnel)
         _flood(tunnel, 400)  # warm up allocators and caches
         _bad_requests(tunnel, context, 100)

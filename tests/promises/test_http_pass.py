@@ -373,6 +373,28 @@ def test_streams_do_not_count_as_unfinished_handshakes(app: str, certificate: Ce
             client.close()
 
 
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        ((), 200, b"a page"),
+        (("--http", "refuse"), 426, b"this address has no page to show"),
+    ],
+)
+def test_an_origin_on_the_command_line(
+    app: str, certificate: Certificate, options: tuple[str, ...], status: int, text: bytes
+) -> None:
+    with Tunnel(app, certificate, arguments=options) as tunnel:
+        with connect_tls(tunnel) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            response = receive_all(client)
+        assert response.startswith(b"HTTP/1.1 %d " % status)
+        assert text in response
+        with connect_tls(tunnel) as client:
+            assert upgrade(client, "/ws").status == 101
+        (record, _) = tunnel.wait_records(2)
+        assert ("--http pass" in record.get("detail", "")) == (status == 426)
+
+
 def test_curl(tunnel: Tunnel, tmp_path: Path) -> None:
     """A client that wants to keep the connection, and waits for the 100 before it sends a body."""
     file = tmp_path / "body"

@@ -70,7 +70,7 @@ def refuse(tunnel: Tunnel, times: int) -> None:
 
 
 def test_counts_of_two_processes_add_up(origin: RawOrigin, certificate: Certificate) -> None:
-    with Tunnel(origin.address, certificate, arguments=TWO) as tunnel, ExitStack() as stack:
+    with Tunnel(origin.address, certificate, arguments=(*TWO, "--http", "refuse")) as tunnel, ExitStack() as stack:
         use(tunnel, 20)
         refuse(tunnel, 5)
         tunnel.wait_records(25)

@@ -50,7 +50,7 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def stage(certificate: Certificate) -> Iterator[Stage]:
-    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate) as tunnel:
+    with ScriptedOrigin() as origin, Tunnel(origin.address, certificate, arguments=("--http", "refuse")) as tunnel:
         yield origin, tunnel
 
 

@@ -73,6 +73,12 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
 )
 @click.option("--cert", type=click.Path(path_type=Path), help="Certificate and its chain, PEM.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option(
+    "--http",
+    type=click.Choice(["pass", "refuse"]),
+    help="Forward plain HTTP requests, such as for pages, to ORIGIN, or refuse them.  [default: pass; refuse with"
+    " --config and for the echo origin]",
+)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file, TOML.")
 @click.option(
     "--control",
@@ -96,6 +102,7 @@ def command(  # noqa: PLR0913 - the command's options
     listen_texts: tuple[str, ...],
     cert: Path | None,
     key: Path | None,
+    http: Literal["pass", "refuse"] | None,
     config_file: Path | None,
     control: Path | None,
     processes: int | Literal["auto"] | None,
@@ -109,14 +116,14 @@ def command(  # noqa: PLR0913 - the command's options
     handed = Handover.receive()
     set_process_name("tlstunnel")
     forbid_core_dumps()
-    found = config_file is None and _uses_default_file(origin or cert or key, handed)
+    found = config_file is None and _uses_default_file(origin or cert or key or http, handed)
     if found:
         config_file = DEFAULT_FILE
     text = handed.config if handed is not None else read(config_file, trusted_only=found) if config_file else None
     listen = _parse_addresses(listen_texts)
     config = Invocation(config_file).configuration(text)
-    if config.sites and (origin or cert or key):
-        raise click.UsageError(f"{config_file} has [[sites]], so ORIGIN, --cert and --key must be set there")
+    if config.sites and (origin or cert or key or http):
+        raise click.UsageError(f"{config_file} has [[sites]], so ORIGIN, --cert, --key and --http must be set there")
     if bool(cert) != bool(key):
         raise click.UsageError("--cert and --key must be given together")
     if origin is not None:
@@ -127,7 +134,7 @@ def command(  # noqa: PLR0913 - the command's options
         hint = "it is in this folder; give an ORIGIN to start without it"
         structlog.get_logger().info(Event.CONFIGURATION_FILE, file=str(DEFAULT_FILE.absolute()), hint=hint)
     if handed is not None and handed.probe is not None:
-        invocation = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen)
+        invocation = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen, http)
         _ensure_test_certificate(invocation, config, log=False)
         given = tuple(map(ListenAddress.parse, handed.slots.passed))
         Slots.try_to_open(addresses_to_listen_on(invocation, config, given), handed.slots, OPTIONAL)
@@ -136,7 +143,7 @@ def command(  # noqa: PLR0913 - the command's options
         return
     with contextlib.ExitStack() as stack:
         echo = None if config.sites or origin is not None else _start_echo(handed, stack)
-        invocation = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen)
+        invocation = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen, http)
         _ensure_test_certificate(invocation, config, log=handed is None)
         startup = Startup(invocation, text, config, style)
         options = Options(control, processes)

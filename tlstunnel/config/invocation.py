@@ -6,7 +6,7 @@ Tested by tests/unit/test_sites.py.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, OriginConfig, SiteConfig, decode
@@ -22,7 +22,8 @@ class Invocation:
     """The values of the command line of `start`.
 
     `origin` is as written, and None if the file has the sites; `echo` is the port of the embedded echo origin that
-    replaces it. `listen` is empty if the file or the default decides.
+    replaces it. `listen` is empty if the file or the default decides. `http` is None for the default: `pass` in front
+    of an origin without a file, else `refuse`.
     """
 
     file: Path | None = None
@@ -31,6 +32,7 @@ class Invocation:
     cert: Path | None = None
     key: Path | None = None
     listen: tuple[ListenAddress, ...] = ()
+    http: Literal["pass", "refuse"] | None = None
 
     @property
     def site(self) -> SiteConfig | None:
@@ -41,7 +43,8 @@ class Invocation:
             address = OriginAddress.parse(self.origin, Path.cwd())
         else:
             return None
-        return SiteConfig(origins=(OriginConfig(address=address),), cert=self.cert, key=self.key)
+        http = self.http or ("pass" if self.origin is not None and self.file is None else "refuse")
+        return SiteConfig(origins=(OriginConfig(address=address),), cert=self.cert, key=self.key, http=http)
 
     def configuration(self, text: str | None) -> Config:
         """Decode `text`, the content of the file; None gives the defaults. Raises ConfigurationError."""
@@ -58,6 +61,7 @@ class Invocation:
             "cert": str(self.cert) if self.cert else None,
             "key": str(self.key) if self.key else None,
             "listen": [str(address) for address in self.listen],
+            "http": self.http,
         }
 
     @classmethod
@@ -65,7 +69,7 @@ class Invocation:
         """Read what `as_json` returned. Raises KeyError or ValueError if another release wrote it."""
         file, cert, key = (Path(fields[name]) if fields[name] else None for name in ("file", "cert", "key"))
         listen = tuple(ListenAddress.parse(text) for text in fields["listen"])
-        return cls(file, fields["origin"], fields["echo"], cert, key, listen)
+        return cls(file, fields["origin"], fields["echo"], cert, key, listen, fields["http"])
 
 
 def sites_to_serve(invocation: Invocation, config: Config) -> tuple[SiteConfig, ...]:

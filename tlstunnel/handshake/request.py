@@ -103,6 +103,9 @@ class PlainRequest:
 
 Request = UpgradeRequest | PlainRequest
 
+_NO_PAGE = "this address has no page to show. It accepts WebSocket connections, which programs make to wss:// addresses"
+_PAGES_HINT = 'to forward pages to the origin too, set http = "pass" for the site, or start with --http pass'
+
 _R = TypeVar("_R", bound=Request)
 
 
@@ -312,7 +315,7 @@ def _check_framing(_: _Head, fields: ByName) -> None:
 def _check_upgrade(_: _Head, fields: ByName) -> None:
     """RFC 6455 section 4.2.1, items 3 and 4."""
     if not has_token(fields, b"upgrade", b"websocket"):
-        raise Refusal(426, Reason.NO_UPGRADE, "this is a WebSocket endpoint: connect with wss://", UPGRADE)
+        raise Refusal(426, Reason.NO_UPGRADE, _NO_PAGE, UPGRADE, _PAGES_HINT)
     if not has_token(fields, b"connection", b"upgrade"):
         raise _bad_request(Reason.CONNECTION_FIELD, "Upgrade without Connection: Upgrade")
 

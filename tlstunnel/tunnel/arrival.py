@@ -19,7 +19,15 @@ from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.ends import Dropped
 from tlstunnel.tunnel.sites import Site
 
-_PLAIN_HTTP = render_refusal(Refusal(400, Reason.HELLO_PLAIN_HTTP, "this port speaks TLS: use wss://"), None)
+_PLAIN_HTTP = render_refusal(
+    Refusal(
+        400,
+        Reason.HELLO_PLAIN_HTTP,
+        "this port speaks TLS. In a browser, open https:// with the same address; programs connect to wss://",
+    ),
+    None,
+)
+_TLS_HINT = "the client used http:// or ws://; this port needs https:// or wss://"
 """Without an id: it is counted, and not logged each time."""
 
 
@@ -51,7 +59,7 @@ async def read_hello(client: Client) -> tls_hello.ClientHello:
         while (hello := tls_hello.read_client_hello(data)) is None:
             data = await channel.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
     except tls_hello.PlainHTTP:
-        raise Dropped(Reason.HELLO_PLAIN_HTTP, _PLAIN_HTTP) from None
+        raise Dropped(Reason.HELLO_PLAIN_HTTP, _PLAIN_HTTP, _TLS_HINT) from None
     except tls_hello.NotTLS:
         raise Dropped(Reason.HELLO_NOT_TLS) from None
     except tls_hello.BadHello as error:
