@@ -579,6 +579,7 @@ def test_response_is_forwarded_with_fields_in_order_and_case() -> None:
         ((b"Connection", b"X-Private"), (b"X-Private", b"1")),
         ((b"Upgrade", b"h2c"), (b"Connection", b"Upgrade")),
         ((b"Proxy-Connection", b"x"), (b"TE", b"x"), (b"Trailer", b"X")),
+        ((b"Alt-Svc", b"clear"), (b"Proxy-Authenticate", b"Basic"), (b"Proxy-Authentication-Info", b"x=1")),
     ],
 )
 def test_hop_by_hop_fields_of_a_response_are_not_forwarded(fields: tuple[Field, ...]) -> None:

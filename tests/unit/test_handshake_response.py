@@ -152,7 +152,13 @@ def test_what_was_requested_is_forwarded(more: tuple[Field, ...]) -> None:
     assert switched(response((*RESPONSE_FIELDS, *more)), OFFERS).head == response((*RESPONSE_FIELDS, *more))
 
 
-@pytest.mark.parametrize("dropped", [b"Content-Length", b"Transfer-Encoding", b"Keep-Alive", b"X-Private"])
+@pytest.mark.parametrize(
+    "dropped",
+    [
+        *(b"Content-Length", b"Transfer-Encoding", b"Keep-Alive", b"X-Private", b"TE", b"Trailer", b"Proxy-Connection"),
+        *(b"Alt-Svc", b"Proxy-Authenticate", b"Proxy-Authentication-Info"),
+    ],
+)
 def test_101_is_forwarded_without_body_and_hop_by_hop_fields(dropped: bytes) -> None:
     value = {b"Content-Length": b"0", b"Transfer-Encoding": b"chunked"}.get(dropped, b"x")
     fields = (*without(b"Connection", RESPONSE_FIELDS), (b"Connection", b"Upgrade, X-Private"), (dropped, value))
@@ -412,6 +418,8 @@ def test_hop_by_hop_fields_of_a_response_are_not_forwarded() -> None:
         (b"X-Private", b"1"),
         (b"Upgrade", b"h2c"),
         (b"Trailer", b"X"),
+        (b"Alt-Svc", b'h3=":443"'),
+        (b"Proxy-Authenticate", b"Basic"),
         (b"Content-Length", b"0"),
     ]
     found, _ = relayed(render_head(b"HTTP/1.1 404 Not Found", fields))

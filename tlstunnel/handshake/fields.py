@@ -13,6 +13,10 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110 section 7.6.1: meant for the next hop only, and never forwarded."""
 
+_FOR_THIS_HOP = frozenset({b"alt-svc", b"proxy-authenticate", b"proxy-authentication-info"})
+"""Also meant for the next hop, in a response: where else the origin is, which would lead clients around the tunnel (RFC
+7838 section 3), and how to log in to a proxy (RFC 9110 section 11.7). Go and Caddy remove them too."""
+
 _NEVER_NOMINATED = re.compile(rb"host|content-length|sec-websocket-.*")
 
 _NONE: frozenset[bytes] = frozenset()
@@ -75,3 +79,8 @@ def find_hop_by_hop(fields: ByName) -> frozenset[bytes]:
     if not nominated:
         return HOP_BY_HOP
     return HOP_BY_HOP.union(name for name in nominated if not _NEVER_NOMINATED.fullmatch(name))
+
+
+def find_hop_by_hop_of_response(fields: ByName) -> frozenset[bytes]:
+    """Return the names (lower case) of the fields of a response that are not forwarded to the client."""
+    return find_hop_by_hop(fields) | _FOR_THIS_HOP

@@ -8,7 +8,7 @@ checked.
 import h11
 
 from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, render_chunk
-from tlstunnel.handshake.fields import find_hop_by_hop
+from tlstunnel.handshake.fields import find_hop_by_hop_of_response
 from tlstunnel.handshake.refusal import Refusal, render_head
 from tlstunnel.handshake.request import PlainRequest
 from tlstunnel.handshake.response import BadResponse, ResponseReader, check_fields
@@ -79,7 +79,7 @@ class PlainResponseReader(ResponseReader):
     def _handle_interim(self, event: h11.InformationalResponse) -> None:
         """Forward a 1xx, as RFC 9110 section 15.2 requires of a proxy: a client may wait for the 100."""
         fields = check_fields(event)
-        dropped = find_hop_by_hop(fields) | _LENGTH
+        dropped = find_hop_by_hop_of_response(fields) | _LENGTH
         kept = [field for field in event.headers.raw_items() if field[0].lower() not in dropped]
         self._interims += render_head(b"HTTP/1.1 %d %b" % (event.status_code, event.reason), kept)
 

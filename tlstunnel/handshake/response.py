@@ -13,7 +13,7 @@ from wsproto.utilities import generate_accept_token
 from tlstunnel.handshake.body import LAST_CHUNK, BadBody, Body, Chunked, Counted, UntilEnd, render_chunk
 from tlstunnel.handshake.fields import (
     ByName,
-    find_hop_by_hop,
+    find_hop_by_hop_of_response,
     group_by_name,
     has_control,
     has_token,
@@ -149,7 +149,7 @@ class ResponseReader:
             raise BadResponse("response has both Content-Length and Transfer-Encoding")
         if coded and event.http_version < b"1.1":  # RFC 9112 section 6.1: its framing is faulty
             raise BadResponse("HTTP/1.0 response has Transfer-Encoding")
-        dropped = find_hop_by_hop(fields)
+        dropped = find_hop_by_hop_of_response(fields)
         bodiless = self._has_no_body(event.status_code)
         self._chunked = coded and not bodiless
         if bodiless:
@@ -211,7 +211,7 @@ class UpgradeResponseReader(ResponseReader):
 
     def _accept_101(self, reason: bytes, fields: ByName, raw: list[tuple[bytes, bytes]], leftover: bytes) -> Switched:
         _verify(self._request, fields)
-        dropped = find_hop_by_hop(fields) | _NO_LENGTH
+        dropped = find_hop_by_hop_of_response(fields) | _NO_LENGTH
         kept = [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
         kept += [field for field in raw if field[0].lower() not in dropped]
         return Switched(render_head(b"HTTP/1.1 101 %b" % (reason or b"Switching Protocols"), kept), leftover)
