@@ -204,7 +204,7 @@ def test_a_reset_by_the_side_that_had_ended(measured: BothEnds, side: str) -> No
         assert receive_exactly(origin, 11) == b"half a ques"
         reset(origin)
     assert_does_not_spin(measured.tunnel)
-    eventually(lambda: measured.tunnel.descriptors() <= idle, timeout=5)
+    eventually(lambda: measured.tunnel.descriptors() <= idle)
     assert measured.record(client)["ended_by"] == side
 
 

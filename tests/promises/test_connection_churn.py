@@ -21,11 +21,11 @@ from tests.harness import (
 )
 from tests.promises.wire import wait_for_descriptors
 
-WARM_UP = 1_000
+WARM_UP = 500
 AT_ONCE = 20
 MIB = 1 << 20
-SLACK = 6 * MIB
-"""The most that RSS may grow after the warm-up: 600 bytes a connection are more with 10 000. Measured: under 2 MiB."""
+SLACK = 3 * MIB
+"""The most that RSS may grow after the warm-up. Measured: under 2 MiB, also with 10 000 connections."""
 
 # RFC 6455 section 1.3: always this key, so that only the tunnel's side costs anything here.
 REQUEST = handshake_request(key="dGhlIHNhbXBsZSBub25jZQ==")
@@ -123,7 +123,7 @@ class _Churn:
 
 
 @pytest.mark.parametrize(
-    "connections", [2_000, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "connections", [1_500, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 def test_connections_leave_nothing(certificate: Certificate, connections: int) -> None:
     with (

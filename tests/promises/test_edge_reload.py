@@ -439,7 +439,7 @@ def test_a_failed_teardown_does_not_block_the_others(started: Started, notes: No
     code = worker("one").replace('note("one teardown", env["version"])', f'note("one teardown"); {ends}')
     with started(code) as tunnel:
         reloaded(tunnel)
-        record = tunnel.wait_record(lambda record: record["event"] == "edge worker teardown failed", timeout=5)
+        record = tunnel.wait_record(lambda record: record["event"] == "edge worker teardown failed")
         assert record["worker"].endswith("worker.py:fetch")
         assert _says(tunnel) == "418 one"
         assert tunnel.stop() == 0

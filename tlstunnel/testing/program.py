@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 15.0
+TIMEOUT = 30.0
 """How long anything may take before a test fails. Generous: only a failing test waits this long."""
 
 Record = dict[str, Any]
