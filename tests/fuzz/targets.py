@@ -5,14 +5,23 @@ if its result depends on how the bytes were split, or if what the tunnel sends o
 first two bytes of the input choose where it is split, so that a fuzzer finds splits as it finds bytes.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import h11
+from starlette.requests import cookie_parser
 
+from tests.handshakes import FIELDS as HANDSHAKE
 from tlstunnel import config
+from tlstunnel.config import RuleConfig
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.firewall.expressions import Expressions
+from tlstunnel.firewall.facts import FIELDS, gather
+from tlstunnel.firewall.lists import NamedLists
+from tlstunnel.firewall.rules import Rules
 from tlstunnel.handshake.body import BadBody, Chunked, render_chunk
+from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import Forwarding, render_forwarded_head
 from tlstunnel.handshake.plain import BodyReader, PlainResponseReader
 from tlstunnel.handshake.refusal import Refusal, render_refusal
@@ -22,6 +31,9 @@ from tlstunnel.sockets import proxy_protocol
 from tlstunnel.tls import hello
 
 _FOLDER = Path("/nonexistent")
+_RULES = Rules(
+    [RuleConfig(name="banned", when='cookies["session"] == "banned"', action="block")], Expressions(NamedLists())
+)
 _PEER = "192.0.2.1"
 
 
@@ -104,6 +116,38 @@ def _check_forwarded_head(request: Request) -> None:
         assert b"transfer-encoding" not in names
         assert b"content-length" not in names
     assert event.target == request.target
+
+
+def fuzz_firewall(data: bytes) -> None:
+    """What rules and limits see of a target and cookies: it never raises, and has the cookies that servers read."""
+    data, cut = _choose_cut(data)
+    fields = (*HANDSHAKE, (b"Cookie", data[cut:]))
+    head = b"".join([b"GET /%b HTTP/1.1\r\n" % data[:cut], *(b"%b: %b\r\n" % field for field in fields), b"\r\n"])
+    try:
+        request = RequestReader().feed(head)
+        if request is None:
+            return
+        facts = gather(request, Connection(ip=_PEER, site="localhost"), strict_path=False, now=0.0)
+        for name in FIELDS:
+            getattr(facts, name)
+        outcome = _RULES.evaluate(facts)
+    except Refusal:
+        return
+    for name, read in cookie_parser(facts.headers.get("cookie", "")).items():
+        if name:
+            assert _normalise(read) in facts.cookie_values[name]
+        if (name, read) == ("session", "banned"):
+            assert outcome.refusal is not None
+
+
+def _normalise(value: str) -> str:
+    """Decode escapes as rules see them: of letters, digits and ``-._~``, which no server sends."""
+
+    def decode(escape: re.Match[str]) -> str:
+        char = chr(int(escape[0][1:], 16))
+        return char if re.fullmatch(r"[\w.~-]", char, re.ASCII) else escape[0].upper()
+
+    return re.sub("%[0-9A-Fa-f]{2}", decode, value)
 
 
 def fuzz_response(data: bytes) -> None:
@@ -232,6 +276,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "hello": fuzz_hello,
     "proxy_header": fuzz_proxy_header,
     "request": fuzz_request,
+    "firewall": fuzz_firewall,
     "response": fuzz_response,
     "chunks": fuzz_chunks,
     "configuration": fuzz_configuration,
