@@ -121,6 +121,7 @@ def test_list_fields_may_be_on_several_lines() -> None:
         (b"chat.example.com", "chat.example.com"),
         (b"Chat.Example.COM", "chat.example.com"),
         (b"chat.example.com.", "chat.example.com"),
+        (b"chat.example.com.:443", "chat.example.com"),
         (b"chat.example.com:443", "chat.example.com"),
         (b"chat.example.com:", "chat.example.com"),
         (b"chat.example.com:65535", "chat.example.com"),
@@ -247,6 +248,10 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
         f"Host {value.decode('latin-1')!r}": (request(((b"Host", value), *without(b"Host"))), 400, "Host")
         for value in (
             b"",
+            b".",
+            b"..",
+            b"chat.example.com..",
+            b"chat..example.com:443",
             b":443",
             b"a b",
             b"a@b",

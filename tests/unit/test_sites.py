@@ -12,8 +12,10 @@ from tlstunnel.certificates import issue
 from tlstunnel.certificates.store import Certificates
 from tlstunnel.config import OriginConfig, SiteConfig
 from tlstunnel.errors import ConfigurationError
+from tlstunnel.handshake.forwarding import Forwarding, render_forwarded_head
+from tlstunnel.handshake.request import RequestReader
 from tlstunnel.origins.pool import Pool
-from tlstunnel.serving.sites import build_sites
+from tlstunnel.serving.sites import build_edits, build_sites
 from tlstunnel.tunnel.sites import Site, Sites
 
 ADDRESS = OriginConfig(address=OriginAddress.parse("localhost:3000"))
@@ -223,3 +225,19 @@ def test_a_site_among_ten_thousand_is_found_in_microseconds() -> None:
         return (time.process_time() - start) / 20_000
 
     assert_below(50e-6, seconds)
+
+
+def test_fields_that_applications_trust_can_all_be_removed() -> None:
+    fields = b"X-Original-URL: /admin\r\nTrue_Client_IP: 127.0.0.1\r\nRemote-User: root\r\nX-Other: kept\r\n"
+    asked = RequestReader().feed(
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" + fields + b"\r\n"
+    )
+    assert asked is not None
+    sent = Forwarding("192.0.2.1", "0123456789abcdef", trusted=False)
+    kept = {}
+    for removes in (False, True):
+        site = SiteConfig(origins=(ADDRESS,), remove_spoofable_headers=removes)
+        head = render_forwarded_head(asked, sent, build_edits(site).of("localhost:3000", ""))
+        kept[removes] = [line for line in fields.splitlines() if line in head.splitlines()]
+    assert kept == {False: fields.splitlines(), True: [b"X-Other: kept"]}

@@ -114,6 +114,7 @@ class SiteConfig(Table, frozen=True):
     origin_host: OriginHost = "keep"
     set_headers: Headers = Headers()
     remove_headers: tuple[HeaderName, ...] = ()
+    remove_spoofable_headers: bool = False
     send_proxy_protocol: Literal["off", "v1", "v2", "v2-tls"] = "off"
     max_age: OffOr[Timeout] = None
     max_age_jitter: Duration = Duration(0)

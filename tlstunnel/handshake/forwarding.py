@@ -46,6 +46,30 @@ def to_cgi_name(name: bytes) -> bytes:
     return name.lower().replace(b"-", b"_")
 
 
+SPOOFABLE_FIELDS = frozenset((
+    # The client's address.
+    b"true-client-ip", b"x-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip", b"fastly-client-ip",
+    b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-appengine-user-ip", b"x-envoy-external-address",
+    b"cf-connecting-ipv6", b"do-connecting-ip",
+    # The target, the host and the method.
+    b"x-original-url", b"x-rewrite-url", b"x-original-host", b"x-original-uri", b"x-host", b"x-http-host-override",
+    b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-path", b"x-forwarded-uri", b"x-script-name",
+    b"x-http-method-override", b"x-http-method", b"x-method-override",
+    # The user, and the client's certificate.
+    b"remote-user", b"x-remote-user", b"x-forwarded-user", b"x-forwarded-email", b"x-forwarded-groups",
+    b"x-forwarded-access-token", b"x-forwarded-preferred-username", b"x-auth-request-user", b"x-auth-request-email",
+    b"x-auth-request-groups", b"x-authenticated-user", b"x-webauth-user", b"ssl-client-cert", b"ssl-client-verify",
+    b"ssl-client-s-dn", b"x-ssl-cert", b"x-ssl-client-cert", b"x-ssl-client-verify", b"x-ssl-client-s-dn",
+    b"x-ssl-client-dn", b"x-client-cert", b"client-cert", b"client-cert-chain", b"x-forwarded-client-cert",
+    # A proxy for the origin's own requests (CVE-2016-5385, "httpoxy").
+    b"proxy",
+))  # fmt: skip
+"""Names, in lower case, of fields that applications trust if a proxy in front sets them, and that any client can send.
+
+The fields that the tunnel sets itself are not among them: it replaces those of clients anyway.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Edits:
     """What a site changes in a head: the value of Host, fields `added` at the end, names (lower case) `removed`.

@@ -243,7 +243,7 @@ def _check_plain_request(head: _Head, fields: ByName) -> PlainRequest:
 def _read_host(authority: bytes) -> str:
     host = _HOST.fullmatch(authority)
     assert host is not None  # _check_host
-    return str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().rstrip(".")
+    return str(IPv6Address(host["ipv6"].decode())) if host["ipv6"] else host["name"].decode().lower().removesuffix(".")
 
 
 def _check_http_version(request: _Head, _: ByName) -> None:
@@ -288,6 +288,9 @@ def _check_host(_: _Head, fields: ByName) -> None:
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
         raise _bad_request(Reason.HOST, "the request must have exactly one valid Host field")
+    if match["name"] == b"." or b".." in (match["name"] or b""):
+        # Removing the last dot of `a..` would not give a name; servers differ in what they make of it.
+        raise _bad_request(Reason.HOST, "the name in Host has an empty label")
     if match["ipv6"]:
         try:
             IPv6Address(match["ipv6"].decode())

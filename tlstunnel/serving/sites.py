@@ -12,6 +12,7 @@ from tlstunnel.config import RouteConfig, SiteConfig
 from tlstunnel.config.document import KeyPath
 from tlstunnel.config.problems import Problems
 from tlstunnel.errors import CertificateError
+from tlstunnel.handshake.forwarding import SPOOFABLE_FIELDS
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import Contexts, OriginTLS
 from tlstunnel.sockets.proxy_protocol import write_local
@@ -191,7 +192,8 @@ def build_edits(site: SiteConfig) -> SiteEdits:
     made = SiteEdits(
         site.origin_host,
         tuple((name.encode("ascii"), value.encode("ascii")) for name, value in site.set_headers.items()),
-        frozenset(name.lower().encode("ascii") for name in site.remove_headers),
+        frozenset(name.lower().encode("ascii") for name in site.remove_headers)
+        | (SPOOFABLE_FIELDS if site.remove_spoofable_headers else frozenset()),
         site.send_proxy_protocol,
         site.client_subject_header.encode("ascii") if site.client_ca is not None else b"",
     )
