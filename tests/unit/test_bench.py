@@ -52,6 +52,7 @@ def number(content: dict[str, Any], figure: str, column: str) -> float:
     return float(value)
 
 
+@pytest.mark.alone
 def test_it_measures_the_tunnel(measured: tuple[Path, str]) -> None:
     path, printed = measured
     content = json.loads(path.read_text())
@@ -67,6 +68,7 @@ def test_it_measures_the_tunnel(measured: tuple[Path, str]) -> None:
     assert "0.1." in content["subjects"]["tlstunnel"]["version"]
 
 
+@pytest.mark.alone
 def test_it_shows_a_run_again_as_markdown_and_in_a_document(measured: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = measured
     shown = bench("--report", str(path))
@@ -79,6 +81,7 @@ def test_it_shows_a_run_again_as_markdown_and_in_a_document(measured: tuple[Path
         assert document.read_text() == f"before\n{report.BEGIN}\n\n{shown.stdout}\n{report.END}\nafter\n"
 
 
+@pytest.mark.alone
 def test_a_document_without_marks_is_left_alone(measured: tuple[Path, str], tmp_path: Path) -> None:
     document = tmp_path / "document.md"
     document.write_text("nothing\n")
