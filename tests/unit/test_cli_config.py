@@ -50,8 +50,10 @@ def test_an_empty_file_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.stdout.splitlines() == [
         "listen    chosen by start",
         "site      none: start chooses the origin",
-        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle off, close 30s,"
-        " acknowledge 2m",
+        (
+            "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle off, close 30s,"
+            " acknowledge 2m"
+        ),
         "ok",
     ]
     assert result.stderr == ""
@@ -71,8 +73,10 @@ def test_the_summary(tmp_path: Path) -> None:
         "listen    127.0.0.1:8443, [::1]:8443",
         f"site      chat.example, *.chat.example (default) -> localhost:3000, certificate {tmp_path}/chat.pem",
         "site      b.example -> localhost:3000",
-        "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle 15m, close 30s,"
-        " acknowledge 2m",
+        (
+            "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle 15m, close 30s,"
+            " acknowledge 2m"
+        ),
         "ok",
     ]
     assert result.stderr == ""
