@@ -19,8 +19,8 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return `text`, or its first characters and an ellipsis, `most` characters at most."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """Return `text`, or its first characters and ``...``, `most` characters at most."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def printable_traceback(error: BaseException) -> str:

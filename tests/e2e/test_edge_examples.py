@@ -570,7 +570,7 @@ def test_all_paths_to_a_room_have_one_shard() -> None:
         reached: dict[str, str] = {}
         for room in ("a", "b", "c", "d", "e", "f", "g", "Ü-1", "x y"):
             escaped = "".join(f"%{byte:02X}" for byte in room.encode())
-            targets = (f"/rooms/{escaped}", f"/rooms/{escaped}/sub?x=1", f"/else/..//rooms/./{escaped}")
+            targets = (f"/rooms/{escaped}", f"/rooms/{escaped}/sub?x=1", f"/%72ooms/{escaped}")
             answers = [tunnel.handshake(target) for target in targets]
             origins = {one.record["origin"] for one in answers}
             assert len(origins) == 1, room
@@ -581,10 +581,9 @@ def test_all_paths_to_a_room_have_one_shard() -> None:
         assert set(reached.values()) == {first.address, second.address}
         assert tunnel.handshake("/rooms/lobby").record["origin"] == large.address
         # Paths that one server takes for the lobby, and another does not.
-        answer = tunnel.handshake("/rooms/a/../lobby")
-        assert answer.request is not None
-        assert (answer.record["origin"], answer.request.target) == (large.address, "/rooms/lobby")
-        for path in ("/", "/rooms", "/rooms/", "/rooms//", "/Rooms/a", "/rooms/..", "/rooms/a/../../x", "/rooms?a"):
+        for path in ("/rooms/a/../lobby", "/rooms//lobby", "/rooms/.."):
+            assert tunnel.handshake(path).record["reason"] == "ambiguous target", path
+        for path in ("/", "/rooms", "/rooms/", "/Rooms/a", "/rooms?a"):
             assert refused(tunnel.handshake(path), 404), path
 
 
@@ -706,7 +705,7 @@ def test_each_handshake_has_a_line_without_secrets() -> None:
     }
     with example("audit_log") as tunnel:
         answers = [
-            tunnel.handshake("/a%22b/%0A?token=hush-5", headers=secrets),
+            tunnel.handshake("/a%22b/%20?token=hush-5", headers=secrets),
             tunnel.handshake("/"),
             tunnel.handshake("/", headers=[("Origin", "https://a.example"), ("Origin", "https://b.example")]),
         ]
@@ -723,7 +722,7 @@ def test_each_handshake_has_a_line_without_secrets() -> None:
         "127.0.0.1",
         "localhost",
         "localhost",
-        "/a%22b/%0A",
+        "/a%22b/%20",
     )
     assert (first["tls"], first["certificate"]) == ("TLSv1.3", "")
     assert (lines[1]["page"], lines[1]["user_agent"]) == ("", "")

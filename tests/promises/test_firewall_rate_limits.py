@@ -280,6 +280,6 @@ def test_a_limit_without_its_key_does_not_apply(certificate: Certificate) -> Non
         assert try_handshake(servers, "/a", [("Cookie", "sid=1")]).status == 101
         assert try_handshake(servers, "/b", [("Cookie", "sid=1")]).status == 101
         assert try_handshake(servers, "/a", [("Cookie", "sid=2")]).status == 101
-        for path in ("/a", "//a", "/x/../%61"):
+        for path in ("/a", "/%61", "/a?x"):
             for cookies in ("sid=1", "sid=3; sid=1", "sid=1; sid=4"):
                 assert try_handshake(servers, path, [("Cookie", cookies)]).reason == "rate limit: sessions"

@@ -298,13 +298,11 @@ def test_routes(origins: list[Origin], certificate: Certificate) -> None:
             ("/admin/x?y", b"b"),
             ("/admin", b"c"),
             ("/ads", b"c"),
-            ("/x/../admin/%78", b"b"),
-            ("//admin/", b"b"),
-            ("/%61dmin/", b"b"),
+            ("/%61dmin/%78", b"b"),
         ):
             assert name_of(tunnel, path) == name, path
         # The origin gets what the client sent.
-        assert "/x/../admin/%78" in b.heads
+        assert "/%61dmin/%78" in b.heads
 
 
 def test_health_checks_exclude_an_origin_before_any_request_fails(

@@ -92,7 +92,7 @@ def passes(limits: RateLimits, facts: Facts) -> bool:
         ("header:X-User", facts((b"X-User", b"")), facts((b"X-User", b"")), facts((b"X-User", b"a"))),
         ("header:X-User", facts((b"X-User", b"\xff")), facts((b"X-User", b"\xff")), facts((b"X-User", b"\xfe"))),
         ("cookie:s", facts((b"Cookie", b"s=1")), facts((b"Cookie", b"a=1; s=1")), facts((b"Cookie", b"s=2"))),
-        ("path", facts(), facts(target=b"/a/../%63hat?x"), facts(target=b"/Chat")),
+        ("path", facts(), facts(target=b"/%63hat?x"), facts(target=b"/Chat")),
         ("host", facts(), facts(ip="::1"), facts((b"X", b"y"), ip="::1")),
         ("ja4", facts(tls_ja4="a"), facts(tls_ja4="a", ip="::1"), facts(tls_ja4="b")),
         ("client_subject", facts(client_subject="CN=a"), facts(client_subject="CN=a"), facts(client_subject="CN=b")),

@@ -207,7 +207,7 @@ def _to_lines(message: str) -> bytes:
     if len(data) <= MAX_LINE:
         return data
     return b"".join(
-        line if len(line) <= MAX_LINE else line[: MAX_LINE - 4].decode(errors="ignore").encode() + "…\n".encode()
+        line if len(line) <= MAX_LINE else line[: MAX_LINE - 4].decode(errors="ignore").encode() + b"...\n"
         for line in data.splitlines(keepends=True)
     )
 
@@ -239,7 +239,7 @@ def _shorten_value(value: object, most: int) -> object:
     """Shorten every text in `value`; a traceback in the middle, since its end says most."""
     match value:
         case str() if "\n" in value and len(value) > most:
-            return f"{value[: most // 4]}\n…\n{value[-3 * most // 4 :]}"
+            return f"{value[: most // 4]}\n...\n{value[-3 * most // 4 :]}"
         case str():
             return shorten(value, most)
         case dict():
