@@ -1,11 +1,13 @@
 """`http = "pass"`: a page and its WebSocket share a hostname; one request a connection, streamed both ways."""
 
 import contextlib
+import fcntl
 import http.client
 import json
 import socket
 import ssl
 import subprocess
+import termios
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -24,7 +26,9 @@ from tests.harness import (
     Certificate,
     RawOrigin,
     Tunnel,
+    accept_upgrade,
     client_context,
+    connect_tcp,
     connect_tls,
     eventually,
     receive_all,
@@ -33,6 +37,7 @@ from tests.harness import (
     upgrade,
 )
 from tests.promises.firewalled import tunnel_to
+from tests.promises.wire import MemoryTlsClient
 
 PASS = 'http = "pass"\n'
 RULES = (
@@ -313,11 +318,107 @@ def test_a_response_before_the_end_of_the_body_is_complete(certificate: Certific
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
     with (
         _raw(answer, "keep") as origin,
-        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
+        tunnel_to(origin.address, certificate, top='timeouts.request = "500ms"', site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
         client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
         assert receive_all(client).startswith(answer[:16])
+
+
+UPLOAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n"
+PIECE = b"x" * 65_536
+
+
+def test_a_response_before_the_end_of_the_body_does_not_cut_the_upload_off(certificate: Certificate) -> None:
+    with (
+        _raw(OK, "keep") as origin,
+        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(UPLOAD)
+        response = receive_exactly(client, 8)
+        for _ in range(16):
+            client.sendall(PIECE)
+        assert (response + receive_all(client)).endswith(b"ok")
+        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        assert len(seen.partition(b"\r\n\r\n")[2]) == 1 << 20
+        assert tunnel.wait_records(1)[0]["reason"] == "responded"
+
+
+@pytest.mark.parametrize("body", [OK, b""])
+def test_a_client_reads_a_response_after_its_whole_body(certificate: Certificate, body: bytes) -> None:
+    """Of an origin that has closed the connection, or of the tunnel itself: as browsers do."""
+
+    def handle(sock: socket.socket) -> None:
+        sock.recv(1)
+        sock.sendall(body)
+
+    with (
+        RawOrigin(handle) as origin,
+        tunnel_to(origin.address, certificate, site=PASS if body else "") as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(UPLOAD)
+        tunnel.wait_records(1)  # the tunnel has closed its side
+        for _ in range(16):
+            client.sendall(PIECE)
+            eventually(lambda: not fcntl.ioctl(client, termios.TIOCOUTQ, b"\0" * 4).strip(b"\0"))
+        assert receive_all(client).startswith(b"HTTP/1.1 200 " if body else b"HTTP/1.1 405 ")
+
+
+def test_a_body_below_the_minimum_rate_is_refused(certificate: Certificate) -> None:
+    """However often a byte of it arrives."""
+    with (
+        RawOrigin(lambda sock: (sock.recv(1), receive_all(sock), None)[2]) as origin,
+        tunnel_to(origin.address, certificate, top='timeouts.request = "300ms"', site=PASS) as tunnel,
+        connect_tls(tunnel) as client,
+    ):
+        client.sendall(UPLOAD)
+
+        def trickle() -> bool:
+            client.sendall(b"x")
+            return bool(tunnel.records("connection"))
+
+        eventually(trickle)
+        assert receive_all(client).startswith(b"HTTP/1.1 408 ")
+
+
+FIN_WAIT2 = b"\x05"
+"""The peer's system has acknowledged the FIN: tcpi_state, the first byte of struct tcp_info."""
+
+
+@pytest.mark.parametrize("websocket", [False, True])
+def test_a_half_closed_client_gets_its_response(certificate: Certificate, *, websocket: bool) -> None:
+    """RFC 9112 section 9.6: close_notify, then FIN; the origin responds once that has arrived at the tunnel."""
+    fields = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+    fields = fields + "dGhlIHNhbXBsZSBub25jZQ==\r\n" if websocket else ""
+    half_closed = threading.Event()
+
+    def handle(sock: socket.socket) -> None:
+        with contextlib.suppress(AssertionError):
+            assert half_closed.wait(TIMEOUT)
+            if not websocket:
+                sock.recv(65_536)
+                return sock.sendall(OK)
+            accept_upgrade(sock)
+            while sock.recv(65_536):
+                pass
+
+    tls = MemoryTlsClient(server_name="localhost")
+    with (
+        RawOrigin(handle) as origin,
+        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
+        connect_tcp(tunnel) as client,
+    ):
+        client.sendall(tls.step())
+        tls.finish(client)
+        client.sendall(tls.encrypt(f"GET / HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n".encode()))
+        eventually(lambda: origin.connections)
+        client.sendall(tls.end())
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == FIN_WAIT2)
+        half_closed.set()
+        assert tls.read_all(client).startswith(b"HTTP/1.1 101 " if websocket else b"HTTP/1.1 200 ")
 
 
 def test_expect_100_continue_reaches_the_client(tunnel: Tunnel) -> None:

@@ -326,7 +326,7 @@ class FakeLoop:
 
 
 class FakeClosing(ClosingSockets):
-    def close_gracefully(self, sock: socket.socket, timeout: float = 0) -> None:
+    def close_gracefully(self, sock: socket.socket, timeout: float = 0, *, lingers: bool = False) -> None:
         self.closes(sock, "graceful close")
 
     def reset_after_delivery(self, sock: socket.socket, timeout: float) -> None:

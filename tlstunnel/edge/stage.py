@@ -85,7 +85,7 @@ class Edge:
         call = self.worker.call(to_worker_request(request, connection, time.time()), wakeup.fire)
         try:
             while not call.finished:
-                if client.gone:
+                if client.check_gone():
                     raise ClientGone
                 await wakeup.wait()
         except TimeoutError:

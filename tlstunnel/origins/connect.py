@@ -71,7 +71,7 @@ class _Attempts:
         for index, member in enumerate(members):
             while (connected := self._begin(member)) is None:
                 # The backlog of a Unix socket is full.
-                if client.gone:
+                if client.check_gone():
                     raise ClientGone
                 pause = RETRIES.after(pause)
                 await self._wakeup.sleep(pause)
@@ -118,7 +118,7 @@ class _Attempts:
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
         while self.in_progress:
-            if client.gone:
+            if client.check_gone():
                 raise ClientGone
             if until is None:
                 await self._wakeup.wait()
@@ -134,7 +134,7 @@ class _Attempts:
                 self.in_progress.remove(attempt)
                 if code in _CONNECTED:
                     # Earlier events belong to the attempt: HUP is reported for a socket that is not connected yet.
-                    channel.gone = False
+                    channel.gone = channel.failed = False
                     return attempt
                 self._record_failure(place, code)
                 _close(attempt)

@@ -7,11 +7,12 @@ times a second).
 Tested by tests/promises/test_hello_in_pieces.py.
 """
 
+import contextlib
 import socket
 import ssl
 
 from tlstunnel.sockets.deadlines import Wakeup
-from tlstunnel.sockets.readiness import EDGE_TRIGGERED, GONE, IN, OUT, RDHUP, Readiness
+from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, GONE, HUP, IN, OUT, RDHUP, Readiness
 
 _WAIT = (BlockingIOError, ssl.SSLWantReadError)
 
@@ -28,14 +29,17 @@ class ClientGone(Exception):
 
 
 class Channel:
-    """A non-blocking socket with operations that wait. `gone` is set once the peer has closed or failed."""
+    """A non-blocking socket with operations that wait.
 
-    __slots__ = ("_readiness", "fd", "gone", "sock", "wakeup")
+    `gone` is set once the peer has closed its side or the connection has failed, `failed` in the second case only.
+    """
+
+    __slots__ = ("_readiness", "failed", "fd", "gone", "sock", "wakeup")
 
     def __init__(self, sock: socket.socket, readiness: Readiness, wakeup: Wakeup) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        self.gone = False
+        self.gone = self.failed = False
         self._readiness = readiness
         self.wakeup = wakeup
         readiness.register(self.fd, EDGE_TRIGGERED | IN | RDHUP, self._on_event)
@@ -43,7 +47,21 @@ class Channel:
     def _on_event(self, events: int) -> None:
         if events & GONE:
             self.gone = True
+            if events & (ERR | HUP):
+                self.failed = True
         self.wakeup.fire()
+
+    def check_gone(self) -> bool:
+        """Return whether the peer no longer waits for what is sent to it. Call it when nothing can be received.
+
+        A peer that has sent close_notify before its FIN may have ended only its own side (RFC 9112 section 9.6);
+        whether it has left shows when something is sent to it. It counts as present until the connection fails. One
+        that has closed without close_notify, or whose input is unread, counts as gone, and that input is lost.
+        """
+        if self.gone and not self.failed and isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError):
+                self.gone = self.sock.recv_into(_BUFFER) > 0
+        return self.gone
 
     def release(self) -> None:
         """Stop watching the socket, and leave it open."""
@@ -76,7 +94,7 @@ class Channel:
             try:
                 return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
             except _WAIT:
-                if unless_gone is not None and unless_gone.gone:
+                if unless_gone is not None and unless_gone.check_gone():
                     raise ClientGone from None
                 await self.wakeup.wait()
             except ssl.SSLWantWriteError:
@@ -132,11 +150,11 @@ class Channel:
                 sock.do_handshake()
                 return sock
             except ssl.SSLWantReadError:
-                if unless_gone is not None and unless_gone.gone:
+                if unless_gone is not None and unless_gone.check_gone():
                     raise ClientGone from None
                 await self.wakeup.wait()
             except ssl.SSLWantWriteError:
-                if unless_gone is not None and unless_gone.gone:
+                if unless_gone is not None and unless_gone.check_gone():
                     raise ClientGone from None
                 await self.wait_writable()
 

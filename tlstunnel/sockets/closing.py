@@ -25,6 +25,11 @@ DISCARD_SECONDS = 1.0
 Apache httpd (2 s between reads, 30 s in total) and nginx (5 s, 30 s) discard longer, but hold a connection for that.
 """
 
+LINGER_PAUSE = 2.0
+LINGER_SECONDS = 30.0
+"""How long a peer that may still be sending a body may pause, and how long its input is discarded in total: as long as
+by Apache httpd. Chromium reads a response only after it has sent its request, and a reset would destroy it."""
+
 FIRST_CHECK, LAST_CHECK = 0.005, 0.25
 """Seconds between two checks of how much the peer has acknowledged. They double from the first to the last: the kernel
 reports no event for it."""
@@ -69,15 +74,17 @@ class ClosingSockets:
         self.loop = loop
         self.open: dict[_ClosingSocket, None] = {}  # oldest first
 
-    def close_gracefully(self, sock: socket.socket, timeout: float = DISCARD_SECONDS) -> None:
-        """Send FIN, discard what the peer still sends, and close.
+    def close_gracefully(self, sock: socket.socket, timeout: float = DISCARD_SECONDS, *, lingers: bool = False) -> None:
+        """Send FIN, discard what the peer still sends, and close (RFC 9112 section 9.6).
 
         The socket is closed when the peer sends its own FIN; or when the peer has acknowledged everything and
         DISCARD_BYTES were discarded or DISCARD_SECONDS have passed; or when the peer has acknowledged nothing for
-        `timeout` seconds. The descriptor must not be registered with the readiness.
+        `timeout` seconds. With `lingers`, the number of bytes is not limited, and input is discarded until the peer
+        sends none for LINGER_PAUSE, for at most LINGER_SECONDS. The descriptor must not be registered with the
+        readiness.
         """
         if sock.fileno() >= 0:
-            _GracefulClose(self, _detach(sock), timeout)
+            _GracefulClose(self, _detach(sock), timeout, lingers=lingers)
 
     def reset_after_delivery(self, sock: socket.socket, timeout: float) -> None:
         """Close `sock` with RST once the peer has acknowledged everything, or nothing for `timeout` seconds.
@@ -132,12 +139,14 @@ class _ClosingSocket:
 
 
 class _GracefulClose(_ClosingSocket):
-    __slots__ = ("_discard_until", "_discarded")
+    __slots__ = ("_discard_until", "_discarded", "_linger_until")
 
-    def __init__(self, owner: ClosingSockets, sock: socket.socket, timeout: float) -> None:
+    def __init__(self, owner: ClosingSockets, sock: socket.socket, timeout: float, *, lingers: bool) -> None:
         super().__init__(owner, sock, timeout)
+        now = owner.loop.time()
         self._discarded = 0
-        self._discard_until = owner.loop.time() + DISCARD_SECONDS
+        self._discard_until = now + (LINGER_PAUSE if lingers else DISCARD_SECONDS)
+        self._linger_until = now + LINGER_SECONDS if lingers else None
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
         owner.open[self] = None
@@ -160,8 +169,10 @@ class _GracefulClose(_ClosingSocket):
         except OSError:
             self.close()
         else:
-            if self._discarded >= DISCARD_BYTES and not _unacknowledged(self._sock):
-                self.close()
+            if self._linger_until is None and self._discarded >= DISCARD_BYTES and not _unacknowledged(self._sock):
+                return self.close()
+        if self._linger_until is not None:
+            self._discard_until = min(self._owner.loop.time() + LINGER_PAUSE, self._linger_until)
 
     def _check(self) -> None:
         now = self._owner.loop.time()

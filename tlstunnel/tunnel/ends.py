@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.refusal import Refusal, render_refusal
+from tlstunnel.handshake.request import UpgradeRequest
 from tlstunnel.journal.events import Decision, EndedBy, Event, Reason
 from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
@@ -35,13 +36,15 @@ class End:
     """How a turn ended, and how its connection is closed.
 
     `ended_by` and `reason` are for the record. With `reset`, the connection is closed with RST; otherwise with
-    close_notify and FIN, and the client has `timeout` seconds without progress to read what was sent.
+    close_notify and FIN, and the client has `timeout` seconds without progress to read what was sent. It `lingers` if
+    the client may still be sending a body.
     """
 
     ended_by: EndedBy
     reason: str
     reset: bool = False
     timeout: float = DISCARD_SECONDS
+    lingers: bool = False
 
 
 async def end_with_error(client: Client, turn: Turn | None, error: BaseException) -> None:
@@ -85,7 +88,9 @@ async def refuse(turn: Turn, refusal: Refusal) -> None:
     except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
         record.detail = record.detail or printable(str(error))
         return finish(client, turn, End(EndedBy.TUNNEL, refusal.reason, reset=True))
-    finish(client, turn, End(EndedBy.TUNNEL, refusal.reason))
+    # An upgrade request has no body.
+    lingers = not isinstance(turn.request, UpgradeRequest)
+    finish(client, turn, End(EndedBy.TUNNEL, refusal.reason, lingers=lingers))
 
 
 def finish(client: Client, turn: Turn | None, end: End) -> None:
@@ -130,7 +135,7 @@ def close_connection(client: Client, end: End) -> None:
         with contextlib.suppress(OSError):
             sock.unwrap()
     client.release()
-    client.serving.closing_sockets.close_gracefully(sock, end.timeout)
+    client.serving.closing_sockets.close_gracefully(sock, end.timeout, lingers=end.lingers)
 
 
 def _record_failure(client: Client) -> Record:

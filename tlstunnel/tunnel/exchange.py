@@ -50,7 +50,12 @@ async def pass_on(turn: Turn) -> End:
         return End(broken.ended_by, broken.reason, reset=True)
     record.status, record.verdict = exchange.status, Decision.PASS
     record_response(turn)
-    return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close)
+    return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close, lingers=not exchange.received_all)
+
+
+MIN_BODY_RATE = 500
+"""Bytes of a body per second for which the tunnel waits longer than `timeouts.request`, until the response has begun:
+the default of Apache httpd's mod_reqtimeout. The time in which the origin takes nothing does not count."""
 
 
 class Broken(Exception):
@@ -87,6 +92,9 @@ class Exchange:
         self._early = early
         self._to_origin, self._to_client = head, b""
         self._uploads = True
+        self._stopped = math.inf  # when the origin stopped taking the body, a time of the loop
+        self._received = len(early)
+        self._waited = 0.0  # for the body, seconds
         self.up = self.down = 0
 
     @property
@@ -94,20 +102,17 @@ class Exchange:
         """The status of the final response; 0 until the client was sent a byte of it."""
         return self._response.status
 
+    @property
+    def received_all(self) -> bool:
+        """Whether the client has sent its whole body."""
+        return self._body.complete
+
     async def run(self) -> None:
         """Move everything. Raises Refusal while nothing of the response was sent, Broken afterwards; ClientGone."""
-        loop = asyncio.get_running_loop()
         try:
             self._to_origin += self._body.feed(self._early)
             while self._to_client or not self._response.complete:
-                # Requested again after each byte that moves, in either direction.
-                self._wakeup.deadline = loop.time() + self._timeout()
-                if self._step():
-                    await asyncio.sleep(0)  # others get their turn
-                elif self._client.gone:
-                    raise ClientGone
-                else:
-                    await self._wakeup.wait()
+                await self._move()
         except ClientGone:
             if self.status:
                 raise Broken(EndedBy.CLIENT, Reason.CLOSED_DURING_RESPONSE) from None
@@ -124,16 +129,63 @@ class Exchange:
             ) from None
         except TimeoutError:
             raise self._explain_timeout() from None
+        await self._finish_upload()
+
+    async def _finish_upload(self) -> None:
+        """Forward the rest of the body, although the response is complete, while the origin takes it.
+
+        Raises Broken. The client may leave: it has its response.
+        """
+        try:
+            # An origin that has ended its side wants no more, and discards what comes (RFC 9112 section 9.6).
+            while self._uploads and not self._origin.gone and (self._to_origin or not self._body.complete):
+                await self._move()
+        except (ClientGone, TimeoutError):
+            pass
+        except Refusal as refusal:
+            raise Broken(EndedBy.CLIENT, Reason.MALFORMED_BODY, refusal.detail) from None
+
+    async def _move(self) -> None:
+        """Do what can be done, or wait until something can. Raises ClientGone; TimeoutError."""
+        loop = asyncio.get_running_loop()
+        # Requested again after each byte that moves, in either direction.
+        now = loop.time()
+        timeout = self._timeout(now)
+        if timeout <= 0:
+            raise TimeoutError
+        self._wakeup.deadline = now + timeout
+        if self._step():
+            await asyncio.sleep(0)  # others get their turn
+        elif self._is_client_gone():
+            raise ClientGone
+        else:
+            waits = self._waits_for_body
+            await self._wakeup.wait()
+            if waits:
+                self._waited += loop.time() - now
+
+    @property
+    def _waits_for_body(self) -> bool:
+        return not self._to_origin and not self._body.complete
+
+    def _is_client_gone(self) -> bool:
+        # What it sent before its end must be received first.
+        return self._client.check_gone() if self._body.complete else self._client.failed
 
     def _step(self) -> bool:
         """Do what can be done without waiting; return whether anything was done."""
         moved = self._write()
-        if self._uploads and not self._to_origin and not self._body.complete:
-            data = self._client.recv_now()
+        if self._waits_for_body:
+            try:
+                data = self._client.recv_now()
+            except ConnectionError:
+                raise ClientGone from None
             if data == b"":
                 raise ClientGone
             if data is not None:
-                self._to_origin, moved = self._body.feed(data), True
+                content, moved = self._body.feed(data), True
+                self._received += len(data)
+                self._to_origin = content if self._uploads else b""
         if not self._to_client and not self._response.complete:
             try:
                 data = self._origin.recv_now()
@@ -151,6 +203,7 @@ class Exchange:
             except OSError:
                 # It may have responded before it read everything (413), and that response must be read.
                 self._uploads, rest = False, b""
+                self._stopped = asyncio.get_running_loop().time()
             else:
                 self.up += len(self._to_origin) - len(rest)
                 moved = len(rest) < len(self._to_origin)
@@ -165,20 +218,26 @@ class Exchange:
             self._to_client = rest
         return moved
 
-    def _timeout(self) -> float:
-        """Return how many seconds may pass without a byte: a handshake's until the response, then a tunnel's."""
+    def _timeout(self, now: float) -> float:
+        """Return how many seconds may pass without a byte: a handshake's until the response, then a tunnel's.
+
+        Limited in total while nothing but the client's bytes can move: none may be left.
+        """
         timeouts = self._timeouts
         if self._to_client:
             return timeouts.close
-        if self.status:
+        if self.status and not self._response.complete:
             return timeouts.idle or math.inf
-        if self._to_origin or self._body.complete or not self._uploads:
-            return timeouts.origin_response
-        return timeouts.request
+        if self._waits_for_body and self._uploads:
+            allowed = timeouts.request + self._received / MIN_BODY_RATE
+            return min(timeouts.request, allowed - self._waited)
+        if not self._uploads:
+            return self._stopped + timeouts.origin_response - now
+        return timeouts.origin_response
 
     def _explain_timeout(self) -> Exception:
         if self.status:
             return Broken(EndedBy.TUNNEL, Reason.RESPONSE_TIMED_OUT)
-        if self._to_origin or self._body.complete or not self._uploads:
-            return Refusal(504, Reason.ORIGIN_RESPONSE_TIMED_OUT, "the origin did not respond in time")
-        return Refusal(408, Reason.REQUEST_TIMED_OUT, "the body did not go on in time")
+        if self._waits_for_body and self._uploads:
+            return Refusal(408, Reason.REQUEST_TIMED_OUT, "the body did not arrive in time")
+        return Refusal(504, Reason.ORIGIN_RESPONSE_TIMED_OUT, "the origin did not respond in time")
