@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def trusting(certificate: Certificate) -> Iterator[tuple[ScriptedOrigin, Tunnel]
     top = REQUIRED + 'timeouts.tls_handshake = "2s"\n'
     with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=top) as tunnel:
         yield origin, tunnel
+
+
+def test_a_client_behind_a_proxy_has_a_share_of_the_unfinished_handshakes(certificate: Certificate) -> None:
+    """A tenth of them, by the address in the header; the proxy's own address has no share."""
+    top = REQUIRED + "limits.unfinished_handshakes = 20\n"
+    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=top) as tunnel, ExitStack() as stack:
+        greedy = [stack.enter_context(connect_tcp(tunnel)) for _ in range(15)]
+        for sock in greedy:
+            sock.sendall(write_v1(CLIENT, SERVER))
+        for sock in greedy[:-2]:
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        other = stack.enter_context(connect_tcp(tunnel))
+        other.sendall(write_v1(("203.0.113.10", 4711), SERVER))
+        with client_context(tunnel).wrap_socket(other, server_hostname="localhost") as client:
+            assert upgrade(client).status == 101
 
 
 def _send_header(tunnel: Tunnel, header: bytes, *pieces: int) -> int:

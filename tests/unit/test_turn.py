@@ -281,7 +281,7 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
         ended: list[int] = []
         member = next(iter(process.sites.pools))[1].members[0]
         made = tunnel.Tunnel(process.serving, process.sock, "192.0.2.1", 0.0)
-        await made.run(lambda: ended.append(member.tunnels), pytest.fail)
+        await made.run(lambda: ended.append(member.tunnels), pytest.fail, pytest.fail)
         assert ended == [0]
         assert "closed" in repr(made)
         assert [record.reason for record in process.records] == [reason]

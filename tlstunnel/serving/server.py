@@ -71,16 +71,29 @@ class Unfinished:
     def add(self, task: asyncio.Task[None], address: str) -> asyncio.Task[None] | None:
         """Add `task` for `address` ("" is not counted for any address); return the one to evict for it, if any."""
         self._all[task] = address
-        if address:
-            own = self._by_address.setdefault(address, {})
-            own[task] = None
-            if len(own) > max(self.cap // SHARE, 1):
-                return next(iter(own))
-        return next(iter(self._all)) if len(self._all) > self.cap else None
+        return self._count(task, address) or (next(iter(self._all)) if len(self._all) > self.cap else None)
+
+    def move(self, task: asyncio.Task[None], address: str) -> asyncio.Task[None] | None:
+        """Count `task` for another address from now on; return the one to evict for it, if any. It stays as old."""
+        before = self._all.get(task)
+        if before is None or before == address:
+            return None
+        self._forget(task, before)
+        self._all[task] = address
+        return self._count(task, address)
 
     def discard(self, task: asyncio.Task[None]) -> None:
         """Remove `task`, because its handshake is complete or it has ended."""
-        address = self._all.pop(task, "")
+        self._forget(task, self._all.pop(task, ""))
+
+    def _count(self, task: asyncio.Task[None], address: str) -> asyncio.Task[None] | None:
+        if not address:
+            return None
+        own = self._by_address.setdefault(address, {})
+        own[task] = None
+        return next(iter(own)) if len(own) > max(self.cap // SHARE, 1) else None
+
+    def _forget(self, task: asyncio.Task[None], address: str) -> None:
         if address:
             own = self._by_address[address]
             del own[task]
@@ -277,13 +290,21 @@ class Server:
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
         self._connections += 1
         self._idle.clear()
-        task = self._loop.create_task(tunnel.run(self._count_ended, self._count_exchange))
+        task = self._loop.create_task(tunnel.run(self._count_ended, self._count_exchange, self._count_client))
         task.add_done_callback(self._unfinished.discard)
-        evicted = self._unfinished.add(task, self._to_share_key(peer))
-        if evicted is not None:
+        self._evict(self._unfinished.add(task, self._to_share_key(peer)))
+
+    def _evict(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
             self._evicted.add()
-            self._unfinished.discard(evicted)
-            self._cancel(evicted)
+            self._unfinished.discard(task)
+            self._cancel(task)
+
+    def _count_client(self, address: str) -> None:
+        """Count the connection of the current task for the client that a proxy has named."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._evict(self._unfinished.move(task, self._to_share_key(address)))
 
     def _count_exchange(self) -> None:
         """Move the connection of the current task from the unfinished handshakes to the plain exchanges."""

@@ -27,8 +27,9 @@ _PLAIN_HTTP = render_refusal(
     ),
     None,
 )
-_TLS_HINT = "the client used http:// or ws://; this port needs https:// or wss://"
 """Without an id: it is counted, and not logged each time."""
+
+_TLS_HINT = "the client used http:// or ws://; this port needs https:// or wss://"
 
 
 async def read_proxy_header(client: Client) -> None:

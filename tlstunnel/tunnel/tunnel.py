@@ -35,11 +35,14 @@ class Tunnel:
     def __repr__(self) -> str:
         return f"<Tunnel of {self._turn or self._client}>"
 
-    async def run(self, on_end: Callable[[], None], on_exchange: Callable[[], None]) -> None:
+    async def run(
+        self, on_end: Callable[[], None], on_exchange: Callable[[], None], on_client: Callable[[str], None]
+    ) -> None:
         """Serve the connection until its tunnel is open, which then lives without this task, or until its end.
 
         `on_end` is called once, when the connection is recorded and its sockets are closed or closing; `on_exchange`
-        when a plain request is passed on, which is no handshake and may take long.
+        when a plain request is passed on, which is no handshake and may take long; `on_client` with the client's
+        address, when a proxy in front has named it.
         """
         client = self._client
         turn: Turn | None = None
@@ -47,10 +50,13 @@ class Tunnel:
         try:
             if client.proxied:
                 await read_proxy_header(client)
+                on_client(client.peer)
             site = choose_site(client, await read_hello(client))
             await accept_tls(client, site)
             turn = self._turn = Turn(client, client.accepted)
             await read_request(turn)
+            if client.trusted:
+                on_client(turn.record.client)
             await check_firewall(turn)
             await call_worker(turn)
             await reach_origin(turn)
