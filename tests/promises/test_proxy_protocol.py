@@ -55,7 +55,7 @@ def trusting(certificate: Certificate) -> Iterator[tuple[ScriptedOrigin, Tunnel]
 def test_a_client_behind_a_proxy_has_a_share_of_the_unfinished_handshakes(certificate: Certificate) -> None:
     """A tenth of them, by the address in the header; the proxy's own address has no share."""
     top = REQUIRED + "limits.unfinished_handshakes = 20\n"
-    with ScriptedOrigin() as origin, tunnel_to(origin.address, certificate, top=top) as tunnel, ExitStack() as stack:
+    with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, top=top) as tunnel, ExitStack() as stack:
         greedy = [stack.enter_context(connect_tcp(tunnel)) for _ in range(15)]
         for sock in greedy:
             sock.sendall(write_v1(CLIENT, SERVER))
