@@ -705,7 +705,7 @@ def test_each_handshake_has_a_line_without_secrets() -> None:
     }
     with example("audit_log") as tunnel:
         answers = [
-            tunnel.handshake("/a%22b/%20?token=hush-5", headers=secrets),
+            tunnel.handshake("/a%22b/%22?token=hush-5", headers=secrets),
             tunnel.handshake("/"),
             tunnel.handshake("/", headers=[("Origin", "https://a.example"), ("Origin", "https://b.example")]),
         ]
@@ -722,7 +722,7 @@ def test_each_handshake_has_a_line_without_secrets() -> None:
         "127.0.0.1",
         "localhost",
         "localhost",
-        "/a%22b/%20",
+        "/a%22b/%22",
     )
     assert (first["tls"], first["certificate"]) == ("TLSv1.3", "")
     assert (lines[1]["page"], lines[1]["user_agent"]) == ("", "")

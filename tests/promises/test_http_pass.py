@@ -210,11 +210,12 @@ def test_the_firewall_checks_it(tunnel: Tunnel) -> None:
     [
         ("CONNECT localhost:443 HTTP/1.1\r\nHost: localhost", 405),
         ("TRACE / HTTP/1.1\r\nHost: localhost", 405),
-        ("GET http://localhost/ HTTP/1.1\r\nHost: localhost", 400),
+        ("GET ws://localhost/ HTTP/1.1\r\nHost: localhost", 400),
         ("POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", 400),
         ("POST / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade", 405),
         ("GET / HTTP/1.0\r\nHost: localhost", 505),
         ("GET / HTTP/1.1\r\nHost: other.example", 421),
+        ("GET https://other.example/ HTTP/1.1\r\nHost: localhost", 421),
     ],
 )
 def test_requests_that_are_refused(tunnel: Tunnel, head: str, status: int) -> None:

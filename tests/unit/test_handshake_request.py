@@ -342,7 +342,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     **{
         name: (request(line=b"GET %b HTTP/1.1" % target), 400, "target form")
         for name, target in {
-            "absolute-form": b"http://chat.example.com/chat",
+            "absolute-form, ws": b"ws://chat.example.com/chat",
             "absolute-form, wss": b"wss://chat.example.com/chat",
             "authority-form": b"chat.example.com:443",
             "asterisk-form": b"*",
@@ -350,6 +350,8 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
             "query alone": b"?a",
             "fragment": b"/chat#a",
             "fragment alone": b"#",
+            "absolute-form with a fragment": b"https://chat.example.com/chat#a",
+            "absolute-form without slashes": b"https:chat.example.com",
         }.items()
     },
     **{
@@ -378,7 +380,10 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     **{
         name: (first + request(), 400, "malformed head")
         for name, first in {
-            "empty line before": b"\r\n",
+            "two empty lines before": b"\r\n\r\n",
+            "CR before": b"\r",
+            "an empty line and a space before": b"\r\n ",
+            "an empty line and LF before": b"\r\n\n",
             "LF before": b"\n",
             "space before": b" ",
             "tab before": b"\t",
@@ -610,7 +615,7 @@ def test_what_is_accepted_is_one_request_by_the_rfc(data: bytes) -> None:
         return
     if found is None:
         return
-    head = data[: len(data) - len(reader.leftover)]
+    head = data[: len(data) - len(reader.leftover)].removeprefix(b"\r\n")
     match = ONE_REQUEST.fullmatch(head)
     assert match is not None
     assert found.target == match[1]
@@ -658,3 +663,45 @@ def test_ordinary_requests_are_read_by_the_strict_parser(base: bytes) -> None:
 )
 def test_requests_that_only_h11_reads_fully_are_left_to_it(field: bytes) -> None:
     assert parse_strict(request()[:-2] + field + b"\r\n\r\n") is None
+
+
+# --- absolute-form and empty lines (RFC 9112 sections 3.2.2 and 2.2) -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "authority", "host"),
+    [
+        (b"https://other.example/chat?a=/b", b"/chat?a=/b", b"other.example", "other.example"),
+        (b"HTTP://Other.Example:8443", b"/", b"Other.Example:8443", "other.example"),
+        (b"https://other.example?a", b"/?a", b"other.example", "other.example"),
+        (b"https://[::1]:1//x/../y", b"//x/../y", b"[::1]:1", "::1"),
+        (b"https://other.example./", b"/", b"other.example.", "other.example"),
+    ],
+)
+@pytest.mark.parametrize("start", [b"", b"\r\n"])
+def test_absolute_form_replaces_host(start: bytes, target: bytes, path: bytes, authority: bytes, host: str) -> None:
+    for plain in (False, True):
+        fields = FIELDS if not plain else without(b"Upgrade")
+        data = start + request(fields, line=b"GET %b HTTP/1.1" % target)
+        reader = RequestReader(plain)
+        found = reader.feed(data)
+        assert found is not None
+        assert (found.target, found.authority, found.host) == (path, authority, host)
+        assert found.fields == tuple((name, authority if name == b"Host" else value) for name, value in fields)
+        assert found.by_name[b"host"] == [authority]
+        assert reader.target == path
+
+
+@pytest.mark.parametrize("authority", [b"", b"a@b", b"a b", b":80", b"a:65536", b"[::g]", b"a..b", b"a,b\\", b"*:*:*"])
+def test_absolute_form_with_an_invalid_authority_is_refused(authority: bytes) -> None:
+    with pytest.raises(Refusal) as caught:
+        RequestReader().feed(request(line=b"GET https://%b/ HTTP/1.1" % authority))
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("hosts", [(), (b"a b",), (b"chat.example.com", b"chat.example.com"), (b"",)])
+def test_the_ignored_host_must_be_valid(hosts: tuple[bytes, ...]) -> None:
+    fields = (*((b"Host", host) for host in hosts), *without(b"Host"))
+    with pytest.raises(Refusal) as caught:
+        RequestReader().feed(request(fields, line=b"GET https://chat.example.com/ HTTP/1.1"))
+    assert caught.value.status == 400

@@ -41,6 +41,7 @@ _HOST = re.compile(
     rb"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+))(?::(?P<port>[0-9]{0,5}))?"
 )
 
+_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)((?:[/?#].*)?)", re.IGNORECASE)
 
 # RFC 9112 sections 3 and 5: what nearly every client sends. h11 would take a tenth of the whole cost of a handshake.
 _STRICT_GET = re.compile(
@@ -66,10 +67,10 @@ _NO_HEAD = _Head(b"", b"", b"", ())
 class UpgradeRequest:
     """A valid WebSocket upgrade request.
 
-    `target` is the origin-form target as sent; it is visible ASCII. `fields` are the client's, with order and case
-    preserved; their values have no surrounding white space and no control characters except TAB. `by_name` has the
-    same values by lower-case name. `authority` is the value of Host, and `host` only its host, in lower case without
-    brackets or final dot.
+    `target` is the target as sent, or in origin-form if it was in absolute-form; it is visible ASCII. `fields` are the
+    client's, with order and case preserved; their values have no surrounding white space and no control characters
+    except TAB. `by_name` has the same values by lower-case name. `authority` is the value of Host, and `host` only its
+    host, in lower case without brackets or final dot.
     """
 
     method: ClassVar[str] = "GET"
@@ -116,7 +117,8 @@ class RequestReader(Generic[_R]):
     beginning of its body.
 
     `target` is set as soon as the head has been parsed, so most requests that are refused have one too. The result
-    depends only on the bytes, not on how they were split. After a `Refusal` the reader cannot be used again.
+    depends only on the bytes, not on how they were split. After a `Refusal` the reader cannot be used again. One empty
+    line before the request is ignored (RFC 9112 section 2.2).
     """
 
     @overload
@@ -129,20 +131,34 @@ class RequestReader(Generic[_R]):
         self.leftover = self.target = b""
         self._accepts_plain = accept_plain
         self._head = bytearray()
+        self._at_start = True
         self._scanned = 0
 
     def feed(self, data: bytes) -> _R | None:
         """Take the next bytes; return the request once its head is complete. Raises `Refusal`."""
         self._head += data
+        if self._at_start and not self._skip_empty_line():
+            return None
         end = self._find_end_of_head()
         if end is None:
             return None
         self.leftover = bytes(self._head[end:])
         data = bytes(self._head[:end])
         head, fields = parse_strict(data) or parse_with_h11(data)
+        if head.target[:1] != b"/":
+            head, fields = _replace_absolute_form(head, fields)
         self.target = head.target
         plain = self._accepts_plain and not has_token(fields, b"upgrade", b"websocket")
         return cast(_R, _check_plain_request(head, fields) if plain else _check_upgrade_request(head, fields))
+
+    def _skip_empty_line(self) -> bool:
+        """Remove an empty line before the request; return whether enough bytes are there to know."""
+        if not self._head or self._head == b"\r":
+            return False
+        if self._head.startswith(b"\r\n"):
+            del self._head[:2]
+        self._at_start = False
+        return True
 
     def _find_end_of_head(self) -> int | None:
         """Return where the head ends. The first byte that can be refused is refused, whatever follows it."""
@@ -162,6 +178,23 @@ class RequestReader(Generic[_R]):
         if len(buffer) >= MAX_HEAD:
             raise Refusal(431, Reason.HEAD_TOO_LARGE, f"the request head has more than {MAX_HEAD} bytes")
         return None
+
+
+def _replace_absolute_form(head: _Head, fields: ByName) -> tuple[_Head, ByName]:
+    """Return a head whose target has a scheme and an authority as if it had only the path, and the authority in Host.
+
+    RFC 9112 section 3.2.2 requires both; all later stages and the origin see that form. The received Host must be valid
+    although it is ignored (section 3.2). The scheme may be http or https (RFC 6455 section 4.2.1), and says nothing:
+    the connection has TLS. Any other target is returned unchanged.
+    """
+    match = _ABSOLUTE_FORM.fullmatch(head.target)
+    if match is None:
+        return head, fields
+    _check_host(head, fields)
+    authority, rest = match.groups()
+    target = rest if rest.startswith(b"/") else b"/" + rest
+    raw = tuple((name, authority if name.lower() == b"host" else value) for name, value in head.raw)
+    return head._replace(target=target, raw=raw), {**fields, b"host": [authority]}
 
 
 def _bad_request(reason: Reason, text: str, detail: str = "") -> Refusal:
@@ -266,9 +299,9 @@ def _check_method(request: _Head, _: ByName) -> None:
 
 
 def _check_target(request: _Head, _: ByName) -> None:
-    """RFC 9112 section 3.2.1; h11 has checked that the target is visible ASCII."""
+    """RFC 9112 section 3.2.1 (for 3.2.2: `_replace_absolute_form`). h11 has checked that it is visible ASCII."""
     if not request.target.startswith(b"/"):
-        raise _bad_request(Reason.TARGET_FORM, "the request target must be a path")
+        raise _bad_request(Reason.TARGET_FORM, "the request target must be a path or an http(s) URL")
     if b"#" in request.target:
         raise _bad_request(Reason.TARGET_FORM, "the request target contains a fragment")
 
@@ -283,13 +316,15 @@ def is_authority(value: bytes) -> bool:
 
 
 def _check_host(_: _Head, fields: ByName) -> None:
-    """RFC 9110 section 7.2, and uri-host [ ":" port ] of RFC 3986 section 3.2.2."""
+    """RFC 9110 section 7.2, and uri-host [ ":" port ] of RFC 3986 section 3.2.2.
+
+    Empty labels are no name of the DNS (RFC 1035 section 2.3.1), and programs that remove final dots remove one or all.
+    """
     hosts = fields.get(b"host", ())
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
         raise _bad_request(Reason.HOST, "the request must have exactly one valid Host field")
-    if match["name"] == b"." or b".." in (match["name"] or b""):
-        # Removing the last dot of `a..` would not give a name; servers differ in what they make of it.
+    if match["name"] and (match["name"].startswith(b".") or b".." in match["name"]):
         raise _bad_request(Reason.HOST, "the name in Host has an empty label")
     if match["ipv6"]:
         try:
