@@ -36,7 +36,7 @@ from tests.harness import (
     require,
     upgrade,
 )
-from tests.promises.firewalled import tunnel_to
+from tests.promises.firewalled import config_for, tunnel_to
 from tests.promises.wire import MemoryTlsClient
 
 PASS = 'http = "pass"\n'
@@ -382,6 +382,36 @@ def test_a_body_below_the_minimum_rate_is_refused(certificate: Certificate) -> N
 
         eventually(trickle)
         assert receive_all(client).startswith(b"HTTP/1.1 408 ")
+
+
+def test_one_address_has_a_share_of_the_uploads(certificate: Certificate) -> None:
+    """Of 34 connections with 100 descriptors three, until their responses begin."""
+    complete = threading.Event()
+
+    def handle(sock: socket.socket) -> None:
+        if sock.recv(65_536).startswith(b"POST"):
+            assert complete.wait(TIMEOUT)
+        sock.sendall(OK)
+        with contextlib.suppress(OSError):
+            receive_all(sock)
+
+    with (
+        RawOrigin(handle) as origin,
+        Tunnel(None, certificate, config=config_for(origin.address, certificate, site=PASS), descriptors=100) as tunnel,
+        contextlib.ExitStack() as stack,
+    ):
+        uploading = []
+        for number in range(1, 4):
+            uploading.append(stack.enter_context(connect_tls(tunnel)))
+            uploading[-1].sendall(UPLOAD)
+            eventually(lambda number=number: origin.connections == number)  # type: ignore[misc]
+        response = _ask(tunnel, "POST", "/", b"more")
+        assert (response.status, response.headers["Retry-After"]) == (429, "1")
+        assert _ask(tunnel, "GET", "/").status == 200
+        complete.set()
+        for client in uploading:
+            assert receive_exactly(client, 8) == b"HTTP/1.1"
+        assert _ask(tunnel, "POST", "/", b"more").status == 200
 
 
 FIN_WAIT2 = b"\x05"

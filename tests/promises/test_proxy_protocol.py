@@ -2,7 +2,9 @@
 
 import contextlib
 import re
+import select
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -16,6 +18,7 @@ import pytest
 from tests.harness import (
     TIMEOUT,
     Certificate,
+    RawOrigin,
     Tunnel,
     WebsocketsOrigin,
     client_context,
@@ -79,6 +82,31 @@ def _send_header(tunnel: Tunnel, header: bytes, *pieces: int) -> int:
         # An X-Forwarded-For does not come from a proxy here.
         client.sendall(handshake_request("/", headers=[("X-Forwarded-For", "198.51.100.1")]))
         return read_response(client).status
+
+
+def _assert_one_is_closed(same: list[socket.socket], other: socket.socket) -> None:
+    """Assert that one of the two connections of the same client is closed, and the one of another client is not."""
+    readable, _, _ = select.select([*same, other], [], [], TIMEOUT)
+    assert len(readable) == 1
+    assert readable[0] in same
+    assert read_until_end(readable[0]) == b""
+    assert select.select([*same, other], [], [], 0)[0] == readable
+
+
+def test_a_client_in_x_forwarded_for_has_its_share_of_unfinished_handshakes(certificate: Certificate) -> None:
+    top = 'trusted_proxies = ["127.0.0.1"]\nlimits.unfinished_handshakes = 10\n'
+    with (
+        RawOrigin(lambda sock: (read_until_end(sock), None)[1]) as silent,
+        tunnel_to(silent.address, certificate, top=top) as tunnel,
+        contextlib.ExitStack() as stack,
+    ):
+        # Without session tickets, of which OpenSSL reads none before the response.
+        context = client_context(tunnel)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        clients = [stack.enter_context(connect_tls(tunnel, context=context)) for _ in range(3)]
+        for client, ip in zip(clients, ("203.0.113.10", CLIENT[0], CLIENT[0]), strict=True):
+            client.sendall(handshake_request("/", headers=[("X-Forwarded-For", ip)]))
+        _assert_one_is_closed([*clients[1:]], clients[0])
 
 
 @pytest.mark.parametrize(

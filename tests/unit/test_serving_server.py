@@ -1,11 +1,11 @@
-"""How often deadlines are checked, and what is evicted. `tests/promises` test the rest, above all `test_ending.py`."""
+"""How often deadlines are checked, what is evicted, and uploads. `tests/promises` test the rest: `test_ending.py`."""
 
 from typing import Any
 
 import pytest
 
 from tlstunnel.config import Timeout, Timeouts
-from tlstunnel.serving.server import SHARE, Unfinished, _choose_precision
+from tlstunnel.serving.server import SHARE, Unfinished, Uploads, _choose_precision
 
 TIMEOUTS = Timeouts()
 
@@ -49,3 +49,16 @@ def test_a_connection_that_is_moved_stays_as_old() -> None:
         unfinished.add(number, "")
     unfinished.move(0, "192.0.2.1")
     assert unfinished.add("new", "") == 0
+
+
+def test_uploads_of_one_address_are_limited() -> None:
+    uploads: Any = Uploads(2 * SHARE)
+    assert [uploads.add(task, "192.0.2.1") for task in "abcd"] == [True, True, False, False]
+    assert uploads.add("e", "192.0.2.2")
+    assert uploads.add("f", "")
+    uploads.discard("d")
+    uploads.discard("a")
+    assert [uploads.add(task, "192.0.2.1") for task in "cd"] == [True, False]
+    for task in "abcdef":
+        uploads.discard(task)
+    assert not len(uploads)

@@ -143,6 +143,22 @@ def run(site: Site, test: Callable[[Process], Any]) -> None:
     asyncio.run(main())
 
 
+class Uncounted:
+    """Counts nothing, and fails the test if a plain request is passed on."""
+
+    def identify(self, ip: str) -> None:
+        pass
+
+    def begin_upload(self, ip: str) -> bool:
+        pytest.fail(ip)
+
+    def begin_exchange(self) -> None:
+        pytest.fail("an exchange")
+
+    def begin_response(self) -> None:
+        pytest.fail("a response")
+
+
 def hold(turn: Turn) -> CountedLease:
     """Give `turn` a lease and a place at the origin."""
     lease = CountedLease()
@@ -189,7 +205,7 @@ def test_a_client_may_have_one_turn_after_another(site: Site, issued: issue.Issu
                 await reach_origin(turn)
                 leases.append(lease := CountedLease())
                 turn.verdict = Verdict(lease=lease)  # type: ignore[arg-type]
-                end = await pass_on(turn)
+                end = await pass_on(turn, lambda: None)
                 ends.write_record(turn, end)
             finally:
                 turn.close()
@@ -281,7 +297,7 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
         ended: list[int] = []
         member = next(iter(process.sites.pools))[1].members[0]
         made = tunnel.Tunnel(process.serving, process.sock, "192.0.2.1", 0.0)
-        await made.run(lambda: ended.append(member.tunnels), pytest.fail, pytest.fail)
+        await made.run(lambda: ended.append(member.tunnels), Uncounted())
         assert ended == [0]
         assert "closed" in repr(made)
         assert [record.reason for record in process.records] == [reason]

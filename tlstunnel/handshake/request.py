@@ -101,6 +101,11 @@ class PlainRequest:
     chunked: bool
     by_name: ByName = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def has_body(self) -> bool:
+        """Whether a body follows that is not empty, or may not be."""
+        return self.chunked or bool(self.length)
+
 
 Request = UpgradeRequest | PlainRequest
 

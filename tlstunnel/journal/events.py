@@ -211,6 +211,7 @@ class Reason(Word):
     WORKER_REPLY = "edge: reply"
 
     # Refused: the origin
+    TOO_MANY_UPLOADS = "too many uploads"
     ORIGIN_UNREACHABLE = "origin unreachable"
     ORIGIN_CONNECT_TIMED_OUT = "origin connect timed out"
     ORIGIN_FAILED = "origin failed"

@@ -7,6 +7,7 @@ import gc
 import random
 import resource
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tlstunnel.addresses import ListenAddress, to_client_key
@@ -31,7 +32,7 @@ ACCEPTS_A_TURN = 64
 """How many connections are accepted at once before others get a turn. The rest wait in the kernel's backlog."""
 
 SHARE = 10
-"""One address may have at most a tenth of the unfinished handshakes."""
+"""One address may have at most a tenth of the unfinished handshakes, and of the connections for uploads."""
 
 PAUSES = Backoff(first=0.005, longest=1.0)
 """The delays between attempts to accept when out of descriptors or memory. The bounds are those of Go's net/http."""
@@ -101,6 +102,37 @@ class Unfinished:
                 del self._by_address[address]
 
 
+class Uploads:
+    """Plain requests with a body whose response has not begun, at most a tenth of `cap` from one address.
+
+    The newest is refused, not the oldest evicted as with `Unfinished`: it may be a large upload, far advanced.
+    """
+
+    def __init__(self, cap: int) -> None:
+        self.most = max(cap // SHARE, 1)
+        self._addresses: dict[asyncio.Task[None], str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def add(self, task: asyncio.Task[None], address: str) -> bool:
+        """Add `task` for `address` ("" is not counted); return whether there was room."""
+        if self._counts[address] >= self.most:
+            return False
+        if address:
+            self._addresses[task] = address
+            self._counts[address] += 1
+        return True
+
+    def discard(self, task: asyncio.Task[None]) -> None:
+        """Remove `task`, because its response has begun or it has ended."""
+        if address := self._addresses.pop(task, ""):
+            self._counts[address] -= 1
+            if not self._counts[address]:
+                del self._counts[address]
+
+
 class Server:
     """Serves `config` and `sites` at the listeners given to `accept`, until drained or stopped. One per process."""
 
@@ -120,6 +152,7 @@ class Server:
         self._exchanges: set[asyncio.Task[None]] = set()
         self._connections = 0
         self._max_connections = (_raise_descriptor_limit() - RESERVED_DESCRIPTORS) // 2
+        self._uploads = Uploads(self._max_connections)
         self._pause = 0.0
         self._paused: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -290,7 +323,7 @@ class Server:
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
         self._connections += 1
         self._idle.clear()
-        task = self._loop.create_task(tunnel.run(self._count_ended, self._count_exchange, self._count_client))
+        task = self._loop.create_task(tunnel.run(self._count_ended, self))
         task.add_done_callback(self._unfinished.discard)
         self._evict(self._unfinished.add(task, self._to_share_key(peer)))
 
@@ -300,19 +333,27 @@ class Server:
             self._unfinished.discard(task)
             self._cancel(task)
 
-    def _count_client(self, address: str) -> None:
-        """Count the connection of the current task for the client that a proxy has named."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._evict(self._unfinished.move(task, self._to_share_key(address)))
+    def identify(self, ip: str) -> None:
+        """Count the unfinished handshake of the current task for its client at `ip`, not for the proxy before it."""
+        self._evict(self._unfinished.move(_get_task(), self._to_share_key(ip)))
 
-    def _count_exchange(self) -> None:
+    def begin_upload(self, ip: str) -> bool:
+        """Count the plain request of the current task, from `ip`, as one with a body; return whether there is room."""
+        task = _get_task()
+        added = self._uploads.add(task, self._to_share_key(ip))
+        task.add_done_callback(self._uploads.discard)
+        return added
+
+    def begin_exchange(self) -> None:
         """Move the connection of the current task from the unfinished handshakes to the plain exchanges."""
-        task = asyncio.current_task()
-        assert task is not None
+        task = _get_task()
         self._unfinished.discard(task)
         self._exchanges.add(task)
         task.add_done_callback(self._exchanges.discard)
+
+    def begin_response(self) -> None:
+        """Count the plain request of the current task no longer as an upload: its response has begun."""
+        self._uploads.discard(_get_task())
 
     def _cancel(self, task: asyncio.Task[None]) -> None:
         """Cancel `task` after it has begun to run. Before, nothing of it would run, not even what closes its socket."""
@@ -343,6 +384,12 @@ class Server:
             self._paused.cancel()
             self._paused = None
             self._watch(self._listeners, on=True)
+
+
+def _get_task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _list_proxied(config: Config) -> frozenset[ListenAddress] | None:

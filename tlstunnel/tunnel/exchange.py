@@ -8,6 +8,7 @@ Tested by tests/promises/test_http_pass.py.
 
 import asyncio
 import math
+from collections.abc import Callable
 
 from tlstunnel.config import Timeouts
 from tlstunnel.escaping import printable
@@ -23,8 +24,17 @@ from tlstunnel.tunnel.origin import record_response, render_head
 from tlstunnel.tunnel.turn import Turn
 
 
-async def pass_on(turn: Turn) -> End:
-    """Pass a plain request on to the origin, and the response back. Raises Refusal; ClientGone."""
+def too_many_uploads() -> Refusal:
+    """Return the response to a request with a body from an address that has too many of them."""
+    text = "too many requests with a body from this address wait for their response"
+    return Refusal(429, Reason.TOO_MANY_UPLOADS, text, ((b"Retry-After", b"1"),))
+
+
+async def pass_on(turn: Turn, on_response: Callable[[], None]) -> End:
+    """Pass a plain request on to the origin, and the response back; call `on_response` when that begins.
+
+    Raises Refusal; ClientGone.
+    """
     record, timeouts = turn.record, turn.client.serving.timeouts
     assert isinstance(turn.request, PlainRequest)
     assert turn.place is not None
@@ -37,6 +47,7 @@ async def pass_on(turn: Turn) -> End:
         early=turn.early,
         wakeup=turn.client.wakeup,
         timeouts=timeouts,
+        on_response=on_response,
     )
     try:
         await exchange.run()
@@ -84,7 +95,9 @@ class Exchange:
         early: bytes,
         wakeup: Wakeup,
         timeouts: Timeouts,
+        on_response: Callable[[], None],
     ) -> None:
+        self._on_response = on_response
         self._client, self._origin = client, origin
         self._wakeup, self._timeouts = wakeup, timeouts
         self._body = BodyReader(request)
@@ -192,7 +205,10 @@ class Exchange:
             except OSError as error:
                 raise BadResponse(error.strerror or str(error)) from None
             if data is not None:
+                begun = self.status
                 self._to_client, moved = self._response.feed(data), True
+                if self.status and not begun:
+                    self._on_response()
         return moved
 
     def _write(self) -> bool:

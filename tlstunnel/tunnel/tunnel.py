@@ -6,18 +6,35 @@ Tested by tests/unit/test_turn.py.
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import Protocol
 
 from tlstunnel.handshake.request import PlainRequest
 from tlstunnel.handshake.response import Switched
 from tlstunnel.tunnel import ends
 from tlstunnel.tunnel.arrival import accept_tls, choose_site, read_hello, read_proxy_header
 from tlstunnel.tunnel.client import Client
-from tlstunnel.tunnel.exchange import pass_on
+from tlstunnel.tunnel.exchange import pass_on, too_many_uploads
 from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin, relay, request_upgrade
 from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
 from tlstunnel.tunnel.serving import Serving
 from tlstunnel.tunnel.turn import Turn
+
+
+class Counts(Protocol):
+    """What the server counts of the connection of the current task."""
+
+    def identify(self, ip: str) -> None:
+        """The client's address is known: a proxy has sent it."""
+
+    def begin_upload(self, ip: str) -> bool:
+        """A plain request with a body has arrived; return whether its address may have one more."""
+
+    def begin_exchange(self) -> None:
+        """A plain request is passed on, which is no handshake and may take long."""
+
+    def begin_response(self) -> None:
+        """The response to a plain request has begun."""
 
 
 class Tunnel:
@@ -35,14 +52,10 @@ class Tunnel:
     def __repr__(self) -> str:
         return f"<Tunnel of {self._turn or self._client}>"
 
-    async def run(
-        self, on_end: Callable[[], None], on_exchange: Callable[[], None], on_client: Callable[[str], None]
-    ) -> None:
+    async def run(self, on_end: Callable[[], None], counts: Counts) -> None:
         """Serve the connection until its tunnel is open, which then lives without this task, or until its end.
 
-        `on_end` is called once, when the connection is recorded and its sockets are closed or closing; `on_exchange`
-        when a plain request is passed on, which is no handshake and may take long; `on_client` with the client's
-        address, when a proxy in front has named it.
+        `on_end` is called once, when the connection is recorded and its sockets are closed or closing.
         """
         client = self._client
         turn: Turn | None = None
@@ -50,20 +63,23 @@ class Tunnel:
         try:
             if client.proxied:
                 await read_proxy_header(client)
-                on_client(client.peer)
+                counts.identify(client.peer)
             site = choose_site(client, await read_hello(client))
             await accept_tls(client, site)
             turn = self._turn = Turn(client, client.accepted)
             await read_request(turn)
             if client.trusted:
-                on_client(turn.record.client)
+                counts.identify(turn.record.client)
             await check_firewall(turn)
             await call_worker(turn)
-            await reach_origin(turn)
             if isinstance(turn.request, PlainRequest):
-                on_exchange()
-                end = await pass_on(turn)
+                if turn.request.has_body and not counts.begin_upload(turn.record.client):
+                    raise too_many_uploads()
+                await reach_origin(turn)
+                counts.begin_exchange()
+                end = await pass_on(turn, counts.begin_response)
             else:
+                await reach_origin(turn)
                 response, reader = await request_upgrade(turn)
                 if isinstance(response, Switched):
                     open_tunnel(turn, response, on_end)
