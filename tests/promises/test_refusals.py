@@ -404,3 +404,49 @@ def test_an_unknown_name_is_reported_as_such_by_a_real_client(two_sites: tuple[S
     (_, tunnel), _ = two_sites
     with pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"):
         connect_tls(tunnel, server_name="c.example").close()
+
+
+# --- what is logged of them -------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_nothing_of_a_malformed_head(certificate: Certificate) -> None:
+    """Heads contain tokens and passwords, also when a line is malformed, and so do origins' responses."""
+    answers = [
+        b"HTTP/1.1 hush\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nSet-Cookie : sid=hush\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhush\r\n",
+    ]
+
+    def respond(sock: socket.socket) -> None:
+        received = b""
+        while not received.endswith(b"\r\n\r\n"):
+            received += sock.recv(65_536)
+        sock.sendall(answers.pop())
+
+    rule = '[[rules]]\nname = "r"\nwhen = \'duration(headers["x-token"]) > duration(query[headers["x-key"]][0])\'\n'
+    with (
+        RawOrigin(respond) as origin,
+        Tunnel(
+            None,
+            certificate,
+            config=f'listen = ["127.0.0.1:0"]\n{rule}action = "block"\n'
+            f'[[sites]]\norigins = ["{origin.address}"]\nweb_origins = ["same"]\n'
+            f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n',
+        ) as tunnel,
+    ):
+        for head in (
+            _request("GET /chat?token=hush x HTTP/1.1"),
+            _request("GET /chat?token=hush"),
+            _request(more="Authorization : Bearer hush\r\n"),
+            _request(more="Bearer hush\r\n"),
+            _request(more="Content-Length: hush\r\n"),
+            _request(Host="hush hush"),
+            _request(more="Origin: https://a.example/?hush\r\n"),
+        ):
+            assert send_request(tunnel, head).status in {400, 403}
+        for more in ("X-Token: hush\r\n", "X-Token: 1s\r\nX-Key: hush\r\n", ""):
+            with contextlib.suppress(ssl.SSLEOFError, ConnectionResetError):  # a response is cut off
+                send_request(tunnel, _request(more=more))
+        assert len(tunnel.wait_records(10)) == 10
+        assert "malformed field" in tunnel.log
+        assert "hush" not in tunnel.log

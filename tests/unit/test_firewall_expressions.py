@@ -237,7 +237,7 @@ def test_expression_that_reads_a_missing_key_loads() -> None:
         ('timestamp(query["t"][0]) < now', facts(b"/?t=yesterday%1b[2J"), "Function 'timestamp' error"),
         ('timestamp(query["t"][0]) + duration("9999999h") < now', facts(b"/?t=9999-12-31T23:59:59Z"), "overflow"),
         ('double(query["n"][0]) > 1.0', facts(b"/?n=nan"), "No such overload"),
-        ('headers[query["h"][0]] == "a"', facts(b"/?h=" + b"%1b" * 200), 'there is no key "\\x1b'),
+        ('headers[query["h"][0]] == "a"', facts(b"/?h=" + b"%1b" * 200), "no such key"),
         ('query["a"]', facts(b"/?a=1"), "the result is a list, not true or false"),
         ('in_list(query["a"], "office")', facts(b"/?a=1"), "in_list takes a string, not a list"),
     ],

@@ -75,6 +75,7 @@ _BODY = {
 _PARSE_ERROR = re.compile(r"<input>:([0-9]+):([0-9]+): ([^\n]*)")
 _PYTHON_ERROR = "Python function call failed: TypeError: "
 _MAX_ERROR = 200
+_QUOTED_VALUE = re.compile(r"""(?:: Error \{[^"]*)?".*""", re.DOTALL)
 
 # It warns whenever one of our functions raises, and quotes the client's value. `EvaluationError` says the same.
 logging.getLogger("cel").setLevel(logging.CRITICAL + 1)
@@ -91,7 +92,7 @@ class ExpressionError(ConfigurationError):
 
 
 class EvaluationError(Exception):
-    """An expression could not be evaluated for a request. The text is escaped for the log.
+    """An expression could not be evaluated for a request. The text is escaped, and has no value that a client sent.
 
     `typing` means that a value has the wrong type, which is a fault of the expression. Otherwise the request has no
     such key or index, or a text is not a number or a time.
@@ -120,7 +121,9 @@ class Expression:
         try:
             found = self._program.execute(context)
         except KeyError as error:
-            raise EvaluationError(f"there is no key {quoted(str(error.args[0]))}") from None
+            key = str(error.args[0])
+            # A key that a client sent may be a token, and would be in the log.
+            raise EvaluationError(f"there is no key {quoted(key)}" if key in self.text else "no such key") from None
         except BaseException as error:
             # The library raises a dozen types. A panic in its Rust code is not an Exception, but must not end the
             # process.
@@ -270,7 +273,9 @@ def _translate_error(error: BaseException) -> EvaluationError:
     # How the library reports an exception of one of our functions.
     _, ours, reason = text.partition(_PYTHON_ERROR)
     typing = bool(ours) or isinstance(error, TypeError)
-    return EvaluationError(printable((reason or text).partition(". C")[0][:_MAX_ERROR]), typing=typing)
+    # What the library quotes is a value, such as the text that is no duration, and may be a client's token.
+    text = _QUOTED_VALUE.sub("", reason or text)
+    return EvaluationError(printable(text.partition(". C")[0][:_MAX_ERROR]), typing=typing)
 
 
 def _lower(value: object) -> str:

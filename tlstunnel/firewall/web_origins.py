@@ -60,7 +60,8 @@ class WebOriginCheck:
         origin = normalise_web_origin(values[0])
         if origin and self._allows(origin, facts):
             return None
-        return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this web origin may not connect", sent)
+        detail = origin or "not exactly one web origin"
+        return _refuse(Reason.WEB_ORIGIN_NOT_ALLOWED, "pages of this web origin may not connect", detail)
 
     def _allows(self, origin: str, facts: Facts) -> bool:
         if origin in self._exact:

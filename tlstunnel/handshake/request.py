@@ -15,6 +15,7 @@ from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, overlo
 import h11
 
 from tlstunnel.handshake.fields import ByName, group_by_name, has_control, has_token, parse_extension_names, split_list
+from tlstunnel.handshake.malformed import describe_malformed_head
 from tlstunnel.handshake.refusal import UPGRADE, Fields, Refusal
 from tlstunnel.journal.events import Reason
 
@@ -23,9 +24,6 @@ MAX_HEAD = 16_384
 
 MAX_FIELDS = 100
 """Fields of a request head. Apache allows 100, HAProxy 101, Envoy 100."""
-
-MAX_DETAIL = 200
-"""Characters kept of h11's message about a malformed head: it quotes whole lines."""
 
 MAX_LENGTH = 2**63 - 1
 """Bytes of a body. A larger number overflows in a reader that counts in 64 bits, which then sees a shorter body."""
@@ -238,7 +236,7 @@ def parse_with_h11(data: bytes) -> tuple[_Head, ByName]:
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
         raise _bad_request(
-            Reason.MALFORMED_HEAD, "the request is not valid HTTP/1.1", str(error)[:MAX_DETAIL]
+            Reason.MALFORMED_HEAD, "the request is not valid HTTP/1.1", describe_malformed_head(error, data)
         ) from None
     assert isinstance(event, h11.Request)  # the head is complete
     raw = tuple(event.headers.raw_items())

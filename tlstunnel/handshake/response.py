@@ -20,8 +20,9 @@ from tlstunnel.handshake.fields import (
     parse_extension_names,
     split_list,
 )
+from tlstunnel.handshake.malformed import describe_malformed_head
 from tlstunnel.handshake.refusal import render_head
-from tlstunnel.handshake.request import MAX_DETAIL, UpgradeRequest
+from tlstunnel.handshake.request import UpgradeRequest
 
 MAX_RESPONSE_HEAD = 65_536
 """Bytes of the interim heads and the final one together. Envoy allows 60 KiB, node 16 KiB."""
@@ -139,7 +140,7 @@ class ResponseReader:
                 self._parser.receive_data(data)
             return self._parser.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadResponse(f"response is not HTTP: {error}"[:MAX_DETAIL]) from None
+            raise BadResponse(f"response is not HTTP: {describe_malformed_head(error)}") from None
 
     def _build_declined(self, event: h11.Response) -> Declined:
         fields = check_fields(event)

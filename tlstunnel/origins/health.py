@@ -14,6 +14,7 @@ import h11
 from wsproto.utilities import generate_accept_token
 
 from tlstunnel.config import Health
+from tlstunnel.handshake.malformed import describe_malformed_head
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.members import Member
@@ -73,8 +74,10 @@ async def check(member: Member, health: Health, preface: bytes = b"") -> str:
         return f"no response within {health.timeout}"
     except OSError as error:
         return error.strerror or str(error)
-    except (h11.RemoteProtocolError, ValueError) as error:
-        return f"the response is not HTTP: {error}"[:200]
+    except h11.RemoteProtocolError as error:
+        return f"the response is not HTTP: {describe_malformed_head(error)}"
+    except ValueError:
+        return "the response is not HTTP"
 
 
 async def _connect_and_check(member: Member, health: Health, preface: bytes) -> str:
