@@ -123,8 +123,12 @@ class Pool:
         waited_for = [o.resolving for o in origins if not o.members and o.resolving is not None]
         if waited_for and not any(origin.members for origin in origins):
             # All waiting requests share one look-up; one that times out does not cancel it.
-            async with asyncio.timeout_at(deadline):
-                await asyncio.shield(asyncio.gather(*waited_for))
+            done, pending = await asyncio.wait(waited_for, timeout=max(deadline - loop.time(), 0.0))
+            if pending:
+                raise TimeoutError
+            for task in done:
+                if not task.cancelled():
+                    task.result()  # an error in it is a bug
         return self._order_usable(ip, request, loop.time(), origins)
 
     def _order_usable(self, ip: str, request: Request, now: float, origins: Sequence[_Origin]) -> list[Member]:

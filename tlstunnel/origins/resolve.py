@@ -14,6 +14,9 @@ from tlstunnel.origins.members import SocketAddress
 MAX_LOOKUPS = 32
 """Look-ups at the same time: a resolver may hang, and an edge worker may derive names from what clients send."""
 
+THREAD_NAME = "resolver"
+"""The name of the threads. They hold nothing, so an exit may interrupt them."""
+
 Address = tuple[socket.AddressFamily, SocketAddress]
 
 _lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
@@ -49,7 +52,7 @@ async def resolve(host: str, port: int) -> list[Address]:
             loop.call_soon_threadsafe(report, result)
 
     try:
-        threading.Thread(target=look_up, name="resolver", daemon=True).start()
+        threading.Thread(target=look_up, name=THREAD_NAME, daemon=True).start()
     except RuntimeError as error:  # no more threads
         _lookups.release()
         raise OSError(str(error)) from None

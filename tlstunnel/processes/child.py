@@ -22,6 +22,7 @@ from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.origins.resolve import THREAD_NAME
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.pulse import Responder
@@ -221,10 +222,10 @@ def _exit_despite_threads() -> None:
     """Exit even if a thread does not end, such as one in which an edge worker still runs.
 
     The interpreter would wait for it without limit. This includes daemon threads, because it waits for all threads of
-    executors.
+    executors. Those of a resolver that does not respond are not waited for at all.
     """
     deadline = time.monotonic() + STUCK_SECONDS
-    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
+    others = [one for one in threading.enumerate() if one is not threading.current_thread() and one.name != THREAD_NAME]
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0.0))
     if stuck := [thread.name for thread in others if thread.is_alive()]:
