@@ -9,11 +9,13 @@ import random
 import signal
 import socket
 import ssl
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis import HealthCheck, Phase, Verbosity, assume, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -41,6 +43,8 @@ from tests.promises.firewalled import config_for
 MAX_OPEN = 12
 MAX_KILLS = 3
 """In one run: the delay before a process is replaced doubles with each one that dies soon."""
+SEED = 27
+"""Of the few steps in ./scripts/test: with it they have every rule. Most seeds leave some out."""
 FORBIDDEN = '[[sites.rules]]\nname = "closed"\nwhen = \'path == "/closed"\'\naction = "block"\n'
 BROKEN = "listen = [\n"
 
@@ -101,8 +105,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.ports = [0, 0]
         self.origins = [ExitStack(), ExitStack()]
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(chosen=st.integers(0, 9))
+    def start(self, chosen: int) -> None:
+        # Hypothesis tries the simplest choices first: the first step of all, again and again.
+        assume(chosen > 0)
         for number in (0, 1):
             self.begin_origin(number)
         arguments = ("--processes", str(self.processes))
@@ -199,7 +205,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def kill_a_process(self, data: st.DataObject) -> None:
         self.kills += 1
-        processes = self.tunnel.status()["processes"]
+        processes = self.responding()
         victim = processes[data.draw(st.integers(0, len(processes) - 1))]
         os.kill(victim["process"], signal.SIGKILL)
         eventually(lambda: victim["process"] not in self.tunnel.pids)
@@ -223,7 +229,11 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def every_tunnel_is_counted(self) -> None:
         if hasattr(self, "tunnel"):
-            eventually(lambda: sum(one["tunnels"] for one in self.tunnel.status()["processes"]) == len(self.model.open))
+            eventually(lambda: sum(one["tunnels"] for one in self.responding()) == len(self.model.open))
+
+    def responding(self) -> list[dict[str, Any]]:
+        """Return the processes, without one that is about to exit and no longer says how many tunnels it has."""
+        return [one for one in self.tunnel.status()["processes"] if one["tunnels"] is not None]
 
 
 @pytest.fixture
@@ -231,11 +241,11 @@ def machine(certificate: Certificate) -> type[AnyOrder]:
     return type("AnyOrderHere", (AnyOrder,), {"certificate": certificate})
 
 
-def _run(machine: type[AnyOrder], examples: int, steps: int) -> None:
+def _run(machine: type[AnyOrder], steps: int) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples,
+            max_examples=1,
             stateful_step_count=steps,
             deadline=None,
             # A failure is shown as it happened: to shrink it would take as long as the first run, many times.
@@ -247,9 +257,12 @@ def _run(machine: type[AnyOrder], examples: int, steps: int) -> None:
 
 
 def test_a_few_steps(machine: type[AnyOrder]) -> None:
-    _run(machine, examples=1, steps=10)
+    """The same steps at each run, with most of the rules, so that a failure is not a matter of chance."""
+    _run(seed(SEED)(machine), steps=16)
 
 
 @pytest.mark.soak
 def test_many_steps(machine: type[AnyOrder]) -> None:
-    _run(machine, examples=max(1, int(float(os.environ.get("TLSTUNNEL_SOAK_SECONDS", "600")) / 40)), steps=60)
+    until = time.monotonic() + float(os.environ.get("TLSTUNNEL_SOAK_SECONDS", "600")) / 2
+    while time.monotonic() < until:
+        _run(machine, steps=60)
