@@ -181,7 +181,9 @@ def test_failed_restart_of_a_helper_is_retried(
     assert str(rules) in log[1]
 
 
-def test_replacing_children_fails_no_request(rule_set: RuleSet) -> None:
+def test_replacing_children_fails_no_request(rule_set: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MAX_WAIT", 60.0)
+
     async def ask(pool: HelperPool) -> set[int]:
         seen: set[int] = set()
 
