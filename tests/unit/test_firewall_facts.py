@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.corpus import corpus
 from tests.handshakes import FIELDS as PLAIN
 from tests.handshakes import Field, request, without
 from tlstunnel.firewall.cookies import MAX_COOKIES
@@ -19,6 +20,7 @@ from tlstunnel.firewall.facts import (
     Facts,
     gather,
     normalise_path,
+    refuse_ambiguous,
 )
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.refusal import Refusal
@@ -307,6 +309,11 @@ def test_query_may_contain_what_a_path_may_not() -> None:
 )
 def test_ordinary_paths_are_accepted(target: bytes) -> None:
     assert facts(target).request.target == target
+
+
+def test_targets_of_real_applications_are_accepted() -> None:
+    for sample in corpus.handshakes():
+        refuse_ambiguous(sample.request.target)
 
 
 # Bounds.
