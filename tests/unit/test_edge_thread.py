@@ -526,6 +526,9 @@ class _Client:
 
     gone = False
 
+    def check_gone(self) -> bool:
+        return self.gone
+
 
 def _edge(of: Workers, timeout: float, on_error: Any = "refuse", metrics: Registry | None = None) -> Edge:
     configured = site("x:fetch", worker_timeout=Timeout(timeout), worker_on_error=on_error)
