@@ -50,7 +50,7 @@ SPOOFABLE_FIELDS = frozenset((
     # The client's address.
     b"true-client-ip", b"x-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip", b"fastly-client-ip",
     b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-appengine-user-ip", b"x-envoy-external-address",
-    b"cf-connecting-ipv6", b"do-connecting-ip",
+    b"cf-connecting-ipv6", b"do-connecting-ip", b"client-ip", b"x-azure-clientip",
     # The target, the host and the method.
     b"x-original-url", b"x-rewrite-url", b"x-original-host", b"x-original-uri", b"x-host", b"x-http-host-override",
     b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-path", b"x-forwarded-uri", b"x-script-name",
@@ -61,6 +61,7 @@ SPOOFABLE_FIELDS = frozenset((
     b"x-auth-request-groups", b"x-authenticated-user", b"x-webauth-user", b"ssl-client-cert", b"ssl-client-verify",
     b"ssl-client-s-dn", b"x-ssl-cert", b"x-ssl-client-cert", b"x-ssl-client-verify", b"x-ssl-client-s-dn",
     b"x-ssl-client-dn", b"x-client-cert", b"client-cert", b"client-cert-chain", b"x-forwarded-client-cert",
+    b"x-arr-clientcert",
     # A proxy for the origin's own requests (CVE-2016-5385, "httpoxy").
     b"proxy",
 ))  # fmt: skip
