@@ -122,6 +122,8 @@ class ServingProcess:
         return messages.Done()
 
     async def _serve(self, request: messages.Serve, _: list[int]) -> messages.Done:
+        if self._begun_service.draining:
+            return messages.Done()  # a signal came first: its listeners are closed, and another child takes its place
         for number in self._listeners.keys() - set(request.kept):
             self._begun_service.close_listener(self._listeners.pop(number))
         self._begun_service.accept([self._listeners[number] for number in request.numbers])
