@@ -149,6 +149,7 @@ class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor)
         self.truncated = False
+        self.sends_alert = False  # about an end that it did not expect, as OpenSSL 3.5 does
         self.failed = self.send_failed = False  # for OpenSSL
         self.blocked = b""  # the data of a send that would block
         self.progress = 0  # how much of it was sent nevertheless
@@ -183,6 +184,8 @@ class FakeTls(FakeSocket, ssl.SSLSocket):  # type: ignore[misc] # signatures of 
             raise self.taken_error()
         if self.truncated or self.broken:
             self.failed = True
+            if self.sends_alert and not self.truncated:
+                raise BrokenPipeError(errno.EPIPE, "broken pipe")
             error = ssl.SSLError(8, "EOF occurred in violation of protocol")
             error.reason = "UNEXPECTED_EOF_WHILE_READING"
             raise error
@@ -618,8 +621,10 @@ def test_a_tls_error_names_the_error() -> None:
 # PAUSED and ENDING
 
 
-def test_a_hang_up_of_a_paused_side_is_no_longer_watched_and_is_read_later() -> None:
+@pytest.mark.parametrize("sends_alert", [False, True])
+def test_a_hang_up_of_a_paused_side_is_no_longer_watched_and_is_read_later(sends_alert: bool) -> None:
     play = Playbook().start()
+    play.client.sends_alert = sends_alert
     play.origin.window = 0
     play.client.feed(b"first")
     play.run()

@@ -396,8 +396,10 @@ class _TlsSide(_Side):
         if isinstance(error, ssl.SSLZeroReturnError):
             return Reason.CLOSED  # what OpenSSL raises at the end when our own close_notify has been sent
         reason = _reason_of(error)
-        # The failed send took the socket's error with it: without it, a reset reads as a truncation.
-        return Reason.RESET if reason == Reason.TRUNCATED and self.send_error is not None else reason
+        # The failed send took the socket's error with it: without it, a reset reads as a truncation, or as EPIPE when
+        # OpenSSL 3.5 tries to send an alert about that.
+        hidden = self.send_error is not None and reason in {Reason.TRUNCATED, Reason.CLOSED}
+        return Reason.RESET if hidden else reason
 
     def has_decrypted_data(self) -> bool:
         """Return whether OpenSSL has decrypted data that has not been read yet."""
