@@ -221,7 +221,8 @@ def test_more_and_fewer_processes_by_reload(certificate: Certificate) -> None:
 
             def change(number: int) -> None:
                 tunnel.reload(f"processes = {counts[number]}\n{text}")
-                eventually(lambda: _states(tunnel).count("serving") == counts[number])
+                serving = [one for one in tunnel.status()["processes"] if one["state"] == "serving"]
+                assert len(serving) == counts[number]
 
             async def run() -> None:
                 traffic = Traffic(tunnel)
