@@ -234,6 +234,18 @@ def test_more_and_fewer_processes_by_reload(certificate: Certificate) -> None:
             assert [record for record in tunnel.records("connection") if record["status"] != 101] == []
 
 
+def test_a_place_that_drains_can_be_filled_again(origin: RawOrigin, certificate: Certificate) -> None:
+    """Draining takes as long as the tunnels last; a reload that asks for more processes does not wait for it."""
+    text = config_for(origin.address, certificate)
+    with Tunnel(None, certificate, config=f"processes = 2\n{text}") as tunnel, ExitStack() as stack:
+        for _ in range(20):
+            assert upgrade(stack.enter_context(connect_tls(tunnel))).status == 101
+        tunnel.reload(f"processes = 1\n{text}")
+        assert sorted(_states(tunnel)) == ["draining", "serving"]
+        tunnel.reload(f"processes = 2\n{text}")
+        assert sorted(_states(tunnel)) == ["draining", "serving", "serving"]
+
+
 def test_fewer_processes_serve_every_socket(origin: RawOrigin, certificate: Certificate) -> None:
     text = config_for(origin.address, certificate)
     with Tunnel(None, certificate, config=f"processes = 3\n{text}") as tunnel:

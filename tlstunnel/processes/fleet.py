@@ -283,12 +283,12 @@ class Fleet:
         if child.silent or not (child.outdated or child.identity.place > self.count()):
             self._run_in_background(self.assign())
             return
-        # It has missed a reload.
+        self._run_in_background(self._dismiss(child))  # it has missed a reload
+
+    async def _dismiss(self, child: Child) -> None:
+        """Drain a child, and free its place at once, for another one if it is needed: draining may take a day."""
         child.draining = True
         child.leaving.set()
-        self._run_in_background(self._retire_outdated(child))
-
-    async def _retire_outdated(self, child: Child) -> None:
         await self.assign()
         await self.retire(child)
 
@@ -299,9 +299,7 @@ class Fleet:
                 await start
         for child in self.accepting():
             if child.identity.place > self.count():
-                child.draining = True
-                await self.assign()
-                await self.retire(child)
+                await self._dismiss(child)
 
     async def retire(self, child: Child) -> None:
         """Drain a child as configured in ``[release]``."""
