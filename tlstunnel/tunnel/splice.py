@@ -61,8 +61,8 @@ watched for that event alone.
     ENDING                                                  it as a failed send to A
     ENDING   B.unsent is empty, B's TLS has no need         send B the end (a FIN, close_notify and FIN), ENDED
                                                             if the splice does not abort
-    FLOWING, A has acknowledged nothing for                 A is gone; the same                           ENDING
-    PAUSED   `acknowledge_timeout`, with data under way
+    FLOWING, A has acknowledged nothing for                 A is gone: as after RST from A, except that   ENDING
+    PAUSED   `acknowledge_timeout`, with data under way     A's socket is closed without waiting
     any      a send to B fails                              drop B.unsent; B itself may be read on: what  ENDED
                                                             it sent before is delivered. If B's flow is
                                                             ENDED already, the splice aborts
@@ -674,14 +674,22 @@ class Splices:
                 timer.cancel()
         self.close_notify.close()
 
+    def _call_within(
+        self, timeout: float, longest: float, timer: asyncio.TimerHandle | None, call: Callable[[], None]
+    ) -> asyncio.TimerHandle:
+        """Return a timer for `call` that is soon enough for `timeout`: after a quarter of it, 50 ms to `longest`.
+
+        That is `timer` if it is due by then; otherwise it is cancelled.
+        """
+        when = self.loop.time() + min(max(timeout / 4, 0.05), longest)
+        if timer is not None:
+            if timer.when() <= when:
+                return timer
+            timer.cancel()
+        return self.loop.call_at(when, call)
+
     def _sweep_within(self, timeout: float) -> None:
-        """Sweep soon enough for `timeout`: after a quarter of it, between 50 ms and 5 s."""
-        when = self.loop.time() + min(max(timeout / 4, 0.05), 5.0)
-        if self._timer is not None:
-            if self._timer.when() <= when:
-                return
-            self._timer.cancel()
-        self._timer = self.loop.call_at(when, self._sweep)
+        self._timer = self._call_within(timeout, 5.0, self._timer, self._sweep)
 
     def _sweep(self) -> None:
         self._timer = None
@@ -705,13 +713,9 @@ class Splices:
             self._sweep_within(min(splice.idle_timeout or 0.0 for splice in self._with_idle_timeout))
 
     def _check_acknowledgements_within(self, timeout: float) -> None:
-        """Look for peers that are gone soon enough for `timeout`: after a quarter of it, between 50 ms and 30 s."""
-        when = self.loop.time() + min(max(timeout / 4, 0.05), 30.0)
-        if self._acknowledgement_timer is not None:
-            if self._acknowledgement_timer.when() <= when:
-                return
-            self._acknowledgement_timer.cancel()
-        self._acknowledgement_timer = self.loop.call_at(when, self._check_acknowledgements)
+        self._acknowledgement_timer = self._call_within(
+            timeout, 30.0, self._acknowledgement_timer, self._check_acknowledgements
+        )
 
     def _check_acknowledgements(self) -> None:
         if self.all:
