@@ -7,7 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,35 +94,35 @@ def match(problems: Sequence[str], expected: Sequence[tuple[str, str]], file: Pa
         assert part in rest, problem
 
 
+CopyAndCheck = Callable[[Configuration], tuple[Path, int, list[str]]]
+
+
+@pytest.fixture
+def copy_and_check(
+    folder: Path, named_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> CopyAndCheck:
+    """Return a function that copies a file and the files that it names, and returns the copy and what `check` does."""
+
+    def run(configuration: Configuration) -> tuple[Path, int, list[str]]:
+        if "managed_rules" in configuration.name:
+            require_libmodsecurity()
+        file = configuration.copy_to(folder, named_files)
+        return file, *check(file, capsys, monkeypatch)
+
+    return run
+
+
 @pytest.mark.parametrize("configuration", BAD, ids=lambda each: each.name)
-def test_bad(
-    configuration: Configuration,
-    folder: Path,
-    named_files: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if "managed_rules" in configuration.name:
-        require_libmodsecurity()
-    file = configuration.copy_to(folder, named_files)
-    status, reported = check(file, capsys, monkeypatch)
+def test_bad(configuration: Configuration, copy_and_check: CopyAndCheck) -> None:
+    file, status, reported = copy_and_check(configuration)
     assert status == 1
     match(reported, configuration.problems, file)
     assert start(file) == reported
 
 
 @pytest.mark.parametrize("configuration", GOOD, ids=lambda each: each.name)
-def test_good(
-    configuration: Configuration,
-    folder: Path,
-    named_files: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if "managed_rules" in configuration.name:
-        require_libmodsecurity()
-    file = configuration.copy_to(folder, named_files)
-    status, reported = check(file, capsys, monkeypatch)
+def test_good(configuration: Configuration, copy_and_check: CopyAndCheck) -> None:
+    file, status, reported = copy_and_check(configuration)
     assert status == 0
     warnings = [line.replace("warning: ", "", 1) for line in reported]
     assert len(warnings) == len([line for line in reported if ": warning: " in line])
