@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import select
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pytest
@@ -245,6 +246,56 @@ def test_processes_with_one_pipe_do_not_mix_their_lines() -> None:
         own = [line.split() for line in found if line.startswith(name)]
         assert [int(line[1]) for line in own] == list(range(1000))
         assert all(line[-1] == "end" for line in own)
+
+
+class _OtherIsFirst:
+    """A poll that says a pipe has room, which another process then uses."""
+
+    def __init__(self, fd: int, fill: Callable[[], None]) -> None:
+        self._fd = fd
+        self._fill = fill
+
+    def poll(self, _: float) -> list[tuple[int, int]]:
+        self._fill()
+        return [(self._fd, select.POLLOUT)]
+
+
+@pytest.mark.parametrize("may_reopen", [True, False], ids=["own pipe", "pipe of another user"])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket")  # a log is never closed
+def test_a_process_does_not_wait_where_another_one_has_filled_the_pipe(
+    kind: str, *, may_reopen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "pipe":
+        reading, writing = os.pipe()
+    else:
+        reading, writing = (one.detach() for one in socket.socketpair())
+    if not may_reopen:
+        try:
+            os.pwritev(writing, [b"-"], -1, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("the kernel cannot write to a pipe without waiting")
+        monkeypatch.setattr("tlstunnel.journal.lines.os.open", _refuse_to_open)
+    with open(reading, "rb", buffering=0) as reader, open(writing, "w") as stream:  # noqa: PTH123 - descriptors
+        lines = Lines(stream)
+
+        def fill() -> None:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    lines._write_some(b"-" * 4095 + b"\n")
+
+        ordinary, lines._poll = lines._poll, _OtherIsFirst(lines._fd, fill)  # type: ignore[assignment]
+        lines.msg("kept")
+        assert os.get_blocking(stream.fileno())  # as the other programs that have it expect
+        lines._poll = ordinary
+        received = b""
+        while not received.endswith(b"kept\n"):
+            received += os.read(reader.fileno(), 65536)
+            lines._write()
+
+
+def _refuse_to_open(*_: object) -> int:
+    raise PermissionError
 
 
 def test_a_thread_that_logs_without_pause_neither_blocks_nor_displaces(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,18 @@
 import asyncio
 import atexit
 import contextlib
+import errno
+import functools
 import logging
 import os
 import select
+import socket
+import stat
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -79,7 +84,7 @@ class Lines:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._fd = stream.fileno()
+        self._fd, self._write_some = _open_without_waiting(stream.fileno())
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
         self._kept = bytearray()
@@ -141,12 +146,15 @@ class Lines:
             # of the tunnel write to the same pipe.
             while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
                 end = self._kept.rfind(b"\n", 0, MAX_LINE) + 1
-                del self._kept[: os.write(self._fd, self._kept[: end or MAX_LINE])]
+                del self._kept[: self._write_some(self._kept[: end or MAX_LINE])]
                 if self._lost and not self._kept:
                     self._kept += self._render_lost_line()
-            gone = self._kept and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
+        except BlockingIOError:
+            gone = False  # another process of the tunnel has filled the pipe since
         except OSError:
             gone = True
+        else:
+            gone = bool(self._kept) and any(events & ~select.POLLOUT for _, events in self._poll.poll(0))
         if gone:
             self._lost += self._kept.count(b"\n")
             self._kept.clear()
@@ -158,6 +166,36 @@ class Lines:
         lost, self._lost = self._lost, 0
         return msgspec.json.encode({"event": Event.LINES_LOST, "level": "warning", "lost": lost}) + b"\n"
 
+
+def _open_without_waiting(fd: int) -> tuple[int, Callable[[bytes | bytearray], int]]:
+    """Return a descriptor for what `fd` is open for, and a function that writes to it or raises BlockingIOError.
+
+    The processes of a tunnel share one pipe, so another one can fill it between a poll and a write, which would then
+    wait for the reader. O_NONBLOCK on `fd` itself would also apply to every other program that has it.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=os.dup(fd))
+        return sock.fileno(), lambda data: sock.send(data, socket.MSG_DONTWAIT)
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        with contextlib.suppress(OSError):  # of another user, as in many containers, or without a reader
+            reopened = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            return reopened, functools.partial(os.write, reopened)
+        return fd, functools.partial(_write_without_waiting, fd)
+    return fd, functools.partial(os.write, fd)
+
+
+def _write_without_waiting(fd: int, data: bytes | bytearray) -> int:
+    """Write to a pipe or a terminal that cannot be opened again. Before Linux 6.4, that may wait for its reader."""
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno in _NO_NOWAIT:
+            return os.write(fd, data)
+        raise
+
+
+_NO_NOWAIT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 _json_lines: Lines | None = None
 """Where records are written without structlog, which would double the time for each and adds nothing."""
