@@ -183,9 +183,7 @@ def _paused_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _load(
-    description: Description, metrics: Registry, before: LoadedConfig | None, test_folder: Path
-) -> LoadedConfig:
+def _load(description: Description, metrics: Registry, before: LoadedConfig | None, test_folder: Path) -> LoadedConfig:
     problems, of_sites = Problems(), Problems()
     firewall: Firewall | None = None
     sites: Sites | None = None
