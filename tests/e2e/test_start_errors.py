@@ -12,8 +12,12 @@ from tests.harness import PROGRAM, Certificate, child_environment
 
 
 def _start(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return _run(folder, "start", *arguments)
+
+
+def _run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PROGRAM, "start", *map(str, arguments)],
+        [*PROGRAM, *map(str, arguments)],
         cwd=folder,
         env=child_environment(),
         stdin=subprocess.DEVNULL,
@@ -216,9 +220,26 @@ def test_a_file_that_others_can_write_is_not_used_by_itself(tmp_path: Path, mode
     file.chmod(mode)
     said = _refused(tmp_path)
     assert said.endswith(
-        "tlstunnel.toml: is not used unless you name it with --config, because other users can write it (chmod go-w)"
+        "tlstunnel.toml: is not used unless you name it on the command line,"
+        " because other users can write it (chmod go-w)"
     )
     assert "unknown key" in _refused(tmp_path, "--config", file)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o1777])
+def test_a_file_in_a_folder_that_others_can_write_is_not_used_by_itself(tmp_path: Path, mode: int) -> None:
+    """It may be a link of theirs to a file of this user or root, and name workers of theirs beside the link."""
+    own, shared = tmp_path / "own.toml", tmp_path / "shared"
+    own.write_text('[[sites]]\nnames = ["*"]\norigins = ["127.0.0.1:1"]\nworker = "theirs.py:fetch"\n')
+    shared.mkdir()
+    shared.chmod(mode)
+    (shared / "theirs.py").write_text("print('executed')\n")
+    (shared / "tlstunnel.toml").symlink_to(own)
+    for command in (["start"], ["config", "check"]):
+        done = _run(shared, *command)
+        assert done.stderr.endswith("because other users can write its folder (chmod go-w)\n")
+        assert done.stdout == ""
+    assert _run(shared, "config", "check", "tlstunnel.toml").stdout == "executed\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")

@@ -27,12 +27,12 @@ def command() -> None:
     short_help="Check a file, and all that it names.",
     epilog=render_examples("tlstunnel config check /etc/tlstunnel/tlstunnel.toml"),
 )
-@click.argument("file", type=click.Path(path_type=Path), default="tlstunnel.toml")
-def check(file: Path) -> None:
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def check(file: Path | None) -> None:
     """Check FILE, and the certificates, lists, rules and edge workers that it names, as a start would.
 
-    FILE defaults to tlstunnel.toml. Every problem is reported. No address is looked up or listened on. The modules of
-    edge workers are executed, but their setup is not called.
+    FILE defaults to tlstunnel.toml, if only you can write it and this folder. Every problem is reported. No address is
+    looked up or listened on. The modules of edge workers are executed, but their setup is not called.
     """
     # Imported here, because it needs libraries that the other commands do not.
     from tlstunnel.serving.loading import Description, load  # noqa: PLC0415

@@ -16,6 +16,7 @@ from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.cli.control import FOLDERS
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, read
+from tlstunnel.config.document import DEFAULT_FILE
 from tlstunnel.config.invocation import (
     EVERYWHERE,
     LOOPBACK,
@@ -38,10 +39,6 @@ from tlstunnel.program import forbid_core_dumps, set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """Addresses that are left out on a machine without IPv6."""
-
-
-DEFAULT_FILE = Path("tlstunnel.toml")
-"""The configuration file that is used without being named: the one that ``config check`` checks."""
 
 
 class _Processes(click.ParamType[int | Literal["auto"]]):

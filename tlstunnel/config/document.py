@@ -15,15 +15,21 @@ KeyPath = tuple[str | int, ...]
 """The keys and indexes that lead to a value, such as ``("sites", 0, "names")``."""
 
 
+DEFAULT_FILE = Path("tlstunnel.toml")
+"""The file that ``start`` and ``config check`` use if none is named: the one in the current folder."""
+
+
 def read(path: Path, *, trusted_only: bool = False) -> str:
     """Return the text of a configuration file. Raises ConfigurationError.
 
-    With `trusted_only` also if another user may have written it, because it can name edge workers, which are executed.
+    With `trusted_only` also if another user may have written it or its folder, because it can name edge workers, which
+    are executed: in a folder that others can write, a link to a file of yours would execute their workers.
     """
     try:
         with path.open("rb") as file:
             if trusted_only:
-                _refuse_untrusted(path, os.fstat(file.fileno()))
+                _refuse_untrusted(path, "it", os.fstat(file.fileno()))
+                _refuse_untrusted(path, "its folder", path.parent.stat())
             content = file.read()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
@@ -35,14 +41,14 @@ def read(path: Path, *, trusted_only: bool = False) -> str:
         raise ConfigurationError(f"{path}:{line}: the file is not UTF-8") from None
 
 
-def _refuse_untrusted(path: Path, found: os.stat_result) -> None:
+def _refuse_untrusted(path: Path, what: str, found: os.stat_result) -> None:
     if found.st_uid not in {os.geteuid(), 0}:
-        why = "it belongs to another user"
+        why = f"{what} belongs to another user"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        why = "other users can write it (chmod go-w)"
+        why = f"other users can write {what} (chmod go-w)"
     else:
         return
-    raise ConfigurationError(f"{path}: is not used unless you name it with --config, because {why}")
+    raise ConfigurationError(f"{path}: is not used unless you name it on the command line, because {why}")
 
 
 def parse(text: str, source: str) -> dict[str, Any]:

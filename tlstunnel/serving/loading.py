@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from tlstunnel.certificates import CERTIFICATES, issue
 from tlstunnel.config import Config, SiteConfig, decode, read
-from tlstunnel.config.document import KeyPath, render_path
+from tlstunnel.config.document import DEFAULT_FILE, KeyPath, render_path
 from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
 from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems, render_problems
 from tlstunnel.errors import ConfigurationError
@@ -47,9 +47,10 @@ class Description:
     text: str = ""
 
     @classmethod
-    def from_file(cls, file: Path) -> Self:
-        """Read and decode a file. Raises ConfigurationError."""
-        text = read(file)
+    def from_file(cls, file: Path | None) -> Self:
+        """Read and decode a file, None for the one in the current folder. Raises ConfigurationError."""
+        found, file = file is None, file or DEFAULT_FILE
+        text = read(file, trusted_only=found)
         config = decode(text, file.parent, str(file))
         return cls(config, config.sites, file, text)
 
