@@ -311,6 +311,57 @@ def test_the_slowest_expressions_on_the_largest_requests() -> None:
         assert_below(0.1, lambda: _seconds_of(lambda: expression.evaluate(context)))  # noqa: B023
 
 
+def test_a_rule_reads_no_field_of_which_servers_read_different_ones() -> None:
+    repeated = facts(b"/", (b"X-Key", b"banned"), (b"x-key", b"good"), (b"X-Other", b"a"))
+    for text in ('headers["x-key"] == "banned"', 'headers.exists(n, headers[n] == "banned")'):
+        with pytest.raises(Refusal) as caught:
+            Expressions().condition(text)(repeated)
+        assert (caught.value.status, caught.value.reason) == (400, "repeated field")
+    for text in ('headers["x-other"] == "a"', '"x-key" in headers', 'headers.exists(n, n == "x-key")'):
+        assert Expressions().condition(text)(repeated)
+
+
+def test_lists_may_be_repeated() -> None:
+    names = (b"X-Forwarded-For", b"Accept-Language", b"User-Agent", b"Sec-WebSocket-Protocol")
+    seen = facts(b"/", *((name, value) for name in names for value in (b"a", b"b")))
+    for name in names:
+        assert Expressions().condition(f'headers["{name.decode().lower()}"].contains("a, b")')(seen)
+
+
+# Two cookies with four values each, which are 16 combinations.
+FOUR_TIMES_FOUR = b"; ".join(b"%c=%d" % (name, value) for name in b"ab" for value in range(4))
+
+
+def test_values_of_cookies_do_not_multiply_what_a_pattern_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    expressions = Expressions()
+    searched = []
+    pattern = "[ab]*a[ab]{30}c"
+    condition = expressions.condition(f'cookies.a == "x" || cookies.b == "x" || user_agent.regex("{pattern}")')
+    monkeypatch.setitem(expressions._patterns, pattern, searched.append)
+    assert not condition(facts(b"/", (b"User-Agent", b"ab" * 7000), (b"Cookie", FOUR_TIMES_FOUR)))
+    assert len(searched) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "cookies", "evaluates"),
+    [
+        ('cookies.exists(n, cookies[n] == "x")', 30, True),
+        ('cookies.exists(n, cookies[n] == "x")', 180, False),
+        ('cookies.exists(n, ["c","d","e","f","g"].exists(k, cookies[n] == k))', 10, True),
+        ('cookies.exists(n, ["c","d","e","f","g"].exists(k, cookies[n] == k))', 30, False),
+        ('cookies.a == "x" || cookies.b == "x"', 180, True),
+    ],
+)
+def test_values_of_cookies_do_not_multiply_the_steps_of_a_request(text: str, cookies: int, evaluates: bool) -> None:
+    sent = b"; ".join([FOUR_TIMES_FOUR, *(b"c%d=1" % n for n in range(cookies))])
+    condition = Expressions().condition(text)
+    if evaluates:
+        assert not condition(facts(b"/", (b"Cookie", sent)))
+    else:
+        with pytest.raises(Refusal, match="too many cookies"):
+            condition(facts(b"/", (b"Cookie", sent)))
+
+
 @pytest.mark.alone
 def test_regular_expressions_have_no_slow_inputs() -> None:
     """A backtracking engine would not finish."""

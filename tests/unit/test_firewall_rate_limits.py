@@ -184,6 +184,13 @@ def test_more_values_of_a_cookie_than_are_counted_are_refused() -> None:
     assert passes(limits(config()), five)
 
 
+def test_a_repeated_field_does_not_make_a_new_key() -> None:
+    counting = limits(config(key=("header:X-Key",)))
+    assert passes(counting, facts((b"X-Key", b"me")))
+    with pytest.raises(Refusal, match="repeated field"):
+        check(counting, facts((b"X-Key", b"me"), (b"x-key", b"other")))
+
+
 def test_when_is_true_for_any_value_of_a_cookie() -> None:
     counting = limits(config(when='cookies["s"] == "me"'))
     assert passes(counting, cookies(b"s=a; s=me"))

@@ -23,7 +23,9 @@ from tlstunnel.firewall.cookies import MAX_COOKIES, combine
 from tlstunnel.firewall.facts import FIELDS, MAX_ELEMENTS, MAX_QUERY_VALUES, Facts, gather
 from tlstunnel.firewall.lists import AddressSet, NamedLists
 from tlstunnel.handshake.connection import Connection
+from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import MAX_FIELDS, UpgradeRequest
+from tlstunnel.journal.events import Reason
 
 MAX_EXPRESSION = 8192
 """Bytes of an expression. Google Cloud Armor accepts 2048 characters, Cloudflare 4096."""
@@ -107,13 +109,17 @@ class EvaluationError(Exception):
 class Expression:
     """A checked expression, with the `fields` of `Facts` that it reads and those of our `functions` that it calls.
 
-    `cookies` are the names of the cookies whose values it reads, None if they are only known for a request.
+    `cookies` and `headers` are the names of those whose values it reads, None if they are only known for a request.
+    Its longest comprehension takes `fixed_steps`, or `scaled_steps` for each element of what it iterates over.
     """
 
     text: str
     fields: frozenset[str]
     functions: frozenset[str]
     cookies: frozenset[str] | None
+    headers: frozenset[str] | None
+    fixed_steps: int
+    scaled_steps: int
     _program: cel.Program
 
     def evaluate(self, context: cel.Context) -> bool:
@@ -188,8 +194,16 @@ class Expressions:
         unseen = {*program.variables(), *filter(str.isidentifier, program.functions())} - checker.seen
         if unseen:
             raise ExpressionError(f"{quoted(min(unseen))} cannot be used here", 1, 1)
-        cookies = None if checker.reads_any_cookie else frozenset(checker.cookies)
-        expression = Expression(text, frozenset(checker.fields), frozenset(checker.functions), cookies, program)
+        expression = Expression(
+            text,
+            frozenset(checker.fields),
+            frozenset(checker.functions),
+            None if checker.reads_any_cookie else frozenset(checker.cookies),
+            None if checker.reads_any_header else frozenset(checker.headers),
+            checker.fixed_steps,
+            checker.scaled_steps,
+            program,
+        )
         self._try_sample(expression)
         return expression
 
@@ -220,14 +234,22 @@ class Expressions:
         """Return whether the expression is true for any value of the cookies that it reads, or with `every` for all.
 
         `context` is that of the first values. Raises `EvaluationError` if the result depends on values for which it
-        cannot be evaluated, and `Refusal` (400) for more values than it is evaluated for.
+        cannot be evaluated, and `Refusal` (400) for more values than it is evaluated for, or for a repeated field that
+        it reads.
         """
+        if "headers" in expression.fields:
+            facts.refuse_repeated(expression.headers)
         combinations = []
         if "cookies" in expression.fields and facts.repeats_cookies:
             combinations = combine(facts.cookie_values, expression.cookies)
         if len(combinations) < 2:
             return expression.evaluate(context)
-        scope = self.scope([expression])
+        # Counted for this request: a browser's has a tenth of the elements that are possible.
+        steps = max(expression.fixed_steps, expression.scaled_steps * facts.count_largest(expression.fields))
+        if len(combinations) * steps > MAX_STEPS:
+            raise Refusal(400, Reason.TOO_MANY_COOKIES, "the request has several values of too many cookies")
+        # A pattern that takes long is searched for once in each text.
+        scope = Scope([expression], {name: _remember(function) for name, function in self._functions.items()})
         results: list[bool] = []
         failure: EvaluationError | None = None
         for cookies in combinations:
@@ -276,6 +298,22 @@ def _translate_error(error: BaseException) -> EvaluationError:
     # What the library quotes is a value, such as the text that is no duration, and may be a client's token.
     text = _QUOTED_VALUE.sub("", reason or text)
     return EvaluationError(printable(text.partition(". C")[0][:_MAX_ERROR]), typing=typing)
+
+
+def _remember(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which computes each result once, unless it raises."""
+    known: dict[tuple[object, ...], Any] = {}
+
+    def remembered(*args: object) -> Any:
+        try:
+            return known[args]
+        except KeyError:
+            found = known[args] = function(*args)
+            return found
+        except TypeError:  # a list, which the function refuses
+            return function(*args)
+
+    return remembered
 
 
 def _lower(value: object) -> str:
@@ -368,8 +406,9 @@ class _Comprehension:
 class _Checker:
     """Walks over the tokens of an expression once, and checks what it uses. Raises `ExpressionError`.
 
-    `fields` and `functions` are those that it uses, `seen` are all its names. `cookies` are those whose values it
-    reads; with `reads_any_cookie` they depend on the request.
+    `fields` and `functions` are those that it uses, `seen` are all its names. `cookies` and `headers` are those whose
+    values it reads; with `reads_any_cookie` and `reads_any_header` they depend on the request. The steps are those of
+    `Expression`.
     """
 
     def __init__(self, text: str, literals: Callable[[str, list[str]], None]) -> None:
@@ -378,6 +417,10 @@ class _Checker:
         self.seen: set[str] = set()
         self.cookies: set[str] = set()
         self.reads_any_cookie = False
+        self.headers: set[str] = set()
+        self.reads_any_header = False
+        self.fixed_steps = 1
+        self.scaled_steps = 0
         self._text = text
         self._on_literals = literals
         self._tokens = _tokenize(text)
@@ -421,6 +464,8 @@ class _Checker:
             self.fields.add(name)
             if name == "cookies":
                 self._note_cookie(index)
+            elif name == "headers":
+                self._note_header(index)
 
     def _note_cookie(self, index: int) -> None:
         """Note whose value is read where ``cookies`` is used. Whether a name is in the map depends on no value."""
@@ -431,6 +476,16 @@ class _Checker:
             self.cookies.add(key)
         elif after == "[" or (after != "." and self._text_at(index - 1) != "in"):
             self.reads_any_cookie = True
+
+    def _note_header(self, index: int) -> None:
+        """Note whose value is read where ``headers`` is used."""
+        after, key, end = (self._text_at(index + distance) for distance in (1, 2, 3))
+        if after == "[" and end == "]" and self._tokens[index + 2].kind == "string":
+            self.headers.add(self._string_value(self._tokens[index + 2]))
+        elif after == "." and end != "(":
+            self.headers.add(key)
+        elif after == "[":
+            self.reads_any_header = True
 
     def _enclosing(self) -> list["_Comprehension"]:
         """Return the comprehensions around this place, the innermost last."""
@@ -463,10 +518,16 @@ class _Checker:
         if enclosing and macro.text in ("map", "filter"):
             raise self._error(macro, f"{macro.text} cannot be nested in another comprehension; exists and all can")
         size = self._count_steps(index - 3, enclosing[-1] if enclosing else None)
-        if size * math.prod(one.size for one in enclosing) > MAX_STEPS:
+        sizes = [size, *(one.size for one in enclosing)]
+        if math.prod(sizes) > MAX_STEPS:
             reason = f"these comprehensions could take more than {MAX_STEPS} steps"
             hint = "iterate over query[x] inside a comprehension over query, or over a short list"
             raise self._error(macro, f"{reason}; {hint}")
+        # MAX_STEPS allows one range of unknown size at most.
+        if MAX_RANGE in sizes:
+            self.scaled_steps = max(self.scaled_steps, math.prod(sizes) // MAX_RANGE)
+        else:
+            self.fixed_steps = max(self.fixed_steps, math.prod(sizes))
         return _Comprehension(
             variable.text, size, self._text_at(index - 3) == "query" and self._text_at(index - 4) != "."
         )

@@ -1,6 +1,7 @@
 """The facts of a request: the fields that rules can read, and the normalised path that they compare."""
 
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cached_property
 from ipaddress import IPv6Address
@@ -17,6 +18,14 @@ MAX_QUERY_VALUES = 128
 
 MAX_ELEMENTS = 64
 """Elements of Sec-WebSocket-Protocol, and of Sec-WebSocket-Extensions. Real clients send fewer than ten."""
+
+_REPEATABLE = re.compile(
+    r"accept(?:-.*)?|access-control-request-headers|cache-control|connection|cookie|dnt|expect|forwarded|if-match"
+    r"|if-none-match|pragma|prefer|priority|sec-ch-.*|sec-websocket-(?:extensions|protocol)|te|trailer"
+    r"|transfer-encoding|upgrade|user-agent|via|warning|x-forwarded-.*"
+)
+"""Fields that may occur several times: those that are lists (RFC 9110 section 5.3), or that some clients repeat and no
+server trusts."""
 
 _ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -77,6 +86,24 @@ class Facts:
             name.decode("ascii"): (b"; " if name == b"cookie" else b", ").join(values).decode("latin-1")
             for name, values in self.request.by_name.items()
         }
+
+    def refuse_repeated(self, names: Iterable[str] | None) -> None:
+        """Raise `Refusal` (400) if one of these fields, or with None any, is repeated and is no list.
+
+        Starlette, aiohttp and Go read the first one, others the last, and a rule would see neither but both joined.
+        """
+        fields = self.request.by_name
+        if len(fields) == len(self.request.fields):  # nearly always
+            return
+        repeated = {name.decode("ascii") for name, values in fields.items() if len(values) > 1}
+        for name in sorted(repeated if names is None else repeated.intersection(names)):
+            if not _REPEATABLE.fullmatch(name):
+                raise Refusal(400, Reason.REPEATED_FIELD, f"{name} may occur only once")
+
+    def count_largest(self, names: Iterable[str]) -> int:
+        """Return the number of elements in the largest of these attributes that has any."""
+        found = [getattr(self, name) for name in names if name in _COLLECTIONS]
+        return max((sum(map(len, one.values())) if one is self.query else len(one) for one in found), default=0)
 
     @cached_property
     def cookie_values(self) -> dict[str, tuple[str, ...]]:
@@ -155,6 +182,9 @@ FIELDS = (
     "now",
 )
 """The names that rules may use, each an attribute of `Facts`."""
+
+_COLLECTIONS = frozenset({"query", "headers", "cookies", "subprotocols", "extensions"})
+"""Those of them that have elements."""
 
 
 def gather(request: Request, connection: Connection, *, strict_path: bool, now: float) -> Facts:

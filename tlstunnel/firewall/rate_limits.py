@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from ipaddress import IPv6Address, ip_address
 from itertools import product
@@ -173,7 +173,8 @@ class RateLimits:
     async def check(self, facts: Facts, trace: list[LimitTrace] | None = None) -> LimitsOutcome:
         """Count the request, or return its refusal. `trace` receives a `LimitTrace` for each limit.
 
-        A limit by a cookie counts each of its values. Raises `Refusal` (400) for more of them than are counted.
+        A limit by a cookie counts each of its values. Raises `Refusal` (400) for more of them than are counted, and
+        for a repeated field that is a key.
         """
         applying = [(limit, check) for limit in self._limits for check in limit.make_checks(facts)]
         results = await self._counters.check([check for _, check in applying]) if applying else []
@@ -396,12 +397,17 @@ def _parse_key(kind: str, ipv6_prefix: int) -> _Reader:
         return lambda facts: (_client_network(facts.ip, ipv6_prefix),)
     if colon and source == "header" and _TOKEN.fullmatch(name):
         lower = name.lower()
-        return lambda facts: (facts.headers[lower],) if lower in facts.headers else ()
+        return partial(_read_field, name=lower)
     if colon and source == "cookie" and _TOKEN.fullmatch(name):
         return lambda facts: find_identities(facts.cookie_values, name)
     if kind in _READERS:
         return _READERS[kind]
     raise ConfigurationError(_describe_unknown(kind))
+
+
+def _read_field(facts: Facts, name: str) -> tuple[str, ...]:
+    facts.refuse_repeated((name,))
+    return (facts.headers[name],) if name in facts.headers else ()
 
 
 _READERS: dict[str, _Reader] = {

@@ -193,6 +193,7 @@ class Reason(Word):
     TOO_MANY_QUERY_VALUES = "too many query values"
     TOO_MANY_COOKIES = "too many cookies"
     TOO_MANY_ELEMENTS = "too many elements"
+    REPEATED_FIELD = "repeated field"
     ADDRESS_BLOCKED = "address blocked"
     ADDRESS_NOT_ALLOWED = "address not allowed"
     WEB_ORIGIN_MISSING = "web origin missing"
