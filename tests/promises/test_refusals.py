@@ -437,6 +437,10 @@ def test_the_log_has_nothing_of_a_malformed_head(certificate: Certificate) -> No
         for head in (
             _request("GET /chat?token=hush x HTTP/1.1"),
             _request("GET /chat?token=hush"),
+            _request("GET /chat#token=hush HTTP/1.1"),
+            _request("GET https://user:hush@localhost/ HTTP/1.1"),
+            _request("GET ftp://user:hush@localhost/ HTTP/1.1"),
+            _request("GET user:hush@localhost HTTP/1.1"),
             _request(more="Authorization : Bearer hush\r\n"),
             _request(more="Bearer hush\r\n"),
             _request(more="Content-Length: hush\r\n"),
@@ -447,6 +451,6 @@ def test_the_log_has_nothing_of_a_malformed_head(certificate: Certificate) -> No
         for more in ("X-Token: hush\r\n", "X-Token: 1s\r\nX-Key: hush\r\n", ""):
             with contextlib.suppress(ssl.SSLEOFError, ConnectionResetError):  # a response is cut off
                 send_request(tunnel, _request(more=more))
-        assert len(tunnel.wait_records(10)) == 10
+        assert len(tunnel.wait_records(14)) == 14
         assert "malformed field" in tunnel.log
         assert "hush" not in tunnel.log

@@ -334,7 +334,7 @@ FOUR_TIMES_FOUR = b"; ".join(b"%c=%d" % (name, value) for name in b"ab" for valu
 
 def test_values_of_cookies_do_not_multiply_what_a_pattern_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     expressions = Expressions()
-    searched = []
+    searched: list[bytes] = []
     pattern = "[ab]*a[ab]{30}c"
     condition = expressions.condition(f'cookies.a == "x" || cookies.b == "x" || user_agent.regex("{pattern}")')
     monkeypatch.setitem(expressions._patterns, pattern, searched.append)

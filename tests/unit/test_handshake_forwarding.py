@@ -183,6 +183,9 @@ FORGED = [
     b"x_forwarded-proto",
     b"X_Real_IP",
     b"X_Request_Id",
+    b"X.Forwarded.For",
+    b"X+Real~IP",
+    b"x!request|id",
 ]
 
 
@@ -223,6 +226,11 @@ def test_host_is_quoted(host: bytes) -> None:
 
 
 # Fields of a trusted proxy.
+
+
+@pytest.mark.parametrize("name", [b"X_Real_IP", b"X.Real.IP", b"X.Forwarded-Port"])
+def test_only_the_usual_spelling_of_a_proxys_field_is_kept(name: bytes) -> None:
+    assert forwarded(read((name, b"192.0.2.66")), FROM_PROXY) == END_TO_END + OURS
 
 
 def test_chain_of_a_trusted_proxy_grows() -> None:

@@ -12,9 +12,10 @@ from tlstunnel.handshake.request import PlainRequest, Request
 
 _OURS = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id"})
 _FORWARDING = re.compile(
-    rb"^(?:x[-_]forwarded[-_].*|forwarded|x[-_]request[-_]id|x[-_]real[-_]ip|x[-_]client[-_]subject)$", re.MULTILINE
+    rb"^(?:x-forwarded-.*|forwarded|x-request-id|x-real-ip|x-client-subject)$".replace(b"-", rb"[^0-9a-z\n]"),
+    re.MULTILINE,
 )
-"""Fields that origins believe to be a proxy's, in a list of names, one per line. CGI and WSGI treat "_" like "-"."""
+"""Fields that origins believe to be a proxy's, in a list of names, one per line, in any spelling (`to_cgi_name`)."""
 
 _UPGRADED: Fields = ((b"Connection", b"Upgrade"), *UPGRADE)
 _FRAMING = frozenset({b"content-length", b"content_length", b"transfer_encoding"})
@@ -41,27 +42,45 @@ class Forwarding:
     client: str = ""
 
 
+_CGI = bytes(byte if chr(byte).isalnum() and byte < 0x80 else ord("_") for byte in range(256))
+
+
 def to_cgi_name(name: bytes) -> bytes:
-    """Return a field's name as CGI and WSGI see it: in lower case, with ``_`` instead of ``-``."""
-    return name.lower().replace(b"-", b"_")
+    """Return a field's name as CGI sees it: in lower case, with ``_`` for everything but letters and digits.
+
+    WSGI and PHP replace ``-`` alone, but lighttpd and older versions of Apache every other character, too.
+    """
+    return name.lower().translate(_CGI)
 
 
 SPOOFABLE_FIELDS = frozenset((
     # The client's address.
     b"true-client-ip", b"x-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip", b"fastly-client-ip",
     b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"x-appengine-user-ip", b"x-envoy-external-address",
-    b"cf-connecting-ipv6", b"do-connecting-ip", b"client-ip", b"x-azure-clientip",
+    b"cf-connecting-ipv6", b"do-connecting-ip", b"client-ip", b"x-azure-clientip", b"x-azure-socketip",
+    b"cf-pseudo-ipv4", b"x-forwarded", b"forwarded-for", b"proxy-client-ip", b"wl-proxy-client-ip", b"fly-client-ip",
+    b"x-nf-client-connection-ip", b"x-vercel-forwarded-for", b"x-proxyuser-ip", b"incap-client-ip",
+    b"x-sucuri-clientip",
     # The target, the host and the method.
     b"x-original-url", b"x-rewrite-url", b"x-original-host", b"x-original-uri", b"x-host", b"x-http-host-override",
     b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-path", b"x-forwarded-uri", b"x-script-name",
-    b"x-http-method-override", b"x-http-method", b"x-method-override",
+    b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-envoy-original-path",
+    # Where a server finds files, and what it has checked already (Rack's Sendfile, Next.js: CVE-2025-29927).
+    b"x-sendfile-type", b"x-accel-mapping", b"x-middleware-subrequest",
     # The user, and the client's certificate.
     b"remote-user", b"x-remote-user", b"x-forwarded-user", b"x-forwarded-email", b"x-forwarded-groups",
     b"x-forwarded-access-token", b"x-forwarded-preferred-username", b"x-auth-request-user", b"x-auth-request-email",
-    b"x-auth-request-groups", b"x-authenticated-user", b"x-webauth-user", b"ssl-client-cert", b"ssl-client-verify",
+    b"x-auth-request-groups", b"x-authenticated-user", b"x-webauth-user", b"remote-email", b"remote-groups",
+    b"remote-name", b"x-auth-user", b"x-auth-username", b"x-auth-email", b"x-authentik-username", b"x-authentik-email",
+    b"x-authentik-groups", b"x-authentik-name", b"x-authentik-uid", b"tailscale-user-login", b"tailscale-user-name",
+    b"cf-access-authenticated-user-email", b"x-goog-authenticated-user-email", b"x-goog-authenticated-user-id",
+    b"x-ms-client-principal", b"x-ms-client-principal-id", b"x-ms-client-principal-name", b"x-amzn-oidc-identity",
+    b"x-authenticated-userid", b"x-consumer-id", b"x-consumer-custom-id", b"x-consumer-username",
+    b"ssl-client-cert", b"ssl-client-verify",
     b"ssl-client-s-dn", b"x-ssl-cert", b"x-ssl-client-cert", b"x-ssl-client-verify", b"x-ssl-client-s-dn",
     b"x-ssl-client-dn", b"x-client-cert", b"client-cert", b"client-cert-chain", b"x-forwarded-client-cert",
-    b"x-arr-clientcert",
+    b"x-arr-clientcert", b"wl-proxy-client-cert", b"ssl-client-subject-dn", b"x-amzn-mtls-clientcert",
+    b"x-amzn-mtls-clientcert-subject", b"x-amzn-mtls-clientcert-leaf",
     # A proxy for the origin's own requests (CVE-2016-5385, "httpoxy").
     b"proxy",
 ))  # fmt: skip
@@ -166,7 +185,7 @@ def _framing_fields(request: PlainRequest) -> Fields:
 
 def _is_kept(name: bytes) -> bool:
     """Return whether a trusted proxy's forwarding field is forwarded unchanged: not one of ours, in any spelling."""
-    return name.lower() not in _OURS and b"_" not in name
+    return name not in _OURS and name.replace(b"-", b"").isalnum()
 
 
 def _forwarding_fields(request: Request, forwarding: Forwarding) -> Fields:

@@ -3,6 +3,8 @@
 Tested by tests/promises/test_refusals.py and test_firewall_order.py.
 """
 
+import re
+
 from tlstunnel.escaping import printable
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import find_client_address, read_request_id
@@ -33,8 +35,7 @@ async def read_request(turn: Turn) -> None:
     except TimeoutError:
         raise Refusal(408, Reason.REQUEST_TIMED_OUT, f"no complete request within {timeout:g} s") from None
     finally:
-        # Without the query, since it often contains tokens.
-        record.path = printable(reader.target.split(b"?", 1)[0].decode("ascii"))
+        record.path = _path_for_log(reader.target)
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
         record.id = read_request_id(request) or record.id
@@ -44,6 +45,14 @@ async def read_request(turn: Turn) -> None:
     if serving.sites.choose(request.host) is not turn.site:
         raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
     turn.request, turn.early = request, reader.leftover
+
+
+def _path_for_log(target: bytes) -> str:
+    """Return the path without the query or a fragment, which often contain tokens.
+
+    Any other target has none; it may contain a password, as in ``http://user:password@host/``.
+    """
+    return printable(re.split(rb"[?#]", target, maxsplit=1)[0].decode("ascii")) if target.startswith(b"/") else ""
 
 
 async def check_firewall(turn: Turn) -> None:
