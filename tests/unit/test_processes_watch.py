@@ -1,8 +1,10 @@
 """Which children hang: the watch without I/O, and the thread that responds."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlstunnel.processes.guard import parse_stacks
+from tlstunnel.processes.children import Child, Identity, Role
+from tlstunnel.processes.guard import Guard, parse_stacks
 from tlstunnel.processes.pulse import Pulse, Responder
 from tlstunnel.processes.watch import VARIABLE, Finding, Watch, WatchTimes
 
@@ -118,6 +121,31 @@ def test_a_busy_loop_responds() -> None:
             signal.signal(signal.SIGUSR1, previous)
 
     asyncio.run(run())
+
+
+def test_a_child_is_watched_however_long_it_takes_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes may be paused between the request and the reply."""
+
+    async def watch() -> bool:
+        ours, theirs = socket.socketpair()
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"], {})
+        child = Child(pid, Identity(Role.SERVING, 1, 1), ours, {})
+        try:
+            guard = Guard(TIMES, lambda _: None, lambda _: None)
+            watching = asyncio.ensure_future(guard.watch(child))
+            await asyncio.sleep(0)
+            await asyncio.wait([watching], timeout=0.1)
+            number = json.loads(theirs.recv(4096))["ask"]
+            theirs.send(json.dumps({"answer": number, "ok": True, "fds": 0}).encode() + b"\n")
+            await watching
+            return child.pulse is not None
+        finally:
+            child.kill()
+            await child.process.wait()
+            theirs.close()
+
+    monkeypatch.setattr(Child.request, "__defaults__", (0.01, ()))
+    assert asyncio.run(watch())
 
 
 def test_stacks_are_written_before_a_stopped_process_ends() -> None:

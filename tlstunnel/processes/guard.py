@@ -67,7 +67,8 @@ class Guard:
         try:
             with theirs:
                 request = Respond(loop_seconds=self._times.loop)
-                await child.request(request, descriptors=[theirs.fileno(), pulse.stacks])
+                # Without a time limit, which a pause of all processes would exceed: the child would never be watched.
+                await child.link.request(request, [theirs.fileno(), pulse.stacks])
         except ProcessError:  # an earlier release with this format refuses it; or the child has exited
             pulse.close()
         else:
