@@ -192,6 +192,8 @@ def test_errors_name_the_file(ca: Path, tmp_path: Path) -> None:
     crl.write_bytes(b"hello")
     assert reason(ClientFiles(ca, crl)) == f"{crl}: contains no certificate revocation list, or a damaged one"
     other = Authority("Other")
+    crl.write_bytes(crl_pem(CA.revoke(), other.revoke())[:-100])
+    assert reason(ClientFiles(ca, crl)) == (f"{crl}: is incomplete: it has BEGIN X509 CRL 2x, END X509 CRL 1x")
     crl.write_bytes(crl_pem(other.revoke()))
     assert reason(ClientFiles(ca, crl)) == (
         f"{crl}: contains no revocation list of an authority in {ca}: every client would be refused"

@@ -162,6 +162,8 @@ DAMAGED = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
         (DAMAGED, "contains a damaged certificate: "),
         (pem(make())[:200], "contains a damaged certificate: "),
         (pem(make()) + DAMAGED, "contains a damaged certificate: "),
+        # The second one is skipped by parsers, so the chain would be served without it.
+        (pem(make()) + pem(make())[:-5], "is incomplete: it has BEGIN CERTIFICATE 2x, END CERTIFICATE 1x"),
         (b"\xff\xfe-----BEGIN CERTIFICATE-----\n\xff", "contains a damaged certificate: "),
     ],
 )

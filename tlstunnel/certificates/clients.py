@@ -194,6 +194,7 @@ def find_problems(files: ClientFiles) -> list[tuple[str, str]]:
 def _read_lists(path: Path) -> list[x509.CertificateRevocationList]:
     """Read revocation lists: PEM, or one in DER, which is what authorities publish (RFC 5280 section 4.2.1.13)."""
     data = describe.read_bytes(path)
+    describe.refuse_truncated(path, data, b"X509 CRL")
     try:
         if blocks := _CRL.findall(data):
             return [x509.load_pem_x509_crl(block) for block in blocks]

@@ -100,9 +100,11 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
         what = "a private key, not a certificate" if b"PRIVATE KEY-----" in data else "no certificate in PEM form"
         raise CertificateError(f"{path}: contains {what}")
     try:
-        return x509.load_pem_x509_certificates(data)
+        found = x509.load_pem_x509_certificates(data)
     except (ValueError, x509.InvalidVersion) as error:
         raise CertificateError(f"{path}: contains a damaged certificate: {_escape(str(error))}") from error
+    refuse_truncated(path, data, b"CERTIFICATE")
+    return found
 
 
 def read_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
@@ -148,6 +150,18 @@ def read_bytes(path: Path) -> bytes:
     if not data.strip():
         raise CertificateError(f"{path}: is empty")
     return data
+
+
+def refuse_truncated(path: Path, data: bytes, label: bytes) -> None:
+    """Refuse PEM in which a block has no end. Raises CertificateError, naming the file.
+
+    Parsers skip such a block. A chain would be served without an intermediate, and clients of an authority refused,
+    while the file is being written, or until someone notices that the disk was full.
+    """
+    begun, ended = (data.count(b"-----%s %s-----" % (word, label)) for word in (b"BEGIN", b"END"))
+    if begun != ended:
+        what = label.decode()
+        raise CertificateError(f"{path}: is incomplete: it has BEGIN {what} {begun}x, END {what} {ended}x")
 
 
 def _list_names(cert: x509.Certificate) -> tuple[str, ...]:
