@@ -45,6 +45,7 @@ def test_values(field: str, found: dict[str, tuple[str, ...]]) -> None:
 @example("x=1 session=banned")
 @example("session\xa0=banned")
 @example('session="a;b"')
+@example('x= session="banned"')
 def test_what_servers_read_is_found(field: str) -> None:
     """Starlette parses as Django and Tornado do, and aiohttp with http.cookies; others split as Starlette does."""
     found = parse_cookies(field)

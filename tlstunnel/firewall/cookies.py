@@ -24,12 +24,13 @@ Values = Mapping[str, tuple[str, ...]]
 
 _QUOTED = r'"(?:[^\\"]|\\.)*+"'
 # How Python's http.cookies finds pairs: white space separates them too, and a quoted value may contain anything.
-# Possessive, so that the time is proportional to the length.
-_PAIR = re.compile(rf"(?:^|[;\s])([^\s=;]++)\s*+=\s*+({_QUOTED}|[^;\s]*+)")
+# They may overlap: 'a= b="c"' has an empty a and b. Possessive, so that the time is proportional to the length.
+_PAIR = re.compile(rf"(?:^|(?<=[;\s]))(?=([^\s=;]++)\s*+=(\s*+)({_QUOTED}|[^;\s]*+))")
 _UNUSUAL = re.compile(r'["\t\x85\xa0]|[^; ] +[^; ]')
 """Where the pairs of http.cookies may not be those between semicolons."""
 
-_BACKSLASH = re.compile(r"\\(?:([0-3][0-7][0-7])|(.))", re.DOTALL)
+_BACKSLASH = re.compile(r"\\(?:[0-3][0-7][0-7]|.)", re.DOTALL)
+_OCTALS = {f"\\{code:03o}": chr(code) for code in range(256)}
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")  # RFC 3986 section 2.3
 _ESCAPES = {f"%{a}{b}": chr(int(a + b, 16)) for a in "0123456789abcdefABCDEF" for b in "0123456789abcdefABCDEF"}
@@ -44,9 +45,10 @@ def parse_cookies(text: str) -> dict[str, tuple[str, ...]]:
     """
     pairs = _split_at_semicolons(text)
     if is_unusual(text):
-        pairs += ((match[1], match[2]) for match in _PAIR.finditer(text))
+        for name, space, value in _PAIR.findall(text):
+            pairs += [(name, value), (name, "")] if space else [(name, value)]
     found: dict[str, dict[str, None]] = {}
-    for name, value in pairs:
+    for name, value in dict.fromkeys(pairs):
         found.setdefault(name, {})[_normalise(value)] = None
     return {name: tuple(values) for name, values in found.items()}
 
@@ -67,7 +69,7 @@ def _normalise(value: str) -> str:
     if value[:1] == '"' and len(value) > 1 and value[-1] == '"':
         value = value[1:-1]
         if "\\" in value:
-            value = _BACKSLASH.sub(lambda match: chr(int(match[1], 8)) if match[1] else match[2], value)
+            value = _BACKSLASH.sub(lambda match: _OCTALS.get(match[0], match[0][1:]), value)
     return _ESCAPE.sub(lambda match: _UNNEEDED_ESCAPES[match[0]], value) if "%" in value else value
 
 
