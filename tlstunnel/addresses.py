@@ -151,9 +151,13 @@ class Networks:
 def to_client_key(ip: str) -> str:
     """Return what identifies a client at the address `ip` where clients are counted: the address, for IPv6 its /64.
 
-    Whoever has an IPv6 address usually has a whole /64.
+    Whoever has an IPv6 address usually has a whole /64. An IPv4-mapped address counts as the IPv4 address: all of them
+    are in one /64. Proxies name their clients that way, and so does a dual-stack socket from systemd.
     """
-    return ipaddress.IPv6Address(ip).packed[:8].hex() if ":" in ip else ip
+    if ":" not in ip:
+        return ip
+    address = ipaddress.IPv6Address(ip)
+    return str(address.ipv4_mapped) if address.ipv4_mapped is not None else address.packed[:8].hex()
 
 
 def normalise_name(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tlstunnel.addresses import ListenAddress, Networks, OriginAddress, normalise_name, quoted
+from tlstunnel.addresses import ListenAddress, Networks, OriginAddress, normalise_name, quoted, to_client_key
 
 FOLDER = Path("/etc/tlstunnel")
 
@@ -281,3 +281,11 @@ def test_contains_what_ipaddress_says(address: ipaddress.IPv4Address, network: s
     plain = getattr(address, "ipv4_mapped", None) or address
     if not getattr(ipaddress.ip_address(network), "ipv4_mapped", None):
         assert (address in Networks.parse([network])) == (plain == ipaddress.ip_address(network))
+
+
+def test_ipv4_clients_are_counted_separately_however_their_addresses_are_written() -> None:
+    """All IPv4-mapped addresses are in one /64, in which IPv6 clients count as one."""
+    assert to_client_key("::ffff:192.0.2.1") == to_client_key("192.0.2.1") == "192.0.2.1"
+    assert to_client_key("::ffff:192.0.2.2") == "192.0.2.2"
+    assert to_client_key("2001:db8::1") == to_client_key("2001:db8::2") != to_client_key("2001:db8:0:1::1")
+    assert to_client_key("fe80::1%eth0") == to_client_key("fe80::2%eth0")

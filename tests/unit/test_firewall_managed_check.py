@@ -122,6 +122,7 @@ def test_penalties_are_by_address_and_bounded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(check, "MAX_PENALTIES", 3)
     now = 0.0
     penalties = check._Penalties(lambda: now)
+    penalties.add("")
     assert not penalties.holds("")
     penalties.add("203.0.113.1")
     assert penalties.holds("203.0.113.1")

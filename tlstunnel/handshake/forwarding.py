@@ -152,7 +152,8 @@ def apply_edits(fields: Iterable[tuple[bytes, bytes]], edits: Edits) -> list[tup
 def find_client_address(request: Request, peer: str, trusted: Networks) -> str:
     """Return the client's address for a trusted `peer`: the right-most untrusted entry of X-Forwarded-For.
 
-    An entry that is not an address ends the search: the hop that wrote it is then the last one known.
+    An entry that is not an address ends the search: the hop that wrote it is then the last one known. An IPv4-mapped
+    address becomes the IPv4 address.
     """
     entries = b",".join(request.by_name.get(b"x-forwarded-for", ())).decode("latin-1").split(",")
     known = peer
@@ -165,7 +166,8 @@ def find_client_address(request: Request, peer: str, trusted: Networks) -> str:
             break
         if "%" in text:  # a zone is only valid on its own host (RFC 4007 section 6), and may contain anything
             break
-        known = str(address)
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        known = str(mapped or address)
         if known not in trusted:
             break
     return known

@@ -136,6 +136,8 @@ class _Penalties:
         self._until: OrderedDict[str, float] = OrderedDict()
 
     def add(self, ip: str) -> None:
+        if not ip:  # a Unix socket: all clients would wait for one
+            return
         self._until[to_client_key(ip)] = self._clock() + PENALTY
         if len(self._until) > MAX_PENALTIES:
             self._until.popitem(last=False)
