@@ -321,6 +321,16 @@ def test_a_rule_reads_no_field_of_which_servers_read_different_ones() -> None:
         assert Expressions().condition(text)(repeated)
 
 
+@pytest.mark.parametrize("name", [b"X_Key", b"x.key"])
+def test_a_rule_reads_no_field_that_a_client_spells_like_cgi(name: bytes) -> None:
+    seen = facts(b"/", (name, b"banned"))
+    for text in ('headers["x-key"] == "banned"', '!("x-key" in headers) || headers["x-key"] == "good"'):
+        with pytest.raises(Refusal, match="repeated field"):
+            Expressions().condition(text)(seen)
+    assert Expressions().condition(f'headers["{name.decode().lower()}"] == "banned"')(seen)
+    assert Expressions().condition('!("x-other" in headers)')(seen)
+
+
 def test_lists_may_be_repeated() -> None:
     names = (b"X-Forwarded-For", b"Accept-Language", b"User-Agent", b"Sec-WebSocket-Protocol")
     seen = facts(b"/", *((name, value) for name in names for value in (b"a", b"b")))

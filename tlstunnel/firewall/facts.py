@@ -9,6 +9,7 @@ from ipaddress import IPv6Address
 from tlstunnel.firewall.cookies import MAX_COOKIES, is_unusual, parse_cookies
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.fields import split_list
+from tlstunnel.handshake.forwarding import to_cgi_name
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import Request
 from tlstunnel.journal.events import Reason
@@ -90,15 +91,29 @@ class Facts:
     def refuse_repeated(self, names: Iterable[str] | None) -> None:
         """Raise `Refusal` (400) if one of these fields, or with None any, is repeated and is no list.
 
-        Starlette, aiohttp and Go read the first one, others the last, and a rule would see neither but both joined.
+        Starlette, aiohttp and Go read the first one, others the last, and a rule would see neither but both joined. CGI
+        and some WSGI servers see fields with other characters instead of hyphens as the same field.
         """
         fields = self.request.by_name
+        if self._unusual_names and names is not None:
+            for name in sorted(names):
+                if self._unusual_names.get(to_cgi_name(name.encode()), name) != name:
+                    raise Refusal(400, Reason.REPEATED_FIELD, f"a field has the name {name} in another spelling")
         if len(fields) == len(self.request.fields):  # nearly always
             return
         repeated = {name.decode("ascii") for name, values in fields.items() if len(values) > 1}
         for name in sorted(repeated if names is None else repeated.intersection(names)):
             if not _REPEATABLE.fullmatch(name):
                 raise Refusal(400, Reason.REPEATED_FIELD, f"{name} may occur only once")
+
+    @cached_property
+    def _unusual_names(self) -> dict[bytes, str]:
+        """The names of fields that contain other characters than letters, digits and hyphens, by CGI's name."""
+        names = b"".join(self.request.by_name)
+        if names.replace(b"-", b"").isalnum():  # nearly always
+            return {}
+        unusual = (name for name in self.request.by_name if not name.replace(b"-", b"").isalnum())
+        return {to_cgi_name(name): name.decode("ascii") for name in unusual}
 
     def count_largest(self, names: Iterable[str]) -> int:
         """Return the number of elements in the largest of these attributes that has any."""
