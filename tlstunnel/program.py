@@ -132,11 +132,19 @@ def set_process_name(name: str) -> None:
         comm.write_text(name)
 
 
+def find_folder() -> Path:
+    """Return the current folder, or where it was at the start if it has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path(os.environ.get("PWD", "/"))
+
+
 def _to_absolute(path: str) -> str:
     """Make a path absolute. The working directory is named as in ``PWD``, which keeps symbolic links."""
-    folder = os.environ.get("PWD", "")
+    folder, current = os.environ.get("PWD", ""), find_folder()
     try:
-        same = Path(folder).samefile(Path.cwd())
+        same = Path(folder).samefile(current)
     except OSError:
         same = False
-    return os.path.normpath(Path(folder if same else Path.cwd(), path))
+    return os.path.normpath(Path(folder if same else current, path))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +171,21 @@ def test_a_dead_process_leaves_no_client_waiting(origin: RawOrigin, certificate:
             os.kill(victim, signal.SIGKILL)
             for _ in range(40):
                 _echoes(tunnel)
+
+
+def test_a_process_is_replaced_where_the_current_folder_was_replaced(
+    origin: RawOrigin, certificate: Certificate, tmp_path: Path
+) -> None:
+    """A deployment may remove the folder of the previous release, in which the tunnel was started."""
+    with Tunnel(origin.address, certificate, errors_expected=True) as tunnel:
+        (tunnel.folder / "run").rename(tmp_path / "run")
+        shutil.rmtree(tunnel.folder)
+        tunnel.folder.mkdir()
+        (tmp_path / "run").rename(tunnel.folder / "run")
+        before = tunnel.pid
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: set(tunnel.pids) - {before})
+        _echoes(tunnel)
 
 
 def test_a_process_that_keeps_exiting_is_restarted_with_delays(origin: RawOrigin, certificate: Certificate) -> None:

@@ -35,7 +35,7 @@ from tlstunnel.processes.fleet import Options
 from tlstunnel.processes.handover import Handover
 from tlstunnel.processes.parent import Parent
 from tlstunnel.processes.slots import Slots, take_passed_sockets
-from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.program import find_folder, forbid_core_dumps, set_process_name
 
 OPTIONAL = (LOOPBACK[1], EVERYWHERE[1])
 """Addresses that are left out on a machine without IPv6."""
@@ -118,20 +118,22 @@ def command(  # noqa: PLR0913 - the command's options
         config_file = DEFAULT_FILE
     text = handed.config if handed is not None else read(config_file, trusted_only=found) if config_file else None
     listen = _parse_addresses(listen_texts)
-    config = Invocation(config_file).configuration(text)
+    folder = find_folder()
+    config = Invocation(config_file, folder=folder).configuration(text)
     if config.sites and (origin or cert or key or http):
         raise click.UsageError(f"{config_file} has [[sites]], so ORIGIN, --cert, --key and --http must be set there")
     if bool(cert) != bool(key):
         raise click.UsageError("--cert and --key must be given together")
     if origin is not None:
-        _refuse_invalid_origin(origin)
+        _refuse_invalid_origin(origin, folder)
     style = log_format or config.log.format
     configure_logging(style)
     if found and handed is None:
         hint = "it is in this folder; give an ORIGIN to start without it"
         structlog.get_logger().info(Event.CONFIGURATION_FILE, file=str(DEFAULT_FILE.absolute()), hint=hint)
     if handed is not None and handed.probe is not None:
-        invocation = Invocation(config_file, origin, handed.echo.port if handed.echo else None, cert, key, listen, http)
+        echo_port = handed.echo.port if handed.echo else None
+        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder)
         _ensure_test_certificate(invocation, config, log=False)
         given = tuple(map(ListenAddress.parse, handed.slots.passed))
         Slots.try_to_open(addresses_to_listen_on(invocation, config, given), handed.slots, OPTIONAL)
@@ -140,7 +142,8 @@ def command(  # noqa: PLR0913 - the command's options
         return
     with contextlib.ExitStack() as stack:
         echo = None if config.sites or origin is not None else _start_echo(handed, stack)
-        invocation = Invocation(config_file, origin, echo.port if echo else None, cert, key, listen, http)
+        echo_port = echo.port if echo else None
+        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder)
         _ensure_test_certificate(invocation, config, log=handed is None)
         startup = Startup(invocation, text, config, style)
         options = Options(control, processes)
@@ -189,9 +192,9 @@ def _parse_addresses(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
         raise click.BadParameter(str(error), param_hint="--listen") from None
 
 
-def _refuse_invalid_origin(origin: str) -> None:
+def _refuse_invalid_origin(origin: str, folder: Path) -> None:
     try:
-        OriginAddress.parse(origin, Path.cwd())
+        OriginAddress.parse(origin, folder)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="ORIGIN") from None
 

@@ -1,6 +1,6 @@
 """The command line of `start`, combined with the configuration file.
 
-Tested by tests/unit/test_sites.py.
+Tested by tests/unit/test_config_invocation.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,8 @@ class Invocation:
 
     `origin` is as written, and None if the file has the sites; `echo` is the port of the embedded echo origin that
     replaces it. `listen` is empty if the file or the default decides. `http` is None for the default: `pass` in front
-    of an origin without a file, else `refuse`.
+    of an origin without a file, else `refuse`. Relative paths of the file and the origin start from `folder`, the
+    current folder at the start: a process must be able to start although it has been removed, as by a deployment.
     """
 
     file: Path | None = None
@@ -33,6 +34,7 @@ class Invocation:
     key: Path | None = None
     listen: tuple[ListenAddress, ...] = ()
     http: Literal["pass", "refuse"] | None = None
+    folder: Path = Path()
 
     @property
     def site(self) -> SiteConfig | None:
@@ -40,7 +42,7 @@ class Invocation:
         if self.echo is not None:
             address = OriginAddress("127.0.0.1", self.echo, text="echo")
         elif self.origin is not None:
-            address = OriginAddress.parse(self.origin, Path.cwd())
+            address = OriginAddress.parse(self.origin, self.folder)
         else:
             return None
         http = self.http or ("pass" if self.origin is not None and self.file is None else "refuse")
@@ -50,7 +52,7 @@ class Invocation:
         """Decode `text`, the content of the file; None gives the defaults. Raises ConfigurationError."""
         if self.file is None or text is None:
             return Config()
-        return decode(text, self.file.parent, str(self.file))
+        return decode(text, self.folder / self.file.parent, str(self.file))
 
     def as_json(self) -> dict[str, Any]:
         """Return what `from_json` reads in another process."""
@@ -62,6 +64,7 @@ class Invocation:
             "key": str(self.key) if self.key else None,
             "listen": [str(address) for address in self.listen],
             "http": self.http,
+            "folder": str(self.folder),
         }
 
     @classmethod
@@ -69,7 +72,8 @@ class Invocation:
         """Read what `as_json` returned. Raises KeyError or ValueError if another release wrote it."""
         file, cert, key = (Path(fields[name]) if fields[name] else None for name in ("file", "cert", "key"))
         listen = tuple(ListenAddress.parse(text) for text in fields["listen"])
-        return cls(file, fields["origin"], fields["echo"], cert, key, listen, fields["http"])
+        folder = Path(fields.get("folder", ""))  # earlier releases do not write it
+        return cls(file, fields["origin"], fields["echo"], cert, key, listen, fields["http"], folder)
 
 
 def sites_to_serve(invocation: Invocation, config: Config) -> tuple[SiteConfig, ...]:

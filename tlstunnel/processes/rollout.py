@@ -186,8 +186,8 @@ class Rollout:
         return NewConfig(text, config, addresses_to_listen_on(invocation, config, self._slots.passed))
 
     def _read_text(self) -> str | None:
-        file = self._fleet.startup.invocation.file
-        return read(file) if file is not None else None
+        invocation = self._fleet.startup.invocation
+        return read(invocation.folder / invocation.file) if invocation.file is not None else None
 
     async def _prepare(
         self, new: NewConfig, children: Sequence[Child], undo: AsyncExitStack
