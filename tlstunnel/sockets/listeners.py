@@ -175,8 +175,9 @@ def _remove_stale(path: Path) -> None:
 def _lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder for a moment, so that of two simultaneous starts only one replaces a stale socket in it.
 
-    Otherwise the second one could remove the socket that the first one has just created. Raises OSError if the lock is
-    not free within `LOCK_SECONDS`. A folder that cannot be read is not locked.
+    Otherwise the second one could remove the socket that the first one has just created. Whoever can read a folder can
+    lock it for as long as they like, so after `LOCK_SECONDS` it is not waited for. A folder that cannot be read is not
+    locked.
     """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -185,17 +186,19 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         return
     try:
         deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise OSError(errno.EAGAIN, "another process has locked its folder") from None
-                time.sleep(0.01)
+        while not _try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(0.01)
         yield
     finally:
         os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _explain(error: OSError) -> str:
