@@ -272,6 +272,9 @@ def test_only_certificates_of_the_ca_are_revoked(tmp_path: Path) -> None:
     issue.create([], tmp_path)
     with pytest.raises(CertificateError, match="was not issued by"):
         issue.revoke([other.cert], tmp_path)
+    # Programs that look the whole chain up in the list, as OpenSSL can, would refuse every client.
+    with pytest.raises(CertificateError, match="is the CA itself"):
+        issue.revoke([tmp_path / "ca.pem"], tmp_path)
     assert not (tmp_path / "ca.crl").exists()
     for content in (b"hello", issue.revoke([], tmp_path / "other").read_bytes()):
         (tmp_path / "ca.crl").write_bytes(content)

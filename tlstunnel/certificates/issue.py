@@ -118,6 +118,8 @@ def revoke(certs: Sequence[Path], folder: Path) -> Path:
             leaf = describe.read_certificates(cert)[0]
             if not _is_issued_by(leaf, authority.chain[0]):
                 raise CertificateError(f"{cert}: was not issued by {folder / 'ca.pem'}")
+            if leaf == authority.chain[0]:
+                raise CertificateError(f"{cert}: is the CA itself; to stop trusting it, remove it from client_ca")
             entry = x509.RevokedCertificateBuilder().serial_number(leaf.serial_number).revocation_date(now)
             revoked.setdefault(leaf.serial_number, entry.build())
         _replace_file(path, _sign_list(list(revoked.values()), authority, now), 0o644)
