@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tlstunnel.addresses import Networks
 from tlstunnel.handshake.fields import find_hop_by_hop
@@ -51,6 +52,11 @@ def to_cgi_name(name: bytes) -> bytes:
     WSGI and PHP replace ``-`` alone, but lighttpd and older versions of Apache every other character, too.
     """
     return name.lower().translate(_CGI)
+
+
+@lru_cache(maxsize=256)  # a site's names are the same for every request, and may be a hundred
+def _to_cgi_names(names: frozenset[bytes]) -> frozenset[bytes]:
+    return frozenset(map(to_cgi_name, names))
 
 
 SPOOFABLE_FIELDS = frozenset((
@@ -113,7 +119,8 @@ class Edits:
 
         Otherwise a client could send the same field in another spelling that the origin does not distinguish.
         """
-        return frozenset({*map(to_cgi_name, self.removed), *(to_cgi_name(name) for name, _ in self.added)})
+        removed = _to_cgi_names(self.removed)
+        return removed.union([to_cgi_name(name) for name, _ in self.added]) if self.added else removed
 
 
 NO_EDITS = Edits()
