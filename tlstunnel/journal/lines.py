@@ -143,7 +143,7 @@ class Lines:
     def _write(self) -> None:
         try:
             # Where there is POLLOUT, a pipe takes PIPE_BUF bytes at once (pipe(7)). Whole lines, since other processes
-            # of the tunnel write to the same pipe.
+            # of the tunnel write to the same pipe. Only a terminal that is full takes less.
             while self._kept and self._poll.poll(0)[:1] == [(self._fd, select.POLLOUT)]:
                 end = self._kept.rfind(b"\n", 0, MAX_LINE) + 1
                 del self._kept[: self._write_some(self._kept[: end or MAX_LINE])]
