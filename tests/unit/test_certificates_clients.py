@@ -356,7 +356,7 @@ def seen_by(site: ServerCredentials) -> Iterator[tuple[ssl.SSLContext, list[str]
         def do_handshake(self, block: bool = False) -> None:
             super().do_handshake(block)
             try:
-                seen.append(site.check_client(self))
+                seen.append(site.check_client(self.getpeercert(binary_form=True)))
             except ClientRefused as refused:
                 seen.append(f"refused: {refused}")
 

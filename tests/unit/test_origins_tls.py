@@ -19,6 +19,7 @@ from tlstunnel.origins.tls import Contexts, OriginTLS, create_client_context, ex
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import readiness
+from tlstunnel.tls.truncation import Truncated
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,16 @@ def test_a_pair_in_one_file(authority: Authority, tmp_path: Path) -> None:
         ("TLSV1_ALERT_UNKNOWN_CA", "the alert: unknown ca"),
         ("TLSV1_UNRECOGNIZED_NAME", "unrecognized name"),
         ("UNSUPPORTED_PROTOCOL", "UNSUPPORTED_PROTOCOL"),
-        ("UNEXPECTED_EOF_WHILE_READING", "closed the connection"),
     ],
 )
 def test_openssl_errors_have_readable_messages(reason: str, words: str) -> None:
     error = ssl.SSLError(1, reason)
     error.reason = reason
     assert words in explain(error)
+
+
+def test_an_end_without_close_notify_has_a_readable_message() -> None:
+    assert "closed the connection" in explain(Truncated())
 
 
 def test_other_errors_have_the_messages_of_the_system() -> None:
@@ -144,6 +148,7 @@ async def _once(how: OriginTLS, address: OriginAddress) -> None:
     channel, of_client = Channel(sock, watched, wakeup), Channel(client, watched, wakeup)
     try:
         await how.begin(channel, address, of_client)
+        await channel.send(b"y")  # with the last flight of the TLS handshake
         assert await channel.recv() == b"x"
         how.remember(channel, address)
         channel.release()

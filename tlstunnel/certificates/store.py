@@ -271,9 +271,9 @@ class ServerCredentials:
         """Return the context for a new TLS handshake. Raises CertificateError if it cannot be created."""
         return self._contexts.get(self)
 
-    def check_client(self, tls: ssl.SSLSocket) -> str:
+    def check_client(self, certificate: bytes | None) -> str:
         """Return the subject of the client's certificate, "" if it has none. Raises ClientRefused."""
-        return check_client(tls, self.clients)
+        return check_client(certificate, self.clients)
 
 
 class Certificates:

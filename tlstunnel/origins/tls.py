@@ -12,7 +12,8 @@ from tlstunnel.journal.events import Reason
 from tlstunnel.origins.errors import OriginTLSFailed
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.tls.policy import apply_to_client_context
-from tlstunnel.tls.truncation import is_truncation
+from tlstunnel.tls.stream import TlsStream
+from tlstunnel.tls.truncation import Truncated
 
 # X509_V_ERR_... of OpenSSL's x509_vfy.h: the reason in the record, and advice.
 _DISTRUST = {
@@ -93,14 +94,12 @@ class OriginTLS:
         host = address.host or ""
         session, since = self._sessions.get((host, address.port), (None, 0.0))
         try:
-            origin.sock = self.context.wrap_socket(
-                origin.sock,
+            tls = TlsStream(
+                self.context,
                 server_hostname=self.get_server_name(address),
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,
                 session=session if monotonic() - since < SESSION_SECONDS else None,
             )
-            await origin.do_handshake(unless_gone=client)
+            await origin.begin_tls(tls, unless_gone=client)
         except BaseException as error:
             origin.release()
             origin.sock.close()
@@ -111,14 +110,14 @@ class OriginTLS:
 
     def remember(self, origin: Channel, address: OriginAddress) -> None:
         """Keep the session of a connection that has received something: TLS 1.3 sends tickets after the handshake."""
-        sock, host = origin.sock, address.host or ""
-        assert isinstance(sock, ssl.SSLSocket)
+        tls, host = origin.tls, address.host or ""
+        assert tls is not None
         now = monotonic()
         _, since = self._sessions.get((host, address.port), (None, -RETRY_SECONDS))
         # Python copies a session by encoding and decoding it, which is wasted if the origin never resumes one.
-        if sock.session_reused or now - since < RETRY_SECONDS:
+        if tls.session_reused or now - since < RETRY_SECONDS:
             return
-        session = sock.session
+        session = tls.session
         if session is not None and session.has_ticket:
             self._sessions.pop((host, address.port), None)
             if len(self._sessions) >= SESSIONS:
@@ -182,7 +181,7 @@ def explain(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         _, words = _DISTRUST.get(error.verify_code, (Reason.ORIGIN_NOT_TRUSTED, "its certificate is not trusted"))
         return f"{words} ({str(error.verify_message).rstrip('.')})"
-    if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
+    if isinstance(error, Truncated):
         return "it closed the connection without a TLS alert"
     if not isinstance(error, ssl.SSLError):
         return error.strerror or str(error)

@@ -1,27 +1,28 @@
-"""The sockets of a connection before the splice, with operations that wait.
+"""The sockets of a connection before the splice, with operations that wait, with TLS or without.
 
 Both sockets are registered with the process's readiness, edge-triggered, and wake the task of their connection.
-Level-triggered, an incomplete hello that was only peeked would stay readable and wake the task endlessly (seen: 375 000
-times a second).
 
-Tested by tests/promises/test_hello_in_pieces.py.
+Tested by tests/unit/test_channel.py and tests/promises/test_hello_in_pieces.py.
 """
 
+import asyncio
 import contextlib
 import socket
 import ssl
+from typing import Final
 
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, GONE, HUP, IN, OUT, RDHUP, Readiness
+from tlstunnel.tls.stream import LARGE, RECORD, SMALL, TlsStream
+from tlstunnel.tls.truncation import Truncated
 
-_WAIT = (BlockingIOError, ssl.SSLWantReadError)
+MAX_SEND: Final = 65_536
+"""Bytes that are encrypted at once: a peer that reads nothing costs no more memory than this."""
 
-# One for all connections: malloc would map and unmap a block of this size at every read.
-_BUFFER = bytearray(65_536)
-_VIEW = memoryview(_BUFFER)
-
-MAX_READ = len(_BUFFER)
-"""Bytes read at once. It must be at least a TLS record (16 KiB): less would leave decrypted bytes in OpenSSL."""
+# One of each for all connections: malloc would map and unmap a block of this size at every read.
+_RECEIVED = bytearray(LARGE)
+_PLAINTEXT = bytearray(LARGE + RECORD)
+_RECEIVED_VIEW, _PLAINTEXT_VIEW = memoryview(_RECEIVED), memoryview(_PLAINTEXT)
 
 
 class ClientGone(Exception):
@@ -29,17 +30,21 @@ class ClientGone(Exception):
 
 
 class Channel:
-    """A non-blocking socket with operations that wait.
+    """A non-blocking socket with operations that wait. With `tls`, they receive and send plaintext.
 
     `gone` is set once the peer has closed its side or the connection has failed, `failed` in the second case only.
     """
 
-    __slots__ = ("_readiness", "failed", "fd", "gone", "sock", "wakeup")
+    __slots__ = ("_begun", "_buffered", "_readiness", "_unsent", "failed", "fd", "gone", "sock", "tls", "wakeup")
 
     def __init__(self, sock: socket.socket, readiness: Readiness, wakeup: Wakeup) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.gone = self.failed = False
+        self.tls: TlsStream | None = None
+        self._buffered = b""  # received before TLS, and not consumed
+        self._unsent = b""  # ciphertext that the socket has not taken yet
+        self._begun = 0  # bytes of plaintext that it belongs to, which the caller still offers
         self._readiness = readiness
         self.wakeup = wakeup
         readiness.register(self.fd, EDGE_TRIGGERED | IN | RDHUP, self._on_event)
@@ -58,105 +63,175 @@ class Channel:
         whether it has left shows when something is sent to it. It counts as present until the connection fails. One
         that has closed without close_notify, or whose input is unread, counts as gone, and that input is lost.
         """
-        if self.gone and not self.failed and isinstance(self.sock, ssl.SSLSocket):
+        if self.gone and not self.failed and self.tls is not None:
             with contextlib.suppress(OSError):
-                self.gone = self.sock.recv_into(_BUFFER) > 0
+                self.gone = self._receive(self.tls) != b""
         return self.gone
 
     def release(self) -> None:
         """Stop watching the socket, and leave it open."""
         self._readiness.unregister(self.fd)
 
+    def watch_writability(self) -> None:
+        """Watch for writability too."""
+        self._readiness.modify(self.fd, EDGE_TRIGGERED | IN | OUT | RDHUP)
+
     async def wait_writable(self) -> None:
         """Wait until the socket may be writable, or for another event."""
         self.watch_writability()
         await self.wakeup.wait()
 
-    async def peek(self, size: int, seen: int) -> bytes:
-        """Return the first bytes in the socket's buffer without consuming them: more than `seen`, at most `size`.
+    async def buffer(self, size: int) -> bytes:
+        """Return what was received before TLS and not consumed, once there are `size` bytes, at most SMALL more.
 
-        Raises ClientGone if no more bytes can arrive.
+        Raises ClientGone if they cannot arrive any more.
         """
+        while len(self._buffered) < size:
+            try:
+                n = self.sock.recv_into(_RECEIVED, SMALL)
+            except BlockingIOError:
+                await self.wakeup.wait()
+                continue
+            if not n:
+                raise ClientGone
+            self._buffered += _RECEIVED_VIEW[:n]
+        return self._buffered
+
+    def consume(self, size: int) -> None:
+        """Drop the first `size` bytes of what `buffer` returns."""
+        self._buffered = self._buffered[size:]
+
+    async def begin_tls(self, tls: TlsStream, unless_gone: "Channel | None" = None) -> None:
+        """Make the TLS handshake; what `buffer` has received is the peer's first bytes.
+
+        What may be sent with the first data is left in the stream: a server's session ticket, a client's last flight.
+        Raises ssl.SSLError after the alert has been sent; ClientGone as soon as `unless_gone` is gone.
+        """
+        received, self._buffered = self._buffered, b""
+        # A client begins with nothing; a server has the hello.
+        data: bytes | memoryview = received
         while True:
             try:
-                n = self.sock.recv_into(_BUFFER, size, socket.MSG_PEEK)
-                if n > seen:
-                    return bytes(_VIEW[:n])
-                if not n or self.gone:
-                    raise ClientGone
-            except BlockingIOError:
-                pass
-            await self.wakeup.wait()
+                complete = tls.handshake(data)
+            except ssl.SSLError:
+                self._send_alert(tls)
+                raise
+            # The last flight of a server of TLS 1.3 is a ticket, and a client's can go with its request.
+            if tls.output and not (complete and tls.version == "TLSv1.3"):
+                self._unsent += tls.output
+                tls.output = b""
+                self._flush()
+            if complete:
+                break
+            while self._unsent:
+                await self._wait(unless_gone, writable=True)
+                self._flush()
+            while True:
+                try:
+                    n = self.sock.recv_into(_RECEIVED, SMALL)
+                    break
+                except BlockingIOError:
+                    await self._wait(unless_gone)
+            if not n:
+                raise Truncated
+            data = _RECEIVED_VIEW[:n]
+        self.tls = tls
+
+    async def _wait(self, unless_gone: "Channel | None", *, writable: bool = False) -> None:
+        if unless_gone is not None and unless_gone.check_gone():
+            raise ClientGone
+        if writable:
+            self.watch_writability()
+        await self.wakeup.wait()
 
     async def recv(self, unless_gone: "Channel | None" = None) -> bytes:
         """Return the next bytes; b"" at the peer's end. Raises ClientGone as soon as `unless_gone` is gone."""
         while True:
             try:
-                return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
-            except _WAIT:
-                if unless_gone is not None and unless_gone.check_gone():
-                    raise ClientGone from None
-                await self.wakeup.wait()
-            except ssl.SSLWantWriteError:
-                await self.wait_writable()
-
-    async def send(self, data: bytes) -> None:
-        """Send all of `data`."""
-        while data:
-            try:
-                data = data[self.sock.send(data) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                await self.wait_writable()
-            except ssl.SSLWantReadError:
-                await self.wakeup.wait()
-
-    async def take(self, size: int) -> None:
-        """Consume `size` bytes that have been peeked."""
-        while size > 0:
-            size -= self.sock.recv_into(_BUFFER, size)
+                data = self._receive(self.tls)
+            except BlockingIOError:
+                await self._wait(unless_gone)
+                continue
+            if data is not None:
+                return data
+            await asyncio.sleep(0)  # records without data cost time too
 
     def recv_now(self) -> bytes | None:
         """Return the next bytes, b"" at the peer's end, None if none have arrived."""
         try:
-            return bytes(_VIEW[: self.sock.recv_into(_BUFFER)])
-        except _WAIT:
+            data: bytes | None = None
+            while data is None:  # after records without data, of which a stream allows few
+                data = self._receive(self.tls)
+        except BlockingIOError:
             return None
-        except ssl.SSLWantWriteError:
-            self.watch_writability()
-            return None
+        return data
+
+    def _receive(self, tls: TlsStream | None) -> bytes | None:
+        """Return the next bytes, b"" at the peer's end, None after records without data. Raises BlockingIOError."""
+        if tls is None:
+            return bytes(_RECEIVED_VIEW[: self.sock.recv_into(_RECEIVED)])
+        if tls.failure is not None:
+            raise tls.failure
+        if tls.ended:
+            return b""
+        if tls.surplus:
+            data, tls.surplus = memoryview(tls.surplus), b""
+        elif n := self.sock.recv_into(_RECEIVED, tls.limit):
+            data = _RECEIVED_VIEW[:n]
+        else:
+            raise Truncated
+        return self._decrypt(tls, data)
+
+    def _decrypt(self, tls: TlsStream, data: memoryview) -> bytes | None:
+        n = tls.receive(data, _PLAINTEXT_VIEW)
+        if tls.failure is not None:
+            self._send_alert(tls)
+            if not n:
+                raise tls.failure
+        return bytes(_PLAINTEXT_VIEW[:n]) if n else b"" if tls.ended else None
+
+    def _send_alert(self, tls: TlsStream) -> None:
+        if not self._unsent:
+            with contextlib.suppress(OSError):
+                self.sock.send(tls.output)
+        tls.output = b""
+
+    async def send(self, data: bytes) -> None:
+        """Send all of `data`."""
+        while data := self.send_now(data):
+            await self.wakeup.wait()
 
     def send_now(self, data: bytes) -> bytes:
-        """Send what is possible without waiting; return the rest. An event follows when more can be sent."""
-        try:
-            sent = self.sock.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            sent = 0
-        except ssl.SSLWantReadError:
-            return data
-        if sent < len(data):
+        """Send what is possible without waiting; return the rest. An event follows when more can be sent.
+
+        With TLS, the rest must be offered again, and may be followed by more: a part of it is encrypted already.
+        """
+        if self.tls is None:
+            with contextlib.suppress(BlockingIOError):
+                data = data[self.sock.send(data) :]
+        elif not self._unsent or self._flush():
+            while data := data[self._begun :]:
+                chunk = data[:MAX_SEND]
+                self._begun, self._unsent = len(chunk), self.tls.send(chunk)
+                if not self._flush():
+                    break
+            else:
+                self._begun = 0
+        if data:
             self.watch_writability()
-        return data[sent:]
+        return data
 
-    def watch_writability(self) -> None:
-        """Watch for writability too."""
-        self._readiness.modify(self.fd, EDGE_TRIGGERED | IN | OUT | RDHUP)
+    def _flush(self) -> bool:
+        """Send what is encrypted; return whether the socket took all of it."""
+        with contextlib.suppress(BlockingIOError):
+            self._unsent = self._unsent[self.sock.send(self._unsent) :]
+        return not self._unsent
 
-    async def do_handshake(self, unless_gone: "Channel | None" = None) -> ssl.SSLSocket:
-        """Make the TLS handshake on an ``SSLSocket``. Raises ClientGone as soon as `unless_gone` is gone."""
-        sock = self.sock
-        assert isinstance(sock, ssl.SSLSocket)
-        while True:
-            try:
-                sock.do_handshake()
-                return sock
-            except ssl.SSLWantReadError:
-                if unless_gone is not None and unless_gone.check_gone():
-                    raise ClientGone from None
-                await self.wakeup.wait()
-            except ssl.SSLWantWriteError:
-                if unless_gone is not None and unless_gone.check_gone():
-                    raise ClientGone from None
-                await self.wait_writable()
+    def end(self) -> None:
+        """Send close_notify if there is TLS, to leave in one segment with the FIN that must follow. It never waits."""
+        if self.tls is not None and not self._unsent:
+            with contextlib.suppress(OSError):
+                self.sock.send(self.tls.close(), socket.MSG_MORE)
 
 
 def get_address(sock: socket.socket, *, peer: bool) -> tuple[str, int] | None:

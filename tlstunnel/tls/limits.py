@@ -1,4 +1,4 @@
-"""Limits of OpenSSL that Python's ``ssl`` has no functions for: what a client's certificates and sessions may take.
+"""What Python's ``ssl`` has no functions for: limits for a client's certificates and sessions, and groups for origins.
 
 They are set through ``ctypes``, on the ``SSL_CTX`` that is the first member of every ``ssl.SSLContext`` of CPython
 (Modules/_ssl.c, since 3.2). In a Python that links OpenSSL statically, or is not known to be built like that, OpenSSL's
@@ -20,9 +20,13 @@ MAX_SESSIONS: Final = 256
 """Sessions that are kept per context for clients of TLS 1.2 that support no tickets: 870 bytes each. Others are kept by
 the clients themselves."""
 
-# openssl/ssl.h, the same numbers since 0.9.8.
+_GROUPS: Final = (b"X25519MLKEM768:X25519:P-256:P-384:P-521", b"X25519:P-256:P-384:P-521")
+"""Groups for origins. OpenSSL before 3.5 refuses the first list, because it does not have the hybrid."""
+
+# openssl/ssl.h, the same numbers since 0.9.8, and 1.0.2 for groups.
 _SET_SESSION_CACHE_SIZE = 42
 _SET_MAX_CERT_LIST = 51
+_SET_GROUPS_LIST = 92
 
 _KNOWN = sys.implementation.name == "cpython" and (3, 11) <= sys.version_info < (3, 15)
 
@@ -35,6 +39,14 @@ def apply_limits(context: ssl.SSLContext) -> bool:
     _control(pointer, _SET_MAX_CERT_LIST, MAX_CHAIN, None)
     _control(pointer, _SET_SESSION_CACHE_SIZE, MAX_SESSIONS, None)
     return True
+
+
+def exclude_finite_fields(context: ssl.SSLContext) -> bool:
+    """Offer elliptic curves only (docs/tls.md#groups). Return whether this Python can do that."""
+    if _control is None:
+        return False
+    pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
+    return any(_control(pointer, _SET_GROUPS_LIST, 0, groups) == 1 for groups in _GROUPS)
 
 
 def _find_control() -> Callable[..., int] | None:

@@ -7,8 +7,7 @@ fields among them are refused by the ClientHello (docs/tls.md#groups, `hello.Cli
 import ssl
 from typing import Final
 
-from tlstunnel.tls.limits import apply_limits
-from tlstunnel.tls.tls_socket import TlsSocket
+from tlstunnel.tls.limits import apply_limits, exclude_finite_fields
 
 MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
 MAXIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_3
@@ -64,11 +63,11 @@ def apply_to_server_context(context: ssl.SSLContext) -> None:
 def apply_to_client_context(context: ssl.SSLContext) -> None:
     """Set the version and options for origins and `tlstunnel check`."""
     context.minimum_version = MINIMUM_VERSION
+    exclude_finite_fields(context)
     _apply_to_both(context)
 
 
 def _apply_to_both(context: ssl.SSLContext) -> None:
-    context.sslsocket_class = TlsSocket
     context.options |= ssl.OP_NO_RENEGOTIATION
     # Python up to 3.11.2 (Debian 12) sets this: a FIN without close_notify would look like a regular end (seen).
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF

@@ -14,7 +14,8 @@ from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.tls import hello as tls_hello
 from tlstunnel.tls.policy import supports_alpn, supports_version
-from tlstunnel.tls.truncation import is_truncation
+from tlstunnel.tls.stream import TlsStream
+from tlstunnel.tls.truncation import Truncated
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.ends import Dropped
 from tlstunnel.tunnel.sites import Site
@@ -33,13 +34,13 @@ _TLS_HINT = "the client used http:// or ws://; this port needs https:// or wss:/
 
 
 async def read_proxy_header(client: Client) -> None:
-    """Read the PROXY header and nothing more. The client's address in it is trusted. Raises Dropped."""
+    """Read the PROXY header; what came after it is the hello. The client's address in it is trusted. Raises Dropped."""
     channel = client.channel
     try:
-        data = await channel.peek(proxy_protocol.MAX_V2, 0)
+        data = await channel.buffer(1)
         while (header := proxy_protocol.read_header(data)) is None:
-            data = await channel.peek(proxy_protocol.MAX_V2, proxy_protocol.bytes_needed(data) - 1)
-        await channel.take(header.length)
+            data = await channel.buffer(proxy_protocol.bytes_needed(data))
+        channel.consume(header.length)
     except proxy_protocol.BadHeader as error:
         raise Dropped(Reason.PROXY_MALFORMED, detail=error.reason) from None
     except ClientGone:
@@ -53,12 +54,12 @@ async def read_proxy_header(client: Client) -> None:
 
 
 async def read_hello(client: Client) -> tls_hello.ClientHello:
-    """Read the ClientHello, and leave it in the socket: OpenSSL needs all of it. Raises Dropped."""
+    """Read the ClientHello, and leave it in the channel: OpenSSL needs all of it. Raises Dropped."""
     channel = client.channel
     try:
-        data = await channel.peek(tls_hello.MAX_HELLO, 0)
+        data = await channel.buffer(1)
         while (hello := tls_hello.read_client_hello(data)) is None:
-            data = await channel.peek(tls_hello.MAX_HELLO, tls_hello.bytes_needed(data) - 1)
+            data = await channel.buffer(tls_hello.bytes_needed(data))
     except tls_hello.PlainHTTP:
         raise Dropped(Reason.HELLO_PLAIN_HTTP, _PLAIN_HTTP, _TLS_HINT) from None
     except tls_hello.NotTLS:
@@ -92,32 +93,28 @@ def choose_site(client: Client, hello: tls_hello.ClientHello) -> Site:
 
 async def accept_tls(client: Client, site: Site) -> None:
     """Make the TLS handshake, before the deadline that holds since the connection was accepted. Raises Dropped."""
-    channel = client.channel
     try:
-        context = site.context
+        tls = TlsStream(site.context)
     except CertificateError as error:
         raise Dropped(Reason.TLS_OUT_OF_RESOURCES, detail=str(error)) from None
-    channel.sock = context.wrap_socket(
-        channel.sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
-    )
     try:
-        sock = await channel.do_handshake()
+        await client.channel.begin_tls(tls)
     except TimeoutError:
         raise Dropped(Reason.TLS_TIMED_OUT) from None
+    except Truncated:
+        raise Dropped(Reason.TLS_CLIENT_CLOSED) from None
     except ssl.SSLError as error:
-        if isinstance(error, ssl.SSLEOFError) or is_truncation(error):
-            raise Dropped(Reason.TLS_CLIENT_CLOSED) from None
         reason, detail = explain_failure(error)
         raise Dropped(reason, detail=detail) from None
     except OSError as error:
         raise Dropped(Reason.TLS_CLIENT_CLOSED, detail=error.strerror or str(error)) from None
+    certificate = tls.certificate
     try:
-        client.subject = site.check_client(sock)
+        client.subject = site.check_client(certificate)
     except ClientRefused as refused:
         # The client gets it as the response to its request: in TLS 1.3 it is too late for an alert.
         client.certificate_refusal = refused
     if site.edge is not None or site.edits.proxy_header == "v2-tls":
         # Even if the subject is empty: workloads often have their names in the subjectAltName alone.
-        client.certificate = sock.getpeercert(binary_form=True)
-    cipher = sock.cipher()
-    client.tls_version, client.cipher = sock.version() or "", cipher[0] if cipher else ""
+        client.certificate = certificate
+    client.tls_version, client.cipher = tls.version, tls.cipher

@@ -5,7 +5,6 @@ Tested by tests/unit/test_turn.py and tests/promises/test_refusals.py.
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from dataclasses import dataclass
 
@@ -73,7 +72,7 @@ def drop(client: Client, dropped: Dropped) -> None:
     client.serving.journal.failed(_record_failure(client), dropped.reason, dropped.detail)
     # An alert fits into the buffer of a socket to which nothing was sent yet, or the client is gone.
     with contextlib.suppress(OSError):
-        socket.socket.send(client.channel.sock, dropped.response)
+        client.channel.sock.send(dropped.response)
     client.release()
     client.serving.closing_sockets.close_gracefully(client.channel.sock)
 
@@ -126,16 +125,11 @@ def write_record(turn: Turn, end: End) -> None:
 
 def close_connection(client: Client, end: End) -> None:
     """Close a connection with what `end` says."""
-    sock = client.channel.sock
-    if end.reset:
-        client.release()
-        return reset(sock)
-    if isinstance(sock, ssl.SSLSocket):
-        # It sends close_notify and then needs the client's, which is not waited for.
-        with contextlib.suppress(OSError):
-            sock.unwrap()
     client.release()
-    client.serving.closing_sockets.close_gracefully(sock, end.timeout, lingers=end.lingers)
+    if end.reset:
+        return reset(client.channel.sock)
+    client.channel.end()
+    client.serving.closing_sockets.close_gracefully(client.channel.sock, end.timeout, lingers=end.lingers)
 
 
 def _record_failure(client: Client) -> Record:

@@ -5,21 +5,20 @@ Tested by tests/promises/test_ending.py.
 
 import asyncio
 import random
-import ssl
 from collections.abc import Callable
 
 from tlstunnel.handshake.response import Switched
 from tlstunnel.journal.events import Decision, Reason
-from tlstunnel.tunnel.splice import Splice
+from tlstunnel.tunnel.splice import Endpoint, Splice
 from tlstunnel.tunnel.turn import Turn
 
 
 def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> None:
     """Start the splice. It lives without this connection's task; at its end the turn is closed and `on_end` called."""
     client, origin, record, site = turn.client, turn.origin, turn.record, turn.site
-    sock, serving = client.channel.sock, client.serving
+    channel, serving = client.channel, client.serving
     assert origin is not None
-    assert isinstance(sock, ssl.SSLSocket)
+    assert channel.tls is not None
     serving.deadlines.discard(client.wakeup)
     record.verdict = Decision.PASS
     serving.journal.opened(record)
@@ -36,8 +35,8 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
 
     splice = Splice(
         serving.splices,
-        sock,
-        origin.sock,
+        Endpoint(channel.sock, channel.tls),
+        Endpoint(origin.sock, origin.tls),
         to_client=response.head + response.leftover,
         to_origin=turn.early,
         head=len(response.head),

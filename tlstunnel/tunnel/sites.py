@@ -73,12 +73,12 @@ class Site:
         """
         return self.served.context()
 
-    def check_client(self, tls: ssl.SSLSocket) -> str:
-        """Return the subject (RFC 4514, visible ASCII) of the client's certificate; "" without one. TLS is established.
+    def check_client(self, certificate: bytes | None) -> str:
+        """Return the subject (RFC 4514, visible ASCII) of the client's certificate (DER); "" without one.
 
         Raises ClientRefused, whose text is for the client too. A resumed session is checked in the same way.
         """
-        return self.served.check_client(tls)
+        return self.served.check_client(certificate)
 
     def pool_of(self, request: Request) -> Pool:
         """Return the origins for a request, by its path as rules see it."""

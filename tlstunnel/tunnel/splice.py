@@ -3,27 +3,24 @@
 # Theory of operation
 
 A splice has two *sides*, the client (TLS) and the origin (plain or TLS), and two *flows*, one in each direction. A side
-owns its socket, the state of the flow that begins at it (`flow`), and the bytes that its socket has not taken yet
-(`unsent`), which belong to the flow that ends at it:
+owns its socket, its TLS stream if it has one, the state of the flow that begins at it (`flow`), and the bytes that its
+socket has not taken yet (`unsent`, ciphertext if it has TLS), which belong to the flow that ends at it:
 
-    client.sock  -- read -->  client.flow  -- send -->  origin.sock        waiting: origin.unsent
-    client.sock  <-- send --  origin.flow  <-- read --  origin.sock        waiting: client.unsent
+    client.sock  -- receive -->  client.flow  -- send -->  origin.sock        waiting: origin.unsent
+    client.sock  <-- send --  origin.flow  <-- receive --  origin.sock        waiting: client.unsent
 
-Everything happens in `on_event`, which the readiness calls for a descriptor that is ready: read from this side, send to
-the other. There is no queue, no task and no timer for each tunnel.
+Everything happens in `on_event`, which the readiness calls for a descriptor that is ready: receive from this side,
+decrypt, encrypt, send to the other. There is no queue, no task and no timer for each tunnel.
 
-## What OpenSSL does
+## What a TLS stream does
 
-- A read returns at most one record (16 KiB of data). Python does not turn on read-ahead, so OpenSSL takes one record at
-  a time from the kernel, and our buffer has room for all of it. No data is therefore hidden in OpenSSL: a descriptor
-  that is not readable has nothing for us. Only reads before the splice may leave some behind, hence `start`.
-- A send of several records that fills the socket raises SSLWantWriteError although some of them have been sent. The
-  same bytes must be offered again; the address may differ. They count as `moved` when OpenSSL has taken them all.
-- A read may have to write first (the response to a KeyUpdate, RFC 8446 section 4.6.3), and a send may have to read
-  first. Until then neither of the two makes progress.
-- close_notify ends one direction: after the peer's, we may still send. `unwrap()` sends ours but then reads until the
-  peer's, which destroys data that is still coming; `CloseNotify` explains how we avoid that.
-- After a FIN without close_notify, and after any other failure, OpenSSL sends nothing more on that connection.
+- It never touches the socket, and never waits: what it is given is decrypted at once, and what it returns is to be
+  sent (`tls.stream`). So TLS has no states here.
+- Ciphertext that a socket has not taken must be sent before any other, because records are numbered: it is `unsent`.
+  The bytes in it count as moved when the socket has taken all of it.
+- Receiving may produce records for the peer (the response to a KeyUpdate, RFC 8446 section 4.6.3). They are sent at
+  once if the socket takes them, else before the next data. The stream bounds them.
+- close_notify ends one direction: after the peer's, we may still send, and after ours, receive.
 
 ## What Linux does
 
@@ -38,28 +35,26 @@ the other. There is no queue, no task and no timer for each tunnel.
 
     state     meaning                                       A is read  A is watched for  B is watched for
     FLOWING   B.sock took everything                        yes        IN
-    PAUSED    B.unsent is not empty, or TLS has a need      no                           OUT
+    PAUSED    B.unsent is not empty                         no                           OUT
     ENDING    A sends no more; B.unsent or the end itself   no                           OUT
               is still to be sent to B
     ENDED     the end was passed on, or B takes no more     no
 
-The states only move downwards, except that PAUSED returns to FLOWING. A side whose TLS has a need (`tls_need`) is
-watched for that event alone.
+The states only move downwards, except that PAUSED returns to FLOWING.
 
     state    event                                          action                                        next
     FLOWING  A is readable, B takes all of it               count it                                      FLOWING
     FLOWING  B takes a part of it, or nothing               B.unsent is the rest                          PAUSED
-    FLOWING  the same, B's TLS must read first              and B.tls_need is IN, B's flow pauses too     PAUSED
-    FLOWING  reading A: TLS must write first                A.tls_need is OUT                             PAUSED
+    FLOWING  reading A: records for A's peer                send A what it takes, keep the rest           FLOWING
     FLOWING  reading A: FIN (plain), close_notify (TLS)     A has closed                                  ENDING
     FLOWING  reading A: FIN without close_notify            A is truncated; nothing more is sent to A:    ENDING
                                                             drop A.unsent, B's flow is ENDED
     FLOWING  reading A: RST, TLS error, other error         the same, and the splice aborts               ENDING
     FLOWING  nothing to read, and the splice drains         we close it                                   ENDING
-    PAUSED   B.unsent was sent, A's TLS has no need         if draining, read A until nothing is left     FLOWING
+    PAUSED   B.unsent was sent                              if draining, read A until nothing is left     FLOWING
     PAUSED,  A hangs up, and is not read now                stop watching A; if it has an error, handle   same
     ENDING                                                  it as a failed send to A
-    ENDING   B.unsent is empty, B's TLS has no need         send B the end (a FIN, close_notify and FIN), ENDED
+    ENDING   B.unsent is empty                              send B the end (a FIN, close_notify and FIN), ENDED
                                                             if the splice does not abort
     FLOWING, A has acknowledged nothing for                 A is gone: as after RST from A, except that   ENDING
     PAUSED   `acknowledge_timeout`, with data under way     A's socket is closed without waiting
@@ -77,14 +72,14 @@ watched for that event alone.
 1. *Order and completeness.* What A sent reaches B's socket in order, and an end is passed on only after all of it.
    Bytes are dropped only towards a side to which a send, or whose connection, has failed.
 2. *Bounded memory.* A is read only while its flow is FLOWING, so nothing is added to an `unsent` that is not empty. It
-   holds at most TURN bytes, or what the splice began with. All splices share one read buffer: a handler sends what it
-   read, or copies it, before it returns.
+   holds at most one TURN and what encryption adds, or what the splice began with. All splices share their buffers: a
+   handler sends what it read, or copies it, before it returns.
 3. *Half-close.* An end is passed on while the other flow continues. A truncation is passed on as one, as a FIN without
    close_notify; a reset is passed on as RST, behind everything that came before it.
 4. *No spinning.* Readiness is level-triggered, so a side is only ever watched for what will be acted on; a side that
    hung up and is not read now is not watched at all.
-5. *No stalling.* Whatever changes a flow, `unsent` or `tls_need` calls `advance`, which passes on what is due and
-   adjusts what is watched. A message that is taken whole changes none of them and costs no ``epoll_ctl``.
+5. *No stalling.* Whatever changes a flow or `unsent` calls `advance`, which passes on what is due and adjusts what is
+   watched. A message that is taken whole changes none of them and costs no ``epoll_ctl``.
 6. *Ending.* `close_timeout` runs from the moment a flow is ENDING, a paused side hangs up, or the splice drains. It
    restarts with each byte that a socket takes or a peer acknowledges. A drain delivers what has arrived by then, and
    reads on for at most `close_timeout` if a side does not stop sending.
@@ -104,20 +99,17 @@ import ssl
 import struct
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from tlstunnel.journal.events import EndedBy, Event, Reason
 from tlstunnel.journal.logger import structlog
 from tlstunnel.sockets.closing import ClosingSockets, reset
 from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT
-from tlstunnel.tls.close_notify import CloseNotify
+from tlstunnel.tls.stream import LARGE, RECORD, TlsStream
 from tlstunnel.tls.truncation import is_truncation
 
-RECORD: Final = 16_384
-"""Bytes of data that one TLS record carries at most (RFC 8446 section 5.1), and so one ``SSLSocket.recv_into``."""
-
-TURN: Final = 262_144
-"""Bytes that are read from one side at one wake-up at most: no tunnel starves the others."""
+TURN: Final = 65_536
+"""Bytes that are read from one side at one wake-up at most: no tunnel starves the others, and they fit into a cache."""
 
 
 class Flow(IntEnum):
@@ -132,11 +124,10 @@ class Flow(IntEnum):
 # Globals: an attribute of the enum is slower.
 FLOWING, PAUSED, ENDING, ENDED = Flow
 
-# One buffer for all tunnels: a handler sends what it reads, or copies it, before the next handler runs.
-_BUFFER = bytearray(TURN)
-_VIEW = memoryview(_BUFFER)
+# For all tunnels: a handler sends what it reads, or copies it, before the next handler runs.
+_RECEIVED, _PLAINTEXT = bytearray(max(TURN, LARGE)), bytearray(LARGE + RECORD)
+_RECEIVED_VIEW, _PLAINTEXT_VIEW = memoryview(_RECEIVED), memoryview(_PLAINTEXT)
 
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _NOT_WATCHED = -1
 # Of struct tcp_info (linux/tcp.h): tcpi_bytes_acked; and tcpi_probes, tcpi_unacked, tcpi_last_ack_recv.
 _BYTES_ACKED = struct.Struct("@120xQ")
@@ -146,26 +137,48 @@ SWEEP_AT_ONCE = 256
 """Tunnels whose acknowledgements are checked before others get a turn: less than a millisecond."""
 
 
+class Endpoint(NamedTuple):
+    """One end of a tunnel: its socket, and its TLS unless it is plain."""
+
+    sock: socket.socket
+    tls: TlsStream | None = None
+
+
 class _Side:
-    """One of the two sockets, the state of the flow that begins at it, and what is still to be sent to it.
+    """One of the two endpoints, the state of the flow that begins at it, and what is still to be sent to it.
 
     `moved` counts the bytes of its flow that the other side's socket took. `unsent` is what its own socket has not
-    taken yet. `tls_need` is IN or OUT if TLS must read or write before anything else can happen here. `end` says how
-    its peer ended what it sends, and is empty if we ended it. `send_error` is why it takes no more.
+    taken yet; with TLS, it is the ciphertext of `owed` bytes. `end` says how its peer ended what it sends, and is empty
+    if we ended it. `send_error` is why it takes no more.
     """
 
-    __slots__ = ("_sink", "_splice", "_watched_for", "end", "flow", "moved", "send_error", "sock", "tls_need", "unsent")
+    __slots__ = (
+        "_end_begun",
+        "_sink",
+        "_sink_tls",
+        "_splice",
+        "_watched_for",
+        "end",
+        "flow",
+        "moved",
+        "owed",
+        "send_error",
+        "sock",
+        "tls",
+        "unsent",
+    )
 
-    def __init__(self, splice: "Splice", sock: socket.socket, sink: socket.socket, unsent: bytes) -> None:
+    def __init__(self, splice: "Splice", endpoint: Endpoint, sink: Endpoint) -> None:
         self._splice = splice
-        self._sink = sink  # the other side's socket
-        self.sock = sock
-        self.unsent = unsent
+        self._sink, self._sink_tls = sink  # of the other side
+        self.sock, self.tls = endpoint
+        self.unsent = b""
+        self.owed = 0
         self.flow = FLOWING
         self.moved = 0
         self.end = ""
         self.send_error: OSError | None = None
-        self.tls_need = 0
+        self._end_begun = False
         self._watched_for = EDGE_TRIGGERED  # as the channel registered it
 
     def on_event(self, events: int) -> None:
@@ -179,15 +192,25 @@ class _Side:
         splice = self._splice
         return splice.origin if splice.client is self else splice.client
 
-    def has_decrypted_data(self) -> bool:
-        """Return whether data waits that no readiness announces."""
-        return False
+    def begin_with(self, data: bytes) -> None:
+        """Let `data` be sent to this side first."""
+        if data:
+            self.unsent, self.owed = (data, 0) if self.tls is None else (self.tls.send(data), len(data))
+            self._other.flow = PAUSED
+
+    def handle_ended_tls(self) -> None:
+        """End the flow if TLS has ended or failed, here or before the splice."""
+        tls = self.tls
+        if tls is not None and not self._splice.closed:
+            if tls.failure is not None:
+                self.end_flow(_reason_of(tls.failure))
+            elif tls.ended:
+                self.end_flow(Reason.CLOSED)
 
     def _handle_other_events(self, events: int) -> bool:
         """Handle everything but IN on a side that flows. Return whether it is to be read now."""
         splice = self._splice
-        if events & (self.tls_need or OUT):
-            self.tls_need = 0
+        if events & OUT:
             self.flush()
             splice.advance()
         if self.flow == FLOWING:
@@ -201,50 +224,33 @@ class _Side:
                 self._fail_sending(error)
         return False
 
-    def _pause(self, rest: bytes, error: OSError) -> None:
-        """Handle that the other side's socket did not take `rest` of what came from this one."""
+    def _pause(self, data: memoryview | bytes, size: int) -> None:
+        """Pause until the other side has taken `data`, which is or encrypts `size` bytes of this flow."""
         other = self._other
-        if not isinstance(error, _WOULD_BLOCK):
-            return other._fail_sending(error)
-        # OpenSSL may have sent a part of what it was offered, and must be offered the same again.
-        other.unsent = rest
+        other.unsent, other.owed = bytes(data), size if other.tls is not None else 0
         self.flow = PAUSED
-        if isinstance(error, ssl.SSLWantReadError):
-            other._wait_for_tls(IN)
         self._splice.advance()
 
-    def _wait_for_tls(self, need: int) -> None:
-        """Wait for `need` alone: readiness for anything else would be reported forever without being of use."""
-        self.tls_need = need
-        if self.flow == FLOWING:
-            self.flow = PAUSED
-
     def flush(self) -> None:
-        """Send as much of what is unsent as the socket takes, and resume the flows that waited for that."""
+        """Send as much of what is unsent as the socket takes, and resume the flow that waited for that."""
         other = self._other
         if self.unsent:
-            rest = memoryview(self.unsent)
             try:
-                while rest:
-                    sent = self.sock.send(rest)
-                    other.moved += sent
-                    rest = rest[sent:]
-            except ssl.SSLWantReadError:
-                self._wait_for_tls(IN)
-            except _WOULD_BLOCK:
-                pass
+                sent = self.sock.send(self.unsent)
+            except BlockingIOError:
+                return
             except OSError as error:
                 return self._fail_sending(error)
-            self.unsent = bytes(rest)
-        if self.flow == PAUSED and not other.unsent and not self.tls_need:
-            self._resume()
-        if other.flow == PAUSED and not self.unsent and not other.tls_need:
-            other._resume()
-
-    def _resume(self) -> None:
-        self.flow = FLOWING
-        if self._splice.draining_since:
-            self._splice.splices.loop.call_soon(self.read_until_empty)
+            self.unsent = self.unsent[sent:]
+            if self.tls is None:
+                other.moved += sent
+            elif not self.unsent:
+                other.moved += self.owed
+                self.owed = 0
+        if other.flow == PAUSED and not self.unsent:
+            other.flow = FLOWING
+            if self._splice.draining_since:
+                self._splice.splices.loop.call_soon(other.read_until_empty)
 
     def read_until_empty(self) -> None:
         """Read turn by turn, if it flows, until nothing is left: while the splice drains, that ends the flow.
@@ -272,30 +278,50 @@ class _Side:
         self.flow = ENDING
         splice.advance()
 
+    def _end_flow_after_read(self, reason: str) -> None:
+        if self.send_error is not None and not self._splice.draining_since:
+            # The failed send took the socket's error with it: without it, a reset reads as an end.
+            reason = _reason_of(self.send_error) if self.tls is None else Reason.RESET
+        self.end_flow(reason)
+
     def _fail_sending(self, error: OSError) -> None:
         """Handle that a send to this side failed. What it sent before is still delivered; its end then shows why."""
         other = self._other
         self.send_error = error
         self.unsent = b""
         other.flow = ENDED
-        self.tls_need = 0
-        if self.flow == PAUSED and not other.unsent:
-            self.flow = FLOWING
         self._splice.aborting |= self.flow == ENDED
         self._splice.advance()
 
     def send_end(self) -> bool:
-        """Send the end of the other side's flow; this side may continue to send. Return whether all of it is sent."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+        """Send the end of the other side's flow; this side may continue to send. Return whether all of it is sent.
+
+        After a truncation that is nothing: closing the socket sends a FIN alone.
+        """
+        if self.tls is not None and self._other.end == Reason.TRUNCATED:
+            return True
+        try:
+            if self.tls is not None and not self._end_begun:
+                self._end_begun = True
+                self.unsent = self.tls.close()
+                # In one segment with the FIN, which follows here or when the socket is closed.
+                self.unsent = self.unsent[self.sock.send(self.unsent, socket.MSG_MORE) :]
+            if self.unsent:
+                return False
+            if self.flow != ENDED:  # else it is closed next
+                self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.unsent = b""
+            if self.tls is not None:
+                self.send_error = error
         return True
 
     def update_watch(self) -> None:
         """Watch the descriptor for exactly what can be acted on now."""
-        events = self.tls_need
-        if not events:
-            sends = self.unsent or self._other.flow == ENDING
-            events = (IN if self.flow == FLOWING else 0) | (OUT if sends else 0)
+        sends = self.unsent or self._other.flow == ENDING
+        events = (IN if self.flow == FLOWING else 0) | (OUT if sends else 0)
         if self._watched_for == _NOT_WATCHED:
             if not events:
                 return
@@ -316,7 +342,7 @@ class _PlainSide(_Side):
             if (self.flow or events != IN) and not self._handle_other_events(events):
                 return
             try:
-                n = self.sock.recv_into(_BUFFER)
+                n = self.sock.recv_into(_RECEIVED, TURN)
             except BlockingIOError:
                 if self._splice.draining_since:
                     self.end_flow(Reason.CLOSED)
@@ -325,117 +351,83 @@ class _PlainSide(_Side):
                 return self._end_flow_after_read(_reason_of(error))
             if not n:
                 return self._end_flow_after_read(Reason.CLOSED)
-            sent, failure = 0, None
+            data: memoryview | bytes = _RECEIVED_VIEW[:n]
+            if self._sink_tls is not None:
+                data = self._sink_tls.send(data)
             try:
-                while sent < n:
-                    sent += self._sink.send(_VIEW[sent:n])
+                sent = self._sink.send(data)
+            except BlockingIOError:
+                sent = 0
             except OSError as error:
-                failure = error
-            self.moved += sent
-            if failure is not None:
-                self._pause(bytes(_VIEW[sent:n]), failure)
+                return self._other._fail_sending(error)
+            if sent == len(data):
+                self.moved += n
+            elif self._sink_tls is None:
+                self.moved += sent
+                self._pause(data[sent:], 0)
+            else:
+                self._pause(data[sent:], n)
         except Exception:
             self._splice.fail()
-
-    def _end_flow_after_read(self, reason: str) -> None:
-        if self.send_error is not None and not self._splice.draining_since:
-            # The failed send took the socket's error with it: without it, a reset reads as a regular end.
-            reason = _reason_of(self.send_error)
-        self.end_flow(reason)
 
 
 class _TlsSide(_Side):
     """A side with TLS. Its end is close_notify; a FIN without it is a truncation (RFC 8446 section 6.1)."""
 
-    __slots__ = ("_close_notify",)
-    sock: ssl.SSLSocket
+    __slots__ = ()
+    tls: TlsStream
 
-    def __init__(self, splice: "Splice", sock: ssl.SSLSocket, sink: socket.socket, unsent: bytes) -> None:
-        super().__init__(splice, sock, sink, unsent)
-        self._close_notify = b""  # what the socket has not taken of the record
-
-    def on_event(self, events: int) -> None:  # noqa: C901 - the hot path in one frame: a call costs what a check does
+    def on_event(self, events: int) -> None:  # noqa: C901, PLR0912 - in one frame: a call costs what a check does
         """Read what has come from this side and send it to the other."""
         try:
             if (self.flow or events != IN) and not self._handle_other_events(events):
                 return
-            n, end = 0, ""
+            tls = self.tls
             try:
-                n = k = self.sock.recv_into(_BUFFER, RECORD)
-                while k and n <= TURN - RECORD and (k == RECORD or self.sock.pending()):
-                    k = self.sock.recv_into(_VIEW[n:], RECORD)
-                    n += k
-                if not k:
-                    end = Reason.CLOSED
-            except ssl.SSLWantReadError:
+                n = self.sock.recv_into(_RECEIVED, tls.limit)
+            except BlockingIOError:
                 if self._splice.draining_since:
-                    end = Reason.CLOSED
+                    self.end_flow(Reason.CLOSED)
+                return
             except OSError as error:
-                end = self._interpret_read_error(error)
-            if n:
-                sent, failure = 0, None
+                return self._end_flow_after_read(_reason_of(error))
+            if not n:
+                return self._end_flow_after_read(Reason.TRUNCATED)
+            if n := tls.receive(_RECEIVED_VIEW[:n], _PLAINTEXT_VIEW):
+                data: memoryview | bytes = _PLAINTEXT_VIEW[:n]
+                if self._sink_tls is not None:
+                    data = self._sink_tls.send(data)
                 try:
-                    while sent < n:
-                        sent += self._sink.send(_VIEW[sent:n])
+                    sent = self._sink.send(data)
+                except BlockingIOError:
+                    sent = 0
                 except OSError as error:
-                    failure = error
-                self.moved += sent
-                if failure is not None:
-                    self._pause(bytes(_VIEW[sent:n]), failure)
-            if end:
-                self.end_flow(end)
+                    self._other._fail_sending(error)
+                    sent = -1
+                if sent == len(data):
+                    self.moved += n
+                elif sent >= 0:
+                    if self._sink_tls is None:
+                        self.moved += sent
+                    self._pause(data[sent:], n)
+            if tls.output or tls.ended or tls.failure is not None:
+                self._handle_tls_events()
         except Exception:
             self._splice.fail()
 
-    def _interpret_read_error(self, error: OSError) -> str:
-        """Return why `error` ends what this side sends, or "" if it does not."""
-        if isinstance(error, ssl.SSLWantWriteError):
-            self._wait_for_tls(OUT)
-            self._splice.advance()
-            return ""
-        if isinstance(error, ssl.SSLZeroReturnError):
-            return Reason.CLOSED  # what OpenSSL raises at the end when our own close_notify has been sent
-        reason = _reason_of(error)
-        # The failed send took the socket's error with it: without it, a reset reads as a truncation, or as EPIPE when
-        # OpenSSL 3.5 tries to send an alert about that.
-        hidden = self.send_error is not None and reason in {Reason.TRUNCATED, Reason.CLOSED}
-        return Reason.RESET if hidden else reason
-
-    def has_decrypted_data(self) -> bool:
-        """Return whether OpenSSL has decrypted data that has not been read yet."""
-        return bool(self.sock.pending())
-
-    def send_end(self) -> bool:
-        """Send close_notify and FIN; after a truncation nothing: closing the socket sends a FIN alone."""
-        try:
-            if self._other.end == Reason.TRUNCATED:
-                return True
-            if self.end == Reason.CLOSED and not self._close_notify:
-                self.sock.unwrap()  # the peer's close_notify has been read: this only sends
-            elif not self._send_close_notify():
-                return False
-            if self.flow != ENDED:  # else it is closed next
-                self._splice.splices.close_notify.shut_down_below(self.sock)
-        except _WOULD_BLOCK:
-            return False
-        except OSError as error:
-            self.send_error = error
-        return True
-
-    def _send_close_notify(self) -> bool:
-        """Send it without reading, since the peer may still be sending. Return whether all of it is sent."""
-        close_notify = self._splice.splices.close_notify
-        if not self._close_notify:
-            self._close_notify = close_notify.take_record(self.sock)
-        with contextlib.suppress(BlockingIOError):
-            self._close_notify = self._close_notify[close_notify.send_below(self.sock, self._close_notify) :]
-        return not self._close_notify
+    def _handle_tls_events(self) -> None:
+        tls = self.tls
+        if tls.output and not self.unsent and not self._splice.closed:
+            # What the socket does not take is sent before the next data. A failed send shows at the next read.
+            with contextlib.suppress(OSError):
+                tls.output = tls.output[self.sock.send(tls.output) :]
+        self.handle_ended_tls()
 
 
 class Splice:
     """Two connected non-blocking sockets, spliced until both flows have ended.
 
-    `client` is a TLS socket, `origin` a plain or a TLS one. Both must be registered with the readiness of `splices`.
+    `client` has TLS, `origin` may have it. Both must be registered with the readiness of `splices`.
     `to_client` and `to_origin` are sent first: the 101, whose head has `head` bytes, and what came after either head.
     `close_timeout` and `idle_timeout` (None: no limit) are seconds without progress, `acknowledge_timeout` those in
     which a peer acknowledges none of the data under way to it. `site` is the name of the site that the tunnel belongs
@@ -463,8 +455,8 @@ class Splice:
     def __init__(  # noqa: PLR0913 - two sides, what they begin with, their limits, and the callback
         self,
         splices: "Splices",
-        client: ssl.SSLSocket,
-        origin: socket.socket,
+        client: Endpoint,
+        origin: Endpoint,
         *,
         to_client: bytes,
         to_origin: bytes,
@@ -476,16 +468,10 @@ class Splice:
         on_end: "Callable[[Splice], None]",
     ) -> None:
         self.splices = splices
-        self.client: _Side = _TlsSide(self, client, origin, to_client)
-        self.origin: _Side = (
-            _TlsSide(self, origin, client, to_origin)
-            if isinstance(origin, ssl.SSLSocket)
-            else _PlainSide(self, origin, client, to_origin)
-        )
-        if to_origin:
-            self.client.flow = PAUSED
-        if to_client:
-            self.origin.flow = PAUSED
+        self.client: _Side = _TlsSide(self, client, origin)
+        self.origin: _Side = (_PlainSide if origin.tls is None else _TlsSide)(self, origin, client)
+        self.client.begin_with(to_client)
+        self.origin.begin_with(to_origin)
         self.origin.moved = -head
         self._on_end: Callable[[Splice], None] | None = on_end
         self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
@@ -522,8 +508,7 @@ class Splice:
                     side.flush()
             self.advance()
             for side in sides:
-                if side.flow == FLOWING and side.has_decrypted_data():
-                    side.on_event(IN)
+                side.handle_ended_tls()
         except Exception:
             self.fail()
 
@@ -557,7 +542,7 @@ class Splice:
         client, origin = self.client, self.origin
         for side, sink in ((client, origin), (origin, client)):
             # If the tunnel is about to end with RST, that is the end.
-            if side.flow == ENDING and not sink.unsent and not sink.tls_need and (self.aborting or sink.send_end()):
+            if side.flow == ENDING and not sink.unsent and (self.aborting or sink.send_end()):
                 side.flow = ENDED
         if client.flow == origin.flow == ENDED:
             return self._close(self._reset_after_delivery if self.aborting else self._close_gracefully)
@@ -635,7 +620,6 @@ class Splices:
         self.readiness = closing_sockets.readiness
         self.closing_sockets = closing_sockets
         self.loop = closing_sockets.loop
-        self.close_notify = CloseNotify()
         self.all: dict[Splice, None] = {}  # oldest first
         self._closing: set[Splice] = set()  # those with a running close_timeout
         self._with_idle_timeout: set[Splice] = set()
@@ -672,7 +656,6 @@ class Splices:
         for timer in (self._timer, self._acknowledgement_timer):
             if timer is not None:
                 timer.cancel()
-        self.close_notify.close()
 
     def _call_within(
         self, timeout: float, longest: float, timer: asyncio.TimerHandle | None, call: Callable[[], None]

@@ -1,0 +1,310 @@
+"""TLS as a value that never sees a socket: ciphertext in, plaintext out, and the other way round.
+
+# Theory of operation
+
+OpenSSL reads and writes through a pair of memory BIOs. All streams of a thread share one `Pair`, because a pair of its
+own would cost each connection the memory of its largest read. Sharing works because OpenSSL keeps a partial record in
+the connection's own buffer, so it takes everything that it is given, or the stream takes the rest back. There is one
+invariant:
+
+    Between two operations both BIOs are empty. Every operation empties them before it returns or raises.
+
+What an operation may leave behind, and whose it is (each seen with OpenSSL 3.0 and 3.5):
+
+- The incoming BIO holds what came after the peer's close_notify or after a failure: nothing may follow these, so it is
+  dropped. After the last message of the handshake it is the first application data: the stream keeps it in `surplus`.
+- The outgoing BIO holds what the peer must get: a flight of the handshake, session tickets, an alert, the response to a
+  KeyUpdate, the warning to a TLS 1.2 client that wants to renegotiate. Reads produce some of these too. They are added
+  to `output`, which the owner sends before anything else.
+
+A pair that is not empty when an operation begins is a bug, and a dangerous one: one connection's bytes would be read as
+another's. The pair is emptied and `NotEmpty` is raised: the owner resets the connection and logs the error.
+
+There is no ``await`` and no callback of ours between writing to a BIO and emptying it: contexts have no
+``sni_callback`` and no key log. ``write_eof`` is never called, since it cannot be taken back. Whether the peer
+truncated its stream is for the owner to decide, who sees the FIN.
+
+# Floods
+
+OpenSSL processes all records in the BIO before it returns, and some cost much and carry no data: 16 KiB of KeyUpdates
+take 4.6 ms. So it gets at most SMALL bytes at once while the peer's records are small, and the headers of the records,
+which are not encrypted, show how many there are. A peer that sends too many without data fails with `Flood`.
+"""
+
+import ssl
+import threading
+from typing import TYPE_CHECKING, Final, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RECORD: Final = 16_384
+"""Bytes of data in one record at most (RFC 8446 section 5.1)."""
+
+SMALL: Final = 16_384
+"""Bytes that OpenSSL gets at once while records are small: 4.6 ms if all of them are KeyUpdates."""
+
+LARGE: Final = 65_536
+"""Bytes that are received at once while records are large."""
+
+AVERAGE: Final = 1_024
+"""Bytes of a record, on average, from which records are large."""
+
+FREE: Final = 8
+"""One record without data is free for so many with data."""
+
+MAX_USELESS: Final = 512
+"""Records without data, beyond the free ones, after which a connection fails: 4 ms of work if they are KeyUpdates.
+
+Go's crypto/tls fails after 16 in a row, BoringSSL after 32. No known client sends a KeyUpdate for less than gigabytes.
+"""
+
+MAX_HANDSHAKE: Final = 262_144
+"""Bytes of a peer's side of a handshake. Certificate chains, the longest part, have some 10 KiB."""
+
+MAX_OUTPUT: Final = 16_384
+"""Bytes of `TlsStream.output` after the handshake: responses to a peer that does not read them."""
+
+_HEADER = 5  # RFC 8446 section 5.1
+
+
+class Flood(ssl.SSLError):
+    """The peer sends more records without data than any legitimate peer does."""
+
+    reason = "TOO_MANY_RECORDS_WITHOUT_DATA"
+
+    def __str__(self) -> str:
+        return "too many records without data"
+
+
+class NotEmpty(Exception):
+    """The pair of BIOs held bytes of another connection. They have been dropped."""
+
+
+class Pair:
+    """The memory BIOs that all streams of a thread share."""
+
+    __slots__ = ("incoming", "outgoing")
+
+    def __init__(self) -> None:
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+
+    def check_empty(self) -> None:
+        """Raise `NotEmpty` if an operation left something behind, and drop that."""
+        if self.incoming.pending or self.outgoing.pending:
+            self.incoming.read()
+            self.outgoing.read()
+            raise NotEmpty
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.pair = Pair()
+
+
+_local = _Local()
+
+
+class TlsStream:
+    """One side of a TLS connection: a server's or, with `server_hostname`, a client's.
+
+    `output` is what the peer must get before anything else; the owner sends it and empties it. `surplus` is what came
+    after the handshake, for the first `receive`. `ended` is set by the peer's close_notify, `failure` by what makes the
+    connection unusable; then only `output` may still be used, which may hold an alert. `limit` is how many bytes to
+    receive at once. `pair` is the thread's unless it is given.
+    """
+
+    __slots__ = (
+        "_fed",
+        "_header",
+        "_object",
+        "_pair",
+        "_read",
+        "_rest",
+        "_useless",
+        "_write",
+        "ended",
+        "failure",
+        "limit",
+        "output",
+        "surplus",
+    )
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
+        pair: Pair | None = None,
+    ) -> None:
+        self._pair = pair = _local.pair if pair is None else pair
+        self._object = context.wrap_bio(
+            pair.incoming,
+            pair.outgoing,
+            server_side=server_hostname is None,
+            server_hostname=server_hostname,
+            session=session,
+        )
+        # typeshed leaves out the form that reads into a buffer.
+        self._read = cast("Callable[[int, memoryview], int]", self._object.read)
+        self._write = self._object.write
+        self._fed = 0  # bytes of the peer's handshake
+        self._rest = 0  # bytes that the current record still lacks
+        self._header = b""  # the received part of an incomplete record header
+        self._useless = 0
+        self.output = self.surplus = b""
+        self.ended = False
+        self.failure: ssl.SSLError | None = None
+        self.limit = SMALL
+
+    def handshake(self, data: bytes | memoryview) -> bool:
+        """Take the peer's next bytes (a client begins with b""); return whether the handshake is complete.
+
+        Raises ssl.SSLError; Flood among them.
+        """
+        pair = self._pair
+        pair.check_empty()
+        self._fed += len(data)
+        if self._fed > MAX_HANDSHAKE:
+            raise Flood
+        pair.incoming.write(data)
+        complete = False
+        try:
+            self._object.do_handshake()
+            complete = True
+        except ssl.SSLWantReadError:
+            pass
+        finally:
+            self.output += pair.outgoing.read()
+            rest = pair.incoming.read()
+        if complete:
+            self.surplus = rest
+        return complete
+
+    def receive(self, data: memoryview, into: memoryview) -> int:
+        """Decrypt `data`, at most LARGE bytes, into `into`; return how many bytes of plaintext there were.
+
+        `into` needs room for `data` and one more record. 0 means that more bytes are needed, or that there is nothing
+        more: see `ended` and `failure`.
+        """
+        size = len(data)
+        records = self._count_records(data, size)
+        self.limit = LARGE if size >= records * AVERAGE else SMALL
+        if size <= SMALL or self.limit == LARGE:
+            return self._feed(data, into, records)
+        n = 0
+        for begin in range(0, size, SMALL):
+            n += self._feed(data[begin : begin + SMALL], into[n:], records * SMALL // size)
+            if self.ended or self.failure is not None:
+                break
+        return n
+
+    def _feed(self, data: memoryview, into: memoryview, records: int) -> int:
+        pair, read = self._pair, self._read
+        incoming, outgoing = pair.incoming, pair.outgoing
+        if incoming.pending or outgoing.pending:
+            pair.check_empty()
+        incoming.write(data)
+        n = found = 0
+        try:
+            while True:
+                k = read(RECORD, into[n:])
+                if not k:
+                    self.ended = True
+                    break
+                n += k
+                found += 1
+                if not incoming.pending:
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.ended = True  # what OpenSSL raises once our own close_notify has been sent
+        except ssl.SSLError as error:
+            self.failure = error
+        finally:
+            if incoming.pending:
+                incoming.read()
+            if outgoing.pending:
+                self.output += outgoing.read()
+        if found < records or self._useless:
+            # In parts of a record: each with data pays for a part of one without.
+            self._useless = max(0, self._useless + FREE * (records - found) - found)
+            if (self._useless > FREE * MAX_USELESS or len(self.output) > MAX_OUTPUT) and self.failure is None:
+                self.failure = Flood()
+        return n
+
+    def _count_records(self, data: memoryview, size: int) -> int:
+        """Return how many records have their header in `data`, or its end."""
+        at, n = self._rest, 0
+        if self._header:
+            at = _HEADER - len(self._header)
+            header = self._header + bytes(data[:at])
+            if len(header) < _HEADER:
+                self._header = header
+                return 0
+            self._header = b""
+            at += header[3] << 8 | header[4]
+            n = 1
+        while at + _HEADER <= size:
+            at += _HEADER + (data[at + 3] << 8 | data[at + 4])
+            n += 1
+        if at < size:
+            self._header = bytes(data[at:])
+            at = size
+        self._rest = at - size
+        return n
+
+    def send(self, data: bytes | memoryview) -> bytes:
+        """Encrypt `data`; return `output`, which is empty then, and the ciphertext. Raises ssl.SSLError."""
+        pair = self._pair
+        if pair.incoming.pending or pair.outgoing.pending:
+            pair.check_empty()
+        try:
+            self._write(data)
+        finally:
+            ciphertext = pair.outgoing.read()
+        if self.output:
+            ciphertext = self.output + ciphertext
+            self.output = b""
+        return ciphertext
+
+    def close(self) -> bytes:
+        """Return `output` and the close_notify record. Nothing can be sent after it; the peer may still send."""
+        pair = self._pair
+        pair.check_empty()
+        try:
+            self._object.unwrap()
+        except ssl.SSLError:
+            pass  # it waits for the peer's close_notify, or TLS has failed and there is nothing to close
+        finally:
+            record, self.output = self.output + pair.outgoing.read(), b""
+        return record
+
+    @property
+    def version(self) -> str:
+        """The protocol's version, such as ``TLSv1.3``; "" before the handshake."""
+        return self._object.version() or ""
+
+    @property
+    def cipher(self) -> str:
+        """OpenSSL's name of the cipher suite; "" before the handshake."""
+        cipher = self._object.cipher()
+        return cipher[0] if cipher else ""
+
+    @property
+    def certificate(self) -> bytes | None:
+        """The peer's certificate in DER; None without one."""
+        return self._object.getpeercert(binary_form=True)
+
+    @property
+    def session(self) -> ssl.SSLSession | None:
+        """The session, for a later connection of a client. Python copies it: 10 us."""
+        return self._object.session
+
+    @property
+    def session_reused(self) -> bool:
+        """Whether the handshake resumed a session."""
+        return bool(self._object.session_reused)
