@@ -178,12 +178,15 @@ class FakeStream(TlsStream):
         self.ended = self.closed = False
         self.failure: ssl.SSLError | None = None
         self.limit = LARGE
+        self.has_half_a_message = False  # of the TLS handshake: nothing can be encrypted
 
     def receive(self, data: memoryview, into: memoryview) -> int:
         assert not self.ended
         assert self.failure is None
         assert len(data) <= LARGE
         content = bytes(data)
+        if WANTS_RESPONSE in content:
+            self.has_half_a_message = False
         if BROKEN in content:
             self.failure = ssl.SSLError(1, "[SSL] bad record mac")
             self.failure.reason = "BAD_RECORD_MAC"
@@ -201,6 +204,8 @@ class FakeStream(TlsStream):
     def send(self, data: bytes | memoryview) -> bytes:
         assert not self.closed
         assert self.failure is None
+        if self.has_half_a_message:
+            raise ssl.SSLWantReadError
         ciphertext, self.output = self.output + data, b""
         return ciphertext
 
@@ -208,6 +213,7 @@ class FakeStream(TlsStream):
         assert not self.closed
         assert self.failure is None
         self.closed = True
+        assert not self.has_half_a_message
         record, self.output = self.output + CLOSE_NOTIFY, b""
         return record
 
@@ -447,6 +453,25 @@ def test_a_response_that_does_not_fit_is_sent_before_the_next_data() -> None:
     play.run()
     assert play.client.sent == RESPONSE + b"down"
     assert play.readiness.watched == {3: IN, 4: IN}
+
+
+@both_origins
+def test_data_that_tls_does_not_encrypt_now_is_held(tls_origin: bool) -> None:
+    play = Playbook(tls_origin=tls_origin).start()
+    play.client.stream.has_half_a_message = True
+    play.origin.feed(b"down")
+    play.run()
+    assert play.splice.origin.flow == Flow.PAUSED
+    assert play.readiness.watched == {3: IN, 4: 0}
+    play.client.feed(b"up")
+    play.origin.end()
+    play.run()
+    assert plaintext(play.origin) == b"up"
+    play.client.ask_for_response()  # which completes the message
+    play.run()
+    assert play.client.plaintext == b"down"
+    assert play.splice.down == 4
+    assert play.client.below == CLOSE_NOTIFY
 
 
 @both_origins
@@ -781,6 +806,17 @@ def test_a_peer_that_acknowledges_nothing_is_gone(side: str, what: str) -> None:
     assert play.ended() == (side, "no acknowledgement")
     assert getattr(play, side).how_closed == "reset"
     assert getattr(play, "origin" if side == "client" else "client").how_closed == "reset after delivery"
+
+
+def test_peers_are_kept_when_the_machine_stood_still() -> None:
+    play = Playbook().start()
+    play.client.under_way = 5
+    play.pass_time(30)
+    play.loop.now += 10 * play.ACKNOWLEDGE_TIMEOUT  # no timer ran, and no acknowledgement came
+    play.pass_time(1)
+    assert not play.ends
+    play.pass_time(1.5 * play.ACKNOWLEDGE_TIMEOUT)
+    assert play.ended() == ("client", "no acknowledgement")
 
 
 def test_a_peer_that_only_acknowledges_is_kept() -> None:

@@ -15,12 +15,14 @@ decrypt, encrypt, send to the other. There is no queue, no task and no timer for
 ## What a TLS stream does
 
 - It never touches the socket, and never waits: what it is given is decrypted at once, and what it returns is to be
-  sent (`tls.stream`). So TLS has no states here.
+  sent (`tls.stream`).
 - Ciphertext that a socket has not taken must be sent before any other, because records are numbered: it is `unsent`.
   The bytes in it count as moved when the socket has taken all of it.
 - Receiving may produce records for the peer (the response to a KeyUpdate, RFC 8446 section 4.6.3). They are sent at
   once if the socket takes them, else before the next data. The stream bounds them.
 - close_notify ends one direction: after the peer's, we may still send, and after ours, receive.
+- It encrypts nothing while it has a part of a message of the TLS handshake (half a KeyUpdate): the data is `held` until
+  the rest has come. Nobody but an attacker sends such messages in parts.
 
 ## What Linux does
 
@@ -35,7 +37,7 @@ decrypt, encrypt, send to the other. There is no queue, no task and no timer for
 
     state     meaning                                       A is read  A is watched for  B is watched for
     FLOWING   B.sock took everything                        yes        IN
-    PAUSED    B.unsent is not empty                         no                           OUT
+    PAUSED    B.unsent or B.held is not empty               no                           OUT, if B.unsent
     ENDING    A sends no more; B.unsent or the end itself   no                           OUT
               is still to be sent to B
     ENDED     the end was passed on, or B takes no more     no
@@ -45,16 +47,18 @@ The states only move downwards, except that PAUSED returns to FLOWING.
     state    event                                          action                                        next
     FLOWING  A is readable, B takes all of it               count it                                      FLOWING
     FLOWING  B takes a part of it, or nothing               B.unsent is the rest                          PAUSED
+    FLOWING  B's TLS encrypts nothing now                   B.held is the data                            PAUSED
     FLOWING  reading A: records for A's peer                send A what it takes, keep the rest           FLOWING
+    any      reading A: A's TLS encrypts again              encrypt A.held, send it: B's flow as PAUSED   same
     FLOWING  reading A: FIN (plain), close_notify (TLS)     A has closed                                  ENDING
     FLOWING  reading A: FIN without close_notify            A is truncated; nothing more is sent to A:    ENDING
                                                             drop A.unsent, B's flow is ENDED
     FLOWING  reading A: RST, TLS error, other error         the same, and the splice aborts               ENDING
     FLOWING  nothing to read, and the splice drains         we close it                                   ENDING
-    PAUSED   B.unsent was sent                              if draining, read A until nothing is left     FLOWING
+    PAUSED   B.unsent was sent, B.held is empty             if draining, read A until nothing is left     FLOWING
     PAUSED,  A hangs up, and is not read now                stop watching A; if it has an error, handle   same
     ENDING                                                  it as a failed send to A
-    ENDING   B.unsent is empty                              send B the end (a FIN, close_notify and FIN), ENDED
+    ENDING   B.unsent and B.held are empty                  send B the end (a FIN, close_notify and FIN), ENDED
                                                             if the splice does not abort
     FLOWING, A has acknowledged nothing for                 A is gone: as after RST from A, except that   ENDING
     PAUSED   `acknowledge_timeout`, with data under way     A's socket is closed without waiting
@@ -72,8 +76,8 @@ The states only move downwards, except that PAUSED returns to FLOWING.
 1. *Order and completeness.* What A sent reaches B's socket in order, and an end is passed on only after all of it.
    Bytes are dropped only towards a side to which a send, or whose connection, has failed.
 2. *Bounded memory.* A is read only while its flow is FLOWING, so nothing is added to an `unsent` that is not empty. It
-   holds at most one TURN and what encryption adds, or what the splice began with. All splices share their buffers: a
-   handler sends what it read, or copies it, before it returns.
+   and `held` hold at most one TURN and what encryption adds, or what the splice began with. All splices share their
+   buffers: a handler sends what it read, or copies it, before it returns.
 3. *Half-close.* An end is passed on while the other flow continues. A truncation is passed on as one, as a FIN without
    close_notify; a reset is passed on as RST, behind everything that came before it.
 4. *No spinning.* Readiness is level-triggered, so a side is only ever watched for what will be acted on; a side that
@@ -87,8 +91,7 @@ The states only move downwards, except that PAUSED returns to FLOWING.
    unless that was the tunnel's own decision. `on_end` is called once, after both sockets are closed or handed over to
    `ClosingSockets`; the splice has no sides any more then.
 
-The hot path is `on_event` up to the successful send, written out once for a plain side and once for a TLS side: a
-call costs as much as a check. In it, FLOWING must be 0.
+The hot path is `on_event` up to the successful send. In it, FLOWING must be 0.
 """
 
 import asyncio
@@ -148,8 +151,8 @@ class _Side:
     """One of the two endpoints, the state of the flow that begins at it, and what is still to be sent to it.
 
     `moved` counts the bytes of its flow that the other side's socket took. `unsent` is what its own socket has not
-    taken yet; with TLS, it is the ciphertext of `owed` bytes. `end` says how its peer ended what it sends, and is empty
-    if we ended it. `send_error` is why it takes no more.
+    taken yet; with TLS, it is the ciphertext of `owed` bytes. `held` are bytes that TLS does not encrypt now. `end`
+    says how its peer ended what it sends, and is empty if we ended it. `send_error` is why it takes no more.
     """
 
     __slots__ = (
@@ -160,6 +163,7 @@ class _Side:
         "_watched_for",
         "end",
         "flow",
+        "held",
         "moved",
         "owed",
         "send_error",
@@ -172,7 +176,7 @@ class _Side:
         self._splice = splice
         self._sink, self._sink_tls = sink  # of the other side
         self.sock, self.tls = endpoint
-        self.unsent = b""
+        self.unsent = self.held = b""
         self.owed = 0
         self.flow = FLOWING
         self.moved = 0
@@ -195,8 +199,17 @@ class _Side:
     def begin_with(self, data: bytes) -> None:
         """Let `data` be sent to this side first."""
         if data:
-            self.unsent, self.owed = (data, 0) if self.tls is None else (self.tls.send(data), len(data))
             self._other.flow = PAUSED
+            if self.tls is None:
+                self.unsent = data
+            else:
+                self.held = data
+                self._encrypt_held(self.tls)
+
+    def _encrypt_held(self, tls: TlsStream) -> None:
+        """Encrypt what TLS did not encrypt before, if it does now."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.unsent, self.owed, self.held = tls.send(self.held), len(self.held), b""
 
     def handle_ended_tls(self) -> None:
         """End the flow if TLS has ended or failed, here or before the splice."""
@@ -224,10 +237,40 @@ class _Side:
                 self._fail_sending(error)
         return False
 
-    def _pause(self, data: memoryview | bytes, size: int) -> None:
-        """Pause until the other side has taken `data`, which is or encrypts `size` bytes of this flow."""
-        other = self._other
-        other.unsent, other.owed = bytes(data), size if other.tls is not None else 0
+    def _send(self, data: memoryview, size: int) -> None:
+        """Send `size` bytes of this flow to the other side, which is plain."""
+        try:
+            sent = self._sink.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            return self._other._fail_sending(error)
+        self.moved += sent
+        if sent != size:
+            self._other.unsent = bytes(data[sent:])
+            self._pause()
+
+    def _encrypt_and_send(self, data: memoryview, size: int) -> None:
+        """Send `size` bytes of this flow to the other side, which has TLS."""
+        assert self._sink_tls is not None
+        try:
+            ciphertext = self._sink_tls.send(data)
+        except ssl.SSLWantReadError:
+            self._other.held = bytes(data)
+            return self._pause()
+        try:
+            sent = self._sink.send(ciphertext)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            return self._other._fail_sending(error)
+        if sent == len(ciphertext):
+            self.moved += size
+        else:
+            self._other.unsent, self._other.owed = ciphertext[sent:], size
+            self._pause()
+
+    def _pause(self) -> None:
         self.flow = PAUSED
         self._splice.advance()
 
@@ -247,7 +290,7 @@ class _Side:
             elif not self.unsent:
                 other.moved += self.owed
                 self.owed = 0
-        if other.flow == PAUSED and not self.unsent:
+        if other.flow == PAUSED and not self.unsent and not self.held:
             other.flow = FLOWING
             if self._splice.draining_since:
                 self._splice.splices.loop.call_soon(other.read_until_empty)
@@ -270,7 +313,7 @@ class _Side:
         splice.set_reason(self, reason)
         if reason != Reason.CLOSED:
             # A reset, or a FIN without close_notify: nothing more can be sent to this side.
-            self.unsent = b""
+            self.unsent = self.held = b""
             self._other.flow = ENDED
             splice.aborting |= reason != Reason.TRUNCATED
         if reason != Reason.CLOSED or not splice.draining_since:
@@ -288,7 +331,7 @@ class _Side:
         """Handle that a send to this side failed. What it sent before is still delivered; its end then shows why."""
         other = self._other
         self.send_error = error
-        self.unsent = b""
+        self.unsent = self.held = b""
         other.flow = ENDED
         self._splice.aborting |= self.flow == ENDED
         self._splice.advance()
@@ -320,7 +363,7 @@ class _Side:
 
     def update_watch(self) -> None:
         """Watch the descriptor for exactly what can be acted on now."""
-        sends = self.unsent or self._other.flow == ENDING
+        sends = self.unsent or (self._other.flow == ENDING and not self.held)
         events = (IN if self.flow == FLOWING else 0) | (OUT if sends else 0)
         if self._watched_for == _NOT_WATCHED:
             if not events:
@@ -332,7 +375,7 @@ class _Side:
 
 
 class _PlainSide(_Side):
-    """A side without TLS. Its end is a FIN."""
+    """An origin without TLS. Its end is a FIN. The other side is the client, which has TLS."""
 
     __slots__ = ()
 
@@ -349,24 +392,10 @@ class _PlainSide(_Side):
                 return
             except OSError as error:
                 return self._end_flow_after_read(_reason_of(error))
-            if not n:
-                return self._end_flow_after_read(Reason.CLOSED)
-            data: memoryview | bytes = _RECEIVED_VIEW[:n]
-            if self._sink_tls is not None:
-                data = self._sink_tls.send(data)
-            try:
-                sent = self._sink.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                return self._other._fail_sending(error)
-            if sent == len(data):
-                self.moved += n
-            elif self._sink_tls is None:
-                self.moved += sent
-                self._pause(data[sent:], 0)
+            if n:
+                self._encrypt_and_send(_RECEIVED_VIEW[:n], n)
             else:
-                self._pause(data[sent:], n)
+                self._end_flow_after_read(Reason.CLOSED)
         except Exception:
             self._splice.fail()
 
@@ -377,7 +406,7 @@ class _TlsSide(_Side):
     __slots__ = ()
     tls: TlsStream
 
-    def on_event(self, events: int) -> None:  # noqa: C901, PLR0912 - in one frame: a call costs what a check does
+    def on_event(self, events: int) -> None:
         """Read what has come from this side and send it to the other."""
         try:
             if (self.flow or events != IN) and not self._handle_other_events(events):
@@ -394,29 +423,21 @@ class _TlsSide(_Side):
             if not n:
                 return self._end_flow_after_read(Reason.TRUNCATED)
             if n := tls.receive(_RECEIVED_VIEW[:n], _PLAINTEXT_VIEW):
-                data: memoryview | bytes = _PLAINTEXT_VIEW[:n]
-                if self._sink_tls is not None:
-                    data = self._sink_tls.send(data)
-                try:
-                    sent = self._sink.send(data)
-                except BlockingIOError:
-                    sent = 0
-                except OSError as error:
-                    self._other._fail_sending(error)
-                    sent = -1
-                if sent == len(data):
-                    self.moved += n
-                elif sent >= 0:
-                    if self._sink_tls is None:
-                        self.moved += sent
-                    self._pause(data[sent:], n)
-            if tls.output or tls.ended or tls.failure is not None:
-                self._handle_tls_events()
+                if self._sink_tls is None:
+                    self._send(_PLAINTEXT_VIEW[:n], n)
+                else:
+                    self._encrypt_and_send(_PLAINTEXT_VIEW[:n], n)
+            if tls.output or tls.ended or tls.failure is not None or self.held:
+                self._handle_tls_events(tls)
         except Exception:
             self._splice.fail()
 
-    def _handle_tls_events(self) -> None:
-        tls = self.tls
+    def _handle_tls_events(self, tls: TlsStream) -> None:
+        """Handle what TLS has to say besides data."""
+        if self.held and tls.failure is None and not self._splice.closed:
+            self._encrypt_held(tls)
+            self.flush()
+            self._splice.advance()
         if tls.output and not self.unsent and not self._splice.closed:
             # What the socket does not take is sent before the next data. A failed send shows at the next read.
             with contextlib.suppress(OSError):
@@ -542,7 +563,7 @@ class Splice:
         client, origin = self.client, self.origin
         for side, sink in ((client, origin), (origin, client)):
             # If the tunnel is about to end with RST, that is the end.
-            if side.flow == ENDING and not sink.unsent and (self.aborting or sink.send_end()):
+            if side.flow == ENDING and not sink.unsent and not sink.held and (self.aborting or sink.send_end()):
                 side.flow = ENDED
         if client.flow == origin.flow == ENDED:
             return self._close(self._reset_after_delivery if self.aborting else self._close_gracefully)
@@ -626,6 +647,7 @@ class Splices:
         self._timer: asyncio.TimerHandle | None = None
         self._unacknowledged: dict[_Side, float] = {}  # since when data has been seen under way to it
         self._acknowledgement_timer: asyncio.TimerHandle | None = None
+        self._acknowledgements_due = 0.0  # a time of the loop
 
     def add(self, splice: Splice) -> None:
         """Add a splice that begins."""
@@ -696,15 +718,20 @@ class Splices:
             self._sweep_within(min(splice.idle_timeout or 0.0 for splice in self._with_idle_timeout))
 
     def _check_acknowledgements_within(self, timeout: float) -> None:
-        self._acknowledgement_timer = self._call_within(
+        self._acknowledgement_timer = timer = self._call_within(
             timeout, 30.0, self._acknowledgement_timer, self._check_acknowledgements
         )
+        self._acknowledgements_due = timer.when()
 
     def _check_acknowledgements(self) -> None:
-        if self.all:
-            self._check_part(list(self.all), 0)
-        else:
+        if not self.all:
             self._acknowledgement_timer = None
+            return
+        late = self.loop.time() - self._acknowledgements_due
+        if late >= min(splice.acknowledge_timeout for splice in self.all) / 4:
+            # The machine stood still, and with it the peers' acknowledgements: they get the whole time again.
+            self._unacknowledged.clear()
+        self._check_part(list(self.all), 0)
 
     def _check_part(self, splices: "list[Splice]", begin: int) -> None:
         now = self.loop.time()
