@@ -3,6 +3,10 @@ import ssl
 import pytest
 
 from tlstunnel.tls import policy
+from tlstunnel.tls.stream import Pair, TlsStream
+
+X25519 = 0x001D
+FINITE_FIELDS = range(0x0100, 0x0200)  # RFC 7919
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,31 @@ def test_contexts_speak_tls_1_2_and_1_3_and_nothing_that_weakens_them() -> None:
     assert not server.options & ssl.OP_CIPHER_SERVER_PREFERENCE
     old = {suite["name"] for suite in server.get_ciphers() if suite["protocol"] == "TLSv1.2"}
     assert old == set(policy.TLS_1_2_CIPHERS.split(":"))
+
+
+def read_groups(hello: bytes) -> list[int]:
+    """Return the supported_groups of a ClientHello: extension 10, whose list is two bytes shorter."""
+    at = next(
+        at
+        for at in range(len(hello) - 6)
+        if hello[at : at + 2] == b"\x00\x0a"
+        and int.from_bytes(hello[at + 2 : at + 4]) == int.from_bytes(hello[at + 4 : at + 6]) + 2
+    )
+    size = int.from_bytes(hello[at + 4 : at + 6])
+    listed = hello[at + 6 : at + 6 + size]
+    return [int.from_bytes(listed[at : at + 2]) for at in range(0, size, 2)]
+
+
+def offered(context: ssl.SSLContext) -> list[int]:
+    stream = TlsStream(context, server_hostname="localhost", pair=Pair())
+    stream.handshake(b"")
+    return read_groups(stream.output)
+
+
+def test_no_finite_field_is_offered_to_an_origin() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    assert any(group in FINITE_FIELDS for group in offered(context)), "OpenSSL itself offers them"
+    policy.apply_to_client_context(context)
+    groups = offered(context)
+    assert X25519 in groups
+    assert not any(group in FINITE_FIELDS for group in groups)

@@ -1,6 +1,6 @@
-"""Parse the ClientHello from bytes that were peeked and stay in the socket. Sans-IO.
+"""Parse the ClientHello, which OpenSSL gets afterwards. Sans-IO.
 
-`read_client_hello` gets all the peeked bytes each time. The result depends only on these bytes: for any prefix it is
+`read_client_hello` gets all the received bytes each time. The result depends only on these bytes: for any prefix it is
 None or the final result, which more bytes never change.
 
 Sources: RFC 8446 sections 4.1.2 (ClientHello), 4.2 (extensions), 5.1 (records) and 6 (alerts); RFC 6066 section 3
