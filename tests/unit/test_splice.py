@@ -175,7 +175,7 @@ class FakeTls(FakePlain):
 class FakeStream(TlsStream):
     def __init__(self) -> None:
         self.output = self.surplus = b""
-        self.ended = self.closed = False
+        self.ended = self.closed = self.changed = False
         self.failure: ssl.SSLError | None = None
         self.limit = LARGE
         self.has_half_a_message = False  # of the TLS handshake: nothing can be encrypted
@@ -198,6 +198,7 @@ class FakeStream(TlsStream):
         if not self.closed:
             self.output += RESPONSE * content.count(WANTS_RESPONSE)
         content = content.replace(WANTS_RESPONSE, b"")
+        self.changed |= bool(self.output or self.ended or self.failure)
         into[: len(content)] = content
         return len(content)
 

@@ -111,19 +111,24 @@ class TlsStream:
 
     `output` is what the peer must get before anything else; the owner sends it and empties it. `surplus` is what came
     after the handshake, for the first `receive`. `ended` is set by the peer's close_notify, `failure` by what makes the
-    connection unusable; then only `output` may still be used, which may hold an alert. `limit` is how many bytes to
-    receive at once. `pair` is the thread's unless it is given.
+    connection unusable; then only `output` may still be used, which may hold an alert. `changed` is set with each of
+    them, for an owner who looks at them only then, and clears it. `limit` is how many bytes to receive at once. `pair`
+    is the thread's unless it is given.
     """
 
     __slots__ = (
+        "_aligned",
         "_fed",
         "_header",
+        "_incoming",
         "_object",
+        "_outgoing",
         "_pair",
         "_read",
         "_rest",
         "_useless",
         "_write",
+        "changed",
         "ended",
         "failure",
         "limit",
@@ -140,6 +145,7 @@ class TlsStream:
         pair: Pair | None = None,
     ) -> None:
         self._pair = pair = _local.pair if pair is None else pair
+        self._incoming, self._outgoing = pair.incoming, pair.outgoing
         self._object = context.wrap_bio(
             pair.incoming,
             pair.outgoing,
@@ -153,9 +159,10 @@ class TlsStream:
         self._fed = 0  # bytes of the peer's handshake
         self._rest = 0  # bytes that the current record still lacks
         self._header = b""  # the received part of an incomplete record header
+        self._aligned = True  # neither of them: the next byte begins a record
         self._useless = 0
         self.output = self.surplus = b""
-        self.ended = False
+        self.ended = self.changed = False
         self.failure: ssl.SSLError | None = None
         self.limit = SMALL
 
@@ -187,9 +194,22 @@ class TlsStream:
         """Decrypt `data`, at most LARGE bytes, into `into`; return how many bytes of plaintext there were.
 
         `into` needs room for `data` and one more record. 0 means that more bytes are needed, or that there is nothing
-        more: see `ended` and `failure`.
+        more. `changed` is set if there is something to see in `output`, `ended` or `failure`.
         """
+        incoming, outgoing = self._incoming, self._outgoing
+        if incoming.pending or outgoing.pending:
+            self._pair.check_empty()
         size = len(data)
+        if self._aligned and size > _HEADER and size == _HEADER + (data[3] << 8 | data[4]) and not self._useless:
+            # The hot path: one whole record.
+            incoming.write(data)
+            try:
+                if (n := self._read(RECORD, into)) and not incoming.pending and not outgoing.pending:
+                    self.limit = SMALL if size < AVERAGE else LARGE
+                    return n
+            except ssl.SSLError as error:
+                return self._take_stock(0, 1, 0, error)
+            return self._take_stock(n, 1, 1 if n else 0, None if n else ssl.SSLZeroReturnError())
         records = self._count_records(data, size)
         self.limit = LARGE if size >= records * AVERAGE else SMALL
         if size <= SMALL or self.limit == LARGE:
@@ -202,38 +222,36 @@ class TlsStream:
         return n
 
     def _feed(self, data: memoryview, into: memoryview, records: int) -> int:
-        pair, read = self._pair, self._read
-        incoming, outgoing = pair.incoming, pair.outgoing
-        if incoming.pending or outgoing.pending:
-            pair.check_empty()
+        incoming, read = self._incoming, self._read
         incoming.write(data)
         n = found = 0
         try:
-            while True:
-                k = read(RECORD, into[n:])
-                if not k:
-                    self.ended = True
-                    break
+            while k := read(RECORD, into[n:]):
                 n += k
                 found += 1
                 if not incoming.pending:
-                    break
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLZeroReturnError:
-            self.ended = True  # what OpenSSL raises once our own close_notify has been sent
+                    return self._take_stock(n, records, found, None)
         except ssl.SSLError as error:
-            self.failure = error
-        finally:
-            if incoming.pending:
-                incoming.read()
-            if outgoing.pending:
-                self.output += outgoing.read()
+            return self._take_stock(n, records, found, error)
+        return self._take_stock(n, records, found, ssl.SSLZeroReturnError())
+
+    def _take_stock(self, n: int, records: int, found: int, error: ssl.SSLError | None) -> int:
+        """Empty the pair after a read of `n` bytes, from `found` of `records`, that ended with `error`; return `n`."""
+        incoming, outgoing = self._incoming, self._outgoing
+        if incoming.pending:
+            incoming.read()
+        if outgoing.pending:
+            self.output += outgoing.read()
+            self.changed = True
+        if isinstance(error, ssl.SSLZeroReturnError):
+            self.ended = self.changed = True
+        elif error is not None and not isinstance(error, ssl.SSLWantReadError):
+            self.failure, self.changed = error, True
         if found < records or self._useless:
             # In parts of a record: each with data pays for a part of one without.
             self._useless = max(0, self._useless + FREE * (records - found) - found)
             if (self._useless > FREE * MAX_USELESS or len(self.output) > MAX_OUTPUT) and self.failure is None:
-                self.failure = Flood()
+                self.failure, self.changed = Flood(), True
         return n
 
     def _count_records(self, data: memoryview, size: int) -> int:
@@ -255,17 +273,18 @@ class TlsStream:
             self._header = bytes(data[at:])
             at = size
         self._rest = at - size
+        self._aligned = not self._rest and not self._header
         return n
 
     def send(self, data: bytes | memoryview) -> bytes:
         """Encrypt `data`; return `output`, which is empty then, and the ciphertext. Raises ssl.SSLError."""
-        pair = self._pair
-        if pair.incoming.pending or pair.outgoing.pending:
-            pair.check_empty()
+        outgoing = self._outgoing
+        if outgoing.pending or self._incoming.pending:
+            self._pair.check_empty()
         try:
             self._write(data)
         finally:
-            ciphertext = pair.outgoing.read()
+            ciphertext = outgoing.read()
         if self.output:
             ciphertext = self.output + ciphertext
             self.output = b""
