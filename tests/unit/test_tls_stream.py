@@ -272,6 +272,25 @@ def test_small_messages_are_no_flood(contexts: Contexts) -> None:
         assert peer.stream.receive(memoryview(peer.outgoing.read()), ROOM) == 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "behind"),
+    [([7] * 566, 0), ([1] * 715, 3)],  # hardly more than SMALL, and a part with nearly all of the records
+    ids=["just above a part", "before large ones"],
+)
+def test_small_messages_behind_a_large_one_are_no_flood(contexts: Contexts, sizes: list[int], behind: int) -> None:
+    peer = connect(Pair(), contexts)
+    peer.tls.write(bytes(RECORD))
+    assert peer.stream.receive(memoryview(peer.outgoing.read()), ROOM) == RECORD
+    assert peer.stream.limit == LARGE
+    for size in [*sizes, *[RECORD] * behind]:
+        peer.tls.write(bytes(size))
+    data, received = peer.outgoing.read(), 0
+    for begin in range(0, len(data), LARGE):
+        received += peer.stream.receive(memoryview(data[begin : begin + LARGE]), ROOM)
+    assert peer.stream.failure is None
+    assert received == sum(sizes) + behind * RECORD
+
+
 def test_large_records_are_taken_at_once(contexts: Contexts) -> None:
     peer = connect(Pair(), contexts)
     assert peer.stream.limit == SMALL
