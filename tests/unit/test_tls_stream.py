@@ -18,7 +18,9 @@ from tlstunnel.tls.stream import (
     FREE,
     LARGE,
     MAX_OUTPUT,
+    MAX_RENEGOTIATION,
     MAX_USELESS,
+    PIECE,
     RECORD,
     SMALL,
     Flood,
@@ -230,15 +232,23 @@ def test_key_updates_alone_are_a_flood(key_updates: tuple[Peer, Sealing]) -> Non
     peer, sealing = key_updates
     fed = 0
     while peer.stream.failure is None:
-        flood = b""
-        while len(flood) < SMALL - 50:
-            flood += sealing.record(KEY_UPDATE, HANDSHAKE)
-            sealing.next_secret()
-            fed += 1
-        assert peer.stream.receive(memoryview(flood), ROOM) == 0
-        assert fed < 3 * MAX_USELESS
-        assert len(peer.stream.output) <= MAX_OUTPUT
+        record = sealing.record(KEY_UPDATE, HANDSHAKE)
+        sealing.next_secret()
+        assert peer.stream.receive(memoryview(record), ROOM) == 0
+        fed += 1
+        assert fed <= MAX_USELESS + 1
     assert isinstance(peer.stream.failure, Flood)
+
+
+def test_a_flood_ends_before_all_that_was_received_is_fed(key_updates: tuple[Peer, Sealing]) -> None:
+    peer, sealing = key_updates
+    records = []
+    for _ in range(4 * MAX_USELESS):
+        records.append(sealing.record(KEY_UPDATE, HANDSHAKE))
+        sealing.next_secret()
+    assert peer.stream.receive(memoryview(b"".join(records)), ROOM) == 0
+    assert isinstance(peer.stream.failure, Flood)
+    assert len(peer.stream.output) < PIECE + len(records[0])  # as long as what it responds to
 
 
 def test_a_key_update_now_and_then_is_no_flood(key_updates: tuple[Peer, Sealing]) -> None:
@@ -265,6 +275,16 @@ def test_responses_that_are_never_sent_are_bounded(key_updates: tuple[Peer, Seal
     assert len(peer.stream.output) < 2 * MAX_OUTPUT
 
 
+@pytest.mark.parametrize("split", [0, 3], ids=["whole", "in its header"])
+def test_a_long_record_of_the_handshake_is_not_read(contexts: Contexts, split: int) -> None:
+    """TLS 1.2 sends a warning for each of the thousands of messages in it; TLS 1.3 has no such record."""
+    peer = connect(Pair(), contexts)
+    record = b"\x16\x03\x03" + (MAX_RENEGOTIATION + 1).to_bytes(2) + bytes(MAX_RENEGOTIATION + 1)
+    assert peer.stream.receive(memoryview(record[:split]), ROOM) == 0
+    assert peer.stream.receive(memoryview(record[split:]), ROOM) == 0
+    assert isinstance(peer.stream.failure, Flood)
+
+
 def test_small_messages_are_no_flood(contexts: Contexts) -> None:
     peer = connect(Pair(), contexts)
     for _ in range(5_000):
@@ -274,7 +294,7 @@ def test_small_messages_are_no_flood(contexts: Contexts) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "behind"),
-    [([7] * 566, 0), ([1] * 715, 3)],  # hardly more than SMALL, and a part with nearly all of the records
+    [([7] * 566, 0), ([1] * 715, 3)],  # a few bytes in the last part, and one part with nearly all of the records
     ids=["just above a part", "before large ones"],
 )
 def test_small_messages_behind_a_large_one_are_no_flood(contexts: Contexts, sizes: list[int], behind: int) -> None:
