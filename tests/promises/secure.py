@@ -1,6 +1,7 @@
 """Both ends of a tunnel to a ``wss://`` origin, controlled by one test, and certificates that are invalid."""
 
 import contextlib
+import hmac
 import ipaddress
 import socket
 import ssl
@@ -235,25 +236,67 @@ class Sealing:
         self._key_size = 16 if "AES_128" in cipher else 32
         self._chacha = "CHACHA20" in cipher
         self._secret, self._number = secret, sent
+        self._derive_key()
 
-    def record(self, content: bytes, kind: int) -> bytes:
-        """Return a record with ``content``; ``kind`` is 22 for a TLS handshake message, 23 for data (RFC 8446 5.2)."""
-        inner = content + bytes([kind])
+    def record(self, content: bytes, kind: int, padding: int = 0) -> bytes:
+        """Return a record with ``content`` and ``padding`` zeros behind it (RFC 8446 5.2).
+
+        ``kind`` is 22 for a TLS handshake message, 23 for data.
+        """
+        inner = content + bytes([kind]) + bytes(padding)
         head = b"\x17\x03\x03" + (len(inner) + 16).to_bytes(2)
-        key, vector = self._expand(b"key", self._key_size), self._expand(b"iv", 12)
-        nonce = (int.from_bytes(vector) ^ self._number).to_bytes(12)
+        nonce = (self._vector ^ self._number).to_bytes(12)
         self._number += 1
-        aead = ChaCha20Poly1305(key) if self._chacha else AESGCM(key)
-        return head + aead.encrypt(nonce, inner, head)
+        return head + self._aead.encrypt(nonce, inner, head)
 
     def next_secret(self) -> None:
         """Use the key that follows a KeyUpdate (section 7.2)."""
         self._secret, self._number = self._expand(b"traffic upd", self._hash.digest_size), 0
+        self._derive_key()
+
+    def _derive_key(self) -> None:
+        key = self._expand(b"key", self._key_size)
+        self._vector = int.from_bytes(self._expand(b"iv", 12))
+        self._aead: AESGCM | ChaCha20Poly1305 = ChaCha20Poly1305(key) if self._chacha else AESGCM(key)
 
     def _expand(self, label: bytes, size: int) -> bytes:
         label = b"tls13 " + label
         info = size.to_bytes(2) + bytes([len(label)]) + label + b"\0"
         return HKDFExpand(self._hash, size, info).derive(self._secret)
+
+
+class OldSealing:
+    """As `Sealing`, for TLS 1.2 with AES-128-GCM and SHA-256.
+
+    ``master_secret`` and ``client_random`` are in the key log, ``server_random`` is in the ServerHello. ``sent`` is the
+    number of records already sent with the key; the Finished is one.
+    """
+
+    def __init__(
+        self, master_secret: bytes, client_random: bytes, server_random: bytes, *, server: bool, sent: int
+    ) -> None:
+        # RFC 5246 section 6.3: both sides' keys, then both sides' implicit parts of the nonce (RFC 5288 section 3).
+        block = _expand_1_2(master_secret, b"key expansion" + server_random + client_random, 2 * 16 + 2 * 4)
+        self._aead = AESGCM(block[16 * server :][:16])
+        self._salt = block[32 + 4 * server :][:4]
+        self._number = sent
+
+    def record(self, content: bytes, kind: int) -> bytes:
+        """Return a record with ``content`` (RFC 5246 section 6.2.3.3)."""
+        number = self._number.to_bytes(8)
+        self._number += 1
+        kind_and_version = bytes([kind]) + b"\x03\x03"
+        sealed = self._aead.encrypt(self._salt + number, content, number + kind_and_version + len(content).to_bytes(2))
+        return kind_and_version + (8 + len(sealed)).to_bytes(2) + number + sealed
+
+
+def _expand_1_2(secret: bytes, seed: bytes, size: int) -> bytes:
+    """Return P_SHA256 of RFC 5246 section 5, which with label and seed is the PRF."""
+    chained, expanded = seed, b""
+    while len(expanded) < size:
+        chained = hmac.digest(secret, chained, "sha256")
+        expanded += hmac.digest(secret, chained + seed, "sha256")
+    return expanded[:size]
 
 
 def refused(tunnel: Tunnel) -> bytes:
