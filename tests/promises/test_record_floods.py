@@ -15,10 +15,20 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Certificate, Record, assert_below, client_context, eventually, receive_exactly
+from tests.harness import (
+    Certificate,
+    Record,
+    assert_below,
+    client_context,
+    connect_tcp,
+    eventually,
+    receive_exactly,
+)
 from tests.promises.both_ends import READ, BothEnds, Threads, TlsEnd
 from tests.promises.secure import OldSealing, Sealing, SecureEnds
 from tests.promises.test_key_update import DATA, HANDSHAKE, KEY_UPDATE
+from tests.promises.wire import split_into_records
+from tests.unit.test_hello import TLS13, groups, message, record, server_name, vector
 
 LONGEST = 0.02
 """Seconds that the echo of another tunnel takes at most."""
@@ -166,14 +176,38 @@ def longest_echo(echo: Callable[[], None], sock: socket.socket, flood: bytes) ->
 
 
 @pytest.mark.alone
+def test_within_the_handshake(ends: BothEnds) -> None:
+    """A second ClientHello, which may be longer than the first, in records of one byte."""
+    echo = plain_echo(ends)
+    without_share = message(
+        [
+            server_name(b"localhost"),
+            TLS13,
+            groups(0x001D),
+            (b"\x00\x0d", vector(b"\x04\x03\x08\x04", 2)),
+            (b"\x00\x33", vector(b"", 2)),
+        ]
+    )
+    longest_hello = b"\x01" + vector(bytes(131_000), 3)
+
+    def measure() -> float:
+        with connect_tcp(ends.tunnel) as sock:
+            sock.sendall(record(without_share))
+            assert sock.recv(READ)[5] == SERVER_HELLO  # it asks for a key share
+            return longest_echo(echo, sock, split_into_records(record(longest_hello[:60_000]), 1))
+
+    assert_below(LONGEST, measure)
+    assert ends.tunnel.wait_records(1, "no TLS handshake")[0]["detail"] == "TOO_MANY_RECORDS_WITHOUT_DATA"
+
+
+@pytest.mark.alone
 def test_before_the_request(ends: BothEnds, tmp_path: Path, version: str) -> None:
     context, keys = context_and_keys(ends, tmp_path, version)
     echo = plain_echo(ends)
 
     def cut_off() -> list[Record]:
-        return [
-            record for record in ends.tunnel.records("connection") if (record["path"], record["reason"]) == ("", REASON)
-        ]
+        records = ends.tunnel.records("connection")
+        return [ended for ended in records if (ended["path"], ended["reason"]) == ("", REASON)]
 
     def measure() -> float:
         before = len(cut_off())
@@ -193,8 +227,8 @@ def test_in_the_splice(ends: BothEnds, tmp_path: Path, version: str) -> None:
     def measure() -> float:
         client, _ = ends.open(context=context)
         longest = longest_echo(echo, client.sock, keys.flood(client, "CLIENT", 1))
-        record = ends.record(client)
-        assert (record["ended_by"], record["reason"]) == ("client", REASON)
+        ended = ends.record(client)
+        assert (ended["ended_by"], ended["reason"]) == ("client", REASON)
         return longest
 
     assert_below(LONGEST, measure)
@@ -225,8 +259,8 @@ def test_from_the_origin(secure: SecureEnds, tmp_path: Path, version: str) -> No
     def measure() -> float:
         client, origin = secure.open_secure(tls_1_2=version == "1.2")
         longest = longest_echo(echo, origin.sock, keys.flood(origin, "SERVER", 1))
-        record = secure.record(client)
-        assert (record["ended_by"], record["reason"]) == ("origin", REASON)
+        ended = secure.record(client)
+        assert (ended["ended_by"], ended["reason"]) == ("origin", REASON)
         return longest
 
     assert_below(LONGEST, measure)

@@ -135,6 +135,9 @@ class Channel:
             if not n:
                 raise Truncated
             data = _RECEIVED_VIEW[:n]
+            if n == SMALL:
+                data = bytes(data)
+                await asyncio.sleep(0)  # more may have come, and tiny records take 2 ms
         self.tls = tls
 
     async def _wait(self, unless_gone: "Channel | None", *, writable: bool = False) -> None:
