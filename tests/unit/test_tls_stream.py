@@ -1,6 +1,5 @@
 """TLS without sockets: streams that share a pair of BIOs, driven by peers with pairs of their own."""
 
-import os
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,12 +40,16 @@ class Contexts:
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=["1.2", "1.3"])
 def contexts(request: pytest.FixtureRequest, certificate: Certificate) -> Contexts:
+    return make_contexts(certificate, request.param)
+
+
+def make_contexts(certificate: Certificate, version: ssl.TLSVersion) -> Contexts:
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     apply_to_server_context(server)
     apply_to_client_context(client)
     server.load_cert_chain(certificate.cert, certificate.key)
     client.load_verify_locations(certificate.ca)
-    client.maximum_version = request.param
+    client.maximum_version = version
     return Contexts(server, client)
 
 
@@ -216,15 +219,11 @@ def read_secret(keys: Path, side: str) -> bytes:
 
 
 @pytest.fixture
-def key_updates(contexts: Contexts, tmp_path: Path) -> tuple[Peer, Sealing]:
-    """A peer, and what seals its KeyUpdates."""
-    if contexts.client.maximum_version != ssl.TLSVersion.TLSv1_3:
-        pytest.skip("TLS 1.2 has no KeyUpdate")
+def key_updates(certificate: Certificate, tmp_path: Path) -> tuple[Peer, Sealing]:
+    """A peer, and what seals its KeyUpdates, which only TLS 1.3 has."""
+    contexts = make_contexts(certificate, ssl.TLSVersion.TLSv1_3)
     contexts.client.keylog_filename = str(tmp_path / "keys")
-    try:
-        peer = connect(Pair(), contexts)
-    finally:
-        contexts.client.keylog_filename = os.devnull
+    peer = connect(Pair(), contexts)
     return peer, Sealing(peer.stream.cipher, read_secret(tmp_path / "keys", "CLIENT"), 0)
 
 
