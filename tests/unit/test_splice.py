@@ -195,8 +195,7 @@ class FakeStream(TlsStream):
         elif CLOSE_NOTIFY[:1] in content:
             self.ended = True
             content, _, _ = content.partition(CLOSE_NOTIFY[:1])
-        if not self.closed:
-            self.output += RESPONSE * content.count(WANTS_RESPONSE)
+        self.output += RESPONSE * content.count(WANTS_RESPONSE)  # OpenSSL does so even after our close_notify
         content = content.replace(WANTS_RESPONSE, b"")
         self.changed |= bool(self.output or self.ended or self.failure)
         into[: len(content)] = content
@@ -570,6 +569,35 @@ def test_a_reset_is_passed_on_after_the_bytes_before_it(side: str) -> None:
     assert play.ended() == (side, "reset")
     assert receiver.how_closed == sender.how_closed == "reset after delivery"
     assert not receiver.has_fin
+
+
+@pytest.mark.parametrize("side", ["client", "origin"])
+def test_a_reset_is_passed_on_although_a_response_to_it_failed_first(side: str) -> None:
+    play = Playbook(tls_origin=True).start()
+    sender, receiver = (play.client, play.origin) if side == "client" else (play.origin, play.client)
+    assert isinstance(sender, FakeTls)
+    sender.feed(b"before")
+    sender.ask_for_response()
+    sender.reset()
+    play.run()
+    assert plaintext(receiver) == b"before"
+    assert play.ended() == (side, "reset")
+    assert receiver.how_closed == sender.how_closed == "reset after delivery"
+
+
+def test_a_response_is_not_sent_behind_our_close_notify() -> None:
+    play = Playbook().start()
+    play.origin.end()
+    play.client.feed(b"up")
+    play.client.ask_for_response()
+    play.run()
+    play.client.ask_for_response()
+    play.client.truncate()
+    play.run()
+    assert plaintext(play.origin) == b"up"
+    assert play.client.below == CLOSE_NOTIFY
+    assert play.ended() == ("origin", "closed")
+    assert play.origin.how_closed == "graceful close", "a truncation, and no reset"
 
 
 @both_origins

@@ -96,7 +96,6 @@ call costs as much as a check. In it, FLOWING must be 0.
 """
 
 import asyncio
-import contextlib
 import os
 import socket
 import ssl
@@ -453,15 +452,23 @@ class _TlsSide(_Side):
 
     def _handle_tls_events(self, tls: TlsStream) -> None:
         """Handle what TLS has to say besides data."""
+        splice = self._splice
         tls.changed = False
-        if self.held and tls.failure is None and not self._splice.closed:
+        if splice.closed:
+            return
+        if self.held and tls.failure is None:
             self._encrypt_held(tls)
             self.flush()
-            self._splice.advance()
-        if tls.output and not self.unsent and not self._splice.closed:
-            # What the socket does not take is sent before the next data. A failed send shows at the next read.
-            with contextlib.suppress(OSError):
+            splice.advance()
+        if self._other.flow == ENDED:
+            tls.output = b""  # nothing follows our close_notify, but OpenSSL still responds to a KeyUpdate
+        elif tls.output and not self.unsent:
+            try:
                 tls.output = tls.output[self.sock.send(tls.output) :]
+            except BlockingIOError:
+                pass  # it is sent before the next data
+            except OSError as error:
+                self._fail_sending(error)
         self.handle_ended_tls()
 
 
