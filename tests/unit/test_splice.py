@@ -902,6 +902,19 @@ def test_a_bug_ends_its_own_tunnel(side: str) -> None:
     assert play.client.how_closed == play.origin.how_closed == "reset"
 
 
+def test_a_bug_in_a_sweep_ends_its_own_tunnel() -> None:
+    play = Playbook().start()
+    play.client.window = 0
+    play.origin.feed(b"down")
+    play.run()
+    play.splice.drain("drained")
+    with capture_logs() as logs, patch.object(Splice, "stop_reading", side_effect=RuntimeError("a bug")):
+        play.pass_time(play.CLOSE_TIMEOUT)
+    assert play.ended() == ("tunnel", "drained")
+    assert [line["event"] for line in logs] == ["splice failed"]
+    assert play.client.how_closed == play.origin.how_closed == "reset"
+
+
 # Any script
 
 SIDES = st.sampled_from(["client", "origin"])

@@ -727,22 +727,26 @@ class Splices:
         self._timer = None
         now = self.loop.time()
         for splice in self._closing | self._with_idle_timeout:
-            closing = splice in self._closing
-            if splice.draining_since and now - splice.draining_since >= splice.close_timeout:
-                splice.stop_reading()
-            progress = splice.progress()
-            if progress != splice.last_progress:
-                splice.last_progress, splice.last_progress_at = progress, now
-            elif closing and now - splice.last_progress_at >= splice.close_timeout:
-                splice.abort(Reason.CLOSE_TIMEOUT)
-            elif (
-                not closing and splice.idle_timeout is not None and now - splice.last_progress_at >= splice.idle_timeout
-            ):
-                splice.drain(Reason.IDLE_TIMEOUT)
+            try:
+                self._check_progress(splice, now)
+            except Exception:
+                splice.fail()
         if self._closing:
             self._sweep_within(min(splice.close_timeout for splice in self._closing))
         if self._with_idle_timeout:
             self._sweep_within(min(splice.idle_timeout or 0.0 for splice in self._with_idle_timeout))
+
+    def _check_progress(self, splice: Splice, now: float) -> None:
+        closing = splice in self._closing
+        if splice.draining_since and now - splice.draining_since >= splice.close_timeout:
+            splice.stop_reading()
+        progress = splice.progress()
+        if progress != splice.last_progress:
+            splice.last_progress, splice.last_progress_at = progress, now
+        elif closing and now - splice.last_progress_at >= splice.close_timeout:
+            splice.abort(Reason.CLOSE_TIMEOUT)
+        elif not closing and splice.idle_timeout is not None and now - splice.last_progress_at >= splice.idle_timeout:
+            splice.drain(Reason.IDLE_TIMEOUT)
 
     def _check_acknowledgements_within(self, timeout: float) -> None:
         self._acknowledgement_timer = timer = self._call_within(
