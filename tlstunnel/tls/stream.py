@@ -52,7 +52,7 @@ SMALL: Final = 16_384
 PIECE: Final = 4_096
 """Bytes of them that OpenSSL gets at once: 2 to 4 ms if all of them are KeyUpdates."""
 
-LARGE: Final = 65_536
+LARGE: Final = 131_072
 """Bytes that are received at once while records are large."""
 
 AVERAGE: Final = 1_024

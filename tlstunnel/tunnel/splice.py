@@ -96,6 +96,7 @@ call costs as much as a check. In it, FLOWING must be 0.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -111,8 +112,9 @@ from tlstunnel.sockets.readiness import EDGE_TRIGGERED, ERR, HUP, IN, OUT
 from tlstunnel.tls.stream import LARGE, RECORD, TlsStream
 from tlstunnel.tls.truncation import is_truncation
 
-TURN: Final = 65_536
-"""Bytes that are read from one side at one wake-up at most: no tunnel starves the others, and they fit into a cache."""
+TURN: Final = 131_072
+"""Bytes that are read from one side at one wake-up at most: no tunnel starves the others. With half of it, bulk data
+took 10 to 30 % more CPU, with twice as much no less."""
 
 
 class Flow(IntEnum):
