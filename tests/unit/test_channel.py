@@ -13,7 +13,7 @@ from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.deadlines import Wakeup
 from tlstunnel.sockets.readiness import readiness
 from tlstunnel.tls.policy import apply_to_client_context, apply_to_server_context
-from tlstunnel.tls.stream import TlsStream
+from tlstunnel.tls.stream import Pair, TlsStream
 from tlstunnel.tls.truncation import Truncated
 
 SECONDS = 20.0
@@ -122,6 +122,30 @@ def test_tls_in_both_directions(contexts: Contexts) -> None:
         assert not sockets.far.check_gone(), "it may have ended its own side only"
         await sockets.far.send(b"still open")
         assert await sockets.near.recv() == b"still open"
+
+    run(test)
+
+
+def test_a_ticket_does_not_wait_for_the_request(contexts: Contexts) -> None:
+    """A client with Nagle's algorithm sends its request after the acknowledgement, which comes with the ticket."""
+
+    async def test(sockets: Sockets) -> None:
+        async def serve() -> bytes:
+            await sockets.near.buffer(1)
+            await sockets.near.begin_tls(TlsStream(contexts.server))
+            return await sockets.near.recv()
+
+        serving = asyncio.ensure_future(serve())
+        client = TlsStream(contexts.client, server_hostname="localhost", pair=Pair())
+        await sockets.far.begin_tls(client)
+        sockets.far.sock.send(client.output)
+        client.output = b""
+        sockets.far.tls = None
+        received = await sockets.far.recv() if client.version == "TLSv1.3" else b"with the last flight"
+        assert received
+        sockets.far.tls = client
+        await sockets.far.send(b"request")
+        assert await serving == b"request"
 
     run(test)
 

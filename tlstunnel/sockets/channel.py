@@ -104,7 +104,8 @@ class Channel:
     async def begin_tls(self, tls: TlsStream, unless_gone: "Channel | None" = None) -> None:
         """Make the TLS handshake; what `buffer` has received is the peer's first bytes.
 
-        What may be sent with the first data is left in the stream: a server's session ticket, a client's last flight.
+        What may be sent with the first data is left in the stream, until `send` or until `recv` has to wait: a server's
+        session ticket, a client's last flight.
         Raises ssl.SSLError after the alert has been sent; ClientGone as soon as `unless_gone` is gone.
         """
         received, self._buffered = self._buffered, b""
@@ -116,11 +117,9 @@ class Channel:
             except ssl.SSLError:
                 self._send_alert(tls)
                 raise
-            # The last flight of a server of TLS 1.3 is a ticket, and a client's can go with its request.
-            if tls.output and not (complete and tls.version == "TLSv1.3"):
-                self._unsent += tls.output
-                tls.output = b""
-                self._flush()
+            if complete and tls.version == "TLSv1.3":
+                break  # a server's ticket and a client's last flight can go with the first data
+            self._send_output(tls)
             if complete:
                 break
             while self._unsent:
@@ -153,6 +152,9 @@ class Channel:
             try:
                 data = self._receive(self.tls)
             except BlockingIOError:
+                # Now, and not with the first data: without a response, a system delays its acknowledgement by 40 ms,
+                # for which a client with Nagle's algorithm (RFC 896) waits before it sends its request (seen).
+                self._send_output(self.tls)
                 await self._wait(unless_gone)
                 continue
             if data is not None:
@@ -192,6 +194,13 @@ class Channel:
             if not n:
                 raise tls.failure
         return bytes(_PLAINTEXT_VIEW[:n]) if n else b"" if tls.ended else None
+
+    def _send_output(self, tls: TlsStream | None) -> None:
+        """Send what TLS has for the peer, as far as the socket takes it."""
+        if tls is not None and tls.output:
+            self._unsent += tls.output
+            tls.output = b""
+            self._flush()
 
     def _send_alert(self, tls: TlsStream) -> None:
         if not self._unsent:
