@@ -4,7 +4,6 @@ Tables and plots are made from the JSON only, so that they can be made again fro
 """
 
 import json
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.load import budgets
-from scripts.load.figures import BUSY, LATENCY, Column, Figure
+from scripts.load.figures import BUSY, Column, Figure
 from scripts.load.running import BenchError
 
 Content = dict[str, Any]
@@ -126,14 +125,14 @@ def _render_ratio(found: Content) -> str:
 
 
 def render_markdown(content: Content) -> str:
-    """Return the conditions of the run, the budgets, a table for each kind of number, and the headroom of the load."""
+    """Return the conditions of the run, the budgets, a table for each kind of figure, and the headroom of the load."""
     subjects = list(content["subjects"])
     parts = [_render_run(content), _render_budgets(content)]
     groups = dict.fromkeys(figure["group"] for figure in content["figures"].values())
     for group in groups:
         figures = [figure for figure in content["figures"].values() if figure["group"] == group]
         parts.append(f"### {GROUP_TITLES[group]}")
-        parts += _render_group(figures, subjects)
+        parts.append(_render_group(group, figures, subjects))
     parts.append(_render_headroom(content))
     return "\n\n".join(part for part in parts if part)
 
@@ -195,36 +194,30 @@ def _render_budgets(content: Content) -> str:
     return "### Against the budgets\n\n" + _render_table(["figure", "must", "aim", "measured"], rows)
 
 
-def _render_group(figures: list[Content], subjects: list[str]) -> Iterator[str]:
-    """Yield a table for each column, with a row for each figure and a column for each subject; latencies share one."""
-    special = {column.name for column in (*LATENCY, *BUSY)}
-    titles: dict[str, str] = {}
-    for figure in figures:
-        titles |= {name: column["label"] for name, column in figure["columns"].items() if name not in special}
-    for name, label in titles.items():
-        rows = []
-        for figure in figures:
-            if (column := figure["columns"].get(name)) is None:
-                continue
-            found = column["subjects"]
-            cells = [_render_spread(found[who], column["decimals"]) if who in found else "-" for who in subjects]
-            rows.append([figure["title"], *cells, _render_ratio(found[OURS]) if OURS in found else "-"])
-        yield f"**{_capitalise(label)}**\n\n" + _render_table(["", *subjects, "x best peer"], rows)
+MAIN_COLUMNS = {
+    "echo": ("cpu",),
+    "bulk": ("cpu", "path"),
+    "handshakes": ("cpu", "rate"),
+    "idle": ("kib", "moved_kib", "idle_cpu"),
+    "grow": ("growth",),
+    "start": ("ms",),
+    "storm": ("seconds", "cpu"),
+}
+"""The columns of each group that a document shows: all of the others. The JSON file has every one, and every round."""
+
+
+def _render_group(group: str, figures: list[Content], subjects: list[str]) -> str:
+    """Return a table with a row for each figure and column that is shown, and a column for each subject."""
     rows = []
     for figure in figures:
-        shown = [figure["columns"][column.name] for column in LATENCY if column.name in figure["columns"]]
-        if shown:
-            cells = [
-                " / ".join(
-                    _render_number(column["subjects"][who]["median"], 0)
-                    for column in shown
-                    if who in column["subjects"]
-                )
-                for who in subjects
-            ]
-            rows.append([figure["title"], *cells])
-    if rows:
-        yield "**Latency, us: p50 / p99 / p99.9**\n\n" + _render_table(["", *subjects], rows)
+        for name in MAIN_COLUMNS[group] if group in MAIN_COLUMNS else figure["columns"]:
+            if (column := figure["columns"].get(name)) is None:
+                continue
+            found, decimals = column["subjects"], column["decimals"]
+            cells = [_render_number(found[who]["median"], decimals) if who in found else "-" for who in subjects]
+            title = f"{figure['title']}: {column['label']}"
+            rows.append([title, *cells, _render_ratio(found[OURS]) if OURS in found else "-"])
+    return _render_table(["", *subjects, "x best peer"], rows)
 
 
 def _render_headroom(content: Content) -> str:
@@ -256,7 +249,3 @@ def _render_headroom(content: Content) -> str:
 def _render_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _capitalise(text: str) -> str:
-    return re.sub(r"^[a-z]", lambda found: found[0].upper(), text)
