@@ -2,6 +2,7 @@ import ssl
 
 import pytest
 
+from tests.harness import Certificate
 from tlstunnel.tls import policy
 from tlstunnel.tls.stream import Pair, TlsStream
 
@@ -63,3 +64,9 @@ def test_no_finite_field_is_offered_to_an_origin() -> None:
     groups = offered(context)
     assert X25519 in groups
     assert not any(group in FINITE_FIELDS for group in groups)
+
+
+def test_setting_the_groups_leaves_no_error_for_the_next_call(certificate: Certificate) -> None:
+    policy.apply_to_client_context(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_verify_locations(cadata=certificate.ca.read_text())

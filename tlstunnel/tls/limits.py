@@ -20,8 +20,8 @@ MAX_SESSIONS: Final = 256
 """Sessions that are kept per context for clients of TLS 1.2 that support no tickets: 870 bytes each. Others are kept by
 the clients themselves."""
 
-_GROUPS: Final = (b"X25519MLKEM768:X25519:P-256:P-384:P-521", b"X25519:P-256:P-384:P-521")
-"""Groups for origins. OpenSSL before 3.5 refuses the first list, because it does not have the hybrid."""
+_GROUPS: Final = b"X25519:P-256:P-384:P-521"
+"""Groups for origins, after the hybrid X25519MLKEM768 of OpenSSL 3.5 and later, which sends a key share of both."""
 
 # openssl/ssl.h, the same numbers since 0.9.8, and 1.0.2 for groups.
 _SET_SESSION_CACHE_SIZE = 42
@@ -46,7 +46,9 @@ def exclude_finite_fields(context: ssl.SSLContext) -> bool:
     if _control is None:
         return False
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
-    return any(_control(pointer, _SET_GROUPS_LIST, 0, groups) == 1 for groups in _GROUPS)
+    # An unknown group would be an error, which stays in OpenSSL's queue and makes the next call of ``ssl`` fail (seen).
+    groups = b"*X25519MLKEM768:*" + _GROUPS if ssl.OPENSSL_VERSION_INFO >= (3, 5) else _GROUPS
+    return _control(pointer, _SET_GROUPS_LIST, 0, groups) == 1
 
 
 def _find_control() -> Callable[..., int] | None:
