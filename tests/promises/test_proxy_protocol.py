@@ -248,73 +248,65 @@ def test_origins_receive_the_clients_address(certificate: Certificate, version: 
 
 
 @contextlib.contextmanager
-def _haproxy(folder: Path, text: str) -> Iterator[None]:
+def _haproxy(folder: Path, text: str) -> Iterator[int]:
+    """Run HAProxy with what comes after ``listen l``; return its port. It inherits the listener: no one can take it."""
     program = require("haproxy")
     file = folder / "haproxy.cfg"
+    listener = socket.create_server(("127.0.0.1", 0))
     file.write_text(
         "global\n log stdout format raw local0\ndefaults\n timeout connect 5s\n timeout client 60s\n"
-        f" timeout server 60s\n{text}"
+        f" timeout server 60s\nlisten l\n bind fd@{listener.fileno()}{text}"
     )
-    process = subprocess.Popen([program, "-db", "-f", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [program, "-db", "-f", str(file)],
+        pass_fds=(listener.fileno(),),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        yield
+        with listener:
+            yield int(listener.getsockname()[1])
         assert process.poll() is None
     finally:
         process.terminate()
         process.wait(TIMEOUT)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2", "send-proxy-v2-ssl"])
 def test_haproxy_before_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
-    port = _free_port()
-    with WebsocketsOrigin() as origin, tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel:
-        text = f"listen l\n mode tcp\n bind 127.0.0.1:{port}\n server s 127.0.0.1:{tunnel.port} {version}\n"
-        with _haproxy(tmp_path, text):
-            plain = eventually(lambda: _connected(port))
-            assert plain is not None
-            with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
-                own = client.getsockname()[0]
-                assert upgrade(client).status == 101
-                client.sendall(b"\x81\x85\0\0\0\0hello")
-                assert receive_exactly(client, 7) == b"\x81\x05hello"
-            assert tunnel.wait_records(1)[0]["client"] == own == "127.0.0.3"
-
-
-def _connected(port: int) -> socket.socket | None:
-    try:
-        return socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=("127.0.0.3", 0))
-    except ConnectionRefusedError:
-        return None
+    with (
+        WebsocketsOrigin() as origin,
+        tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel,
+        _haproxy(tmp_path, f"\n mode tcp\n server s 127.0.0.1:{tunnel.port} {version}\n") as port,
+    ):
+        plain = socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=("127.0.0.3", 0))
+        with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
+            own = client.getsockname()[0]
+            assert upgrade(client).status == 101
+            client.sendall(b"\x81\x85\0\0\0\0hello")
+            assert receive_exactly(client, 7) == b"\x81\x05hello"
+        assert tunnel.wait_records(1)[0]["client"] == own == "127.0.0.3"
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2-tls"])
 def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, version: str) -> None:
     """It refuses connections without a header, and forwards the address in the header to its own server."""
-    port = _free_port()
     with ScriptedOrigin() as origin:
         text = (
-            f"listen l\n mode http\n bind 127.0.0.1:{port} accept-proxy\n option forwardfor header X-Seen\n"
+            " accept-proxy\n mode http\n option forwardfor header X-Seen\n"
             f" timeout tunnel 60s\n server s {origin.address}\n"
         )
         site = f'send_proxy_protocol = "{version}"\nhealth = {{ type = "tcp", interval = "100ms" }}'
-        with _haproxy(tmp_path, text), tunnel_to(f"127.0.0.1:{port}", certificate, site=site) as tunnel:
-            eventually(lambda: _listens(port))
+        with (
+            _haproxy(tmp_path, text) as port,
+            tunnel_to(f"127.0.0.1:{port}", certificate, site=site) as tunnel,
+        ):
             traffic = origin.play(switching_protocols)
             plain = socket.create_connection(("127.0.0.1", tunnel.port), TIMEOUT, source_address=("127.0.0.5", 0))
             with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
                 assert upgrade(client).status == 101
             eventually(lambda: traffic.heads)
             assert re.search(rb"(?i)\r\nx-seen: 127\.0\.0\.5\r\n", traffic.heads[0])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_what_origins_receive_can_be_changed(certificate: Certificate) -> None:
