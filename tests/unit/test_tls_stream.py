@@ -178,6 +178,26 @@ def test_bytes_of_another_connection_are_dropped(contexts: Contexts) -> None:
     assert bytes(ROOM[:n]) == b"of the third"
 
 
+@pytest.mark.parametrize("pieces", [1, 2], ids=["one record", "several"])
+def test_an_operation_that_fails_in_any_way_leaves_nothing_behind(
+    contexts: Contexts, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair()
+    first, second = connect(pair, contexts), connect(pair, contexts)
+
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(first.stream, "_read", fail)
+    for _ in range(pieces):
+        first.tls.write(b"of the first")
+    with pytest.raises(MemoryError):
+        first.stream.receive(memoryview(first.outgoing.read()), ROOM)
+    second.tls.write(b"of the second")
+    n = second.stream.receive(memoryview(second.outgoing.read()), ROOM)
+    assert bytes(ROOM[:n]) == b"of the second"
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_order_of_connections_delivers_to_each_its_own(contexts: Contexts, data: st.DataObject) -> None:

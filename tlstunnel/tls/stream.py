@@ -106,9 +106,13 @@ class Pair:
     def check_empty(self) -> None:
         """Raise `NotEmpty` if an operation left something behind, and drop that."""
         if self.incoming.pending or self.outgoing.pending:
-            self.incoming.read()
-            self.outgoing.read()
+            self.empty()
             raise NotEmpty
+
+    def empty(self) -> None:
+        """Drop what is in it."""
+        self.incoming.read()
+        self.outgoing.read()
 
 
 class _Local(threading.local):
@@ -221,19 +225,25 @@ class TlsStream:
             and not self._useless
         ):
             # The hot path: one whole record.
-            incoming.write(data)
             try:
+                incoming.write(data)
                 if (n := self._read(RECORD, into)) and not incoming.pending and not outgoing.pending:
                     self.limit = SMALL if size < AVERAGE else LARGE
                     return n
             except ssl.SSLError as error:
                 return self._take_stock(0, 1, 0, error)
+            except BaseException:
+                self._pair.empty()  # it must not become another connection's
+                raise
             return self._take_stock(n, 1, 1 if n else 0, None if n else ssl.SSLZeroReturnError())
         try:
             return self._receive_several(data, size, into)
         except Flood as error:
             self.failure, self.changed = error, True
             return 0
+        except BaseException:
+            self._pair.empty()
+            raise
 
     def _receive_several(self, data: memoryview, size: int, into: memoryview) -> int:
         """Decrypt any number of records, or parts of them. Raises Flood before the data of this call is decrypted."""
