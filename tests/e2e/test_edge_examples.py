@@ -578,6 +578,11 @@ def test_all_paths_to_a_room_have_one_shard() -> None:
             paths = [one.request.target for one in answers if one.request]
             assert paths[0] == paths[2]
             assert paths[1].endswith("/sub?x=1")
+        # Which rooms a shard has depends on its port: by chance, nine may have the same one.
+        for number in range(60):
+            if len(set(reached.values())) == 2:
+                break
+            reached[str(number)] = tunnel.handshake(f"/rooms/{number}").record["origin"]
         assert set(reached.values()) == {first.address, second.address}
         assert tunnel.handshake("/rooms/lobby").record["origin"] == large.address
         # Paths that one server takes for the lobby, and another does not.
