@@ -76,8 +76,9 @@ The states only move downwards, except that PAUSED returns to FLOWING.
 1. *Order and completeness.* What A sent reaches B's socket in order, and an end is passed on only after all of it.
    Bytes are dropped only towards a side to which a send, or whose connection, has failed.
 2. *Bounded memory.* A is read only while its flow is FLOWING, so nothing is added to an `unsent` that is not empty. It
-   and `held` hold at most one TURN and what encryption adds, or what the splice began with. All splices share their
-   buffers: a handler sends what it read, or copies it, before it returns.
+   and `held` hold at most one TURN and the record that TLS had a part of before, what encryption adds, and what TLS
+   itself sends (`MAX_OUTPUT`); or what the splice began with. All splices share their buffers: a handler sends what it
+   read, or copies it, before it returns.
 3. *Half-close.* An end is passed on while the other flow continues. A truncation is passed on as one, as a FIN without
    close_notify; a reset is passed on as RST, behind everything that came before it.
 4. *No spinning.* Readiness is level-triggered, so a side is only ever watched for what will be acted on; a side that
