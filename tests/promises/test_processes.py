@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,11 @@ from tests.harness import (
     connect_tls,
     echo_bytes,
     eventually,
+    handshake_request,
     receive_exactly,
     upgrade,
 )
+from tests.promises.edged import BY_PATH, edged
 from tests.promises.firewalled import config_for
 from tests.promises.numbered import Traffic
 
@@ -394,8 +396,8 @@ def test_a_reload_does_not_wait_for_a_process_that_hangs(
         assert tunnel.records("parent exited") == []
 
 
-def test_a_process_that_keeps_hanging_is_killed(origin: RawOrigin, certificate: Certificate) -> None:
-    """The log has the stacks of its threads. Its place is taken, and clients that wait for it are served."""
+def test_a_process_that_stays_stopped_is_killed(origin: RawOrigin, certificate: Certificate) -> None:
+    """Its place is taken, and clients that wait for it are served: it does not continue before it ends."""
     watch = {"TLSTUNNEL_WATCH": "0.1,0.5,1.2,600"}
     with Tunnel(origin.address, certificate, environment=watch, errors_expected=True) as tunnel:
         victim = tunnel.pid
@@ -407,12 +409,38 @@ def test_a_process_that_keeps_hanging_is_killed(origin: RawOrigin, certificate: 
         assert exited["process"] == victim
         assert exited["reason"].startswith("it did not respond for ")
         events = [record["event"] for record in tunnel.records() if record.get("process") == victim]
-        assert [event for event in events if event != "process stack"] == [
+        assert events == ["process does not respond", "process killed", "process exited"]
+
+
+BACKTRACKING = (
+    BY_PATH
+    + """
+
+async def backtrack(request, env):
+    import re
+    re.match("(a+)+$", "a" * 60 + "b")  # hours, in which nothing else of Python runs
+"""
+)
+
+
+def test_a_process_that_keeps_hanging_is_killed(origin: RawOrigin, certificate: Certificate) -> None:
+    """The log has the stacks of its threads."""
+    watch = {"TLSTUNNEL_WATCH": "0.1,0.5,1.2,600"}
+    with edged(origin.address, certificate, BACKTRACKING, environment=watch, errors_expected=True) as tunnel:
+        victim = tunnel.pid
+        with connect_tls(tunnel) as client:
+            client.sendall(handshake_request("/backtrack"))
+            with suppress(OSError):  # with or without a reset, it is lost with the process
+                assert client.recv(1) == b""
+        exited = tunnel.wait_record(lambda record: record["event"] == "process exited")
+        assert exited["process"] == victim
+        tunnel.wait_record(lambda record: record["event"] == "process stack" and "in backtrack" in str(record))
+        events = [record["event"] for record in tunnel.records() if record.get("process") == victim]
+        assert [event for event in events if event in ("process does not respond", "process killed")] == [
             "process does not respond",
             "process killed",
-            "process exited",
         ]
-        tunnel.wait_record(lambda record: record["event"] == "process stack" and "in run_forever" in str(record))
+        _echoes(tunnel)
 
 
 def test_a_pause_of_all_processes_is_not_a_hang(origin: RawOrigin, certificate: Certificate) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,8 @@ MAX_FRAMES = 20
 
 _STATES = {"R": "running", "S": "sleeping", "D": "waiting for the kernel", "T": "stopped", "t": "stopped by a debugger"}
 """States of a process (proc_pid_stat(5))."""
+
+_STOPPED = frozenset({_STATES["T"], _STATES["t"]})
 
 
 class Guard:
@@ -124,16 +125,21 @@ class Guard:
                 self._run_in_background(self._kill(child))
 
     async def _kill(self, child: Child) -> None:
-        """Have a child write its stacks and exit, which `STACKS_SIGNAL` does; kill it if that does not work."""
+        """Have a child write its stacks and exit, which `STACKS_SIGNAL` does; kill it if that does not work.
+
+        A stopped process is only killed: to write its stacks it would have to continue, and then its loop may accept a
+        client's connection before it ends (seen).
+        """
         about = {"process": child.pid, "place": child.identity.place}
-        self._log.error(Event.PROCESS_KILLED, **about, reason=child.problem, state=_read_state(child.pid))
+        state = _read_state(child.pid)
+        self._log.error(Event.PROCESS_KILLED, **about, reason=child.problem, state=state)
+        if state in _STOPPED:
+            return child.kill()
         stacks = -1
         with contextlib.suppress(OSError):  # out of descriptors
             if child.pulse is not None:
                 stacks = os.dup(child.pulse.stacks)  # the other one is closed when the child exits
         child.process.send_signal(STACKS_SIGNAL)
-        # A stopped process runs its handler before anything else, and does not survive it.
-        child.process.send_signal(signal.SIGCONT)
         await asyncio.wait([child.process.exited], timeout=STACKS_SECONDS)
         child.kill()
         if stacks < 0:
