@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tests.handshakes import FIELDS, Field, request
 from tlstunnel.config import RateLimitConfig, Timeout
 from tlstunnel.errors import ConfigurationError
-from tlstunnel.firewall.counters import LimitCheck, LimitResult, MemoryCounters
 from tlstunnel.firewall.expressions import Expressions
 from tlstunnel.firewall.facts import Facts, gather
 from tlstunnel.firewall.rate_limits import (
@@ -25,6 +24,8 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.metrics.families import RATE_LIMITS
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.state.counters import LimitCheck, LimitResult
+from tlstunnel.state.memory import MemoryCounters
 
 
 class Clock:

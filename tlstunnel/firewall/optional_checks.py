@@ -14,7 +14,6 @@ from tlstunnel.config import Config, RateLimitConfig, RuleConfig, SiteConfig
 from tlstunnel.config.problems import Problems
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
-from tlstunnel.firewall.counters import Counters, MemoryCounters
 from tlstunnel.firewall.expressions import Expressions
 from tlstunnel.firewall.lists import NamedLists
 from tlstunnel.firewall.managed.check import ManagedRulesCheck
@@ -26,6 +25,8 @@ from tlstunnel.firewall.rules import Rules
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.state.counters import Counters
+from tlstunnel.state.memory import MemoryCounters
 
 SiteChecks = tuple[Rules | None, RateLimits | None, ManagedRulesCheck | None]
 """The rules, rate limits and managed rules of a site; None for a check that is not configured."""

@@ -29,12 +29,12 @@ from tlstunnel.addresses import quoted
 from tlstunnel.config import RateLimitConfig
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.cookies import find_identities, refuse_many_combinations
-from tlstunnel.firewall.counters import Counters, Exceeded, LimitCheck, LimitResult, Strategy
 from tlstunnel.firewall.facts import Facts
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.state.counters import Counters, Exceeded, LimitCheck, LimitResult, Strategy
 
 MAX_MOVING = 1_000
 """The largest limit of a moving window, which keeps the time of each request in the window, 8 bytes each."""

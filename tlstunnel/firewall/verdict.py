@@ -29,11 +29,11 @@ from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed
 
 if TYPE_CHECKING:  # they need libraries that most configurations do not use: see optional_checks.py
-    from tlstunnel.firewall.counters import Counters
     from tlstunnel.firewall.managed.check import ManagedRulesCheck, ManagedRulesOutcome
     from tlstunnel.firewall.optional_checks import OptionalChecks
     from tlstunnel.firewall.rate_limits import Lease, RateLimits
     from tlstunnel.firewall.rules import Rules
+    from tlstunnel.state.counters import Counters
 
 REFRESH_SECONDS = 1.0
 """How often the files of lists are checked for changes."""

@@ -18,16 +18,9 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
-from tlstunnel.firewall.counters import (
-    MAX_KEYS,
-    TIMES_PER_SLOT,
-    TUNNEL_WAIT,
-    BoundedStorage,
-    LimitCheck,
-    LimitResult,
-    MemoryCounters,
-    Strategy,
-)
+from tlstunnel.state.counters import LimitCheck, LimitResult, Strategy
+from tlstunnel.state.memory import TUNNEL_WAIT, MemoryCounters
+from tlstunnel.state.storage import MAX_KEYS, TIMES_PER_SLOT, BoundedStorage
 
 
 class Clock:

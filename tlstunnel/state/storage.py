@@ -1,9 +1,8 @@
-"""The counters of rate limits, and the interface through which rate limits use them.
+"""A storage of bounded size for the library `limits`.
 
-`Counters` is the interface: one call checks all limits of a request, so that a store shared by several machines costs
-one round trip. `MemoryCounters` keeps the counts of this process: the strategies of the library `limits` with a
-`BoundedStorage`, since the library's own storage keeps every key and scans all of them (300 000 keys: 84 MB, 184 ms a
-scan).
+The library's own storage in memory keeps every key and scans all of them (300 000 keys: 84 MB, 184 ms a scan).
+
+Tested by tests/unit/test_state_memory.py.
 """
 
 import math
@@ -11,18 +10,9 @@ import struct
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable
 
-from limits import RateLimitItem
 from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
-from limits.strategies import (
-    FixedWindowRateLimiter,
-    MovingWindowRateLimiter,
-    RateLimiter,
-    SlidingWindowCounterRateLimiter,
-)
 
 MAX_KEYS = 200_000
 """Keys of all limits together: 50 MB when full, after 1 000 000 distinct keys as well as after 200 000 (measured)."""
@@ -32,147 +22,6 @@ SHARDS = 64
 
 TIMES_PER_SLOT = 32
 """A moving window keeps 8 bytes per request: 32 of them take as much memory as an entry of a fixed window."""
-
-TUNNEL_WAIT = 10.0
-"""Seconds that a client with too many tunnels has to wait, since it is unknown when one of them will end."""
-
-# A sliding window admits only after the computed moment, not at it.
-_MOMENT = 1e-6
-
-Strategy = Literal["fixed", "moving", "sliding"]
-Exceeded = Literal["", "limit", "tunnels", "blocked"]
-
-
-@dataclass(frozen=True, slots=True)
-class LimitCheck:
-    """A check whether one more request may be counted under `key`.
-
-    `key` is short and stands for one limit and one counted value (a client, a path). A key must not be used with two
-    strategies unless the namespaces of their items differ. `item` is the number per window, None for no such limit;
-    `max_tunnels` is the number of tunnels open at once, 0 for no such limit. A key that exceeds `item` is blocked for
-    `block_for` seconds. Without `item` and `max_tunnels`, only an existing block is checked. A limit that is not
-    `enforced` is counted, but never keeps the request from being counted by others.
-    """
-
-    key: str
-    item: RateLimitItem | None = None
-    strategy: Strategy = "fixed"
-    max_tunnels: int = 0
-    block_for: float = 0.0
-    enforced: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LimitResult:
-    """`exceeded` is what was exceeded, or "". `wait` is the number of seconds after which a retry may succeed."""
-
-    exceeded: Exceeded = ""
-    wait: float = 0.0
-
-
-WITHIN = LimitResult()
-
-
-class Counters(Protocol):
-    """Counts the requests and open tunnels of rate limits."""
-
-    async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
-        """Check one request against all its limits at once, and count it under all of them or none.
-
-        If no enforced limit is exceeded, the request is counted under each limit that is not exceeded, and a tunnel is
-        taken under each of these with `max_tunnels`, until `return_tunnels`. Otherwise nothing is counted or taken, so
-        that a client over its own limit cannot use up one that it shares with others.
-        """
-
-    def return_tunnels(self, keys: Sequence[str]) -> None:
-        """Return one tunnel under each key. Never waits, since it is called where a tunnel ends, outside any task."""
-
-
-class MemoryCounters:
-    """`Counters` of this process alone. They are exact, since no method suspends.
-
-    Open tunnels are counted outside the storage, since an evicted count would stay wrong; their number is bounded by
-    the tunnels times their limits. For one event loop. `clock` returns seconds and is monotonic.
-    """
-
-    def __init__(self, capacity: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.storage = BoundedStorage(capacity, clock)
-        self._clock = clock
-        self._tunnels: dict[str, int] = {}
-        self._limiters: dict[Strategy, RateLimiter] = {
-            "fixed": FixedWindowRateLimiter(self.storage),
-            "moving": MovingWindowRateLimiter(self.storage),
-            "sliding": SlidingWindowCounterRateLimiter(self.storage),
-        }
-
-    async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
-        """See `Counters.check`."""
-        results = [self._evaluate(check) for check in checks]
-        if not any(result.exceeded and check.enforced for check, result in zip(checks, results, strict=True)):
-            for check, result in zip(checks, results, strict=True):
-                if not result.exceeded:
-                    self._count(check)
-        return results
-
-    def return_tunnels(self, keys: Sequence[str]) -> None:
-        """See `Counters.return_tunnels`. Raises KeyError for a tunnel that was not taken."""
-        for key in keys:
-            held = self._tunnels[key]
-            if held > 1:
-                self._tunnels[key] = held - 1
-            else:
-                del self._tunnels[key]
-
-    def open_tunnels(self, key: str) -> int:
-        """Return the number of open tunnels under the key."""
-        return self._tunnels.get(key, 0)
-
-    def _evaluate(self, check: LimitCheck) -> LimitResult:
-        """Return the result of this check alone, and begin a block if it is due."""
-        key, item = check.key, check.item
-        if check.block_for:
-            left = self.storage.get_expiry(_block_name(key)) - self._clock()
-            if left > 0:
-                return LimitResult("blocked", left)
-        if item is not None and not self._limiters[check.strategy].test(item, key):
-            name = item.key_for(key)
-            self.storage.protect(name)
-            if check.block_for:
-                self.storage.incr(_block_name(key), check.block_for)
-                self.storage.protect(_block_name(key))
-            return LimitResult("limit", max(self._wait(check.strategy, item, name), check.block_for))
-        if check.max_tunnels and self.open_tunnels(key) >= check.max_tunnels:
-            return LimitResult("tunnels", TUNNEL_WAIT)
-        return WITHIN
-
-    def _count(self, check: LimitCheck) -> None:
-        if check.item is not None:
-            self._limiters[check.strategy].hit(check.item, check.key)
-        if check.max_tunnels:
-            self._tunnels[check.key] = self.open_tunnels(check.key) + 1
-
-    def _wait(self, strategy: Strategy, item: RateLimitItem, name: str) -> float:
-        """Return the seconds until the exceeded limit admits a request again.
-
-        The library's `get_window_stats` does not say: for a sliding window it returns when the sum changes next, which
-        may be long before that, and as a time of day.
-        """
-        window = item.get_expiry()
-        if strategy == "fixed":
-            return self.storage.get_expiry(name) - self._clock()
-        if strategy == "moving":
-            oldest, _ = self.storage.get_moving_window(name, item.amount, window)
-            return oldest + window - self._clock()
-        previous, left, current, _ = self.storage.get_sliding_window(name, window)
-        if current >= item.amount:  # all in this window, whose share shrinks after its end
-            return left + _MOMENT
-        return left - (item.amount - current) * window / previous + _MOMENT
-
-
-def _block_name(key: str) -> str:
-    """Return the name of a block, which is stored as a fixed window, so that any storage of `limits` can hold it."""
-    return f"block/{key}"
-
 
 # The entry of a key: the time from which it counts nothing, its count, and the count of the window before. For a moving
 # window the times of the admitted requests follow, oldest first, 8 bytes each. Entries are bytes, which the garbage

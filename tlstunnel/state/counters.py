@@ -1,0 +1,60 @@
+"""What is asked of counters, and the interface through which it is asked.
+
+One call checks all limits of a request, so that a store shared by several processes or machines costs one round trip.
+
+Tested by tests/unit/test_state_memory.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from limits import RateLimitItem
+
+Strategy = Literal["fixed", "moving", "sliding"]
+Exceeded = Literal["", "limit", "tunnels", "blocked"]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitCheck:
+    """A check whether one more request may be counted under `key`.
+
+    `key` is short and stands for one limit and one counted value (a client, a path). A key must not be used with two
+    strategies unless the namespaces of their items differ. `item` is the number per window, None for no such limit;
+    `max_tunnels` is the number of tunnels open at once, 0 for no such limit. A key that exceeds `item` is blocked for
+    `block_for` seconds. Without `item` and `max_tunnels`, only an existing block is checked. A limit that is not
+    `enforced` is counted, but never keeps the request from being counted by others.
+    """
+
+    key: str
+    item: RateLimitItem | None = None
+    strategy: Strategy = "fixed"
+    max_tunnels: int = 0
+    block_for: float = 0.0
+    enforced: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LimitResult:
+    """`exceeded` is what was exceeded, or "". `wait` is the number of seconds after which a retry may succeed."""
+
+    exceeded: Exceeded = ""
+    wait: float = 0.0
+
+
+WITHIN = LimitResult()
+
+
+class Counters(Protocol):
+    """Counts the requests and open tunnels of rate limits."""
+
+    async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
+        """Check one request against all its limits at once, and count it under all of them or none.
+
+        If no enforced limit is exceeded, the request is counted under each limit that is not exceeded, and a tunnel is
+        taken under each of these with `max_tunnels`, until `return_tunnels`. Otherwise nothing is counted or taken, so
+        that a client over its own limit cannot use up one that it shares with others.
+        """
+
+    def return_tunnels(self, keys: Sequence[str]) -> None:
+        """Return one tunnel under each key. Never waits, since it is called where a tunnel ends, outside any task."""
