@@ -10,7 +10,7 @@ from math import ceil
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from limits import RateLimitItem, parse
+from limits import RateLimitItemPerSecond
 from limits.strategies import (
     FixedWindowRateLimiter,
     MovingWindowRateLimiter,
@@ -31,11 +31,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def item(text: str, strategy: Strategy = "fixed") -> RateLimitItem:
-    parsed = parse(text)
-    return type(parsed)(parsed.amount, parsed.multiples, namespace=strategy)
 
 
 def run_check(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult]:
@@ -121,10 +116,9 @@ def test_each_strategy_admits_as_its_model(
     clock = Clock()
     counters = MemoryCounters(clock=clock)
     models = {key: MODELS[strategy](most, window) for key in "ab"}
-    limit = item(f"{most} per {window} second", strategy)
     for step, key in steps:
         clock.now += step
-        (result,) = run_check(counters, LimitCheck(key, limit, strategy))
+        (result,) = run_check(counters, LimitCheck(key, most, window, strategy))
         assert (not result.exceeded) == models[key].ask(clock.now)
 
 
@@ -136,7 +130,7 @@ def test_the_library_on_the_storage_admits_as_the_model(
     clock = Clock()
     limiter = LIBRARY[strategy](BoundedStorage(clock=clock))
     models = {key: MODELS[strategy](most, window) for key in "ab"}
-    limit = item(f"{most} per {window} second", strategy)
+    limit = RateLimitItemPerSecond(most, window, namespace=strategy)
     for step, key in steps:
         clock.now += step
         admits = limiter.test(limit, key)
@@ -152,7 +146,7 @@ def test_wait_is_exact(
 ) -> None:
     clock = Clock(start)
     counters = MemoryCounters(clock=clock)
-    check = LimitCheck("a", item(f"{most} per {window} second", strategy), strategy)
+    check = LimitCheck("a", most, window, strategy)
     for step, _ in steps:
         clock.now += step
         (result,) = run_check(counters, check)
@@ -196,12 +190,12 @@ def test_least_recently_used_keys_are_evicted_first(calls: list[tuple[str, str]]
 def test_refused_key_survives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
-    mine = LimitCheck("mine", item("2/hour"))
+    mine = LimitCheck("mine", 2, 3600)
     for _ in range(3):
         (result,) = run_check(counters, mine)
     assert result.exceeded
     for number in range(20_000):
-        run_check(counters, LimitCheck(f"flood {number}", item("2/hour")))
+        run_check(counters, LimitCheck(f"flood {number}", 2, 3600))
     assert run_check(counters, mine)[0].exceeded
     assert len(counters.storage) <= 1000
 
@@ -209,13 +203,13 @@ def test_refused_key_survives_a_flood() -> None:
 def test_block_survives_a_flood() -> None:
     clock = Clock()
     counters = MemoryCounters(1000, clock)
-    mine = LimitCheck("mine", item("1/second"), block_for=600)
+    mine = LimitCheck("mine", 1, 1, block_for=600)
     for _ in range(2):
         (result,) = run_check(counters, mine)
     assert result.exceeded == "limit"
     clock.now += 1
     for number in range(20_000):
-        run_check(counters, LimitCheck(f"flood {number}", item("2/hour")))
+        run_check(counters, LimitCheck(f"flood {number}", 2, 3600))
     assert run_check(counters, mine)[0].exceeded == "blocked"
 
 
@@ -330,12 +324,12 @@ def test_interface_that_limits_requires() -> None:
 
 def test_counted_under_all_or_none() -> None:
     counters = MemoryCounters(clock=Clock())
-    mine, shared = LimitCheck("mine", item("1/minute")), LimitCheck("shared", item("3/minute"), max_tunnels=9)
+    mine, shared = LimitCheck("mine", 1, 60), LimitCheck("shared", 3, 60, max_tunnels=9)
     assert [result.exceeded for result in run_check(counters, mine, shared)] == ["", ""]
     for _ in range(5):
         assert [result.exceeded for result in run_check(counters, mine, shared)] == ["limit", ""]
     assert counters.open_tunnels("shared") == 1
-    other = LimitCheck("other", item("9/minute"))
+    other = LimitCheck("other", 9, 60)
     assert [[result.exceeded for result in run_check(counters, other, shared)] for _ in range(3)] == [
         ["", ""],
         ["", ""],
@@ -346,8 +340,8 @@ def test_counted_under_all_or_none() -> None:
 
 def test_exceeded_limit_that_is_not_enforced_lets_others_count() -> None:
     counters = MemoryCounters(clock=Clock())
-    loose = LimitCheck("loose", item("1/minute"), enforced=False)
-    strict = LimitCheck("strict", item("2/minute"))
+    loose = LimitCheck("loose", 1, 60, enforced=False)
+    strict = LimitCheck("strict", 2, 60)
     overs = [[result.exceeded for result in run_check(counters, loose, strict)] for _ in range(3)]
     assert overs == [["", ""], ["limit", ""], ["limit", "limit"]]
 
@@ -361,8 +355,8 @@ def test_exceeded_limit_that_is_not_enforced_takes_no_tunnel() -> None:
 
 def test_limit_that_is_not_enforced_is_not_counted_if_another_refuses() -> None:
     counters = MemoryCounters(clock=Clock())
-    loose = LimitCheck("loose", item("2/minute"), enforced=False)
-    strict = LimitCheck("strict", item("1/minute"))
+    loose = LimitCheck("loose", 2, 60, enforced=False)
+    strict = LimitCheck("strict", 1, 60)
     for _ in range(9):
         run_check(counters, loose, strict)
     assert run_check(counters, loose)[0].exceeded == ""
@@ -372,7 +366,7 @@ def test_limit_that_is_not_enforced_is_not_counted_if_another_refuses() -> None:
 def test_block_lasts_its_time_whatever_the_window() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    check = LimitCheck("a", item("1/second"), block_for=60.5)
+    check = LimitCheck("a", 1, 1, block_for=60.5)
     run_check(counters, check)
     assert run_check(counters, check) == [LimitResult("limit", 60.5)]
     clock.now += 60
@@ -385,7 +379,7 @@ def test_block_lasts_its_time_whatever_the_window() -> None:
 def test_attempts_do_not_prolong_a_block() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    check = LimitCheck("a", item("1/second"), block_for=60)
+    check = LimitCheck("a", 1, 1, block_for=60)
     results = []
     for _ in range(122):
         results += run_check(counters, check)
@@ -395,7 +389,7 @@ def test_attempts_do_not_prolong_a_block() -> None:
 
 def test_wait_covers_both_block_and_window() -> None:
     counters = MemoryCounters(clock=Clock())
-    check = LimitCheck("a", item("1/hour"), block_for=60)
+    check = LimitCheck("a", 1, 3600, block_for=60)
     run_check(counters, check)
     assert run_check(counters, check) == [LimitResult("limit", 3600)]
 
@@ -404,7 +398,7 @@ def test_wait_covers_both_block_and_window() -> None:
 def test_exact_at_the_limit_with_200_concurrent_checks(strategy: Strategy) -> None:
     clock = Clock(1200.0)
     counters = MemoryCounters(clock=clock)
-    check = LimitCheck("a", item("30/minute", strategy), strategy)
+    check = LimitCheck("a", 30, 60, strategy)
 
     async def asker() -> bool:
         await asyncio.sleep(0)
@@ -450,7 +444,7 @@ def test_tunnels_are_never_evicted() -> None:
     check = LimitCheck("a", max_tunnels=1)
     run_check(counters, check)
     for number in range(1000):
-        run_check(counters, LimitCheck(str(number), item("1/minute"), max_tunnels=1))
+        run_check(counters, LimitCheck(str(number), 1, 60, max_tunnels=1))
     assert run_check(counters, check)[0].exceeded == "tunnels"
     counters.return_tunnels(["a"])
     assert run_check(counters, check)[0].exceeded == ""
@@ -458,7 +452,7 @@ def test_tunnels_are_never_evicted() -> None:
 
 def test_too_many_tunnels_do_not_begin_a_block() -> None:
     counters = MemoryCounters(clock=Clock())
-    check = LimitCheck("a", item("9/minute"), max_tunnels=1, block_for=600)
+    check = LimitCheck("a", 9, 60, max_tunnels=1, block_for=600)
     assert [run_check(counters, check)[0].exceeded for _ in range(3)] == ["", "tunnels", "tunnels"]
     counters.return_tunnels(["a"])
     assert run_check(counters, check)[0].exceeded == ""
@@ -467,3 +461,17 @@ def test_too_many_tunnels_do_not_begin_a_block() -> None:
 def test_returning_a_tunnel_that_was_not_taken_raises() -> None:
     with pytest.raises(KeyError):
         MemoryCounters().return_tunnels(["a"])
+
+
+def test_open_tunnels_of_several_keys_are_counted() -> None:
+    counters = MemoryCounters()
+    for key in ("a", "a", "b"):
+        run_check(counters, LimitCheck(key, max_tunnels=9))
+    assert asyncio.run(counters.count_tunnels(["b", "nobody", "a"])) == [1, 0, 2]
+
+
+def test_limits_of_one_key_are_counted_apart() -> None:
+    counters = MemoryCounters(clock=Clock())
+    checks = [LimitCheck("a", 1, 60), LimitCheck("a", 2, 60), LimitCheck("a", 1, 61), LimitCheck("a", 1, 60, "moving")]
+    assert [run_check(counters, check)[0].exceeded for check in checks] == ["", "", "", ""]
+    assert run_check(counters, checks[0])[0].exceeded == "limit"

@@ -23,7 +23,7 @@ from itertools import product
 from typing import Self
 from urllib.parse import quote
 
-from limits import RateLimitItem, parse_many
+from limits import parse_many
 
 from tlstunnel.addresses import quoted
 from tlstunnel.config import RateLimitConfig
@@ -230,7 +230,7 @@ class _Limit:
                 raise ConfigurationError(
                     f"it has neither limit nor max_tunnels; write limit = {_EXAMPLES}, or max_tunnels = 50"
                 )
-            self._item = None if config.limit is None else _parse_limit(config.limit, config.strategy)
+            self._amount, self._window = (0, 0) if config.limit is None else _parse_limit(config.limit, config.strategy)
             if not config.key:
                 raise ConfigurationError(f"key is empty; it may contain {', '.join(_KEYS)}")
             self._readers = tuple((kind, _parse_key(kind, config.ipv6_prefix)) for kind in config.key)
@@ -273,9 +273,9 @@ class _Limit:
             return []
         values = [reader(facts) for _, reader in self._readers]
         refuse_many_combinations(values)
-        item, max_tunnels = (self._item, self._max_tunnels) if applies else (None, 0)
-        keys = (self._make_key(combination) for combination in product(*values))
-        return [LimitCheck(key, item, self._strategy, max_tunnels, self._block_for, self.enforced) for key in keys]
+        amount, max_tunnels = (self._amount, self._max_tunnels) if applies else (0, 0)
+        of_all = (amount, self._window, self._strategy, max_tunnels, self._block_for, self.enforced)
+        return [LimitCheck(self._make_key(combination), *of_all) for combination in product(*values)]
 
     def _make_key(self, values: Iterable[str]) -> str:
         key = self._prefix.copy()
@@ -285,9 +285,9 @@ class _Limit:
     def header_items(self, result: LimitResult, seconds: int) -> tuple[str, str]:
         """Return the limit's items of RateLimit (section 4.1 of the draft) and RateLimit-Policy (section 3.1)."""
         name = _render_string(self.name)
-        if self._item is None or result.exceeded == "tunnels":
+        if not self._amount or result.exceeded == "tunnels":
             return f"{name};r=0", f'{name};q={self._max_tunnels};qu="concurrent-requests"'
-        return f"{name};r=0;t={seconds}", f"{name};q={self._item.amount};w={self._item.get_expiry()}"
+        return f"{name};r=0;t={seconds}", f"{name};q={self._amount};w={self._window}"
 
     def trace(self, facts: Facts, result: LimitResult | None) -> LimitTrace:
         """Return what the limit found. `result` is None if it was not checked."""
@@ -347,8 +347,8 @@ def _frame(values: Iterable[str]) -> bytes:
     return b"".join(b"%d:%b" % (len(value), value) for value in encoded)
 
 
-def _parse_limit(text: str, strategy: Strategy) -> RateLimitItem:
-    """Parse the notation of the library `limits`. Raises ConfigurationError."""
+def _parse_limit(text: str, strategy: Strategy) -> tuple[int, int]:
+    """Parse the notation of the library `limits` into an amount and a window in seconds. Raises ConfigurationError."""
     try:
         if len(text) > 100:
             raise ValueError
@@ -372,7 +372,7 @@ def _parse_limit(text: str, strategy: Strategy) -> RateLimitItem:
             f"{quoted(text)}: a moving window keeps the time of each request, at most {MAX_MOVING};"
             ' write strategy = "sliding", which keeps two numbers'
         )
-    return type(item)(item.amount, item.multiples, namespace=strategy)
+    return item.amount, item.get_expiry()
 
 
 def _suggest(text: str) -> str:

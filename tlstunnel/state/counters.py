@@ -6,36 +6,38 @@ Tested by tests/unit/test_state_memory.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from limits import RateLimitItem
+import msgspec
+
+from tlstunnel.errors import TlstunnelError
 
 Strategy = Literal["fixed", "moving", "sliding"]
 Exceeded = Literal["", "limit", "tunnels", "blocked"]
 
 
-@dataclass(frozen=True, slots=True)
-class LimitCheck:
+class LimitCheck(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A check whether one more request may be counted under `key`.
 
-    `key` is short and stands for one limit and one counted value (a client, a path). A key must not be used with two
-    strategies unless the namespaces of their items differ. `item` is the number per window, None for no such limit;
-    `max_tunnels` is the number of tunnels open at once, 0 for no such limit. A key that exceeds `item` is blocked for
-    `block_for` seconds. Without `item` and `max_tunnels`, only an existing block is checked. A limit that is not
-    `enforced` is counted, but never keeps the request from being counted by others.
+    `key` is short and stands for one limit and one counted value (a client, a path). `amount` is the number per
+    `window` seconds, 0 for no such limit; a key is counted apart for each amount, window and strategy. `max_tunnels` is
+    the number of tunnels open at once, 0 for no such limit. A key that exceeds its amount is blocked for `block_for`
+    seconds. Without `amount` and `max_tunnels`, only an existing block is checked. A limit that is not `enforced` is
+    counted, but never keeps the request from being counted by others.
+
+    The fields and their order are part of the ledger's protocol (`state/wire.py`).
     """
 
     key: str
-    item: RateLimitItem | None = None
+    amount: int = 0
+    window: int = 0
     strategy: Strategy = "fixed"
     max_tunnels: int = 0
     block_for: float = 0.0
     enforced: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class LimitResult:
+class LimitResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`exceeded` is what was exceeded, or "". `wait` is the number of seconds after which a retry may succeed."""
 
     exceeded: Exceeded = ""
@@ -43,6 +45,10 @@ class LimitResult:
 
 
 WITHIN = LimitResult()
+
+
+class CountersUnavailable(TlstunnelError):
+    """The counts cannot be reached, and the configuration says to refuse what cannot be counted."""
 
 
 class Counters(Protocol):
@@ -54,7 +60,12 @@ class Counters(Protocol):
         If no enforced limit is exceeded, the request is counted under each limit that is not exceeded, and a tunnel is
         taken under each of these with `max_tunnels`, until `return_tunnels`. Otherwise nothing is counted or taken, so
         that a client over its own limit cannot use up one that it shares with others.
+
+        Raises CountersUnavailable. Then nothing is counted or taken.
         """
 
     def return_tunnels(self, keys: Sequence[str]) -> None:
         """Return one tunnel under each key. Never waits, since it is called where a tunnel ends, outside any task."""
+
+    async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
+        """Return the number of open tunnels under each key. Raises CountersUnavailable."""

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
-from limits import RateLimitItem
+from limits import RateLimitItem, RateLimitItemPerSecond
 from limits.strategies import (
     FixedWindowRateLimiter,
     MovingWindowRateLimiter,
@@ -60,14 +61,18 @@ class MemoryCounters:
         """Return the number of open tunnels under the key."""
         return self._tunnels.get(key, 0)
 
+    async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
+        """See `Counters.count_tunnels`."""
+        return [self.open_tunnels(key) for key in keys]
+
     def _evaluate(self, check: LimitCheck) -> LimitResult:
         """Return the result of this check alone, and begin a block if it is due."""
-        key, item = check.key, check.item
+        key = check.key
         if check.block_for:
             left = self.storage.get_expiry(_block_name(key)) - self._clock()
             if left > 0:
                 return LimitResult("blocked", left)
-        if item is not None and not self._limiters[check.strategy].test(item, key):
+        if check.amount and not self._limiters[check.strategy].test(item := _item(check), key):
             name = item.key_for(key)
             self.storage.protect(name)
             if check.block_for:
@@ -79,8 +84,8 @@ class MemoryCounters:
         return WITHIN
 
     def _count(self, check: LimitCheck) -> None:
-        if check.item is not None:
-            self._limiters[check.strategy].hit(check.item, check.key)
+        if check.amount:
+            self._limiters[check.strategy].hit(_item(check), check.key)
         if check.max_tunnels:
             self._tunnels[check.key] = self.open_tunnels(check.key) + 1
 
@@ -100,6 +105,17 @@ class MemoryCounters:
         if current >= item.amount:  # all in this window, whose share shrinks after its end
             return left + _MOMENT
         return left - (item.amount - current) * window / previous + _MOMENT
+
+
+def _item(check: LimitCheck) -> RateLimitItem:
+    return _make_item(check.amount, check.window, check.strategy)
+
+
+# Making one takes a microsecond, and there are as many as different limits.
+@lru_cache(maxsize=1024)
+def _make_item(amount: int, window: int, strategy: Strategy) -> RateLimitItem:
+    """Return what the library calls a limit. The namespace keeps the entries of strategies apart, which differ."""
+    return RateLimitItemPerSecond(amount, window, namespace=strategy)
 
 
 def _block_name(key: str) -> str:
