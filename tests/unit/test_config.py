@@ -30,6 +30,8 @@ from tlstunnel.config import (
     RuleConfig,
     SiteConfig,
     SiteManagedRules,
+    State,
+    StateURL,
     Timeout,
     Timeouts,
     decode,
@@ -613,6 +615,65 @@ def test_checks_that_depend_on_a_wrong_value_are_skipped() -> None:
     assert len(problems(f"lists = 1\n{SITE}block_addresses = ['@a']")) == 1
 
 
+def test_the_state_arrives() -> None:
+    state = decoded(
+        """
+        [state]
+        url = "valkeys://ledger@counts.example:6380/2"
+        password_file = "secrets/valkey"
+        prefix = "chat"
+        dir = "/var/lib/tlstunnel"
+        timeout = "20ms"
+        on_failure = "refuse"
+        """
+    ).state
+    assert state == State(
+        url=StateURL("valkeys://ledger@counts.example:6380/2"),
+        password_file=FOLDER / "secrets/valkey",
+        prefix="chat",
+        dir=Path("/var/lib/tlstunnel"),
+        timeout=Timeout(0.02),
+        on_failure="refuse",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("valkey://host:6379/0", "valkey://host:6379/0"),
+        ("redis://:word@host", "redis://host"),
+        ("rediss://ada:wo@rd@host:1/2", "rediss://ada@host:1/2"),
+        ("valkey+sentinel://:w@a:26379,b:26379/main/0", "valkey+sentinel://a:26379,b:26379/main/0"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(text: str, shown: str) -> None:
+    url = StateURL.parse(text)
+    assert (str(url), url.text) == (shown, text)
+    assert "word" not in repr(url)
+    assert url.has_password == (text.partition("://")[2].rpartition("@")[0].find(":") >= 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("url = 'http://host'", 'url: expected a URL such as "valkey://HOST:6379/0", got "http"'),
+        ("url = 'host:6379'", 'url: expected a URL such as "valkey://HOST:6379/0", got "host:6379"'),
+        ("url = 'x:secret@host'", 'url: expected a URL such as "valkey://HOST:6379/0", got "host"'),
+        ("url = 'redis://a:se cret@b'", "of printable ASCII characters without spaces"),
+        ("url = 6379", "expected a string such as"),
+        ("prefix = '{a}'", 'prefix: expected 1 to 64 letters, digits or one of _ . : -, got "{a}"'),
+        ("password_file = 'a'", "password_file: requires url"),
+        ("url = 'redis://:a@b'\npassword_file = 'a'", "there is a password in url too; keep one of them"),
+        ("timeout = '0s'", "longer than zero"),
+        ("on_failure = 'allow'", 'expected "local" or "refuse", got "allow"'),
+    ],
+)
+def test_a_wrong_state_is_refused(text: str, expected: str) -> None:
+    (problem,) = problems(f"[state]\n{text}")
+    assert expected in problem
+    assert "cret" not in problem
+
+
 def test_a_file_full_of_problems_is_reported_in_part() -> None:
     found = problems("".join(f"key{number} = 1\n" for number in range(200)))
     assert len(found) == MAX_PROBLEMS + 1
@@ -702,7 +763,7 @@ def toml(value: object) -> str:
 
 
 TABLES: tuple[type[msgspec.Struct], ...] = (
-    *(Config, Timeouts, Limits, Release, Log, SiteConfig),
+    *(Config, Timeouts, Limits, Release, Log, State, SiteConfig),
     *(RuleConfig, RateLimitConfig, ManagedRules, SiteManagedRules),
 )
 KEYS = [name for table in TABLES for name in table.__struct_fields__]
@@ -724,6 +785,7 @@ VALUES = [
     "@a",
     "ip",
     "30/minute",
+    "valkey://:word@a.example/0",
 ]
 keys = st.one_of(st.sampled_from(KEYS), st.text(max_size=5))
 values = st.recursive(
@@ -738,6 +800,7 @@ fields: dict[str, st.SearchStrategy[Any]] = {
         st.sampled_from(Timeouts.__struct_fields__), st.one_of(st.sampled_from(VALUES), values)
     ),
     "log": st.dictionaries(st.sampled_from(Log.__struct_fields__), values),
+    "state": st.dictionaries(st.sampled_from(State.__struct_fields__), values),
     "lists": st.dictionaries(keys, values, max_size=3),
     "rules": st.lists(st.dictionaries(st.sampled_from(RuleConfig.__struct_fields__), values), max_size=2),
     "rate_limits": st.lists(st.dictionaries(st.sampled_from(RateLimitConfig.__struct_fields__), values), max_size=2),
@@ -818,6 +881,7 @@ def written(value: object) -> str:
         ("`[limits]`", Limits),
         ("`[release]`", Release),
         ("`[log]`", Log),
+        ("`[state]`", State),
         ("`[[sites]]`", SiteConfig),
         ("`[[rules]]`", RuleConfig),
         ("`[[rate_limits]]`", RateLimitConfig),

@@ -26,6 +26,7 @@ from tlstunnel.config.origins import Ejection, Health, OriginConfig, RouteConfig
 from tlstunnel.config.problems import MAX_PROBLEMS, render_problems
 from tlstunnel.config.server import Config, Limits, Log, Release, Timeouts
 from tlstunnel.config.site import WEB_PORTS, SiteConfig
+from tlstunnel.config.state import State, StateURL
 from tlstunnel.config.tables import TableKind
 from tlstunnel.errors import ConfigurationError
 
@@ -55,6 +56,8 @@ __all__ = [
     "SiteConfig",
     "SiteManagedRules",
     "Skippable",
+    "State",
+    "StateURL",
     "Timeout",
     "Timeouts",
     "WorkerTable",

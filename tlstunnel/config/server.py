@@ -23,6 +23,7 @@ from tlstunnel.config.firewall import (
 )
 from tlstunnel.config.kinds import UNREADABLE, Array, Integer, Kind, Reading, Schema, Text
 from tlstunnel.config.site import SiteConfig
+from tlstunnel.config.state import State
 from tlstunnel.config.tables import Findings, Table, UnreadableError
 
 
@@ -100,6 +101,7 @@ class Config(Table, frozen=True):
     limits: Limits = Limits()
     release: Release = Release()
     log: Log = Log()
+    state: State = State()
     lists: Lists = Lists()
     allow_addresses: tuple[AddressEntry, ...] = ()
     block_addresses: tuple[AddressEntry, ...] = ()

@@ -10,7 +10,7 @@ from tlstunnel.config import Config, Duration, SiteConfig
 _AT_START = ("log",)
 """Tables that are only read at the start."""
 
-_TABLES = ("timeouts", "limits", "release", "managed_rules")
+_TABLES = ("timeouts", "limits", "release", "state", "managed_rules")
 
 
 def describe_changes(old: Config, new: Config) -> list[str]:
