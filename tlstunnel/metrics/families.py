@@ -95,7 +95,18 @@ MANAGED_RULE_MATCHES = _counter(
 EDGE_REQUESTS = _counter(
     "tlstunnel_edge_requests_total", "worker", "outcome", text="Requests given to an edge worker, by outcome."
 )
+COUNTER_QUESTIONS = _counter(
+    "tlstunnel_counter_questions_total",
+    "answered_by",
+    text="Questions about rate limits and open tunnels while there is a ledger, by what answered them.",
+)
+LEDGER_FAILURES = _counter(
+    "tlstunnel_ledger_failures_total", "reason", text="Times that a process could not count with the others any more."
+)
 TUNNELS = _family("gauge", "tlstunnel_tunnels", ("site",), "Tunnels that are open.")
 UNFINISHED_HANDSHAKES = _family(
     "gauge", "tlstunnel_unfinished_handshakes", (), "Connections whose handshake is not complete."
+)
+PROCESSES_COUNTING_ALONE = _family(
+    "gauge", "tlstunnel_processes_counting_alone", (), "Processes that cannot reach the ledger."
 )

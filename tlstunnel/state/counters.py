@@ -67,5 +67,20 @@ class Counters(Protocol):
     def return_tunnels(self, keys: Sequence[str]) -> None:
         """Return one tunnel under each key. Never waits, since it is called where a tunnel ends, outside any task."""
 
+    def take_tunnels(self, keys: Sequence[str]) -> None:
+        """Take one tunnel under each key, whatever its limit, for tunnels that are open already. Never waits."""
+
     async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
         """Return the number of open tunnels under each key. Raises CountersUnavailable."""
+
+
+def find_taken(checks: Sequence[LimitCheck], results: Sequence[LimitResult]) -> list[str]:
+    """Return the keys under which `Counters.check` has taken a tunnel, by its results."""
+    taken = []
+    for check, result in zip(checks, results, strict=True):
+        if result.exceeded:
+            if check.enforced:
+                return []
+        elif check.max_tunnels:
+            taken.append(check.key)
+    return taken

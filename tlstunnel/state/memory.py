@@ -1,7 +1,7 @@
 """The counts of one process, in memory: the strategies of the library `limits` over a storage of bounded size."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from limits import RateLimitItem, RateLimitItemPerSecond
@@ -41,6 +41,10 @@ class MemoryCounters:
 
     async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
         """See `Counters.check`."""
+        return self.check_now(checks)
+
+    def check_now(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
+        """Do as `check`, without a coroutine."""
         results = [self._evaluate(check) for check in checks]
         if not any(result.exceeded and check.enforced for check, result in zip(checks, results, strict=True)):
             for check, result in zip(checks, results, strict=True):
@@ -57,13 +61,31 @@ class MemoryCounters:
             else:
                 del self._tunnels[key]
 
+    def take_tunnels(self, keys: Sequence[str]) -> None:
+        """See `Counters.take_tunnels`."""
+        for key in keys:
+            self._tunnels[key] = self.open_tunnels(key) + 1
+
     def open_tunnels(self, key: str) -> int:
         """Return the number of open tunnels under the key."""
         return self._tunnels.get(key, 0)
 
+    @property
+    def tunnels(self) -> Mapping[str, int]:
+        """The number of open tunnels under each key that has any."""
+        return self._tunnels
+
     async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
         """See `Counters.count_tunnels`."""
         return [self.open_tunnels(key) for key in keys]
+
+    def snapshot(self) -> bytes:
+        """Return windows and blocks, for `restore` in another process of this machine. Open tunnels are not in it."""
+        return self.storage.snapshot()
+
+    def restore(self, snapshot: bytes) -> None:
+        """Add the windows and blocks of a snapshot. Raises ValueError for what is not one."""
+        self.storage.restore(snapshot)
 
     def _evaluate(self, check: LimitCheck) -> LimitResult:
         """Return the result of this check alone, and begin a block if it is due."""

@@ -11,7 +11,9 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import zip_longest
 
+import msgspec
 from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 
 MAX_KEYS = 200_000
@@ -102,6 +104,14 @@ class _Shard:
         if len(self._protected) > self._capacity // 2:
             oldest = next(iter(self._protected))
             self._recent[oldest] = self._protected.pop(oldest)
+
+    def list_entries(self, now: float) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """Return the entries that count something, the protected ones and the others."""
+        protected, recent = (
+            {key: entry for key, entry in entries.items() if _expiry(entry) > now}
+            for entries in (self._protected, self._recent)
+        )
+        return protected, recent
 
 
 class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
@@ -219,6 +229,29 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         for shard in self._shards:
             shard.clear()
         return number
+
+    def snapshot(self) -> bytes:
+        """Return all entries that still count something, for `restore` in another process of this machine."""
+        now = self._clock()
+        return msgspec.msgpack.encode([shard.list_entries(now) for shard in self._shards])
+
+    def restore(self, snapshot: bytes) -> None:
+        """Add the entries of a snapshot, which must be of the same clock. Raises ValueError for what is not one.
+
+        The order of eviction is about the same. In a full storage some of the least recently used are evicted, since
+        another process spreads the keys in another way (1 % of them, measured).
+        """
+        try:
+            shards = msgspec.msgpack.decode(snapshot, type=list[tuple[dict[str, bytes], dict[str, bytes]]])
+        except msgspec.DecodeError as error:
+            raise ValueError(str(error)) from None
+        # By turns, so that the least recently used of all shards come first.
+        for protected in (True, False):
+            for entries in zip_longest(*(shard[0 if protected else 1].items() for shard in shards)):
+                for key, entry in filter(None, entries):
+                    self._shard(key).put(key, entry)
+                    if protected:
+                        self._shard(key).protect(key)
 
     def _shard(self, key: str) -> _Shard:
         # Python's hash of a string is salted, so clients cannot choose a shard.
