@@ -1,4 +1,4 @@
-"""Where counts are shared by several machines, where the history is kept, and what happens when counts cannot be reached.
+"""Where machines share their counts, where the history is kept, and what happens when counts cannot be reached.
 
 Tested by tests/unit/test_config.py.
 """
