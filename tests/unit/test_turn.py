@@ -1,6 +1,7 @@
 """A turn returns what it holds once, however it ends; and one client may have several turns in a row."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import threading
@@ -19,19 +20,22 @@ from tlstunnel.config import Config, OriginConfig, SiteConfig
 from tlstunnel.firewall.verdict import Firewall, Verdict
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
-from tlstunnel.journal.events import Reason
+from tlstunnel.handshake.response import Switched
+from tlstunnel.journal.events import EndedBy, Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
 from tlstunnel.origins.place import Place
 from tlstunnel.origins.pool import Pool
-from tlstunnel.sockets.channel import ClientGone
+from tlstunnel.sockets.channel import Channel, ClientGone
 from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.readiness import readiness
+from tlstunnel.tls.stream import NotEmpty
 from tlstunnel.tunnel import ends, tunnel
 from tlstunnel.tunnel.arrival import accept_tls, choose_site, read_hello
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.exchange import pass_on
+from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin
 from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
 from tlstunnel.tunnel.serving import Serving
@@ -249,6 +253,36 @@ def test_each_of_two_turns_is_closed_once(site: Site) -> None:
         process.sock.close()
 
     run(site, check)
+
+
+def test_a_tunnel_that_cannot_begin_leaves_everything_with_its_turn(site: Site, issued: issue.Issued) -> None:
+    def connect(sock: socket.socket, ca: Path) -> None:
+        context = ssl.create_default_context(cafile=ca)
+        sock.settimeout(SECONDS)
+        with context.wrap_socket(sock, server_hostname="localhost") as tls, contextlib.suppress(OSError):
+            tls.recv(1)
+
+    async def serve(process: Process) -> None:
+        loop = asyncio.get_running_loop()
+        thread = loop.run_in_executor(None, connect, process.peer, issued.ca)
+        client = Client(process.serving, process.sock, "", loop.time(), proxied=False)
+        await accept_tls(client, choose_site(client, await read_hello(client)))
+        turn = Turn(client, loop.time())
+        lease, (ours, theirs) = hold(turn), socket.socketpair()
+        turn.origin = Channel(ours, process.readiness, client.wakeup)
+        assert client.channel.tls is not None
+        client.channel.tls._pair.incoming.write(b"of another connection")
+        with theirs, pytest.raises(NotEmpty):
+            open_tunnel(turn, Switched(b"head", b""), lambda: pytest.fail("it began"))
+        assert lease.closed == 0
+        turn.close()
+        assert lease.closed == 1
+        assert turn.site.pool.members[0].tunnels == 0
+        assert ours.fileno() < 0
+        ends.close_connection(client, ends.End(EndedBy.TUNNEL, Reason.INTERNAL_ERROR, reset=True))
+        await thread
+
+    run(site, serve)
 
 
 @pytest.mark.parametrize(

@@ -116,15 +116,15 @@ class Member:
     _out_until: float = float("-inf")
     _trial: bool = False
     _checks_failed: int = 0
+    text: str = field(init=False)
+    """The origin as written in the configuration."""
+
+    def __post_init__(self) -> None:
+        self.text = str(self.origin)
 
     def __repr__(self) -> str:
         state = "down" if self.checked_down else "ejected" if self.ejected else "up"
         return f"<Member {self.text} at {self.address_text}: {state}, {self.tunnels} tunnels>"
-
-    @property
-    def text(self) -> str:
-        """The origin as written in the configuration."""
-        return str(self.origin)
 
     @property
     def address_text(self) -> str:

@@ -150,6 +150,7 @@ class Server:
         self._evicted = journal.metrics[families.HANDSHAKES_EVICTED]
         journal.metrics.collect(self._collect)
         self._exchanges: set[asyncio.Task[None]] = set()
+        self._on_end = self._count_ended  # one bound method for all tunnels, which each of them keeps
         self._connections = 0
         self._max_connections = (_raise_descriptor_limit() - RESERVED_DESCRIPTORS) // 2
         self._uploads = Uploads(self._max_connections)
@@ -323,7 +324,7 @@ class Server:
         tunnel = Tunnel(self._serving, sock, peer, self._loop.time(), proxied=proxied)
         self._connections += 1
         self._idle.clear()
-        task = self._loop.create_task(tunnel.run(self._count_ended, self))
+        task = self._loop.create_task(tunnel.run(self._on_end, self))
         task.add_done_callback(self._unfinished.discard)
         self._evict(self._unfinished.add(task, self._to_share_key(peer)))
 

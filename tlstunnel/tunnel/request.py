@@ -3,9 +3,8 @@
 Tested by tests/promises/test_refusals.py and test_firewall_order.py.
 """
 
-import re
-
 from tlstunnel.escaping import printable
+from tlstunnel.firewall.verdict import PASSED
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import find_client_address, read_request_id
 from tlstunnel.handshake.refusal import Refusal
@@ -52,7 +51,9 @@ def _path_for_log(target: bytes) -> str:
 
     Any other target has none; it may contain a password, as in ``http://user:password@host/``.
     """
-    return printable(re.split(rb"[?#]", target, maxsplit=1)[0].decode("ascii")) if target.startswith(b"/") else ""
+    if not target.startswith(b"/"):
+        return ""
+    return printable(target.partition(b"?")[0].partition(b"#")[0].decode("ascii"))
 
 
 async def check_firewall(turn: Turn) -> None:
@@ -73,7 +74,8 @@ async def check_firewall(turn: Turn) -> None:
     turn.verdict = verdict = await client.serving.firewall.check(
         turn.request, turn.connection, behind_proxy=client.trusted
     )
-    record.firewall = verdict.to_record()
+    if verdict is not PASSED:
+        record.firewall = verdict.to_record()
     if verdict.refusal is not None:
         raise verdict.refusal
 

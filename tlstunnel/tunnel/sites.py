@@ -143,10 +143,10 @@ class Sites:
         """The site of `server_name`: exact before wildcard before ``*``; without one (no SNI), the default site."""
         if server_name is None:
             return self._default or self._by_name.get("*")
-        for name in candidates(server_name):
-            if site := self._by_name.get(name):
-                return site
-        return None
+        if site := self._by_name.get(server_name):
+            return site
+        _, *others = candidates(server_name)
+        return next((site for name in others if (site := self._by_name.get(name))), None)
 
 
 def candidates(host: str) -> tuple[str, str, str]:

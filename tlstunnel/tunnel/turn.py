@@ -11,8 +11,9 @@ from tlstunnel.origins.place import Place
 from tlstunnel.sockets.channel import Channel
 from tlstunnel.tunnel.client import Client
 
-if TYPE_CHECKING:  # it imports a library that sites without a worker do not need
+if TYPE_CHECKING:  # they import libraries that most sites do not need
     from tlstunnel.edge.stage import Directions
+    from tlstunnel.firewall.rate_limits import Lease
 
 _ids = random.Random()  # noqa: S311 - an id must be unique, not secret
 
@@ -67,10 +68,14 @@ class Turn:
         state = "closed" if self.closed else f"at {self.place}" if self.place is not None else "without a place"
         return f"<Turn {self.record.id} of {self.client}: {state}>"
 
-    def forget_request(self) -> None:
-        """Free what is not needed while the tunnel is open: thousands of them are held for hours."""
-        self.request = self.connection = self.directions = None
-        self.early = b""
+    @property
+    def lease(self) -> "Lease | None":
+        """What the request holds of the rate limits."""
+        return self.verdict.lease if self.verdict is not None else None
+
+    def give_up(self) -> None:
+        """Return nothing at the end: an open tunnel holds it all from now on."""
+        self.closed = True
 
     def close(self) -> None:
         """Return what the request holds: its lease, its place, and the connection to its origin unless spliced.
@@ -80,8 +85,8 @@ class Turn:
         if self.closed:
             return
         self.closed = True
-        if self.verdict is not None and self.verdict.lease is not None:
-            self.verdict.lease.close()
+        if self.lease is not None:
+            self.lease.close()
         if self.place is not None:
             self.place.close()
         if self.origin is not None:
