@@ -4,6 +4,7 @@ Tested by tests/unit/test_state_shared.py.
 """
 
 import asyncio
+import math
 import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -162,12 +163,11 @@ class Asker:
         """Fail if the oldest question is late, and nothing that has arrived answers it."""
         self._timer = None
         self._channel.read()
-        oldest = next(iter(self._waiting), None)
-        if oldest is None:
-            self._deadlines.clear()
-            return
-        while self._deadlines[0][1] < oldest:
+        oldest = next(iter(self._waiting), math.inf)
+        while self._deadlines and self._deadlines[0][1] < oldest:
             self._deadlines.popleft()
+        if not self._deadlines:
+            return
         due = max(self._deadlines[0][0], self._patience)
         if self._loop.time() < due:
             self._timer = self._loop.call_at(due, self._check_deadline)

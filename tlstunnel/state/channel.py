@@ -9,13 +9,14 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
+from tlstunnel.sockets.readiness import IN, OUT, TunnelLoop, readiness
 from tlstunnel.state import wire
 
 _READ = 1 << 16
 
 
 class Channel:
-    """Sends and receives frames on `sock`, which belongs to it from then on.
+    """Sends and receives frames on `sock`, which belongs to it from then on. It starts to read in the running loop.
 
     `on_payload` is called with each frame's payload, and may raise `wire.WireError`. `on_end` is called once with the
     reason when the other side has closed the connection or has sent what is no frame, but not after `close`.
@@ -33,19 +34,23 @@ class Channel:
         unsent: bytes = b"",
         most_unsent: float = math.inf,
     ) -> None:
+        """Raises OSError."""
         sock.setblocking(False)
         self.sock = sock
+        self.received = received
+        self.unsent_bytes = len(unsent)
         self._on_payload = on_payload
         self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
-        self._received = bytearray(received)
         self._unsent = deque([unsent] if unsent else ())
-        self.unsent_bytes = len(unsent)
         self._most_unsent = most_unsent
-        self._reading = False
-        self.start_reading()
-        if unsent:
-            self._loop.add_writer(sock, self._write)
+        self._reading = True
+        self._stopped = False
+        self._watched = 0
+        # asyncio's own readers cost a Handle and a turn of its queue for each event.
+        loop = asyncio.get_running_loop()
+        self._readiness = readiness(loop)
+        self._own_readiness = not isinstance(loop, TunnelLoop)
+        self._watch()
 
     @property
     def closed(self) -> bool:
@@ -53,43 +58,25 @@ class Channel:
         return self.sock.fileno() < 0
 
     @property
-    def received(self) -> bytes:
-        """What has arrived of a frame that is not complete."""
-        return bytes(self._received)
-
-    @property
     def unsent(self) -> bytes:
         """What the socket has not taken yet."""
         return b"".join(self._unsent)
 
-    def start_reading(self) -> None:
-        """Read whenever something has arrived."""
-        if not self._reading and not self.closed:
-            self._reading = True
-            self._loop.add_reader(self.sock, self.read)
-
-    def stop_reading(self) -> None:
-        """Leave what arrives in the socket."""
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self.sock)
-
     def stop(self) -> None:
-        """Neither read nor write any more. The socket stays open."""
-        self.stop_reading()
-        self._loop.remove_writer(self.sock)
+        """Neither read nor write, nor notice the end, until `resume`."""
+        self._stopped = True
+        self._watch()
 
     def resume(self) -> None:
-        """Read and write again after `stop`."""
-        self.start_reading()
-        if self._unsent:
-            self._loop.add_writer(self.sock, self._write)
+        """Continue after `stop`."""
+        self._stopped = False
+        self._watch()
 
     def send(self, frame: bytes) -> None:
         """Send a frame, as soon as the socket takes it. After the end, it is dropped."""
         if self.closed:
             return
-        if not self._unsent:
+        if not self._unsent and not self._stopped:
             try:
                 sent = self.sock.send(frame)
             except BlockingIOError:
@@ -99,11 +86,10 @@ class Channel:
             if sent == len(frame):
                 return
             frame = frame[sent:]
-            self._loop.add_writer(self.sock, self._write)
         self._unsent.append(frame)
         self.unsent_bytes += len(frame)
-        if self.unsent_bytes > self._most_unsent:
-            self.stop_reading()
+        self._reading = self.unsent_bytes <= self._most_unsent
+        self._watch()
 
     def read(self) -> None:
         """Handle what has arrived."""
@@ -117,12 +103,11 @@ class Channel:
             return self._end(error.strerror or str(error))
         if not data:
             return self._end("")
-        self._received += data
         try:
-            for payload in wire.split(self._received):
-                self._on_payload(payload)
-                if self.sock.fileno() < 0:
-                    return
+            payloads, self.received = wire.split(self.received + data if self.received else data)
+            for payload in payloads:
+                if self.sock.fileno() >= 0:
+                    self._on_payload(payload)
         except wire.WireError as error:
             self._end(str(error))
 
@@ -130,9 +115,29 @@ class Channel:
         """Close the connection, without `on_end`."""
         if not self.closed:
             self.stop()
+            if self._own_readiness:
+                self._readiness.close()
             self.sock.close()
             self._unsent.clear()
             self.unsent_bytes = 0
+
+    def _watch(self) -> None:
+        """Have the loop wait for what this end waits for."""
+        events = 0 if self._stopped else (IN if self._reading else 0) | (OUT if self._unsent else 0)
+        if events != self._watched and not self.closed:
+            if not events:
+                self._readiness.unregister(self.sock.fileno())
+            elif self._watched:
+                self._readiness.modify(self.sock.fileno(), events)
+            else:
+                self._readiness.register(self.sock.fileno(), events, self._handle_events)
+            self._watched = events
+
+    def _handle_events(self, events: int) -> None:
+        if self._unsent and events & ~IN:
+            self._write()
+        if self._reading:
+            self.read()
 
     def _write(self) -> None:
         while self._unsent:
@@ -142,17 +147,18 @@ class Channel:
             except BlockingIOError:
                 return
             except OSError:
+                self._unsent.clear()  # closed by the peer, which reading notices
                 break
             self.unsent_bytes -= sent
             if sent < len(first):
                 self._unsent[0] = first[sent:]
-                return
-            self._unsent.popleft()
-        self._loop.remove_writer(self.sock)
-        self._unsent.clear()
+            else:
+                self._unsent.popleft()
         self.unsent_bytes = 0
-        self.start_reading()
+        self._reading = True
+        self._watch()
 
     def _end(self, reason: str) -> None:
-        self.close()
-        self._on_end(reason)
+        if not self.closed:
+            self.close()
+            self._on_end(reason)

@@ -5,12 +5,9 @@ no others do. Replies are given to the function of the holder that they are for.
 
 Windows and blocks are in the counters, leases here and in the counters: a ledger that starts anew has none, until its
 askers declare what they hold. What a process counted alone in the meantime is not added.
-
-Tested by tests/unit/test_state_shared.py.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,12 @@ from tlstunnel.state.memory import MemoryCounters
 Send = Callable[[list[wire.LedgerMessage]], None]
 Later = Callable[[Coroutine[Any, Any, None]], object]
 """Runs a coroutine as a task."""
+
+
+MAX_KEYS_HELD = 1 << 20
+"""Keys under which one holder can have tunnels. A process has at most half as many tunnels as descriptors."""
+
+_QUESTIONS = (wire.Ask, wire.Count)
 
 
 @dataclass(slots=True)
@@ -66,8 +69,7 @@ class Ledger:
         """Return a new holder, which has `leases` already."""
         holder = Holder(send)
         self.holders.add(holder)
-        if leases:
-            self._take(holder, leases)
+        self._take_all(holder, leases or {})
         return holder
 
     def close(self, holder: Holder) -> None:
@@ -80,17 +82,18 @@ class Ledger:
         expired = self._is_expired(batch.deadline)
         replies: list[wire.LedgerMessage] = []
         for message in batch.messages:
-            if isinstance(message, wire.Ask | wire.Count):
+            if isinstance(message, _QUESTIONS):
                 if expired:
                     self.tally.expired += 1
-                elif self._memory is not None:
-                    replies.append(self._answer_now(holder, message, self._memory))
-                else:
+                elif self._memory is None:
                     self._answer_later(holder, message, batch.deadline)
+                else:
+                    replies.append(self._answer_now(holder, message, self._memory))
             elif isinstance(message, wire.Return):
-                self._return(holder, Counter(message.keys))
+                for key in message.keys:
+                    self._return(holder, key, 1)
             elif isinstance(message, wire.Take):
-                self._take(holder, message.leases)
+                self._take_all(holder, message.leases)
             elif isinstance(message, wire.Declare):
                 self._declare(holder, message.leases)
             elif isinstance(message, wire.Probe):
@@ -122,15 +125,7 @@ class Ledger:
         self.tally.answered += 1
         if isinstance(question, wire.Count):
             return wire.Counted(question.number, [counters.open_tunnels(key) for key in question.keys])
-        results = counters.check_now(question.checks)
-        return self._grant(holder, question, results)
-
-    def _grant(self, holder: Holder, question: wire.Ask, results: list[LimitResult]) -> wire.Answer:
-        """Note what the holder has taken, and return the answer."""
-        leases = holder.leases
-        for key in find_taken(question.checks, results):
-            leases[key] = leases.get(key, 0) + 1
-        return wire.Answer(question.number, results if any(result.exceeded for result in results) else ())
+        return _grant(holder, question, counters.check_now(question.checks))
 
     def _answer_later(self, holder: Holder, question: wire.Ask | wire.Count, deadline: float) -> None:
         if holder.waiting >= wire.MAX_WAITING:
@@ -150,7 +145,7 @@ class Ledger:
                     self._counters.return_tunnels(find_taken(question.checks, results))
                     self.tally.expired += 1
                     return
-                holder.send([self._grant(holder, question, results)])
+                holder.send([_grant(holder, question, results)])
         except CountersUnavailable as error:
             self.tally.failed += 1
             holder.send([wire.Failed(question.number, str(error))])
@@ -159,30 +154,45 @@ class Ledger:
         finally:
             holder.waiting -= 1
 
-    def _take(self, holder: Holder, leases: Mapping[str, int]) -> None:
+    def _take_all(self, holder: Holder, leases: Mapping[str, int]) -> None:
+        """Add leases. Raises WireError if the holder has too many."""
+        if len(holder.leases) + len(leases) > MAX_KEYS_HELD:
+            raise wire.WireError(f"tunnels under more than {MAX_KEYS_HELD} keys")
         for key, number in leases.items():
             if number > 0:
                 holder.leases[key] = holder.leases.get(key, 0) + number
                 self._counters.take_tunnels([key] * number)
 
-    def _return(self, holder: Holder, leases: Mapping[str, int]) -> None:
+    def _return(self, holder: Holder, key: str, number: int) -> None:
         """Return leases, but never more than the holder has."""
-        for key, number in leases.items():
-            held = holder.leases.pop(key, 0)
-            if number < held:
-                holder.leases[key] = held - number
+        held = holder.leases.get(key, 0)
+        if held > number:
+            holder.leases[key] = held - number
+        elif held:
+            del holder.leases[key]
+        if held:
             self._counters.return_tunnels([key] * min(number, held))
 
     def _declare(self, holder: Holder, leases: Mapping[str, int]) -> None:
         """Set what the holder has."""
         holder.declarations += 1
-        before = holder.leases
-        self._return(
-            holder, {key: held - leases.get(key, 0) for key, held in before.items() if held > leases.get(key, 0)}
-        )
-        self._take(holder, {key: number - before.get(key, 0) for key, number in leases.items()})
+        for key, held in list(holder.leases.items()):
+            if (more := held - leases.get(key, 0)) > 0:
+                self._return(holder, key, more)
+        self._take_all(holder, {key: number - holder.leases.get(key, 0) for key, number in leases.items()})
 
     def _announce(self, sender: Holder, message: wire.Announce) -> None:
         for holder in self.holders:
             if holder is not sender:
                 holder.send([wire.Announced(message.topic, message.text)])
+
+
+def _grant(holder: Holder, question: wire.Ask, results: list[LimitResult]) -> wire.Answer:
+    """Note what the holder has taken, and return the answer."""
+    leases = holder.leases
+    for key in find_taken(question.checks, results):
+        leases[key] = leases.get(key, 0) + 1
+    for result in results:
+        if result.exceeded:
+            return wire.Answer(question.number, results)
+    return wire.Answer(question.number)

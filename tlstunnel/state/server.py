@@ -130,12 +130,13 @@ class LedgerServer:
         self._patience = self._paused_at + PATIENCE
         self._ledger.pause(self._patience)
         for connection in self._connections.values():
-            connection.channel.stop_reading()
+            connection.channel.stop()
         self._paused = True
         if self._pending:
             await asyncio.wait(self._pending, timeout=PENDING_SECONDS)
             for task in self._pending:
                 task.cancel()
+            await asyncio.gather(*self._pending, return_exceptions=True)
         for connection in self._connections.values():
             connection.channel.stop()
         return Snapshot(
@@ -204,7 +205,12 @@ class LedgerServer:
     def _start_pending(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
         self._pending.add(task)
-        task.add_done_callback(self._pending.discard)
+        task.add_done_callback(self._handle_answered)
+
+    def _handle_answered(self, task: asyncio.Task[None]) -> None:
+        self._pending.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._report(f"the ledger could not answer: {printable(f'{type(error).__name__}: {error}')}")
 
 
 class _Connection:

@@ -19,7 +19,7 @@ Tested by tests/unit/test_state_wire.py.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -55,6 +55,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     refusal: str = ""
 
 
+Leases = dict[str, Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]]
+"""Numbers of open tunnels by their keys."""
+
+
 # What an asker sends.
 
 
@@ -81,13 +85,13 @@ class Return(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 class Take(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     """The asker holds more tunnels, which were not asked for: so many under each key."""
 
-    leases: dict[str, int]
+    leases: Leases
 
 
 class Declare(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     """The asker holds exactly these tunnels. Answers that it has not yet received take none."""
 
-    leases: dict[str, int]
+    leases: Leases
 
 
 class Announce(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
@@ -169,24 +173,23 @@ def frame(payload: bytes) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-def split(received: bytearray) -> Iterator[bytes]:
-    """Remove the complete frames from the beginning of `received`, and yield their payloads.
+def split(received: bytes) -> tuple[list[bytes], bytes]:
+    """Return the payloads of the complete frames in what was received, and the rest.
 
     Raises WireError for a frame that is too long.
     """
+    payloads = []
     start, end = 0, len(received)
-    try:
-        while end - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(received, start)
-            if length > MAX_FRAME:
-                raise WireError(f"a frame of {length} bytes; {MAX_FRAME} is the most")
-            first = start + _LENGTH.size
-            if end - first < length:
-                break
-            start = first + length
-            yield bytes(received[first:start])
-    finally:
-        del received[:start]
+    while end - start >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(received, start)
+        if length > MAX_FRAME:
+            raise WireError(f"a frame of {length} bytes; {MAX_FRAME} is the most")
+        first = start + _LENGTH.size
+        if end - first < length:
+            break
+        start = first + length
+        payloads.append(received[first:start])
+    return payloads, received[start:]
 
 
 def encode_hello(hello: Hello) -> bytes:
