@@ -4,6 +4,7 @@ import base64
 import contextlib
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.harness import (
     Tunnel,
     connect_tcp,
     connect_tls,
+    eventually,
     handshake_request,
     read_response,
     receive_all,
@@ -454,3 +456,24 @@ def test_the_log_has_nothing_of_a_malformed_head(certificate: Certificate) -> No
         assert len(tunnel.wait_records(14)) == 14
         assert "malformed field" in tunnel.log
         assert "hush" not in tunnel.log
+
+
+def test_a_refusal_close_notify_and_fin_are_one_segment(stage: Stage) -> None:
+    """A packet less for each request that is refused, of which an attack consists."""
+    _, tunnel = stage
+    client = MemoryTlsClient()
+    with connect_tcp(tunnel) as sock:
+        sock.sendall(client.step())
+        client.finish(sock)
+        # The tunnel waits for the request, so the session ticket has a segment of its own.
+        eventually(lambda: _count_segments(sock) == 2)
+        sock.sendall(client.encrypt(_request("POST /chat HTTP/1.1")))
+        assert client.read_all(sock).startswith(b"HTTP/1.1 405 ")
+        assert sock.recv(1) == b""
+        assert _count_segments(sock) == 3
+
+
+def _count_segments(sock: socket.socket) -> int:
+    """Return how many segments with data have arrived: tcpi_data_segs_in of struct tcp_info (linux/tcp.h)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 156)
+    return int.from_bytes(info[152:156], sys.byteorder)

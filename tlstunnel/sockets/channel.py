@@ -208,15 +208,16 @@ class Channel:
                 self.sock.send(tls.output)
         tls.output = b""
 
-    async def send(self, data: bytes) -> None:
-        """Send all of `data`."""
-        while data := self.send_now(data):
+    async def send(self, data: bytes, *, last: bool = False) -> None:
+        """Send all of `data`. If it is the `last`, it waits for the end, to leave in one segment with it."""
+        while data := self.send_now(data, last=last):
             await self.wakeup.wait()
 
-    def send_now(self, data: bytes) -> bytes:
+    def send_now(self, data: bytes, *, last: bool = False) -> bytes:
         """Send what is possible without waiting; return the rest. An event follows when more can be sent.
 
-        With TLS, the rest must be offered again, and may be followed by more: a part of it is encrypted already.
+        With TLS, the rest must be offered again, and may be followed by more: a part of it is encrypted already. If the
+        data is the `last`, `end` and a FIN must follow at once.
         """
         if self.tls is None:
             with contextlib.suppress(BlockingIOError):
@@ -225,7 +226,7 @@ class Channel:
             while data := data[self._begun :]:
                 chunk = data[:MAX_SEND]
                 self._begun, self._unsent = len(chunk), self.tls.send(chunk)
-                if not self._flush():
+                if not self._flush(socket.MSG_MORE if last and len(chunk) == len(data) else 0):
                     break
             else:
                 self._begun = 0
@@ -233,10 +234,10 @@ class Channel:
             self.watch_writability()
         return data
 
-    def _flush(self) -> bool:
+    def _flush(self, flags: int = 0) -> bool:
         """Send what is encrypted; return whether the socket took all of it."""
         with contextlib.suppress(BlockingIOError):
-            self._unsent = self._unsent[self.sock.send(self._unsent) :]
+            self._unsent = self._unsent[self.sock.send(self._unsent, flags) :]
         return not self._unsent
 
     def end(self) -> None:

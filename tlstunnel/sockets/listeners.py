@@ -108,6 +108,7 @@ def adopt(descriptor: int, written: ListenAddress | None = None) -> Listener:
             address = ListenAddress.parse(f"unix:{path}")
         else:
             tune(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # earlier releases have set it
             host, port = sock.getsockname()[:2]
             address = ListenAddress(host, port)
     except (OSError, ValueError) as error:

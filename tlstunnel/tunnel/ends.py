@@ -83,7 +83,7 @@ async def refuse(turn: Turn, refusal: Refusal) -> None:
     record.status, record.verdict, record.detail = refusal.status, Decision.REFUSED, printable(refusal.detail)
     client.set_timeout(client.serving.timeouts.close)
     try:
-        await client.channel.send(render_refusal(refusal, record.id))
+        await client.channel.send(render_refusal(refusal, record.id), last=True)
     except (OSError, asyncio.CancelledError) as error:  # TimeoutError among them
         record.detail = record.detail or printable(str(error))
         return finish(client, turn, End(EndedBy.TUNNEL, refusal.reason, reset=True))

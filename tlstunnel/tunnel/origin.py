@@ -154,12 +154,14 @@ async def relay(turn: Turn, declined: Declined, reader: UpgradeResponseReader) -
     record.verdict = Decision.PASS
     client.set_timeout(timeout)
     try:
-        await client.channel.send(declined.head + reader.body(None))
+        first = declined.head + reader.body(None)
+        await client.channel.send(first, last=reader.complete)
         while not reader.complete:
             client.set_timeout(timeout)
             # Neither has to wait while both are ready, and others would not get their turn.
             await asyncio.sleep(0)
-            await client.channel.send(await _read_body(reader, origin, client.channel))
+            content = await _read_body(reader, origin, client.channel)
+            await client.channel.send(content, last=reader.complete)
     except BadResponse as error:
         record.detail = error.reason
         return End(EndedBy.ORIGIN, Reason.RESPONSE_TRUNCATED, reset=True)
