@@ -11,6 +11,7 @@ from tlstunnel.metrics.families import (
     BYTES,
     CONNECTIONS,
     CONNECTIONS_ACCEPTED,
+    COUNTER_QUESTION_SECONDS,
     FAMILIES,
     TUNNELS,
     TUNNELS_OPENED,
@@ -97,6 +98,26 @@ def test_series_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.add(f"{number}.example")
     counts.add("1.example")
     assert counts.values == {("0.example",): 1, ("1.example",): 2, ("other",): 2}
+
+
+def test_a_histogram_counts_in_the_bucket_of_the_next_bound() -> None:
+    registry = Registry()
+    histogram = registry.histogram(COUNTER_QUESTION_SECONDS)
+    for seconds in (0.0, 0.0001, 0.00011, 0.1, 0.2):
+        histogram.observe(seconds)
+    snapshot = registry.snapshot()
+    assert snapshot[COUNTER_QUESTION_SECONDS] == {
+        ("0.0001",): 2,
+        ("0.00025",): 1,
+        ("0.1",): 1,
+        ("+Inf",): 1,
+        ("sum",): 300_210,
+    }
+    totals = Totals()
+    totals.update(1, snapshot)
+    totals.update(2, snapshot)
+    assert totals.sum()[COUNTER_QUESTION_SECONDS]["0.0001",] == 4
+    assert {"labels": {"le": "+Inf"}, "value": 1} in snapshot.to_json()[COUNTER_QUESTION_SECONDS.name]
 
 
 # Sums over processes.

@@ -12,12 +12,34 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A metric: one value for each combination of values of its `labels`."""
+    """A metric: one value for each combination of values of its `labels`.
+
+    A histogram has a value for each bucket as well: the observations of at most so many seconds, its `bounds`, and of
+    more than the bound before.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     labels: tuple[str, ...]
     help: str
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def series_labels(self) -> tuple[str, ...]:
+        """The labels of each value in a snapshot."""
+        return (*self.labels, LE) if self.kind == "histogram" else self.labels
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        """The values of the label `LE`, except `SUM`."""
+        return (*map(str, self.bounds), INFINITE)
+
+
+LE = "le"
+"""The label of a histogram's values that names the bucket by its bound, as in Prometheus."""
+
+INFINITE, SUM = "+Inf", "sum"
+"""Its values besides the bounds: what exceeds them all, and the sum of all observations, in microseconds."""
 
 
 FAMILIES: dict[str, Family] = {}
@@ -26,6 +48,11 @@ FAMILIES: dict[str, Family] = {}
 
 def _family(kind: Literal["counter", "gauge"], name: str, labels: tuple[str, ...], text: str) -> Family:
     FAMILIES[name] = family = Family(name, kind, labels, text)
+    return family
+
+
+def _histogram(name: str, *labels: str, bounds: tuple[float, ...], text: str) -> Family:
+    FAMILIES[name] = family = Family(name, "histogram", labels, text, bounds)
     return family
 
 
@@ -99,6 +126,11 @@ COUNTER_QUESTIONS = _counter(
     "tlstunnel_counter_questions_total",
     "answered_by",
     text="Questions about rate limits and open tunnels while there is a ledger, by what answered them.",
+)
+COUNTER_QUESTION_SECONDS = _histogram(
+    "tlstunnel_counter_question_seconds",
+    bounds=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    text="How long a process waited for the ledger's answer to a question.",
 )
 LEDGER_FAILURES = _counter(
     "tlstunnel_ledger_failures_total", "reason", text="Times that a process could not count with the others any more."

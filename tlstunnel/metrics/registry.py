@@ -6,9 +6,10 @@ collected when a snapshot is taken, so that moving a message costs nothing. All 
 Tested by tests/unit/test_metrics.py.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
-from tlstunnel.metrics.families import FAMILIES, Family
+from tlstunnel.metrics.families import FAMILIES, SUM, Family
 from tlstunnel.metrics.snapshot import Labels, Snapshot
 
 MOST_SERIES = 5_000
@@ -28,7 +29,7 @@ class Counts:
     def __init__(self, registry: "Registry", family: Family) -> None:
         self.values: dict[Labels, int] = {}
         self._registry = registry
-        self._other = (OTHER,) * len(family.labels)
+        self._other = (OTHER,) * len(family.series_labels)
 
     def add(self, *labels: str) -> None:
         """Count one."""
@@ -59,6 +60,24 @@ class Counts:
         self.values[labels] = self.values.get(labels, 0) + amount
 
 
+class Histogram:
+    """The observations of one histogram that has no labels of its own."""
+
+    __slots__ = ("_bounds", "_buckets", "_counts", "_sum")
+
+    def __init__(self, family: Family, counts: Counts) -> None:
+        assert not family.labels
+        self._bounds = family.bounds
+        self._buckets: list[Labels] = [(bucket,) for bucket in family.buckets]
+        self._counts = counts
+        self._sum: Labels = (SUM,)
+
+    def observe(self, seconds: float) -> None:
+        """Count one observation."""
+        self._counts.add(*self._buckets[bisect_left(self._bounds, seconds)])
+        self._counts.increase(round(seconds * 1e6), *self._sum)
+
+
 class Registry:
     """The counters of a process. `on_change` is called at the first change after a snapshot."""
 
@@ -66,13 +85,17 @@ class Registry:
         self.changed = False
         self.on_change: Callable[[], None] | None = None
         self._counts: dict[str, Counts] = {
-            family.name: Counts(self, family) for family in FAMILIES.values() if family.kind == "counter"
+            family.name: Counts(self, family) for family in FAMILIES.values() if family.kind != "gauge"
         }
         self._collectors: list[Callable[[], Collected]] = []
 
     def __getitem__(self, family: Family) -> Counts:
         """The counter `family`. What counts often keeps it."""
         return self._counts[family.name]
+
+    def histogram(self, family: Family) -> Histogram:
+        """The histogram `family`. What observes often keeps it."""
+        return Histogram(family, self._counts[family.name])
 
     def collect(self, collector: Callable[[], Collected]) -> None:
         """Ask `collector` at each snapshot for values, which are added to those counted. It must be cheap."""

@@ -33,7 +33,7 @@ class Snapshot(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def total(self, family: Family, **labels: str) -> int:
         """Return the sum of the values of `family` that have these labels."""
-        wanted = [(family.labels.index(label), value) for label, value in labels.items()]
+        wanted = [(family.series_labels.index(label), value) for label, value in labels.items()]
         return sum(
             value
             for have, value in self.families.get(family.name, ())
@@ -47,7 +47,7 @@ class Snapshot(msgspec.Struct, frozen=True, omit_defaults=True):
             series = sorted(self.families.get(name, ()))
             if series:
                 shown[name] = [
-                    {"labels": dict(zip(family.labels, labels, strict=True)), "value": value}
+                    {"labels": dict(zip(family.series_labels, labels, strict=True)), "value": value}
                     for labels, value in series
                 ]
         return shown
@@ -99,5 +99,5 @@ def _add(values: Values, snapshot: Snapshot, *, gauges: bool) -> None:
             continue
         sums = values.setdefault(name, {})
         for labels, value in series:
-            if len(labels) == len(family.labels):
+            if len(labels) == len(family.series_labels):
                 sums[labels] = sums.get(labels, 0) + value
