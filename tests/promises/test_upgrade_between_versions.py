@@ -17,6 +17,8 @@ WHEELS = sorted(Path(__file__).parent.parent.joinpath("versions").glob("*.whl"))
 
 TUNNELS = 20
 
+LIMIT = '[[sites.rate_limits]]\nname = "tunnels"\nmax_tunnels = 50\n'
+
 
 @pytest.fixture(scope="module")
 def origin() -> Iterator[WebsocketsOrigin]:
@@ -38,6 +40,11 @@ def versions(tmp_path: Path, previous: Path) -> Versions:
     versions.install("present")
     versions.install_folder(previous, "previous")
     return versions
+
+
+def children_of(pid: int) -> set[int]:
+    """Return the pids of its children, also of those that have exited and were not waited for."""
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _generations(tunnel: Tunnel) -> dict[int, int]:
@@ -138,3 +145,35 @@ def test_reload_after_an_upgrade(origin: WebsocketsOrigin, certificate: Certific
 
         asyncio.run(run())
         eventually(lambda: len(tunnel.pids) == 2)
+
+
+def test_a_ledger_ends_before_a_release_without_one_continues(
+    origin: WebsocketsOrigin, certificate: Certificate, versions: Versions
+) -> None:
+    """Its processes count alone meanwhile, and with the others again once the present code continues."""
+    text = config_for(origin.address, certificate, top="processes = 2", site=LIMIT)
+    with Tunnel(None, certificate, config=text, environment=versions.environment, measured=True) as tunnel:
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            first = await traffic.opened()
+            versions.choose("present")
+            await asyncio.to_thread(upgraded, tunnel)
+            assert tunnel.status()["ledger"]["leases"] == 0  # a process of the earlier release counts alone
+            second = await traffic.opened()
+            assert tunnel.status()["ledger"]["leases"] == 1
+            versions.choose("previous")
+            await asyncio.to_thread(upgraded, tunnel)
+            assert children_of(tunnel.parent) == set(tunnel.pids)
+            third = await traffic.opened()
+            versions.choose("present")
+            await asyncio.to_thread(upgraded, tunnel)
+            fourth = await traffic.opened()
+            eventually(lambda: tunnel.status()["ledger"]["leases"] == 2)
+            await asyncio.gather(*(one.exchange() for one in (first, second, third, fourth)))
+            await traffic.close()
+            for one in (first, second, third, fourth):
+                await one.close()
+
+        asyncio.run(run())
+        eventually(lambda: tunnel.status()["ledger"]["leases"] == 0)

@@ -50,6 +50,7 @@ def test_an_empty_file_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.stdout.splitlines() == [
         "listen    chosen by start",
         "site      none: start chooses the origin",
+        "limit     unfinished handshakes: 4096, per process",
         (
             "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle off, close 30s,"
             " acknowledge 2m"
@@ -73,6 +74,7 @@ def test_the_summary(tmp_path: Path) -> None:
         "listen    127.0.0.1:8443, [::1]:8443",
         f"site      chat.example, *.chat.example (default) -> localhost:3000, certificate {tmp_path}/chat.pem",
         "site      b.example -> localhost:3000",
+        "limit     unfinished handshakes: 4096, per process",
         (
             "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle 15m, close 30s,"
             " acknowledge 2m"
@@ -80,6 +82,33 @@ def test_the_summary(tmp_path: Path) -> None:
         "ok",
     ]
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "across"),
+    [
+        ("", "across all processes of this machine"),
+        (
+            '[state]\nurl = "valkey://ada:word@counts.example:6379/0"\n',
+            "across all machines that use valkey://ada@counts.example:6379/0",
+        ),
+    ],
+)
+def test_the_summary_says_what_limits_count_across(tmp_path: Path, state: str, across: str) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(
+        f'{state}[[rate_limits]]\nname = "all"\nlimit = "1000/minute"\n[[sites]]\nnames = ["a.example"]\n'
+        'web_origins = []\norigins = [{ address = "localhost:3001", max_tunnels = 7 }]\n'
+        '[[sites.rate_limits]]\nname = "own"\nlimit = "30/minute"\nmax_tunnels = 5\n'
+    )
+    result = check(str(file))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [line for line in result.stdout.splitlines() if line.startswith("limit ")] == [
+        f'limit     "all": 1000/minute, {across}',
+        f'limit     "own" of a.example: 30/minute, 5 tunnels, {across}',
+        f"limit     origin localhost:3001: 7 tunnels, {across}",
+        "limit     unfinished handshakes: 4096, per process",
+    ]
 
 
 def test_every_certificate_problem_is_reported(tmp_path: Path) -> None:

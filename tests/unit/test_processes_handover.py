@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tlstunnel import __version__
@@ -30,19 +31,37 @@ STATE = Handover(
     config="listen = []",
 )
 
-FIRST: dict[str, Any] = {
-    "format": 1,
+PREVIOUS: dict[str, Any] = {
+    "format": 2,
     "version": "1.2.3",
     "generation": 4,
     "slots": {"next": 2, "open": [{"number": 1, "fd": 7, "written": "[::]:443"}], "passed": []},
-    "children": [{"pid": 1, "place": 1, "generation": 4, "version": "1", "started": 1.5, "finishing": True, "link": 8}],
+    "children": [
+        {
+            "identity": {
+                "role": "serving",
+                "place": 1,
+                "generation": 4,
+                "version": "1",
+                "format": FORMAT,
+                "started": 1.5,
+            },
+            "pid": 1,
+            "draining": True,
+            "link": 8,
+            "metrics": None,
+            "pulse": None,
+            "stacks": None,
+        }
+    ],
     "control_socket": {"path": "/run/x\udcff", "fd": 9, "lock": 10},
     "echo": {"port": 1, "pid": 2, "pipe": 11},
     "client": 12,
     "config": "listen = []",
+    "metrics": None,
     "probe": None,
 }
-"""The same handover in format 1."""
+"""The same handover in format 2."""
 
 
 def _hand_over(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
@@ -63,17 +82,17 @@ def test_the_next_program_receives_the_handover(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_previous_format_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    _hand_over(monkeypatch, json.dumps(FIRST).encode())
+    _hand_over(monkeypatch, json.dumps(PREVIOUS).encode())
     found = Handover.receive()
     assert found is not None
-    assert [child.identity.format for child in found.children] == [previous.FORMAT]
-    found.children[0].identity.format = FORMAT
     assert found == STATE
 
 
-def test_the_previous_format_is_written() -> None:
-    with os.fdopen(STATE.write(previous.FORMAT), "rb") as file:
-        assert json.load(file) == FIRST
+def test_the_previous_format_is_written_without_the_ledger() -> None:
+    ledger = ChildHandover(Identity(Role.LEDGER, 1, 4, "1", FORMAT, 1.5), pid=2, draining=False, link=13)
+    state = msgspec.structs.replace(STATE, children=[ledger, *STATE.children])
+    with os.fdopen(state.write(previous.FORMAT), "rb") as file:
+        assert json.load(file) == PREVIOUS
 
 
 def test_without_a_handover(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +102,13 @@ def test_without_a_handover(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _hand_over(monkeypatch, json.dumps({"format": FORMAT + 1, "something": "else"}).encode())
-    with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} supports 1 and {FORMAT}"):
+    with pytest.raises(ProcessError, match=f"{REFUSAL} {FORMAT + 1}, and {__version__} supports 2 and {FORMAT}"):
         Handover.receive()
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"[]", b"{}", b"\xff", b'{"format": 1}', b'{"format": 1, "children": [{}]}', b'{"format": 2}'],
+    [b"", b"[]", b"{}", b"\xff", b'{"format": 2}', b'{"format": 2, "children": [{}]}', b'{"format": 3}'],
 )
 def test_an_invalid_handover_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     _hand_over(monkeypatch, text)

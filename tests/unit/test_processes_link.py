@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tlstunnel.errors import ProcessError
 from tlstunnel.processes.link import MAX_FDS, Link, Notifications, Requests
-from tlstunnel.processes.messages import Commit, Done, Drain, LinkReply, Load, Notification, Request, Status
-from tlstunnel.processes.previous import Finish, translate_request
+from tlstunnel.processes.messages import Commit, Done, LinkReply, Load, Notification, Request, Status
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda inner: st.lists(inner, max_size=5)
@@ -240,7 +239,7 @@ def _lines(sock: socket.socket) -> list[dict[str, Any]]:
 
 
 def test_the_wire_format() -> None:
-    """The lines that the code of format 1 wrote and read."""
+    """The lines that the code of format 2 wrote and read."""
 
     async def work() -> None:
         ours, theirs = socket.socketpair()
@@ -286,11 +285,3 @@ def test_a_reply_without_its_fields() -> None:
             link.close()
 
     asyncio.run(work())
-
-
-def test_a_drain_request_is_translated_for_a_child_of_format_1() -> None:
-    translated = translate_request(Drain(after=None, over=60.0))
-    assert translated == Finish(after=None, over=60.0)
-    assert isinstance(translated, Finish)
-    assert translated.to_drain() == Drain(after=None, over=60.0)
-    assert translate_request(Status()) == Status()

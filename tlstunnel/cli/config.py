@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlstunnel.addresses import quoted
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.config.rendering import render_schema, render_toml
+from tlstunnel.config.together import list_pools
 
 if TYPE_CHECKING:
     from tlstunnel.serving.loading import LoadedConfig
@@ -84,9 +86,26 @@ def _summary(config: Config) -> Iterator[str]:
         yield f"site      {_render_site(site)}"
     if not config.sites:
         yield "site      none: start chooses the origin"
+    yield from _render_limits(config)
     times = {name: getattr(config.timeouts, name) for name in config.timeouts.__struct_fields__}
     yield f"timeouts  {', '.join(f'{name} {_render_time(time)}' for name, time in times.items())}"
     yield "ok"
+
+
+def _render_limits(config: Config) -> Iterator[str]:
+    """Yield what each limit means: what it counts across."""
+    url = config.state.url
+    across = f"across all machines that use {url}" if url is not None else "across all processes of this machine"
+    for where, limits in (("", config.rate_limits), *((site.names[0], site.rate_limits) for site in config.sites)):
+        for limit in limits:
+            parts = filter(None, (limit.limit, f"{limit.max_tunnels} tunnels" if limit.max_tunnels else None))
+            of = f" of {where}" if where else ""
+            yield f"limit     {quoted(limit.name)}{of}: {', '.join(parts)}, {across}"
+    for _, table in list_pools(config):
+        for origin in table.origins:
+            if origin.max_tunnels is not None:
+                yield f"limit     origin {origin.address}: {origin.max_tunnels} tunnels, {across}"
+    yield f"limit     unfinished handshakes: {config.limits.unfinished_handshakes}, per process"
 
 
 def _render_site(site: SiteConfig) -> str:

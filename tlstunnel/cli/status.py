@@ -41,11 +41,39 @@ def command(*, control: Path | None, as_json: bool) -> None:
         ]
         for one in response["processes"]
     ]
+    ledger = response.get("ledger")  # earlier releases have none
+    if ledger is not None:
+        rows.append(
+            [
+                *(str(ledger[name]) for name in ("process", "generation", "version")),
+                _render_age(ledger["seconds"]),
+                "ledger",
+                "",
+                "",
+                _render_memory(ledger["pss_kib"]),
+            ]
+        )
     rows.append([str(response["process"]), "", "", "", "parent", "", "", _render_memory(response["pss_kib"])])
     for line in _align([HEADINGS, *rows]):
         click.echo(line)
+    for line in _render_counting(ledger, response["processes"]):
+        click.echo(line)
     for line in _render_totals(response.get("metrics", {})):
         click.echo(line)
+
+
+def _render_counting(ledger: Mapping[str, Any] | None, processes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Return what the ledger does, and which processes do without it."""
+    if ledger is not None and ledger["answering"] is None:
+        yield "ledger: not responding"
+    elif ledger is not None:
+        yield (
+            f"ledger: counts in {ledger['answering']}, {ledger['questions_per_second']:g} questions per second,"
+            f" {ledger['connections']} connections, {ledger['keys']} keys, {ledger['leases']} leases"
+        )
+    for one in processes:
+        if one.get("counting", "").startswith("local"):
+            yield f"process {one['process']} counts alone: {one['counting'].removeprefix('local: ')}"
 
 
 def _render_totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:

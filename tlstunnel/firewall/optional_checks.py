@@ -40,7 +40,7 @@ class OptionalChecks:
     """Rules, rate limits and managed rules of all sites. `pool` is None if no site has managed rules.
 
     `by_site` has the checks of each site, by the site's index. Rules and limits of all sites come before the site's
-    own. Raises InvalidConfiguration with every problem.
+    own. `make_counters` returns what counts for the rate limits. Raises InvalidConfiguration with every problem.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class OptionalChecks:
         sites: Sequence[SiteConfig],
         lists: NamedLists,
         metrics: Registry,
-        counters: Counters | None = None,
+        make_counters: Callable[[], Counters] | None = None,
     ) -> None:
         self._metrics = metrics
-        self.counters: Counters = MemoryCounters() if counters is None else counters
+        self._counters: Counters = MemoryCounters() if make_counters is None else make_counters()
         self._expressions = Expressions(lists)
         problems = Problems()
         rules = _build_or_collect(self._build_rules, config.rules, problems, "rules")
@@ -103,7 +103,7 @@ class OptionalChecks:
     def _build_limits(self, configs: Sequence[RateLimitConfig], scope: str) -> RateLimits:
         report = _make_reporter(Event.RATE_LIMIT_CONDITION_FAILED, "rate_limit")
         condition = self._expressions.condition
-        return RateLimits(configs, self.counters, condition, scope=scope, metrics=self._metrics, report=report)
+        return RateLimits(configs, self._counters, condition, scope=scope, metrics=self._metrics, report=report)
 
 
 def _make_reporter(event: Event, what: str) -> Callable[[str, str], None]:

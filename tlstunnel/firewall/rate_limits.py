@@ -34,7 +34,8 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.state.counters import Counters, Exceeded, LimitCheck, LimitResult, Strategy
+from tlstunnel.state.counters import Counters, CountersUnavailable, Exceeded, LimitCheck, LimitResult, Strategy
+from tlstunnel.state.uncounted import refuse_uncounted
 
 MAX_MOVING = 1_000
 """The largest limit of a moving window, which keeps the time of each request in the window, 8 bytes each."""
@@ -177,7 +178,10 @@ class RateLimits:
         for a repeated field that is a key.
         """
         applying = [(limit, check) for limit in self._limits for check in limit.make_checks(facts)]
-        results = await self._counters.check([check for _, check in applying]) if applying else []
+        try:
+            results = await self._counters.check([check for _, check in applying]) if applying else []
+        except CountersUnavailable as error:
+            return self._refuse_uncounted([limit for limit, _ in applying], error)
         found: dict[_Limit, LimitResult] = {}
         taken: list[str] = []
         for (limit, check), result in zip(applying, results, strict=True):
@@ -197,6 +201,14 @@ class RateLimits:
         if exceeded:
             return LimitsOutcome(_refuse(exceeded), exceeded[0][0].name, Lease(self._counters), tuple(logged))
         return LimitsOutcome(None, "", Lease(self._counters, taken), tuple(logged))
+
+    def _refuse_uncounted(self, applying: "Sequence[_Limit]", error: CountersUnavailable) -> LimitsOutcome:
+        """Refuse a request that could not be counted, if one of its limits is enforced."""
+        lease = Lease(self._counters)
+        enforced = [limit.name for limit in applying if limit.enforced]
+        if not enforced:
+            return LimitsOutcome(None, "", lease, ())
+        return LimitsOutcome(refuse_uncounted(error), enforced[0], lease, ())
 
     def _report_failure(self, limit: "_Limit", site: str, why: str) -> None:
         self._counts.add(site, limit.name, "condition failed", limit.mode)

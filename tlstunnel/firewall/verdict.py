@@ -9,7 +9,7 @@ here.
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +109,8 @@ class Policy:
 class Firewall:
     """The policies of all sites, and what they share: lists, counters, and helpers for managed rules.
 
-    `metrics` counts what matched, was exceeded or failed. `counters` are those of the firewall that this one replaces,
-    so that requests and open tunnels stay counted; with None they start at zero. Raises InvalidConfiguration with every
+    `metrics` counts what matched, was exceeded or failed. `make_counters` returns what counts for rate limits, and is
+    called only if there are some; with None they are counted here, from zero. Raises InvalidConfiguration with every
     problem of the lists, rules, limits and managed rules.
     """
 
@@ -120,7 +120,7 @@ class Firewall:
         sites: Sequence[SiteConfig] | None = None,
         *,
         metrics: Registry | None = None,
-        counters: "Counters | None" = None,
+        make_counters: "Callable[[], Counters] | None" = None,
     ) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self._failed_checks = metrics[families.FIREWALL_CHECKS_FAILED]
@@ -131,7 +131,6 @@ class Firewall:
         self._refreshing: asyncio.Task[None] | None = None
         self._optional: OptionalChecks | None = None
         self._policies: dict[str, Policy] = {}
-        self.counters = counters
         sites = config.sites if sites is None else sites
         problems = Problems()
         self._lists = _load_lists(config, problems)
@@ -140,8 +139,7 @@ class Firewall:
         if config.rules or config.rate_limits or any(s.rules or s.rate_limits or s.managed_rules for s in sites):
             with problems.collect():
                 module = import_when_needed("tlstunnel.firewall.optional_checks", "rules, rate limits, managed rules")
-                self._optional = module.OptionalChecks(config, sites, self._lists, metrics, counters)
-                self.counters = self._optional.counters
+                self._optional = module.OptionalChecks(config, sites, self._lists, metrics, make_counters)
         for index, site in enumerate(sites):
             with problems.collect():
                 self._policies[site.names[0]] = self._build_policy(index, site)

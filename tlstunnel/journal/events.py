@@ -37,7 +37,6 @@ class Event(Word):
     NAMES_NOT_IN_CERTIFICATE = "names not in certificate"
     CERTIFICATE_PURPOSE = "certificate for another purpose"
     REQUESTS_SPREAD = "plain requests spread over origins"
-    LIMITS_PER_PROCESS = "limits count per process"
     RELOADED = "reloaded"
     NOT_RELOADED = "not reloaded"
 
@@ -56,6 +55,11 @@ class Event(Word):
     PROCESS_STACK = "process stack"
     PARENT_EXITED = "parent exited"
     THREADS_ABANDONED = "threads abandoned"
+
+    # Counting together
+    LEDGER = "ledger"
+    LEDGER_REPLACED = "ledger replaced"
+    COUNTING = "counting"
 
     # The end
     DRAIN_REQUESTED = "drain requested"
@@ -200,6 +204,7 @@ class Reason(Word):
     WEB_ORIGIN_NOT_ALLOWED = "web origin not allowed"
     RULE = "rule"
     RATE_LIMIT = "rate limit"
+    NOT_COUNTED = "counts out of reach"
     MANAGED_RULES = "managed rules"
     MANAGED_RULES_GUARD = "managed rules: guard"
     MANAGED_RULES_FAILURE = "managed rules: failure"

@@ -41,7 +41,11 @@ def round_robin(members: Sequence[Member], _ip: str, _request: Request) -> list[
 
 def least_tunnels(members: Sequence[Member], ip: str, request: Request) -> list[Member]:
     """Order by the number of tunnels relative to the weight, fewest first; equal members by round robin."""
-    return sorted(round_robin(members, ip, request), key=lambda member: (member.tunnels + 1) / member.weight)
+
+    def rank(member: Member) -> float:
+        return (max(member.tunnels, member.everywhere) + 1) / member.weight
+
+    return sorted(round_robin(members, ip, request), key=rank)
 
 
 def rendezvous(members: Sequence[Member], key: bytes) -> list[Member]:

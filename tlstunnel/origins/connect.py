@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 
 from tlstunnel.backoff import Backoff
-from tlstunnel.origins.errors import OriginUnreachable
+from tlstunnel.origins.errors import ALL_FULL, NoOrigin, OriginUnreachable
 from tlstunnel.origins.members import Member
 from tlstunnel.origins.place import Place
 from tlstunnel.origins.pool import Pool
@@ -41,7 +41,8 @@ async def connect(  # noqa: PLR0913 - the members, the sockets and the client
 
     The place is for the address `ip`. Its result is recorded only if it failed: TLS may follow.
 
-    Raises OriginUnreachable; TimeoutError; ClientGone if the client disconnects.
+    Raises OriginUnreachable; NoOrigin if all are full; CountersUnavailable; TimeoutError; ClientGone if the client
+    disconnects.
     """
     attempts = _Attempts(pool, ip, readiness, wakeup)
     try:
@@ -68,8 +69,9 @@ class _Attempts:
     async def run(self, members: Sequence[Member], client: Channel) -> tuple[Place, Channel]:
         pause = 0.0
         last = len(members) - 1
+        full = 0
         for index, member in enumerate(members):
-            while (connected := self._begin(member)) is None:
+            while (connected := await self._reserve_and_begin(member)) is None:
                 # The backlog of a Unix socket is full.
                 if client.check_gone():
                     raise ClientGone
@@ -77,24 +79,35 @@ class _Attempts:
                 await self._wakeup.sleep(pause)
             if not isinstance(connected, bool):
                 return connected
+            full += not connected
             if self.in_progress:
                 seconds = None
                 if index < last:
                     seconds = STAGGER if members[index + 1].text == member.text else ORIGIN_STAGGER
                 if first := await self._wait(seconds, client):
                     return first
+        if full == len(members):
+            raise NoOrigin(ALL_FULL, 1)
         raise self._failure or OriginUnreachable("no origin accepted the connection")
 
-    def _begin(self, member: Member) -> "tuple[Place, Channel] | bool | None":
+    async def _reserve_and_begin(self, member: Member) -> "tuple[Place, Channel] | bool | None":
+        """Begin to connect, unless other processes have filled the origin: then return False."""
+        keys: Sequence[str] | None = ()
+        if self._pool.counts(member):
+            keys = await self._pool.reserve(member)
+        return False if keys is None else self._begin(member, keys)
+
+    def _begin(self, member: Member, keys: Sequence[str]) -> "tuple[Place, Channel] | bool | None":
         """Begin to connect. Return the connection if it succeeds at once, True if it is in progress or has failed.
 
         None if the backlog of a Unix socket is full.
         """
+        place = Place(self._pool, member, self._ip, keys)
         try:
             sock = socket.socket(member.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
+            place.close()
             raise OriginUnreachable(f"{member.text}: {error.strerror}", shortage=True) from None
-        place = Place(self._pool, member, self._ip)
         code = _begin_to_connect(sock, member)
         if code in _CONNECTED or code in _IN_PROGRESS:
             try:

@@ -9,6 +9,8 @@ OriginError
 
 from tlstunnel.journal.events import Reason
 
+ALL_FULL = "all origins have reached max_tunnels"
+
 
 class OriginError(Exception):
     """The base class. `reason` is for the log."""

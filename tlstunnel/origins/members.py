@@ -27,7 +27,7 @@ PLAIN_WAIT = 10.0
 """Seconds after the delay of an ejection after which plain requests use the member too. Before, they leave it to an
 upgrade request; a site may have none for hours."""
 
-_JITTER = 0.1
+JITTER = 0.1
 """Part by which a delay varies, so that processes that ejected an origin together do not retry it together."""
 
 
@@ -81,11 +81,15 @@ class Responses:
 
 
 class Use:
-    """The number of tunnels of a configured origin at all its addresses, including handshakes in progress."""
+    """The number of tunnels of a configured origin at all its addresses, including handshakes in progress.
 
-    __slots__ = ("tunnels",)
+    They are those of this process; all processes count them under `key`.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("key", "tunnels")
+
+    def __init__(self, key: str = "") -> None:
+        self.key = key
         self.tunnels = 0
 
     def __repr__(self) -> str:
@@ -96,14 +100,17 @@ class Use:
 class Member:
     """One `address` of an `origin`, connected to with `tls` if that is not None.
 
-    It survives reloads that keep the origin and the address.
+    It survives reloads that keep the origin and the address. `tunnels` are those of this process, and `everywhere`, as
+    far as they are counted, those of all processes at the last count. They have the member under `shared_key`.
     """
 
     origin: OriginAddress
     family: socket.AddressFamily
     address: SocketAddress
     use: Use
+    shared_key: str = ""
     tunnels: int = 0
+    everywhere: int = 0
     weight: int = 1
     backup: bool = False
     most: int | None = None
@@ -138,7 +145,7 @@ class Member:
 
     @property
     def full(self) -> bool:
-        """Whether its origin has reached max_tunnels."""
+        """Whether its origin has reached max_tunnels in this process alone."""
         return self.most is not None and self.use.tunnels >= self.most
 
     @property
@@ -150,6 +157,11 @@ class Member:
     def checked_down(self) -> bool:
         """Whether it is down according to its health check."""
         return self._checks_failed >= CHECKS_DOWN
+
+    @property
+    def out_until(self) -> float:
+        """The end of its last ejection. A trial after that decides whether it is ejected again."""
+        return self._out_until
 
     def is_usable(self, now: float, *, plain: bool = False) -> bool:
         """Return whether a request may use it, an upgrade request or a `plain` one, while others are usable."""
@@ -203,10 +215,17 @@ class Member:
         return True
 
     def _eject(self, now: float, ejection: Ejection) -> None:
-        backoff = Backoff(float(ejection.delay), float(ejection.max_delay), _JITTER)
+        backoff = Backoff(float(ejection.delay), float(ejection.max_delay), JITTER)
         self._delay = backoff.after(self._delay)
         self._out_until = now + backoff.spread(self._delay)
         self._ejected = True
+        self._responses.clear()
+
+    def take_ejection(self, now: float, seconds: float) -> None:
+        """Count as ejected for so many seconds, because another process has ejected it."""
+        self._ejected = True
+        self._out_until = max(self._out_until, now + seconds)
+        self._delay = max(self._delay, seconds)
         self._responses.clear()
 
     def abandon_trial(self) -> None:

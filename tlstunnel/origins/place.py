@@ -1,5 +1,7 @@
 """A place at an origin: counts one attempt to use a member, from connecting until it is closed."""
 
+from collections.abc import Sequence
+
 from tlstunnel.addresses import to_client_key
 from tlstunnel.escaping import printable
 from tlstunnel.origins.members import Member
@@ -9,17 +11,20 @@ from tlstunnel.origins.pool import Pool
 class Place:
     """A place at `member` of `pool` for a client at the address `ip`, taken by the constructor.
 
+    `keys` are what `Pool.reserve` returned for it.
+
     The owner must call `close`. While the member is ejected, the place is its one trial, until the member has accepted
     the connection. A place that is closed before that is known leaves the trial to the next.
     """
 
-    __slots__ = ("_decided", "_ip", "closed", "member", "pool")
+    __slots__ = ("_decided", "_ip", "_keys", "closed", "member", "pool")
 
-    def __init__(self, pool: Pool, member: Member, ip: str) -> None:
+    def __init__(self, pool: Pool, member: Member, ip: str, keys: Sequence[str] = ()) -> None:
         self.pool = pool
         self.member = member
         self.closed = False
         self._ip = ip
+        self._keys = keys
         self._decided = False
         member.take()
 
@@ -54,3 +59,5 @@ class Place:
         if not self._decided:
             self.member.abandon_trial()
         self.member.release()
+        if self._keys:
+            self.pool.give_back(self._keys)

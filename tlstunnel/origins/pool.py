@@ -4,6 +4,7 @@ Tested by tests/promises/test_origins_several.py.
 """
 
 import asyncio
+import contextlib
 import math
 import socket
 from collections.abc import Sequence
@@ -15,11 +16,14 @@ from tlstunnel.handshake.request import PlainRequest, Request
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.balance import select_order
-from tlstunnel.origins.errors import NoOrigin, OriginNotAllowed
+from tlstunnel.origins.errors import ALL_FULL, NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
-from tlstunnel.origins.members import Member, Use
+from tlstunnel.origins.members import JITTER, Member, Use
 from tlstunnel.origins.resolve import Address, resolve
+from tlstunnel.origins.sharing import EJECTION, Ejected, list_parts, make_key
 from tlstunnel.origins.tls import OriginTLS
+from tlstunnel.state.counters import CountersUnavailable, LimitCheck
+from tlstunnel.state.counting import Counting
 
 _EJECTION = Ejection()
 
@@ -47,7 +51,7 @@ class Pool:
     Every address of a name is a member. A name is resolved when it is first needed, and again in the background once
     its addresses are older than `resolve_every` seconds; meanwhile the old addresses are used. Health checks send
     `preface` first. `tls` has the settings for ``wss://`` origins. If `within` is not None, only addresses in it are
-    used.
+    used. With `counting`, the pools of the same `scope` in other processes count their tunnels together with this one.
     """
 
     def __init__(  # noqa: PLR0913 - the keys of a configuration's table
@@ -61,10 +65,15 @@ class Pool:
         preface: bytes = b"",
         tls: OriginTLS | None = None,
         within: Networks | None = None,
+        counting: Counting | None = None,
+        scope: Sequence[str] = (),
     ) -> None:
+        self.key = make_key("pool", *scope)
+        self._counting = counting
+        self._compares_tunnels = balance == "least_tunnels"
         self._tls = tls
         self._within = within
-        self._origins = [_Origin(config, Use(), []) for config in origins]
+        self._origins = [_Origin(config, Use(self._make_key("origin", config)), []) for config in origins]
         self._order = select_order(balance)
         self._ejection = ejection
         self._resolve_every = resolve_every
@@ -129,7 +138,61 @@ class Pool:
             for task in done:
                 if not task.cancelled():
                     task.result()  # an error in it is a bug
+        if self._compares_tunnels:
+            await self._count_everywhere()
         return self._order_usable(ip, request, loop.time(), origins)
+
+    def counts(self, member: Member) -> bool:
+        """Return whether `reserve` has to be called before `member` is used."""
+        return self._counting is not None and (member.most is not None or self._compares_tunnels)
+
+    async def reserve(self, member: Member) -> Sequence[str] | None:
+        """Count an attempt to use `member`; return what to `give_back`, None if its origin has reached max_tunnels.
+
+        Raises CountersUnavailable.
+        """
+        assert self._counting is not None, "see counts"
+        keys: list[str] = []
+        if member.most is not None:
+            check = LimitCheck(member.use.key, max_tunnels=member.most)
+            (result,) = await self._counting.counters.check([check])
+            if result.exceeded:
+                return None
+            keys.append(check.key)
+        if self._compares_tunnels and self._counting.together:
+            self._counting.counters.take_tunnels([member.shared_key])
+            keys.append(member.shared_key)
+        return keys
+
+    def give_back(self, keys: Sequence[str]) -> None:
+        """Give back what was reserved."""
+        assert self._counting is not None, "nothing was reserved"
+        self._counting.counters.return_tunnels(keys)
+
+    async def _count_everywhere(self) -> None:
+        """Count the tunnels of all processes, if that is possible."""
+        counting, members = self._counting, list(self.members)
+        counts = [0] * len(members)
+        if counting is not None and counting.together and len(members) > 1:
+            with contextlib.suppress(CountersUnavailable):  # those of this process will do
+                counts = await counting.counters.count_tunnels([member.shared_key for member in members])
+        for member, count in zip(members, counts, strict=True):
+            member.everywhere = count
+
+    def take_ejection(self, ejected: Ejected) -> None:
+        """Do as another process has done: eject a member, or restore it."""
+        member = next((one for one in self.members if one.shared_key == ejected.member), None)
+        if member is None or not self.compares:
+            return
+        if ejected.seconds:
+            longest = float(self._ejection.max_delay) * (1.0 + JITTER)
+            member.take_ejection(asyncio.get_running_loop().time(), min(ejected.seconds, longest))
+        else:
+            member.record_connected()
+
+    def _announce(self, member: Member, seconds: float) -> None:
+        if self._counting is not None and self.compares:
+            self._counting.announce(EJECTION, Ejected(self.key, member.shared_key, seconds).encode())
 
     def _order_usable(self, ip: str, request: Request, now: float, origins: Sequence[_Origin]) -> list[Member]:
         """Return those that are usable in the order of the balance, then the others, as the last resort.
@@ -142,7 +205,7 @@ class Pool:
             raise OriginNotAllowed(failures) if any(origin.forbidden for origin in origins) else NoOrigin(failures)
         members = [member for member in members if not member.full]
         if not members:
-            raise NoOrigin("all origins have reached max_tunnels", 1)
+            raise NoOrigin(ALL_FULL, 1)
         plain = isinstance(request, PlainRequest)
         usable = [member for member in members if member.is_usable(now, plain=plain)]
         usable = usable or [member for member in members if not member.checked_down] or members
@@ -162,11 +225,15 @@ class Pool:
         """Record that `member` accepted a connection, with TLS if it has to."""
         if member.record_connected() and self.compares:
             self._log.info(Event.ORIGIN_RESTORED, origin=member.text, address=member.address_text)
+            self._announce(member, 0.0)
 
     def record_unreachable(self, member: Member, reason: str) -> None:
         """Record that `member` could not be connected to."""
-        if member.record_unreachable(asyncio.get_running_loop().time(), self._ejection) and self.compares:
+        now, before = asyncio.get_running_loop().time(), member.out_until
+        if member.record_unreachable(now, self._ejection) and self.compares:
             self._log_ejection(member, reason)
+        if member.out_until != before:
+            self._announce(member, member.out_until - now)
 
     def record_response(self, member: Member, client: str) -> None:
         """Record that `member` sent `client` a valid response."""
@@ -174,8 +241,10 @@ class Pool:
 
     def record_no_response(self, member: Member, client: str, reason: str) -> None:
         """Record that `member` sent `client` no valid response."""
-        if member.record_no_response(client, asyncio.get_running_loop().time(), self._ejection):
+        now = asyncio.get_running_loop().time()
+        if member.record_no_response(client, now, self._ejection):
             self._log_ejection(member, reason)
+            self._announce(member, member.out_until - now)
 
     def _log_ejection(self, member: Member, reason: str) -> None:
         self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
@@ -230,6 +299,9 @@ class Pool:
         if origin.members:
             origin.fresh_until = asyncio.get_running_loop().time() + self._resolve_every
 
+    def _make_key(self, kind: str, config: OriginConfig, *parts: str) -> str:
+        return make_key(kind, self.key, *list_parts(config.address), *parts)
+
     def _set_addresses(
         self, origin: _Origin, addresses: Sequence[Address], before: dict[tuple[str, str], Member] | None = None
     ) -> None:
@@ -240,6 +312,7 @@ class Pool:
         for family, address in dict.fromkeys(addresses):
             fresh = Member(config.address, family, address, origin.use)
             member = known.get(fresh.key, fresh)
+            member.shared_key = self._make_key("member", config, str(address))
             member.use = origin.use
             member.tls = self._tls if config.address.tls else None
             member.weight, member.backup, member.most = config.weight, config.backup, config.max_tunnels

@@ -30,7 +30,8 @@ async def reach(  # noqa: PLR0913 - the members, the sockets and the client
     Returns the place there.
 
     `preface`, a PROXY header or nothing, is sent before TLS. No byte of a request has been sent when this returns.
-    Raises OriginUnreachable, or its subclass OriginTLSFailed; TimeoutError; ClientGone if the client disconnects.
+    Raises OriginUnreachable, or its subclass OriginTLSFailed; NoOrigin; CountersUnavailable; TimeoutError; ClientGone
+    if the client disconnects.
     """
     while True:
         place, channel = await connect(pool, members, ip, readiness=readiness, wakeup=wakeup, client=client)

@@ -26,13 +26,12 @@ from tlstunnel.origins.resolve import THREAD_NAME
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.pulse import Responder
+from tlstunnel.processes.reporting import Reporter
 from tlstunnel.program import forbid_core_dumps, set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
-
-REPORT_SECONDS = 1.0
-"""How long after a change the metrics are sent to the parent. A process that is killed loses as much."""
+from tlstunnel.state.counting import Counting
 
 STUCK_SECONDS = 1.0
 """How long threads may take to end once nothing is served."""
@@ -58,13 +57,13 @@ class ServingProcess:
                 messages.Drain: self._drain,
                 messages.Stop: self._stop,
                 messages.Status: self._status,
-                previous.Finish: self._finish,
+                messages.Count: self._count,
             },
             self._handle_parent_exit,
         )
         self._metrics = Registry()
-        self._metrics.on_change = self._report_soon
-        self._reporting: asyncio.TimerHandle | None = None
+        self._reporter = Reporter(self._metrics, self._link)
+        self._counting = Counting(self._metrics, self._report_lost_ledger)
         self._service: Service | None = None
         self._responder: Responder | None = None
         self._listeners: dict[int, Listener] = {}
@@ -84,7 +83,8 @@ class ServingProcess:
         await self._exit.wait()
         if self._service is not None:
             await self._service.close()
-            await self._report_last()
+        self._counting.close()
+        await self._reporter.close()
         self._link.close()
         if self._responder is not None:
             self._responder.close()
@@ -105,7 +105,10 @@ class ServingProcess:
         configure_logging(request.log_format)
         invocation = Invocation.from_json(request.invocation)
         journal = Journal(self._metrics, opened=request.opened)
-        self._service = await Service.begin(invocation, request.config, journal, quiet=request.quiet)
+        self._service = await Service.begin(
+            invocation, request.config, journal, quiet=request.quiet, counting=self._counting
+        )
+        self._reporter.start()
         return messages.Begun(version=__version__)
 
     async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
@@ -140,9 +143,6 @@ class ServingProcess:
         await self._begun_service.abandon()
         return messages.Done()
 
-    async def _finish(self, request: previous.Finish, descriptors: list[int]) -> messages.Done:
-        return await self._drain(request.to_drain(), descriptors)
-
     async def _drain(self, request: messages.Drain, _: list[int]) -> messages.Done:
         self._close_listeners()
         self._start_draining(request.after, request.over)
@@ -154,26 +154,19 @@ class ServingProcess:
         return messages.Done()
 
     async def _status(self, _: messages.Status, __: list[int]) -> messages.Load:
-        return messages.Load(**self._begun_service.status(), metrics=self._metrics.snapshot())
+        return messages.Load(
+            **self._begun_service.status(), metrics=self._metrics.snapshot(), counting=self._counting.answering
+        )
 
-    def _report_soon(self) -> None:
-        if self._reporting is None:
-            self._reporting = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
+    async def _count(self, _: messages.Count, descriptors: list[int]) -> messages.Done:
+        if descriptors:
+            await self._counting.join(socket.socket(fileno=descriptors[0]))
+        else:
+            self._counting.leave()
+        return messages.Done()
 
-    def _report(self) -> None:
-        self._reporting = None
-        if self._service is not None:
-            self._link.notify(messages.Measured(metrics=self._metrics.snapshot()))
-
-    async def _report_last(self) -> None:
-        """Send the final metrics, and wait a moment until the parent has read them."""
-        if self._reporting is not None:
-            self._reporting.cancel()
-        self._report()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REPORT_SECONDS):
-                while not (self._link.closed or self._link.idle):  # noqa: ASYNC110 - once, at the end
-                    await asyncio.sleep(0.01)
+    def _report_lost_ledger(self) -> None:
+        self._link.notify(messages.LedgerLost())
 
     def _handle_sigterm(self) -> None:
         self._log.info(Event.DRAIN_REQUESTED, signal="SIGTERM", process=os.getpid())

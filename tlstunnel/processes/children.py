@@ -22,7 +22,6 @@ from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
 from tlstunnel.metrics.snapshot import Snapshot
-from tlstunnel.processes import previous
 from tlstunnel.processes.link import MAX_FDS, Link
 from tlstunnel.processes.messages import (
     FORMAT,
@@ -41,7 +40,7 @@ from tlstunnel.processes.messages import (
 )
 from tlstunnel.processes.pulse import Pulse
 from tlstunnel.processes.slots import Slot
-from tlstunnel.processes.spawn import SERVING, spawn
+from tlstunnel.processes.spawn import LEDGER, SERVING, spawn
 from tlstunnel.supervisor import ChildProcess
 
 REPLY_SECONDS = 5.0
@@ -55,9 +54,10 @@ class Role(Enum):
     """What a child does. An upgrade hands over the value."""
 
     SERVING = "serving"
+    LEDGER = "ledger"
 
 
-MODULES: Mapping[Role, str] = {Role.SERVING: SERVING}
+MODULES: Mapping[Role, str] = {Role.SERVING: SERVING, Role.LEDGER: LEDGER}
 """The module that the children of each role run."""
 
 
@@ -187,6 +187,11 @@ class Child:
         """Whether its process has exited."""
         return self.process.exited.done()
 
+    def describe(self) -> dict[str, str | int]:
+        """Return what identifies it in the log."""
+        role = {"role": self.identity.role.value} if self.identity.role is not Role.SERVING else {}
+        return {"process": self.pid, "place": self.identity.place, **role}
+
     async def request(
         self, request: Request[ReplyT], seconds: float = REPLY_SECONDS, descriptors: Sequence[int] = ()
     ) -> ReplyT:
@@ -194,8 +199,6 @@ class Child:
 
         Raises ProcessError if the child refuses it, exits, is silent, or does not reply within `seconds`.
         """
-        if self.identity.format == previous.FORMAT:
-            request = previous.translate_request(request)
         try:
             async with asyncio.timeout(0.0 if self.silent else seconds):
                 return await self.link.request(request, descriptors)
@@ -211,7 +214,8 @@ class Child:
     async def begin(self, startup: Startup) -> None:
         """Have it load the configuration, and wait until it is ready to accept. Raises ProcessError."""
         identity = self.identity
-        request = startup.to_begin(f"tlstunnel {identity.place} g{identity.generation}", quiet=identity.place != 1)
+        what = identity.place if identity.role is Role.SERVING else identity.role.value
+        request = startup.to_begin(f"tlstunnel {what} g{identity.generation}", quiet=identity.place != 1)
         identity.version = (await self.link.request(request)).version
 
     async def send_listeners(self, slots: list[Slot]) -> None:

@@ -20,7 +20,7 @@ from tlstunnel.errors import ControlError
 from tlstunnel.processes.children import Child, measure_pss
 from tlstunnel.processes.control import Handler
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.messages import Load
+from tlstunnel.processes.messages import LedgerLoad, Load
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
 
@@ -48,7 +48,8 @@ class StatusCommand(msgspec.Struct, frozen=True):
 class ProcessStatus(msgspec.Struct, frozen=True):
     """A serving process. `seconds` is its age; `pss_kib` is its proportional set size, if that can be read.
 
-    `tunnels` and `handshakes` are None if it does not respond.
+    `tunnels` and `handshakes` are None if it does not respond. `counting` says where it counts what is counted
+    together: "ledger", "local: REASON", or "" if it counts alone.
     """
 
     process: int
@@ -60,10 +61,32 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     tunnels: int | None
     handshakes: int | None
     pss_kib: int | None
+    counting: str = ""
+
+
+class LedgerStatus(msgspec.Struct, frozen=True):
+    """The ledger, which counts for the serving processes. `seconds` is its age.
+
+    `answering` is what has the counts, such as "memory". The last five are None if it does not respond.
+    """
+
+    process: int
+    generation: int
+    version: str
+    seconds: float
+    state: Literal["counting", "not responding"]
+    pss_kib: int | None
+    answering: str | None
+    connections: int | None
+    questions_per_second: float | None
+    keys: int | None
+    leases: int | None
 
 
 class StatusResult(msgspec.Struct, frozen=True):
-    """The parent and the serving processes. `ending` is the signal that started a shutdown, empty without one.
+    """The parent, the serving processes, and the ledger if there is one.
+
+    `ending` is the signal that started a shutdown, empty without one.
 
     `metrics` are the sums over all processes (docs/metrics.md).
     """
@@ -76,6 +99,7 @@ class StatusResult(msgspec.Struct, frozen=True):
     processes: list[ProcessStatus]
     pss_kib: int | None
     metrics: dict[str, Any]
+    ledger: LedgerStatus | None = None
 
 
 class DrainCommand(msgspec.Struct, frozen=True):
@@ -124,7 +148,8 @@ class Commands:
     async def status(self, _: StatusCommand) -> StatusResult:
         """Return the state of every process."""
         now = time.time()
-        loads = await self._fleet.loads()
+        loads, counts = await asyncio.gather(self._fleet.loads(), self._fleet.request_ledger_load())
+        ledger = self._fleet.wiring.ledger
         return StatusResult(
             version=__version__,
             generation=self._fleet.generation,
@@ -134,6 +159,7 @@ class Commands:
             processes=[self._describe(child, load, now) for child, load in loads],
             pss_kib=measure_pss(os.getpid()),
             metrics=self._fleet.totals.sum().to_json(),
+            ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
         )
 
     async def drain(self, _: DrainCommand) -> Ended:
@@ -182,7 +208,25 @@ class Commands:
             tunnels=load.tunnels if load is not None else None,
             handshakes=load.handshakes if load is not None else None,
             pss_kib=measure_pss(child.pid),
+            counting=load.counting if load is not None else "",
         )
+
+
+def _describe_ledger(ledger: Child, load: LedgerLoad | None, now: float) -> LedgerStatus:
+    identity = ledger.identity
+    return LedgerStatus(
+        process=ledger.pid,
+        generation=identity.generation,
+        version=identity.version,
+        seconds=round(now - identity.started, 1),
+        state="not responding" if load is None else "counting",
+        pss_kib=measure_pss(ledger.pid),
+        answering=load.answering if load is not None else None,
+        connections=load.connections if load is not None else None,
+        questions_per_second=round(load.questions, 1) if load is not None else None,
+        keys=load.keys if load is not None else None,
+        leases=load.leases if load is not None else None,
+    )
 
 
 def _parse(request: Mapping[str, Any], command: type[CommandT]) -> CommandT:

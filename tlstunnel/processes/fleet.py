@@ -18,6 +18,7 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
+from tlstunnel.config.together import counts_together
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
@@ -25,9 +26,10 @@ from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
 from tlstunnel.processes.guard import Guard
-from tlstunnel.processes.messages import Load, Measured, Serve
+from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, Serve
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.watch import WatchTimes
+from tlstunnel.processes.wiring import Wiring
 from tlstunnel.supervisor import describe_exit, start_with_retries
 
 RESTARTS = Backoff(first=0.5, longest=30.0)
@@ -35,6 +37,9 @@ RESTARTS = Backoff(first=0.5, longest=30.0)
 
 QUICK_SECONDS = 10.0
 """A child that exits within this time of its start has exited early."""
+
+LEDGER_KEYS = ("url", "password_file", "prefix", "dir")
+"""The keys of ``[state]`` that the ledger uses. The others are for those who ask it."""
 
 KILL_SECONDS = 10.0
 """How long a child may take to exit after the time that it was given to drain; then it is killed."""
@@ -75,10 +80,11 @@ class Fleet:
         self._slots = slots
         self._options = options
         self.totals = Totals() if totals is None else totals
-        self._notifications: ChildNotifications = {Measured: self._take_metrics}
+        self._notifications: ChildNotifications = {Measured: self._take_metrics, LedgerLost: self._reconnect}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self.wiring = Wiring(lambda: self, self._run_in_background)
         self._guard = Guard(WatchTimes.from_environment(), self._handle_silence, self._run_in_background)
         self._revision = 0
         self._may_start = asyncio.Event()
@@ -100,6 +106,23 @@ class Fleet:
         match role:
             case Role.SERVING:
                 return self._options.count(self.config)
+            case Role.LEDGER:
+                return int(self._needs_ledger())
+
+    def serving(self) -> list[Child]:
+        """Return the children that serve or drain."""
+        return [child for child in self if child.identity.role is Role.SERVING]
+
+    def _needs_ledger(self) -> bool:
+        """Return whether several processes or machines count together.
+
+        A ledger that runs is kept until there is one process left: those that drain have tunnels that count.
+        """
+        if self.config.state.url is not None:
+            return True
+        if self.wiring.ledger is not None and len(self.serving()) > 1:
+            return counts_together(self.config)
+        return self.count() > 1 and counts_together(self.config)
 
     def accepting(self) -> list[Child]:
         """Return the children that accept connections, by place."""
@@ -121,6 +144,8 @@ class Fleet:
         for one in kept:
             child = Child.restore(one, self._notifications)
             self._add(child)
+            if child.identity.role is Role.LEDGER:
+                self.wiring.restore(child)
             if one.pulse is not None and one.stacks is not None:
                 self._guard.restore(child, one.pulse, one.stacks)
             else:
@@ -133,7 +158,8 @@ class Fleet:
 
         Each future is done once its child is ready, and fails with ProcessError if it could not be started.
         """
-        places = [(role, place) for role in Role for place in range(1, self.count(role) + 1)]
+        # The ledger first, because the others wait for it.
+        places = [(role, place) for role in (Role.LEDGER, Role.SERVING) for place in range(1, self.count(role) + 1)]
         return [self._keep_at(*place) for place in places if place not in self._keepers or self._keepers[place].done()]
 
     def mark_started(self) -> None:
@@ -144,8 +170,11 @@ class Fleet:
         """Start new children with this configuration. The children in `current` have it already."""
         for child in self:
             child.outdated = child not in current
+        before, ledger = self.config.state, self.wiring.ledger
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
+        if ledger is not None and any(getattr(before, key) != getattr(config.state, key) for key in LEDGER_KEYS):
+            ledger.leaving.set()  # another one takes over from it
 
     async def pause_starts(self) -> None:
         """Stop starting children, and kill those that are not ready: they have not accepted anything yet."""
@@ -200,8 +229,7 @@ class Fleet:
             restarted = True
             self._log.error(
                 Event.PROCESS_EXITED,
-                process=child.pid,
-                place=place,
+                **child.describe(),
                 reason="; ".join(problems) or child.problem or describe_exit(code),
                 seconds=round(seconds, 1),
                 retry_in=delay,
@@ -238,8 +266,13 @@ class Fleet:
             if child.identity.version != __version__:
                 hint = "the package on disk was replaced; run tlstunnel upgrade"
                 self._log.warning(Event.PACKAGE_REPLACED, process=child.pid, version=child.identity.version, hint=hint)
-            await child.send_listeners(list(self._slots))
+            if child.identity.role is Role.SERVING:
+                await child.send_listeners(list(self._slots))
             await self._guard.watch(child)
+            if child.identity.role is Role.LEDGER:
+                await self.wiring.begin(child)
+            elif self.count(Role.LEDGER):
+                await self.wiring.connect(child)
         except TlstunnelError as error:
             child.kill()
             return () if child.link.closed else error.problems
@@ -253,9 +286,13 @@ class Fleet:
     def _remove(self, child: Child, _: "asyncio.Future[int | None]") -> None:
         del self._children[child.pid]
         self.totals.ended(child.pid)
+        if child.identity.role is not Role.SERVING:
+            return
         generation = child.identity.generation
         if generation < self.generation or child.draining:
             self._log.info(Event.PROCESS_DRAINED, process=child.pid, generation=generation)
+        if self.wiring.ledger is not None and not self.ending:
+            self._run_in_background(self._dismiss_needless_ledger())
 
     # --- while they run -----------------------------------------------------------------------------------------------
 
@@ -280,6 +317,8 @@ class Fleet:
         """Have others accept at the sockets of a child that is silent, or itself again once it responds."""
         if self.ending or child.draining or child.identity.generation != self.generation:
             return
+        if child.identity.role is not Role.SERVING:
+            return  # processes notice by themselves
         if child.silent or not (child.outdated or child.identity.place > self.count()):
             self._run_in_background(self.assign())
             return
@@ -300,6 +339,18 @@ class Fleet:
         for child in self.accepting():
             if child.identity.place > self.count():
                 await self._dismiss(child)
+        await self._dismiss_needless_ledger()
+
+    async def end_ledger(self) -> None:
+        """End the ledger, for a release that has none. Another one starts when starts are resumed."""
+        ledger = self.wiring.ledger
+        await self.wiring.dismiss()
+        if ledger is not None:
+            await ledger.process.wait()
+
+    async def _dismiss_needless_ledger(self) -> None:
+        if not self.ending and not self.count(Role.LEDGER):
+            await self.wiring.dismiss()
 
     async def retire(self, child: Child) -> None:
         """Drain a child as configured in ``[release]``."""
@@ -307,18 +358,30 @@ class Fleet:
         after = release.drain_after
         await child.drain(float(after) if after is not None else None, float(release.drain_over))
 
+    def _reconnect(self, child: Child, _: LedgerLost) -> None:
+        if not self.ending:
+            self._run_in_background(self.wiring.reconnect(child))
+
     def _take_metrics(self, child: Child, measured: Measured) -> None:
         self.totals.update(child.pid, measured.metrics)
 
     async def loads(self) -> list[tuple[Child, Load | None]]:
-        """Return the load of each child, None if it does not respond, and bring `totals` up to date."""
-        children = [child for child in self if child.ready]
+        """Return the load of each serving child, None if it does not respond, and bring `totals` up to date."""
+        children = [child for child in self.serving() if child.ready]
         loads = await asyncio.gather(*(self._request_load(child) for child in children))
         for child, load in zip(children, loads, strict=True):
             # For a child that has exited, the totals already hold the metrics that it sent last.
             if load is not None and load.metrics is not None and not child.exited:
                 self.totals.update(child.pid, load.metrics)
         return [(child, load) for child, load in zip(children, loads, strict=True) if not child.exited]
+
+    async def request_ledger_load(self) -> LedgerLoad | None:
+        """Return what the ledger does, None if there is none or it does not respond, and bring `totals` up to date."""
+        ledger = self.wiring.ledger
+        load = await self.wiring.request_load()
+        if ledger is not None and load is not None and not ledger.exited:
+            self.totals.update(ledger.pid, load.metrics)
+        return load
 
     async def _request_load(self, child: Child) -> Load | None:
         if child.silent:
@@ -349,8 +412,8 @@ class Fleet:
     # --- shutdown -----------------------------------------------------------------------------------------------------
 
     async def drain(self, over: float) -> None:
-        """Drain all children over so many seconds; return when they have exited, or are overdue."""
-        children = list(self)
+        """Drain all serving children over so many seconds; return when they have exited, or are overdue."""
+        children = self.serving()
         for child in children:
             if child.ready:
                 self._run_in_background(child.drain(0.0, over))
@@ -365,7 +428,13 @@ class Fleet:
         self.ending = self.ending or "start failed"
         for keeper in self._keepers.values():
             keeper.cancel()
-        children = list(self)
+        await self._stop(self.serving())
+        await self._stop(list(self))  # the ledger, which counts until the others have exited
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, *self._keepers.values(), return_exceptions=True)
+
+    async def _stop(self, children: Collection[Child]) -> None:
         for child in children:
             if child.ready:
                 self._run_in_background(child.stop())
@@ -376,9 +445,6 @@ class Fleet:
             for child in children:
                 child.kill()
             await asyncio.wait([child.process.exited for child in children])
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, *self._keepers.values(), return_exceptions=True)
 
     def _run_in_background(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

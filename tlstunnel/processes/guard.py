@@ -16,8 +16,7 @@ from tlstunnel.errors import ProcessError
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
-from tlstunnel.processes import previous
-from tlstunnel.processes.children import Child
+from tlstunnel.processes.children import Child, Role
 from tlstunnel.processes.messages import Respond
 from tlstunnel.processes.pulse import MAX_STACKS, STACKS_SIGNAL, Pulse
 from tlstunnel.processes.watch import Finding, Watch, WatchTimes
@@ -59,8 +58,6 @@ class Guard:
 
     async def watch(self, child: Child) -> None:
         """Watch a child from now on, if its release supports it. Raises ProcessError if there are no descriptors."""
-        if child.identity.format == previous.FORMAT:
-            return  # it would log an error
         try:
             pulse, theirs = Pulse.create(functools.partial(self._note_response, child))
         except OSError as error:
@@ -108,11 +105,13 @@ class Guard:
             self._act(child, finding, 0.0)
 
     def _act(self, child: Child, finding: Finding, seconds: float) -> None:
-        about = {"process": child.pid, "place": child.identity.place}
+        about = child.describe()
         match finding:
             case Finding.SILENT:
                 state = _read_state(child.pid)
-                hint = f"others accept its connections; if this continues, it is killed after {self._times.kill:g} s"
+                serving = child.identity.role is Role.SERVING
+                instead = "others accept its connections" if serving else "processes do without it"
+                hint = f"{instead}; if this continues, it is killed after {self._times.kill:g} s"
                 self._log.warning(Event.PROCESS_SILENT, **about, seconds=round(seconds, 1), state=state, hint=hint)
                 child.mark_silent()
                 self._on_change(child)
@@ -130,7 +129,7 @@ class Guard:
         A stopped process is only killed: to write its stacks it would have to continue, and then its loop may accept a
         client's connection before it ends (seen).
         """
-        about = {"process": child.pid, "place": child.identity.place}
+        about = child.describe()
         state = _read_state(child.pid)
         self._log.error(Event.PROCESS_KILLED, **about, reason=child.problem, state=state)
         if state in _STOPPED:

@@ -14,7 +14,7 @@ import msgspec
 
 from tlstunnel.metrics.snapshot import Snapshot
 
-FORMAT = 2
+FORMAT = 3
 """The version of these messages and of the handover."""
 
 
@@ -41,12 +41,37 @@ class Prepared(LinkReply, frozen=True):
 class Load(LinkReply, frozen=True):
     """The tunnels of a process, and its connections whose handshake is not complete.
 
-    `metrics` is None from a release that has none.
+    `metrics` is None from a release that has none. `counting` says where it counts what is counted together: "ledger",
+    "local: REASON", or "" if it counts alone.
     """
 
     tunnels: int
     handshakes: int
     metrics: Snapshot | None = None
+    counting: str = ""
+
+
+class LedgerLoad(LinkReply, frozen=True):
+    """What a ledger does. `answering` is what has the counts, such as "memory".
+
+    `questions` were answered in the last second, `keys` and `leases` are what it holds now.
+    """
+
+    answering: str
+    connections: int
+    questions: float
+    keys: int
+    leases: int
+    metrics: Snapshot
+
+
+class TakenOver(LinkReply, frozen=True):
+    """The ledger has taken over and answers. `processes` are those whose connections it has.
+
+    `processes` is None if it counts elsewhere, and has taken nothing: the processes have to be connected to it.
+    """
+
+    processes: list[int] | None
 
 
 ReplyT = TypeVar("ReplyT", bound=LinkReply)
@@ -144,7 +169,44 @@ class Status(Request[Load], frozen=True, tag="status"):
     reply: ClassVar[type[LinkReply]] = Load
 
 
+class Count(Request[Done], frozen=True, tag="count"):
+    """Count at the ledger at the other end of the socket that comes with the message; alone, if there is none."""
+
+
+# --- parent to ledger -------------------------------------------------------------------------------------------------
+
+
+class Connect(Request[Done], frozen=True, tag="connect"):
+    """Answer the questions of `process`, which has the other end of the socket that comes with the message."""
+
+    process: int
+
+
+class HandOver(Request[Done], frozen=True, tag="hand over"):
+    """Pause, and send everything through the socket that comes with the message, to the next ledger."""
+
+
+class TakeOver(Request[TakenOver], frozen=True, tag="take over"):
+    """Receive what the previous ledger sends through the socket that comes with the message, and answer."""
+
+    reply: ClassVar[type[LinkReply]] = TakenOver
+
+
+class Resume(Request[Done], frozen=True, tag="resume"):
+    """Answer again: the next ledger has failed to take over."""
+
+
+class LedgerStatus(Request[LedgerLoad], frozen=True, tag="ledger status"):
+    """Report what the ledger does."""
+
+    reply: ClassVar[type[LinkReply]] = LedgerLoad
+
+
 # --- child to parent --------------------------------------------------------------------------------------------------
+
+
+class LedgerLost(Notification, frozen=True, tag="ledger lost"):
+    """The connection to the ledger has ended; send another one."""
 
 
 class Leaving(Request[Done], frozen=True, tag="leaving"):

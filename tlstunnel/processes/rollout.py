@@ -28,7 +28,7 @@ from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.embedded import EchoOrigin
-from tlstunnel.processes import handover
+from tlstunnel.processes import handover, previous
 from tlstunnel.processes.children import REPLY_SECONDS, Child, try_child
 from tlstunnel.processes.control import ControlSocket
 from tlstunnel.processes.fleet import Fleet
@@ -105,7 +105,7 @@ class Rollout:
 
     async def _start(self) -> None:
         async with self._change_lock:
-            old = list(self._fleet)
+            old = self._fleet.serving()
             starts = self._fleet.start()
             try:
                 await asyncio.gather(*starts)
@@ -270,6 +270,8 @@ class Rollout:
             self._refuse_if_ending()
             async with AsyncExitStack() as undo:
                 await self._quiesce(undo)
+                if format_ == previous.FORMAT:
+                    await self._fleet.end_ledger()
                 handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
 
     async def _quiesce(self, undo: AsyncExitStack) -> None:

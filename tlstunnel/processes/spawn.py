@@ -18,6 +18,9 @@ from tlstunnel.program import PYTHON, build_module_command, build_module_environ
 SERVING = "tlstunnel.processes.child"
 """The module that serving children run. The first one is started ahead."""
 
+LEDGER = "tlstunnel.processes.ledger"
+"""The module that the ledger runs."""
+
 _ahead: list[tuple[int, socket.socket]] = []
 
 

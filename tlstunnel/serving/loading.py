@@ -28,6 +28,7 @@ from tlstunnel.serving.changes import describe_changes
 from tlstunnel.serving.contents import Contents, describe_reloaded, read_contents
 from tlstunnel.serving.sites import build_sites
 from tlstunnel.serving.warnings import LoadWarning, find_warnings
+from tlstunnel.state.counting import Counting
 from tlstunnel.tunnel.sites import Sites
 
 if TYPE_CHECKING:
@@ -159,14 +160,16 @@ def load(
     metrics: Registry | None = None,
     before: LoadedConfig | None = None,
     test_folder: Path = CERTIFICATES,
+    counting: Counting | None = None,
 ) -> LoadedConfig:
-    """Build everything that `description` describes.
+    """Build everything that `description` describes, to be counted by `counting`.
 
     It takes over what is still valid in `before`. The test certificate, if a site needs one, is in `test_folder`, and
     is created there if necessary. Raises ConfigurationError with every problem.
     """
     with _paused_garbage_collection():
-        return _load(description, Registry() if metrics is None else metrics, before, test_folder)
+        counting = Counting() if counting is None else counting
+        return _load(description, Registry() if metrics is None else metrics, before, test_folder, counting)
 
 
 @contextmanager
@@ -184,14 +187,21 @@ def _paused_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _load(description: Description, metrics: Registry, before: LoadedConfig | None, test_folder: Path) -> LoadedConfig:
+def _load(
+    description: Description,
+    metrics: Registry,
+    before: LoadedConfig | None,
+    test_folder: Path,
+    counting: Counting,
+) -> LoadedConfig:
     problems, of_sites = Problems(), Problems()
     firewall: Firewall | None = None
     sites: Sites | None = None
     workers: Workers | None = None
     with problems.collect():
-        counters = before.firewall.counters if before is not None else None
-        firewall = Firewall(description.config, description.sites, metrics=metrics, counters=counters)
+        firewall = Firewall(
+            description.config, description.sites, metrics=metrics, make_counters=lambda: counting.counters
+        )
     with problems.collect():
         workers = _build_workers(description.sites, metrics, before.workers if before is not None else None)
     try:
@@ -202,6 +212,7 @@ def _load(description: Description, metrics: Registry, before: LoadedConfig | No
                 before.sites if before is not None else None,
                 resolve_every=description.config.resolve_interval,
                 workers=workers if not problems.found else None,
+                counting=counting,
             )
         found = (*of_sites.found, *problems.found)
         if firewall is None or sites is None or found:

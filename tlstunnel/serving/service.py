@@ -8,16 +8,19 @@ Tested by tests/promises/test_reload.py.
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self
 
 from tlstunnel.certificates.watch import Watch
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.logger import structlog
+from tlstunnel.origins.pool import Pool
+from tlstunnel.origins.sharing import EJECTION, Ejected
 from tlstunnel.serving.loading import Description, LoadedConfig, load
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
+from tlstunnel.state.counting import Counting
 
 MAX_WARNINGS = 100
 """How many warnings of a configuration are logged one by one; the others are only counted."""
@@ -26,13 +29,24 @@ MAX_WARNINGS = 100
 class Service:
     """Serves a configuration in the running loop. Create one with `begin`.
 
-    With `quiet` it logs no warnings, because another process with the same configuration does.
+    With `quiet` it logs no warnings, because another process with the same configuration does. `counting` counts for
+    the process.
     """
 
-    def __init__(self, invocation: Invocation, journal: Journal, loaded: LoadedConfig, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        invocation: Invocation,
+        journal: Journal,
+        loaded: LoadedConfig,
+        *,
+        counting: Counting,
+        quiet: bool = False,
+    ) -> None:
         self._invocation = invocation
         self._journal = journal
         self._quiet = quiet
+        self._counting = counting
+        self._pools: Mapping[str, Pool] = {}
         self._log = structlog.get_logger()
         self._background: set[asyncio.Task[None]] = set()
         self._loaded = loaded
@@ -42,14 +56,24 @@ class Service:
         self._draining: asyncio.Task[None] | None = None
 
     @classmethod
-    async def begin(cls, invocation: Invocation, text: str | None, journal: Journal, *, quiet: bool = False) -> Self:
+    async def begin(
+        cls,
+        invocation: Invocation,
+        text: str | None,
+        journal: Journal,
+        *,
+        quiet: bool = False,
+        counting: Counting | None = None,
+    ) -> Self:
         """Load the configuration in `text` and start everything it needs, without accepting.
 
         Raises ConfigurationError.
         """
-        loaded = await _load_in_thread(invocation, text, journal, None)
+        counting = Counting(journal.metrics) if counting is None else counting
+        loaded = await _load_in_thread(invocation, text, journal, None, counting)
         await loaded.start()
-        service = cls(invocation, journal, loaded, quiet=quiet)
+        service = cls(invocation, journal, loaded, counting=counting, quiet=quiet)
+        service._count()
         loaded.sites.start()
         service._watch.start()
         service._warn()
@@ -66,7 +90,7 @@ class Service:
     async def prepare(self, text: str | None) -> list[str]:
         """Load the configuration in `text` for `commit`; return what changes. Raises ConfigurationError."""
         await self.abandon()
-        loaded = await _load_in_thread(self._invocation, text, self._journal, self._loaded)
+        loaded = await _load_in_thread(self._invocation, text, self._journal, self._loaded, self._counting)
         await loaded.start()
         self._prepared = loaded
         return loaded.describe_changes(self._loaded)
@@ -80,6 +104,7 @@ class Service:
         loaded.sites.adopt(before.sites)
         if loaded.workers is not None:
             loaded.workers.adopt()
+        self._count()
         loaded.sites.start()
         self._watch.switch_to(loaded.sites.certificates)
         self._server.switch(loaded.config, loaded.sites, loaded.firewall)
@@ -129,6 +154,19 @@ class Service:
         await self._server.wait_for_handshakes()
         await before.close()
 
+    def _count(self) -> None:
+        """Count as the configuration says, and take announcements for its pools."""
+        state = self._loaded.config.state
+        self._counting.configure(float(state.timeout), state.on_failure)
+        self._pools = {pool.key: pool for _, pool in self._loaded.sites.pools}
+        self._counting.listen(EJECTION, self._take_ejection)
+
+    def _take_ejection(self, text: str) -> None:
+        ejected = Ejected.decode(text)
+        pool = self._pools.get(ejected.pool) if ejected is not None else None
+        if ejected is not None and pool is not None:
+            pool.take_ejection(ejected)
+
     def _warn(self) -> None:
         warnings = [] if self._quiet else self._loaded.warnings()
         for warning in warnings[:MAX_WARNINGS]:
@@ -144,7 +182,7 @@ class Service:
 
 
 async def _load_in_thread(
-    invocation: Invocation, text: str | None, journal: Journal, before: LoadedConfig | None
+    invocation: Invocation, text: str | None, journal: Journal, before: LoadedConfig | None, counting: Counting
 ) -> LoadedConfig:
     """Load in a thread, with a shorter switch interval than Python's 5 ms, which would starve the open tunnels.
 
@@ -154,10 +192,12 @@ async def _load_in_thread(
     interval = sys.getswitchinterval()
     sys.setswitchinterval(min(interval, 0.0005))
     try:
-        return await asyncio.to_thread(_load, invocation, text, journal, before)
+        return await asyncio.to_thread(_load, invocation, text, journal, before, counting)
     finally:
         sys.setswitchinterval(interval)
 
 
-def _load(invocation: Invocation, text: str | None, journal: Journal, before: LoadedConfig | None) -> LoadedConfig:
-    return load(Description.from_invocation(invocation, text), journal.metrics, before)
+def _load(
+    invocation: Invocation, text: str | None, journal: Journal, before: LoadedConfig | None, counting: Counting
+) -> LoadedConfig:
+    return load(Description.from_invocation(invocation, text), journal.metrics, before, counting=counting)

@@ -16,29 +16,31 @@ from tlstunnel.handshake.forwarding import SPOOFABLE_FIELDS
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.tls import Contexts, OriginTLS
 from tlstunnel.sockets.proxy_protocol import write_local
+from tlstunnel.state.counting import Counting
 from tlstunnel.tunnel.sites import NO_EDITS_OF_SITE, Site, SiteEdits, Sites
 
 if TYPE_CHECKING:  # it brings a library that sites without a worker do without
     from tlstunnel.edge.workers import Workers
 
 
-def build_sites(
+def build_sites(  # noqa: PLR0913 - what sites are built from
     configured: Sequence[SiteConfig],
     test_pair: tuple[Path, Path] | None = None,
     before: Sites | None = None,
     *,
     resolve_every: float = 30.0,
     workers: "Workers | None" = None,
+    counting: Counting | None = None,
 ) -> Sites:
     """Build the sites of a configuration. `test_pair` (certificate, key) is for sites without a certificate.
 
-    `workers` are those of the same configuration, None if no site has one.
+    `workers` are those of the same configuration, None if no site has one. `counting` counts the tunnels of origins.
 
     Files that have not changed since they were read for `before` are not read again. A certificate of `before` whose
     files are no longer good stays in service, and `certificates.complaints` says so. Takes 0.2 ms a site, in any
     thread. Raises InvalidConfiguration with every problem of every site.
     """
-    return _Builder(test_pair, before, resolve_every, workers).build(configured)
+    return _Builder(test_pair, before, resolve_every, workers, counting).build(configured)
 
 
 class _Builder:
@@ -50,11 +52,13 @@ class _Builder:
         before: Sites | None,
         resolve_every: float,
         workers: "Workers | None",
+        counting: Counting | None,
     ) -> None:
         self._test_pair = test_pair
         self._before = before.certificates if before is not None else None
         self._resolve_every = resolve_every
         self._workers = workers
+        self._counting = counting
         self._certificates = Certificates(self._before.contexts if self._before is not None else None)
         self._contexts = Contexts()
         self._problems = Problems()
@@ -82,8 +86,11 @@ class _Builder:
             return None
         version = config.send_proxy_protocol
         preface = b"" if version == "off" else write_local(version)
-        pool = self._build_pool(config, preface, tls)
-        routes = tuple((route.path, self._build_pool(route, preface, tls)) for route in config.routes)
+        name = config.names[0]
+        pool = self._build_pool(config, (name,), preface, tls)
+        routes = tuple(
+            (route.path, self._build_pool(route, (name, route.path), preface, tls)) for route in config.routes
+        )
         pools = (pool, *(one for _, one in routes))
         workers = self._workers
         return Site(
@@ -170,12 +177,21 @@ class _Builder:
             return None, False
         return OriginTLS(context, config.origin_name), True
 
-    def _build_pool(self, table: SiteConfig | RouteConfig, preface: bytes, tls: OriginTLS | None) -> Pool:
-        return build_pool(table, self._resolve_every, preface, tls)
+    def _build_pool(
+        self, table: SiteConfig | RouteConfig, scope: Sequence[str], preface: bytes, tls: OriginTLS | None
+    ) -> Pool:
+        return build_pool(table, self._resolve_every, preface, tls, self._counting, scope)
 
 
-def build_pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: bytes, tls: OriginTLS | None) -> Pool:
-    """Build the pool of a site's or a route's origins."""
+def build_pool(  # noqa: PLR0913, PLR0917 - what a pool is built from
+    table: SiteConfig | RouteConfig,
+    resolve_every: float,
+    preface: bytes,
+    tls: OriginTLS | None,
+    counting: Counting | None = None,
+    scope: Sequence[str] = (),
+) -> Pool:
+    """Build the pool of a site's or a route's origins. See `Pool`."""
     return Pool(
         table.origins,
         balance=table.balance,
@@ -184,6 +200,8 @@ def build_pool(table: SiteConfig | RouteConfig, resolve_every: float, preface: b
         resolve_every=resolve_every,
         preface=preface,
         tls=tls,
+        counting=counting,
+        scope=scope,
     )
 
 

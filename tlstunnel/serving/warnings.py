@@ -13,8 +13,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tlstunnel.certificates import describe
 from tlstunnel.certificates.pairs import Pair
-from tlstunnel.config import Config, RouteConfig, SiteConfig
-from tlstunnel.config.document import KeyPath, render_path
+from tlstunnel.config import Config, SiteConfig
+from tlstunnel.config.document import KeyPath
+from tlstunnel.config.together import list_pools_of
 from tlstunnel.errors import CertificateError
 from tlstunnel.journal.events import Event
 from tlstunnel.tunnel.sites import Sites
@@ -53,7 +54,6 @@ class LoadWarning:
 def find_warnings(config: Config, sites: Sites) -> Iterator[LoadWarning]:
     """Find what should be changed in `config`. `sites` were built from its sites, in the same order."""
     read = lru_cache(maxsize=None)(_read)  # thousands of sites may name the same file
-    yield from _find_limits_per_process(config)
     for index, (site, served) in enumerate(zip(config.sites, sites, strict=True)):
         path: KeyPath = ("sites", index)
         if site.web_origins is None:
@@ -64,37 +64,6 @@ def find_warnings(config: Config, sites: Sites) -> Iterator[LoadWarning]:
             yield from _find_missing_names(path, site, served.served.pairs)
         yield from _find_other_purposes(path, site, served.served.pairs, read)
         yield from _find_spread_requests(path, site)
-
-
-def _find_limits_per_process(config: Config) -> Iterator[LoadWarning]:
-    if config.processes == 1:
-        return
-    limits = [render_path(path) for path in _list_limits(config)]
-    if limits:
-        times = "several times" if config.processes == "auto" else f"up to {config.processes} times"
-        yield LoadWarning(
-            Event.LIMITS_PER_PROCESS,
-            ("processes",),
-            "",
-            f"each process counts for itself, so {times} as much as a limit says may pass; divide it by the number of"
-            f" processes: {_render_some(limits)}",
-        )
-
-
-def _list_limits(config: Config) -> Iterator[KeyPath]:
-    yield from (("rate_limits", index) for index, _ in enumerate(config.rate_limits))
-    for number, site in enumerate(config.sites):
-        path: KeyPath = ("sites", number)
-        yield from ((*path, "rate_limits", index) for index, _ in enumerate(site.rate_limits))
-        for place, table in _list_pools(path, site):
-            for index, origin in enumerate(table.origins):
-                if origin.max_tunnels is not None:
-                    yield (*place, "origins", index, "max_tunnels")
-
-
-def _list_pools(path: KeyPath, site: SiteConfig) -> Iterator[tuple[KeyPath, SiteConfig | RouteConfig]]:
-    yield path, site
-    yield from (((*path, "routes", index), route) for index, route in enumerate(site.routes))
 
 
 def _find_missing_names(path: KeyPath, site: SiteConfig, pairs: Iterable[Pair]) -> Iterator[LoadWarning]:
@@ -140,7 +109,7 @@ def _read(path: Path) -> tuple[Certificate, ...]:
 def _find_spread_requests(path: KeyPath, site: SiteConfig) -> Iterator[LoadWarning]:
     if site.http != "pass":
         return
-    for place, table in _list_pools(path, site):
+    for place, table in list_pools_of(path, site):
         used = [origin for origin in table.origins if not origin.backup]
         if len(used) > 1 and not table.balance.startswith("hash:"):
             yield LoadWarning(Event.REQUESTS_SPREAD, (*place, "balance"), site.names[0], _SPREAD)

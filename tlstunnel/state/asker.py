@@ -53,7 +53,7 @@ class Asker:
     def __init__(self, sock: socket.socket, owner: AskerOwner, timeout: float) -> None:
         self.declared = False
         self._owner = owner
-        self._timeout = timeout
+        self.timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._greeted = False
         self._refusal = ""
@@ -144,7 +144,7 @@ class Asker:
         if not outgoing:
             return
         self._outgoing = []
-        deadline = max(self._loop.time() + self._timeout, self._patience)
+        deadline = max(self._loop.time() + self.timeout, self._patience)
         for frame in wire.encode_batch(wire.Batch(deadline, outgoing)):
             self._channel.send(frame)
         if self._sent < self._number:
@@ -172,7 +172,7 @@ class Asker:
         if self._loop.time() < due:
             self._timer = self._loop.call_at(due, self._check_deadline)
         else:
-            reason = f"the ledger did not answer within {self._timeout * 1000:.0f} ms"
+            reason = f"the ledger did not answer within {self.timeout * 1000:.0f} ms"
             self._owner.handle_failure(self, "timed out", reason)
 
     def _probe(self) -> None:
@@ -201,7 +201,7 @@ class Asker:
             elif isinstance(reply, wire.Pausing):
                 self._patience = min(reply.until, self._loop.time() + MAX_PATIENCE)
             else:
-                self._patience = self._loop.time() + self._timeout
+                self._patience = self._loop.time() + self.timeout
 
     def _receive_answer(self, answer: wire.Answer) -> None:
         future, checks = self._waiting.pop(answer.number, (None, None))

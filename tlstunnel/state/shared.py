@@ -44,7 +44,7 @@ class SharedCounters:
     no other. `on_failure` says what happens when the ledger does not answer: "local" counts alone, so that N processes
     may admit N times a limit; "refuse" raises CountersUnavailable. `report` is called with a sentence whenever the
     ledger fails and when it has recovered. `on_announcement` is called with the topic and the text of what other
-    processes announce.
+    processes announce, `on_lost` when the connection has ended by itself and another one is needed.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class SharedCounters:
         metrics: Registry | None = None,
     ) -> None:
         self.on_announcement: Callable[[str, str], None] | None = None
+        self.on_lost: Callable[[], None] | None = None
         self.answering = MEMORY
         self._timeout = timeout
         self._refuse = on_failure == "refuse"
@@ -121,6 +122,12 @@ class SharedCounters:
 
     # The connection.
 
+    def configure(self, *, timeout: float, on_failure: Literal["local", "refuse"]) -> None:
+        """Do as these say from now on."""
+        self._timeout, self._refuse = timeout, on_failure == "refuse"
+        if self._asker is not None:
+            self._asker.timeout = timeout
+
     def attach(self, sock: socket.socket) -> None:
         """Ask the ledger at the other end of `sock` from now on, and declare what this process holds.
 
@@ -164,17 +171,20 @@ class SharedCounters:
     def handle_failure(self, asker: Asker, kind: str, reason: str) -> None:
         """See `AskerOwner`. From now on, this process counts alone, or refuses."""
         now = time.monotonic()
-        if self._asked is not None or not self._failure:
+        first = self._asked is not None or not self._failure
+        self._failure, self._asked = reason, None
+        self.answering = f"local: {reason}"
+        if first:
             self._delay = PROBES.after(self._delay) if now < self._failed_at + self._delay + SOON else 0.0
             self._failed_at = now
             self._failures.add(kind)
             instead = "what has a limit is refused" if self._refuse else "this process counts alone"
             self._report(f"{reason}: {instead} until the ledger answers")
-        self._failure, self._asked = reason, None
-        self.answering = f"local: {reason}"
         if asker.closed:
             self._asker = None
         asker.abandon(self._delay)
+        if asker.closed and self.on_lost is not None:
+            self.on_lost()
 
     def handle_announcement(self, topic: str, text: str) -> None:
         """See `AskerOwner`."""

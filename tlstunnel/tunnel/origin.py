@@ -16,6 +16,8 @@ from tlstunnel.origins.reach import reach
 from tlstunnel.origins.tls import explain
 from tlstunnel.sockets import proxy_protocol
 from tlstunnel.sockets.channel import Channel, ClientGone, get_address
+from tlstunnel.state.counters import CountersUnavailable
+from tlstunnel.state.uncounted import refuse_uncounted
 from tlstunnel.tunnel.ends import End
 from tlstunnel.tunnel.turn import Turn
 
@@ -58,6 +60,8 @@ async def reach_origin(turn: Turn) -> None:
                 502, Reason.ORIGIN_UNREACHABLE, "the origin could not be reached", detail=error.reason
             ) from None
         raise _refuse_for_now("no origin can take this now", error.retry_after, error.reason) from None
+    except CountersUnavailable as error:
+        raise refuse_uncounted(error) from None
     except OriginTLSFailed as error:
         text = "the TLS handshake with the origin failed"
         raise Refusal(502, error.kind, text, detail=error.reason) from None

@@ -1,0 +1,34 @@
+"""What several processes and machines count together."""
+
+from pathlib import Path
+
+import pytest
+
+from tlstunnel.config import decode
+from tlstunnel.config.together import counts_together, list_limits
+
+SITE = "[[sites]]\norigins = ['localhost:1']\n"
+FULL = "{ address = 'localhost:2', max_tunnels = 5 }"
+LIMIT = "name = 'a'\nlimit = '1/minute'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "together"),
+    [
+        (SITE, [], False),
+        (f"[[rate_limits]]\n{LIMIT}{SITE}", [("rate_limits", 0)], True),
+        (f"{SITE}[[sites.rate_limits]]\n{LIMIT}", [("sites", 0, "rate_limits", 0)], True),
+        (f"[[sites]]\norigins = [{FULL}]", [("sites", 0, "origins", 0, "max_tunnels")], True),
+        (
+            f"{SITE}[[sites.routes]]\npath = '/a'\norigins = ['localhost:1', {FULL}]",
+            [("sites", 0, "routes", 0, "origins", 1, "max_tunnels")],
+            True,
+        ),
+        ("[[sites]]\norigins = ['localhost:1', 'localhost:2']", [], True),
+        (f"{SITE}balance = 'least_tunnels'", [], False),
+    ],
+)
+def test_what_is_counted_together(text: str, limits: list[tuple[str | int, ...]], together: bool) -> None:
+    config = decode(text, Path(), "t.toml")
+    assert list(list_limits(config)) == limits
+    assert counts_together(config) == together

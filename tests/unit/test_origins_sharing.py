@@ -1,0 +1,91 @@
+"""What processes that use the same origins share."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlstunnel.addresses import OriginAddress
+from tlstunnel.config import Ejection, OriginConfig
+from tlstunnel.config.durations import Timeout
+from tlstunnel.origins.pool import Pool
+from tlstunnel.origins.sharing import Ejected, list_parts, make_key
+
+
+@given(st.text(), st.text(), st.floats(0, 1e9))
+def test_an_announcement_arrives(pool: str, member: str, seconds: float) -> None:
+    with contextlib.suppress(UnicodeEncodeError):  # keys are hexadecimal
+        ejected = Ejected(pool, member, seconds)
+        assert Ejected.decode(ejected.encode()) == ejected
+
+
+@given(st.text())
+def test_any_other_text_is_ignored(text: str) -> None:
+    assert Ejected.decode(text) is None
+
+
+@pytest.mark.parametrize("seconds", ["-1", "1e999", "NaN", '"1"', "null"])
+def test_impossible_times_are_ignored(seconds: str) -> None:
+    assert Ejected.decode(f'{{"pool": "a", "member": "b", "seconds": {seconds}}}') is None
+
+
+@given(st.lists(st.text(alphabet="ab/1:", max_size=4), max_size=4), st.lists(st.text(alphabet="ab/1:"), max_size=4))
+def test_keys_are_equal_only_for_equal_parts(one: list[str], other: list[str]) -> None:
+    assert (make_key("origin", *one) == make_key("origin", *other)) == (one == other)
+
+
+@pytest.mark.parametrize("text", ["localhost:1", "a.localhost:1", "127.0.0.9:1", "[::1]:1", "unix:/run/a.sock"])
+def test_an_origin_of_this_machine_has_its_name(text: str) -> None:
+    assert list(list_parts(OriginAddress.parse(text)))[1:] == [socket.gethostname()]
+
+
+@pytest.mark.parametrize("text", ["10.0.0.1:1", "a.example:1", "wss://a.example"])
+def test_another_origin_is_the_same_from_everywhere(text: str) -> None:
+    address = OriginAddress.parse(text)
+    assert list(list_parts(address)) == [str(address)]
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def _make_pool(*addresses: str) -> Pool:
+    origins = [OriginConfig(address=OriginAddress.parse(address)) for address in addresses]
+    return Pool(origins, scope=("a.example",), ejection=Ejection(max_delay=Timeout(60)))
+
+
+def test_an_ejection_of_another_process_is_bounded(loop: asyncio.Runner) -> None:
+    async def work() -> None:
+        pool = _make_pool("127.0.0.1:1", "127.0.0.1:2")
+        first, second = pool.members
+        now = asyncio.get_running_loop().time()
+        pool.take_ejection(Ejected(pool.key, first.shared_key, 1e9))
+        pool.take_ejection(Ejected(pool.key, "member/unknown", 10.0))
+        assert (first.ejected, second.ejected) == (True, False)
+        assert now + 60 <= first.out_until <= asyncio.get_running_loop().time() + 66.0
+        pool.take_ejection(Ejected(pool.key, first.shared_key, 0.0))
+        assert not first.ejected
+
+    loop.run(work())
+
+
+def test_the_only_member_is_not_ejected(loop: asyncio.Runner) -> None:
+    async def work() -> None:
+        pool = _make_pool("127.0.0.1:1")
+        pool.take_ejection(Ejected(pool.key, pool.members[0].shared_key, 10.0))
+        assert not pool.members[0].ejected
+
+    loop.run(work())
+
+
+def test_pools_of_the_same_scope_have_the_same_keys() -> None:
+    one, same = _make_pool("127.0.0.1:1", "127.0.0.1:2"), _make_pool("127.0.0.1:2", "127.0.0.1:1")
+    assert one.key == same.key
+    assert {member.shared_key for member in one.members} == {member.shared_key for member in same.members}
+    assert len({member.shared_key for member in one.members}) == 2

@@ -1,0 +1,215 @@
+"""The ledger's process: counts for all serving processes, and serves no connection itself.
+
+It keeps counting as long as there is a process that asks, even if the parent has exited: those drain for a while. The
+parent decides when it is replaced. Then it sends the next ledger its counts and its ends of the connections, over a
+socket pair of their own (`tlstunnel.processes.succession`).
+
+Tested by tests/promises/test_shared_counts.py.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from tlstunnel import __version__
+from tlstunnel.config import State
+from tlstunnel.config.invocation import Invocation
+from tlstunnel.errors import ProcessError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.logger import structlog
+from tlstunnel.metrics.registry import Registry
+from tlstunnel.processes import messages, succession
+from tlstunnel.processes.link import Link
+from tlstunnel.processes.pulse import Responder
+from tlstunnel.processes.reporting import Reporter
+from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.state.memory import MemoryCounters
+from tlstunnel.state.server import LedgerServer
+
+if TYPE_CHECKING:
+    from tlstunnel.state.counters import Counters
+
+MEMORY = "memory"
+"""What `status` shows if the counts are in this process."""
+
+ORPHAN_SECONDS = 0.2
+"""How often a ledger without a parent looks whether anyone still asks."""
+
+
+class LedgerProcess:
+    """Runs a `LedgerServer` as the parent's requests say."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._link = Link(
+            sock,
+            {
+                messages.Begin: self._begin,
+                messages.Respond: self._respond,
+                messages.Connect: self._connect,
+                messages.HandOver: self._hand_over,
+                messages.TakeOver: self._take_over,
+                messages.Resume: self._resume,
+                messages.LedgerStatus: self._status,
+                messages.Stop: self._stop,
+            },
+            self._handle_parent_exit,
+        )
+        self._metrics = Registry()
+        self._reporter = Reporter(self._metrics, self._link)
+        self._responder: Responder | None = None
+        self._counters: Counters | None = None
+        self._server: LedgerServer | None = None
+        self._answering = MEMORY
+        self._exit = asyncio.Event()
+        self._waiting: asyncio.Task[None] | None = None
+        self._log = structlog.get_logger()
+
+    async def run(self) -> None:
+        """Count until the parent stops it, or until no one is left to ask."""
+        loop = asyncio.get_running_loop()
+        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone has it replaced.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        await self._exit.wait()
+        if self._server is not None:
+            self._server.close()
+        await self._reporter.close()
+        self._link.close()
+        if self._responder is not None:
+            self._responder.close()
+
+    @property
+    def _begun_server(self) -> LedgerServer:
+        if self._server is None:
+            raise ProcessError("this process has not received Begin")
+        return self._server
+
+    async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
+        if request.format != messages.FORMAT:
+            raise ProcessError(
+                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
+                f" {request.format}: the package was replaced; run tlstunnel upgrade"
+            )
+        set_process_name(request.name)
+        configure_logging(request.log_format)
+        state = Invocation.from_json(request.invocation).configuration(request.config).state
+        self._answering = MEMORY if state.url is None else str(state.url)
+        self._counters = _make_counters(state, self._metrics)
+        self._server = LedgerServer(self._counters, report=self._report)
+        self._reporter.start()
+        # What was imported stays, so the garbage collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        return messages.Begun(version=__version__)
+
+    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
+        sock, stacks = descriptors
+        if self._responder is not None:  # of a program that an upgrade has replaced
+            self._responder.close()
+        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
+        self._responder.start()
+        return messages.Done()
+
+    async def _connect(self, request: messages.Connect, descriptors: list[int]) -> messages.Done:
+        (descriptor,) = descriptors
+        self._begun_server.add(socket.socket(fileno=descriptor), name=_name(request.process))
+        return messages.Done()
+
+    async def _hand_over(self, _: messages.HandOver, descriptors: list[int]) -> messages.Done:
+        server = self._begun_server
+        (descriptor,) = descriptors
+        with socket.socket(fileno=descriptor) as sock:
+            snapshot = await server.pause()
+            await asyncio.to_thread(succession.send, sock, self._store, snapshot, server.sockets)
+        return messages.Done()
+
+    async def _take_over(self, _: messages.TakeOver, descriptors: list[int]) -> messages.TakenOver:
+        server = self._begun_server
+        (descriptor,) = descriptors
+        with socket.socket(fileno=descriptor) as sock:
+            store, snapshot, socks = await asyncio.to_thread(succession.receive, sock)
+        if store != self._store:
+            for sock in socks:
+                sock.close()
+            return messages.TakenOver(processes=None)
+        server.restore(snapshot, socks)
+        return messages.TakenOver(processes=[_parse_name(one.name) for one in snapshot.connections])
+
+    async def _resume(self, _: messages.Resume, __: list[int]) -> messages.Done:
+        self._begun_server.resume()
+        return messages.Done()
+
+    async def _status(self, _: messages.LedgerStatus, __: list[int]) -> messages.LedgerLoad:
+        stats = self._begun_server.stats()
+        return messages.LedgerLoad(
+            answering=getattr(self._counters, "answering", self._answering),
+            connections=stats.connections,
+            questions=stats.questions_per_second,
+            keys=stats.keys,
+            leases=stats.leases,
+            metrics=self._metrics.snapshot(),
+        )
+
+    async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
+        self._exit.set()
+        return messages.Done()
+
+    @property
+    def _store(self) -> str:
+        """What has the counts. They are handed over only to a ledger that counts in the same place."""
+        return self._answering
+
+    def _report(self, sentence: str) -> None:
+        self._log.warning(Event.LEDGER, reason=sentence)
+
+    def _handle_sigterm(self) -> None:
+        self._waiting = asyncio.ensure_future(self._report_leaving())
+
+    async def _report_leaving(self) -> None:
+        with contextlib.suppress(ProcessError):
+            await self._link.request(messages.Leaving())
+
+    def _handle_parent_exit(self) -> None:
+        self._waiting = asyncio.ensure_future(self._wait_for_askers())
+
+    async def _wait_for_askers(self) -> None:
+        """Exit once nobody asks any more."""
+        while self._server is not None and self._server.stats().connections:  # noqa: ASYNC110 - once, at the end
+            await asyncio.sleep(ORPHAN_SECONDS)
+        self._exit.set()
+
+
+def _make_counters(state: State, metrics: Registry) -> "Counters":
+    return MemoryCounters()
+
+
+def _name(process: int) -> str:
+    return f"process {process}"
+
+
+def _parse_name(name: str) -> int:
+    return int(name.removeprefix("process "))
+
+
+def main() -> None:
+    """Run as a child of the process that holds the other end of ``--link``."""
+    parser = argparse.ArgumentParser(prog="tlstunnel ledger")
+    parser.add_argument("--link", type=int, required=True)
+    arguments = parser.parse_args()
+    forbid_core_dumps()
+    asyncio.run(_run(arguments.link))
+
+
+async def _run(link: int) -> None:
+    await LedgerProcess(socket.socket(fileno=link)).run()
+
+
+if __name__ == "__main__":
+    main()
