@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from fractions import Fraction
@@ -475,3 +478,88 @@ def test_limits_of_one_key_are_counted_apart() -> None:
     checks = [LimitCheck("a", 1, 60), LimitCheck("a", 2, 60), LimitCheck("a", 1, 61), LimitCheck("a", 1, 60, "moving")]
     assert [run_check(counters, check)[0].exceeded for check in checks] == ["", "", "", ""]
     assert run_check(counters, checks[0])[0].exceeded == "limit"
+
+
+# Moving to another process.
+
+CALLS = st.lists(
+    st.tuples(st.integers(0, 100), st.sampled_from("abc"), st.sampled_from(list(MODELS)), st.sampled_from([0, 9])),
+    max_size=40,
+)
+
+
+@given(before=CALLS, after=CALLS)
+def test_a_snapshot_continues_as_if_nothing_had_happened(
+    before: list[tuple[int, str, Strategy, int]], after: list[tuple[int, str, Strategy, int]]
+) -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    for seconds, key, strategy, block in before:
+        clock.now += seconds
+        run_check(counters, LimitCheck(key, 3, 60, strategy, block_for=block))
+    restored = MemoryCounters(clock=clock)
+    restored.restore(counters.snapshot())
+    for seconds, key, strategy, block in after:
+        clock.now += seconds
+        check = LimitCheck(key, 3, 60, strategy, block_for=block)
+        assert run_check(restored, check) == run_check(counters, check)
+
+
+RESTORE = """
+import asyncio, sys
+from tlstunnel.state.counters import LimitCheck
+from tlstunnel.state.memory import MemoryCounters
+counters = MemoryCounters(64_000, clock=lambda: 1000.0)
+counters.restore(sys.stdin.buffer.read())
+checks = [LimitCheck(f"key {number}", 1, 3600) for number in range(2000)]
+print("".join("." if asyncio.run(counters.check([check]))[0].exceeded else "!" for check in checks))
+"""
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_another_process_with_other_hashes_of_strings_restores_a_snapshot(seed: str) -> None:
+    counters = MemoryCounters(64_000, clock=Clock())
+    for number in range(1900):
+        run_check(counters, LimitCheck(f"key {number}", 1, 3600))
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    command = [sys.executable, "-c", RESTORE]
+    run = subprocess.run(command, input=counters.snapshot(), capture_output=True, check=True, env=environment)
+    assert run.stdout.decode().strip() == "." * 1900 + "!" * 100
+
+
+def test_a_full_storage_keeps_nearly_all_and_the_order_of_eviction() -> None:
+    storage = BoundedStorage(64_000, Clock(), shards=64)
+    for number in range(80_000):
+        storage.incr(f"key {number}", 60)
+    for number in range(79_000, 80_000):
+        storage.protect(f"key {number}")
+    restored = BoundedStorage(64_000, Clock(), shards=61)  # as spread by other hashes
+    restored.restore(storage.snapshot())
+    assert 0.95 * len(storage) < len(restored) <= 64_000
+    assert all(f"key {number}" in restored for number in range(79_000, 80_000))
+    kept = [number for number in range(80_000) if f"key {number}" in restored]
+    lost = [number for number in range(80_000) if f"key {number}" in storage and f"key {number}" not in restored]
+    assert sum(lost) / len(lost) < sum(kept) / len(kept) - 20_000
+
+
+def test_a_snapshot_has_nothing_that_has_expired() -> None:
+    clock = Clock()
+    counters = MemoryCounters(clock=clock)
+    empty = len(counters.snapshot())
+    for number in range(100):
+        run_check(counters, LimitCheck(str(number), 1, 60, block_for=30))
+        run_check(counters, LimitCheck(str(number), 1, 60, block_for=30))
+    assert len(counters.snapshot()) > empty + 200 * 24
+    clock.now += 60
+    assert len(counters.snapshot()) == empty
+
+
+def test_tunnels_that_are_open_already_are_taken_whatever_their_limit() -> None:
+    counters = MemoryCounters()
+    check = LimitCheck("a", max_tunnels=1)
+    counters.take_tunnels(["a", "a"])
+    assert counters.tunnels == {"a": 2}
+    counters.return_tunnels(["a"])
+    assert run_check(counters, check)[0].exceeded == "tunnels"
+    counters.return_tunnels(["a"])
+    assert run_check(counters, check) == [LimitResult()]

@@ -9,7 +9,7 @@ import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tlstunnel.state import wire
 from tlstunnel.state.channel import Channel
@@ -210,7 +210,7 @@ class Asker:
         if answer.results:
             results = list(answer.results)
             if len(results) != len(checks):
-                raise wire.WireError(f"an answer with {len(results)} results for {len(checks)} checks")
+                self._refuse(future, f"an answer with {len(results)} results for {len(checks)} checks")
             taken = find_taken(checks, results)
         else:
             results = [WITHIN] * len(checks)
@@ -224,9 +224,17 @@ class Asker:
             future.set_result(results)
 
     def _receive_counted(self, counted: wire.Counted) -> None:
-        future, _ = self._waiting.pop(counted.number, (None, None))
+        future, checks = self._waiting.pop(counted.number, (None, None))
+        if checks is not None:
+            self._refuse(future, "numbers of tunnels for checks")
         if future is not None and not future.done():
             future.set_result(counted.tunnels)
+
+    def _refuse(self, future: "asyncio.Future[Reply] | None", error: str) -> NoReturn:
+        """Have a question without an answer, and raise WireError."""
+        if future is not None and not future.done():
+            future.set_result(None)
+        raise wire.WireError(error)
 
     def _receive_failed(self, failed: wire.Failed) -> None:
         future, _ = self._waiting.pop(failed.number, (None, None))

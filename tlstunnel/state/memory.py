@@ -80,7 +80,7 @@ class MemoryCounters:
         return self.storage.snapshot()
 
     def restore(self, snapshot: bytes) -> None:
-        """Add the windows and blocks of a snapshot. Raises ValueError for what is not one."""
+        """Have the windows and blocks of a snapshot. Raises ValueError for what is not one."""
         self.storage.restore(snapshot)
 
     def _evaluate(self, check: LimitCheck) -> LimitResult:

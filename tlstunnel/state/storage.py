@@ -29,6 +29,7 @@ TIMES_PER_SLOT = 32
 # window the times of the admitted requests follow, oldest first, 8 bytes each. Entries are bytes, which the garbage
 # collector does not visit: with 200 000 tuples or objects, a full collection takes 20 ms or more (measured).
 _COUNTS = struct.Struct("dqq")
+_EXPIRY = struct.Struct("d")
 
 
 def _count_slots(entry: bytes) -> int:
@@ -81,6 +82,11 @@ class _Shard:
         old = self._recent.pop(key, None) if protected is None else protected
         (self._protected if protected and _expiry(protected) > now else self._recent)[key] = entry
         self._slots += _count_slots(entry) - (_count_slots(old) if old else 0)
+        if self._slots > self._capacity:
+            self._evict()
+
+    def _evict(self) -> None:
+        now = self._clock()
         while self._slots > self._capacity:
             oldest = next(iter(self._protected.values()), None)
             leaving = self._recent if self._recent and not (oldest and _expiry(oldest) <= now) else self._protected
@@ -107,11 +113,24 @@ class _Shard:
 
     def list_entries(self, now: float) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """Return the entries that count something, the protected ones and the others."""
+        expiry = _EXPIRY.unpack_from
         protected, recent = (
-            {key: entry for key, entry in entries.items() if _expiry(entry) > now}
+            {key: entry for key, entry in entries.items() if expiry(entry)[0] > now}
             for entries in (self._protected, self._recent)
         )
         return protected, recent
+
+    def load(self, protected: dict[str, bytes], recent: dict[str, bytes]) -> None:
+        """Have these entries, each least recently used first, and no others. Evicts what exceeds the capacity."""
+        self._protected, self._recent = protected, recent
+        self._slots = 0
+        for entries in (protected, recent):
+            plain = sum(map(len, entries.values())) == len(entries) * _COUNTS.size  # no moving windows, which is fast
+            self._slots += len(entries) if plain else sum(map(_count_slots, entries.values()))
+        while len(protected) > self._capacity // 2:
+            oldest = next(iter(protected))
+            recent[oldest] = protected.pop(oldest)
+        self._evict()
 
 
 class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
@@ -236,7 +255,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         return msgspec.msgpack.encode([shard.list_entries(now) for shard in self._shards])
 
     def restore(self, snapshot: bytes) -> None:
-        """Add the entries of a snapshot, which must be of the same clock. Raises ValueError for what is not one.
+        """Have the entries of a snapshot, which must be of the same clock. Raises ValueError for what is not one.
 
         The order of eviction is about the same. In a full storage some of the least recently used are evicted, since
         another process spreads the keys in another way (1 % of them, measured).
@@ -245,13 +264,20 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
             shards = msgspec.msgpack.decode(snapshot, type=list[tuple[dict[str, bytes], dict[str, bytes]]])
         except msgspec.DecodeError as error:
             raise ValueError(str(error)) from None
-        # By turns, so that the least recently used of all shards come first.
-        for protected in (True, False):
-            for entries in zip_longest(*(shard[0 if protected else 1].items() for shard in shards)):
-                for key, entry in filter(None, entries):
-                    self._shard(key).put(key, entry)
-                    if protected:
-                        self._shard(key).protect(key)
+        number = len(self._shards)
+        loaded: list[tuple[dict[str, bytes], dict[str, bytes]]] = [({}, {}) for _ in self._shards]
+        for kind in (0, 1):
+            for shard in shards:
+                if wrong := [size for size in set(map(len, shard[kind].values())) if size < _COUNTS.size or size % 8]:
+                    raise ValueError(f"an entry of {wrong[0]} bytes")
+            # By turns, so that the least recently used of all shards come first.
+            for turn in zip_longest(*(shard[kind].items() for shard in shards)):
+                for item in turn:
+                    if item is not None:
+                        key, entry = item
+                        loaded[hash(key) % number][kind][key] = entry
+        for mine, (protected, recent) in zip(self._shards, loaded, strict=True):
+            mine.load(protected, recent)
 
     def _shard(self, key: str) -> _Shard:
         # Python's hash of a string is salted, so clients cannot choose a shard.
