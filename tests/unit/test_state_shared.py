@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tlstunnel.metrics.families import COUNTER_QUESTIONS, LEDGER_FAILURES
+from tlstunnel.metrics.families import COUNTER_QUESTION_SECONDS, COUNTER_QUESTIONS, LEDGER_FAILURES, SUM
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.sockets.readiness import TunnelLoop
 from tlstunnel.state import asker as asking
@@ -141,6 +141,9 @@ async def test_questions_of_one_turn_are_one_frame_with_a_deadline() -> None:
         with pytest.raises(KeyError):
             asker.counters.return_tunnels(["two"])
         assert asker.metrics[COUNTER_QUESTIONS].values == {("ledger",): 3}
+        values = asker.metrics[COUNTER_QUESTION_SECONDS].values
+        assert sum(count for labels, count in values.items() if labels != (SUM,)) == 3
+        assert values[SUM,] > 0
         asker.counters.close()
 
 

@@ -63,6 +63,7 @@ class SharedCounters:
         self._report = report
         metrics = Registry() if metrics is None else metrics
         self._questions = metrics[families.COUNTER_QUESTIONS]
+        self._seconds = metrics.histogram(families.COUNTER_QUESTION_SECONDS)
         self._failures = metrics[families.LEDGER_FAILURES]
         metrics.collect(self._collect)
         # Counts alone, and has all tunnels of this process, whoever has granted them.
@@ -78,6 +79,7 @@ class SharedCounters:
 
     async def check(self, checks: Sequence[LimitCheck]) -> list[LimitResult]:
         """See `Counters.check`."""
+        began = time.monotonic()
         if self._asked is not None and (future := self._asked.check(checks)) is not None:
             try:
                 reply = await future
@@ -86,7 +88,7 @@ class SharedCounters:
                     self.return_tunnels(find_taken(checks, results))  # cancelled between the answer and now
                 raise
             if isinstance(reply, list):
-                self._questions.add(LEDGER)
+                self._note_answered(began)
                 return reply
             self._raise_if_failed(reply)
         self._note_alone()
@@ -97,10 +99,11 @@ class SharedCounters:
 
     async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
         """See `Counters.count_tunnels`."""
+        began = time.monotonic()
         if self._asked is not None and (future := self._asked.count_tunnels(keys)) is not None:
             reply = await future
             if isinstance(reply, list):
-                self._questions.add(LEDGER)
+                self._note_answered(began)
                 return reply
             self._raise_if_failed(reply)
         self._note_alone()
@@ -206,6 +209,11 @@ class SharedCounters:
         if isinstance(reply, wire.Failed) and self._refuse:
             self._questions.add("refused")
             raise CountersUnavailable(reply.reason)
+
+    def _note_answered(self, began: float) -> None:
+        """Count a question that the ledger has answered."""
+        self._questions.add(LEDGER)
+        self._seconds.observe(time.monotonic() - began)
 
     def _note_alone(self) -> None:
         """Count a question that this process answers alone. Raises CountersUnavailable if it should not."""
