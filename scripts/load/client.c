@@ -7,8 +7,9 @@
  *   echo BUSY BYTES SECONDS [COUNT]  one message of BYTES in flight on each of BUSY tunnels, spread over all of them;
  *                                    COUNT messages are enough
  *   move UNITS                       transfers UNITS times the bytes of the path on every tunnel at once, and counts them
- *   handshakes AT_ONCE SECONDS full|resumed [COUNT]
- *                                    TLS, upgrade, 101, close_notify and FIN, until the proxy has closed as well
+ *   handshakes AT_ONCE SECONDS full|resumed [COUNT [RATE]]
+ *                                    TLS, upgrade, 101, close_notify and FIN, until the proxy has closed as well;
+ *                                    COUNT are enough, and at most RATE begin in a second, evenly spaced
  *   close | abort                    ends all tunnels: close_notify and FIN, or RST
  *
  * The clients use 127.0.0.2 to 127.0.0.51 in turn: there are enough ports for any number of handshakes, and no limit
@@ -67,6 +68,9 @@ static uint64_t done;
 static uint64_t message;          /* size of an echo in bytes; 0 if none is running */
 static double deadline;           /* no message and no connection begins after it */
 static uint64_t left;             /* how many messages or connections may still begin */
+static double interval, due;      /* seconds between the beginnings of connections, 0 for none; when the next may begin */
+static struct tunnel **parked;    /* those that wait for it */
+static unsigned parked_count;
 static bool resume;               /* TLS handshakes use the last ticket */
 static const char *last_error = "";
 
@@ -347,11 +351,26 @@ static bool on_closing_event(struct tunnel *t) {
 }
 
 /* Passes events to `handler` until everything is finished. */
+static void start_parked(void) {
+    double time = now();
+    while (parked_count && time >= due) {
+        struct tunnel *t = parked[--parked_count];
+        due += interval;
+        if (time < deadline) {
+            start(t);
+        } else {
+            unfinished--;
+            free(t);
+        }
+    }
+}
+
 static void run(void (*handler)(struct tunnel *, uint32_t)) {
     struct epoll_event events[512];
     double heard = now();
     while (unfinished) {
-        int count = epoll_wait(poller, events, 512, 1000);
+        int count = epoll_wait(poller, events, 512, parked_count ? 1 : 1000);
+        start_parked();
         if (count > 0) heard = now();
         else if (now() - heard > STALL) give_up("nothing happened for 20 seconds");
         for (int i = 0; i < count; i++) handler(events[i].data.ptr, events[i].events);
@@ -444,20 +463,30 @@ static void on_handshake_event(struct tunnel *t, uint32_t events) {
     }
     if (now() < deadline && left) {
         left--;
-        start(t);
+        if (interval) parked[parked_count++] = t;
+        else start(t);
     } else {
         unfinished--;
         free(t);
     }
 }
 
-static void command_handshakes(unsigned at_once, double seconds, uint64_t limit) {
+static void command_handshakes(unsigned at_once, double seconds, uint64_t limit, double rate) {
     unit.path = "/echo";
     unfinished = at_once;
     left = limit - at_once;
-    deadline = now() + seconds;
-    for (unsigned i = 0; i < at_once; i++) start(calloc(1, sizeof(struct tunnel)));
+    due = now();
+    deadline = due + seconds;
+    interval = rate > 0 ? 1 / rate : 0;
+    parked = calloc(at_once, sizeof(struct tunnel *));
+    for (unsigned i = 0; i < at_once; i++) {
+        struct tunnel *t = calloc(1, sizeof(struct tunnel));
+        if (interval) parked[parked_count++] = t;
+        else start(t);
+    }
+    start_parked();
     run(on_handshake_event);
+    free(parked);
 }
 
 /* ---- close and abort ---- */
@@ -517,7 +546,7 @@ int main(int argc, char **argv) {
     while (fgets(line, sizeof line, stdin)) {
         unsigned count, at_once = 64;
         uint64_t bytes, limit = UINT64_MAX;
-        double seconds, began = now(), cpu_began = cpu();
+        double seconds, rate = 0, began = now(), cpu_began = cpu();
         done = errors = resumed = 0;
         resume = false;
         memset(histogram, 0, sizeof histogram);
@@ -528,9 +557,9 @@ int main(int argc, char **argv) {
         } else if (sscanf(line, "echo %u %lu %lf %lu", &count, &bytes, &seconds, &limit) >= 3) {
             command_echo(count, bytes, seconds, limit);
             counted = "messages";
-        } else if (sscanf(line, "handshakes %u %lf %15s %lu", &count, &seconds, kind, &limit) >= 3) {
+        } else if (sscanf(line, "handshakes %u %lf %15s %lu %lf", &count, &seconds, kind, &limit, &rate) >= 3) {
             resume = !strcmp(kind, "resumed");
-            command_handshakes(count, seconds, limit);
+            command_handshakes(count, seconds, limit, rate);
             counted = "handshakes";
         } else if (sscanf(line, "move %u", &count) == 1) {
             command_move(count);
