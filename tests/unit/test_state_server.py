@@ -307,11 +307,11 @@ async def test_a_half_received_and_a_half_sent_frame_are_handed_over() -> None:
 @in_loop
 async def test_a_hand_over_that_fails_is_resumed() -> None:
     async with ledger() as running:
-        asker = running.connect(timeout=0.05)
+        asker = running.connect(timeout=0.2)
         assert await asker.check(THREE_TUNNELS) == WITHIN
         await running.server.pause()
         waiting = asyncio.ensure_future(asker.check(THREE_TUNNELS))
-        await asyncio.sleep(0.1)  # longer than the timeout
+        await asyncio.sleep(0.3)  # longer than the timeout
         assert not waiting.done()
         running.server.resume()
         assert await waiting == WITHIN
@@ -323,11 +323,11 @@ async def test_a_hand_over_that_fails_is_resumed() -> None:
 @in_loop
 async def test_a_ledger_that_does_not_take_over_in_time_makes_askers_count_alone() -> None:
     async with ledger() as running:
-        asker = running.connect(timeout=0.02)
+        asker = running.connect(timeout=0.2)
         assert await asker.check(THREE_TUNNELS) == WITHIN
         await running.server.pause()
         assert await asker.check(THREE_TUNNELS) == WITHIN
-        assert asker.answering == "local: the ledger did not answer within 20 ms"
+        assert asker.answering == "local: the ledger did not answer within 200 ms"
         running.server.resume()
         await wait_until(lambda: asker.answering == LEDGER)
         # The question that expired was not counted; the tunnel that was taken alone is.
@@ -439,9 +439,9 @@ async def test_a_stopped_ledger_costs_one_timeout_and_recovers() -> None:
         began = loop.time()
         await asyncio.gather(*(first.check(MANY_TUNNELS) for _ in range(100)))
         assert 0.19 < loop.time() - began < 5
-        began = loop.time()
-        await asyncio.gather(*(first.check(MANY_TUNNELS) for _ in range(100)))
-        assert loop.time() - began < 0.2
+        for _ in range(100):
+            with pytest.raises(StopIteration):  # it waits for nothing
+                first.check(MANY_TUNNELS).send(None)
         first.return_tunnels(["many"] * 11)
         child.send_signal(signal.SIGCONT)
         await wait_until(lambda: first.answering == LEDGER)
