@@ -29,6 +29,7 @@ STATE = Handover(
     echo=EchoHandover(port=1, pid=2, pipe=11),
     client=12,
     config="listen = []",
+    instance="d6a3",
 )
 
 PREVIOUS: dict[str, Any] = {
@@ -59,6 +60,7 @@ PREVIOUS: dict[str, Any] = {
     "client": 12,
     "config": "listen = []",
     "metrics": None,
+    "instance": "d6a3",
     "probe": None,
 }
 """The same handover in format 2."""

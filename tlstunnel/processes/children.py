@@ -63,12 +63,16 @@ MODULES: Mapping[Role, str] = {Role.SERVING: SERVING, Role.LEDGER: LEDGER}
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """What children are started with. `text` is that of the configuration file, `config` what was parsed from it."""
+    """What children are started with. `text` is that of the configuration file, `config` what was parsed from it.
+
+    `instance` is in `Begin`.
+    """
 
     invocation: Invocation
     text: str | None
     config: Config
     log_format: Literal["text", "json"]
+    instance: str = ""
 
     def to_begin(self, name: str, *, quiet: bool) -> Begin:
         """Return the first request to a child, which is named `name`."""
@@ -80,6 +84,7 @@ class Startup:
             log_format=self.log_format,
             opened=self.config.log.opened,
             quiet=quiet,
+            instance=self.instance,
         )
 
 

@@ -65,6 +65,9 @@ class Handover(msgspec.Struct, frozen=True):
     metrics: Snapshot | None = None
     """The metrics of the children that have exited."""
 
+    instance: str = ""
+    """What stands for this tunnel among all machines that count together."""
+
     probe: int | None = None
     """The descriptor to which a probe writes its release on success; None if the program is not a probe."""
 

@@ -94,7 +94,8 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     """Load the configuration, without accepting yet.
 
     `name` is what ``ps`` shows, `invocation` comes from the command line, and `config` is the text of the configuration
-    file. A `quiet` process logs no warnings, because another one with the same configuration does.
+    file. A `quiet` process logs no warnings, because another one with the same configuration does. `instance` is random
+    and stands for this tunnel among all machines that count together. It stays the same through upgrades.
     """
 
     format: int
@@ -104,6 +105,7 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     log_format: Literal["text", "json"]
     opened: bool
     quiet: bool
+    instance: str = ""
 
     reply: ClassVar[type[LinkReply]] = Begun
 

@@ -7,7 +7,9 @@ Tested by tests/promises/test_ending.py and test_systemd.py.
 
 import asyncio
 import contextlib
+import dataclasses
 import os
+import secrets
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -61,8 +63,9 @@ class Parent:
         self._log = structlog.get_logger()
         self._control_in_use = False
         self._control = self._make_control_socket()
+        instance = inherited.instance if inherited is not None else ""
         self._fleet = Fleet(
-            startup,
+            dataclasses.replace(startup, instance=instance or secrets.token_hex(16)),
             slots,
             options,
             inherited.generation + 1 if inherited else 1,
