@@ -215,9 +215,8 @@ class Fleet:
                 continue
             code = await child.process.wait()
             if not first.done():
-                first.set_exception(
-                    ProcessError(*(problems or (f"a process failed at its start: {describe_exit(code)}",)))
-                )
+                failure = child.problem or f"a process failed at its start: {describe_exit(code)}"
+                first.set_exception(ProcessError(*(problems or (failure,))))
             if self.ending or child.draining or not (self._started or child.ready):
                 return
             if outdated:
