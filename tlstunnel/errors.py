@@ -42,3 +42,7 @@ class ListenError(TlstunnelError):
 
 class ProcessError(TlstunnelError):
     """A child process cannot be started, has ended, or does not do what it was asked to."""
+
+
+class StateError(TlstunnelError):
+    """The state folder, or a file in it, cannot be used."""
