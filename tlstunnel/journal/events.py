@@ -99,6 +99,12 @@ class Event(Word):
     EDGE_THREAD_REPLACED = "edge thread replaced"
     EDGE_TASK_EXITED = "edge task tried to exit the process"
 
+    # The history
+    HISTORY_OPENED = "history opened"
+    HISTORY_NOT_WRITTEN = "history not written"
+    HISTORY_MINUTES_LOST = "history minutes lost"
+    HISTORY_WRITTEN_AGAIN = "history written again"
+
     # The log itself, and bugs
     LINES_LOST = "log lines lost"
     TUNNEL_FAILED = "tunnel failed"

@@ -1,1 +1,0 @@
-"""The counts of several machines, in a Valkey or Redis server."""
