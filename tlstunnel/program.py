@@ -39,12 +39,12 @@ HELPER_VARIABLES = (
 )
 """What a process needs to find Python, this package and its libraries, and to encode texts."""
 
-IMPORTED_LATER = ("cel", "re2", "limits", "multidict")
-"""Libraries that rules (18 MiB) and edge workers need. They are imported when a configuration has such a part."""
+IMPORTED_LATER = ("cel", "re2", "limits", "multidict", "hiredis")
+"""Libraries that rules (18 MiB), edge workers and shared counts need, imported when a configuration has such a part."""
 
 
 def _list_files() -> Iterator[tuple[str, int, int]]:
-    paths = [*PACKAGE.rglob("*.py")]
+    paths = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.lua")]
     paths += [Path(spec.origin) for name in IMPORTED_LATER if (spec := importlib.util.find_spec(name)) and spec.origin]
     for path in paths:
         stat = path.stat()

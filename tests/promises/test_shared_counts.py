@@ -343,6 +343,33 @@ def test_counts_survive_an_upgrade_under_load(origin: RawOrigin, certificate: Ce
         assert [record["counts"] for record in tunnel.records("ledger replaced")] == [True]
 
 
+def test_a_ledger_that_cannot_take_over_leaves_the_counts_to_the_previous_one(
+    origin: RawOrigin, certificate: Certificate, tmp_path: Path
+) -> None:
+    """Its processes are connected to that one, and no handshake fails."""
+    versions = Versions(tmp_path / "versions")
+    environment = dict(versions.environment)
+    with (
+        _tunnel(origin.address, certificate, environment=environment, errors_expected=True) as tunnel,
+        _connected(tunnel, LIMIT - 3) as clients,
+    ):
+        assert set(_asked_at_once(clients, "/tunnels")) == {101}
+        before = _ledger(tunnel)["process"]
+        module = versions.install("2.0.0") / "processes" / "succession.py"
+        text = module.read_text()
+        assert "\nFORMAT = 1\n" in text
+        module.write_text(text.replace("\nFORMAT = 1\n", "\nFORMAT = 9\n"))
+        with _traffic(tunnel) as statuses:
+            assert "hands over in format 1, this release in 9" in upgraded(tunnel, status=1)
+            tunnel.wait_record(lambda record: record["event"] == "upgraded")
+        assert set(statuses) == {101}
+        assert _ledger(tunnel)["process"] == before
+        assert set(_answering(tunnel)) == {"ledger"}
+        with _connected(tunnel, CLIENTS) as more:
+            assert Counter(_asked_at_once(more, "/tunnels")) == {101: 3, 429: CLIENTS - 3}
+        assert tunnel.records("counting") == []
+
+
 def test_a_ledger_is_replaced_on_sigterm(origin: RawOrigin, certificate: Certificate) -> None:
     with _tunnel(origin.address, certificate) as tunnel, _connected(tunnel, LIMIT) as clients:
         assert set(_asked_at_once(clients, "/tunnels")) == {101}

@@ -319,7 +319,7 @@ def test_a_full_disk(origin: WebsocketsOrigin, certificate: Certificate, tmp_pat
     """If nothing can be written, neither bytecode of the new version nor anything else, it still upgrades."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], check=True)
     try:
         versions = Versions(disk / "versions")
         versions.install("2.0.0")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from fractions import Fraction
 from math import ceil
 
 import pytest
@@ -21,6 +20,7 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
+from tests.counters_model import MODELS
 from tlstunnel.state.counters import LimitCheck, LimitResult, Strategy
 from tlstunnel.state.memory import TUNNEL_WAIT, MemoryCounters
 from tlstunnel.state.storage import MAX_KEYS, TIMES_PER_SLOT, BoundedStorage
@@ -51,58 +51,6 @@ def run_check(counters: MemoryCounters, *checks: LimitCheck) -> list[LimitResult
 steps = st.lists(st.tuples(st.integers(0, 100).map(lambda quarters: quarters / 4), st.sampled_from("ab")), max_size=80)
 
 
-class FixedModel:
-    """A window begins with the first request after the end of the last one."""
-
-    def __init__(self, most: int, window: int) -> None:
-        self.most, self.window = most, window
-        self.began, self.count = -1e9, 0
-
-    def ask(self, now: float) -> bool:
-        if now - self.began >= self.window:
-            self.began, self.count = now, 0
-        if self.count >= self.most:
-            return False
-        self.count += 1
-        return True
-
-
-class MovingModel:
-    """At most this many in any period as long as the window."""
-
-    def __init__(self, most: int, window: int) -> None:
-        self.most, self.window = most, window
-        self.times: list[float] = []
-
-    def ask(self, now: float) -> bool:
-        if sum(now - time < self.window for time in self.times) >= self.most:
-            return False
-        self.times.append(now)
-        return True
-
-
-class SlidingModel:
-    """The previous window counts by its share of the last `window` seconds."""
-
-    def __init__(self, most: int, window: int) -> None:
-        self.most, self.window = most, window
-        self.counts: dict[int, int] = {}
-
-    def ask(self, now: float) -> bool:
-        index = int(now // self.window)
-        share = 1 - (Fraction(now) - index * self.window) / self.window
-        if self.counts.get(index - 1, 0) * share + self.counts.get(index, 0) >= self.most:
-            return False
-        self.counts[index] = self.counts.get(index, 0) + 1
-        return True
-
-
-Model = FixedModel | MovingModel | SlidingModel
-MODELS: dict[Strategy, Callable[[int, int], Model]] = {
-    "fixed": FixedModel,
-    "moving": MovingModel,
-    "sliding": SlidingModel,
-}
 LIBRARY: dict[Strategy, Callable[[BoundedStorage], RateLimiter]] = {
     "fixed": FixedWindowRateLimiter,
     "moving": MovingWindowRateLimiter,
@@ -122,7 +70,10 @@ def test_each_strategy_admits_as_its_model(
     for step, key in steps:
         clock.now += step
         (result,) = run_check(counters, LimitCheck(key, most, window, strategy))
-        assert (not result.exceeded) == models[key].ask(clock.now)
+        admits = models[key].admits(clock.now)
+        assert (not result.exceeded) == admits
+        if admits:
+            models[key].count(clock.now)
 
 
 @pytest.mark.parametrize("strategy", LIBRARY)
@@ -137,7 +88,9 @@ def test_the_library_on_the_storage_admits_as_the_model(
     for step, key in steps:
         clock.now += step
         admits = limiter.test(limit, key)
-        assert limiter.hit(limit, key) == admits == models[key].ask(clock.now)
+        assert limiter.hit(limit, key) == admits == models[key].admits(clock.now)
+        if admits:
+            models[key].count(clock.now)
         assert (limiter.get_window_stats(limit, key).remaining == 0) >= (not admits)
 
 

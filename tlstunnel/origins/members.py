@@ -16,8 +16,7 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Ejection
 from tlstunnel.origins.tls import OriginTLS
-
-SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
+from tlstunnel.sockets.resolve import SocketAddress
 
 CHECKS_DOWN = 2
 """Health checks in a row that must fail before an origin is down: one lost packet is not an outage. One success brings

@@ -19,9 +19,9 @@ from tlstunnel.origins.balance import select_order
 from tlstunnel.origins.errors import ALL_FULL, NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import JITTER, Member, Use
-from tlstunnel.origins.resolve import Address, resolve
 from tlstunnel.origins.sharing import EJECTION, Ejected, list_parts, make_key
 from tlstunnel.origins.tls import OriginTLS
+from tlstunnel.sockets.resolve import Address, resolve
 from tlstunnel.state.counters import CountersUnavailable, LimitCheck
 from tlstunnel.state.counting import Counting
 

@@ -22,7 +22,6 @@ from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.origins.resolve import THREAD_NAME
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.pulse import Responder
@@ -31,6 +30,7 @@ from tlstunnel.program import forbid_core_dumps, set_process_name
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
+from tlstunnel.sockets.resolve import THREAD_NAME
 from tlstunnel.state.counting import Counting
 
 STUCK_SECONDS = 1.0

@@ -39,7 +39,7 @@ QUICK_SECONDS = 10.0
 """A child that exits within this time of its start has exited early."""
 
 LEDGER_KEYS = ("url", "password_file", "prefix", "dir")
-"""The keys of ``[state]`` that the ledger uses. The others are for those who ask it."""
+"""The keys of ``[state]`` that the ledger uses, besides ``timeout`` if there is a ``url``."""
 
 KILL_SECONDS = 10.0
 """How long a child may take to exit after the time that it was given to drain; then it is killed."""
@@ -173,7 +173,8 @@ class Fleet:
         before, ledger = self.config.state, self.wiring.ledger
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
-        if ledger is not None and any(getattr(before, key) != getattr(config.state, key) for key in LEDGER_KEYS):
+        keys = LEDGER_KEYS if config.state.url is None else (*LEDGER_KEYS, "timeout")
+        if ledger is not None and any(getattr(before, key) != getattr(config.state, key) for key in keys):
             ledger.leaving.set()  # another one takes over from it
 
     async def pause_starts(self) -> None:
@@ -214,9 +215,8 @@ class Fleet:
                 continue
             code = await child.process.wait()
             if not first.done():
-                first.set_exception(
-                    ProcessError(*(problems or (f"a process failed at its start: {describe_exit(code)}",)))
-                )
+                failure = child.problem or f"a process failed at its start: {describe_exit(code)}"
+                first.set_exception(ProcessError(*(problems or (failure,))))
             if self.ending or child.draining or not (self._started or child.ready):
                 return
             if outdated:

@@ -13,7 +13,8 @@ import contextlib
 import gc
 import signal
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from tlstunnel import __version__
 from tlstunnel.config import State
@@ -27,13 +28,11 @@ from tlstunnel.processes import messages, succession
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.pulse import Responder
 from tlstunnel.processes.reporting import Reporter
-from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.program import forbid_core_dumps, import_when_needed, set_process_name
 from tlstunnel.sockets.readiness import TunnelLoop
+from tlstunnel.state.counters import Counters
 from tlstunnel.state.memory import MemoryCounters
 from tlstunnel.state.server import LedgerServer
-
-if TYPE_CHECKING:
-    from tlstunnel.state.counters import Counters
 
 MEMORY = "memory"
 """What `status` shows if the counts are in this process."""
@@ -63,9 +62,11 @@ class LedgerProcess:
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
         self._responder: Responder | None = None
-        self._counters: Counters | None = None
+        self._valkey: Any = None  # None if the counts are in this process
+        self._valkey_started = False
         self._server: LedgerServer | None = None
-        self._answering = MEMORY
+        self._store = MEMORY
+        """What has the counts. They are handed over only to a ledger that counts in the same place."""
         self._exit = asyncio.Event()
         self._waiting: asyncio.Task[None] | None = None
         self._log = structlog.get_logger()
@@ -81,6 +82,8 @@ class LedgerProcess:
         await self._exit.wait()
         if self._server is not None:
             self._server.close()
+        if self._valkey_started:
+            await self._valkey.close()
         await self._reporter.close()
         self._link.close()
         if self._responder is not None:
@@ -100,10 +103,15 @@ class LedgerProcess:
             )
         set_process_name(request.name)
         configure_logging(request.log_format)
-        state = Invocation.from_json(request.invocation).configuration(request.config).state
-        self._answering = MEMORY if state.url is None else str(state.url)
-        self._counters = _make_counters(state, self._metrics)
-        self._server = LedgerServer(self._counters, report=self._report)
+        invocation = Invocation.from_json(request.invocation)
+        state = invocation.configuration(request.config).state
+        counters: Counters
+        if state.url is None:
+            counters = MemoryCounters()
+        else:
+            self._store = f"{state.url} {state.prefix}"
+            counters = self._valkey = _make_valkey_counters(state, invocation, request.instance, self._report_valkey)
+        self._server = LedgerServer(counters, report=self._report)
         self._reporter.start()
         # What was imported stays, so the garbage collector need not look at it again.
         gc.collect()
@@ -121,6 +129,7 @@ class LedgerProcess:
     async def _connect(self, request: messages.Connect, descriptors: list[int]) -> messages.Done:
         (descriptor,) = descriptors
         self._begun_server.add(socket.socket(fileno=descriptor), name=_name(request.process))
+        self._start_valkey()
         return messages.Done()
 
     async def _hand_over(self, _: messages.HandOver, descriptors: list[int]) -> messages.Done:
@@ -141,6 +150,7 @@ class LedgerProcess:
                 sock.close()
             return messages.TakenOver(processes=None)
         server.restore(snapshot, socks)
+        self._start_valkey()
         return messages.TakenOver(processes=[_parse_name(one.name) for one in snapshot.connections])
 
     async def _resume(self, _: messages.Resume, __: list[int]) -> messages.Done:
@@ -150,7 +160,7 @@ class LedgerProcess:
     async def _status(self, _: messages.LedgerStatus, __: list[int]) -> messages.LedgerLoad:
         stats = self._begun_server.stats()
         return messages.LedgerLoad(
-            answering=getattr(self._counters, "answering", self._answering),
+            answering=self._describe_store(),
             connections=stats.connections,
             questions=stats.questions_per_second,
             keys=stats.keys,
@@ -162,10 +172,21 @@ class LedgerProcess:
         self._exit.set()
         return messages.Done()
 
-    @property
-    def _store(self) -> str:
-        """What has the counts. They are handed over only to a ledger that counts in the same place."""
-        return self._answering
+    def _start_valkey(self) -> None:
+        """Connect to the server. Not before this ledger answers: the server then forgets the previous one."""
+        if self._valkey is not None and not self._valkey_started:
+            self._valkey_started = True
+            self._valkey.start()
+
+    def _describe_store(self) -> str:
+        """Return what has the counts, and why it cannot be reached if that is so."""
+        if self._valkey is None:
+            return MEMORY
+        url = self._store.partition(" ")[0]
+        return f"{url} (out of reach: {self._valkey.failure})" if self._valkey.failure else url
+
+    def _report_valkey(self, sentence: str) -> None:
+        (self._log.warning if self._valkey.failure else self._log.info)(Event.COUNTING, reason=sentence)
 
     def _report(self, sentence: str) -> None:
         self._log.warning(Event.LEDGER, reason=sentence)
@@ -187,8 +208,27 @@ class LedgerProcess:
         self._exit.set()
 
 
-def _make_counters(state: State, metrics: Registry) -> "Counters":
-    return MemoryCounters()
+VALKEY_SHARE = 0.8
+"""The part of `state.timeout` that the server has, so that askers learn its failure before they stop waiting."""
+
+
+def _make_valkey_counters(
+    state: State, invocation: Invocation, instance: str, report: Callable[[str], None]
+) -> Counters:
+    """Return the counters of several machines. Raises ConfigurationError and CertificateError."""
+    assert state.url is not None
+    needed = "state.url"
+    folder = invocation.folder / invocation.file.parent if invocation.file is not None else None
+    address = import_when_needed("tlstunnel.state.valkey.address", needed).parse_url(state.url.text, folder)
+    counters: Counters = import_when_needed("tlstunnel.state.valkey.counters", needed).ValkeyCounters(
+        address,
+        prefix=state.prefix,
+        instance=instance,
+        timeout=float(state.timeout) * VALKEY_SHARE,
+        report=report,
+        password_file=state.password_file,
+    )
+    return counters
 
 
 def _name(process: int) -> str:

@@ -177,13 +177,12 @@ class Wiring:
                     sending.close()
                     reply = await following.request(TakeOverRequest(), HAND_OVER_SECONDS, [receiving.fileno()])
         except (ProcessError, TimeoutError) as error:
+            reason = str(error) or f"not done within {HAND_OVER_SECONDS:g} s"
+            following.problem = f"the previous ledger remains, since the new one could not take over: {reason}"
             following.kill()
             await following.process.wait()
             await previous.try_request(Resume())
-            reason = str(error) or f"not done within {HAND_OVER_SECONDS:g} s"
-            raise ProcessError(
-                f"the previous ledger remains, since the new one could not take over: {reason}"
-            ) from None
+            raise ProcessError(following.problem) from None
         except asyncio.CancelledError:
             following.kill()
             raise

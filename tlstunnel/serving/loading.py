@@ -198,6 +198,7 @@ def _load(
     firewall: Firewall | None = None
     sites: Sites | None = None
     workers: Workers | None = None
+    _check_state(description, problems)
     with problems.collect():
         firewall = Firewall(
             description.config, description.sites, metrics=metrics, make_counters=lambda: counting.counters
@@ -224,6 +225,23 @@ def _load(
     folder = description.file.parent if description.file is not None else None
     contents = read_contents(description.sites, sites, firewall.lists, folder)
     return LoadedConfig(description, sites, firewall, contents, workers)
+
+
+def _check_state(description: Description, problems: Problems) -> None:
+    """Check what `[state]` names. No server is connected to."""
+    state, file = description.config.state, description.file
+    if state.url is None:
+        return
+    parse_url = import_when_needed("tlstunnel.state.valkey.address", "state.url").parse_url
+    try:
+        parse_url(state.url.text, file.parent if file is not None else None)
+    except ConfigurationError as error:
+        problems.add(str(error).removeprefix("state.url: "), "state", "url")
+    if state.password_file is not None:
+        try:
+            state.password_file.read_bytes()
+        except OSError as error:
+            problems.add(f"{state.password_file}: cannot be read: {error.strerror}", "state", "password_file")
 
 
 def load_firewall(description: Description) -> Firewall:

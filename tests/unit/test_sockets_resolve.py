@@ -13,7 +13,7 @@ from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import OriginConfig
 from tlstunnel.origins.errors import NoOrigin
 from tlstunnel.origins.pool import Pool
-from tlstunnel.origins.resolve import MAX_LOOKUPS, resolve
+from tlstunnel.sockets.resolve import MAX_LOOKUPS, resolve
 
 REQUEST = upgrade_request(
     "/",

@@ -9,14 +9,13 @@ import contextlib
 import socket
 import threading
 
-from tlstunnel.origins.members import SocketAddress
-
 MAX_LOOKUPS = 32
 """Look-ups at the same time: a resolver may hang, and an edge worker may derive names from what clients send."""
 
 THREAD_NAME = "resolver"
 """The name of the threads. They hold nothing, so an exit may interrupt them."""
 
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes] | str
 Address = tuple[socket.AddressFamily, SocketAddress]
 
 _lookups = threading.BoundedSemaphore(MAX_LOOKUPS)

@@ -1,0 +1,1 @@
+"""The counts of several machines, in a Valkey or Redis server."""

@@ -1,0 +1,66 @@
+"""The scripts that run in the server, and what they are sent and return.
+
+A script gets one argument and returns one string, both msgpack: a request costs the client less than half as much as
+with an argument for each number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import msgspec
+
+ScriptName = Literal["check", "register", "beat", "tunnels", "count"]
+
+_FOLDER = Path(__file__).parent
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[int | str]).decode
+_decode_numbers = msgspec.msgpack.Decoder(list[int]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script, and by which digest the server knows it (EVALSHA)."""
+
+    source: bytes
+    digest: bytes
+
+    @classmethod
+    def make(cls, source: bytes) -> Self:
+        """Return a script with its digest."""
+        return cls(source, sha1(source, usedforsecurity=False).hexdigest().encode("ascii"))
+
+    def build_call(self, keys: Sequence[bytes], request: object) -> tuple[bytes | int, ...]:
+        """Return the command that runs it."""
+        return (b"EVALSHA", self.digest, len(keys), *keys, _encode(request))
+
+
+def load_script(name: ScriptName) -> Script:
+    """Read a script, which begins with what all of them share."""
+    return Script.make(b"".join((_FOLDER / f"{part}.lua").read_bytes() for part in ("prelude", name)))
+
+
+SCRIPTS: Final[dict[ScriptName, Script]] = {
+    name: load_script(name) for name in ("check", "register", "beat", "tunnels", "count")
+}
+
+
+def decode_numbers(reply: object) -> list[int]:
+    """Return the numbers that a script has returned. Raises ValueError for anything else."""
+    return _decode_numbers(_get_bytes(reply))
+
+
+def decode_registration(reply: object) -> tuple[int, str, list[str]]:
+    """Return what `register.lua` has returned: the time, the secret, the replaced holders. Raises ValueError."""
+    match _decode(_get_bytes(reply)):
+        case [int(now), str(secret), *names]:
+            return now, secret, [name for name in names if isinstance(name, str)]
+    raise ValueError("unexpected reply")
+
+
+def _get_bytes(reply: object) -> bytes:
+    if not isinstance(reply, bytes):
+        raise ValueError("unexpected reply")
+    return reply
