@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.counters_model import MODELS, CountersModel, limit_checks, steps
@@ -45,7 +45,8 @@ def server(shared: RedisServer) -> RedisServer:
 class Report(list[str]):
     """What was reported, without the address."""
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, is_failure: bool) -> None:
+        assert is_failure != line.endswith("counts again")
         self.append(re.sub(r"^\S+ ", "", line))
 
 
@@ -130,6 +131,12 @@ def test_counts_as_the_model_and_as_the_counters_in_memory(clock: ServerClock) -
         counters, report = runner.run(context.__aenter__())
 
         @given(st.tuples(*(limit_checks(key) for key in "abc")), steps)
+        @example(tuple(LimitCheck(key, 1, 2, "fixed") for key in "abc"), [(0.0, {0}, set()), (2.0, {0}, set())])
+        @example(tuple(LimitCheck(key, 1, 2, "moving") for key in "abc"), [(0.0, {0}, set()), (2.0, {0}, set())])
+        @example(
+            tuple(LimitCheck(key, 2, 2, "moving") for key in "abc"),
+            [(0.0, {0}, set()), (1.0, {0}, set()), (1.0, {0}, set()), (0.0, {0}, set())],
+        )
         def run(limits: tuple[LimitCheck, ...], steps: list[tuple[float, set[int], set[str]]]) -> None:
             example = f"{next(numbers)} "
             model = CountersModel()
@@ -161,6 +168,24 @@ def test_counts_as_the_model_and_as_the_counters_in_memory(clock: ServerClock) -
         assert report == []
         assert dict(counters.tunnels) == {}
         runner.run(context.__aexit__(None, None, None))
+
+
+@pytest.mark.parametrize("strategy", MODELS)
+def test_wait_is_exact(clock: ServerClock, strategy: Strategy) -> None:
+    async def main() -> None:
+        async with connect(clock._server) as (counters, _):
+            check = LimitCheck("a", 3, 10, strategy)
+            clock.advance(0.3)
+            for _ in range(9):
+                (result,) = await counters.check([check])
+                if result.exceeded:
+                    clock.advance(result.wait - 2e-6)
+                    assert check_result(await counters.check([check])) == "limit"
+                    clock.advance(2e-6)
+                    assert check_result(await counters.check([check])) == ""
+                clock.advance(0.7)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("strategy", MODELS)
@@ -245,6 +270,28 @@ def test_tunnels_of_a_machine_without_heartbeat_do_not_count(clock: ServerClock)
     asyncio.run(main())
 
 
+def test_heartbeats_keep_a_machine_counted(clock: ServerClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT", 0.01)
+
+    async def main() -> None:
+        async with connect(clock._server, "one") as (one, report):
+            one.take_tunnels(["a"])
+            for _ in range(3):
+                clock.advance(40, alive="nobody")
+                await wait_for(lambda: b"%.0f" % (clock.now * 1e6) in read_beats(clock._server))
+            assert await one.count_tunnels(["a"]) == [1]
+            assert len(read_beats(clock._server)) == 2  # its own and the secret: it is the holder that it was
+            assert report == []
+
+    asyncio.run(main())
+
+
+def read_beats(server: RedisServer) -> list[bytes]:
+    values = server.command("HVALS", "{test}:holders")
+    assert isinstance(values, list)
+    return values
+
+
 def test_a_machine_that_was_away_too_long_counts_again(clock: ServerClock) -> None:
     async def main() -> None:
         async with connect(clock._server, "one") as (one, report), connect(clock._server, "two") as (two, _):
@@ -326,13 +373,15 @@ def test_life_of_keys_is_prolonged(server: RedisServer, monkeypatch: pytest.Monk
 class Relay:
     """Stands between counters and a server. `drop` ends each connection once the server has replied, without the reply.
 
-    `held` keeps what a client sends from the server until `release`, also after the client has gone.
+    `mute` keeps replies from the client. `held` keeps what a client sends from the server until it is set, also
+    after the client has gone.
     """
 
     def __init__(self, server: RedisServer) -> None:
         self._target = os.fspath(server.socket)
         self.path = server.folder / "relay.sock"
         self.drop = False
+        self.mute = False
         self.held: asyncio.Event | None = None
 
         self.open = 0
@@ -349,7 +398,7 @@ class Relay:
             if self.drop:
                 self.drop = False
                 break
-            if not writer.is_closing():
+            if not self.mute and not writer.is_closing():
                 writer.write(data)
         writer.close()
         await sending
@@ -412,6 +461,38 @@ def test_commands_of_an_earlier_connection_do_nothing(server: RedisServer) -> No
             await wait_for(lambda: relay.open == 1)
             assert await until_answered(counters, check) == ""
             assert await counters.count_tunnels(["a", "b"]) == [2, 1]
+
+    asyncio.run(main())
+
+
+def test_what_was_granted_too_late_is_given_back(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has counted it, but neither the answer nor the end of the connection came in time."""
+    monkeypatch.setattr(module, "PATIENCE", 0.4)
+
+    async def main() -> None:
+        async with relay_to(server) as relay, connect(f"redis+unix://{relay.path}", timeout=0.3) as (counters, _):
+            check = LimitCheck("a", max_tunnels=5)
+            assert await until_answered(counters, check) == ""
+            relay.mute = True
+            with pytest.raises(CountersUnavailable, match="it did not answer within 300 ms"):
+                await counters.check([check])
+            relay.mute = False
+            await until_answered(counters, LimitCheck("other", 99, 60))
+            assert counters.tunnels == {"a": 1}
+            assert await counters.count_tunnels(["a"]) == [1]
+
+    asyncio.run(main())
+
+
+def test_returned_tunnel_can_be_taken_at_once(server: RedisServer) -> None:
+    async def main() -> None:
+        async with connect(server) as (counters, _):
+            check = LimitCheck("a", max_tunnels=1)
+            assert check_result(await counters.check([check])) == ""
+            for _ in range(3):
+                counters.return_tunnels(["a"])
+                assert check_result(await counters.check([check])) == ""
+                assert check_result(await counters.check([check])) == "tunnels"
 
     asyncio.run(main())
 
@@ -638,6 +719,19 @@ def test_log_in_that_fails(options: list[str], credentials: str, reason: str) ->
                 assert "wrong" not in report[0]
                 with pytest.raises(CountersUnavailable, match=reason):
                     await counters.check([LimitCheck("a", 1, 60)])
+
+    asyncio.run(main())
+
+
+def test_questions_fail_as_soon_as_the_server_is_known_to_be_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with connect(f"redis+unix://{tmp_path}/nothing", timeout=10 * LONG) as (counters, _):
+            began = time.monotonic()
+            with pytest.raises(CountersUnavailable, match="No such file"):
+                await counters.check([LimitCheck("a", 1, 60)])
+            with pytest.raises(CountersUnavailable, match="No such file"):
+                await counters.count_tunnels(["a"])
+            assert time.monotonic() - began < 5 * LONG
 
     asyncio.run(main())
 

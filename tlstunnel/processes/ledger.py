@@ -185,8 +185,8 @@ class LedgerProcess:
         url = self._store.partition(" ")[0]
         return f"{url} (out of reach: {self._valkey.failure})" if self._valkey.failure else url
 
-    def _report_valkey(self, sentence: str) -> None:
-        (self._log.warning if self._valkey.failure else self._log.info)(Event.COUNTING, reason=sentence)
+    def _report_valkey(self, sentence: str, is_failure: bool) -> None:
+        (self._log.warning if is_failure else self._log.info)(Event.COUNTING, reason=sentence)
 
     def _report(self, sentence: str) -> None:
         self._log.warning(Event.LEDGER, reason=sentence)
@@ -213,7 +213,7 @@ VALKEY_SHARE = 0.8
 
 
 def _make_valkey_counters(
-    state: State, invocation: Invocation, instance: str, report: Callable[[str], None]
+    state: State, invocation: Invocation, instance: str, report: Callable[[str, bool], None]
 ) -> Counters:
     """Return the counters of several machines. Raises ConfigurationError and CertificateError."""
     assert state.url is not None

@@ -72,7 +72,8 @@ class ValkeyCounters:
 
     `instance` is random, of letters and digits, and stands for this machine's tunnels. Whoever has it next, after a
     crash or an upgrade, replaces this one. `timeout` is the number of seconds for an answer. `report` is called with
-    one line when what answers changes. Raises CertificateError for a file of `address`.
+    one line when the server fails or answers again, and whether it is a failure. Raises CertificateError for a file of
+    `address`.
     """
 
     def __init__(  # noqa: PLR0913 - what is configured
@@ -82,7 +83,7 @@ class ValkeyCounters:
         prefix: str,
         instance: str,
         timeout: float,
-        report: Callable[[str], None],
+        report: Callable[[str, bool], None],
         password_file: Path | None = None,
     ) -> None:
         self._address = address
@@ -341,7 +342,8 @@ class ValkeyCounters:
         if policy and policy != self._policy:
             self._report(
                 f"{self._address} drops keys when its memory is full (maxmemory-policy {policy}), and counts with them;"
-                " set maxmemory-policy noeviction"
+                " set maxmemory-policy noeviction",
+                True,
             )
         self._policy = policy
         self._uncertain.update(self._tunnels)
@@ -385,13 +387,13 @@ class ValkeyCounters:
         self._failure = ""
         if self._reported:
             self._reported = ""
-            self._report(f"{self._address} counts again")
+            self._report(f"{self._address} counts again", False)
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
         if reason != self._reported:
             self._reported = reason
-            self._report(f"{self._address} does not count: {reason}")
+            self._report(f"{self._address} does not count: {reason}", True)
 
     def _describe_lateness(self) -> str:
         return f"it did not answer within {self._timeout * 1000:.0f} ms"
