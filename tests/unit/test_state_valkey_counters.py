@@ -475,11 +475,11 @@ def test_what_was_granted_too_late_is_given_back(server: RedisServer, monkeypatc
             assert await until_answered(counters, check) == ""
             relay.mute = True
             with pytest.raises(CountersUnavailable, match="it did not answer within 300 ms"):
-                await counters.check([check])
+                await counters.check([check, LimitCheck("b", max_tunnels=5)])
             relay.mute = False
             await until_answered(counters, LimitCheck("other", 99, 60))
             assert counters.tunnels == {"a": 1}
-            assert await counters.count_tunnels(["a"]) == [1]
+            assert await counters.count_tunnels(["a", "b"]) == [1, 0]
 
     asyncio.run(main())
 
