@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.counters_model import MODELS, CountersModel, limit_checks, steps
+from tests.harness import REPOSITORY
 from tests.redis_server import RedisServer, find_free_port, retry, wait_for
 from tlstunnel.certificates import issue
 from tlstunnel.errors import CertificateError
@@ -52,12 +53,17 @@ class Report(list[str]):
 
 @asynccontextmanager
 async def connect(
-    server: RedisServer | str, instance: str = "one", *, timeout: float = LONG, password_file: Path | None = None
+    server: RedisServer | str,
+    instance: str = "one",
+    *,
+    prefix: str = "test",
+    timeout: float = LONG,
+    password_file: Path | None = None,
 ) -> AsyncIterator[tuple[ValkeyCounters, Report]]:
     report = Report()
     counters = ValkeyCounters(
         parse_url(server if isinstance(server, str) else server.url),
-        prefix="test",
+        prefix=prefix,
         instance=instance,
         timeout=timeout,
         report=report,
@@ -732,6 +738,27 @@ def test_questions_fail_as_soon_as_the_server_is_known_to_be_away(tmp_path: Path
             with pytest.raises(CountersUnavailable, match="No such file"):
                 await counters.count_tunnels(["a"])
             assert time.monotonic() - began < 5 * LONG
+
+    asyncio.run(main())
+
+
+def test_user_of_the_documentation() -> None:
+    """It may do what is needed, and nothing with other keys."""
+    (line,) = re.findall(r"^ +(user tlstunnel .*)$", (REPOSITORY / "docs" / "state.md").read_text(), re.MULTILINE)
+
+    async def main() -> None:
+        with RedisServer(line) as server:
+            url = f"redis+unix://tlstunnel:PASSWORD@{server.socket}"
+            for prefix, reports in (("tlstunnel", 0), ("another", 1)):
+                async with connect(url, prefix=prefix) as (counters, report):
+                    for strategy in MODELS:
+                        check = LimitCheck("a", 3, 60, strategy, 9, 60.0)
+                        with suppress(CountersUnavailable):
+                            await counters.check([check])
+                            counters.return_tunnels(["a"])
+                            assert await counters.count_tunnels(["a"]) == [0]
+                    assert len(report) == reports
+                    assert all("its user lacks a permission" in reason for reason in report)
 
     asyncio.run(main())
 
