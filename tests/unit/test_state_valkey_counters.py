@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -379,8 +380,8 @@ def test_life_of_keys_is_prolonged(server: RedisServer, monkeypatch: pytest.Monk
 class Relay:
     """Stands between counters and a server. `drop` ends each connection once the server has replied, without the reply.
 
-    `mute` keeps replies from the client. `held` keeps what a client sends from the server until it is set, also
-    after the client has gone.
+    `mute` keeps all further replies of a connection from the client. `held` keeps what a client sends from the server
+    until it is set, also after the client has gone.
     """
 
     def __init__(self, server: RedisServer) -> None:
@@ -400,11 +401,13 @@ class Relay:
         self.open += 1
         from_server, to_server = await asyncio.open_unix_connection(self._target)
         sending = asyncio.create_task(self._forward(reader, to_server))
+        is_mute = False
         while data := await from_server.read(65536):
             if self.drop:
                 self.drop = False
                 break
-            if not self.mute and not writer.is_closing():
+            is_mute = is_mute or self.mute
+            if not is_mute and not writer.is_closing():
                 writer.write(data)
         writer.close()
         await sending
@@ -512,6 +515,25 @@ def test_who_asked_may_be_gone(server: RedisServer) -> None:
             await asyncio.wait([asking])
             await wait_for_counts(counters, ["a"], [0])
             assert counters.tunnels == {}
+
+    asyncio.run(main())
+
+
+def test_who_asked_may_be_gone_in_the_turn_of_the_answer(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with connect(server) as (counters, _):
+            asking = asyncio.create_task(counters.check([LimitCheck("a", max_tunnels=5)]))
+            answer = counters._answer
+
+            def answer_and_cancel(*args: Any) -> None:
+                answer(*args)
+                asking.cancel()
+
+            monkeypatch.setattr(counters, "_answer", answer_and_cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            assert counters.tunnels == {}
+            assert await counters.count_tunnels(["a"]) == [0]
 
     asyncio.run(main())
 
@@ -788,6 +810,21 @@ def test_what_is_not_a_server(tmp_path: Path) -> None:
         ):
             await wait_for(lambda: report)
             assert report[0] == "does not count: what it sends is not the protocol of a Valkey or Redis server"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("values", [[], [0], [0, 0, 0, 0], [9, 0], [-1, 0], [0, -5]])
+def test_answer_that_is_not_one(server: RedisServer, monkeypatch: pytest.MonkeyPatch, values: list[int]) -> None:
+    """A server that is not what it seems may answer anything. It ends the connection, and nothing else."""
+    answer = ", ".join(map(str, [0, 0, *values]))
+    monkeypatch.setitem(SCRIPTS, "check", Script.make(f"return cmsgpack.pack({{{answer}}})".encode()))
+
+    async def main() -> None:
+        async with connect(server) as (counters, report):
+            with pytest.raises(CountersUnavailable, match="what it answers is not ours"):
+                await counters.check([LimitCheck("a", 1, 60)])
+            assert report[0] == "does not count: what it answers is not ours"
 
     asyncio.run(main())
 

@@ -186,7 +186,12 @@ class ValkeyCounters:
             if not self._uncertain.isdisjoint(tunnels):
                 self._state_anew(self._registration, self._uncertain.intersection(tunnels))
             self._ask(self._registration, question)
-        return await question.future
+        try:
+            return await question.future
+        except asyncio.CancelledError:
+            if not question.future.cancelled() and not question.future.exception():  # answered in the same turn
+                self.return_tunnels(find_taken(checks, question.future.result()) if checks else ())
+            raise
 
     def _ask(self, registration: Registration, question: _Question) -> None:
         again = question.attempts > 0
@@ -209,24 +214,22 @@ class ValkeyCounters:
             if is_in_time and registration is self._registration and question.attempts < _ATTEMPTS:
                 self._ask(registration, question)
             return
-        is_awaited = self._questions.pop(question.number, None) is not None and not question.future.done()
-        if not question.checks:
-            if is_awaited:
-                question.future.set_result(values)
+        answer = _decode(question, values)
+        if answer is None:
+            registration.connection.close(ServerUnavailable("what it answers is not ours"))
             return
-        results = [
-            LimitResult(_EXCEEDED[code], TUNNEL_WAIT if code == 2 else wait / 1e6)
-            for code, wait in zip(values[::2], values[1::2], strict=True)
-        ]
-        for key in find_taken(question.checks, results):
+        is_awaited = self._questions.pop(question.number, None) is not None and not question.future.done()
+        if is_awaited:
+            question.future.set_result(answer)
+        if not question.checks:
+            return
+        for key in find_taken(question.checks, answer):
             if is_awaited:
                 self._tunnels[key] = self._tunnels.get(key, 0) + 1
             if registration is not self._registration:  # repeated: an earlier holder may have it in the server
                 self._uncertain.add(key)
             elif not is_awaited:
                 self._change(key, -1)
-        if is_awaited:
-            question.future.set_result(results)
 
     def _expire(self) -> None:
         """Fail the questions whose time is up."""
@@ -400,6 +403,18 @@ class ValkeyCounters:
 
     def _unavailable(self, reason: str) -> CountersUnavailable:
         return CountersUnavailable(f"{self._address} does not count: {reason}")
+
+
+def _decode(question: _Question, values: list[int]) -> list[Any] | None:
+    """Return the answer to a question: results, or numbers of tunnels. None if it is none."""
+    if not question.checks:
+        return values if len(values) == len(question.tunnels) else None
+    if len(values) != 2 * len(question.checks) or min(values) < 0 or max(values[::2]) >= len(_EXCEEDED):
+        return None
+    return [
+        LimitResult(_EXCEEDED[code], TUNNEL_WAIT if code == 2 else wait / 1e6)
+        for code, wait in zip(values[::2], values[1::2], strict=True)
+    ]
 
 
 @contextmanager
