@@ -143,6 +143,20 @@ def _answering(tunnel: Tunnel) -> Counter[str]:
     return Counter(one["counting"].partition(":")[0] for one in tunnel.status()["processes"])
 
 
+def _kill_ledger(tunnel: Tunnel) -> None:
+    """Kill the ledger, and wait until there is another one."""
+    before = _ledger(tunnel)["process"]
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: tunnel.status()["ledger"] and _ledger(tunnel)["process"] != before)
+
+
+def _kill_a_process(tunnel: Tunnel) -> None:
+    """Kill a serving process, and wait until there is another one in its place."""
+    before = {one["process"] for one in tunnel.status()["processes"]}
+    os.kill(min(before), signal.SIGKILL)
+    eventually(lambda: len({one["process"] for one in tunnel.status()["processes"]} - before) == 1)
+
+
 def _used(tunnel: Tunnel) -> int:
     """Return how many processes have tunnels."""
     return sum(bool(one["tunnels"]) for one in tunnel.status()["processes"])
@@ -216,6 +230,31 @@ def test_an_ejection_reaches_the_other_processes(certificate: Certificate) -> No
             assert len(ejected) == 1, "another process tried the origin"
 
 
+def test_a_process_that_starts_later_learns_of_an_ejection(certificate: Certificate) -> None:
+    """Also after the ledger that was told of it has been killed."""
+    with RawOrigin(_hold) as good, socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{gone.getsockname()[1]}"
+        config = config_for(
+            good.address,
+            certificate,
+            top="processes = 2",
+            site='ejection = { failures = 1, delay = "1h", max_delay = "1h" }',
+        ).replace(f'"{good.address}"', f'"{address}", "{good.address}"')
+        with Tunnel(None, certificate, config=config, errors_expected=True) as tunnel:
+            eventually(lambda: _ask(tunnel, "/") == 101 and tunnel.records("origin ejected"))
+            for kill_ledger in (False, True):
+                if kill_ledger:
+                    _kill_ledger(tunnel)
+                    eventually(lambda: _answering(tunnel) == {"ledger": 2})
+                _kill_a_process(tunnel)
+                eventually(lambda: _answering(tunnel) == {"ledger": 2})
+                with _connected(tunnel, 20) as clients:
+                    assert set(_asked_at_once(clients, "/")) == {101}
+                    assert _used(tunnel) > 1
+                assert len(tunnel.records("origin ejected")) == 1, "a process tried the origin"
+
+
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
@@ -244,9 +283,7 @@ def test_a_ledger_that_is_killed_is_replaced(origin: RawOrigin, certificate: Cer
         with _connected(tunnel, LIMIT - 3) as clients:
             assert set(_asked_at_once(clients, "/tunnels")) == {101}
             with _traffic(tunnel) as statuses:
-                before = _ledger(tunnel)["process"]
-                os.kill(before, signal.SIGKILL)
-                eventually(lambda: tunnel.status()["ledger"] and _ledger(tunnel)["process"] != before)
+                _kill_ledger(tunnel)
                 eventually(lambda: _answering(tunnel) == {"ledger": PROCESSES})
                 eventually(lambda: _ledger(tunnel)["leases"] == LIMIT - 3)
             assert set(statuses) == {101}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.config import Ejection, OriginConfig
 from tlstunnel.config.durations import Timeout
-from tlstunnel.origins.pool import Pool
+from tlstunnel.origins.pool import MAX_EARLY, Pool
 from tlstunnel.origins.sharing import Ejected, list_parts, make_key
 
 
@@ -71,6 +71,37 @@ def test_an_ejection_of_another_process_is_bounded(loop: asyncio.Runner) -> None
         assert now + 60 <= first.out_until <= asyncio.get_running_loop().time() + 66.0
         pool.take_ejection(Ejected(pool.key, first.shared_key, 0.0))
         assert not first.ejected
+
+    loop.run(work())
+
+
+def test_an_ejection_is_shorter_by_its_age(loop: asyncio.Runner) -> None:
+    async def work() -> None:
+        pool = _make_pool("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+        first, second, _ = pool.members
+        now = asyncio.get_running_loop().time()
+        pool.take_ejection(Ejected(pool.key, first.shared_key, 50.0), 20.0)
+        assert now + 29 <= first.out_until <= asyncio.get_running_loop().time() + 30.0
+        pool.take_ejection(Ejected(pool.key, second.shared_key, 50.0), 51.0)
+        assert not second.ejected
+
+    loop.run(work())
+
+
+def test_an_ejection_is_noted_until_the_name_is_resolved(loop: asyncio.Runner) -> None:
+    async def work() -> None:
+        named = _make_pool("localhost:1", "127.0.0.1:2")
+        assert len(named.members) == 1
+        (origin,) = (one for one in named._origins if not one.members)
+        addresses = [(socket.AF_INET, ("127.0.0.1", 1)), (socket.AF_INET, ("127.0.0.2", 1))]
+        resolved = _make_pool("localhost:1", "127.0.0.1:2")
+        resolved._set_addresses(resolved._origins[0], addresses)
+        out = resolved.members[0]
+        for number in range(2 * MAX_EARLY):
+            named.take_ejection(Ejected(named.key, f"member/{number}", 1e-9))
+        named.take_ejection(Ejected(named.key, out.shared_key, 10.0))
+        named._set_addresses(origin, addresses)
+        assert [member.ejected for member in named.members] == [True, False, False]
 
     loop.run(work())
 

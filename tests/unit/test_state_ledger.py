@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tlstunnel.state import wire
 from tlstunnel.state.counters import CountersUnavailable, LimitCheck, LimitResult
-from tlstunnel.state.ledger import Holder, Ledger
+from tlstunnel.state.ledger import MAX_CHECKS, MAX_PENDING, MAX_PENDING_ITEMS, Holder, Ledger
 from tlstunnel.state.memory import MemoryCounters
 
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -205,6 +205,9 @@ class SlowCounters:
     def take_tunnels(self, keys: Sequence[str]) -> None:
         self.memory.take_tunnels(keys)
 
+    def change_tunnels(self, changes: Mapping[str, int]) -> None:
+        self.memory.change_tunnels(changes)
+
 
 class SlowLedger:
     """A ledger with slow counters and one asker."""
@@ -283,10 +286,15 @@ def test_counts_that_cannot_be_reached_fail_their_questions() -> None:
 def test_questions_that_wait_are_bounded() -> None:
     async def run() -> None:
         slow = SlowLedger()
-        slow.ask(*(wire.Ask(number, ONE) for number in range(wire.MAX_WAITING + 10)))
-        assert len(slow.tasks) == slow.holder.waiting == wire.MAX_WAITING
-        assert len(await slow.answer()) == wire.MAX_WAITING
-        assert slow.ledger.tally.expired == 10
+        slow.ask(*(wire.Ask(number, ONE) for number in range(MAX_PENDING + 10)))
+        assert len(slow.tasks) == slow.holder.waiting == MAX_PENDING
+        assert slow.replies == [wire.Failed(MAX_PENDING + n, "too many questions wait") for n in range(10)]
+        assert len(await slow.answer()) == MAX_PENDING + 10
+        for number in range(MAX_PENDING_ITEMS // MAX_CHECKS + 1):
+            slow.ask(wire.Ask(number, ONE * MAX_CHECKS))
+        assert slow.ledger.tally.failed == 11
+        await slow.answer()
+        assert slow.holder.waiting == slow.holder.waiting_items == 0
 
     asyncio.run(run())
 

@@ -35,15 +35,15 @@ REPLIES_1: list[wire.LedgerMessage] = [
 # What askers of version 1 send and understand. These stay as long as the ledger speaks version 1.
 HELLO_1 = "00000003 9201a0"
 ASKED_1 = """
-    0000006f 92cb4029000000000000 97
+    00000079 92cb4029000000000000 97
     9301019297a1611e3ca7736c6964696e6705cb404e000000000000c297a1620000a5666978656400cb0000000000000000c3
     93020292a161a162 920392a161a161 920481a16102 920581a16203
-    9306a66f726967696eab31302e302e302e313a3830 9107
+    9506a66f726967696eab31302e302e302e313a3830a0cb0000000000000000 9107
 """
 REPLIED_1 = """
-    00000056 98
+    0000005f 98
     9301019292a56c696d6974cb3ff800000000000092a0cb0000000000000000 93010390 930202920400 930304a461776179
-    9104 9305a66f726967696eab31302e302e302e313a3830 9206cb402a000000000000 9107
+    9104 9405a66f726967696eab31302e302e302e313a3830cb0000000000000000 9206cb402a000000000000 9107
 """
 
 
@@ -105,9 +105,10 @@ def test_any_bytes_are_messages_or_an_error(payload: bytes) -> None:
 
 
 def test_many_messages_are_sent_in_several_frames() -> None:
-    returns: list[wire.AskerMessage] = [wire.Return([f"{number:032x}"] * 1000) for number in range(100)]
+    returns: list[wire.AskerMessage] = [wire.Return([f"{number:032x}"] * 400) for number in range(16)]
     frames = wire.encode_batch(wire.Batch(1.0, returns))
     assert len(frames) == 4
+    assert max(map(len, frames)) <= wire.FULL_FRAME
     batches = [wire.DIALECTS[1].decode_batch(parse(frame.hex())) for frame in frames]
     assert [message for batch in batches for message in batch.messages] == returns
     assert {batch.deadline for batch in batches} == {1.0}

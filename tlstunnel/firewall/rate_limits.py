@@ -34,17 +34,18 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
-from tlstunnel.state.counters import Counters, CountersUnavailable, Exceeded, LimitCheck, LimitResult, Strategy
+from tlstunnel.state.counters import (
+    MAX_AMOUNT,
+    MAX_MOVING,
+    MAX_SECONDS,
+    Counters,
+    CountersUnavailable,
+    Exceeded,
+    LimitCheck,
+    LimitResult,
+    Strategy,
+)
 from tlstunnel.state.uncounted import refuse_uncounted
-
-MAX_MOVING = 1_000
-"""The largest limit of a moving window, which keeps the time of each request in the window, 8 bytes each."""
-
-MAX_LIMIT = 10**15 - 1
-"""The largest limit, since it is sent as an Integer of RFC 9651 (section 3.3.1)."""
-
-MAX_WINDOW = 366 * 86_400
-"""Seconds. Counts in memory do not outlive the process anyway."""
 
 _EXAMPLES = '"30/minute", "1000/hour" or "10 per 10 seconds"'
 _SHORT_UNITS = {
@@ -375,7 +376,7 @@ def _parse_limit(text: str, strategy: Strategy) -> tuple[int, int]:
         raise ConfigurationError(
             f'{quoted(text)} allows no request; write {_EXAMPLES}, or a rule with action = "block" to refuse all'
         )
-    if item.amount > MAX_LIMIT or item.get_expiry() > MAX_WINDOW:
+    if item.amount > MAX_AMOUNT or item.get_expiry() > MAX_SECONDS:
         raise ConfigurationError(
             f"{quoted(text)} is too large; a limit is below 10^15, and its window at most 366 days"
         )

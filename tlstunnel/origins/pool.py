@@ -27,6 +27,9 @@ from tlstunnel.state.counting import Counting
 
 _EJECTION = Ejection()
 
+MAX_EARLY = 64
+"""Ejections that are noted for members whose names are not resolved yet."""
+
 
 @dataclass(slots=True)
 class _Origin:
@@ -81,6 +84,8 @@ class Pool:
         self.members: list[Member] = []
         self.name = self._origins[0].text if len(origins) == 1 else ""
         """The only origin; empty if there are several."""
+        self._early: dict[str, float] = {}
+        """Until when members are ejected, by their keys, whose names were not resolved yet."""
         self._checks = None if health is None else Checks(health, self, preface)
         for origin in self._origins:
             if (known := _parse_literal(origin.config)) is not None:
@@ -179,20 +184,39 @@ class Pool:
         for member, count in zip(members, counts, strict=True):
             member.everywhere = count
 
-    def take_ejection(self, ejected: Ejected) -> None:
-        """Do as another process has done: eject a member, or restore it."""
+    def take_ejection(self, ejected: Ejected, age: float = 0.0) -> None:
+        """Do as another process has done `age` seconds ago: eject a member, or restore it."""
         member = next((one for one in self.members if one.shared_key == ejected.member), None)
-        if member is None or not self.compares:
+        now = asyncio.get_running_loop().time()
+        longest = float(self._ejection.max_delay) * (1.0 + JITTER)
+        seconds = min(ejected.seconds, longest) - age
+        if member is None:
+            self._note_early(ejected.member, now + seconds, now)
+        elif not self.compares:
             return
-        if ejected.seconds:
-            longest = float(self._ejection.max_delay) * (1.0 + JITTER)
-            member.take_ejection(asyncio.get_running_loop().time(), min(ejected.seconds, longest))
-        else:
+        elif ejected.seconds == 0.0:
             member.record_connected()
+        elif seconds > 0.0:
+            member.take_ejection(now, seconds)
+
+    def _note_early(self, key: str, until: float, now: float) -> None:
+        """Note an ejection of a member whose name is not resolved yet."""
+        self._early = {key: until for key, until in self._early.items() if until > now}
+        self._early.pop(key, None)
+        if until > now and len(self._early) < MAX_EARLY:
+            self._early[key] = until
+
+    def announce_ejections(self) -> None:
+        """Tell the other processes which members are ejected."""
+        now = asyncio.get_running_loop().time()
+        for member in self.members:
+            if member.ejected and member.out_until > now:
+                self._announce(member, member.out_until - now)
 
     def _announce(self, member: Member, seconds: float) -> None:
         if self._counting is not None and self.compares:
-            self._counting.announce(EJECTION, Ejected(self.key, member.shared_key, seconds).encode())
+            text = Ejected(self.key, member.shared_key, seconds).encode()
+            self._counting.announce(EJECTION, text, member.shared_key, seconds)
 
     def _order_usable(self, ip: str, request: Request, now: float, origins: Sequence[_Origin]) -> list[Member]:
         """Return those that are usable in the order of the balance, then the others, as the last resort.
@@ -313,6 +337,10 @@ class Pool:
             fresh = Member(config.address, family, address, origin.use)
             member = known.get(fresh.key, fresh)
             member.shared_key = self._make_key("member", config, str(address))
+            if (until := self._early.pop(member.shared_key, None)) is not None:
+                now = asyncio.get_running_loop().time()
+                if until > now:
+                    member.take_ejection(now, until - now)
             member.use = origin.use
             member.tls = self._tls if config.address.tls else None
             member.weight, member.backup, member.most = config.weight, config.backup, config.max_tunnels

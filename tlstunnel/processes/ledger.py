@@ -30,7 +30,7 @@ from tlstunnel.processes.pulse import Responder
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.program import forbid_core_dumps, import_when_needed, set_process_name
 from tlstunnel.sockets.readiness import TunnelLoop
-from tlstunnel.state.counters import Counters
+from tlstunnel.state.counters import SumCounters
 from tlstunnel.state.memory import MemoryCounters
 from tlstunnel.state.server import LedgerServer
 
@@ -105,7 +105,7 @@ class LedgerProcess:
         configure_logging(request.log_format)
         invocation = Invocation.from_json(request.invocation)
         state = invocation.configuration(request.config).state
-        counters: Counters
+        counters: SumCounters
         if state.url is None:
             counters = MemoryCounters()
         else:
@@ -214,13 +214,13 @@ VALKEY_SHARE = 0.8
 
 def _make_valkey_counters(
     state: State, invocation: Invocation, instance: str, report: Callable[[str, bool], None]
-) -> Counters:
+) -> SumCounters:
     """Return the counters of several machines. Raises ConfigurationError and CertificateError."""
     assert state.url is not None
     needed = "state.url"
     folder = invocation.folder / invocation.file.parent if invocation.file is not None else None
     address = import_when_needed("tlstunnel.state.valkey.address", needed).parse_url(state.url.text, folder)
-    counters: Counters = import_when_needed("tlstunnel.state.valkey.counters", needed).ValkeyCounters(
+    counters: SumCounters = import_when_needed("tlstunnel.state.valkey.counters", needed).ValkeyCounters(
         address,
         prefix=state.prefix,
         instance=instance,

@@ -64,7 +64,7 @@ def receive(sock: socket.socket) -> Received:
     try:
         try:
             succession = msgspec.json.decode(first, type=Succession)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProcessError(f"the previous ledger sent something else: {error}") from None
         if succession.format != FORMAT:
             raise ProcessError(

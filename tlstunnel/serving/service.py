@@ -160,12 +160,17 @@ class Service:
         self._counting.configure(float(state.timeout), state.on_failure)
         self._pools = {pool.key: pool for _, pool in self._loaded.sites.pools}
         self._counting.listen(EJECTION, self._take_ejection)
+        self._counting.on_joined = self._announce_ejections
 
-    def _take_ejection(self, text: str) -> None:
+    def _announce_ejections(self) -> None:
+        for pool in self._pools.values():
+            pool.announce_ejections()
+
+    def _take_ejection(self, text: str, age: float) -> None:
         ejected = Ejected.decode(text)
         pool = self._pools.get(ejected.pool) if ejected is not None else None
         if ejected is not None and pool is not None:
-            pool.take_ejection(ejected)
+            pool.take_ejection(ejected, age)
 
     def _warn(self) -> None:
         warnings = [] if self._quiet else self._loaded.warnings()

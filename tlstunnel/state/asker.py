@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn, Protocol
 
+from tlstunnel.escaping import printable, shorten
 from tlstunnel.state import wire
 from tlstunnel.state.channel import Channel
 from tlstunnel.state.counters import WITHIN, LimitCheck, find_taken
@@ -24,8 +25,11 @@ MAX_UNSENT = 1 << 20
 Reply = list[Any] | wire.Failed | None
 """The results of the checks, or numbers of open tunnels. None: there will be no reply."""
 
-_Waiting = tuple["asyncio.Future[Reply]", Sequence[LimitCheck] | None]
-"""A question, with its checks. None for the number of open tunnels."""
+_Waiting = tuple["asyncio.Future[Reply]", Sequence[LimitCheck] | int]
+"""A question, with its checks, or the number of keys whose open tunnels it counts."""
+
+LONGEST_REASON = 200
+"""Characters of what the ledger says, for the log."""
 
 
 class AskerOwner(Protocol):
@@ -40,8 +44,8 @@ class AskerOwner(Protocol):
     def handle_failure(self, asker: "Asker", kind: str, reason: str) -> None:
         """Call `asker.abandon`, because the ledger fails for this reason. `kind` is one of a few words, for metrics."""
 
-    def handle_announcement(self, topic: str, text: str) -> None:
-        """Handle what another process has announced."""
+    def handle_announcement(self, topic: str, text: str, age: float) -> None:
+        """Handle what another process has announced `age` seconds ago."""
 
 
 class Asker:
@@ -85,7 +89,7 @@ class Asker:
 
     def count_tunnels(self, keys: Sequence[str]) -> "asyncio.Future[Reply] | None":
         """Ask as `Counters.count_tunnels`, and return the same as `check`."""
-        return self._ask(wire.Count(self._number + 1, list(keys)), None)
+        return self._ask(wire.Count(self._number + 1, list(keys)), len(keys))
 
     def send(self, message: wire.AskerMessage) -> None:
         """Send a message with all others of this turn of the loop."""
@@ -114,7 +118,7 @@ class Asker:
         self._outgoing.clear()
         waiting, self._waiting = self._waiting, {}
         for number, (future, checks) in waiting.items():
-            if checks:
+            if not isinstance(checks, int):
                 self._abandoned[number] = checks
             if not future.done():
                 future.set_result(None)
@@ -129,7 +133,7 @@ class Asker:
         self.abandon(0.0)
 
     def _ask(
-        self, question: wire.Ask | wire.Count, checks: Sequence[LimitCheck] | None
+        self, question: wire.Ask | wire.Count, checks: Sequence[LimitCheck] | int
     ) -> "asyncio.Future[Reply] | None":
         if len(self._waiting) >= wire.MAX_WAITING:
             return None
@@ -184,7 +188,7 @@ class Asker:
     def _receive(self, payload: bytes) -> None:
         if not self._greeted:
             self._greeted = True
-            self._refusal = wire.decode_hello(payload).refusal
+            self._refusal = shorten(printable(wire.decode_hello(payload).refusal), LONGEST_REASON)
             return
         for reply in wire.decode_replies(payload):
             if isinstance(reply, wire.Answer):
@@ -194,7 +198,7 @@ class Asker:
             elif isinstance(reply, wire.Failed):
                 self._receive_failed(reply)
             elif isinstance(reply, wire.Announced):
-                self._owner.handle_announcement(reply.topic, reply.text)
+                self._owner.handle_announcement(reply.topic, reply.text, reply.age)
             elif isinstance(reply, wire.Alive):
                 self._probing = False
                 self._owner.handle_alive(self)
@@ -207,6 +211,8 @@ class Asker:
         future, checks = self._waiting.pop(answer.number, (None, None))
         if checks is None:
             checks = self._abandoned.pop(answer.number, ())
+        if isinstance(checks, int):
+            self._refuse(future, "checks for numbers of tunnels")
         if answer.results:
             results = list(answer.results)
             if len(results) != len(checks):
@@ -225,8 +231,8 @@ class Asker:
 
     def _receive_counted(self, counted: wire.Counted) -> None:
         future, checks = self._waiting.pop(counted.number, (None, None))
-        if checks is not None:
-            self._refuse(future, "numbers of tunnels for checks")
+        if future is not None and checks != len(counted.tunnels):
+            self._refuse(future, f"{len(counted.tunnels)} numbers of tunnels for another question")
         if future is not None and not future.done():
             future.set_result(counted.tunnels)
 
@@ -240,10 +246,11 @@ class Asker:
         future, _ = self._waiting.pop(failed.number, (None, None))
         self._abandoned.pop(failed.number, None)
         if future is not None and not future.done():
-            future.set_result(failed)
+            future.set_result(wire.Failed(failed.number, shorten(printable(failed.reason), LONGEST_REASON)))
 
     def _handle_end(self, reason: str) -> None:
         self._cancel_timers()
+        reason = shorten(printable(reason), LONGEST_REASON)
         if self._refusal:
             self._owner.handle_failure(self, "refused", self._refusal)
         else:

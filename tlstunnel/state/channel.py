@@ -6,6 +6,7 @@ Tested by tests/unit/test_state_shared.py.
 import asyncio
 import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ class Channel:
 
     `on_payload` is called with each frame's payload, and may raise `wire.WireError`. `on_end` is called once with the
     reason when the other side has closed the connection or has sent what is no frame, but not after `close`.
-    `received` and `unsent` are what another process has left. While more than `most_unsent` bytes wait for a peer that
+    `received` and `unsent` are what another process has left. Frames are handled for `turn_seconds`, the others in the
+    next turn of the loop. While more than `most_unsent` bytes wait for a peer that
     does not read, nothing is read from it; at most one side may have such a bound, or both could wait for each other.
     """
 
@@ -33,6 +35,7 @@ class Channel:
         received: bytes = b"",
         unsent: bytes = b"",
         most_unsent: float = math.inf,
+        turn_seconds: float = math.inf,
     ) -> None:
         """Raises OSError."""
         sock.setblocking(False)
@@ -43,14 +46,19 @@ class Channel:
         self._on_end = on_end
         self._unsent = deque([unsent] if unsent else ())
         self._most_unsent = most_unsent
+        self._turn_seconds = turn_seconds
         self._reading = True
+        self._continuing = False
+        """Whether frames that have arrived wait for the next turn."""
         self._stopped = False
         self._watched = 0
         # asyncio's own readers cost a Handle and a turn of its queue for each event.
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._readiness = readiness(loop)
         self._own_readiness = not isinstance(loop, TunnelLoop)
         self._watch()
+        if received:
+            self._continue_later()
 
     @property
     def closed(self) -> bool:
@@ -71,6 +79,8 @@ class Channel:
         """Continue after `stop`."""
         self._stopped = False
         self._watch()
+        if self._continuing:
+            self._loop.call_soon(self._continue)
 
     def send(self, frame: bytes) -> None:
         """Send a frame, as soon as the socket takes it. After the end, it is dropped."""
@@ -99,17 +109,43 @@ class Channel:
             data = self.sock.recv(_READ)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # it had not read everything
+            return self._end("")
         except OSError as error:
             return self._end(error.strerror or str(error))
         if not data:
             return self._end("")
+        self._handle(self.received + data if self.received else data)
+
+    def _handle(self, received: bytes) -> None:
+        """Handle the complete frames, as many as there is time for in this turn."""
+        latest = time.monotonic() + self._turn_seconds
         try:
-            payloads, self.received = wire.split(self.received + data if self.received else data)
-            for payload in payloads:
-                if self.sock.fileno() >= 0:
-                    self._on_payload(payload)
+            payloads, self.received = wire.split(received)
+            for index, payload in enumerate(payloads, 1):
+                self._on_payload(payload)
+                if self.sock.fileno() < 0:
+                    return
+                if index < len(payloads) and time.monotonic() > latest:
+                    self.received = b"".join([*map(wire.frame, payloads[index:]), self.received])
+                    return self._continue_later()
         except wire.WireError as error:
             self._end(str(error))
+        except BaseException:
+            # Otherwise it would stay open, unread, with all its leases.
+            self._end("an error of this program, see the log")
+            raise
+
+    def _continue_later(self) -> None:
+        self._continuing = True
+        self._watch()
+        self._loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        if self._continuing and not self._stopped and not self.closed:
+            self._continuing = False
+            self._handle(self.received)
+            self._watch()
 
     def close(self) -> None:
         """Close the connection, without `on_end`."""
@@ -123,7 +159,8 @@ class Channel:
 
     def _watch(self) -> None:
         """Have the loop wait for what this end waits for."""
-        events = 0 if self._stopped else (IN if self._reading else 0) | (OUT if self._unsent else 0)
+        reading = self._reading and not self._continuing
+        events = 0 if self._stopped else (IN if reading else 0) | (OUT if self._unsent else 0)
         if events != self._watched and not self.closed:
             if not events:
                 self._readiness.unregister(self.sock.fileno())
@@ -136,7 +173,7 @@ class Channel:
     def _handle_events(self, events: int) -> None:
         if self._unsent and events & ~IN:
             self._write()
-        if self._reading:
+        if self._reading and not self._continuing:
             self.read()
 
     def _write(self) -> None:

@@ -18,19 +18,21 @@ if TYPE_CHECKING:  # it needs a library that most configurations do not use
 
 _SHARED = "tlstunnel.state.shared"
 
-Listener = Callable[[str], None]
-"""Takes the text of an announcement. It must not raise."""
+Listener = Callable[[str, float], None]
+"""Takes the text of an announcement and its age in seconds. It must not raise."""
 
 
 class Counting:
     """The counters of a serving process, for as long as it runs.
 
     They are made when they are first needed. `together` is whether there is a ledger, even if it does not answer now.
-    `on_lost` is called when the connection to the ledger has ended.
+    `on_lost` is called when the connection to the ledger has ended. `on_joined` is called when the ledger begins to
+    answer, which may be another one, to which nothing was announced yet.
     """
 
     def __init__(self, metrics: Registry | None = None, on_lost: Callable[[], None] | None = None) -> None:
         self.together = False
+        self.on_joined: Callable[[], None] | None = None
         self._metrics = metrics
         self._on_lost = on_lost
         self._timeout = 0.05
@@ -49,6 +51,7 @@ class Counting:
             )
             made.on_announcement = self._receive
             made.on_lost = self._on_lost
+            made.on_joined = self._handle_joined
             self._counters = made
         return self._counters
 
@@ -82,19 +85,23 @@ class Counting:
         if self._counters is not None:
             self._counters.close()
 
-    def announce(self, topic: str, text: str) -> None:
-        """Tell all other processes, if there are any."""
+    def announce(self, topic: str, text: str, key: str = "", seconds: float = 0.0) -> None:
+        """Tell all other processes, if there are any: see `SharedCounters.announce`."""
         if self.together:
-            self.counters.announce(topic, text)
+            self.counters.announce(topic, text, key, seconds)
 
     def listen(self, topic: str, listener: Listener) -> None:
         """Give announcements of this topic to `listener`, which replaces the previous one."""
         self._listeners[topic] = listener
 
-    def _receive(self, topic: str, text: str) -> None:
+    def _handle_joined(self) -> None:
+        if self.on_joined is not None:
+            self.on_joined()
+
+    def _receive(self, topic: str, text: str, age: float) -> None:
         listener = self._listeners.get(topic)
         if listener is not None:  # otherwise it is of a later release
-            listener(text)
+            listener(text, age)
 
     def _report(self, sentence: str) -> None:
         answers = self.answering == "ledger"

@@ -62,6 +62,18 @@ class MemoryCounters:
         for key in keys:
             self._tunnels[key] = self.open_tunnels(key) + 1
 
+    def change_tunnels(self, changes: Mapping[str, int]) -> None:
+        """See `SumCounters`."""
+        tunnels = self._tunnels
+        for key, change in changes.items():
+            number = tunnels.get(key, 0) + change
+            if number > 0:
+                tunnels[key] = number
+            elif number == 0:
+                tunnels.pop(key, None)
+            else:
+                raise KeyError(key)
+
     def open_tunnels(self, key: str) -> int:
         """Return the number of open tunnels under the key."""
         return self._tunnels.get(key, 0)

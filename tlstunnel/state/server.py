@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from tlstunnel.errors import TlstunnelError
-from tlstunnel.escaping import printable
+from tlstunnel.escaping import printable, shorten
 from tlstunnel.state import wire
+from tlstunnel.state.announcements import Kept
 from tlstunnel.state.channel import Channel
-from tlstunnel.state.counters import Counters
+from tlstunnel.state.counters import SumCounters
 from tlstunnel.state.ledger import Holder, Ledger
 from tlstunnel.state.memory import MemoryCounters
 
@@ -32,6 +33,12 @@ MOST_UNSENT = 1 << 16
 
 MAX_UNSENT = 1 << 20
 """Replies beyond that are dropped. Only announcements come that far, since nothing is read meanwhile."""
+
+TURN_SECONDS = 0.002
+"""After so many seconds, what else one asker has sent waits for a turn of the others."""
+
+LONGEST_REASON = 200
+"""Characters of a reason in the log, which may quote what an asker has sent."""
 
 RATE_SECONDS = 10
 """The period of the questions per second, in whole seconds."""
@@ -54,6 +61,7 @@ class ConnectionSnapshot(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True):
     """A ledger as another process continues it. `counts` is None if the counts are not in this process.
 
+    `kept` are announcements for askers that connect later.
     The times are on CLOCK_MONOTONIC, in seconds, which all processes of a machine share.
     """
 
@@ -62,6 +70,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     connections: list[ConnectionSnapshot]
     counts: bytes | None = None
     format: int = 1
+    kept: list[Kept] = []
 
     def encode(self) -> bytes:
         """Return the snapshot as bytes."""
@@ -72,7 +81,7 @@ class Snapshot(msgspec.Struct, frozen=True):
         """Raises SnapshotError."""
         try:
             snapshot = msgspec.msgpack.decode(data, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise SnapshotError(f"the ledger's snapshot is invalid: {error}") from None
         if snapshot.format != 1:
             raise SnapshotError(f"the ledger's snapshot has format {snapshot.format}, this release reads format 1")
@@ -98,7 +107,7 @@ class LedgerServer:
     `report` is called with a sentence when a connection is closed because of what the asker has sent.
     """
 
-    def __init__(self, counters: Counters, *, report: Callable[[str], None]) -> None:
+    def __init__(self, counters: SumCounters, *, report: Callable[[str], None]) -> None:
         self._counters = counters
         self._report = report
         self._loop = asyncio.get_running_loop()
@@ -144,6 +153,7 @@ class LedgerServer:
             self._patience,
             [connection.snapshot() for connection in self._connections.values()],
             self._counters.snapshot() if isinstance(self._counters, MemoryCounters) else None,
+            kept=self._ledger.announcements.list_kept(),
         )
 
     def resume(self) -> None:
@@ -165,6 +175,7 @@ class LedgerServer:
                 self._counters.restore(snapshot.counts)
             except ValueError as error:
                 raise SnapshotError(f"the ledger's snapshot is invalid: {error}") from None
+        self._ledger.announcements.restore(snapshot.kept)
         for sock, connection in zip(socks, snapshot.connections, strict=True):
             self._open(sock, connection)
         self._ledger.resume(snapshot.paused_at, snapshot.patience)
@@ -200,7 +211,8 @@ class LedgerServer:
         self._connections.pop(connection.holder, None)
         self._ledger.close(connection.holder)
         if reason:
-            self._report(f"the ledger has closed the connection of {connection.name}: {printable(reason)}")
+            said = shorten(printable(reason), LONGEST_REASON)
+            self._report(f"the ledger has closed the connection of {connection.name}: {said}")
 
     def _start_pending(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -210,7 +222,8 @@ class LedgerServer:
     def _handle_answered(self, task: asyncio.Task[None]) -> None:
         self._pending.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._report(f"the ledger could not answer: {printable(f'{type(error).__name__}: {error}')}")
+            said = shorten(printable(f"{type(error).__name__}: {error}"), LONGEST_REASON)
+            self._report(f"the ledger could not answer: {said}")
 
 
 class _Connection:
@@ -237,6 +250,7 @@ class _Connection:
             received=snapshot.received,
             unsent=snapshot.unsent,
             most_unsent=MOST_UNSENT,
+            turn_seconds=TURN_SECONDS,
         )
         self.holder = ledger.open(self._send, snapshot.leases)
 
@@ -256,6 +270,8 @@ class _Connection:
         self._note(len(batch.messages))
         try:
             self._ledger.receive(self.holder, batch)
+        except wire.WireError:
+            raise
         except Exception as error:  # such as numbers that cannot be counted with
             raise wire.WireError(f"{type(error).__name__}: {error}") from error
 

@@ -43,8 +43,9 @@ class SharedCounters:
     Without a ledger, which is before the first `attach` and after `detach`, this process counts alone, because there is
     no other. `on_failure` says what happens when the ledger does not answer: "local" counts alone, so that N processes
     may admit N times a limit; "refuse" raises CountersUnavailable. `report` is called with a sentence whenever the
-    ledger fails and when it has recovered. `on_announcement` is called with the topic and the text of what other
-    processes announce, `on_lost` when the connection has ended by itself and another one is needed.
+    ledger fails and when it has recovered. `on_announcement` is called with the topic, the text and the age of what
+    other processes announce, `on_lost` when the connection has ended by itself and another one is needed, and
+    `on_joined` when the ledger begins to answer.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class SharedCounters:
         report: Callable[[str], None],
         metrics: Registry | None = None,
     ) -> None:
-        self.on_announcement: Callable[[str, str], None] | None = None
+        self.on_announcement: Callable[[str, str, float], None] | None = None
         self.on_lost: Callable[[], None] | None = None
+        self.on_joined: Callable[[], None] | None = None
         self.answering = MEMORY
         self._timeout = timeout
         self._refuse = on_failure == "refuse"
@@ -119,9 +121,14 @@ class SharedCounters:
         self._local.return_tunnels(keys)
         self._tell(wire.Return(list(keys)))
 
-    def announce(self, topic: str, text: str) -> None:
-        """Tell all other processes, unless the ledger cannot be reached. A topic has 64 characters, a text 4096."""
-        self._tell(wire.Announce(topic[: wire.MAX_TOPIC], text[: wire.MAX_TEXT]))
+    def announce(self, topic: str, text: str, key: str = "", seconds: float = 0.0) -> None:
+        """Tell all other processes, unless the ledger cannot be reached. A topic has 64 characters, a text 4096.
+
+        With a `key`, processes that connect within `seconds` learn of it too, unless there is another one with this
+        topic and key by then.
+        """
+        seconds = min(max(seconds, 0.0), wire.MAX_LIFE)
+        self._tell(wire.Announce(topic[: wire.MAX_TOPIC], text[: wire.MAX_TEXT], key, seconds))
 
     # The connection.
 
@@ -143,6 +150,7 @@ class SharedCounters:
         asker.declare(self._local.tunnels)
         if first and not self._local.tunnels:
             self._asked, self.answering = asker, LEDGER
+            self._handle_joined()
         elif not self._failure:
             self.answering = "local: connecting to the ledger"
 
@@ -170,6 +178,7 @@ class SharedCounters:
             if self._failure:
                 self._failure = ""
                 self._report("the ledger answers again: all processes count together")
+            self._handle_joined()
 
     def handle_failure(self, asker: Asker, kind: str, reason: str) -> None:
         """See `AskerOwner`. From now on, this process counts alone, or refuses."""
@@ -189,10 +198,14 @@ class SharedCounters:
         if asker.closed and self.on_lost is not None:
             self.on_lost()
 
-    def handle_announcement(self, topic: str, text: str) -> None:
+    def handle_announcement(self, topic: str, text: str, age: float) -> None:
         """See `AskerOwner`."""
         if self.on_announcement is not None:
-            self.on_announcement(topic, text)
+            self.on_announcement(topic, text, age)
+
+    def _handle_joined(self) -> None:
+        if self.on_joined is not None:
+            self.on_joined()
 
     def _drop_asker(self) -> None:
         asker, self._asker, self._asked = self._asker, None, None

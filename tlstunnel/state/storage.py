@@ -262,7 +262,7 @@ class BoundedStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
         """
         try:
             shards = msgspec.msgpack.decode(snapshot, type=list[tuple[dict[str, bytes], dict[str, bytes]]])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ValueError(str(error)) from None
         number = len(self._shards)
         loaded: list[tuple[dict[str, bytes], dict[str, bytes]]] = [({}, {}) for _ in self._shards]

@@ -24,13 +24,19 @@ from typing import Annotated
 
 import msgspec
 
-from tlstunnel.state.counters import LimitCheck, LimitResult
+from tlstunnel.state.counters import MAX_TUNNELS, Key, LimitCheck, LimitResult
 
 VERSION = 1
 """The version that this release's askers speak."""
 
 MAX_FRAME = 1 << 20
-"""The longest payload, in bytes. Each limit of a question takes some 60 bytes."""
+"""The longest payload, in bytes."""
+
+FULL_FRAME = 1 << 16
+"""An asker begins another frame beyond so many bytes. Each limit of a question takes some 60."""
+
+MAX_ITEMS = 4_096
+"""Messages, checks and keys in a frame of an asker: the ledger handles so many in 20 ms, and others wait meanwhile."""
 
 MAX_WAITING = 1024
 """Questions of one asker that may wait for an answer: 20 000 a second, if each takes 50 ms."""
@@ -40,6 +46,15 @@ LEASES_PER_FRAME = 4_000
 
 MAX_TOPIC, MAX_TEXT = 64, 4096
 """The longest topic and text of an announcement, in characters."""
+
+MAX_LIFE = 86_400.0
+"""The longest time, in seconds, for which the ledger keeps an announcement."""
+
+ANNOUNCEMENTS_PER_FRAME = 16
+"""How many announcements are in one frame, so that it is below `MAX_FRAME`."""
+
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
+"""What msgspec raises for a payload that is malformed."""
 
 _LENGTH = struct.Struct(">I")
 
@@ -55,7 +70,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     refusal: str = ""
 
 
-Leases = dict[str, Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]]
+Leases = dict[Key, Annotated[int, msgspec.Meta(ge=0, le=MAX_TUNNELS)]]
 """Numbers of open tunnels by their keys."""
 
 
@@ -73,13 +88,13 @@ class Count(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     """A question: `Counters.count_tunnels`. The reply is `Counted` or `Failed`, or none if it is too late."""
 
     number: int
-    keys: list[str]
+    keys: list[Key]
 
 
 class Return(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     """One tunnel under each key has ended."""
 
-    keys: list[str]
+    keys: list[Key]
 
 
 class Take(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
@@ -95,10 +110,16 @@ class Declare(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
 
 
 class Announce(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
-    """A text for all other askers."""
+    """A text for all other askers.
+
+    With a `key`, it replaces what was announced with this topic and key, and askers that connect within `seconds` learn
+    of it too.
+    """
 
     topic: Annotated[str, msgspec.Meta(max_length=MAX_TOPIC)]
     text: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+    key: Key = ""
+    seconds: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_LIFE)] = 0.0
 
 
 class Probe(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
@@ -144,10 +165,11 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
 
 
 class Announced(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
-    """A text that another asker announced."""
+    """A text that another asker announced `age` seconds ago."""
 
     topic: str
     text: str
+    age: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_LIFE)] = 0.0
 
 
 class Pausing(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
@@ -201,14 +223,14 @@ def decode_hello(payload: bytes) -> Hello:
     """Raises WireError."""
     try:
         return _decode_hello(payload)
-    except msgspec.DecodeError as error:
+    except _MALFORMED as error:
         raise WireError(f"not a hello: {error}") from None
 
 
 def encode_batch(batch: Batch) -> list[bytes]:
     """Return the frame of an asker's messages, or several if one would be too long."""
     payload = _encode(batch)
-    if len(payload) <= MAX_FRAME or len(batch.messages) == 1:
+    if len(payload) <= FULL_FRAME or len(batch.messages) == 1:
         return [frame(payload)]
     middle = len(batch.messages) // 2
     halves = batch.messages[:middle], batch.messages[middle:]
@@ -219,7 +241,7 @@ def decode_replies(payload: bytes) -> list[LedgerMessage]:
     """Return the messages in a frame of the ledger. Raises WireError."""
     try:
         return _decode_replies(payload)
-    except msgspec.DecodeError as error:
+    except _MALFORMED as error:
         raise WireError(f"not replies: {error}") from None
 
 
@@ -230,7 +252,7 @@ class Dialect:
         """Return the messages in a frame of an asker. Raises WireError."""
         try:
             return _decode_batch(payload)
-        except msgspec.DecodeError as error:
+        except _MALFORMED as error:
             raise WireError(f"not a batch: {error}") from None
 
     def encode_replies(self, replies: Sequence[LedgerMessage]) -> bytes:

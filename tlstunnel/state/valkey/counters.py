@@ -163,6 +163,18 @@ class ValkeyCounters:
             self._tunnels[key] = self._tunnels.get(key, 0) + 1
             self._change(key, 1)
 
+    def change_tunnels(self, changes: Mapping[str, int]) -> None:
+        """See `SumCounters`."""
+        for key, change in changes.items():
+            number = self._tunnels.get(key, 0) + change
+            if number < 0:
+                raise KeyError(key)
+            if number:
+                self._tunnels[key] = number
+            else:
+                self._tunnels.pop(key, None)
+            self._change(key, change)
+
     async def count_tunnels(self, keys: Sequence[str]) -> list[int]:
         """See `Counters.count_tunnels`."""
         parts = [keys[at : at + KEYS_AT_ONCE] for at in range(0, len(keys), KEYS_AT_ONCE)]
