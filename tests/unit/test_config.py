@@ -37,7 +37,9 @@ from tlstunnel.config import (
     decode,
     load,
 )
+from tlstunnel.config.plans import PlanConfig, Plans
 from tlstunnel.config.tables import Table
+from tlstunnel.config.usage import Abuse, Busy, Disproportion, Keep, Notices, RepeatedUse, SustainedUse, Usage
 from tlstunnel.errors import ConfigurationError
 
 FOLDER = Path("/etc/tlstunnel")
@@ -764,6 +766,7 @@ def toml(value: object) -> str:
 
 TABLES: tuple[type[msgspec.Struct], ...] = (
     *(Config, Timeouts, Limits, Release, Log, State, SiteConfig),
+    *(PlanConfig, Usage, Keep, RepeatedUse, SustainedUse, Disproportion, Busy, Abuse, Notices),
     *(RuleConfig, RateLimitConfig, ManagedRules, SiteManagedRules),
 )
 KEYS = [name for table in TABLES for name in table.__struct_fields__]
@@ -801,6 +804,8 @@ fields: dict[str, st.SearchStrategy[Any]] = {
     ),
     "log": st.dictionaries(st.sampled_from(Log.__struct_fields__), values),
     "state": st.dictionaries(st.sampled_from(State.__struct_fields__), values),
+    "plans": st.dictionaries(keys, st.one_of(st.dictionaries(st.sampled_from(PlanConfig.__struct_fields__), values))),
+    "usage": st.dictionaries(st.sampled_from(Usage.__struct_fields__), values),
     "lists": st.dictionaries(keys, values, max_size=3),
     "rules": st.lists(st.dictionaries(st.sampled_from(RuleConfig.__struct_fields__), values), max_size=2),
     "rate_limits": st.lists(st.dictionaries(st.sampled_from(RateLimitConfig.__struct_fields__), values), max_size=2),
@@ -861,7 +866,7 @@ def documented(heading: str) -> dict[str, tuple[str, str]]:
 def written(value: object) -> str:
     """Render a default as the documentation does."""
     match value:
-        case msgspec.Struct():
+        case msgspec.Struct() | Plans():
             return ""
         case None:
             return "none"
@@ -882,6 +887,15 @@ def written(value: object) -> str:
         ("`[release]`", Release),
         ("`[log]`", Log),
         ("`[state]`", State),
+        ("`[plans.NAME]`", PlanConfig),
+        ("`[usage]`", Usage),
+        ("`[usage.keep]`", Keep),
+        ("`[usage.repeated]`", RepeatedUse),
+        ("`[usage.sustained]`", SustainedUse),
+        ("`[usage.disproportionate]`", Disproportion),
+        ("`[usage.busy]`", Busy),
+        ("`[usage.abuse]`", Abuse),
+        ("`[usage.notices]`", Notices),
         ("`[[sites]]`", SiteConfig),
         ("`[[rules]]`", RuleConfig),
         ("`[[rate_limits]]`", RateLimitConfig),
@@ -915,4 +929,4 @@ def test_the_example_of_the_documentation_works() -> None:
     config = decoded(example)
     assert len(config.sites) == 2
     for key in KEYS:
-        assert re.search(rf"^(?:\[+(?:sites\.)?{key}\]+$|{key} = )", example, re.MULTILINE), key
+        assert re.search(rf"^(?:\[+(?:(?:sites|usage)\.)?{key}(?:\.\w+)?\]+$|{key} = )", example, re.MULTILINE), key

@@ -22,6 +22,7 @@ class Duration(float):
     __slots__ = ()
     expected: ClassVar[str] = 'a duration such as "10s"'
     may_be_zero: ClassVar[bool] = True
+    longest: ClassVar[float] = _LONGEST
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -30,8 +31,9 @@ class Duration(float):
         if not match:
             raise ValueError(f"expected {cls.expected}, got {quoted(text)}")
         seconds = float(match[1]) * _UNITS[match[2]]
-        if seconds > _LONGEST:
-            raise ValueError(f"expected {cls.expected}, of at most 366 days, got {quoted(text)}")
+        if seconds > cls.longest:
+            most = round(cls.longest / _UNITS["d"])
+            raise ValueError(f"expected {cls.expected}, of at most {most} days, got {quoted(text)}")
         if not seconds and not cls.may_be_zero:
             raise ValueError(f"expected {cls.expected}, longer than zero, got {quoted(text)}")
         return cls(seconds)

@@ -22,9 +22,11 @@ from tlstunnel.config.firewall import (
     find_unknown_lists,
 )
 from tlstunnel.config.kinds import UNREADABLE, Array, Integer, Kind, Reading, Schema, Text
+from tlstunnel.config.plans import BUILT_IN, Plans, describe_unknown
 from tlstunnel.config.site import SiteConfig
 from tlstunnel.config.state import State
 from tlstunnel.config.tables import Findings, Table, UnreadableError
+from tlstunnel.config.usage import Usage
 
 
 class _NetworksKind(Kind):
@@ -102,6 +104,8 @@ class Config(Table, frozen=True):
     release: Release = Release()
     log: Log = Log()
     state: State = State()
+    plans: Plans = Plans(BUILT_IN)
+    usage: Usage = Usage()
     lists: Lists = Lists()
     allow_addresses: tuple[AddressEntry, ...] = ()
     block_addresses: tuple[AddressEntry, ...] = ()
@@ -164,6 +168,12 @@ class Config(Table, frozen=True):
                         f'sites[{owners[name]}] already has the name "{name}"{hint}',
                     )
                 owners[name] = number
+
+    def check_plans(self) -> Findings:
+        """The plans of sites are there."""
+        for number, plan in _read_all("plan", self.sites):
+            if plan is not None and plan not in self.plans:
+                yield ("sites", number, "plan"), describe_unknown(plan, self.plans)
 
     def check_default(self) -> Findings:
         """One site at most is the default."""

@@ -32,6 +32,7 @@ from tlstunnel.config.origins import (
     check_duplicates,
     check_pool,
 )
+from tlstunnel.config.plans import Contact, Guideline, PlanName
 from tlstunnel.config.tables import Findings, Table
 
 _WEB_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*?)(?::([0-9]{1,5}))?", re.DOTALL)
@@ -134,6 +135,9 @@ class SiteConfig(Table, frozen=True):
     worker_origins: tuple[WorkerOrigin, ...] = ()
     worker_timeout: Timeout = Timeout(1)
     worker_on_error: Literal["refuse", "forward"] = "refuse"
+    plan: PlanName | None = None
+    guideline: Guideline | None = None
+    contact: Contact | None = None
 
     @property
     def pairs(self) -> tuple[CertificateConfig, ...]:
