@@ -67,6 +67,7 @@ def test_the_summary(tmp_path: Path) -> None:
         'listen = ["127.0.0.1:8443", "[::1]:8443"]\ntimeouts.idle = "15m"\n'
         f'{SITE}names = ["chat.example", "*.chat.example"]\ndefault = true\ncert = "chat.pem"\nkey = "chat-key.pem"\n'
         f'web_origins = ["same"]\n{SITE}names = ["b.example"]\nweb_origins = []\n'
+        'plan = "pro"\ncontact = "mailto:ops@b.example"\n'
     )
     result = check(str(file))
     assert result.exit_code == 0
@@ -74,6 +75,11 @@ def test_the_summary(tmp_path: Path) -> None:
         "listen    127.0.0.1:8443, [::1]:8443",
         f"site      chat.example, *.chat.example (default) -> localhost:3000, certificate {tmp_path}/chat.pem",
         "site      b.example -> localhost:3000",
+        "plan      chat.example: no plan: its usage is measured, and nothing else",
+        (
+            "plan      b.example: Pro, for 1000 concurrent tunnels, and nothing is cut off above that; the next plan is"
+            " Business; notices to mailto:ops@b.example"
+        ),
         "limit     unfinished handshakes: 4096, per process",
         (
             "timeouts  tls_handshake 10s, request 10s, origin_connect 5s, origin_response 30s, idle 15m, close 30s,"

@@ -15,6 +15,7 @@ from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
 from tlstunnel.config.rendering import render_schema, render_toml
 from tlstunnel.config.together import list_pools
+from tlstunnel.plans.guidelines import describe_plan, find_plans
 
 if TYPE_CHECKING:
     from tlstunnel.serving.loading import LoadedConfig
@@ -65,7 +66,7 @@ async def _try_helpers(loaded: "LoadedConfig") -> None:
 def show(file: Path) -> None:
     """Print FILE as TOML with every key and its value, defaults included.
 
-    Paths are absolute. Fields for origins whose names look like secrets are hidden.
+    Paths are absolute. Fields for origins whose names look like secrets are hidden, and so are secrets in URLs.
     """
     for line in render_toml(load(file)):
         click.echo(line)
@@ -84,6 +85,8 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"listen    {', '.join(map(str, config.listen)) or 'chosen by start'}"
     for site in config.sites:
         yield f"site      {_render_site(site)}"
+    for plan in find_plans(config).values():
+        yield f"plan      {plan.site}: {describe_plan(plan)}"
     if not config.sites:
         yield "site      none: start chooses the origin"
     yield from _render_limits(config)

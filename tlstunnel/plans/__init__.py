@@ -1,4 +1,5 @@
 """Plans: guidelines for concurrent tunnels, where each site stands, and the notices about it. Nobody is cut off.
 
-`values` is what the modules share. `guidelines`, `standing` and `abuse` assess sites and do no I/O.
+`values` is what the modules share. `guidelines` says what a site's plan is, `standing` where the site stands, `abuse`
+and `addresses` whether it is being flooded, `sentences` why. None of these does I/O.
 """
