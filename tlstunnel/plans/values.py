@@ -60,8 +60,10 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Open tunnels in the last sample."""
     peak: int = 0
     """The most tunnels that were open at once in the hours looked at, or now."""
+    latest_peak: int = 0
+    """The most in the last 24 of these hours, or now."""
     p95: float | None = None
-    """The highest 95th percentile of a day in these hours: only 72 minutes of that day were above it."""
+    """The highest 95th percentile of a day in the last week: only 72 minutes of that day were above it."""
     hours: int = 0
     """Hours looked at."""
     hours_measured: int = 0
@@ -70,6 +72,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Those in which the site was over its guideline."""
     days_over: int = 0
     """Days with at least one such hour."""
+    days_sustained: int = 0
+    """Days of the last week on which it was over its guideline for many hours."""
     resource: Resource | None = None
     """What the share is of: where the site is furthest above the share that its plan suggests."""
     share: float | None = None
@@ -106,6 +110,8 @@ class Assessment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     next_label: str = ""
     """That plan as people read it."""
     standing: Standing = Standing.WITHIN
+    holds: tuple[Standing, ...] = ()
+    """All standings that apply at once. `standing` is the last of them, which weighs most."""
     since: float
     """When this standing began."""
     figures: Figures = Figures()
