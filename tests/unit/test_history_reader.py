@@ -99,6 +99,8 @@ def test_everything_that_is_kept_is_small_and_quickly_read(tmp_path: Path, sites
             "all sites, 30 minutes": lambda: reader.read_totals(MINUTES, now - 1800, now),
             "all sites, a day": lambda: reader.read_totals(HOURS, now - day, now),
             "all sites, a month": lambda: reader.read_totals(DAYS, now - 30 * day, now),
+            "levels of all sites, a week": lambda: reader.read_levels(DAYS, now - 7 * day, now),
+            "levels of all sites, 24 hours": lambda: reader.read_levels(HOURS, now - day, now),
             "one site, percentile of a day": lambda: reader.read_percentile(site, now - day, now),
         }
         assert len(reader.read_usage(site, MINUTES, now - day, now)) == DAY
@@ -113,6 +115,12 @@ def test_everything_that_is_kept_is_small_and_quickly_read(tmp_path: Path, sites
 def test_without_a_file(tmp_path: Path) -> None:
     with HistoryReader(tmp_path) as reader, pytest.raises(StateError, match=r"history\.db: no history yet"):
         reader.read_sites()
+
+
+def test_a_file_without_a_row(tmp_path: Path) -> None:
+    with opened(tmp_path), HistoryReader(tmp_path) as reader:
+        assert reader.read_begin(DAYS) is None
+        assert reader.read_levels(DAYS, 0, 2 * DAY * MINUTE).sites == {}
 
 
 def test_a_reader_waits_for_the_file(tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ def test_every_resolution_has_the_sums_of_the_minutes(given_minutes: list[Minute
                             add_counts(old.counts, row.counts),
                         )
                 seconds = resolution.length * MINUTE
+                since, until = (START - DAY) * MINUTE, (START + 2 * DAY) * MINUTE
+                if resolution is MINUTES:
+                    since, until = (START - HOUR) * MINUTE, (START + DAY + HOUR + 1) * MINUTE
                 for site, begins in sites.items():
-                    since, until = (START - DAY) * MINUTE, (START + 2 * DAY) * MINUTE
-                    if resolution is MINUTES:
-                        since, until = (START - HOUR) * MINUTE, (START + DAY + HOUR + 1) * MINUTE
                     for usage in reader.read_usage(site, resolution, since, until):
                         sums = expected[site, usage.time // seconds]
                         existed = usage.time // seconds >= begins // seconds or not sums.idle
@@ -107,6 +107,13 @@ def test_every_resolution_has_the_sums_of_the_minutes(given_minutes: list[Minute
                         assert usage.is_gap == (samples == 0)
                         if usage.level is not None:
                             assert (usage.level.peak, usage.level.mean) == (sums.peak, sums.tunnels / samples)
+                levels = reader.read_levels(resolution, since, until)
+                assert levels.seconds == seconds
+                for site in sites:
+                    found = reader.read_usage(site, resolution, since, until)
+                    assert levels.times == tuple(usage.time for usage in found)
+                    assert levels.sites[site] == tuple(usage.level for usage in found)
+                assert reader.read_begin(resolution) == (min(measured) * seconds if given_minutes else None)
                 whole = reader.read_totals(resolution, -1e12, 1e12)
                 for site in sites:
                     parts = [sums for (name, _), sums in expected.items() if name == site]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.errors import StateError
-from tlstunnel.state.folder import find_state_folder
+from tlstunnel.state.folder import find_state_folder, locate_state_folder
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,11 @@ def test_the_default_comes_from_the_environment(tmp_path: Path, environ: dict[st
 
 def test_a_configured_folder_is_used_whatever_the_environment_says(tmp_path: Path) -> None:
     assert find_state_folder(tmp_path / "own", {"STATE_DIRECTORY": str(tmp_path / "a")}) == tmp_path / "own"
+    assert not (tmp_path / "a").exists()
+
+
+def test_whoever_only_looks_makes_no_folder(tmp_path: Path) -> None:
+    assert locate_state_folder(None, {"STATE_DIRECTORY": str(tmp_path / "a")}) == tmp_path / "a"
     assert not (tmp_path / "a").exists()
 
 

@@ -12,14 +12,11 @@ FOLDER_MODE = 0o700
 
 
 def find_state_folder(configured: Path | None, environ: Mapping[str, str]) -> Path:
-    """Return the state folder, which is created if it does not exist: `configured`, or else the default.
+    """Return the state folder, which is created if it does not exist: that of `locate_state_folder`.
 
-    The default is $STATE_DIRECTORY, which systemd sets for a unit with `StateDirectory`: the first, if there are
-    several, separated by colons (systemd.exec(5)). Without it $XDG_STATE_HOME/tlstunnel, or ~/.local/state/tlstunnel;
-    the XDG Base Directory Specification says to ignore a relative $XDG_STATE_HOME. Raises StateError if the folder
-    cannot be created or written.
+    Raises StateError if the folder cannot be created or written.
     """
-    folder = configured or _find_default(environ)
+    folder = locate_state_folder(configured, environ)
     try:
         folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
     except FileExistsError:
@@ -32,7 +29,15 @@ def find_state_folder(configured: Path | None, environ: Mapping[str, str]) -> Pa
     return folder
 
 
-def _find_default(environ: Mapping[str, str]) -> Path:
+def locate_state_folder(configured: Path | None, environ: Mapping[str, str]) -> Path:
+    """Return where the state folder is, without looking: `configured`, or else the default.
+
+    The default is $STATE_DIRECTORY, which systemd sets for a unit with `StateDirectory`: the first, if there are
+    several, separated by colons (systemd.exec(5)). Without it $XDG_STATE_HOME/tlstunnel, or ~/.local/state/tlstunnel;
+    the XDG Base Directory Specification says to ignore a relative $XDG_STATE_HOME. Raises StateError if none is set.
+    """
+    if configured is not None:
+        return configured
     if given := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(given)
     session = Path(environ.get("XDG_STATE_HOME", ""))

@@ -56,6 +56,14 @@ class Usage(msgspec.Struct, frozen=True):
         return self.level is None
 
 
+class Levels(msgspec.Struct, frozen=True):
+    """The levels of all sites, at the same times, each of which is `seconds` long. None is a gap."""
+
+    times: tuple[int, ...]
+    seconds: int
+    sites: dict[str, tuple[Level | None, ...]]
+
+
 _COUNTS = ", ".join(f"row.{name}" for name in Counts._fields)
 _SUMS = ", ".join(f"sum(row.{name})" for name in Counts._fields)
 
@@ -145,6 +153,42 @@ class HistoryReader:
                 level = Level(peak, tunnels / sampled) if sampled else None
                 found[name] = Usage(begins, seconds, sampled, level, Counts(*counts))
         return found
+
+    def read_levels(self, resolution: Resolution, since: float, until: float) -> Levels:
+        """Return the levels of all sites in this time, for each minute, hour or day that begins in it."""
+        times = _find_times(resolution, since, until)
+        table = resolution.table
+        p95 = "p95" if resolution is DAYS else "NULL"
+        with self._reading() as connection:
+            sites = connection.execute("SELECT id, name, since FROM sites ORDER BY name").fetchall()
+            measured = connection.execute(
+                f"SELECT time, samples FROM {table} WHERE time >= ? AND time < ?",  # noqa: S608 - names of ours
+                (times.start, times.stop),
+            ).fetchall()
+            rows = connection.execute(
+                f"SELECT key, peak, tunnels, {p95} FROM site_{table} WHERE key >= ? AND key < ?",  # noqa: S608
+                (times.start * MAX_SITES, times.stop * MAX_SITES),
+            ).fetchall()
+        samples = dict(measured)
+        idle = Level(0, 0.0, 0.0 if resolution is DAYS else None)
+        everywhere: list[Level | None] = [idle if time in samples else None for time in times]
+        found: dict[int, list[Level | None]] = {}
+        for number, _, minute in sites:
+            first = min(max(minute // resolution.length - times.start, 0), len(times))
+            found[number] = [*[None] * first, *everywhere[first:]]
+        for key, peak, tunnels, percentile in rows:
+            time, number = divmod(key, MAX_SITES)
+            found[number][time - times.start] = Level(peak, tunnels / samples[time], percentile)
+        seconds = resolution.length * MINUTE
+        return Levels(
+            tuple(time * seconds for time in times), seconds, {name: tuple(found[number]) for number, name, _ in sites}
+        )
+
+    def read_begin(self, resolution: Resolution) -> int | None:
+        """Return when the first minute, hour or day that is kept began; None if there is none."""
+        with self._reading() as connection:
+            row = connection.execute(f"SELECT min(time) FROM {resolution.table}").fetchone()  # noqa: S608 - names of ours
+        return None if row[0] is None else row[0] * resolution.length * MINUTE
 
     def read_percentile(self, site: str, since: float, until: float, percent: int = 95) -> float | None:
         """Return this percentile of the means of a site's minutes: the nearest rank. None if there is no minute."""
