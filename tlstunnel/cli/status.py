@@ -4,6 +4,7 @@ Tested by tests/promises/test_processes.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,25 @@ def _render_counting(ledger: Mapping[str, Any] | None, processes: Sequence[Mappi
             f"ledger: counts in {ledger['answering']}, {ledger['questions_per_second']:g} questions per second,"
             f" {ledger['connections']} connections, {ledger['keys']} keys, {ledger['leases']} leases"
         )
+        yield from _render_history(ledger.get("history"))
     for one in processes:
         if one.get("counting", "").startswith("local"):
             yield f"process {one['process']} counts alone: {one['counting'].removeprefix('local: ')}"
+
+
+def _render_history(history: Mapping[str, Any] | None) -> Iterator[str]:
+    """Return where the history is, and how far it is written."""
+    if history is None:
+        return
+    if not history["path"]:
+        yield f"history: none: {history['problem']}"
+        return
+    last = history["last"]
+    until = "empty" if last is None else f"until {datetime.fromtimestamp(last + 60, UTC):%Y-%m-%d %H:%M} UTC"
+    lost = f", {history['lost']} minutes lost" if history["lost"] else ""
+    yield f"history: {history['path']}, {_render_size(history['bytes'])}, {until}{lost}"
+    if history["problem"]:
+        yield f"history: not written, {history['waiting']} minutes wait: {history['problem']}"
 
 
 def _render_totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:

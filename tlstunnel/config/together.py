@@ -1,9 +1,9 @@
-"""What several processes and machines count together: where the file has limits, and where origins are compared.
+"""What several processes and machines count together, and whether its history is kept.
 
 Tested by tests/unit/test_config_together.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tlstunnel.config.document import KeyPath
 from tlstunnel.config.origins import RouteConfig
@@ -32,6 +32,11 @@ def list_limits(config: Config) -> Iterator[KeyPath]:
         for index, origin in enumerate(table.origins):
             if origin.max_tunnels is not None:
                 yield (*place, "origins", index, "max_tunnels")
+
+
+def keeps_history(config: Config, environ: Mapping[str, str]) -> bool:
+    """Return whether usage is kept over time: there is a folder for it, from the file or from systemd."""
+    return config.state.dir is not None or bool(environ.get("STATE_DIRECTORY"))
 
 
 def counts_together(config: Config) -> bool:

@@ -101,6 +101,8 @@ class Event(Word):
 
     # The history
     HISTORY_OPENED = "history opened"
+    HISTORY_NOT_OPENED = "history not opened"
+    HISTORY_NOT_CLOSED = "history not closed in time"
     HISTORY_NOT_WRITTEN = "history not written"
     HISTORY_MINUTES_LOST = "history minutes lost"
     HISTORY_WRITTEN_AGAIN = "history written again"

@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from tlstunnel.escaping import printable
-from tlstunnel.journal.events import Event, Reason, fixed_reason
+from tlstunnel.journal.events import Decision, Event, Reason, fixed_reason
+from tlstunnel.journal.kinds import find_kind
 from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import OTHER, Registry
 
+SWITCHING_PROTOCOLS = 101
+
 SAMPLE_SECONDS = 10.0
 """Of what is sampled, at most one line for each event and reason is logged in this time."""
+
+SHORT_SECONDS = 1.0
+"""A tunnel is short if it ends within this time of its connection."""
 
 _ORDINARY = frozenset({Reason.HELLO_CLIENT_CLOSED, Reason.PROXY_CLIENT_CLOSED})
 """Failures that are logged at level info: health checks by TCP and port scans, which need no one's attention."""
@@ -48,7 +54,9 @@ class Journal:
         self._samples: dict[tuple[Event, str], _Sample] = {}
         self._connections = metrics[families.CONNECTIONS]
         self._tunnels = metrics[families.TUNNELS_OPENED]
+        self._short = metrics[families.SHORT_TUNNELS]
         self._bytes = metrics[families.BYTES]
+        self._usage = metrics.usage
         self._failed = metrics[families.TLS_HANDSHAKES_FAILED]
         self._not_accepted = metrics[families.CONNECTIONS_NOT_ACCEPTED]
         self._pauses = metrics[families.ACCEPT_PAUSES]
@@ -56,6 +64,7 @@ class Journal:
     def opened(self, record: Record) -> None:
         """Count a tunnel that begins, and log it if the configuration says so."""
         self._tunnels.add(record.site)
+        self._usage.change(record.site).handshakes += 1
         if self._opened:
             self._log.info(Event.OPENED, **record.facts())
 
@@ -66,10 +75,20 @@ class Journal:
             self._bytes.increase(up, record.site, "up")
         if down:
             self._bytes.increase(down, record.site, "down")
+        seconds = time.monotonic() - record.started
+        usage = self._usage.change(record.site)
+        if record.status == SWITCHING_PROTOCOLS and record.verdict == Decision.PASS:
+            usage.bytes_up += up
+            usage.bytes_down += down
+            if seconds < SHORT_SECONDS:
+                usage.short += 1
+                self._short.add(record.site)
+        elif kind := find_kind(record):
+            setattr(usage, kind, getattr(usage, kind) + 1)
         record.up, record.down = up, down
         facts = record.facts()
         facts["up"], facts["down"] = up, down
-        facts["seconds"] = round(time.monotonic() - record.started, 3)
+        facts["seconds"] = round(seconds, 3)
         facts["ended_by"], facts["reason"] = record.ended_by, record.reason
         write_info(self._log, Event.CONNECTION, facts)
         for listener in self.listeners:
@@ -81,6 +100,7 @@ class Journal:
         Anyone who can connect can do that thousands of times a second, which must not fill the log.
         """
         self._failed.add(fixed_reason(reason) or OTHER)
+        self._usage.change(record.site).unfinished += 1
         facts = {"sni": record.sni} if record.sni else {}
         if record.peer != record.client:
             facts["peer"] = record.peer

@@ -86,6 +86,9 @@ CONNECTIONS = _counter(
     text="Connections with a complete TLS handshake, counted when they end: one for each connection record.",
 )
 TUNNELS_OPENED = _counter("tlstunnel_tunnels_opened_total", "site", text="WebSocket handshakes that opened a tunnel.")
+SHORT_TUNNELS = _counter(
+    "tlstunnel_short_tunnels_total", "site", text="Tunnels that ended within a second of their connection."
+)
 BYTES = _counter(
     "tlstunnel_bytes_total",
     "site",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from tlstunnel.metrics.families import FAMILIES, SUM, Family
 from tlstunnel.metrics.snapshot import Labels, Snapshot
+from tlstunnel.metrics.usage import Usage
 
 MOST_SERIES = 5_000
 """Combinations of labels that one counter keeps. Sites and rules come and go with reloads, for as long as it runs."""
@@ -79,11 +80,15 @@ class Histogram:
 
 
 class Registry:
-    """The counters of a process. `on_change` is called at the first change after a snapshot."""
+    """The counters of a process, and the `usage` of its sites.
+
+    `on_change` is called at the first change after a snapshot.
+    """
 
     def __init__(self) -> None:
         self.changed = False
         self.on_change: Callable[[], None] | None = None
+        self.usage = Usage()
         self._counts: dict[str, Counts] = {
             family.name: Counts(self, family) for family in FAMILIES.values() if family.kind != "gauge"
         }

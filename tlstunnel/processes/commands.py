@@ -20,7 +20,7 @@ from tlstunnel.errors import ControlError
 from tlstunnel.processes.children import Child, measure_pss
 from tlstunnel.processes.control import Handler
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.messages import LedgerLoad, Load
+from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
 
@@ -64,10 +64,26 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     counting: str = ""
 
 
+class HistoryStatus(msgspec.Struct, frozen=True):
+    """The history, in a file of so many `bytes`. `problem` is why nothing is written at the moment, or "".
+
+    `last` is when its last minute began, in Unix time; None if it has none. `waiting` minutes are not written yet, and
+    `lost` ones, since the ledger began, never will be.
+    """
+
+    path: str
+    problem: str
+    bytes: int
+    last: int | None
+    waiting: int
+    lost: int
+
+
 class LedgerStatus(msgspec.Struct, frozen=True):
     """The ledger, which counts for the serving processes. `seconds` is its age.
 
-    `answering` is what has the counts, such as "memory". The last five are None if it does not respond.
+    `answering` is what has the counts, such as "memory". The last six are None if it does not respond, and `history` is
+    None too if it keeps none.
     """
 
     process: int
@@ -81,6 +97,7 @@ class LedgerStatus(msgspec.Struct, frozen=True):
     questions_per_second: float | None
     keys: int | None
     leases: int | None
+    history: HistoryStatus | None = None
 
 
 class StatusResult(msgspec.Struct, frozen=True):
@@ -226,7 +243,12 @@ def _describe_ledger(ledger: Child, load: LedgerLoad | None, now: float) -> Ledg
         questions_per_second=round(load.questions, 1) if load is not None else None,
         keys=load.keys if load is not None else None,
         leases=load.leases if load is not None else None,
+        history=_describe_history(load.history) if load is not None and load.history is not None else None,
     )
+
+
+def _describe_history(load: HistoryLoad) -> HistoryStatus:
+    return HistoryStatus(load.path, load.problem, load.bytes, load.last, load.waiting, load.lost)
 
 
 def _parse(request: Mapping[str, Any], command: type[CommandT]) -> CommandT:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,16 +19,18 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
-from tlstunnel.config.together import counts_together
+from tlstunnel.config.together import counts_together, keeps_history
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
+from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
 from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, Serve
 from tlstunnel.processes.slots import Slots
+from tlstunnel.processes.totals import SiteTotals, TotalsHandover
 from tlstunnel.processes.watch import WatchTimes
 from tlstunnel.processes.wiring import Wiring
 from tlstunnel.supervisor import describe_exit, start_with_retries
@@ -37,9 +40,6 @@ RESTARTS = Backoff(first=0.5, longest=30.0)
 
 QUICK_SECONDS = 10.0
 """A child that exits within this time of its start has exited early."""
-
-LEDGER_KEYS = ("url", "password_file", "prefix", "dir")
-"""The keys of ``[state]`` that the ledger uses, besides ``timeout`` if there is a ``url``."""
 
 KILL_SECONDS = 10.0
 """How long a child may take to exit after the time that it was given to drain; then it is killed."""
@@ -63,16 +63,18 @@ class Fleet:
 
     `startup` is what new children are started with. `generation` counts the programs that the parent has run, from 1.
     `ending` is the reason for a shutdown, during which no child is started; empty otherwise. `totals` are the metrics
-    of all children, including those that have exited.
+    of all children, including those that have exited, and `usage` is what sites have used of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an upgrade hands over
         self,
         startup: Startup,
         slots: Slots,
         options: Options,
         generation: int,
+        *,
         totals: Totals | None = None,
+        usage: TotalsHandover | None = None,
     ) -> None:
         self.startup = startup
         self.generation = generation
@@ -80,6 +82,8 @@ class Fleet:
         self._slots = slots
         self._options = options
         self.totals = Totals() if totals is None else totals
+        self.usage = SiteTotals(usage)
+        self.feed = Feed(self.usage, lambda: self.wiring.ledger if self._keeps_history() else None)
         self._notifications: ChildNotifications = {Measured: self._take_metrics, LedgerLost: self._reconnect}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
@@ -90,6 +94,7 @@ class Fleet:
         self._may_start = asyncio.Event()
         self._may_start.set()
         self._started = generation > 1
+        self.usage.configure(_list_sites(startup.config))
         self._log = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Child]:
@@ -114,15 +119,18 @@ class Fleet:
         return [child for child in self if child.identity.role is Role.SERVING]
 
     def _needs_ledger(self) -> bool:
-        """Return whether several processes or machines count together.
+        """Return whether several processes or machines count together, or a history is kept.
 
         A ledger that runs is kept until there is one process left: those that drain have tunnels that count.
         """
-        if self.config.state.url is not None:
+        if self.config.state.url is not None or self._keeps_history():
             return True
         if self.wiring.ledger is not None and len(self.serving()) > 1:
             return counts_together(self.config)
         return self.count() > 1 and counts_together(self.config)
+
+    def _keeps_history(self) -> bool:
+        return keeps_history(self.config, os.environ)
 
     def accepting(self) -> list[Child]:
         """Return the children that accept connections, by place."""
@@ -170,11 +178,13 @@ class Fleet:
         """Start new children with this configuration. The children in `current` have it already."""
         for child in self:
             child.outdated = child not in current
-        before, ledger = self.config.state, self.wiring.ledger
+        before, ledger = _list_ledger_settings(self.config), self.wiring.ledger
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
-        keys = LEDGER_KEYS if config.state.url is None else (*LEDGER_KEYS, "timeout")
-        if ledger is not None and any(getattr(before, key) != getattr(config.state, key) for key in keys):
+        self.usage.configure(_list_sites(config))
+        self.usage.forget_idle()
+        self.feed.send_whole()
+        if ledger is not None and before != _list_ledger_settings(config):
             ledger.leaving.set()  # another one takes over from it
 
     async def pause_starts(self) -> None:
@@ -286,6 +296,7 @@ class Fleet:
     def _remove(self, child: Child, _: "asyncio.Future[int | None]") -> None:
         del self._children[child.pid]
         self.totals.ended(child.pid)
+        self.usage.ended(child.pid)
         if child.identity.role is not Role.SERVING:
             return
         generation = child.identity.generation
@@ -306,8 +317,10 @@ class Fleet:
         )
 
     async def watch(self) -> None:
-        """Watch the children, until cancelled."""
-        await self._guard.run()
+        """Watch the children, and send the ledger what they report, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._guard.run())
+            group.create_task(self.feed.run())
 
     async def _try_to_watch(self, child: Child) -> None:
         with contextlib.suppress(ProcessError):
@@ -364,6 +377,8 @@ class Fleet:
 
     def _take_metrics(self, child: Child, measured: Measured) -> None:
         self.totals.update(child.pid, measured.metrics)
+        if child.identity.role is Role.SERVING:
+            self.usage.update(child.pid, measured.sites, measured.cpu)
 
     async def loads(self) -> list[tuple[Child, Load | None]]:
         """Return the load of each serving child, None if it does not respond, and bring `totals` up to date."""
@@ -429,6 +444,7 @@ class Fleet:
         for keeper in self._keepers.values():
             keeper.cancel()
         await self._stop(self.serving())
+        self.feed.send()  # what they have sent at their end
         await self._stop(list(self))  # the ledger, which counts until the others have exited
         for task in self._background:
             task.cancel()
@@ -450,3 +466,14 @@ class Fleet:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _list_sites(config: Config) -> list[str]:
+    return [site.names[0] for site in config.sites]
+
+
+def _list_ledger_settings(config: Config) -> tuple[object, ...]:
+    """Return everything that the ledger uses of the configuration."""
+    state = config.state
+    timeout = state.timeout if state.url is not None else None
+    return state.url, state.password_file, state.prefix, state.dir, timeout, keeps_history(config, os.environ)

@@ -28,6 +28,7 @@ from tlstunnel.processes.children import ChildHandover
 from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.slots import SlotsHandover
+from tlstunnel.processes.totals import TotalsHandover
 from tlstunnel.program import find_starting_command
 from tlstunnel.supervisor import ChildProcess
 
@@ -64,6 +65,9 @@ class Handover(msgspec.Struct, frozen=True):
 
     metrics: Snapshot | None = None
     """The metrics of the children that have exited."""
+
+    usage: TotalsHandover | None = None
+    """What sites have used of all children; None from a release that does not know."""
 
     instance: str = ""
     """What stands for this tunnel among all machines that count together."""

@@ -10,15 +10,18 @@ Tested by tests/promises/test_shared_counts.py.
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
+import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlstunnel import __version__
-from tlstunnel.config import State
+from tlstunnel.config import Config, State
 from tlstunnel.config.invocation import Invocation
+from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
@@ -33,6 +36,9 @@ from tlstunnel.sockets.readiness import TunnelLoop
 from tlstunnel.state.counters import SumCounters
 from tlstunnel.state.memory import MemoryCounters
 from tlstunnel.state.server import LedgerServer
+
+if TYPE_CHECKING:  # it needs a library that a ledger without a history does not use
+    from tlstunnel.processes.keeper import Keeper
 
 MEMORY = "memory"
 """What `status` shows if the counts are in this process."""
@@ -58,6 +64,7 @@ class LedgerProcess:
                 messages.Stop: self._stop,
             },
             self._handle_parent_exit,
+            {messages.Sampled: self._sample},
         )
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
@@ -65,6 +72,9 @@ class LedgerProcess:
         self._valkey: Any = None  # None if the counts are in this process
         self._valkey_started = False
         self._server: LedgerServer | None = None
+        self._make_keeper: Callable[[], Keeper] | None = None
+        self._keeper: Keeper | None = None
+        self._closing_keeper: asyncio.Task[None] | None = None
         self._store = MEMORY
         """What has the counts. They are handed over only to a ledger that counts in the same place."""
         self._exit = asyncio.Event()
@@ -80,8 +90,11 @@ class LedgerProcess:
         loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         await self._exit.wait()
+        self._stop_keeping()
         if self._server is not None:
             self._server.close()
+        if self._closing_keeper is not None:
+            await self._closing_keeper
         if self._valkey_started:
             await self._valkey.close()
         await self._reporter.close()
@@ -104,7 +117,8 @@ class LedgerProcess:
         set_process_name(request.name)
         configure_logging(request.log_format)
         invocation = Invocation.from_json(request.invocation)
-        state = invocation.configuration(request.config).state
+        config = invocation.configuration(request.config)
+        state = config.state
         counters: SumCounters
         if state.url is None:
             counters = MemoryCounters()
@@ -112,6 +126,9 @@ class LedgerProcess:
             self._store = f"{state.url} {state.prefix}"
             counters = self._valkey = _make_valkey_counters(state, invocation, request.instance, self._report_valkey)
         self._server = LedgerServer(counters, report=self._report)
+        if keeps_history(config, os.environ):
+            self._make_keeper = functools.partial(_make_keeper, config, invocation, request.instance)
+            self._start_keeping()
         self._reporter.start()
         # What was imported stays, so the garbage collector need not look at it again.
         gc.collect()
@@ -136,6 +153,7 @@ class LedgerProcess:
         server = self._begun_server
         (descriptor,) = descriptors
         with socket.socket(fileno=descriptor) as sock:
+            self._stop_keeping()
             snapshot = await server.pause()
             await asyncio.to_thread(succession.send, sock, self._store, snapshot, server.sockets)
         return messages.Done()
@@ -155,6 +173,7 @@ class LedgerProcess:
 
     async def _resume(self, _: messages.Resume, __: list[int]) -> messages.Done:
         self._begun_server.resume()
+        self._start_keeping()
         return messages.Done()
 
     async def _status(self, _: messages.LedgerStatus, __: list[int]) -> messages.LedgerLoad:
@@ -166,11 +185,28 @@ class LedgerProcess:
             keys=stats.keys,
             leases=stats.leases,
             metrics=self._metrics.snapshot(),
+            history=self._keeper.describe() if self._keeper is not None else None,
         )
 
     async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
         self._exit.set()
         return messages.Done()
+
+    def _sample(self, sampled: messages.Sampled) -> None:
+        if self._keeper is not None:
+            self._keeper.take(sampled)
+
+    def _start_keeping(self) -> None:
+        """Open the history, if there is one. The ledger before may still have it for a moment."""
+        if self._make_keeper is not None and self._keeper is None:
+            self._keeper = self._make_keeper()
+            self._keeper.start()
+
+    def _stop_keeping(self) -> None:
+        """Close the history, so that another ledger can open it."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            self._closing_keeper = asyncio.ensure_future(keeper.close())
 
     def _start_valkey(self) -> None:
         """Connect to the server. Not before this ledger answers: the server then forgets the previous one."""
@@ -199,6 +235,7 @@ class LedgerProcess:
             await self._link.request(messages.Leaving())
 
     def _handle_parent_exit(self) -> None:
+        self._stop_keeping()  # nothing will be sampled, and the next tunnel needs the file
         self._waiting = asyncio.ensure_future(self._wait_for_askers())
 
     async def _wait_for_askers(self) -> None:
@@ -206,6 +243,12 @@ class LedgerProcess:
         while self._server is not None and self._server.stats().connections:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(ORPHAN_SECONDS)
         self._exit.set()
+
+
+def _make_keeper(config: Config, invocation: Invocation, instance: str) -> "Keeper":
+    folder = invocation.folder / config.state.dir if config.state.dir is not None else None
+    keeper: type[Keeper] = import_when_needed("tlstunnel.processes.keeper", "the history").Keeper
+    return keeper.configured(config, folder, instance)
 
 
 VALKEY_SHARE = 0.8

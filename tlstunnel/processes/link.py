@@ -84,9 +84,11 @@ class Link:
             raise ProcessError(f"the process sent an invalid reply: {error}") from None
 
     def notify(self, notification: Notification) -> None:
-        """Send a notification, unless the link is closed."""
+        """Send a notification, unless the link is closed. It must not contain lone surrogates."""
         if not self.closed:
-            self._send({"answer": 0}, notification)
+            # Ten times faster than `_send`, which matters for metrics.
+            self._unsent.append((b'{"answer":0,"fds":0,%b\n' % msgspec.json.encode(notification)[1:], []))
+            self._write()
 
     def fail_requests(self, reason: str) -> None:
         """Have the requests that wait for their reply raise ProcessError with this reason."""
@@ -128,7 +130,7 @@ class Link:
     def _send(
         self,
         envelope: Mapping[str, Any],
-        message: Request[Any] | LinkReply | Notification | None = None,
+        message: Request[Any] | LinkReply | None = None,
         descriptors: Sequence[int] = (),
     ) -> None:
         fields = msgspec.to_builtins(message) if message is not None else {}

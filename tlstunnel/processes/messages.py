@@ -51,10 +51,26 @@ class Load(LinkReply, frozen=True):
     counting: str = ""
 
 
+class HistoryLoad(LinkReply, frozen=True):
+    """The history that a ledger keeps in the file `path`, "" while it is not open, of so many `bytes`.
+
+    `problem` is why nothing is written at the moment, or "". `last` is when its last minute began, in Unix time; None
+    if it has none. `waiting` minutes are not written yet, and `lost` ones never will be.
+    """
+
+    path: str
+    problem: str
+    bytes: int = 0
+    last: int | None = None
+    waiting: int = 0
+    lost: int = 0
+
+
 class LedgerLoad(LinkReply, frozen=True):
     """What a ledger does. `answering` is what has the counts, such as "memory".
 
-    `questions` were answered in the last second, `keys` and `leases` are what it holds now.
+    `questions` were answered in the last second, `keys` and `leases` are what it holds now. `history` is None if it
+    keeps none.
     """
 
     answering: str
@@ -63,6 +79,7 @@ class LedgerLoad(LinkReply, frozen=True):
     keys: int
     leases: int
     metrics: Snapshot
+    history: HistoryLoad | None = None
 
 
 class TakenOver(LinkReply, frozen=True):
@@ -204,6 +221,20 @@ class LedgerStatus(Request[LedgerLoad], frozen=True, tag="ledger status"):
     reply: ClassVar[type[LinkReply]] = LedgerLoad
 
 
+class Sampled(Notification, frozen=True, tag="sampled"):
+    """What the sites of this tunnel have used, once a second.
+
+    `time` is Unix time. `sites` has those that have changed since the last one: their open tunnels, and then the totals
+    of all processes (`tlstunnel.state.history.samples.Counts`), which began at zero `age` seconds ago. They are all
+    sites if it is `whole`; the others then exist no more.
+    """
+
+    time: float
+    age: float
+    sites: dict[str, list[int]]
+    whole: bool
+
+
 # --- child to parent --------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +246,15 @@ class Leaving(Request[Done], frozen=True, tag="leaving"):
     """The process drains because of a signal; start another one in its place."""
 
 
-class Measured(Notification, frozen=True, tag="measured"):
-    """The metrics of the process. Sent at most once a second after a change, and before it exits."""
+class Measured(Notification, frozen=True, tag="measured", omit_defaults=True):
+    """The metrics of the process. Sent at most once a second after a change, and before it exits.
+
+    `sites` has what those that have changed have used (`tlstunnel.metrics.usage.FIELDS`), `cpu` the microseconds of CPU
+    time since the process has begun to serve. `connections` are open, of at most `most_connections`.
+    """
 
     metrics: Snapshot
+    sites: dict[str, list[int]] = {}
+    cpu: int = 0
+    connections: int = 0
+    most_connections: int = 0

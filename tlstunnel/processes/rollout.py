@@ -291,6 +291,7 @@ class Rollout:
             client=client,
             config=text,
             metrics=self._fleet.totals.base,
+            usage=self._fleet.usage.hand_over(),
             instance=self._fleet.startup.instance,
         )
 

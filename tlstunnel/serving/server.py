@@ -178,6 +178,9 @@ class Server:
         for splice in self._splices.all:
             tunnels, up, down = sites.get(splice.site, (0, 0, 0))
             sites[splice.site] = tunnels + 1, up + splice.up, down + max(splice.down, 0)
+        usage = self._journal.metrics.usage
+        usage.connections, usage.most_connections = self._connections, self._max_connections
+        usage.note_open(sites)
         yield families.UNFINISHED_HANDSHAKES, (), len(self._unfinished)
         for site, (tunnels, up, down) in sites.items():
             yield families.TUNNELS, (site,), tunnels

@@ -133,4 +133,5 @@ def close_connection(client: Client, end: End) -> None:
 
 
 def _record_failure(client: Client) -> Record:
-    return Record(id="", peer=client.socket_peer, client=client.peer, sni=client.sni)
+    site = client.site.name if client.site is not None else ""
+    return Record(id="", peer=client.socket_peer, client=client.peer, site=site, sni=client.sni)

@@ -99,6 +99,11 @@ class Store:
         rows = self.connection.execute("SELECT name, positions FROM instances ORDER BY rowid")
         return {name: decoder.decode(positions) for name, positions in rows}
 
+    def read_last_minute(self) -> int | None:
+        """Return the number of the last minute, None if there is none."""
+        last: int | None = self.connection.execute("SELECT max(time) FROM minutes").fetchone()[0]
+        return last
+
     def write(self, minutes: Sequence[Minute]) -> None:
         """Store these minutes, all or none. Durable when it returns."""
         try:

@@ -47,12 +47,16 @@ _LOCK_POLL_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class HistoryStats:
-    """`problem` is why nothing is written at the moment, or "". The others count minutes."""
+    """`problem` is why nothing is written at the moment, or "". `written`, `waiting` and `lost` count minutes.
+
+    `last` is the number of the last minute in the file, since 1970 (UTC); None if there is none.
+    """
 
     problem: str
     written: int
     waiting: int
     lost: int
+    last: int | None
 
 
 class History:
@@ -79,6 +83,7 @@ class History:
         self._appended_rows = self._appended = self._lost = 0
         self._finished_rows = self._written = self._dropped = 0
         self._reported_lost = 0
+        self._last: int | None = None
         self._refusing = False
         self._problem = ""
         self._owed: dict[str, Counts] = {}
@@ -159,7 +164,7 @@ class History:
     def stats(self) -> HistoryStats:
         """Return how it is doing."""
         waiting = self._appended - self._written - self._dropped
-        return HistoryStats(self._problem, self._written, waiting, self._lost + self._dropped)
+        return HistoryStats(self._problem, self._written, waiting, self._lost + self._dropped, self._last)
 
     def _run(self) -> None:
         """Be the history's thread."""
@@ -179,6 +184,7 @@ class History:
 
     def _load(self, store: Store) -> None:
         self.positions = store.read_positions()
+        self._last = store.read_last_minute()
         self._log.info(Event.HISTORY_OPENED, path=str(self.path), bytes=self.path.stat().st_size)
 
     def _check(self) -> None:
@@ -218,6 +224,7 @@ class History:
         try:
             self._attempt(lambda store: store.write(minutes))
             self._written += len(minutes)
+            self._last = minutes[-1].time
         except StateError as error:
             lost = error
             self._dropped += len(minutes)

@@ -1,0 +1,113 @@
+"""What each site has used of one process, for the history.
+
+The counters of `registry` are for people: they have many labels and an upper bound of series. These are a fixed set for
+each site, exact for any number of sites, and only what has changed is sent to the parent. All of it belongs to one
+thread.
+
+Tested by tests/unit/test_metrics_usage.py.
+"""
+
+from collections.abc import Mapping
+
+MOST_SITES = 100_000
+"""Sites that are counted, since reloads may rename them for as long as a process runs. Others are not counted."""
+
+FIELDS = (
+    "tunnels",
+    "handshakes",
+    "short",
+    "unfinished",
+    "invalid",
+    "blocked",
+    "limited",
+    "worker",
+    "origin",
+    "declined",
+    "bytes_up",
+    "bytes_down",
+)
+"""What is sent for each site, in this order: its open tunnels, then totals since the process began. New ones come last.
+
+`tlstunnel.state.history.samples.Counts` says what each of them counts.
+"""
+
+Values = list[int]
+"""The values of `FIELDS`."""
+
+Moved = tuple[int, int, int]
+"""The open tunnels of a site, and the bytes that they have moved up and down."""
+
+_NONE: Moved = (0, 0, 0)
+
+
+class SiteUsage:
+    """What one site has used: `FIELDS`, except the open tunnels. The bytes are those of tunnels that have ended."""
+
+    __slots__ = FIELDS[1:]
+
+    def __init__(self) -> None:
+        self.handshakes = self.short = self.unfinished = self.invalid = self.blocked = self.limited = 0
+        self.worker = self.origin = self.declined = self.bytes_up = self.bytes_down = 0
+
+    def to_values(self, moved: Moved) -> Values:
+        """Return what is sent, with what the site's open tunnels have moved."""
+        tunnels, up, down = moved
+        return [
+            tunnels,
+            self.handshakes,
+            self.short,
+            self.unfinished,
+            self.invalid,
+            self.blocked,
+            self.limited,
+            self.worker,
+            self.origin,
+            self.declined,
+            self.bytes_up + up,
+            self.bytes_down + down,
+        ]
+
+
+class Usage:
+    """What all sites have used of this process.
+
+    `connections` are open, of at most `most_connections`, which is 0 in a process that has none.
+    """
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.most_connections = 0
+        self._sites: dict[str, SiteUsage] = {}
+        self._changed: set[str] = set()
+        self._open: Mapping[str, Moved] = {}
+        self._sent: Mapping[str, Moved] = {}
+        self._ignored = SiteUsage()
+
+    def change(self, site: str) -> SiteUsage:
+        """Return what a site has used, to be changed."""
+        usage = self._sites.get(site)
+        if usage is None:
+            if not site or len(self._sites) >= MOST_SITES:
+                return self._ignored
+            usage = self._sites[site] = SiteUsage()
+        self._changed.add(site)
+        return usage
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there was any open tunnel when `note_open` was called."""
+        return bool(self._open)
+
+    def note_open(self, sites: Mapping[str, Moved]) -> None:
+        """Note the open tunnels of all sites that have any."""
+        self._open = sites
+
+    def take_changes(self) -> dict[str, Values]:
+        """Return the sites that have changed since the last call. `note_open` must have been called just before."""
+        before, now = self._sent, self._open
+        changed, self._changed = self._changed, set()
+        if before != now:
+            changed.update(site for site in before.keys() | now.keys() if before.get(site) != now.get(site))
+        self._sent = now
+        sites = self._sites
+        return {site: sites[site].to_values(now.get(site, _NONE)) for site in changed if site in sites}

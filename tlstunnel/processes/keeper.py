@@ -1,0 +1,165 @@
+"""The history in the ledger's process: opens it, samples it every second, and closes it for the next ledger.
+
+Nothing here fails. While the history cannot be opened, the ledger counts on without it, and it is tried again.
+
+Tested by tests/promises/test_history.py.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from tlstunnel.backoff import Backoff
+from tlstunnel.config import Config
+from tlstunnel.errors import StateError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
+from tlstunnel.processes.messages import HistoryLoad, Sampled
+from tlstunnel.state.folder import find_state_folder
+from tlstunnel.state.history.samples import MAX_ABSENT_SITES, MINUTE, Counts, Instance, Minute, Sampler, Totals
+from tlstunnel.state.history.store import Keep
+from tlstunnel.state.history.writer import History
+
+LOCK_SECONDS = 10.0
+"""How long to wait for the ledger before, which writes its last minute."""
+
+CLOSE_SECONDS = 3.0
+"""How long to wait for the disk at the end: less than the parent waits for the ledger's exit."""
+
+RETRIES = Backoff(first=1.0, longest=60.0)
+"""The delays after which it is tried again to open a history that could not be opened."""
+
+MOST_WAITING = 60
+"""Samples that wait while the history is being opened. Of older ones only the totals are used."""
+
+Sites = Mapping[str, Totals]
+
+
+class Keeper:
+    """Keeps the history in `folder`, or in the default folder if that is None.
+
+    `instance` names the totals of this tunnel, which an upgrade continues.
+    """
+
+    def __init__(self, folder: Path | None, keep: Keep, instance: str) -> None:
+        self._configured = folder
+        self._keep = keep
+        self._instance = instance
+        self._log = structlog.get_logger()
+        self._task: asyncio.Task[None] | None = None
+        self._history: History | None = None
+        self._sampler: Sampler | None = None
+        self._problem = ""
+        self._sites: dict[str, Totals] = {}
+        """The last totals of all sites."""
+        self._open: dict[str, Totals] = {}
+        """Those of them that have tunnels."""
+        self._waiting: deque[Sampled] = deque()
+        self._sampled = 0
+        """The minute of the last sample."""
+
+    @classmethod
+    def configured(cls, _: Config, folder: Path | None, instance: str) -> Self:
+        """Return the keeper of the history that the configuration describes."""
+        return cls(folder, Keep(), instance)
+
+    def start(self) -> None:
+        """Open the history in the background."""
+        self._task = asyncio.ensure_future(self._keep_open())
+
+    def take(self, sampled: Sampled) -> None:
+        """Take the totals of this second."""
+        if self._sampler is None:
+            self._waiting.append(sampled)
+            if len(self._waiting) > MOST_WAITING:
+                self._apply(self._waiting.popleft())
+        else:
+            self._sample(sampled)
+
+    async def close(self) -> None:
+        """Store what was sampled, and close the file, so that another process can open it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        history, self._history = self._history, None
+        if history is not None:
+            if self._sampler is not None and (minute := self._sampler.take()) is not None:
+                history.append(minute)
+            self._sampler = None
+            if not await history.close(CLOSE_SECONDS):
+                self._log.warning(Event.HISTORY_NOT_CLOSED, path=str(history.path), waiting=history.stats().waiting)
+
+    def describe(self) -> HistoryLoad:
+        """Return how it is doing, for `status`."""
+        history = self._history
+        if history is None:
+            return HistoryLoad(path="", problem=self._problem or "it is being opened")
+        stats = history.stats()
+        return HistoryLoad(
+            path=str(history.path),
+            problem=stats.problem,
+            bytes=_measure(history.path),
+            last=stats.last * MINUTE if stats.last is not None else None,
+            waiting=stats.waiting,
+            lost=stats.lost,
+        )
+
+    async def _keep_open(self) -> None:
+        delay = 0.0
+        while self._history is None:
+            try:
+                folder = await asyncio.to_thread(find_state_folder, self._configured, os.environ)
+                self._history = await History.open(folder, self._keep, lock_wait=LOCK_SECONDS)
+            except StateError as error:
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    self._log.warning(Event.HISTORY_NOT_OPENED, reason=self._problem)
+                delay = RETRIES.after(delay)
+                await asyncio.sleep(delay)
+        self._problem = ""
+        self._sampler = Sampler(self._history.positions)
+        while self._waiting:
+            self._sample(self._waiting.popleft())
+
+    def _sample(self, sampled: Sampled) -> None:
+        """Add a sample. Sites that are idle and have not changed are listed once a minute, so that they are known."""
+        assert self._sampler is not None
+        changed = self._apply(sampled)
+        minute = int(sampled.time // MINUTE)
+        if minute != self._sampled or sampled.whole or len(self._sites) > MAX_ABSENT_SITES:
+            sites: Sites = self._sites
+        else:
+            sites = {**self._open, **changed}
+        self._sampled = minute
+        self._append(self._sampler.sample(sampled.time, [Instance(self._instance, sampled.age, sites)]))
+
+    def _apply(self, sampled: Sampled) -> Sites:
+        """Note totals that have changed, and return them."""
+        if sampled.whole:
+            self._sites, self._open = {}, {}
+        changed = {}
+        for site, (tunnels, *counts) in sampled.sites.items():
+            totals = changed[site] = Totals(tunnels, Counts(*counts[: len(Counts._fields)]))
+            if tunnels:
+                self._open[site] = totals
+            else:
+                self._open.pop(site, None)
+        self._sites.update(changed)
+        return changed
+
+    def _append(self, minute: Minute | None) -> None:
+        if minute is not None and self._history is not None:
+            self._history.append(minute)
+
+
+def _measure(path: Path) -> int:
+    """Return the size of the history's files."""
+    size = 0
+    for name in (path, path.with_name(path.name + "-wal")):
+        with contextlib.suppress(OSError):
+            size += name.stat().st_size
+    return size
