@@ -19,16 +19,25 @@ SAMPLE_SECONDS = 1.0
 
 
 class Feed:
-    """Sends `totals` to the ledger that `find_ledger` returns, None if there is none that keeps a history."""
+    """Sends `totals` to the ledger that `find_ledger` returns, None if there is none, while there is a history."""
 
     def __init__(self, totals: SiteTotals, find_ledger: Callable[[], Child | None]) -> None:
         self._totals = totals
         self._find_ledger = find_ledger
         self._ledger: Child | None = None
+        self._wanted = asyncio.Event()
+
+    def want(self, *, history: bool) -> None:
+        """Send from now on, or no more."""
+        if history:
+            self._wanted.set()
+        else:
+            self._wanted.clear()
 
     async def run(self) -> None:
         """Send every second, until cancelled."""
         while True:
+            await self._wanted.wait()
             now = time.time()
             await asyncio.sleep(math.floor(now / SAMPLE_SECONDS + 1.0) * SAMPLE_SECONDS - now)
             self.send()
@@ -36,7 +45,7 @@ class Feed:
     def send(self) -> None:
         """Send now."""
         ledger = self._find_ledger()
-        if ledger is None or ledger.silent or ledger.link.closed or not ledger.link.idle:
+        if ledger is None or not self._wanted.is_set() or ledger.silent or ledger.link.closed or not ledger.link.idle:
             return
         changes = self._totals.take_changes()
         whole = ledger is not self._ledger

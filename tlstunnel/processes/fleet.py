@@ -83,7 +83,7 @@ class Fleet:
         self._options = options
         self.totals = Totals() if totals is None else totals
         self.usage = SiteTotals(usage)
-        self.feed = Feed(self.usage, lambda: self.wiring.ledger if self._keeps_history() else None)
+        self.feed = Feed(self.usage, lambda: self.wiring.ledger)
         self._notifications: ChildNotifications = {Measured: self._take_metrics, LedgerLost: self._reconnect}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
@@ -94,7 +94,7 @@ class Fleet:
         self._may_start = asyncio.Event()
         self._may_start.set()
         self._started = generation > 1
-        self.usage.configure(_list_sites(startup.config))
+        self._configure_history()
         self._log = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Child]:
@@ -131,6 +131,10 @@ class Fleet:
 
     def _keeps_history(self) -> bool:
         return keeps_history(self.config, os.environ)
+
+    def _configure_history(self) -> None:
+        self.usage.configure(site.names[0] for site in self.config.sites)
+        self.feed.want(history=self._keeps_history())
 
     def accepting(self) -> list[Child]:
         """Return the children that accept connections, by place."""
@@ -181,7 +185,7 @@ class Fleet:
         before, ledger = _list_ledger_settings(self.config), self.wiring.ledger
         self.startup = dataclasses.replace(self.startup, text=text, config=config)
         self._revision += 1
-        self.usage.configure(_list_sites(config))
+        self._configure_history()
         self.usage.forget_idle()
         self.feed.send_whole()
         if ledger is not None and before != _list_ledger_settings(config):
@@ -466,10 +470,6 @@ class Fleet:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _list_sites(config: Config) -> list[str]:
-    return [site.names[0] for site in config.sites]
 
 
 def _list_ledger_settings(config: Config) -> tuple[object, ...]:

@@ -22,4 +22,4 @@ def upgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
 def downgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a handover of the current format to format 2. Only serving children are kept."""
     children = [child for child in text["children"] if child["identity"]["role"] == "serving"]
-    return {**text, "format": FORMAT, "children": children}
+    return {**{key: value for key, value in text.items() if key != "usage"}, "format": FORMAT, "children": children}
