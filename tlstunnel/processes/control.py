@@ -59,6 +59,10 @@ class ControlSocketInUse(ControlError):
     """Another tunnel has the control socket, or another program listens there."""
 
 
+class NoTunnelRunning(ControlError):
+    """No tunnel responds on a control socket."""
+
+
 def list_folders() -> list[Path]:
     """Return the folders of control sockets. A tunnel creates its own in the first one, if it has no other path.
 
@@ -248,12 +252,15 @@ def _bind(path: Path) -> socket.socket:
 
 
 def find_control_socket() -> Path:
-    """Return the control socket of the only running tunnel. Raises ControlError if there is none, or several."""
+    """Return the control socket of the only running tunnel.
+
+    Raises NoTunnelRunning, and ControlError if there are several.
+    """
     folders = list_folders()
     alive = [path for folder in folders for path in sorted(folder.glob("control-*.sock")) if _is_listening(path)]
     if not alive:
         listed = " or ".join(map(str, folders))
-        raise ControlError(f"no running tunnel has a control socket in {listed}; if it is elsewhere, use --control")
+        raise NoTunnelRunning(f"no running tunnel has a control socket in {listed}; if it is elsewhere, use --control")
     if len(alive) > 1:
         listed = ", ".join(map(str, alive))
         raise ControlError(f"several tunnels are running; choose one with --control: {listed}")
@@ -279,10 +286,16 @@ def _list_problems(response: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request and return the response, without a time limit. Raises ControlError, also if it is refused."""
+    """Send a request and return the response, without a time limit.
+
+    Raises NoTunnelRunning, and ControlError, also if the request is refused.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             sock.connect(str(path))
+        except OSError as error:
+            raise NoTunnelRunning(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
+        try:
             with contextlib.suppress(BrokenPipeError):  # refused before it was read; the response says why
                 sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as stream:

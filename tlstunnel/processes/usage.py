@@ -56,6 +56,9 @@ class UsageResult(msgspec.Struct, frozen=True, kw_only=True):
     `assessed` is when they were assessed last, None if that has not happened since the start; then `assessments` are
     those from before. `machine` is None until it was measured. `warnings` are sentences for the operator, such as that
     descriptors run out. `problem` is why nothing is known at the moment, or "".
+
+    `folder` is the state folder. `tunnels` has the number of open tunnels of every configured site, with and without a
+    plan, as far as that is known.
     """
 
     now: float
@@ -66,6 +69,8 @@ class UsageResult(msgspec.Struct, frozen=True, kw_only=True):
     machine: MachineUse | None = None
     warnings: tuple[str, ...] = ()
     problem: str = ""
+    folder: str = ""
+    tunnels: dict[str, int] = {}
 
 
 class Notices(msgspec.Struct, frozen=True):
