@@ -329,3 +329,21 @@ def test_two_tunnels_do_not_write_one_history(origin: RawOrigin, certificate: Ce
             assert _history(second)["path"] == ""
             first.stop()
             eventually(lambda: _history(second)["path"])
+
+
+# --- before resources run out -----------------------------------------------------------------------------------------
+
+
+def test_the_operator_is_told_before_descriptors_run_out(origin: RawOrigin, certificate: Certificate) -> None:
+    """With the site that grew, once, and in the status; also without a history."""
+    config = config_for(origin.address, certificate)
+    with Tunnel(None, certificate, config=config, descriptors=72) as tunnel:  # (72 - 32) / 2 connections
+        with _tunnels(tunnel, 17):
+            (record,) = tunnel.wait_records(1, "running short")
+            assert (record["resource"], record["percent"], record["process"]) == ("descriptors", 85, tunnel.pid)
+            assert (record["site"], record["tunnels"]) == (SITE, 17)
+            (line,) = (line for line in tunnel.run_command("status") if line.startswith("running short: "))
+            assert "localhost has 17 tunnels" in line
+        tunnel.wait_records(1, "no longer short")
+        assert len(tunnel.records("running short")) == 1
+        assert tunnel.status()["shortages"] == []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.config import decode
-from tlstunnel.config.together import counts_together, list_limits
+from tlstunnel.config.together import counts_together, keeps_history, list_limits
 
 SITE = "[[sites]]\norigins = ['localhost:1']\n"
 FULL = "{ address = 'localhost:2', max_tunnels = 5 }"
@@ -32,3 +32,19 @@ def test_what_is_counted_together(text: str, limits: list[tuple[str | int, ...]]
     config = decode(text, Path(), "t.toml")
     assert list(list_limits(config)) == limits
     assert counts_together(config) == together
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "kept"),
+    [
+        (SITE, {}, False),
+        (SITE, {"STATE_DIRECTORY": ""}, False),
+        (SITE, {"STATE_DIRECTORY": "/var/lib/tlstunnel"}, True),
+        (f"[state]\ndir = '/var/lib/tlstunnel'\n{SITE}", {}, True),
+        (f"[usage]\ntolerance = 20\n{SITE}", {}, True),
+        (f"{SITE}plan = 'pro'", {}, True),
+        (f"{SITE}guideline = 5", {}, True),
+    ],
+)
+def test_when_a_history_is_kept(text: str, environ: dict[str, str], kept: bool) -> None:
+    assert keeps_history(decode(text, Path(), "t.toml"), environ) == kept

@@ -28,6 +28,7 @@ def test_processes_are_added_up() -> None:
     assert set(totals.take_changes()) == {"a.example", "b.example"}
     totals.update(1, {"a.example": values(tunnels=1, handshakes=5)}, 0)
     assert total(totals, "a.example") == {"tunnels": 2, "handshakes": 6}
+    assert totals.count_tunnels() == {"a.example": 2}
     assert set(totals.take_changes()) == {"a.example"}
 
 

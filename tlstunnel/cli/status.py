@@ -59,6 +59,8 @@ def command(*, control: Path | None, as_json: bool) -> None:
         click.echo(line)
     for line in _render_counting(ledger, response["processes"]):
         click.echo(line)
+    for shortage in response.get("shortages", ()):
+        click.echo(f"running short: {shortage}")
     for line in _render_totals(response.get("metrics", {})):
         click.echo(line)
 

@@ -9,6 +9,7 @@ from tlstunnel.config.document import KeyPath
 from tlstunnel.config.origins import RouteConfig
 from tlstunnel.config.server import Config
 from tlstunnel.config.site import SiteConfig
+from tlstunnel.config.usage import Usage
 
 
 def list_pools(config: Config) -> Iterator[tuple[KeyPath, SiteConfig | RouteConfig]]:
@@ -35,8 +36,13 @@ def list_limits(config: Config) -> Iterator[KeyPath]:
 
 
 def keeps_history(config: Config, environ: Mapping[str, str]) -> bool:
-    """Return whether usage is kept over time: there is a folder for it, from the file or from systemd."""
-    return config.state.dir is not None or bool(environ.get("STATE_DIRECTORY"))
+    """Return whether usage is kept over time: somebody has given a folder for it, or says what it is for."""
+    return (
+        config.state.dir is not None
+        or bool(environ.get("STATE_DIRECTORY"))
+        or config.usage != Usage()
+        or any(site.plan is not None or site.guideline is not None for site in config.sites)
+    )
 
 
 def counts_together(config: Config) -> bool:

@@ -99,6 +99,10 @@ class Event(Word):
     EDGE_THREAD_REPLACED = "edge thread replaced"
     EDGE_TASK_EXITED = "edge task tried to exit the process"
 
+    # Resources
+    RUNNING_SHORT = "running short"
+    NO_LONGER_SHORT = "no longer short"
+
     # The history
     HISTORY_OPENED = "history opened"
     HISTORY_NOT_OPENED = "history not opened"

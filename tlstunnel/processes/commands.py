@@ -105,7 +105,7 @@ class StatusResult(msgspec.Struct, frozen=True):
 
     `ending` is the signal that started a shutdown, empty without one.
 
-    `metrics` are the sums over all processes (docs/metrics.md).
+    `metrics` are the sums over all processes (docs/metrics.md). `shortages` say in a sentence each what runs short.
     """
 
     version: str
@@ -117,6 +117,7 @@ class StatusResult(msgspec.Struct, frozen=True):
     pss_kib: int | None
     metrics: dict[str, Any]
     ledger: LedgerStatus | None = None
+    shortages: list[str] = []
 
 
 class DrainCommand(msgspec.Struct, frozen=True):
@@ -177,6 +178,7 @@ class Commands:
             pss_kib=measure_pss(os.getpid()),
             metrics=self._fleet.totals.sum().to_json(),
             ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
+            shortages=[str(shortage) for shortage in self._fleet.resources.shortages.values()],
         )
 
     async def drain(self, _: DrainCommand) -> Ended:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from tlstunnel.processes.children import Child, ChildHandover, ChildNotification
 from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
 from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, Serve
+from tlstunnel.processes.resources import MEASURE_SECONDS, Resource, Resources, measure_memory
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.totals import SiteTotals, TotalsHandover
 from tlstunnel.processes.watch import WatchTimes
@@ -84,6 +85,9 @@ class Fleet:
         self.totals = Totals() if totals is None else totals
         self.usage = SiteTotals(usage)
         self.feed = Feed(self.usage, lambda: self.wiring.ledger)
+        self.resources = Resources()
+        self._shares: dict[int, float] = {}
+        """The share of the connections that each serving child can have, by pid."""
         self._notifications: ChildNotifications = {Measured: self._take_metrics, LedgerLost: self._reconnect}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
@@ -301,6 +305,7 @@ class Fleet:
         del self._children[child.pid]
         self.totals.ended(child.pid)
         self.usage.ended(child.pid)
+        self._shares.pop(child.pid, None)
         if child.identity.role is not Role.SERVING:
             return
         generation = child.identity.generation
@@ -325,6 +330,18 @@ class Fleet:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._guard.run())
             group.create_task(self.feed.run())
+            group.create_task(self._watch_resources())
+
+    async def _watch_resources(self) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_SECONDS)
+            busy = self.config.usage.busy
+            thresholds: Mapping[Resource, float] = {"descriptors": busy.descriptors / 100, "memory": busy.memory / 100}
+            new, over = self.resources.measure(thresholds, self._shares, measure_memory(), self.usage.count_tunnels())
+            for shortage in new:
+                self._log.warning(Event.RUNNING_SHORT, **shortage.describe())
+            for resource in over:
+                self._log.info(Event.NO_LONGER_SHORT, resource=resource)
 
     async def _try_to_watch(self, child: Child) -> None:
         with contextlib.suppress(ProcessError):
@@ -383,6 +400,8 @@ class Fleet:
         self.totals.update(child.pid, measured.metrics)
         if child.identity.role is Role.SERVING:
             self.usage.update(child.pid, measured.sites, measured.cpu)
+        if measured.most_connections:
+            self._shares[child.pid] = measured.connections / measured.most_connections
 
     async def loads(self) -> list[tuple[Child, Load | None]]:
         """Return the load of each serving child, None if it does not respond, and bring `totals` up to date."""
@@ -476,4 +495,5 @@ def _list_ledger_settings(config: Config) -> tuple[object, ...]:
     """Return everything that the ledger uses of the configuration."""
     state = config.state
     timeout = state.timeout if state.url is not None else None
-    return state.url, state.password_file, state.prefix, state.dir, timeout, keeps_history(config, os.environ)
+    keep = config.usage.keep if keeps_history(config, os.environ) else None
+    return state.url, state.password_file, state.prefix, state.dir, timeout, keep

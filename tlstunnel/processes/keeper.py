@@ -2,11 +2,12 @@
 
 Nothing here fails. While the history cannot be opened, the ledger counts on without it, and it is tried again.
 
-Tested by tests/promises/test_history.py.
+Tested by tests/unit/test_processes_keeper.py and tests/promises/test_history.py.
 """
 
 import asyncio
 import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.processes.messages import HistoryLoad, Sampled
 from tlstunnel.state.folder import find_state_folder
 from tlstunnel.state.history.samples import MAX_ABSENT_SITES, MINUTE, Counts, Instance, Minute, Sampler, Totals
-from tlstunnel.state.history.store import Keep
+from tlstunnel.state.history.store import DAYS, HOURS, MINUTES, Keep
 from tlstunnel.state.history.writer import History
 
 LOCK_SECONDS = 10.0
@@ -63,9 +64,14 @@ class Keeper:
         """The minute of the last sample."""
 
     @classmethod
-    def configured(cls, _: Config, folder: Path | None, instance: str) -> Self:
+    def configured(cls, config: Config, folder: Path | None, instance: str) -> Self:
         """Return the keeper of the history that the configuration describes."""
-        return cls(folder, Keep(), instance)
+        keep = config.usage.keep
+        minutes, hours, days = (
+            math.ceil(seconds / (one.length * MINUTE))
+            for seconds, one in ((keep.minutes, MINUTES), (keep.hours, HOURS), (keep.days, DAYS))
+        )
+        return cls(folder, Keep(minutes, hours, days), instance)
 
     def start(self) -> None:
         """Open the history in the background."""

@@ -115,6 +115,10 @@ class SiteTotals:
         changed, self._changed = self._changed, set()
         return {site: self._sites[site] for site in changed if site in self._sites}
 
+    def count_tunnels(self) -> dict[str, int]:
+        """Return the open tunnels of each site that has any."""
+        return {site: values[_TUNNELS] for site, values in self._sites.items() if values[_TUNNELS]}
+
     def forget_idle(self) -> None:
         """Forget the sites that are no longer configured and have no tunnels."""
         gone = [site for site, values in self._sites.items() if site not in self._configured and not values[_TUNNELS]]
