@@ -12,15 +12,17 @@ from tlstunnel.config import decode
 from tlstunnel.firewall.verdict import PASSED, Firewall, Verdict
 from tlstunnel.handshake.connection import Connection
 from tlstunnel.metrics.families import FIREWALL_CHECKS_FAILED
+from tlstunnel.state.memory import MemoryCounters
+from tlstunnel.state.throttles import ThrottleRule, Throttles
 
 T = TypeVar("T")
 SITE = '[[sites]]\nnames = ["chat.example"]\norigins = ["localhost:3000"]\n'
 TWO = '[[sites.rate_limits]]\nname = "tunnels"\nmax_tunnels = 1\n'
 
 
-def with_firewall(text: str, folder: Path, then: Any) -> Any:
+def with_firewall(text: str, folder: Path, then: Any, throttles: Throttles | None = None) -> Any:
     async def run() -> Any:
-        firewall = Firewall(decode(text, folder, "t.toml"))
+        firewall = Firewall(decode(text, folder, "t.toml"), throttles=throttles)
         await firewall.start()
         try:
             return await then(firewall)
@@ -186,3 +188,34 @@ def test_lists_of_all_sites_are_checked_for_clients_behind_a_proxy(tmp_path: Pat
         assert refusal.status == 403
 
     with_firewall(f'block_addresses = ["203.0.113.0/24"]\n{SITE}', tmp_path, run)
+
+
+@pytest.mark.parametrize("text", [SITE, SITE + LIMIT.format("sites."), SITE + RULE.format("sites.")])
+def test_a_throttled_site_refuses_above_the_rate(text: str, tmp_path: Path) -> None:
+    counters = MemoryCounters()
+    throttles = Throttles(lambda: counters)
+
+    async def run(firewall: Firewall) -> list[str]:
+        found = []
+        for _ in range(3):
+            verdict = await ask(firewall)
+            found.append(verdict.refusal.reason if verdict.refusal is not None else "")
+            if verdict.lease is not None:
+                verdict.lease.close()
+        return found
+
+    assert with_firewall(text, tmp_path, run, throttles) == [""] * 3
+    throttles.replace([ThrottleRule(id=1, site="chat.example", amount=1, window=3600, until=1e12)])
+    assert with_firewall(text, tmp_path, run, throttles) == ["", "throttled", "throttled"]
+
+
+def test_what_rules_block_does_not_count_for_a_throttle(tmp_path: Path) -> None:
+    counters = MemoryCounters()
+    throttles = Throttles(lambda: counters)
+    throttles.replace([ThrottleRule(id=1, site="chat.example", amount=1, window=3600, until=1e12)])
+
+    async def run(firewall: Firewall) -> list[int]:
+        found = [await ask(firewall, target) for target in ("/x", "/x", "/", "/")]
+        return [one.refusal.status if one.refusal is not None else 101 for one in found]
+
+    assert with_firewall(SITE + RULE.format("sites."), tmp_path, run, throttles) == [403, 403, 101, 429]

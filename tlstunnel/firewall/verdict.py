@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # they need libraries that most configurations do not use: se
     from tlstunnel.firewall.rate_limits import Lease, RateLimits
     from tlstunnel.firewall.rules import Rules
     from tlstunnel.state.counters import Counters
+    from tlstunnel.state.throttles import Throttles
 
 REFRESH_SECONDS = 1.0
 """How often the files of lists are checked for changes."""
@@ -110,8 +111,8 @@ class Firewall:
     """The policies of all sites, and what they share: lists, counters, and helpers for managed rules.
 
     `metrics` counts what matched, was exceeded or failed. `make_counters` returns what counts for rate limits, and is
-    called only if there are some; with None they are counted here, from zero. Raises InvalidConfiguration with every
-    problem of the lists, rules, limits and managed rules.
+    called only if there are some; with None they are counted here, from zero. `throttles` are those of the process.
+    Raises InvalidConfiguration with every problem of the lists, rules, limits and managed rules.
     """
 
     def __init__(
@@ -121,9 +122,11 @@ class Firewall:
         *,
         metrics: Registry | None = None,
         make_counters: "Callable[[], Counters] | None" = None,
+        throttles: "Throttles | None" = None,
     ) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self._failed_checks = metrics[families.FIREWALL_CHECKS_FAILED]
+        self._throttles = throttles
         self._log = structlog.get_logger()
         self._has_files = any(isinstance(source, str) for source in config.lists.values())
         self._addresses: AddressLists | None = None
@@ -211,7 +214,7 @@ class Firewall:
             if policy.empty and trace is None and not (behind_proxy and self._addresses):
                 if policy.strict_path:
                     refuse_ambiguous(request.target)
-                return PASSED
+                return await self._check_throttles(request, connection, PASSED) if self._throttles else PASSED
             facts = gather(request, connection, strict_path=policy.strict_path, now=time.time())
         except Refusal as refusal:
             _add_trace(trace, "target", refusal.text)
@@ -244,6 +247,8 @@ class Firewall:
             _add_trace(trace, "rules", found.rule or "no rule decided", entries or ())
             skip = found.skip
             verdict = Verdict(found.refusal, rule=found.rule, logged=(*logged, *found.logged))
+        if verdict.refusal is None and self._throttles:
+            verdict = await self._check_throttles(facts.request, facts.connection, verdict)
         if verdict.refusal is None and policy.limits is not None:
             if "rate_limits" in skip:
                 _add_trace(trace, "rate limits", "skipped")
@@ -255,6 +260,12 @@ class Firewall:
             else:
                 verdict = await self._check_managed_rules(policy.managed, facts, trace, verdict)
         return verdict
+
+    async def _check_throttles(self, request: Request, connection: Connection, verdict: Verdict) -> Verdict:
+        if self._throttles is None or not isinstance(request, UpgradeRequest):
+            return verdict
+        refusal = await self._throttles.check(connection.site, connection.ip)
+        return verdict if refusal is None else replace(verdict, refusal=refusal)
 
     async def _check_rate_limits(
         self, limits: "RateLimits", facts: Facts, trace: list[CheckTrace] | None, verdict: Verdict

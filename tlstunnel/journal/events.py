@@ -217,6 +217,7 @@ class Reason(Word):
     RULE = "rule"
     RATE_LIMIT = "rate limit"
     NOT_COUNTED = "counts out of reach"
+    THROTTLED = "throttled"
     MANAGED_RULES = "managed rules"
     MANAGED_RULES_GUARD = "managed rules: guard"
     MANAGED_RULES_FAILURE = "managed rules: failure"

@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Decision, Event, Reason, fixed_reason
-from tlstunnel.journal.kinds import find_kind
+from tlstunnel.journal.kinds import Kind, find_kind
 from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
@@ -38,16 +39,31 @@ class _Sample:
         self.timer: asyncio.TimerHandle | None = None
 
 
+class Observer(Protocol):
+    """Sees the records of connections of interest. It must neither wait nor raise."""
+
+    def opened(self, record: Record) -> None:
+        """A tunnel begins."""
+
+    def ended(self, record: Record, kind: Kind | None, seconds: float) -> None:
+        """A tunnel has ended (`kind` is None), or a connection that had none."""
+
+    def failed(self, record: Record) -> None:
+        """A connection has ended before its TLS handshake was complete."""
+
+
 class Journal:
     """Logs and counts connections.
 
     `metrics` are those of the process. With `opened`, a tunnel is logged also when it begins. Each of `listeners` is
-    called with every record when its connection has ended; it must neither wait nor raise.
+    called with every record when its connection has ended; it must neither wait nor raise. `observer` is None as long
+    as nobody wants to know of floods.
     """
 
     def __init__(self, metrics: Registry | None = None, *, opened: bool = False) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self.listeners: list[Callable[[Record], None]] = []
+        self.observer: Observer | None = None
         self._log = structlog.get_logger()
         self._opened = opened
         # Few: the reasons are those of the table, and the variable ones have texts of the system.
@@ -65,6 +81,8 @@ class Journal:
         """Count a tunnel that begins, and log it if the configuration says so."""
         self._tunnels.add(record.site)
         self._usage.change(record.site).handshakes += 1
+        if self.observer is not None:
+            self.observer.opened(record)
         if self._opened:
             self._log.info(Event.OPENED, **record.facts())
 
@@ -83,8 +101,12 @@ class Journal:
             if seconds < SHORT_SECONDS:
                 usage.short += 1
                 self._short.add(record.site)
+            if self.observer is not None:
+                self.observer.ended(record, None, seconds)
         elif kind := find_kind(record):
             setattr(usage, kind, getattr(usage, kind) + 1)
+            if self.observer is not None:
+                self.observer.ended(record, kind, seconds)
         record.up, record.down = up, down
         facts = record.facts()
         facts["up"], facts["down"] = up, down
@@ -101,6 +123,8 @@ class Journal:
         """
         self._failed.add(fixed_reason(reason) or OTHER)
         self._usage.change(record.site).unfinished += 1
+        if self.observer is not None:
+            self.observer.failed(record)
         facts = {"sni": record.sni} if record.sni else {}
         if record.peer != record.client:
             facts["peer"] = record.peer

@@ -50,6 +50,7 @@ REFUSALS: Mapping[Reason, Kind] = {
     Reason.MANAGED_RULES_FAILURE: "blocked",
     Reason.RATE_LIMIT: "limited",
     Reason.NOT_COUNTED: "limited",
+    Reason.THROTTLED: "limited",
     Reason.TOO_MANY_UPLOADS: "limited",
     Reason.WORKER_FAILED: "worker",
     Reason.WORKER_ORIGIN: "worker",

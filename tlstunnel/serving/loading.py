@@ -201,7 +201,11 @@ def _load(
     _check_state(description, problems)
     with problems.collect():
         firewall = Firewall(
-            description.config, description.sites, metrics=metrics, make_counters=lambda: counting.counters
+            description.config,
+            description.sites,
+            metrics=metrics,
+            make_counters=lambda: counting.counters,
+            throttles=counting.throttles,
         )
     with problems.collect():
         workers = _build_workers(description.sites, metrics, before.workers if before is not None else None)

@@ -12,6 +12,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.program import import_when_needed
+from tlstunnel.state.throttles import Throttles
 
 if TYPE_CHECKING:  # it needs a library that most configurations do not use
     from tlstunnel.state.shared import SharedCounters
@@ -27,7 +28,7 @@ class Counting:
 
     They are made when they are first needed. `together` is whether there is a ledger, even if it does not answer now.
     `on_lost` is called when the connection to the ledger has ended. `on_joined` is called when the ledger begins to
-    answer, which may be another one, to which nothing was announced yet.
+    answer, which may be another one, to which nothing was announced yet. `throttles` are those that hold now.
     """
 
     def __init__(self, metrics: Registry | None = None, on_lost: Callable[[], None] | None = None) -> None:
@@ -39,6 +40,7 @@ class Counting:
         self._on_failure: Literal["local", "refuse"] = "local"
         self._counters: SharedCounters | None = None
         self._listeners: dict[str, Listener] = {}
+        self.throttles = Throttles(lambda: self.counters)
         self._log = structlog.get_logger()
 
     @property
