@@ -64,6 +64,7 @@ class ServingProcess:
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
         self._counting = Counting(self._metrics, self._report_lost_ledger)
+        self._connection = 0
         self._service: Service | None = None
         self._responder: Responder | None = None
         self._listeners: dict[int, Listener] = {}
@@ -158,15 +159,16 @@ class ServingProcess:
             **self._begun_service.status(), metrics=self._metrics.snapshot(), counting=self._counting.answering
         )
 
-    async def _count(self, _: messages.Count, descriptors: list[int]) -> messages.Done:
+    async def _count(self, request: messages.Count, descriptors: list[int]) -> messages.Done:
         if descriptors:
+            self._connection = request.connection
             await self._counting.join(socket.socket(fileno=descriptors[0]))
         else:
             self._counting.leave()
         return messages.Done()
 
     def _report_lost_ledger(self) -> None:
-        self._link.notify(messages.LedgerLost())
+        self._link.notify(messages.LedgerLost(connection=self._connection))
 
     def _handle_sigterm(self) -> None:
         self._log.info(Event.DRAIN_REQUESTED, signal="SIGTERM", process=os.getpid())

@@ -50,6 +50,10 @@ ChildNotifications = Mapping[type[Notification], Callable[["Child", Any], None]]
 """Handlers of the notifications that children send, by type."""
 
 
+class NotResponding(ProcessError):
+    """A child did not reply in time."""
+
+
 class Role(Enum):
     """What a child does. An upgrade hands over the value."""
 
@@ -209,7 +213,7 @@ class Child:
                 return await self.link.request(request, descriptors)
         except TimeoutError:
             within = "" if self.silent else f" within {seconds:g} s"
-            raise ProcessError(f"process {self.pid} did not respond{within}") from None
+            raise NotResponding(f"process {self.pid} did not respond{within}") from None
 
     async def try_request(self, request: Request[Done]) -> None:
         """Send a request and wait for its reply; a failure is ignored."""
@@ -238,7 +242,7 @@ class Child:
     def mark_silent(self) -> None:
         """Fail the requests that wait for its replies, and those that follow."""
         self.silent = True
-        self.link.fail_requests(f"process {self.pid} does not respond")
+        self.link.fail_requests(NotResponding(f"process {self.pid} does not respond"))
 
     async def drain(self, after: float | None, over: float | None) -> None:
         """Have it accept no more, and exit after its last tunnel: see `Drain`."""

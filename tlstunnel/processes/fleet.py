@@ -392,9 +392,9 @@ class Fleet:
         after = release.drain_after
         await child.drain(float(after) if after is not None else None, float(release.drain_over))
 
-    def _reconnect(self, child: Child, _: LedgerLost) -> None:
+    def _reconnect(self, child: Child, lost: LedgerLost) -> None:
         if not self.ending:
-            self._run_in_background(self.wiring.reconnect(child))
+            self._run_in_background(self.wiring.reconnect(child, lost.connection))
 
     def _take_metrics(self, child: Child, measured: Measured) -> None:
         self.totals.update(child.pid, measured.metrics)

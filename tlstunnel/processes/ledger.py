@@ -145,7 +145,9 @@ class LedgerProcess:
 
     async def _connect(self, request: messages.Connect, descriptors: list[int]) -> messages.Done:
         (descriptor,) = descriptors
-        self._begun_server.add(socket.socket(fileno=descriptor), name=_name(request.process))
+        server, name = self._begun_server, _name(request.process)
+        server.add(socket.socket(fileno=descriptor), name)
+        server.keep_newest(name, 2)  # a process has closed the one before, or does so when it learns of this one
         self._start_valkey()
         return messages.Done()
 
@@ -167,12 +169,19 @@ class LedgerProcess:
             for sock in socks:
                 sock.close()
             return messages.TakenOver(processes=None)
-        server.restore(snapshot, socks)
+        try:
+            server.restore(snapshot, socks)
+        except BaseException:
+            server.close()  # nothing was read yet, so the previous ledger can continue
+            raise
         self._start_valkey()
         return messages.TakenOver(processes=[_parse_name(one.name) for one in snapshot.connections])
 
     async def _resume(self, _: messages.Resume, __: list[int]) -> messages.Done:
-        self._begun_server.resume()
+        server = self._begun_server
+        for name in server.names:
+            server.keep_newest(name)
+        server.resume()
         self._start_keeping()
         return messages.Done()
 
@@ -239,8 +248,9 @@ class LedgerProcess:
         self._waiting = asyncio.ensure_future(self._wait_for_askers())
 
     async def _wait_for_askers(self) -> None:
-        """Exit once nobody asks any more."""
-        while self._server is not None and self._server.stats().connections:  # noqa: ASYNC110 - once, at the end
+        """Exit once nobody asks any more; at once if another ledger may have taken over, so that never two answer."""
+        server = self._server
+        while server is not None and not server.paused and server.stats().connections:  # noqa: ASYNC110 - at the end
             await asyncio.sleep(ORPHAN_SECONDS)
         self._exit.set()
 

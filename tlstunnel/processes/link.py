@@ -90,11 +90,11 @@ class Link:
             self._unsent.append((b'{"answer":0,"fds":0,%b\n' % msgspec.json.encode(notification)[1:], []))
             self._write()
 
-    def fail_requests(self, reason: str) -> None:
-        """Have the requests that wait for their reply raise ProcessError with this reason."""
+    def fail_requests(self, error: ProcessError) -> None:
+        """Have the requests that wait for their reply raise `error`."""
         for reply in self._waiting.values():
             if not reply.done():
-                reply.set_exception(ProcessError(reason))
+                reply.set_exception(error)
 
     def close(self) -> None:
         """Close this side. Requests that wait for their reply fail."""
@@ -109,7 +109,7 @@ class Link:
             for fd in descriptors:
                 os.close(fd)
         self._unsent.clear()
-        self.fail_requests("the process has exited")
+        self.fail_requests(ProcessError("the process has exited"))
 
     def read_rest(self) -> None:
         """Handle what the other side sent before it exited, then close."""

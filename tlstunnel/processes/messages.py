@@ -189,7 +189,12 @@ class Status(Request[Load], frozen=True, tag="status"):
 
 
 class Count(Request[Done], frozen=True, tag="count"):
-    """Count at the ledger at the other end of the socket that comes with the message; alone, if there is none."""
+    """Count at the ledger at the other end of the socket that comes with the message; alone, if there is none.
+
+    `connection` is the connection's number.
+    """
+
+    connection: int = 0
 
 
 # --- parent to ledger -------------------------------------------------------------------------------------------------
@@ -239,7 +244,9 @@ class Sampled(Notification, frozen=True, tag="sampled"):
 
 
 class LedgerLost(Notification, frozen=True, tag="ledger lost"):
-    """The connection to the ledger has ended; send another one."""
+    """The connection to the ledger with this number has ended; send another one."""
+
+    connection: int = 0
 
 
 class Leaving(Request[Done], frozen=True, tag="leaving"):

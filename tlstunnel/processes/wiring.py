@@ -3,14 +3,17 @@
 A connection is a socket pair: the ledger has one end, the process the other. At an upgrade the process keeps its end,
 and the ledger's end moves on to the next ledger, together with the counts. The next ledger confirms that it has
 everything before the previous one is stopped. If it does not, it is killed first, so that never two ledgers answer, and
-the previous one resumes.
+the previous one resumes, with new connections if the killed one may have read from the others. A previous ledger
+that does not respond is killed too, and its counts are lost.
 
 Tested by tests/promises/test_shared_counts.py.
 """
 
 import asyncio
 import contextlib
+import itertools
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -18,8 +21,8 @@ from tlstunnel.backoff import Backoff
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
-from tlstunnel.processes.children import Child, Role
-from tlstunnel.processes.messages import Connect, Count, Done, HandOver, LedgerLoad, LedgerStatus, Request, Resume
+from tlstunnel.processes.children import Child, NotResponding, Role
+from tlstunnel.processes.messages import Connect, Count, HandOver, LedgerLoad, LedgerStatus, Resume, Stop
 from tlstunnel.processes.messages import TakeOver as TakeOverRequest
 
 COUNTING_FORMAT = 3
@@ -30,6 +33,9 @@ START_SECONDS = 5.0
 
 HAND_OVER_SECONDS = 5.0
 """How long a hand-over may take. Askers wait for 0.5 s, then they count as they do without a ledger."""
+
+REPLY_SECONDS = 1.0
+"""How long a ledger may take to reply to other requests. Who starts, or asks for the status, does not wait longer."""
 
 EXIT_SECONDS = 5.0
 """How long a ledger may take to exit once another one has taken over; then it is killed."""
@@ -55,6 +61,11 @@ class Wiring:
         self._begun = asyncio.Event()
         self._lock = asyncio.Lock()
         self._delays: dict[Child, float] = {}
+        self._numbers = itertools.count(time.monotonic_ns())
+        """For connections. Those of the previous program have lower ones."""
+        self._connections: dict[Child, int] = {}
+        """The number of each child's last connection."""
+        self._reconnecting: dict[Child, int] = {}
         self._log = structlog.get_logger()
 
     @property
@@ -64,9 +75,14 @@ class Wiring:
         return None if ledger is None or ledger.exited else ledger
 
     def restore(self, ledger: Child) -> None:
-        """Take over the ledger of the previous program."""
-        if not ledger.draining:
-            self._set(ledger)
+        """Take over a ledger of the previous program. There are two if one was about to exit."""
+        current = self._ledger
+        if current is not None and not current.draining:
+            self._run_in_background(self._end(ledger))
+            return
+        if current is not None:
+            self._run_in_background(self._end(current))
+        self._set(ledger)
 
     async def connect(self, child: Child) -> None:
         """Connect a serving child that starts, as soon as there is a ledger. Raises ProcessError if it fails."""
@@ -78,13 +94,21 @@ class Wiring:
         async with self._lock:
             await self._connect(child)
 
-    async def reconnect(self, child: Child) -> None:
-        """Connect a serving child again that has lost its connection, after a delay. Without a ledger, do nothing."""
-        self._delays = {child: delay for child, delay in self._delays.items() if not child.exited}
+    async def reconnect(self, child: Child, lost: int) -> None:
+        """Connect a serving child again that has lost its connection, after a delay. Without a ledger, do nothing.
+
+        `lost` is the number of the connection. For each there is one reconnection, and none if it was not the last.
+        """
+        if self._connections.get(child, lost) != lost or self._reconnecting.get(child) == lost:
+            return
+        self._reconnecting[child] = lost
+        for kept in (self._delays, self._connections, self._reconnecting):
+            for gone in [one for one in kept if one.exited]:
+                del kept[gone]
         self._delays[child] = delay = RECONNECTS.after(self._delays.get(child, 0.0))
         await asyncio.sleep(delay)
         async with self._lock:
-            if self.ledger is not None and not child.exited:
+            if self.ledger is not None and not child.exited and self._connections.get(child, lost) == lost:
                 with contextlib.suppress(ProcessError):
                     await self._connect(child)
 
@@ -96,7 +120,7 @@ class Wiring:
         async with self._lock:
             previous = self.ledger
             connected: set[int] = set()
-            if previous is not None and not previous.silent:
+            if previous is not None:
                 taken = await self._hand_over(previous, ledger)
                 connected.update(taken or ())
                 self._log.info(
@@ -128,7 +152,7 @@ class Wiring:
         if ledger is None:
             return None
         try:
-            return await ledger.request(LedgerStatus())
+            return await ledger.request(LedgerStatus(), REPLY_SECONDS)
         except ProcessError:
             return None
 
@@ -160,27 +184,33 @@ class Wiring:
         with ours, theirs:
             if self.ledger is not None:
                 with contextlib.suppress(ProcessError):
-                    await _send(self.ledger, Connect(process=child.pid), theirs)
+                    await self.ledger.request(Connect(process=child.pid), REPLY_SECONDS, [theirs.fileno()])
             theirs.close()
-            await _send(child, Count(), ours)
+            self._connections[child] = number = next(self._numbers)
+            await child.request(Count(connection=number), descriptors=[ours.fileno()])
 
     async def _hand_over(self, previous: Child, following: Child) -> list[int] | None:
-        """Move counts and connections; return the processes that are connected, None if `following` counts elsewhere.
+        """Move counts and connections; return the processes that are connected.
 
-        Raises ProcessError; then the previous ledger has resumed.
+        None if `following` begins without counts: it counts elsewhere, or `previous` did not respond and was killed.
+        Raises ProcessError if `following` could not take over; then the previous ledger has resumed.
         """
         sending, receiving = _make_pair(socket.SOCK_SEQPACKET)
         try:
             with sending, receiving:
-                async with asyncio.timeout(HAND_OVER_SECONDS):
-                    await _send(previous, HandOver(), sending)
-                    sending.close()
-                    reply = await following.request(TakeOverRequest(), HAND_OVER_SECONDS, [receiving.fileno()])
-        except (ProcessError, TimeoutError) as error:
-            reason = str(error) or f"not done within {HAND_OVER_SECONDS:g} s"
-            following.problem = f"the previous ledger remains, since the new one could not take over: {reason}"
+                if not await self._send_counts(previous, sending):
+                    previous.kill()
+                    await previous.process.wait()
+                    return None
+                sending.close()
+                reply = await following.request(TakeOverRequest(), HAND_OVER_SECONDS, [receiving.fileno()])
+        except ProcessError as error:
+            following.problem = f"the previous ledger remains, since the new one could not take over: {error}"
+            has_exited = following.exited or following.link.closed
             following.kill()
             await following.process.wait()
+            if has_exited or isinstance(error, NotResponding):  # it may have read from the connections
+                await asyncio.gather(*(self._try_to_connect(child) for child in self._list_serving()))
             await previous.try_request(Resume())
             raise ProcessError(following.problem) from None
         except asyncio.CancelledError:
@@ -188,15 +218,26 @@ class Wiring:
             raise
         return reply.processes
 
+    async def _send_counts(self, previous: Child, sock: socket.socket) -> bool:
+        """Have `previous` send its counts over `sock`; return whether it has responded. Raises ProcessError."""
+        try:
+            await previous.request(HandOver(), HAND_OVER_SECONDS, [sock.fileno()])
+        except NotResponding as error:
+            if not previous.exited:
+                self._log.warning(Event.LEDGER, process=previous.pid, reason=f"its counts are lost: {error}")
+            return False
+        except ProcessError:
+            if not (previous.exited or previous.link.closed):
+                raise
+            return False
+        return True
+
     async def _end(self, ledger: Child) -> None:
         """Stop a ledger that answers no more, and wait until it has exited."""
-        await ledger.stop()
+        with contextlib.suppress(ProcessError):
+            await ledger.request(Stop(), REPLY_SECONDS)
         await asyncio.wait([ledger.process.exited], timeout=EXIT_SECONDS)
         ledger.kill()
-
-
-async def _send(child: Child, request: Request[Done], sock: socket.socket) -> None:
-    await child.request(request, descriptors=[sock.fileno()])
 
 
 def _make_pair(kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:

@@ -126,6 +126,22 @@ class LedgerServer:
         self._open(sock, ConnectionSnapshot(name, 0, {}, b"", b""))
 
     @property
+    def paused(self) -> bool:
+        """Whether another process may continue this server's work."""
+        return self._paused
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all connections."""
+        return {connection.name for connection in self._connections.values()}
+
+    def keep_newest(self, name: str, number: int = 1) -> None:
+        """Close the connections of this name except the newest ones, and return their leases."""
+        for connection in [one for one in self._connections.values() if one.name == name][:-number]:
+            connection.channel.close()
+            self._handle_end(connection, "")
+
+    @property
     def sockets(self) -> list[socket.socket]:
         """The sockets of all connections, in the order of a snapshot."""
         return [connection.channel.sock for connection in self._connections.values()]

@@ -1,0 +1,295 @@
+"""While one ledger takes over from another, either may die or stop, at any message: counts stay right.
+
+Never do two answer, what processes hold is counted exactly afterwards, and no question waits for ever. The ledgers are
+real processes. What a serving process counts with runs here, so that a test can stop between two messages.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from tests.redis_server import wait_for
+from tlstunnel.config import Config
+from tlstunnel.config.invocation import Invocation
+from tlstunnel.errors import ProcessError
+from tlstunnel.processes import wiring as module
+from tlstunnel.processes.children import Child, Identity, Role, Startup
+from tlstunnel.processes.link import Link
+from tlstunnel.processes.messages import Count, Done, HandOver, LedgerLost, Stop, TakeOver
+from tlstunnel.processes.wiring import Wiring
+from tlstunnel.sockets.readiness import TunnelLoop
+from tlstunnel.state.counters import LimitCheck
+from tlstunnel.state.shared import LEDGER, SharedCounters
+
+ASKERS = 3
+LIMIT = 50
+LIMITED = [LimitCheck("limited", max_tunnels=LIMIT)]
+OTHER = [LimitCheck("other", max_tunnels=1 << 20)]
+
+MOMENTS: list[tuple[type[Any], str]] = [
+    (HandOver, "before"),
+    (TakeOver, "before"),
+    (TakeOver, "after"),
+    (Stop, "after"),
+]
+"""When something happens: before a message of a hand-over is sent, or after the reply."""
+
+
+class Parent:
+    """The parent, as far as it connects serving processes with a ledger. `moment` is when `act` is called, once."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self.children: list[Child] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.moment: tuple[type[Any], str] | None = None
+        self.act: Callable[[], None] = lambda: None
+        self.wiring = Wiring(lambda: [child for child in self.children if not child.exited], self.run_in_background)
+        self._stack = stack
+
+    def run_in_background(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def start_ledger(self) -> Child:
+        """Start a ledger process, which does not answer yet."""
+        ledger = Child.start(Role.LEDGER, 1, 1, {})
+        self._stack.push_async_callback(end, ledger)
+        self.children.append(ledger)
+        request = ledger.request
+
+        async def watched(message: Any, seconds: float = 5.0, descriptors: Sequence[int] = ()) -> Any:
+            self._reach(type(message), "before")
+            try:
+                return await request(message, seconds, descriptors)
+            finally:
+                self._reach(type(message), "after")
+
+        cast("Any", ledger).request = watched  # to act between two messages
+        await ledger.begin(Startup(Invocation(), None, Config(), "json"))
+        ledger.ready = True
+        return ledger
+
+    def _reach(self, message: type[Any], when: str) -> None:
+        if self.moment == (message, when):
+            self.moment = None
+            self.act()
+
+    async def begin(self) -> Child:
+        """Start ledgers until one answers, as the fleet does."""
+        while True:
+            ledger = await self.start_ledger()
+            try:
+                await self.wiring.begin(ledger)
+            except ProcessError:
+                await ledger.process.wait()
+            else:
+                return ledger
+
+    def handle_lost(self, child: Child, lost: LedgerLost) -> None:
+        self.run_in_background(self.wiring.reconnect(child, lost.connection))
+
+
+class Asker:
+    """What a serving process counts with, its link to the parent, and a process in its place."""
+
+    def __init__(self, parent: Parent, stack: AsyncExitStack) -> None:
+        self.reports: list[str] = []
+        self.held = self.connection = 0
+        self.counters = SharedCounters(timeout=0.05, report=self.reports.append)
+        process = stack.enter_context(subprocess.Popen(["sleep", "600"]))
+        stack.callback(process.kill)
+        ours, theirs = socket.socketpair()
+        self.link = Link(ours, {Count: self._count}, lambda: None)
+        self.counters.on_lost = lambda: self.link.notify(LedgerLost(connection=self.connection))
+        self.child = Child(process.pid, Identity(Role.SERVING, 1, 1), theirs, {LedgerLost: parent.handle_lost})
+        self.child.ready = True
+        parent.children.append(self.child)
+        stack.callback(self.link.close)
+        stack.callback(self.child.link.close)
+        stack.callback(self.counters.close)
+
+    async def _count(self, request: Count, descriptors: list[int]) -> Done:
+        self.connection = request.connection
+        self.counters.attach(socket.socket(fileno=descriptors[0]))
+        return Done()
+
+    async def load(self) -> None:
+        """Take tunnels, return some, and never wait for long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            (result,) = await self.counters.check(OTHER)
+            assert loop.time() - began < 2.0
+            assert not result.exceeded
+            self.held += 1
+            if self.held > 20:
+                self.counters.return_tunnels(["other"] * 5)
+                self.held -= 5
+            await asyncio.sleep(0.001)
+
+
+async def end(ledger: Child) -> None:
+    ledger.kill()
+    await ledger.process.wait()
+    ledger.link.close()
+
+
+@asynccontextmanager
+async def started() -> AsyncIterator[tuple[Parent, list[Asker], Child]]:
+    """Return a parent, askers that count, and the ledger that answers them."""
+    async with AsyncExitStack() as stack:
+        parent = Parent(stack)
+        askers = [Asker(parent, stack) for _ in range(ASKERS)]
+        ledger = await parent.begin()
+        assert {asker.counters.answering for asker in askers} == {LEDGER}
+        loads = [asyncio.ensure_future(asker.load()) for asker in askers]
+        try:
+            yield parent, askers, ledger
+        finally:
+            for load in loads:
+                load.cancel()
+            failures = await asyncio.gather(*loads, return_exceptions=True)
+            assert {type(failure) for failure in failures} == {asyncio.CancelledError}, failures
+
+
+async def assert_right(parent: Parent, askers: list[Asker]) -> None:
+    """Check that all count together, exactly, and that only one ledger is left."""
+    await wait_for(lambda: all(asker.counters.answering == LEDGER for asker in askers))
+    await wait_for(lambda: [c.identity.role for c in parent.children if not c.exited].count(Role.LEDGER) == 1)
+
+    async def is_exact() -> bool:
+        (counted,) = await askers[0].counters.count_tunnels(["other"])
+        return counted == sum(asker.held for asker in askers)
+
+    while not await is_exact():  # each asker changes it every millisecond
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*(asker.counters.check(LIMITED) for asker in askers for _ in range(LIMIT)))
+    assert [result.exceeded for (result,) in results].count("") == LIMIT
+
+
+@pytest.fixture
+def hand_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAND_OVER_SECONDS", 0.7)
+    monkeypatch.setattr(module, "EXIT_SECONDS", 0.3)
+    monkeypatch.setattr(module, "REPLY_SECONDS", 0.3)
+
+
+def run(test: Any) -> None:
+    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
+        runner.run(asyncio.wait_for(test, 50))
+
+
+@pytest.mark.usefixtures("hand_over_seconds")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", ["old", "new"])
+@pytest.mark.parametrize("moment", MOMENTS, ids=[f"{when} {message.__name__}" for message, when in MOMENTS])
+def test_either_ledger_dies_or_stops(moment: tuple[type[Any], str], victim: str, number: signal.Signals) -> None:
+    async def test() -> None:
+        async with started() as (parent, askers, old):
+            new = await parent.start_ledger()
+            pid = (old if victim == "old" else new).pid
+            reached = False
+
+            def act() -> None:
+                nonlocal reached
+                reached = True
+                os.kill(pid, number)
+
+            parent.moment, parent.act = moment, act
+            try:
+                await parent.wiring.begin(new)
+            except ProcessError:
+                assert victim == "new"
+                assert new.exited
+                await parent.begin()
+            if victim == "new" and moment in MOMENTS[2:]:  # nothing watches it here
+                await wait_for(lambda: old.exited)
+                new.kill()
+                await new.process.wait()
+                await parent.begin()
+            await assert_right(parent, askers)
+            assert reached
+
+    run(test())
+
+
+@pytest.mark.usefixtures("hand_over_seconds")
+def test_a_new_ledger_has_answered_before_it_is_given_up() -> None:
+    """Its reply came too late. What it has granted is not forgotten by the previous one, nor half a question taken."""
+
+    async def test() -> None:
+        async with started() as (parent, askers, old):
+            new = await parent.start_ledger()
+            late = new.link.request
+
+            async def reply_late(message: Any, descriptors: Sequence[int] = ()) -> Any:
+                reply = await late(message, descriptors)
+                if isinstance(message, TakeOver):
+                    await asyncio.sleep(10)
+                return reply
+
+            cast("Any", new.link).request = reply_late  # as if the parent had no time
+            with pytest.raises(ProcessError, match="the previous ledger remains"):
+                await parent.wiring.begin(new)
+            assert parent.wiring.ledger is old
+            await assert_right(parent, askers)
+
+    run(test())
+
+
+@pytest.mark.usefixtures("hand_over_seconds")
+def test_several_in_a_row_lose_nothing() -> None:
+    async def test() -> None:
+        async with started() as (parent, askers, _):
+            for _ in range(3):
+                await parent.begin()
+            await assert_right(parent, askers)
+            assert not any(asker.reports for asker in askers)
+
+    run(test())
+
+
+def test_a_ledger_that_has_paused_ends_with_its_parent() -> None:
+    """Another one may have taken over: then two would answer."""
+
+    async def test() -> None:
+        async with started() as (parent, _, ledger):
+            sending, receiving = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with sending, receiving:
+                await ledger.request(HandOver(), 5.0, [sending.fileno()])
+            ledger.link.close()
+            assert await asyncio.wait_for(ledger.process.wait(), 5) == 0
+            assert parent.wiring.ledger is None
+
+    run(test())
+
+
+def test_a_lost_connection_is_replaced_once() -> None:
+    """Whatever a process says, and however often."""
+
+    async def test() -> None:
+        async with started() as (parent, askers, ledger):
+            asker = askers[0]
+            before = asker.connection
+            for number in [before] * 1000 + [1] * 1000:
+                parent.handle_lost(asker.child, LedgerLost(connection=number))
+            await wait_for(lambda: asker.connection != before)
+            await wait_for(lambda: not parent.tasks)
+            load = await parent.wiring.request_load()
+            assert load is not None
+            assert load.connections <= ASKERS + 1
+            replaced = asker.connection
+            parent.handle_lost(asker.child, LedgerLost(connection=before))
+            await wait_for(lambda: not parent.tasks)
+            assert asker.connection == replaced
+            assert ledger.exited is False
+
+    run(test())
