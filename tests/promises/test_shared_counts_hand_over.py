@@ -5,16 +5,34 @@ real processes. What a serving process counts with runs here, so that a test can
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from tests.harness import Certificate, RawOrigin, eventually
+from tests.promises import counted
+from tests.promises.counted import (
+    CLIENTS,
+    TUNNELS,
+    answering,
+    asked_at_once,
+    connected,
+    hold,
+    ledger_of,
+    traffic,
+    tunnel_to,
+)
+from tests.promises.versions import Versions, upgraded
 from tests.redis_server import wait_for
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
@@ -293,3 +311,84 @@ def test_a_lost_connection_is_replaced_once() -> None:
             assert ledger.exited is False
 
     run(test())
+
+
+# --- the whole tunnel -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[RawOrigin]:
+    with RawOrigin(hold) as origin:
+        yield origin
+
+
+def test_upgrades_while_the_ledger_is_stopped(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """Twice in a row. The status does not wait for it, and open tunnels are counted afterwards."""
+    versions = Versions(tmp_path / "versions")
+    environment = {**versions.environment, "TLSTUNNEL_WATCH": "0.1,2,90,90"}
+    with (
+        tunnel_to(origin.address, certificate, site=TUNNELS, processes=2, environment=environment) as tunnel,
+        connected(tunnel, counted.LIMIT - 3) as clients,
+    ):
+        assert set(asked_at_once(clients, "/tunnels")) == {101}
+        tunnel.reload(tunnel.file.read_text().replace('"2s"', '"100ms"'))
+        stopped = ledger_of(tunnel)["process"]
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        assert ledger_of(tunnel)["state"] == "not responding"
+        assert time.monotonic() - began < 3.0
+        with traffic(tunnel) as statuses:
+            for number in (2, 3):
+                versions.install(f"{number}.0.0")
+                upgraded(tunnel)
+        assert set(statuses) == {101}
+        assert (ledger_of(tunnel)["version"], ledger_of(tunnel)["generation"]) == ("3.0.0", 3)
+        eventually(lambda: set(answering(tunnel)) == {"ledger"})
+        with connected(tunnel, CLIENTS) as more:
+            assert Counter(asked_at_once(more, "/tunnels")) == {101: 3, 429: CLIENTS - 3}
+        (lost,) = tunnel.records("ledger")
+        assert lost["process"] == stopped
+        assert lost["reason"].startswith("its counts are lost: process ")
+        assert [record["counts"] for record in tunnel.records("ledger replaced")] == [False, True]
+
+
+def test_reloads_that_add_and_remove_shared_counts_under_load(origin: RawOrigin, certificate: Certificate) -> None:
+    """No handshake fails, and open tunnels stay counted by whatever counts."""
+    with tunnel_to(origin.address, certificate, site=TUNNELS, processes=2) as tunnel:
+        text = tunnel.file.read_text()
+        away = text.replace("[state]", '[state]\nurl = "valkey://127.0.0.1:1/0"')
+        with connected(tunnel, counted.LIMIT - 3) as clients:
+            assert set(asked_at_once(clients, "/tunnels")) == {101}
+            with traffic(tunnel) as statuses:
+                for changed in (away, text, text.replace("processes = 2", "processes = 1"), text):
+                    tunnel.reload(changed)
+            assert set(statuses) == {101}
+            eventually(lambda: set(answering(tunnel)) == {"ledger"})
+            eventually(lambda: ledger_of(tunnel)["leases"] == counted.LIMIT - 3)
+            with connected(tunnel, CLIENTS) as more:
+                assert Counter(asked_at_once(more, "/tunnels")) == {101: 3, 429: CLIENTS - 3}
+
+
+def test_without_the_parent_the_ledger_is_the_last_to_exit(origin: RawOrigin, certificate: Certificate) -> None:
+    """The serving processes drain, and their tunnels stay until their clients end them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(AssertionError, match="it exited with -9"))
+        tunnel = stack.enter_context(tunnel_to(origin.address, certificate, site=TUNNELS, processes=2))
+        pids = [one["process"] for one in tunnel.status()["processes"]]
+        ledger = ledger_of(tunnel)["process"]
+        tunnel.reload(tunnel.file.read_text().replace('drain_over = "0s"', 'drain_over = "1s"'))
+        with connected(tunnel, 10) as clients:
+            assert set(asked_at_once(clients, "/tunnels")) == {101}
+            tunnel.send_signal(signal.SIGKILL)
+            tunnel.wait_records(2, "parent exited")
+            assert is_running(ledger)
+            eventually(lambda: not is_running(ledger))
+            assert len(tunnel.records("connection")) == 10, "it has left others that had tunnels"
+        eventually(lambda: not any(map(is_running, pids)))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
