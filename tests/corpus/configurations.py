@@ -65,6 +65,15 @@ def write_named_files(folder: Path) -> None:
     _write_certificates(folder)
     _write_lists_and_rules(folder)
     _write_workers(folder)
+    _write_notices(folder)
+
+
+def _write_notices(folder: Path) -> None:
+    (folder / "webhook.secret").write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo=\n")
+    (folder / "webhook.password").write_text("hunter2\n")
+    for name, text in (("texts", "${site}\n\n${peak}\n"), ("bad-texts", "${site}\n\n${peek}\n")):
+        (folder / name / "de").mkdir(parents=True)
+        (folder / name / "de" / "sustained.txt").write_text(text)
 
 
 def _write_certificates(folder: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_file_changes_plans_and_adds_some() -> None:
 def test_a_site_has_a_plan_a_guideline_and_a_contact() -> None:
     site = decoded(f'{SITE}plan = "pro"\nguideline = 250\ncontact = "MAILTO:Ops@Bücher.example"\n').sites[0]
     assert (site.plan, site.guideline, site.contact) == ("pro", 250, "mailto:Ops@xn--bcher-kva.example")
-    site = decoded(f'{SITE}guideline = "none"\ncontact = "https://Hooks.example:8443?a=b"\n').sites[0]
+    site = decoded(f'{SECRET}{SITE}guideline = "none"\ncontact = "https://Hooks.example:8443?a=b"\n').sites[0]
     assert (site.plan, site.guideline) == (None, "none")
     assert site.contact == WebURL("https://hooks.example:8443/?a=b")
 
@@ -110,7 +110,8 @@ def test_a_site_has_a_plan_a_guideline_and_a_contact() -> None:
         ("[usage.busy]\ncpu = 101\n", "usage.busy.cpu: expected a whole number from 1 to 100, got 101"),
         ("[usage]\non_abuse = 'ban'\n", 'usage.on_abuse: expected "notice" or "throttle", got "ban"'),
         ('[usage.notices]\nwebhook = "https://a.example"\n', "usage.notices.webhook: requires secret_file"),
-        ('[usage.notices]\nsecret_file = "a"\n', "usage.notices.secret_file: requires webhook"),
+        ('[usage.notices]\noperator = "https://a.example"\n', "usage.notices.operator: requires secret_file"),
+        (f'{SITE}contact = "https://a.example"\n', "sites[0].contact: requires usage.notices.secret_file"),
         ('[usage.notices]\nemail = "smtp://a.example"\n', "usage.notices.email: requires sender"),
         ('[usage.notices]\nsender = "a@b.example"\n', "usage.notices.sender: requires email"),
         (

@@ -11,7 +11,8 @@ NONE = "no plan: its usage is measured, and nothing else"
 
 
 def found(site: str, plans: str = "") -> SitePlan:
-    text = f'{plans}\n[[sites]]\nnames = ["a.example"]\norigins = ["localhost:1"]\n{site}\n'
+    notices = '[usage.notices]\nsecret_file = "s"\n'
+    text = f'{notices}{plans}\n[[sites]]\nnames = ["a.example"]\norigins = ["localhost:1"]\n{site}\n'
     return find_plans(decode(text, Path("/"), "t"))["a.example"]
 
 

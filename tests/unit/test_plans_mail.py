@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import default
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,9 +20,8 @@ from hypothesis import strategies as st
 from tests.harness import Certificate
 from tests.unit.test_plans_templates import TEXTS, make_notice
 from tlstunnel.config.urls import MailServer
-from tlstunnel.errors import ConfigurationError
 from tlstunnel.plans.connection import make_context
-from tlstunnel.plans.mail import Envelope, Mail, compose, load_password
+from tlstunnel.plans.mail import Envelope, Mail, compose
 from tlstunnel.plans.notices import Outcome, Result
 from tlstunnel.plans.templates import Text
 
@@ -404,25 +402,3 @@ def test_what_is_no_smtp_is_a_failure(script: Script) -> None:
 
 def test_a_port_that_nothing_listens_on() -> None:
     assert deliver_to(MailServer("smtp", "127.0.0.1", 1)) == Result(Outcome.FAILED, "Connection refused")
-
-
-# The file with the password
-
-
-@pytest.mark.parametrize("text", ["p@ss wörd\n", "p@ss wörd\r\nmore\n", "p@ss wörd"])
-def test_the_first_line_is_the_password(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "password"
-    path.write_bytes(text.encode())
-    assert load_password(path) == "p@ss wörd"
-
-
-def test_a_file_without_a_password_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "password"
-    for content, reason in ((b"\nx", "the first line, which should be the password, is empty"), (b"\xff", "not UTF-8")):
-        path.write_bytes(content)
-        with pytest.raises(ConfigurationError) as raised:
-            load_password(path)
-        assert str(raised.value) == f"{path}: {reason}"
-    path.unlink()
-    with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
-        load_password(path)

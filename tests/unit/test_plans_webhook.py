@@ -6,12 +6,10 @@ import contextlib
 import json
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,12 +18,12 @@ from standardwebhooks import Webhook as Receiver
 
 from tests.harness import Certificate
 from tests.unit.test_plans_templates import make_notice
-from tlstunnel.errors import ConfigurationError
 from tlstunnel.plans.connection import connect, make_context
+from tlstunnel.plans.credentials import derive_secret
 from tlstunnel.plans.notices import Outcome, Result
 from tlstunnel.plans.templates import Text
 from tlstunnel.plans.values import Standing
-from tlstunnel.plans.webhook import Webhook, derive_secret, load_secrets, make_body, sign
+from tlstunnel.plans.webhook import Webhook, make_body, sign
 
 SECRET = bytes(range(32))
 NOTICE = make_notice()
@@ -133,13 +131,6 @@ def test_a_request_is_verified_by_the_library(secret: bytes) -> None:
     assert Receiver(encode(own)).verify(body, headers) == payload
 
 
-def test_the_secret_of_a_contact_can_be_computed_with_openssl() -> None:
-    """As docs/plans.md says."""
-    command = ["openssl", "dgst", "-sha256", "-mac", "HMAC", "-macopt", f"hexkey:{SECRET.hex()}", "-binary"]
-    digest = subprocess.run(command, input=b"contact https://a.example/n", capture_output=True, check=True).stdout
-    assert digest == derive_secret(SECRET, "https://a.example/n")
-
-
 def test_a_type_has_no_space() -> None:
     body = json.loads(make_body(make_notice(Standing.SUSPECTED_ABUSE), TEXT))
     assert body["type"] == "notice.suspected_abuse"
@@ -148,40 +139,6 @@ def test_a_type_has_no_space() -> None:
 
 def test_a_body_is_the_same_each_time() -> None:
     assert make_body(NOTICE, TEXT) == make_body(make_notice(), TEXT)
-
-
-# The file with secrets
-
-
-def test_secrets_are_read_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    path.write_text(f"{encode(SECRET)}\n\n{encode(b'n' * 24)}\n")
-    assert load_secrets(path) == (SECRET, b"n" * 24)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "expected 1 to 4 secrets, one a line, got 0"),
-        (f"{encode(SECRET)}\n" * 5, "expected 1 to 4 secrets, one a line, got 5"),
-        (base64.b64encode(SECRET).decode(), "line 1: expected a secret: whsec_ and 24 to 64 bytes in base64; for one"),
-        (f"{encode(SECRET)}\nwhsec_%%%%", "line 2: expected a secret"),
-        (encode(b"n" * 23), "line 1: expected a secret"),
-        (encode(b"n" * 65), "line 1: expected a secret"),
-    ],
-)
-def test_what_is_no_secret_is_refused(tmp_path: Path, text: str, reason: str) -> None:
-    path = tmp_path / "secret"
-    path.write_text(text)
-    with pytest.raises(ConfigurationError) as raised:
-        load_secrets(path)
-    assert str(raised.value).startswith(f"{path}: {reason}")
-    assert "%%%%" not in str(raised.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="secret: cannot be read: No such file or directory"):
-        load_secrets(tmp_path / "secret")
 
 
 # Responses

@@ -26,6 +26,7 @@ from tlstunnel.config.plans import BUILT_IN, Plans, describe_unknown
 from tlstunnel.config.site import SiteConfig
 from tlstunnel.config.state import State
 from tlstunnel.config.tables import Findings, Table, UnreadableError
+from tlstunnel.config.urls import WebURL
 from tlstunnel.config.usage import Usage
 
 
@@ -174,6 +175,16 @@ class Config(Table, frozen=True):
         for number, plan in _read_all("plan", self.sites):
             if plan is not None and plan not in self.plans:
                 yield ("sites", number, "plan"), describe_unknown(plan, self.plans)
+
+    def check_contacts(self) -> Findings:
+        """What is posted to a contact is signed."""
+        if self.usage.notices.secret_file is None:
+            for number, contact in _read_all("contact", self.sites):
+                if isinstance(contact, WebURL):
+                    yield (
+                        ("sites", number, "contact"),
+                        "requires usage.notices.secret_file, with which notices are signed",
+                    )
 
     def check_default(self) -> Findings:
         """One site at most is the default."""

@@ -134,7 +134,7 @@ class Notices(Table, frozen=True):
     """Where notices go besides the log, and in which language."""
 
     webhook: WebhookURL | None = None
-    secret_file: Annotated[Path, FilePath("a file whose first line is the secret")] | None = None
+    secret_file: Annotated[Path, FilePath("a file with a secret")] | None = None
     email: MailURL | None = None
     password_file: Annotated[Path, FilePath("a file whose first line is the password")] | None = None
     sender: Mailbox | None = None
@@ -144,10 +144,9 @@ class Notices(Table, frozen=True):
 
     def check_webhook(self) -> Findings:
         """A webhook is signed."""
-        if self.webhook is not None and self.secret_file is None:
-            yield ("webhook",), "requires secret_file, with which notices are signed"
-        if self.secret_file is not None and self.webhook is None:
-            yield ("secret_file",), "requires webhook"
+        for key in ("webhook", "operator"):
+            if isinstance(getattr(self, key), WebURL) and self.secret_file is None:
+                yield (key,), "requires secret_file, with which notices are signed"
 
     def check_email(self) -> Findings:
         """Mail has a sender, and its password is for a user and comes from one place."""

@@ -111,6 +111,14 @@ class Event(Word):
     HISTORY_MINUTES_LOST = "history minutes lost"
     HISTORY_WRITTEN_AGAIN = "history written again"
 
+    # Notices
+    NOTICE = "notice"
+    NOTICE_DELIVERED = "notice delivered"
+    NOTICE_NOT_DELIVERED = "notice not delivered"
+    NOTICE_PLOT_FAILED = "notice without its plot"
+    NOTICES_NOT_WRITTEN = "notices not written"
+    NOTICES_WRITTEN_AGAIN = "notices written again"
+
     # The log itself, and bugs
     LINES_LOST = "log lines lost"
     TUNNEL_FAILED = "tunnel failed"
@@ -119,6 +127,7 @@ class Event(Word):
     REQUEST_FAILED = "request failed"
     COMMAND_FAILED = "command failed"
     NOTIFICATION_FAILED = "notification failed"
+    NOTICE_FAILED = "notice failed"
 
 
 class EndedBy(Word):

@@ -19,13 +19,11 @@ from email.message import EmailMessage
 from email.policy import SMTP as SMTP_POLICY
 from email.utils import format_datetime
 from ipaddress import ip_address
-from pathlib import Path
 
 import aiosmtplib
 import msgspec
 
 from tlstunnel.config.urls import MailServer, parse_mailbox
-from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.plans.connection import connect, describe_failure, make_context
 from tlstunnel.plans.notices import Outcome, Result
@@ -152,20 +150,6 @@ class Mail:
                 self.context.check_hostname = False
                 self.context.verify_mode = ssl.CERT_NONE
         return self.context
-
-
-def load_password(path: Path) -> str:
-    """Return the first line of a file. Raises ConfigurationError."""
-    try:
-        with path.open("rb") as file:
-            password = file.read(4096).partition(b"\n")[0].removesuffix(b"\r").decode()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{path}: not UTF-8") from None
-    if not password:
-        raise ConfigurationError(f"{path}: the first line, which should be the password, is empty")
-    return password
 
 
 def _judge(error: aiosmtplib.SMTPException) -> Result:

@@ -77,6 +77,11 @@ class Texts:
         """The languages there are."""
         return tuple(sorted(self._languages))
 
+    def check_language(self, language: str) -> None:
+        """Raise ConfigurationError if there are no texts in this language."""
+        if language not in self._languages:
+            raise ConfigurationError(f"there are no texts in {quoted(language)}, only in {', '.join(self.languages)}")
+
     def render(self, notice: Notice, reply_to: str = "") -> Text:
         """Return the text of a notice in its language, or in English. `reply_to` is whom to reply to."""
         words, templates = self._languages.get(notice.language) or self._languages[DEFAULT_LANGUAGE]

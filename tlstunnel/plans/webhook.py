@@ -11,7 +11,6 @@ followed, and proxies of the environment are not used.
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import ssl
@@ -19,16 +18,15 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 import h11
 import msgspec
 
 import tlstunnel
-from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable
 from tlstunnel.plans.connection import connect, describe_failure, make_context
+from tlstunnel.plans.credentials import derive_secret
 from tlstunnel.plans.notices import Outcome, Result
 from tlstunnel.plans.templates import Text
 from tlstunnel.plans.values import Figures, Notice
@@ -39,10 +37,6 @@ TIMEOUT = 20.0
 MAX_HEAD_BYTES = 16_384
 MAX_RECEIVED_BYTES = 65_536
 """Of all heads together, since a server can send any number of informational responses."""
-
-SECRET_PREFIX = "whsec_"  # noqa: S105 - what each secret begins with
-SECRET_BYTES = range(24, 65)
-MAX_SECRETS = 4
 
 
 class Payload(msgspec.Struct, frozen=True):
@@ -93,41 +87,6 @@ def make_body(notice: Notice, text: Text) -> bytes:
     return msgspec.json.encode(Payload(f"notice.{kind}", _format_time(notice.created), data))
 
 
-def load_secrets(path: Path) -> tuple[bytes, ...]:
-    """Return the secrets in a file, one a line: a second one is for the time of a rotation.
-
-    Each is `whsec_` and 24 to 64 bytes in base64. Raises ConfigurationError.
-    """
-    try:
-        with path.open("rb") as file:
-            lines = file.read(4096).splitlines()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
-    secrets = tuple(_parse_secret(line.strip(), number, path) for number, line in enumerate(lines, 1) if line.strip())
-    if not 1 <= len(secrets) <= MAX_SECRETS:
-        raise ConfigurationError(f"{path}: expected 1 to {MAX_SECRETS} secrets, one a line, got {len(secrets)}")
-    return secrets
-
-
-def _parse_secret(line: bytes, number: int, path: Path) -> bytes:
-    try:
-        secret = base64.b64decode(line.removeprefix(SECRET_PREFIX.encode()), validate=True)
-    except binascii.Error:
-        secret = b""
-    if not line.startswith(SECRET_PREFIX.encode()) or len(secret) not in SECRET_BYTES:
-        raise ConfigurationError(
-            f"{path}: line {number}: expected a secret: {SECRET_PREFIX} and {SECRET_BYTES.start} to"
-            f" {SECRET_BYTES.stop - 1} bytes in base64; for one, run"
-            f' echo "{SECRET_PREFIX}$(openssl rand -base64 32)"'
-        )
-    return secret
-
-
-def derive_secret(secret: bytes, url: str) -> bytes:
-    """Return the secret for the URL of a contact, so that no contact can sign for another one."""
-    return hmac.digest(secret, b"contact " + url.encode(), hashlib.sha256)
-
-
 def sign(secrets: Sequence[bytes], identifier: str, timestamp: int, body: bytes) -> str:
     """Return the value of `webhook-signature`: a signature by each secret."""
     content = f"{identifier}.{timestamp}.".encode() + body
@@ -136,7 +95,7 @@ def sign(secrets: Sequence[bytes], identifier: str, timestamp: int, body: bytes)
 
 
 class Webhook:
-    """Delivers notices to URLs. `secrets` are those of `load_secrets`."""
+    """Delivers notices to URLs. `secrets` are those of `credentials.load_secrets`."""
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from tlstunnel.config import Config, SiteConfig, decode, read
 from tlstunnel.config.document import DEFAULT_FILE, KeyPath, render_path
 from tlstunnel.config.invocation import Invocation, sites_to_serve, uses_test_certificate
 from tlstunnel.config.problems import InvalidConfiguration, Problem, Problems, render_problems
+from tlstunnel.config.usage import Notices
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.firewall.verdict import Firewall
 from tlstunnel.journal.events import Event
@@ -199,6 +200,7 @@ def _load(
     sites: Sites | None = None
     workers: Workers | None = None
     _check_state(description, problems)
+    _check_notices(description, problems)
     with problems.collect():
         firewall = Firewall(
             description.config,
@@ -246,6 +248,23 @@ def _check_state(description: Description, problems: Problems) -> None:
             state.password_file.read_bytes()
         except OSError as error:
             problems.add(f"{state.password_file}: cannot be read: {error.strerror}", "state", "password_file")
+
+
+def _check_notices(description: Description, problems: Problems) -> None:
+    """Check the files that `[usage.notices]` names. Nothing is connected to."""
+    notices = description.config.usage.notices
+    if notices == Notices():
+        return
+    credentials = import_when_needed("tlstunnel.plans.credentials", "notices")
+    templates = import_when_needed("tlstunnel.plans.templates", "notices")
+    if notices.secret_file is not None:
+        with problems.collect("usage", "notices", "secret_file"):
+            credentials.load_secrets(notices.secret_file)
+    if notices.password_file is not None:
+        with problems.collect("usage", "notices", "password_file"):
+            credentials.load_password(notices.password_file)
+    with problems.collect("usage", "notices", "templates"):
+        templates.load_texts(notices.templates).check_language(notices.language)
 
 
 def load_firewall(description: Description) -> Firewall:

@@ -1,0 +1,141 @@
+"""Takes deliveries that are due from the store, makes an attempt at each, and stores the result.
+
+At most `CONCURRENCY` at once, and one for each target: a server that hangs keeps others from nothing, and gets no
+hundred connections when it is back. An attempt is stored before it begins. So after a kill at any moment, what has no
+stored result is delivered again, with the same id.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+from tlstunnel.errors import StateError
+from tlstunnel.escaping import printable
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
+from tlstunnel.plans.channels import Channels
+from tlstunnel.plans.notice_store import Channel, Delivery, NoticeFile, NoticeStore, State, Target
+from tlstunnel.plans.notices import RETRIES, Outcome, Result, find_delay, plan_retry
+from tlstunnel.plans.values import Notice
+
+CONCURRENCY = 8
+
+POLL_SECONDS = 60.0
+"""How long to sleep at most: a clock that jumps ahead makes deliveries due."""
+
+STORE_SECONDS = 5.0
+"""How long to wait before the store is tried again."""
+
+Clock = Callable[[], float]
+Draw = Callable[[Notice], Awaitable[bytes | None]]
+"""Returns the plot for a notice, a PNG, or None."""
+
+
+async def draw_nothing(_: Notice) -> bytes | None:
+    """Return no plot."""
+    return None
+
+
+class Courier:
+    """Delivers. `run` lasts until it is cancelled; `wake` says that something may be due."""
+
+    def __init__(
+        self, store: NoticeStore, channels: Channels, *, clock: Clock = time.time, draw: Draw = draw_nothing
+    ) -> None:
+        self.channels = channels
+        self._store = store
+        self._clock = clock
+        self._draw = draw
+        self._busy: dict[Target, asyncio.Task[None]] = {}
+        self._awake = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    def wake(self) -> None:
+        """Look for deliveries now."""
+        self._awake.set()
+
+    async def run(self) -> None:
+        """Deliver what is due, for ever."""
+        try:
+            while True:
+                self._awake.clear()
+                try:
+                    pause = await self._start_due()
+                except StateError:  # the store has logged it
+                    pause = STORE_SECONDS
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._awake.wait()
+        finally:
+            tasks = list(self._busy.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _start_due(self) -> float:
+        """Start what is due, and return how many seconds later more of it is."""
+        free = CONCURRENCY - len(self._busy)
+        if not free:
+            return POLL_SECONDS  # the first that ends wakes us
+        now = self._clock()
+        deliveries, following = await self._store.run(NoticeFile.read_due, now, list(self._busy), free)
+        for delivery in deliveries:
+            self._busy[delivery.target] = asyncio.create_task(self._deliver(delivery))
+        return POLL_SECONDS if following is None else min(max(following - now, 0.0), POLL_SECONDS)
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        try:
+            now = self._clock()
+            again = now + RETRIES.spread(find_delay(delivery.attempts + 1))
+            await self._store.run(NoticeFile.begin, delivery, now, again)
+            result = await self._attempt(delivery)
+            await self._finish(delivery, result)
+        except StateError:  # it did not begin
+            await asyncio.sleep(STORE_SECONDS)
+        finally:
+            del self._busy[delivery.target]
+            self.wake()
+
+    async def _attempt(self, delivery: Delivery) -> Result:
+        url = self.channels.find_url(delivery.target)
+        if url and url in await self._store.run(NoticeFile.read_closed):
+            return Result(Outcome.REFUSED, "its receiver has responded with 410 before")
+        try:
+            plot = await self._draw(delivery.notice) if self.channels.wants_plot(delivery.target) else None
+        except Exception as error:
+            self._log.warning(Event.NOTICE_PLOT_FAILED, id=delivery.notice.id, reason=printable(str(error)))
+            plot = None
+        try:
+            result = await self.channels.deliver(delivery.notice, delivery.target, plot)
+        except Exception as error:
+            self._log.exception(Event.NOTICE_FAILED, notice=delivery.notice.id)
+            result = Result(Outcome.FAILED, printable(f"internal error: {error!r}"))
+        if url and result.outcome is Outcome.GONE:
+            await self._insist(NoticeFile.close_url, url, delivery.notice.id, self._clock())
+        return result
+
+    async def _finish(self, delivery: Delivery, result: Result) -> None:
+        now, attempts = self._clock(), delivery.attempts + 1
+        state, again = State.GIVEN_UP, None
+        if result.outcome is Outcome.ACCEPTED:
+            state = State.ACCEPTED
+        elif result.outcome is Outcome.FAILED:
+            again = plan_retry(attempts, delivery.notice.created, now, result.wait)
+            state = State.GIVEN_UP if again is None else State.PENDING
+        await self._insist(NoticeFile.finish, delivery, state, result.reason, again)
+        notice, channel = delivery.notice, delivery.target.channel
+        fields = {"id": notice.id, "site": notice.site, "channel": channel.value, "attempts": attempts}
+        if state is not State.ACCEPTED:
+            retry = {} if again is None else {"retry_in": round(again - now)}
+            self._log.warning(Event.NOTICE_NOT_DELIVERED, **fields, reason=result.reason, **retry)
+        elif channel is not Channel.LOG:
+            self._log.info(Event.NOTICE_DELIVERED, **fields, response=result.reason)
+
+    async def _insist(self, action: Callable[..., None], *args: object) -> None:
+        """Store a result as soon as that is possible: without it, the notice would be delivered again."""
+        while True:
+            try:
+                return await self._store.run(action, *args)
+            except StateError:
+                await asyncio.sleep(STORE_SECONDS)

@@ -1,0 +1,104 @@
+"""Notices from assessments: decided, stored, then delivered. What the process that assesses sites needs of them.
+
+Tested by tests/unit/test_plans_delivery.py.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from tlstunnel.plans.channels import Channels
+from tlstunnel.plans.delivery import Clock, Courier, Draw, draw_nothing
+from tlstunnel.plans.notice_store import Mute, NoticeFile, NoticeStore
+from tlstunnel.plans.notices import HOUR, Notices
+from tlstunnel.plans.values import Assessment
+
+TIDY_SECONDS = HOUR
+
+
+class Notifier:
+    """Sends notices, and takes what people say about them. Every method raises StateError if that was not stored."""
+
+    def __init__(self, store: NoticeStore, notices: Notices, courier: Courier, clock: Clock) -> None:
+        """Use `open` instead."""
+        self.store = store
+        self._notices = notices
+        self._courier = courier
+        self._clock = clock
+        self._tidied = 0.0
+        self._making = asyncio.Lock()
+        self._delivering = asyncio.create_task(courier.run())
+
+    @classmethod
+    async def open(
+        cls,
+        folder: Path,
+        channels: Channels,
+        *,
+        lock_wait: float = 0.0,
+        clock: Clock = time.time,
+        draw: Draw = draw_nothing,
+    ) -> Self:
+        """Open the notices in the state folder, and go on delivering. Raises StateError if they cannot be used.
+
+        While another process has them, `lock_wait` is how many seconds to wait for its end.
+        """
+        store = NoticeStore(folder, lock_wait)
+        try:
+            sent = await store.run(NoticeFile.read_sent)
+            mutes = await store.run(NoticeFile.read_mutes, clock())
+        except BaseException:
+            await store.close()
+            raise
+        notices = Notices(sent, {mute.site: mute.until for mute in mutes})
+        return cls(store, notices, Courier(store, channels, clock=clock, draw=draw), clock)
+
+    def reconfigure(self, channels: Channels) -> None:
+        """Use these channels from now on."""
+        self._courier.channels = channels
+        self._courier.wake()
+
+    async def assess(self, assessments: Sequence[Assessment]) -> int:
+        """Make the notices that are due by these assessments, and return how many. To be called once a minute."""
+        if self._delivering.done():
+            self._delivering.result()  # a bug, which must not stay hidden
+        # What is stored has to be taken into account, even if the caller is cancelled.
+        number = await asyncio.shield(self._make_due(assessments))
+        now = self._clock()
+        if abs(now - self._tidied) > TIDY_SECONDS:
+            await self.store.run(NoticeFile.tidy, now)
+            self._tidied = now
+        return number
+
+    async def _make_due(self, assessments: Sequence[Assessment]) -> int:
+        async with self._making:
+            channels = self._courier.channels
+            due = self._notices.decide(assessments, channels.addresses, self._clock())
+            if due:
+                targets = {notice.id: channels.list_targets(notice) for notice in due.notices}
+                await self.store.run(NoticeFile.record, due, targets)
+                self._notices.apply(due)
+                self._courier.wake()
+            return len(due.notices)
+
+    async def acknowledge(self, notice: str, who: str) -> bool:
+        """Send no more about the standing of this notice while it lasts. Return whether there is such a notice."""
+        found = await self.store.run(NoticeFile.acknowledge, notice, who, self._clock())
+        self._notices.acknowledge(notice)
+        return found
+
+    async def mute(self, site: str, seconds: float, who: str) -> None:
+        """Send nothing about a site for so long; 0 ends that."""
+        now = self._clock()
+        await self.store.run(NoticeFile.mute, Mute(site, now + seconds, now, who))
+        self._notices.mute(site, now + seconds)
+
+    async def close(self) -> None:
+        """End. What is not delivered is, after the next start."""
+        self._delivering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._delivering
+        await self.store.close()
