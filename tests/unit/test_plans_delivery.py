@@ -70,6 +70,7 @@ class Server:
         self.posts: list[tuple[dict[str, str], bytes]] = []
         self.response = b"HTTP/1.1 204 No Content\r\n\r\n"
         self.hanging = False
+        self.delay = 0.0
         self.open = self.most_open = 0
 
     @property
@@ -88,6 +89,7 @@ class Server:
             self.posts.append((headers, body))
             if self.hanging:
                 await reader.read()
+            await asyncio.sleep(self.delay)
             writer.write(self.response)
             await writer.drain()
         self.open -= 1
@@ -271,6 +273,23 @@ def test_a_server_that_hangs_does_not_stop_the_others(tmp_path: Path) -> None:
 
                 await until(all_good)
                 assert bad.most_open == 1
+
+    run(main())
+
+
+def test_an_end_waits_for_what_has_begun(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Server().serving() as server:
+            server.delay = 0.2
+            async with notifying(tmp_path, hook(server), Clock()) as notifier:
+                await notifier.assess([assess()])
+
+                async def has_begun() -> bool:
+                    return bool(server.posts)
+
+                await until(has_begun)
+            with reading(tmp_path) as reader:
+                assert reader.read_notices()[0].accepted
 
     run(main())
 

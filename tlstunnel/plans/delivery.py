@@ -24,6 +24,9 @@ CONCURRENCY = 8
 POLL_SECONDS = 60.0
 """How long to sleep at most: a clock that jumps ahead makes deliveries due."""
 
+GRACE_SECONDS = 2.0
+"""How long deliveries that have begun may take at the end. What has no result by then is delivered again."""
+
 STORE_SECONDS = 5.0
 """How long to wait before the store is tried again."""
 
@@ -69,6 +72,8 @@ class Courier:
                         await self._awake.wait()
         finally:
             tasks = list(self._busy.values())
+            if tasks:
+                await asyncio.wait(tasks, timeout=GRACE_SECONDS)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
