@@ -12,6 +12,9 @@ from collections.abc import Mapping
 MOST_SITES = 100_000
 """Sites that are counted, since reloads may rename them for as long as a process runs. Others are not counted."""
 
+MOST_MOVED = 500
+"""Sites that are sent at once because only their bytes have changed: a millisecond."""
+
 FIELDS = (
     "tunnels",
     "handshakes",
@@ -79,8 +82,11 @@ class Usage:
         self.most_connections = 0
         self._sites: dict[str, SiteUsage] = {}
         self._changed: set[str] = set()
+        """Sites of which a connection has begun or ended."""
+        self._moved: set[str] = set()
+        """Sites whose tunnels have moved something."""
         self._open: Mapping[str, Moved] = {}
-        self._sent: Mapping[str, Moved] = {}
+        self._compared: Mapping[str, Moved] = {}
         self._ignored = SiteUsage()
 
     def change(self, site: str) -> SiteUsage:
@@ -102,12 +108,24 @@ class Usage:
         """Note the open tunnels of all sites that have any."""
         self._open = sites
 
-    def take_changes(self) -> dict[str, Values]:
-        """Return the sites that have changed since the last call. `note_open` must have been called just before."""
-        before, now = self._sent, self._open
+    def find_moved(self) -> bool:
+        """Find the sites whose open tunnels have moved something since the last call; return whether there are any."""
+        before = self._compared
+        self._compared = self._open
+        self._moved.update(site for site, moved in self._open.items() if before.get(site) != moved)
+        return bool(self._moved)
+
+    def take_changes(self) -> tuple[dict[str, Values], bool]:
+        """Return the sites that have changed since the last call, and whether there are more for the next call.
+
+        `note_open` must have been called just before. All sites are returned of which a connection has begun or ended,
+        and at most `MOST_MOVED` others of those that `find_moved` has found.
+        """
         changed, self._changed = self._changed, set()
-        if before != now:
-            changed.update(site for site in before.keys() | now.keys() if before.get(site) != now.get(site))
-        self._sent = now
-        sites = self._sites
-        return {site: sites[site].to_values(now.get(site, _NONE)) for site in changed if site in sites}
+        self._moved -= changed
+        for _ in range(min(len(self._moved), MOST_MOVED)):
+            changed.add(self._moved.pop())
+        sites, now = self._sites, self._open
+        return {site: sites[site].to_values(now.get(site, _NONE)) for site in changed if site in sites}, bool(
+            self._moved
+        )

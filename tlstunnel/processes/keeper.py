@@ -1,6 +1,7 @@
 """The history in the ledger's process: opens it, samples it every second, and closes it for the next ledger.
 
-Nothing here fails. While the history cannot be opened, the ledger counts on without it, and it is tried again.
+Samples are added in a thread: with ten thousand sites that takes longer, once a minute, than a question may. While the
+history cannot be opened, the ledger counts on without it, and it is tried again.
 
 Tested by tests/unit/test_processes_keeper.py and tests/promises/test_history.py.
 """
@@ -11,6 +12,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +23,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.processes.messages import HistoryLoad, Sampled
 from tlstunnel.state.folder import find_state_folder
-from tlstunnel.state.history.samples import MAX_ABSENT_SITES, MINUTE, Counts, Instance, Minute, Sampler, Totals
+from tlstunnel.state.history.samples import MAX_ABSENT_SITES, MINUTE, Counts, Instance, Sampler, Totals
 from tlstunnel.state.history.store import DAYS, HOURS, MINUTES, Keep
 from tlstunnel.state.history.writer import History
 
@@ -36,6 +38,9 @@ RETRIES = Backoff(first=1.0, longest=60.0)
 
 MOST_WAITING = 60
 """Samples that wait while the history is being opened. Of older ones only the totals are used."""
+
+LISTED_WITHIN = 50
+"""Samples in which each site is listed at least once."""
 
 Sites = Mapping[str, Totals]
 
@@ -60,8 +65,10 @@ class Keeper:
         self._open: dict[str, Totals] = {}
         """Those of them that have tunnels."""
         self._waiting: deque[Sampled] = deque()
-        self._sampled = 0
-        """The minute of the last sample."""
+        self._executor = ThreadPoolExecutor(1, "samples")
+        """Changes the sampler and the totals, once the history is open."""
+        self._listing: list[str] = []
+        """Sites that are not listed yet in this round."""
 
     @classmethod
     def configured(cls, config: Config, folder: Path | None, instance: str) -> Self:
@@ -84,13 +91,14 @@ class Keeper:
             if len(self._waiting) > MOST_WAITING:
                 self._apply(self._waiting.popleft())
         else:
-            self._sample(sampled)
+            self._run(sampled)
 
     async def close(self) -> None:
         """Store what was sampled, and close the file, so that another process can open it."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        await asyncio.to_thread(self._executor.shutdown)
         history, self._history = self._history, None
         if history is not None:
             if self._sampler is not None and (minute := self._sampler.take()) is not None:
@@ -129,19 +137,26 @@ class Keeper:
         self._problem = ""
         self._sampler = Sampler(self._history.positions)
         while self._waiting:
-            self._sample(self._waiting.popleft())
+            self._run(self._waiting.popleft())
 
-    def _sample(self, sampled: Sampled) -> None:
-        """Add a sample. Sites that are idle and have not changed are listed once a minute, so that they are known."""
+    def _run(self, sampled: Sampled) -> None:
         assert self._sampler is not None
+        assert self._history is not None
+        with contextlib.suppress(RuntimeError):  # it is being closed
+            self._executor.submit(self._sample, self._sampler, self._history, sampled).add_done_callback(self._report)
+
+    def _report(self, future: "Future[None]") -> None:
+        if (error := future.exception()) is not None:
+            self._log.error(Event.NOTIFICATION_FAILED, notification="sampled", exc_info=error)
+
+    def _sample(self, sampler: Sampler, history: History, sampled: Sampled) -> None:
+        """Add a sample. Sites that are idle are listed once a minute, so that the history knows them."""
         changed = self._apply(sampled)
-        minute = int(sampled.time // MINUTE)
-        if minute != self._sampled or sampled.whole or len(self._sites) > MAX_ABSENT_SITES:
-            sites: Sites = self._sites
-        else:
-            sites = {**self._open, **changed}
-        self._sampled = minute
-        self._append(self._sampler.sample(sampled.time, [Instance(self._instance, sampled.age, sites)]))
+        sites: Sites = self._sites
+        if not sampled.whole and len(self._sites) <= MAX_ABSENT_SITES:
+            sites = {**self._list_some(), **self._open, **changed}
+        if (minute := sampler.sample(sampled.time, [Instance(self._instance, sampled.age, sites)])) is not None:
+            history.append(minute)
 
     def _apply(self, sampled: Sampled) -> Sites:
         """Note totals that have changed, and return them."""
@@ -157,9 +172,13 @@ class Keeper:
         self._sites.update(changed)
         return changed
 
-    def _append(self, minute: Minute | None) -> None:
-        if minute is not None and self._history is not None:
-            self._history.append(minute)
+    def _list_some(self) -> Sites:
+        """Return some sites, another part of them each time."""
+        if not self._listing:
+            self._listing = list(self._sites)
+        part = math.ceil(len(self._sites) / LISTED_WITHIN)
+        names, self._listing = self._listing[-part:], self._listing[:-part] if part else []
+        return {name: self._sites[name] for name in names if name in self._sites}
 
 
 def _measure(path: Path) -> int:
