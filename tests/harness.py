@@ -43,7 +43,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as WebsocketsRequest
 from websockets.typing import Subprotocol
 
-from tlstunnel.processes.control import send_command
+from tlstunnel.processes.reach import send_command
 from tlstunnel.testing import origin as origins
 from tlstunnel.testing import program as programs
 

@@ -68,7 +68,7 @@ def test_numbered_messages_through_a_hundred_reloads(
 
 def _memory_after(tunnel: Tunnel, reloads: int, configurations: Iterator[str]) -> int:
     """Return RSS after that many reloads, requested over the control socket itself: no process each."""
-    from tlstunnel.processes.control import send_command  # noqa: PLC0415
+    from tlstunnel.processes.reach import send_command  # noqa: PLC0415
 
     for _ in range(reloads):
         tunnel.file.write_text(next(configurations))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tlstunnel
 from tests.harness import Tunnel
-from tlstunnel.processes.control import send_command
+from tlstunnel.processes.reach import send_command
 
 
 class Versions:

@@ -13,15 +13,14 @@ from typing import Any, TypeVar
 import pytest
 
 from tlstunnel.errors import ControlError
-from tlstunnel.processes import control
+from tlstunnel.processes import control, reach
 from tlstunnel.processes.control import (
     MAX_LINE,
     ControlSocket,
     Handler,
     default_path,
-    find_control_socket,
-    send_command,
 )
+from tlstunnel.processes.reach import find_control_socket, send_command
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty default folder of control sockets."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(control, "SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(reach, "SYSTEM_FOLDER", tmp_path / "system")
     return tmp_path
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from tlstunnel.errors import ControlError
-from tlstunnel.processes.control import find_control_socket, send_command
+from tlstunnel.processes.reach import find_control_socket, send_command
 
 FOLDERS = "$RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/tlstunnel or /run/tlstunnel"
-"""Where control sockets are (`tlstunnel.processes.control.list_folders`)."""
+"""Where control sockets are (`tlstunnel.processes.reach.list_folders`)."""
 
 
 def control_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -24,6 +24,7 @@ from tlstunnel.addresses import quoted
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
+from tlstunnel.processes.reach import is_listening, list_folders
 
 MAX_LINE = 65_536
 """The largest request, in bytes."""
@@ -36,9 +37,6 @@ FIRST_LINE_SECONDS = 10.0
 
 LONGEST_PATH = 107
 """Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
-
-SYSTEM_FOLDER = Path("/run/tlstunnel")
-"""The folder of a tunnel that is started by root outside a session, or by the shipped unit."""
 
 Handler = Callable[[Mapping[str, Any], int], Awaitable[Mapping[str, Any]]]
 """Carries out a request and returns the fields of the response, except ``ok``. Raises ControlError.
@@ -57,22 +55,6 @@ class ControlHandover(msgspec.Struct, frozen=True):
 
 class ControlSocketInUse(ControlError):
     """Another tunnel has the control socket, or another program listens there."""
-
-
-class NoTunnelRunning(ControlError):
-    """No tunnel responds on a control socket."""
-
-
-def list_folders() -> list[Path]:
-    """Return the folders of control sockets. A tunnel creates its own in the first one, if it has no other path.
-
-    With RUNTIME_DIRECTORY, which systemd sets for a service and its ``ExecReload``, only that: tunnels elsewhere are
-    not the service's. Otherwise the folder of the user's session, and that of the system.
-    """
-    if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return [Path(given.partition(":")[0])]
-    session = os.environ.get("XDG_RUNTIME_DIR")
-    return [*([Path(session) / "tlstunnel"] if session else []), SYSTEM_FOLDER]
 
 
 def default_path(port: int) -> Path:
@@ -112,7 +94,7 @@ class ControlSocket:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
                 raise ControlError(f"{path}: this file exists and is not a socket")
-            if _is_listening(path):
+            if is_listening(path):
                 # It is not a tunnel, which would hold the lock.
                 raise ControlSocketInUse(f"{path}: another program listens there; choose another with --control")
             path.unlink(missing_ok=True)
@@ -249,67 +231,3 @@ def _bind(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def find_control_socket() -> Path:
-    """Return the control socket of the only running tunnel.
-
-    Raises NoTunnelRunning, and ControlError if there are several.
-    """
-    folders = list_folders()
-    alive = [path for folder in folders for path in sorted(folder.glob("control-*.sock")) if _is_listening(path)]
-    if not alive:
-        listed = " or ".join(map(str, folders))
-        raise NoTunnelRunning(f"no running tunnel has a control socket in {listed}; if it is elsewhere, use --control")
-    if len(alive) > 1:
-        listed = ", ".join(map(str, alive))
-        raise ControlError(f"several tunnels are running; choose one with --control: {listed}")
-    return alive[0]
-
-
-def _is_listening(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(str(path))
-        except BlockingIOError:
-            return True  # its backlog is full
-        except OSError:
-            return False
-        return True
-
-
-def _list_problems(response: Mapping[str, Any]) -> tuple[str, ...]:
-    problems = response.get("problems")
-    several = problems if isinstance(problems, list) and problems else [response.get("error")]
-    return tuple(map(str, several))
-
-
-def send_command(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request and return the response, without a time limit.
-
-    Raises NoTunnelRunning, and ControlError, also if the request is refused.
-    """
-    with socket.socket(socket.AF_UNIX) as sock:
-        try:
-            sock.connect(str(path))
-        except OSError as error:
-            raise NoTunnelRunning(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
-        try:
-            with contextlib.suppress(BrokenPipeError):  # refused before it was read; the response says why
-                sock.sendall(json.dumps(request).encode() + b"\n")
-            with sock.makefile("rb") as stream:
-                line = stream.readline()
-        except OSError as error:
-            raise ControlError(f"{path}: cannot reach the tunnel: {error.strerror or error}") from None
-    if not line:
-        raise ControlError(f"{path}: the tunnel closed the connection without a response")
-    try:
-        response = json.loads(line)
-    except ValueError:
-        response = None
-    if not isinstance(response, dict):
-        raise ControlError(f"{path}: the program that listens there is not a tunnel")
-    if not response.get("ok"):
-        raise ControlError(*_list_problems(response))
-    return response
