@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from tlstunnel.state.valkey.address import Endpoint
 from tlstunnel.state.valkey.connection import (
-    MAX_REPLY,
     Connection,
     PasswordRequired,
     ServerUnavailable,
     explain_error,
     open_connection,
 )
+from tlstunnel.state.valkey.replies import MAX_REPLY
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,14 @@ def test_a_call_names_its_keys() -> None:
 
 
 def test_replies_of_the_scripts() -> None:
+    secret = "0123456789abcdef" * 2
     assert decode_numbers(msgspec.msgpack.encode([0, 17, 1, 2])) == [0, 17, 1, 2]
-    assert decode_registration(msgspec.msgpack.encode([5, "secret", "a.1", "a.2"])) == (5, "secret", ["a.1", "a.2"])
+    assert decode_registration(msgspec.msgpack.encode([5, secret, "a.1", "a.2"])) == (5, secret, ["a.1", "a.2"])
+    assert decode_registration(msgspec.msgpack.encode([5, secret, "\x1b", 7, *["a.1"] * 5000])) == (
+        5,
+        secret,
+        ["a.1"] * 1000,
+    )
 
 
 @given(st.one_of(packed, st.binary(), st.integers(), st.none()))

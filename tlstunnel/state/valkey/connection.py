@@ -1,8 +1,8 @@
 """One connection to a server: commands in order, many at once, and why it failed.
 
 A client library with a pool of connections would not do: what makes counts exact is that all commands of a process are
-executed in the order in which they were sent, and that none is repeated without its number. hiredis parses; a command
-whose reply is no longer awaited stays in the queue, so that no reply is taken for that of another.
+executed in the order in which they were sent, and that none is repeated without its number. A command whose reply is no
+longer awaited stays in the queue, so that no reply is taken for that of another.
 """
 
 import asyncio
@@ -15,9 +15,7 @@ import hiredis
 
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.state.valkey.address import Endpoint
-
-MAX_REPLY: Final = 1 << 20
-"""Bytes of a reply that is not complete. None of ours has more than 64 KiB."""
+from tlstunnel.state.valkey.replies import INCOMPLETE, Replies
 
 _LONGEST_REASON = 200
 
@@ -87,7 +85,7 @@ def _explain_reply(text: str) -> ServerUnavailable:
     code, _, rest = text.partition(" ")
     if code == "MOVED":
         host, _, port = rest.partition(" ")[2].rpartition(":")
-        if port.isdecimal() and 0 < int(port) < 65536:
+        if port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536:
             return ServerUnavailable("the cluster has moved our keys to another node", Endpoint(host, int(port)))
     if code == "NOAUTH":
         return PasswordRequired("it requires a password; set one in state.url or state.password_file")
@@ -112,7 +110,7 @@ class Connection(asyncio.Protocol):
         self.on_lost: Callable[[], None] | None = None
         self.lost: ServerUnavailable | None = None
         self._loop = asyncio.get_running_loop()
-        self._reader = hiredis.Reader()
+        self._replies = Replies()
         self._waiting: deque[Done] = deque()
         self._transport: asyncio.Transport | None = None
         self._unsent: list[bytes] = []
@@ -163,11 +161,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         try:
-            self._reader.feed(data)
-            while self._waiting and (reply := self._reader.gets()) is not False:
+            self._replies.feed(data)
+            while self._waiting and (reply := self._replies.get()) is not INCOMPLETE:
                 self._waiting.popleft()(reply)
-            if self._reader.has_data() and (not self._waiting or self._reader.len() > MAX_REPLY):
-                raise hiredis.ProtocolError
+            if not self._waiting and self._replies.waiting:
+                raise hiredis.ProtocolError("a reply to nothing")
         except hiredis.ProtocolError as error:
             self.close(explain_error(error))
 
@@ -195,6 +193,6 @@ async def open_connection(endpoint: Endpoint, tls: ssl.SSLContext | None) -> Con
             _, connection = await loop.create_unix_connection(Connection, endpoint.path)
         else:
             _, connection = await loop.create_connection(Connection, endpoint.host, endpoint.port, ssl=tls)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:  # the last two for a host or a port that a server has named
         raise explain_error(error) from None
     return connection

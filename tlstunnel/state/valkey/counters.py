@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from tlstunnel.backoff import Backoff
-from tlstunnel.state.counters import CountersUnavailable, LimitCheck, LimitResult, find_taken
+from tlstunnel.state.counters import MAX_SECONDS, CountersUnavailable, LimitCheck, LimitResult, find_taken
 from tlstunnel.state.memory import TUNNEL_WAIT
 from tlstunnel.state.valkey.address import ServerAddress
 from tlstunnel.state.valkey.connection import ServerUnavailable, explain_error
-from tlstunnel.state.valkey.registration import KEYS_AT_ONCE, Registration
+from tlstunnel.state.valkey.registration import FOREIGN_KEY, KEYS_AT_ONCE, Registration
 from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
 
 MAX_QUESTIONS: Final = 1024
@@ -110,6 +110,7 @@ class ValkeyCounters:
         self._reported = ""
         self._policy = ""
         self._is_late = False
+        self._has_reported_key = False
         self._wake = asyncio.Event()
 
     @property
@@ -226,6 +227,9 @@ class ValkeyCounters:
             if is_in_time and registration is self._registration and question.attempts < _ATTEMPTS:
                 self._ask(registration, question)
             return
+        if status == FOREIGN_KEY:
+            self._fail_question(question, "a key has another type than ours")
+            return
         answer = _decode(question, values)
         if answer is None:
             registration.connection.close(ServerUnavailable("what it answers is not ours"))
@@ -259,6 +263,15 @@ class ValkeyCounters:
                 self._fail(self._describe_lateness())
                 self._wake.set()
             question.future.set_exception(self._unavailable(self._failure or _NOT_YET))
+
+    def _fail_question(self, question: _Question, reason: str) -> None:
+        """Fail one question, and no other."""
+        self._uncertain.update(question.tunnels)
+        if self._questions.pop(question.number, None) is not None and not question.future.done():
+            question.future.set_exception(self._unavailable(reason))
+        if not self._has_reported_key:
+            self._has_reported_key = True
+            self._report(f"{self._address} does not count everything: {reason}; use another state.prefix", True)
 
     def _fail_questions(self, reason: str) -> None:
         for question in self._questions.values():
@@ -307,11 +320,11 @@ class ValkeyCounters:
             began = self._loop.time()
             try:
                 registration = await run_within(PATIENCE, self._open())
-            except (ServerUnavailable, TimeoutError) as error:
+                reason = await self._serve(registration)
+            except Exception as error:  # whatever it is, the next connection may be better
                 reason = explain_error(error)
                 quick = 2
             else:
-                reason = await self._serve(registration)
                 redirections = 0
                 quick = 0 if self._loop.time() - began > _CALM else quick + 1
             if self._servers.learn(reason) and redirections < _REDIRECTIONS:
@@ -424,7 +437,7 @@ def _decode(question: _Question, values: list[int]) -> list[Any] | None:
     if len(values) != 2 * len(question.checks) or min(values) < 0 or max(values[::2]) >= len(_EXCEEDED):
         return None
     return [
-        LimitResult(_EXCEEDED[code], TUNNEL_WAIT if code == 2 else wait / 1e6)
+        LimitResult(_EXCEEDED[code], TUNNEL_WAIT if code == 2 else min(wait / 1e6, MAX_SECONDS))
         for code, wait in zip(values[::2], values[1::2], strict=True)
     ]
 

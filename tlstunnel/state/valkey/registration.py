@@ -15,6 +15,9 @@ from functools import partial
 from hashlib import blake2b
 from typing import Final, Self
 
+import hiredis
+
+from tlstunnel.escaping import printable
 from tlstunnel.state.counters import LimitCheck
 from tlstunnel.state.valkey.connection import Connection, Done, ServerUnavailable, explain_error
 from tlstunnel.state.valkey.scripts import SCRIPTS, decode_numbers, decode_registration
@@ -22,6 +25,9 @@ from tlstunnel.state.valkey.servers import Servers
 
 KEYS_AT_ONCE: Final = 500
 """Keys in one call of a script, so that none keeps the server from others for more than some hundred microseconds."""
+
+FOREIGN_KEY: Final = 3
+"""The status of a question about a key that is not ours. Closing the connection for it would fail all others too."""
 
 _SECOND: Final = 1_000_000
 """Scripts count in microseconds."""
@@ -115,7 +121,7 @@ class Registration:
             return ""  # INFO may be forbidden, and nothing depends on it
         lines = info.decode("ascii", "replace").splitlines() if isinstance(info, bytes) else ()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        policy: str = fields.get("maxmemory_policy", "noeviction")[:32]
+        policy = printable(fields.get("maxmemory_policy", "noeviction")[:32])
         return "" if fields.get("maxmemory", "0") == "0" or policy == "noeviction" else policy
 
     def check(self, number: int, checks: Sequence[LimitCheck], deadline: float, done: Done, *, again: bool) -> None:
@@ -191,14 +197,15 @@ class Registration:
 
     def _read(self, done: Done, reply: object) -> None:
         """Give the numbers in a reply to `done`. For any other reply close the connection."""
+        if isinstance(reply, hiredis.ReplyError) and "WRONGTYPE" in str(reply):
+            done([FOREIGN_KEY, 0])
+            return
         if isinstance(reply, Exception):
             self.connection.close(explain_error(reply))
             done(None)
             return
         try:
             numbers = decode_numbers(reply)
-            if len(numbers) < 2:
-                raise ValueError
         except ValueError:
             self.connection.close(ServerUnavailable("what it answers is not ours"))
             done(None)

@@ -4,6 +4,7 @@ A script gets one argument and returns one string, both msgpack: a request costs
 with an argument for each number.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha1
@@ -13,6 +14,14 @@ from typing import Final, Literal, Self
 import msgspec
 
 ScriptName = Literal["check", "register", "beat", "tunnels", "count"]
+
+_LATEST: Final = 1 << 53
+"""The time in microseconds from which on numbers of Lua, which are floats, are not exact: the year 2255."""
+
+_SECRET: Final = re.compile(r"[0-9a-f]{32}")
+_HOLDER: Final = re.compile(r"[0-9A-Za-z.]{1,100}")
+_MOST: Final = 1_000
+"""Replaced holders. There is one for each connection of the last 45 s."""
 
 _FOLDER = Path(__file__).parent
 _encode = msgspec.msgpack.Encoder().encode
@@ -48,15 +57,21 @@ SCRIPTS: Final[dict[ScriptName, Script]] = {
 
 
 def decode_numbers(reply: object) -> list[int]:
-    """Return the numbers that a script has returned. Raises ValueError for anything else."""
-    return _decode_numbers(_get_bytes(reply))
+    """Return the numbers that a script has returned: a status, the time, and others.
+
+    Raises ValueError for anything else.
+    """
+    numbers = _decode_numbers(_get_bytes(reply))
+    if len(numbers) < 2 or not 0 < numbers[1] < _LATEST:
+        raise ValueError("unexpected reply")
+    return numbers
 
 
 def decode_registration(reply: object) -> tuple[int, str, list[str]]:
     """Return what `register.lua` has returned: the time, the secret, the replaced holders. Raises ValueError."""
     match _decode(_get_bytes(reply)):
-        case [int(now), str(secret), *names]:
-            return now, secret, [name for name in names if isinstance(name, str)]
+        case [int(now), str(secret), *names] if 0 < now < _LATEST and _SECRET.fullmatch(secret):
+            return now, secret, [name for name in names if isinstance(name, str) and _HOLDER.fullmatch(name)][-_MOST:]
     raise ValueError("unexpected reply")
 
 

@@ -150,6 +150,6 @@ class Servers:
         finally:
             connection.close()
         match reply:
-            case [bytes(host), bytes(port)] if port.isdigit():
+            case [bytes(host), bytes(port)] if port.isdigit() and len(port) <= 5:
                 return Endpoint(host.decode("utf-8", "replace"), int(port))
         raise ServerUnavailable(f"it watches no service {quoted(self._address.service)}")
