@@ -30,6 +30,7 @@ from tests.harness import (
 )
 from tests.promises.firewalled import config_for
 from tests.promises.versions import Versions, upgraded
+from tests.redis_server import RedisServer
 from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader
 from tlstunnel.state.history.samples import NOTHING, Counts
@@ -69,12 +70,15 @@ def _tunnel(
     folder: Path | None,
     *,
     processes: int = 1,
+    url: str = "",
     environment: dict[str, str] | None = None,
     errors_expected: bool = False,
 ) -> Tunnel:
     top = f'processes = {processes}\nrelease.drain_over = "0s"\n'
     if folder is not None:
         top += f'state.dir = "{folder}"\n'
+    if url:
+        top += f'state.url = "{url}"\n'
     return Tunnel(
         None,
         certificate,
@@ -126,7 +130,7 @@ def _measure_until_sampled(tunnel: Tunnel, folder: Path, before: Measured, sampl
     return found
 
 
-def _wait_for_handshakes(tunnel: Tunnel, folder: Path, handshakes: int) -> Measured:
+def _wait_for_handshakes(tunnel: Tunnel, folder: Path, handshakes: int, interval: float = 0.7) -> Measured:
     """Return the history when it has so many handshakes. It never has more."""
 
     def measure() -> Measured | None:
@@ -134,7 +138,7 @@ def _wait_for_handshakes(tunnel: Tunnel, folder: Path, handshakes: int) -> Measu
         assert measured.counts.handshakes <= handshakes, "counted twice"
         return measured if measured.counts.handshakes == handshakes else None
 
-    found = eventually(measure, interval=0.7)
+    found = eventually(measure, interval=interval)
     assert found is not None
     return found
 
@@ -347,3 +351,28 @@ def test_the_operator_is_told_before_descriptors_run_out(origin: RawOrigin, cert
         tunnel.wait_records(1, "no longer short")
         assert len(tunnel.records("running short")) == 1
         assert tunnel.status()["shortages"] == []
+
+
+# --- several machines -------------------------------------------------------------------------------------------------
+
+
+def test_each_machine_has_the_history_of_all(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
+    """Also of one that ends meanwhile: its tunnels are gone, and its counts stay."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    with RedisServer() as server, contextlib.ExitStack() as running:
+        one, two = (
+            running.enter_context(_tunnel(origin, certificate, folder, url=server.url)) for folder in (here, there)
+        )
+        running.enter_context(_tunnels(one, 3))
+        running.enter_context(_tunnels(two, 4))
+        for tunnel, folder in ((one, here), (two, there)):
+            assert _wait_for_handshakes(tunnel, folder, 7, interval=2.0).peak == 7
+        two.stop()
+        eventually(lambda: _mean_of(one, here, 3), interval=0.7)
+        assert _read(here).counts.handshakes == 7
+        assert one.records("machine away") == []
+
+
+def _mean_of(tunnel: Tunnel, folder: Path, tunnels: int) -> bool:
+    begun = _measure(tunnel, folder)
+    return _measure_until_sampled(tunnel, folder, begun).mean_since(begun) == tunnels

@@ -89,24 +89,19 @@ def test_idle_sites_are_known(tmp_path: Path) -> None:
     assert read(tmp_path) == {"idle": (1, 0.0, 0)}
 
 
-def test_each_site_is_listed_in_each_minute(tmp_path: Path) -> None:
-    """Whether it is idle or not, also after the first minute."""
+def test_each_site_is_listed_in_each_minute() -> None:
+    """Whether it is idle or not, also those that come later."""
     names = {f"{number}.example" for number in range(173)}
-
-    async def main() -> None:
-        keeper = await opened(Keeper(tmp_path, Keep(), "x"))
-        keeper.take(sampled(0, {name: values(0) for name in names}, whole=True))
-        listed = set[str]()
-        for _ in range(module.LISTED_WITHIN):
-            listed.update(keeper._list_some())
-        assert listed == names
-        keeper.take(sampled(1, {"new.example": values(0)}))
-        for second in range(60, 119):
-            keeper.take(sampled(second, {}))
-        await keeper.close()
-
-    run(main())
-    assert set(read(tmp_path)) == names | {"new.example"}
+    samples = module._Samples("x", None)
+    samples.add(sampled(0, {name: values(0) for name in names}, whole=True), ())
+    samples.add(sampled(1, {"new.example": values(0)}), ())
+    listed = set[str]()
+    for _ in range(MINUTE):
+        samples.add(sampled(2, {}), ())
+        (instance,) = samples._waiting[-1][1]
+        assert len(instance.sites) < 10
+        listed.update(instance.sites)
+    assert listed == names | {"new.example"}
 
 
 def test_samples_wait_until_the_history_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

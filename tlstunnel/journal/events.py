@@ -105,6 +105,8 @@ class Event(Word):
 
     # The history
     HISTORY_OPENED = "history opened"
+    MACHINE_AWAY = "machine away"
+    MACHINE_BACK = "machine back"
     HISTORY_NOT_OPENED = "history not opened"
     HISTORY_NOT_CLOSED = "history not closed in time"
     HISTORY_NOT_WRITTEN = "history not written"

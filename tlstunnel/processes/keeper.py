@@ -8,13 +8,14 @@ Tested by tests/unit/test_processes_keeper.py and tests/promises/test_history.py
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
@@ -45,118 +46,73 @@ LISTED_WITHIN = 50
 Sites = Mapping[str, Totals]
 
 
-class Keeper:
-    """Keeps the history in `folder`, or in the default folder if that is None.
+class Exchange(Protocol):
+    """Tells other machines what the sites of this one use, and knows what they have told."""
 
-    `instance` names the totals of this tunnel, which an upgrade continues.
-    """
+    def start(self) -> None:
+        """Connect to them."""
 
-    def __init__(self, folder: Path | None, keep: Keep, instance: str) -> None:
-        self._configured = folder
-        self._keep = keep
+    def publish(self, age: float, sites: Sites) -> None:
+        """Tell the totals. Sites that are left out have no tunnels. Called in the thread of the samples."""
+
+    def list_others(self) -> Sequence[tuple[str, bytes]]:
+        """Return what the others have told last, by instance. Those that are away are left out."""
+
+    def decode(self, instance: str, text: bytes) -> Instance | None:
+        """Return what another machine has told, None if it is not understood."""
+
+    async def close(self, *, withdraw: bool) -> None:
+        """Disconnect. With `withdraw`, this machine has no tunnels any more."""
+
+
+class _Samples:
+    """The totals, and the rows that become of them. For one thread."""
+
+    def __init__(self, instance: str, exchange: Exchange | None) -> None:
         self._instance = instance
-        self._log = structlog.get_logger()
-        self._task: asyncio.Task[None] | None = None
+        self._exchange = exchange
         self._history: History | None = None
         self._sampler: Sampler | None = None
-        self._problem = ""
         self._sites: dict[str, Totals] = {}
         """The last totals of all sites."""
         self._open: dict[str, Totals] = {}
         """Those of them that have tunnels."""
-        self._waiting: deque[Sampled] = deque()
-        self._executor = ThreadPoolExecutor(1, "samples")
-        """Changes the sampler and the totals, once the history is open."""
         self._listing: list[str] = []
         """Sites that are not listed yet in this round."""
+        self._waiting: deque[tuple[float, list[Instance]]] = deque(maxlen=MOST_WAITING)
 
-    @classmethod
-    def configured(cls, config: Config, folder: Path | None, instance: str) -> Self:
-        """Return the keeper of the history that the configuration describes."""
-        keep = config.usage.keep
-        minutes, hours, days = (
-            math.ceil(seconds / (one.length * MINUTE))
-            for seconds, one in ((keep.minutes, MINUTES), (keep.hours, HOURS), (keep.days, DAYS))
-        )
-        return cls(folder, Keep(minutes, hours, days), instance)
-
-    def start(self) -> None:
-        """Open the history in the background."""
-        self._task = asyncio.ensure_future(self._keep_open())
-
-    def take(self, sampled: Sampled) -> None:
-        """Take the totals of this second."""
-        if self._sampler is None:
-            self._waiting.append(sampled)
-            if len(self._waiting) > MOST_WAITING:
-                self._apply(self._waiting.popleft())
-        else:
-            self._run(sampled)
-
-    async def close(self) -> None:
-        """Store what was sampled, and close the file, so that another process can open it."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        await asyncio.to_thread(self._executor.shutdown)
-        history, self._history = self._history, None
-        if history is not None:
-            if self._sampler is not None and (minute := self._sampler.take()) is not None:
-                history.append(minute)
-            self._sampler = None
-            if not await history.close(CLOSE_SECONDS):
-                self._log.warning(Event.HISTORY_NOT_CLOSED, path=str(history.path), waiting=history.stats().waiting)
-
-    def describe(self) -> HistoryLoad:
-        """Return how it is doing, for `status`."""
-        history = self._history
-        if history is None:
-            return HistoryLoad(path="", problem=self._problem or "it is being opened")
-        stats = history.stats()
-        return HistoryLoad(
-            path=str(history.path),
-            problem=stats.problem,
-            bytes=_measure(history.path),
-            last=stats.last * MINUTE if stats.last is not None else None,
-            waiting=stats.waiting,
-            lost=stats.lost,
-        )
-
-    async def _keep_open(self) -> None:
-        delay = 0.0
-        while self._history is None:
-            try:
-                folder = await asyncio.to_thread(find_state_folder, self._configured, os.environ)
-                self._history = await History.open(folder, self._keep, lock_wait=LOCK_SECONDS)
-            except StateError as error:
-                if str(error) != self._problem:
-                    self._problem = str(error)
-                    self._log.warning(Event.HISTORY_NOT_OPENED, reason=self._problem)
-                delay = RETRIES.after(delay)
-                await asyncio.sleep(delay)
-        self._problem = ""
-        self._sampler = Sampler(self._history.positions)
+    def begin(self, history: History) -> None:
+        """Sample for this history from now on, and what has waited for it."""
+        self._history, self._sampler = history, Sampler(history.positions)
         while self._waiting:
-            self._run(self._waiting.popleft())
+            self._sample(*self._waiting.popleft())
 
-    def _run(self, sampled: Sampled) -> None:
-        assert self._sampler is not None
-        assert self._history is not None
-        with contextlib.suppress(RuntimeError):  # it is being closed
-            self._executor.submit(self._sample, self._sampler, self._history, sampled).add_done_callback(self._report)
-
-    def _report(self, future: "Future[None]") -> None:
-        if (error := future.exception()) is not None:
-            self._log.error(Event.NOTIFICATION_FAILED, notification="sampled", exc_info=error)
-
-    def _sample(self, sampler: Sampler, history: History, sampled: Sampled) -> None:
+    def add(self, sampled: Sampled, others: Sequence[tuple[str, bytes]]) -> None:
         """Add a sample. Sites that are idle are listed once a minute, so that the history knows them."""
         changed = self._apply(sampled)
-        sites: Sites = self._sites
+        sites: Sites = dict(self._sites)
         if not sampled.whole and len(self._sites) <= MAX_ABSENT_SITES:
             sites = {**self._list_some(), **self._open, **changed}
-        if (minute := sampler.sample(sampled.time, [Instance(self._instance, sampled.age, sites)])) is not None:
-            history.append(minute)
+        instances = [Instance(self._instance, sampled.age, sites)]
+        if self._exchange is not None:
+            self._exchange.publish(sampled.age, sites)
+            found = (self._exchange.decode(name, text) for name, text in others)
+            instances += (instance for instance in found if instance is not None)
+        if self._sampler is None:
+            self._waiting.append((sampled.time, instances))
+        else:
+            self._sample(sampled.time, instances)
+
+    def finish(self) -> None:
+        """Give the history what was sampled in this minute."""
+        if self._history is not None and self._sampler is not None and (minute := self._sampler.take()) is not None:
+            self._history.append(minute)
+
+    def _sample(self, now: float, instances: list[Instance]) -> None:
+        assert self._sampler is not None
+        assert self._history is not None
+        if (minute := self._sampler.sample(now, instances)) is not None:
+            self._history.append(minute)
 
     def _apply(self, sampled: Sampled) -> Sites:
         """Note totals that have changed, and return them."""
@@ -179,6 +135,101 @@ class Keeper:
         part = math.ceil(len(self._sites) / LISTED_WITHIN)
         names, self._listing = self._listing[-part:], self._listing[:-part] if part else []
         return {name: self._sites[name] for name in names if name in self._sites}
+
+
+class Keeper:
+    """Keeps the history in `folder`, or in the default folder if that is None.
+
+    `instance` names the totals of this tunnel, which an upgrade continues. With an `exchange` the history is that of
+    all machines.
+    """
+
+    def __init__(self, folder: Path | None, keep: Keep, instance: str, exchange: Exchange | None = None) -> None:
+        self._configured = folder
+        self._keep = keep
+        self._exchange = exchange
+        self._log = structlog.get_logger()
+        self._task: asyncio.Task[None] | None = None
+        self._history: History | None = None
+        self._problem = ""
+        self._samples = _Samples(instance, exchange)
+        self._thread = ThreadPoolExecutor(1, "samples")
+
+    @classmethod
+    def configured(cls, config: Config, folder: Path | None, instance: str, exchange: Exchange | None = None) -> Self:
+        """Return the keeper of the history that the configuration describes."""
+        keep = config.usage.keep
+        minutes, hours, days = (
+            math.ceil(seconds / (one.length * MINUTE))
+            for seconds, one in ((keep.minutes, MINUTES), (keep.hours, HOURS), (keep.days, DAYS))
+        )
+        return cls(folder, Keep(minutes, hours, days), instance, exchange)
+
+    def start(self) -> None:
+        """Open the history in the background."""
+        self._task = asyncio.ensure_future(self._keep_open())
+        if self._exchange is not None:
+            self._exchange.start()
+
+    def take(self, sampled: Sampled) -> None:
+        """Take the totals of this second."""
+        others = self._exchange.list_others() if self._exchange is not None else ()
+        self._run(lambda: self._samples.add(sampled, others))
+
+    async def close(self, *, withdraw: bool = False) -> None:
+        """Store what was sampled, and close the file, so that another process can open it.
+
+        With `withdraw`, other machines are told that this one has no tunnels any more.
+        """
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._run(self._samples.finish)
+        await asyncio.to_thread(self._thread.shutdown)
+        if self._exchange is not None:
+            await self._exchange.close(withdraw=withdraw)
+        history, self._history = self._history, None
+        if history is not None and not await history.close(CLOSE_SECONDS):
+            self._log.warning(Event.HISTORY_NOT_CLOSED, path=str(history.path), waiting=history.stats().waiting)
+
+    def describe(self) -> HistoryLoad:
+        """Return how it is doing, for `status`."""
+        history = self._history
+        if history is None:
+            return HistoryLoad(path="", problem=self._problem or "it is being opened")
+        stats = history.stats()
+        return HistoryLoad(
+            path=str(history.path),
+            problem=stats.problem,
+            bytes=_measure(history.path),
+            last=stats.last * MINUTE if stats.last is not None else None,
+            waiting=stats.waiting,
+            lost=stats.lost,
+        )
+
+    async def _keep_open(self) -> None:
+        delay = 0.0
+        while self._history is None:
+            try:
+                folder = await asyncio.to_thread(find_state_folder, self._configured, os.environ)
+                history = self._history = await History.open(folder, self._keep, lock_wait=LOCK_SECONDS)
+                self._run(functools.partial(self._samples.begin, history))
+            except (StateError, OSError) as error:
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    self._log.warning(Event.HISTORY_NOT_OPENED, reason=self._problem)
+                delay = RETRIES.after(delay)
+                await asyncio.sleep(delay)
+        self._problem = ""
+
+    def _run(self, action: Callable[[], None]) -> None:
+        """Do something in the thread, after what it does already."""
+        with contextlib.suppress(RuntimeError):  # it is being closed
+            self._thread.submit(action).add_done_callback(self._report)
+
+    def _report(self, future: "Future[None]") -> None:
+        if (error := future.exception()) is not None:
+            self._log.error(Event.NOTIFICATION_FAILED, notification="sampled", exc_info=error)
 
 
 def _measure(path: Path) -> int:

@@ -90,7 +90,7 @@ class LedgerProcess:
         loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         await self._exit.wait()
-        self._stop_keeping()
+        self._stop_keeping(withdraw=True)
         if self._server is not None:
             self._server.close()
         if self._closing_keeper is not None:
@@ -127,7 +127,9 @@ class LedgerProcess:
             counters = self._valkey = _make_valkey_counters(state, invocation, request.instance, self._report_valkey)
         self._server = LedgerServer(counters, report=self._report)
         if keeps_history(config, os.environ):
-            self._make_keeper = functools.partial(_make_keeper, config, invocation, request.instance)
+            self._make_keeper = functools.partial(
+                _make_keeper, config, invocation, request.instance, self._report_machine
+            )
             self._start_keeping()
         self._reporter.start()
         # What was imported stays, so the garbage collector need not look at it again.
@@ -211,11 +213,11 @@ class LedgerProcess:
             self._keeper = self._make_keeper()
             self._keeper.start()
 
-    def _stop_keeping(self) -> None:
+    def _stop_keeping(self, *, withdraw: bool = False) -> None:
         """Close the history, so that another ledger can open it."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            self._closing_keeper = asyncio.ensure_future(keeper.close())
+            self._closing_keeper = asyncio.ensure_future(keeper.close(withdraw=withdraw))
 
     def _start_valkey(self) -> None:
         """Connect to the server. Not before this ledger answers: the server then forgets the previous one."""
@@ -232,6 +234,12 @@ class LedgerProcess:
 
     def _report_valkey(self, sentence: str, is_failure: bool) -> None:
         (self._log.warning if is_failure else self._log.info)(Event.COUNTING, reason=sentence)
+
+    def _report_machine(self, instance: str, is_away: bool) -> None:
+        if is_away:
+            self._log.warning(Event.MACHINE_AWAY, instance=instance)
+        else:
+            self._log.info(Event.MACHINE_BACK, instance=instance)
 
     def _report(self, sentence: str) -> None:
         self._log.warning(Event.LEDGER, reason=sentence)
@@ -255,10 +263,22 @@ class LedgerProcess:
         self._exit.set()
 
 
-def _make_keeper(config: Config, invocation: Invocation, instance: str) -> "Keeper":
-    folder = invocation.folder / config.state.dir if config.state.dir is not None else None
+def _make_keeper(
+    config: Config, invocation: Invocation, instance: str, report: Callable[[str, bool], None]
+) -> "Keeper":
+    state = config.state
+    folder = invocation.folder / state.dir if state.dir is not None else None
+    exchange = None
+    if state.url is not None:
+        exchange = import_when_needed("tlstunnel.state.valkey.samples", "state.url").SharedSamples(
+            _parse_url(state, invocation),
+            prefix=state.prefix,
+            instance=instance,
+            report=report,
+            password_file=state.password_file,
+        )
     keeper: type[Keeper] = import_when_needed("tlstunnel.processes.keeper", "the history").Keeper
-    return keeper.configured(config, folder, instance)
+    return keeper.configured(config, folder, instance, exchange)
 
 
 VALKEY_SHARE = 0.8
@@ -269,12 +289,8 @@ def _make_valkey_counters(
     state: State, invocation: Invocation, instance: str, report: Callable[[str, bool], None]
 ) -> SumCounters:
     """Return the counters of several machines. Raises ConfigurationError and CertificateError."""
-    assert state.url is not None
-    needed = "state.url"
-    folder = invocation.folder / invocation.file.parent if invocation.file is not None else None
-    address = import_when_needed("tlstunnel.state.valkey.address", needed).parse_url(state.url.text, folder)
-    counters: SumCounters = import_when_needed("tlstunnel.state.valkey.counters", needed).ValkeyCounters(
-        address,
+    counters: SumCounters = import_when_needed("tlstunnel.state.valkey.counters", "state.url").ValkeyCounters(
+        _parse_url(state, invocation),
         prefix=state.prefix,
         instance=instance,
         timeout=float(state.timeout) * VALKEY_SHARE,
@@ -282,6 +298,13 @@ def _make_valkey_counters(
         password_file=state.password_file,
     )
     return counters
+
+
+def _parse_url(state: State, invocation: Invocation) -> Any:
+    """Return the address of the server. Raises ConfigurationError."""
+    assert state.url is not None
+    folder = invocation.folder / invocation.file.parent if invocation.file is not None else None
+    return import_when_needed("tlstunnel.state.valkey.address", "state.url").parse_url(state.url.text, folder)
 
 
 def _name(process: int) -> str:

@@ -1,0 +1,242 @@
+"""What the sites of each machine use, told to the others every second through the server, for the history of all.
+
+Each machine has a key with its last sample, and a field in one hash with the number of that sample. So a machine reads
+the small hash, and of the samples only those that are new. A machine is away if its number does not change; no clock
+is compared with that of another machine. Whatever else is in these keys is ignored.
+
+Tested by tests/unit/test_state_valkey_samples.py.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+
+from tlstunnel.backoff import Backoff
+from tlstunnel.state.history.samples import Counts, Instance, Totals
+from tlstunnel.state.valkey.address import ServerAddress
+from tlstunnel.state.valkey.connection import Connection, ServerUnavailable, explain_error
+from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
+
+AWAY_SECONDS: Final = 45.0
+"""How long a machine counts as it was last seen: as long as its tunnels count for limits (`prelude.lua`)."""
+
+FORGET_SECONDS: Final = 3600.0
+"""How long the number of a machine that is away stays in the server."""
+
+MOST_MACHINES: Final = 256
+"""Machines whose samples are read. More would be read late, and not at all in a second."""
+
+FORMAT: Final = 1
+"""The version of a sample. A machine ignores the samples of versions that it does not know."""
+
+_SAMPLE_TTL = 5_000
+"""Milliseconds. So whoever starts does not take a machine that died for one that lives."""
+
+_NUMBERS_TTL = 86_400_000
+_PATIENCE = 2.0
+_CLOSE_SECONDS = 0.5
+_RETRIES = Backoff(first=0.5, longest=5.0, jitter=0.25)
+_LONGEST_NAME = 64
+
+Value = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """What a machine's sites use. `sites` has their open tunnels and totals; those that are left out have no tunnels.
+
+    `age` is the number of seconds since the totals began at zero.
+    """
+
+    age: Annotated[float, msgspec.Meta(ge=0)]
+    sites: dict[str, list[Value]]
+    format: int = FORMAT
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Sample).decode
+
+
+def decode_sample(name: str, text: bytes) -> Instance | None:
+    """Return the totals of another machine, None if this is no sample that is known."""
+    try:
+        sample = _decode(text)
+    except msgspec.DecodeError:
+        return None
+    number = 1 + len(Counts._fields)
+    if sample.format != FORMAT or not all(sample.sites.values()):
+        return None
+    sites = {site: Totals(tunnels, Counts(*counts[: number - 1])) for site, (tunnels, *counts) in sample.sites.items()}
+    return Instance(name, sample.age, sites)
+
+
+class _Machine:
+    """Another machine: the number of its last sample, when that changed, and the sample, empty if it was gone."""
+
+    __slots__ = ("away", "number", "seen", "text")
+
+    def __init__(self, number: bytes, now: float) -> None:
+        self.number = number
+        self.seen = now
+        self.text = b""
+        self.away = True
+
+
+class SharedSamples:
+    """Sends this machine's samples and has those of the others. For the event loop in which it is made.
+
+    `instance` stands for this machine's tunnel. `report` is called with the instance of another machine when it is away
+    or back, and whether it is away. Raises CertificateError for a file of `address`.
+    """
+
+    def __init__(
+        self,
+        address: ServerAddress,
+        *,
+        prefix: str,
+        instance: str,
+        report: Callable[[str, bool], None],
+        password_file: Path | None = None,
+    ) -> None:
+        self._servers = Servers(address, make_tls_context(address), password_file)
+        self._prefix = f"{{{prefix}}}:".encode("ascii")
+        self._instance = instance.encode("ascii")
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._machines: dict[bytes, _Machine] = {}
+        self._number = secrets.randbits(48)
+        self._own = b""
+        self._new = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._task = self._loop.create_task(self._run())
+
+    def publish(self, age: float, sites: Mapping[str, Totals]) -> None:
+        """Send this sample, unless there is a newer one before it is sent. For any thread.
+
+        Sites that are left out have no tunnels. Their totals are those of a sample before, which some machines may not
+        have read, so each site is in one of the samples of each minute.
+        """
+        text = _encode(Sample(age, {site: [tunnels, *counts] for site, (tunnels, counts) in sites.items()}))
+        self._loop.call_soon_threadsafe(self._take, text)
+
+    def decode(self, instance: str, text: bytes) -> Instance | None:
+        """Return the totals of another machine, None if this is no sample that is known. For any thread."""
+        return decode_sample(instance, text)
+
+    def _take(self, text: bytes) -> None:
+        self._own = text
+        self._new.set()
+
+    def list_others(self) -> Sequence[tuple[str, bytes]]:
+        """Return the instances of the other machines that are not away, and their last samples."""
+        now = self._loop.time()
+        for name, machine in self._machines.items():
+            if not machine.away and now - machine.seen > AWAY_SECONDS:
+                machine.away = True
+                self._report(name.decode("ascii"), True)
+        return [(name.decode("ascii"), machine.text) for name, machine in self._machines.items() if not machine.away]
+
+    async def close(self, *, withdraw: bool) -> None:
+        """Disconnect. With `withdraw` the others are told that this machine has no tunnels any more."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        connection = self._connection
+        if connection is not None:
+            if withdraw:
+                with suppress(ServerUnavailable, TimeoutError):
+                    await run_within(_CLOSE_SECONDS, self._withdraw(connection))
+            connection.close()
+
+    async def _withdraw(self, connection: Connection) -> None:
+        await connection.call(b"HDEL", self._numbers_key, self._instance)
+
+    @property
+    def _numbers_key(self) -> bytes:
+        return b"%bsamples" % self._prefix
+
+    def _sample_key(self, name: bytes) -> bytes:
+        return b"%bu:%b" % (self._prefix, name)
+
+    async def _run(self) -> None:
+        delay = 0.0
+        while True:
+            try:
+                self._connection = await run_within(_PATIENCE, self._servers.connect())
+                while True:
+                    await self._new.wait()
+                    self._new.clear()
+                    await run_within(_PATIENCE, self._exchange(self._connection))
+                    delay = 0.0
+            except (ServerUnavailable, TimeoutError) as error:
+                self._disconnect()
+                if not self._servers.learn(explain_error(error)) or delay:
+                    delay = _RETRIES.after(delay)
+                    await asyncio.sleep(_RETRIES.spread(delay))
+                else:
+                    delay = _RETRIES.first
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    async def _exchange(self, connection: Connection) -> None:
+        """Send the own sample, and read those that are new. Raises ServerUnavailable."""
+        self._number += 1
+        # Sent at once, and executed in this order.
+        *_, numbers = await asyncio.gather(
+            connection.call(b"SET", self._sample_key(self._instance), self._own, b"PX", _SAMPLE_TTL),
+            connection.call(b"HSET", self._numbers_key, self._instance, self._number),
+            connection.call(b"PEXPIRE", self._numbers_key, _NUMBERS_TTL),
+            connection.call(b"HGETALL", self._numbers_key),
+        )
+        new = self._find_new(numbers)
+        texts = await asyncio.gather(*(connection.call(b"GET", self._sample_key(name)) for name in new))
+        for name, text in zip(new, texts, strict=True):
+            if isinstance(text, bytes):
+                self._receive(name, text)
+        old = [name for name, one in self._machines.items() if self._loop.time() - one.seen > FORGET_SECONDS]
+        for name in old:
+            await connection.call(b"HDEL", self._numbers_key, name)
+            del self._machines[name]
+
+    def _find_new(self, numbers: object) -> list[bytes]:
+        """Note the machines that there are, and return those whose number has changed."""
+        if not isinstance(numbers, list) or not all(isinstance(one, bytes) for one in numbers):
+            raise ServerUnavailable("what it answers is not ours")
+        found = {
+            name: number
+            for name, number in zip(numbers[::2], numbers[1::2], strict=False)
+            if name != self._instance and name.isalnum() and len(name) <= _LONGEST_NAME
+        }
+        for name in self._machines.keys() - found.keys():  # it has ended
+            del self._machines[name]
+        new = []
+        now = self._loop.time()
+        for name, number in found.items():
+            machine = self._machines.get(name)
+            if machine is None:
+                if len(self._machines) < MOST_MACHINES:
+                    self._machines[name] = _Machine(number, now)
+                    new.append(name)
+            elif machine.number != number:
+                machine.number = number
+                new.append(name)
+        return new
+
+    def _receive(self, name: bytes, text: bytes) -> None:
+        machine = self._machines[name]
+        was_away = machine.away and bool(machine.text)
+        machine.text, machine.seen, machine.away = text, self._loop.time(), False
+        if was_away:
+            self._report(name.decode("ascii"), False)
