@@ -326,10 +326,8 @@ def test_the_heaviest_standing_is_first(folder: Path, now: float) -> None:
 def test_the_table_while_none_is_running(folder: Path, now: float) -> None:
     (folder / ASSESSMENTS_FILE).write_bytes(msgspec.json.encode({"assessments": [make_assessment()]}))
     add_notice(folder, now)
-    result = use(folder)
-    assert "none: cannot reach the tunnel: No such file or directory" in result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("the tunnel is not running: standings are those of ")
+    lines = use(folder).stdout.splitlines()
+    assert lines[0].startswith("no tunnel responds: standings are those of ")
     assert lines[2].split()[:5] == [CHAT, "Free", "20", "-", "30"]
     assert "repeated" in lines[2]
     assert lines[4].startswith("  throttled: new handshakes above 10/second get 429 until")
@@ -338,7 +336,7 @@ def test_the_table_while_none_is_running(folder: Path, now: float) -> None:
 
 def test_the_table_without_anything_stored(folder: Path) -> None:
     lines = use(folder).stdout.splitlines()
-    assert lines[0] == "the tunnel is not running: standings are not known"
+    assert lines[0] == "no tunnel responds: standings are not known"
     (folder / ASSESSMENTS_FILE).write_text("{")
     assert use(folder).stdout.splitlines() == lines
 
@@ -352,7 +350,9 @@ def test_before_the_first_minute_there_is_what_is_now(tmp_path: Path, now: float
     assert CHAT in output
     (tmp_path / "tlstunnel.toml").write_text('state.dir = "."')
     result = use(tmp_path, status=1)
-    assert result.stderr.splitlines()[-1].endswith("history.db: no history yet")
+    assert result.stderr.splitlines()[-1].endswith(
+        "history.db: no history yet; is it the state folder? --config FILE says where"
+    )
 
 
 def test_a_response_of_another_release(tmp_path: Path) -> None:
@@ -362,15 +362,32 @@ def test_a_response_of_another_release(tmp_path: Path) -> None:
     assert "the tunnel's response is of another release" in result.stderr
 
 
-def test_the_default_configuration_is_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    assert CHAT in run_main("usage", "--control", "none").stdout
-    (folder / "tlstunnel.toml").unlink()
+def test_where_it_looks_while_none_is_running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(folder))
     monkeypatch.setenv("STATE_DIRECTORY", str(folder / "absent"))
-    assert run_main("usage", "--control", "none").exit_code == 1
+    monkeypatch.chdir(folder)
+    assert CHAT in run_main("usage").stdout
+    (folder / "tlstunnel.toml").unlink()
+    assert run_main("usage").exit_code == 1
     assert not (folder / "absent").exists()
     monkeypatch.setenv("STATE_DIRECTORY", str(folder))
-    assert CHAT in run_main("usage", "--control", "none").stdout
+    assert CHAT in run_main("usage").stdout
+
+
+def test_a_tunnel_that_is_named_is_not_taken_for_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(folder))
+    result = run_main("usage", "--control", "none")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "tlstunnel: none: cannot reach the tunnel: No such file or directory; to look at what it has stored, use"
+        " --config instead\n"
+    )
+
+
+def test_a_damaged_history(folder: Path) -> None:
+    (folder / FILE_NAME).write_text("nothing of ours")
+    (folder / "tlstunnel.toml").write_text('state.dir = "."')
+    assert use(folder, status=1).stderr.endswith("or set state.dir to another folder\n")
 
 
 # One site

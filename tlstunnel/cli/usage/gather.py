@@ -22,6 +22,7 @@ from tlstunnel.errors import ControlError, StateError
 from tlstunnel.plans.values import Assessment
 from tlstunnel.processes.reach import NoTunnelRunning, find_control_socket, send_command
 from tlstunnel.processes.usage import Muted, Throttled, UsageResult
+from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader, Level, Usage
 from tlstunnel.state.history.samples import MINUTE
 from tlstunnel.state.history.store import DAYS, HOURS, MINUTES, Resolution
@@ -73,8 +74,12 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peak(self) -> int | None:
-        """The most open tunnels of the period."""
-        return max((level.peak for level in self.levels if level is not None), default=None)
+        """The most open tunnels of the period, or now."""
+        return max((*(level.peak for level in self.levels if level is not None), *self._open_now), default=None)
+
+    @property
+    def _open_now(self) -> tuple[int, ...]:
+        return (self.now,) if self.now is not None else ()
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,17 +125,12 @@ class Source:
         self.plans = plans
 
 
-def ask_tunnel(control: Path | None) -> UsageResult | None:
-    """Return what the running tunnel says about usage; None if none is running. Raises ControlError.
+def ask_tunnel(control: Path | None) -> UsageResult:
+    """Return what the running tunnel says about usage: the only one, without `control`.
 
-    Without `control`, the only tunnel is found.
+    Raises ControlError, which is NoTunnelRunning if none responds.
     """
-    try:
-        response = send_command(control or find_control_socket(), {"do": "usage"})
-    except NoTunnelRunning as error:
-        if control is not None:
-            click.echo(f"tlstunnel: {error}", err=True)
-        return None
+    response = send_command(control or find_control_socket(), {"do": "usage"})
     try:
         return msgspec.convert(response, UsageResult)
     except msgspec.ValidationError as error:
@@ -139,17 +139,17 @@ def ask_tunnel(control: Path | None) -> UsageResult | None:
 
 def find_source(control: Path | None, file: Path | None) -> Source:
     """Ask the running tunnel, or read what it has left. Raises ControlError, StateError and ConfigurationError."""
-    result = ask_tunnel(control)
-    if result is not None and result.folder:
-        return Source(Path(result.folder), result, running=True, plans=_list_configured(result))
-    folder, plans = _read_configuration(file)
-    if result is not None:
-        return Source(folder, result, running=True, plans=plans | _list_configured(result))
-    return Source(folder, _read_stored(folder), running=False, plans=plans)
-
-
-def _list_configured(result: UsageResult) -> dict[str, SiteReport]:
-    return {name: SiteReport(site=name, now=number) for name, number in result.tunnels.items()}
+    try:
+        result = ask_tunnel(control)
+    except NoTunnelRunning as error:
+        if control is not None and file is None:  # whose state folder could be anywhere
+            raise NoTunnelRunning(f"{error}; to look at what it has stored, use --config instead") from None
+        folder, plans = _read_configuration(file)
+        return Source(folder, _read_stored(folder), running=False, plans=plans)
+    plans = {name: SiteReport(site=name, now=number) for name, number in result.tunnels.items()}
+    if not result.folder:
+        raise ControlError("the tunnel does not say where its history is: it is of another release")
+    return Source(Path(result.folder), result, running=True, plans=plans)
 
 
 def _read_configuration(file: Path | None) -> tuple[Path, dict[str, SiteReport]]:
@@ -208,8 +208,9 @@ def gather(source: Source, period: Period) -> Report:
             p95 = max((day.p95 for day in days.sites.get(name, ()) if day and day.p95 is not None), default=None)
             reports[name] = msgspec.structs.replace(report, levels=found, p95=p95, since=since.get(name))
     except StateError as error:
-        if not reports:
-            raise
+        if not reports and not source.running:
+            hint = "" if (source.folder / FILE_NAME).exists() else "; is it the state folder? --config FILE says where"
+            raise StateError(f"{error}{hint}") from None
         problem = problem or str(error)
     _add_measures(reports, result)
     return Report(

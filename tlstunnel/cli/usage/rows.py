@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from tlstunnel.state.history.reader import Usage
-from tlstunnel.state.history.samples import Counts
+from tlstunnel.state.history.samples import MINUTE, Counts
 
 SETTLE_SECONDS = 65
 """How old a second is at most until it is in the history: its minute has to be over, and written."""
@@ -38,9 +38,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_rows(usages: Sequence[Usage], since: int | None, now: float) -> Iterator[Row]:
-    """Return a row for each step that has begun. `since` is when the site was first sampled."""
+    """Return a row for each step that has begun. `since` is the minute in which the site was first sampled.
+
+    Nothing is known about how much of this minute was before it, so that is no gap.
+    """
     for usage in usages:
-        begin = max(usage.time, since or 0)
+        begin = usage.time if since is None or since < usage.time else since + MINUTE
         end = min(usage.time + usage.seconds, int(now - SETTLE_SECONDS))
         seconds = max(end - begin, min(usage.samples, usage.seconds), 0)
         measured = min(usage.samples, seconds)

@@ -81,7 +81,7 @@ def render_site(report: Report, site: SiteReport, rows: Sequence[Row], notices: 
 def _render_head(report: Report) -> Iterator[str]:
     if not report.running:
         when = f"those of {render_time(report.assessed)}" if report.assessed is not None else "not known"
-        yield _style(f"the tunnel is not running: standings are {when}", fg="yellow")
+        yield _style(f"no tunnel responds: standings are {when}", fg="yellow")
     for warning in report.warnings:
         yield _style(f"warning: {printable(warning)}", fg="red")
     if report.problem:
@@ -163,7 +163,7 @@ def _describe_plan(site: SiteReport) -> str:
 def _render_figures(assessment: Assessment) -> Iterator[str]:
     """Return the figures that a standing is based on."""
     figures = assessment.figures
-    if figures.guideline is not None:
+    if figures.guideline is not None and figures.hours_measured:
         p95 = f", highest 95th percentile of a day {group(figures.p95)}" if figures.p95 is not None else ""
         yield (
             f"over the guideline in {group(figures.hours_over)} of {_count(figures.hours_measured, 'measured hour')},"
