@@ -170,7 +170,7 @@ def use(folder: Path, *words: str, status: int = 0) -> Result:
 
 
 @contextlib.contextmanager
-def running(folder: Path, now: float, **values: Any) -> Iterator[list[str]]:
+def running(folder: Path, now: float, /, **values: Any) -> Iterator[list[str]]:
     """Yield the options for a tunnel that responds."""
     figures: dict[str, Any] = {"resource": "bytes", "share": 0.123, "suggested_share": 0.05}
     result = UsageResult(
@@ -346,13 +346,31 @@ def test_before_the_first_minute_there_is_what_is_now(tmp_path: Path, now: float
         output = run_main("usage", *options).output
         assert "history.db: no history yet" in output
         assert "no history yet" in run_main("usage", CHAT, *options).output
-        assert run_main("usage", "--csv", *options).stdout.splitlines() == [",".join(COLUMNS)]
+        bill = run_main("usage", "--csv", *options)
+        assert (bill.exit_code, bill.stdout) == (1, "")
+        assert bill.stderr.endswith("history.db: no history yet\n")
     assert CHAT in output
     (tmp_path / "tlstunnel.toml").write_text('state.dir = "."')
     result = use(tmp_path, status=1)
     assert result.stderr.splitlines()[-1].endswith(
         "history.db: no history yet; is it the state folder? --config FILE says where"
     )
+
+
+def test_a_tunnel_without_a_history(tmp_path: Path, now: float) -> None:
+    with running(tmp_path, now, folder="", assessments=()) as options:
+        assert run_main("usage", *options).stdout.splitlines() == [
+            "warning: the tunnel keeps no history; set state.dir to keep one",
+            "site              plan  guideline  now  peak  p95  share  standing",
+            f"{CHAT}  -             -   18    18    -      -  -",
+            "idle.example.com  -             -    0     0    -      -  -",
+        ]
+        assert "18 tunnels open now" in run_main("usage", CHAT, *options).stdout
+        assert run_main("usage", "notices", *options).stdout == "no notices\n"
+        result = run_main("usage", CHAT, "--plot", str(tmp_path / "a.png"), *options)
+        assert (result.exit_code, result.stderr) == (
+            *(1, "tlstunnel: the tunnel keeps no history; set state.dir to keep one\n"),
+        )
 
 
 def test_a_response_of_another_release(tmp_path: Path) -> None:

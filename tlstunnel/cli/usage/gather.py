@@ -85,15 +85,15 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All sites, by name. `times` are when the steps begin, each of which has `seconds`.
 
-    `assessed` is when sites were assessed last. `running` is whether a tunnel has answered. `problem` is why something
-    is not known, or "".
+    `assessed` is when sites were assessed last. `running` is whether a tunnel has answered. `folder` is the state
+    folder; None if the running tunnel keeps no history. `problem` is why something is not known, or "".
     """
 
     now: float
     running: bool
     assessed: float | None
     period: Period
-    folder: Path
+    folder: Path | None
     times: tuple[int, ...] = ()
     seconds: int = 0
     sites: Mapping[str, SiteReport] = {}
@@ -116,9 +116,14 @@ def describe_unknown_site(site: str, known: Sequence[str] | Mapping[str, object]
 
 
 class Source:
-    """The state folder, what the tunnel has said about its sites, and what else is known of them."""
+    """The state folder, what the tunnel has said about its sites, and what else is known of them.
 
-    def __init__(self, folder: Path, result: UsageResult, *, running: bool, plans: Mapping[str, SiteReport]) -> None:
+    `folder` is None if the running tunnel keeps no history.
+    """
+
+    def __init__(
+        self, folder: Path | None, result: UsageResult, *, running: bool, plans: Mapping[str, SiteReport]
+    ) -> None:
         self.folder = folder
         self.result = result
         self.running = running
@@ -147,9 +152,7 @@ def find_source(control: Path | None, file: Path | None) -> Source:
         folder, plans = _read_configuration(file)
         return Source(folder, _read_stored(folder), running=False, plans=plans)
     plans = {name: SiteReport(site=name, now=number) for name, number in result.tunnels.items()}
-    if not result.folder:
-        raise ControlError("the tunnel does not say where its history is: it is of another release")
-    return Source(Path(result.folder), result, running=True, plans=plans)
+    return Source(Path(result.folder) if result.folder else None, result, running=True, plans=plans)
 
 
 def _read_configuration(file: Path | None) -> tuple[Path, dict[str, SiteReport]]:
@@ -197,7 +200,7 @@ def gather(source: Source, period: Period) -> Report:
     problem = result.problem
     times: tuple[int, ...] = ()
     try:
-        with HistoryReader(source.folder) as reader:
+        with open_history(source.folder) as reader:
             period = clip(reader, period)
             levels = reader.read_levels(period.resolution, period.since, period.until)
             days = reader.read_levels(DAYS, period.since // _DAY * _DAY, period.until)
@@ -209,7 +212,8 @@ def gather(source: Source, period: Period) -> Report:
             reports[name] = msgspec.structs.replace(report, levels=found, p95=p95, since=since.get(name))
     except StateError as error:
         if not reports and not source.running:
-            hint = "" if (source.folder / FILE_NAME).exists() else "; is it the state folder? --config FILE says where"
+            there = source.folder is None or (source.folder / FILE_NAME).exists()
+            hint = "" if there else "; is it the state folder? --config FILE says where"
             raise StateError(f"{error}{hint}") from None
         problem = problem or str(error)
     _add_measures(reports, result)
@@ -286,11 +290,18 @@ def choose_resolution(reader: HistoryReader, period: Period) -> Resolution:
     return DAYS
 
 
-def read_notices(folder: Path, site: str | None) -> "list[NoticeRecord]":
+def open_history(folder: Path | None) -> HistoryReader:
+    """Return a reader, which opens the file when it is used. Raises StateError if there is no history at all."""
+    if folder is None:
+        raise StateError("the tunnel keeps no history; set state.dir to keep one")
+    return HistoryReader(folder)
+
+
+def read_notices(folder: Path | None, site: str | None) -> "list[NoticeRecord]":
     """Return the latest notices, of all sites or of one; none if nothing was stored yet. Raises StateError."""
     from tlstunnel.plans.notice_store import FILE_NAME, reading  # noqa: PLC0415 - the table is faster without
 
-    if not (folder / FILE_NAME).exists():
+    if folder is None or not (folder / FILE_NAME).exists():
         return []
     with reading(folder) as notices:
         return notices.read_notices(site)

@@ -11,8 +11,10 @@ from tlstunnel.plans.notice_store import reading
 from tlstunnel.plans.plot import Mark
 
 
-def read_marks(folder: Path, site: str) -> list[Mark]:
+def read_marks(folder: Path | None, site: str) -> list[Mark]:
     """Return the marks of a site; none if nothing was stored yet."""
+    if folder is None:
+        return []
     with contextlib.suppress(StateError), reading(folder) as notices:
         return [
             *(

@@ -23,13 +23,13 @@ from tlstunnel.cli.usage.gather import (
     config_option,
     find_source,
     gather,
+    open_history,
     read_notices,
     read_usages,
 )
 from tlstunnel.cli.usage.period import STEPS, parse_period
 from tlstunnel.cli.usage.rows import Row, make_rows
 from tlstunnel.errors import StateError
-from tlstunnel.state.history.reader import HistoryReader
 
 PLOT_FORMATS = ("png", "svg")
 
@@ -116,8 +116,7 @@ def _print_text(report: Report, site: str) -> None:
         notices = [
             line for record in read_notices(report.folder, site) for line in render_notice(record, with_site=False)
         ]
-        with HistoryReader(report.folder) as reader:
-            rows = list(_read_rows(reader, report, found))
+        rows = list(_read_rows(report, found))
         lines = text.render_site(report, found, rows, notices)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # an old terminal has no bars
@@ -125,9 +124,10 @@ def _print_text(report: Report, site: str) -> None:
 
 
 def _print_csv(report: Report, sites: list[SiteReport]) -> None:
-    """Print site by site, since there may be a million lines."""
-    with HistoryReader(report.folder) as reader:
-        export.write_csv(sys.stdout, ((site, _read_rows(reader, report, site)) for site in sites))
+    """Print site by site, since there may be a million lines. Raises StateError rather than print an empty bill."""
+    if not report.times:
+        raise StateError(report.problem)
+    export.write_csv(sys.stdout, ((site, _read_rows(report, site)) for site in sites))
 
 
 def _to_json(report: Report, site: str) -> dict[str, Any]:
@@ -136,16 +136,16 @@ def _to_json(report: Report, site: str) -> dict[str, Any]:
     from tlstunnel.cli.usage.notices import to_json  # noqa: PLC0415 - as above
 
     found = report.find(site)
-    with HistoryReader(report.folder) as reader:
-        steps = [export.row_to_json(row) for row in _read_rows(reader, report, found)]
+    steps = [export.row_to_json(row) for row in _read_rows(report, found)]
     notices = [to_json(record) for record in read_notices(report.folder, site)]
     return export.to_json(report, [found]) | {"steps": steps, "notices": notices}
 
 
-def _read_rows(reader: HistoryReader, report: Report, site: SiteReport) -> Iterator[Row]:
-    if not site.levels:  # not in the history yet
-        return iter(())
-    return make_rows(read_usages(reader, site.site, report.period, site.since), site.since, report.period.until)
+def _read_rows(report: Report, site: SiteReport) -> Iterator[Row]:
+    if site.levels:  # otherwise it is not in the history yet
+        with open_history(report.folder) as reader:
+            usages = read_usages(reader, site.site, report.period, site.since)
+        yield from make_rows(usages, site.since, report.period.until)
 
 
 def _write_plot(file: Path, report: Report, site: SiteReport) -> None:
@@ -153,7 +153,7 @@ def _write_plot(file: Path, report: Report, site: SiteReport) -> None:
     from tlstunnel.cli.usage.marks import read_marks  # noqa: PLC0415 - only for plots
     from tlstunnel.plans import plot  # noqa: PLC0415 - as above
 
-    with HistoryReader(report.folder) as reader:
+    with open_history(report.folder) as reader:
         resolution = choose_resolution(reader, report.period)
         period = msgspec.structs.replace(
             report.period, step=next(name for name, one in STEPS.items() if one is resolution)
