@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-ScriptName = Literal["check", "register", "beat", "tunnels", "count"]
+ScriptName = Literal["check", "register", "beat", "tunnels", "count", "elect"]
 
 _LATEST: Final = 1 << 53
 """The time in microseconds from which on numbers of Lua, which are floats, are not exact: the year 2255."""
@@ -52,7 +52,7 @@ def load_script(name: ScriptName) -> Script:
 
 
 SCRIPTS: Final[dict[ScriptName, Script]] = {
-    name: load_script(name) for name in ("check", "register", "beat", "tunnels", "count")
+    name: load_script(name) for name in ("check", "register", "beat", "tunnels", "count", "elect")
 }
 
 
@@ -72,6 +72,17 @@ def decode_registration(reply: object) -> tuple[int, str, list[str]]:
     match _decode(_get_bytes(reply)):
         case [int(now), str(secret), *names] if 0 < now < _LATEST and _SECRET.fullmatch(secret):
             return now, secret, [name for name in names if isinstance(name, str) and _HOLDER.fullmatch(name)][-_MOST:]
+    raise ValueError("unexpected reply")
+
+
+def decode_election(reply: object) -> tuple[bool, bool, int, list[str]]:
+    """Return what `elect.lua` has returned. Raises ValueError.
+
+    It is whether the lease is had, whether there are more deliveries, the time to ask for them from, and deliveries.
+    """
+    match _decode(_get_bytes(reply)):
+        case [int(has), int(more), int(since), *deliveries] if since >= 0:
+            return bool(has), bool(more), since, [one for one in deliveries if isinstance(one, str)]
     raise ValueError("unexpected reply")
 
 
