@@ -6,10 +6,12 @@ first two bytes of the input choose where it is split, so that a fuzzer finds sp
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import h11
+import hiredis
 from starlette.requests import cookie_parser
 
 from tests.handshakes import FIELDS as HANDSHAKE
@@ -28,6 +30,11 @@ from tlstunnel.handshake.refusal import Refusal, render_refusal
 from tlstunnel.handshake.request import PlainRequest, Request, RequestReader, UpgradeRequest
 from tlstunnel.handshake.response import BadResponse, Declined, Switched, UpgradeResponseReader
 from tlstunnel.sockets import proxy_protocol
+from tlstunnel.state import wire
+from tlstunnel.state.ledger import Ledger
+from tlstunnel.state.memory import MemoryCounters
+from tlstunnel.state.valkey.replies import INCOMPLETE, Replies
+from tlstunnel.state.valkey.scripts import decode_numbers, decode_registration
 from tlstunnel.tls import hello
 
 _FOLDER = Path("/nonexistent")
@@ -248,6 +255,69 @@ def fuzz_configuration(data: bytes) -> None:
         str(error).encode()
 
 
+def fuzz_ledger(data: bytes) -> None:
+    """What a serving process sends to the ledger: the same in one piece and in two, and leases are counted exactly."""
+    data, cut = _choose_cut(data)
+    assert _ask_ledger([data]) == _ask_ledger([data[:cut], data[cut:]])
+
+
+def _ask_ledger(pieces: list[bytes]) -> object:
+    """Return what the ledger replies to two askers, and what it has counted for both. The first sends the bytes."""
+    counters = MemoryCounters(clock=lambda: 1e6)
+    ledger = Ledger(counters, lambda work: work.close(), clock=lambda: 1e6)
+    replies: list[list[wire.LedgerMessage]] = [[], []]
+    hostile, other = (ledger.open(one.extend) for one in replies)
+    ledger.receive(other, wire.Batch(1e7, [wire.Take({"k": 1})]))
+    failure, received, dialect = "", b"", wire.DIALECTS[wire.VERSION]
+    try:
+        for piece in pieces:
+            payloads, received = wire.split(received + piece)
+            for payload in payloads:
+                ledger.receive(hostile, dialect.decode_batch(payload))
+    except wire.WireError as error:
+        failure = str(error)
+    assert counters.tunnels == Counter(hostile.leases) + Counter(other.leases)
+    for one in replies:
+        sent = dialect.encode_replies(one)
+        assert dialect.encode_replies(wire.decode_replies(sent[4:])) == sent
+    ledger.close(hostile)
+    assert counters.tunnels == {"k": 1}
+    # What precedes a failure may be handled or not: the connection ends with it.
+    return bool(failure) or [dialect.encode_replies(one) for one in replies]
+
+
+def fuzz_ledger_reply(data: bytes) -> None:
+    """What the ledger sends to a serving process: messages, or an error."""
+    for decode in (wire.decode_hello, wire.decode_replies):
+        try:
+            decode(data)
+        except wire.WireError:
+            continue
+
+
+def fuzz_valkey_reply(data: bytes) -> None:
+    """Replies of a Valkey server: the same in one piece and in two, and numbers of ours or an error."""
+    data, cut = _choose_cut(data)
+    assert _read_valkey_replies([data]) == _read_valkey_replies([data[:cut], data[cut:]])
+
+
+def _read_valkey_replies(pieces: list[bytes]) -> list[str]:
+    reader, found = Replies(), []
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            while (reply := reader.get()) is not INCOMPLETE:
+                found.append(repr(reply))
+                for decode in (decode_numbers, decode_registration):
+                    try:
+                        decode(reply)
+                    except ValueError:
+                        continue
+    except hiredis.ProtocolError as error:
+        found.append(f"error: {error}")
+    return found
+
+
 def _choose_cut(data: bytes) -> tuple[bytes, int]:
     at = int.from_bytes(data[:2])
     data = data[2:]
@@ -280,4 +350,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "response": fuzz_response,
     "chunks": fuzz_chunks,
     "configuration": fuzz_configuration,
+    "ledger": fuzz_ledger,
+    "ledger_reply": fuzz_ledger_reply,
+    "valkey_reply": fuzz_valkey_reply,
 }
