@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from click.testing import Result
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from tests.commands import run_main
 from tests.harness import REPOSITORY, assert_below
 from tests.unit.test_plans_plot import draw_texts
+from tlstunnel.cli import usage
 from tlstunnel.cli.usage.export import COLUMNS, to_cell
 from tlstunnel.cli.usage.gather import ASSESSMENTS_FILE, choose_resolution
 from tlstunnel.cli.usage.period import STEPS, Period, parse_period
@@ -660,6 +662,33 @@ def test_what_the_tunnel_refuses(tmp_path: Path) -> None:
         result = run_main(*words, "--json")
         assert (result.exit_code, json.loads(result.stdout)) == (1, {"ok": False, "error": "talk to its owner first"})
     assert "cannot reach the tunnel" in run_main(*words).stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--since", "3d", "--csv", CHAT],
+        ["--since=3d", CHAT, "--csv"],
+        ["show", "--csv", "--since", "3d", CHAT],
+        ["--csv", "show", "--since", "3d", CHAT],
+    ],
+)
+def test_options_may_come_first(folder: Path, words: list[str]) -> None:
+    assert {row["site"] for row in read_csv(use(folder, *words).stdout)} == {CHAT}
+    config = str(folder / "tlstunnel.toml")
+    assert run_main("usage", "--config", config, "--control", "none", "notices").stdout == "no notices\n"
+
+
+def test_every_option_with_a_value_is_known() -> None:
+    context = click.Context(usage.command)
+    names = set()
+    for name in usage.command.list_commands(context):
+        command = usage.command.get_command(context, name)
+        assert command is not None
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.is_flag:
+                names |= {*option.opts}
+    assert names == usage._WITH_VALUES
 
 
 @pytest.mark.parametrize("duration", ["0s", "1", "400d"])

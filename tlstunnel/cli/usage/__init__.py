@@ -1,6 +1,7 @@
 """``tlstunnel usage``: how much each site uses, compared with its guideline, and what is done about it."""
 
 import importlib
+from collections.abc import Sequence
 
 import click
 
@@ -17,8 +18,12 @@ _COMMANDS = {
 """The commands, each with its module and its name in it. A module is imported when its command is used."""
 
 
+_WITH_VALUES = frozenset({"--address", "--by", "--config", "--control", "--for", "--plot", "--since", "--why"})
+"""The options of all commands that have a value, which is the next word."""
+
+
 class _Group(click.Group):
-    """Takes what is no command for a site: `usage SITE` is `usage show SITE`."""
+    """Takes what is no command for a site: `usage SITE` is `usage show SITE`. Options may come before the command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -31,9 +36,22 @@ class _Group(click.Group):
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in _COMMANDS and args[0] not in ctx.help_option_names):
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
+        if args and args[0] in ctx.help_option_names:
+            return super().parse_args(ctx, args)
+        place = _find_first_argument(args)
+        if place is not None and args[place] in _COMMANDS:
+            return super().parse_args(ctx, [args[place], *args[:place], *args[place + 1 :]])
+        return super().parse_args(ctx, ["show", *args])
+
+
+def _find_first_argument(args: Sequence[str]) -> int | None:
+    """Return the place of the first word that is neither an option nor the value of one."""
+    value = False
+    for place, word in enumerate(args):
+        if not value and not word.startswith("-"):
+            return place
+        value = not value and word in _WITH_VALUES
+    return None
 
 
 @click.command(
