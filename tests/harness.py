@@ -142,7 +142,8 @@ class Tunnel:
     its own (`folder`), which is removed afterwards.
 
     `descriptors` is its RLIMIT_NOFILE, soft and hard. For `measured` see `child_environment`. `errors_expected` allows
-    log lines of level error; a traceback or a line that is not JSON still fails the test.
+    log lines of level error; a traceback or a line that is not JSON still fails the test. `wrapper` is a command that
+    executes the program, such as ``ip netns exec NAME``.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class Tunnel:
         measured: bool = False,
         errors_expected: bool = False,
         environment: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.certificate = certificate
         self._folder = tempfile.TemporaryDirectory(prefix="tlstunnel-test-")
@@ -170,6 +172,7 @@ class Tunnel:
         if descriptors is not None:
             # prlimit from util-linux and not preexec_fn, which is not safe in a process with threads.
             self._command[:0] = [require("prlimit", "util-linux"), f"--nofile={descriptors}:{descriptors}"]
+        self._command[:0] = wrapper
         if text := config if config is not None else settings:
             self.file.write_text(text)
             self._command += ["--config", str(self.file)]
