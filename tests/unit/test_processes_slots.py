@@ -5,10 +5,9 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,26 +84,34 @@ def test_all_addresses_are_opened_or_none() -> None:
 @pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.parametrize(("before", "after"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
 def test_an_address_that_overlaps_another_replaces_it(before: str, after: str, shares: int) -> None:
-    with closing(Slots()) as slots:
-        old = ListenAddress(before, 0)
-        slots.update(slots.open((old,), shares), (old,))
-        port = next(iter(slots)).listener.address.port
-        new = ListenAddress(after, port)
-        Slots.try_to_open((new,), _with_port(slots.hand_over(), port), ())
+    with ExitStack() as stack:
+        slots, new, kept = _open_where_all_is_free(stack, before, after, shares)
+        Slots.try_to_open((new,), kept, ())
         opened = slots.open((new,), 1)
         for slot in slots.update(opened, (new,)):
             slot.listener.remove()
-        with socket.create_connection(("127.0.0.1", port), 5):
+        with socket.create_connection(("127.0.0.1", new.port), 5):
             accepted, _ = opened[new][0].listener.sock.accept()
             accepted.close()
         with pytest.raises(ListenError, match="in use"):  # another tunnel's start
             listen(new)
 
 
-def _with_port(kept: SlotsHandover, port: int) -> SlotsHandover:
-    """Return a handover as if the port had been configured."""
-    slots = [msgspec.structs.replace(one, written=one.written.replace(":0", f":{port}")) for one in kept.open]
-    return msgspec.structs.replace(kept, open=slots)
+def _open_where_all_is_free(
+    stack: ExitStack, before: str, after: str, shares: int
+) -> tuple[Slots, ListenAddress, SlotsHandover]:
+    """Listen on `before`, at a port that is free on all addresses; return it on `after`, and a handover that has it."""
+    while True:
+        with socket.create_server(("0.0.0.0", 0)) as everywhere:
+            port = everywhere.getsockname()[1]
+        slots = Slots()
+        old = ListenAddress(before, port)
+        try:
+            slots.update(slots.open((old,), shares), (old,))
+        except ListenError:  # another program was faster
+            continue
+        stack.enter_context(closing(slots))
+        return slots, ListenAddress(after, port), slots.hand_over()
 
 
 def test_of_simultaneous_starts_one_gets_a_stale_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
