@@ -26,7 +26,7 @@ from tests.harness import REPOSITORY, assert_below
 from tests.unit.test_plans_plot import draw_texts
 from tlstunnel.cli import usage
 from tlstunnel.cli.usage.export import COLUMNS, to_cell
-from tlstunnel.cli.usage.gather import ASSESSMENTS_FILE, choose_resolution
+from tlstunnel.cli.usage.gather import ASSESSMENTS_FILE
 from tlstunnel.cli.usage.period import STEPS, Period, parse_period
 from tlstunnel.cli.usage.rows import make_rows
 from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline, render_size
@@ -39,9 +39,9 @@ from tlstunnel.plans.values import Assessment, Figures, Notice, Standing
 from tlstunnel.processes.control import ControlSocket
 from tlstunnel.processes.usage import Acknowledged, Muted, Released, Throttled, UsageResult
 from tlstunnel.state.history.database import FILE_NAME, HISTORY, MAX_SITES, open_for_writing, transaction
-from tlstunnel.state.history.reader import HistoryReader, Level, Usage
+from tlstunnel.state.history.reader import Level, Usage
 from tlstunnel.state.history.samples import NOTHING, Counts, Minute, SiteMinute
-from tlstunnel.state.history.store import _UPSERTS, DAYS, HOURS, MINUTES, Keep, Store
+from tlstunnel.state.history.store import _UPSERTS, DAYS, HOURS, Keep, Store
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
@@ -126,7 +126,7 @@ def add_notice(folder: Path, now: float) -> None:
         file.begin(Delivery(notice, mail, 0), now - DAY, now + HOUR)
         file.finish(Delivery(notice, mail, 0), State.PENDING, "no \x1b[2J connection", now + HOUR)
         file.acknowledge(notice.id, "root", now)
-        throttle = Throttle(site=CHAT, rate="10/second", since=now - 5, until=now + HOUR, why="loops", who="root")
+        throttle = Throttle(site=CHAT, rate="10/second", since=now - HOUR, until=now + HOUR, why="loops", who="root")
         file.add_throttle(throttle)
 
 
@@ -362,7 +362,7 @@ def test_before_the_first_minute_there_is_what_is_now(tmp_path: Path, now: float
 def test_a_tunnel_without_a_history(tmp_path: Path, now: float) -> None:
     with running(tmp_path, now, folder="", assessments=()) as options:
         assert run_main("usage", *options).stdout.splitlines() == [
-            "warning: the tunnel keeps no history; set state.dir to keep one",
+            "warning: the tunnel keeps no history: give a site a plan, or set state.dir",
             "site              plan  guideline  now  peak  p95  share  standing",
             f"{CHAT}  -             -   18    18    -      -  -",
             "idle.example.com  -             -    0     0    -      -  -",
@@ -371,7 +371,7 @@ def test_a_tunnel_without_a_history(tmp_path: Path, now: float) -> None:
         assert run_main("usage", "notices", *options).stdout == "no notices\n"
         result = run_main("usage", CHAT, "--plot", str(tmp_path / "a.png"), *options)
         assert (result.exit_code, result.stderr) == (
-            *(1, "tlstunnel: the tunnel keeps no history; set state.dir to keep one\n"),
+            *(1, "tlstunnel: the tunnel keeps no history: give a site a plan, or set state.dir\n"),
         )
 
 
@@ -575,17 +575,6 @@ def test_a_plot_that_cannot_be_drawn(folder: Path, monkeypatch: pytest.MonkeyPat
     missing = use(folder, CHAT, "--plot", str(file), status=1)
     assert missing.stderr.endswith("tlstunnel: --plot needs matplotlib: pip install 'tlstunnel[plot]'\n")
     assert not file.exists()
-
-
-def test_a_plot_has_the_finest_steps_that_are_kept(folder: Path, now: float) -> None:
-    with HistoryReader(folder) as reader:
-        for span, expected in ((DAY, MINUTES), (3 * DAY, HOURS), (50 * DAY, HOURS), (100 * DAY, DAYS)):
-            assert choose_resolution(reader, Period(now - span, now, "day")) is expected
-    with contextlib.closing(open_for_writing(folder / FILE_NAME, HISTORY)) as connection:
-        connection.execute("DELETE FROM hours")
-        connection.execute("DELETE FROM minutes")
-    with HistoryReader(folder) as reader:
-        assert choose_resolution(reader, Period(now - DAY, now, "day")) is DAYS
 
 
 # Notices, and what is done about sites

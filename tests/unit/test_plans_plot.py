@@ -1,7 +1,10 @@
-"""The plot of a site: what is on it, and what it makes of many figures."""
+"""The plot of a site: what is on it, what it makes of many figures, and where it has them from."""
 
+import asyncio
+import contextlib
 import importlib.util
 import sys
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -9,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness import missing
+from tlstunnel.errors import StateError
+from tlstunnel.plans.notice_store import FILE_NAME as NOTICE_FILE
+from tlstunnel.plans.notice_store import NOTICES, Channel, NoticeFile, Target, Throttle
+from tlstunnel.plans.notices import Due
 from tlstunnel.plans.plot import Mark, Plot, condense, draw_plot, find_gaps, find_spikes
+from tlstunnel.plans.site_plot import NOTICE_SECONDS, NoticePlots, read_plot
+from tlstunnel.plans.values import Assessment, Figures, Notice, Standing
+from tlstunnel.state.history.database import FILE_NAME, HISTORY, open_for_writing
 from tlstunnel.state.history.reader import Level, Usage
-from tlstunnel.state.history.samples import NOTHING
+from tlstunnel.state.history.samples import NOTHING, Minute, SiteMinute
+from tlstunnel.state.history.store import Keep, Store
 
 HOUR = 3600
 BEGIN = 1_795_305_600
@@ -104,3 +115,87 @@ def test_fewer_steps_have_the_same_highest_peak_mean_and_time(peaks: list[int | 
     assert max((level.peak for level, _ in levels), default=None) == max(known, default=None)
     assert sum(level.mean * samples for level, samples in levels) == pytest.approx(sum(known) / 2 * HOUR)
     assert [usage.is_gap for usage in found] == [usage.samples == 0 for usage in found]
+
+
+# From what is stored
+
+DAY = 86_400
+NOW = BEGIN + 7 * DAY + 10 * HOUR
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A state folder with ten days, one minute of each hour, a notice, a throttle and one that was released."""
+    minutes = [
+        Minute(time // 60, 60, (SiteMinute("a.example", 12, 300, NOTHING),), {})
+        for time in range(BEGIN - 3 * DAY, NOW, HOUR)
+    ]
+    with contextlib.closing(open_for_writing(tmp_path / FILE_NAME, HISTORY)) as connection:
+        Store(connection, Keep()).write(minutes)
+    with contextlib.closing(open_for_writing(tmp_path / NOTICE_FILE, NOTICES)) as connection:
+        file = NoticeFile(connection)
+        file.record(Due((make_notice(),)), {"notice-1": (Target(Channel.LOG),)})
+        for since in (NOW - 50, NOW - 20):
+            file.add_throttle(
+                Throttle(site="a.example", rate="1/second", since=since, until=since + HOUR, why="", who="", abuse=True)
+            )
+        connection.execute("UPDATE throttles SET released = ? WHERE since = ?", (NOW - 10, NOW - 20))
+    return tmp_path
+
+
+def make_notice(site: str = "a.example") -> Notice:
+    assessment = Assessment(
+        site=site, label="Free", standing=Standing.REPEATED, since=NOW, figures=Figures(guideline=10), sentence="So."
+    )
+    return Notice(
+        id="notice-1",
+        site=site,
+        standing=Standing.REPEATED,
+        created=NOW,
+        recipient="contact",
+        address="",
+        assessment=assessment,
+        language="en",
+    )
+
+
+@pytest.mark.parametrize(
+    ("since", "seconds"), [(NOW - DAY, 60), (NOW - 3 * DAY, HOUR), (NOW - 50 * DAY, HOUR), (NOW - 100 * DAY, HOUR)]
+)
+def test_a_plot_has_the_finest_steps_that_are_kept(folder: Path, since: int, seconds: int) -> None:
+    plot = read_plot(folder, "a.example", since, NOW, plan="Free", guideline=10)
+    assert {usage.seconds for usage in plot.usages} == {seconds}
+    assert plot.usages[0].time in {-(-since // seconds) * seconds, BEGIN - 3 * DAY}
+    assert (plot.plan, plot.guideline) == ("Free", 10)
+    assert plot.marks == [
+        Mark("notice", NOW, NOW, "repeated"),
+        Mark("throttle", NOW - 20, NOW - 10, "1/second"),
+        Mark("throttle", NOW - 50, NOW - 50 + HOUR, "1/second"),
+    ]
+
+
+def test_where_hours_are_deleted_there_are_days(folder: Path) -> None:
+    with contextlib.closing(open_for_writing(folder / FILE_NAME, HISTORY)) as connection:
+        connection.execute("DELETE FROM hours WHERE time < ?", (BEGIN // HOUR,))
+    seconds = {
+        days: {usage.seconds for usage in read_plot(folder, "a.example", NOW - days * DAY, NOW).usages}
+        for days in (1, 5, 9)
+    }
+    assert seconds == {1: {60}, 5: {HOUR}, 9: {DAY}}
+
+
+def test_a_notice_has_a_plot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_texts(Plot(site="a.example", usages=make_usages(1)))  # skips the test without matplotlib
+    plots = NoticePlots(folder)
+    drawn = asyncio.run(plots.draw(make_notice()))
+    expected = read_plot(folder, "a.example", NOW - NOTICE_SECONDS, NOW, plan="Free", guideline=10)
+    assert drawn == draw_plot(expected, "png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert asyncio.run(plots.draw(make_notice())) is None
+
+
+def test_a_notice_about_a_site_that_was_never_measured_has_none(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"b\.example: nothing was measured in this time"):
+        asyncio.run(NoticePlots(folder).draw(make_notice("b.example")))
+    (tmp_path / NOTICE_FILE).unlink()
+    assert read_plot(folder, "a.example", NOW - DAY, NOW).marks == []

@@ -1,11 +1,11 @@
 """The plot of a site: its concurrent tunnels over time, compared with its guideline. Needs matplotlib.
 
-matplotlib takes half a second to import, and is an extra. So this module is imported when there is something to draw:
-through `program.import_when_needed` in a process that serves, in a `try` elsewhere.
+matplotlib takes half a second to import, and is an extra. So it is imported when there is something to draw.
 """
 
 import importlib
 import io
+import logging
 import math
 import re
 import warnings
@@ -89,6 +89,7 @@ def draw_plot(plot: Plot, kind: Format) -> bytes:
         "svg.hashsalt": "tlstunnel",
         "text.parse_math": False,  # a label may have a dollar sign
     }
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not where it has its fonts, or that it looks for some
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks are drawn as boxes
         figure = importlib.import_module("matplotlib.figure").Figure(

@@ -25,7 +25,7 @@ from tlstunnel.processes.usage import Muted, Throttled, UsageResult
 from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader, Level, Usage
 from tlstunnel.state.history.samples import MINUTE
-from tlstunnel.state.history.store import DAYS, HOURS, MINUTES, Resolution
+from tlstunnel.state.history.store import DAYS
 
 if TYPE_CHECKING:  # imported when it is needed
     from tlstunnel.plans.notice_store import NoticeRecord
@@ -34,9 +34,6 @@ DEFAULT_FILE = Path("tlstunnel.toml")
 
 ASSESSMENTS_FILE = "assessments.json"
 """In the state folder: where sites stood last."""
-
-MOST_STEPS = 1500
-"""Of a plot: the minutes of a day, or the hours of 60 days."""
 
 _DAY = 86_400
 
@@ -277,23 +274,10 @@ def read_usages(reader: HistoryReader, site: str, period: Period, since: int | N
     return reader.read_usage(site, period.resolution, begin, period.until)
 
 
-def choose_resolution(reader: HistoryReader, period: Period) -> Resolution:
-    """Return the finest resolution that has the whole period in at most `MOST_STEPS`, for a plot."""
-    known = reader.read_begin(DAYS) or 0
-    for resolution in (MINUTES, HOURS):
-        seconds = resolution.length * MINUTE
-        begin = reader.read_begin(resolution)
-        if begin is None or period.until - period.since > MOST_STEPS * seconds:
-            continue
-        if begin <= period.since + seconds or begin < known + _DAY:  # there is nothing before the first day
-            return resolution
-    return DAYS
-
-
 def open_history(folder: Path | None) -> HistoryReader:
     """Return a reader, which opens the file when it is used. Raises StateError if there is no history at all."""
     if folder is None:
-        raise StateError("the tunnel keeps no history; set state.dir to keep one")
+        raise StateError("the tunnel keeps no history: give a site a plan, or set state.dir")
     return HistoryReader(folder)
 
 

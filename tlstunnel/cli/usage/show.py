@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from tlstunnel.cli.control import FOLDERS
 from tlstunnel.cli.examples import render_examples
@@ -19,7 +18,6 @@ from tlstunnel.cli.usage import export, text
 from tlstunnel.cli.usage.gather import (
     Report,
     SiteReport,
-    choose_resolution,
     config_option,
     find_source,
     gather,
@@ -150,28 +148,15 @@ def _read_rows(report: Report, site: SiteReport) -> Iterator[Row]:
 
 def _write_plot(file: Path, report: Report, site: SiteReport) -> None:
     """Raise StateError if there is no matplotlib, nothing to draw, or the file cannot be written."""
-    from tlstunnel.cli.usage.marks import read_marks  # noqa: PLC0415 - only for plots
-    from tlstunnel.plans import plot  # noqa: PLC0415 - as above
+    from tlstunnel.plans.plot import draw_plot  # noqa: PLC0415 - only for plots
+    from tlstunnel.plans.site_plot import read_plot  # noqa: PLC0415 - as above
 
-    with open_history(report.folder) as reader:
-        resolution = choose_resolution(reader, report.period)
-        period = msgspec.structs.replace(
-            report.period, step=next(name for name, one in STEPS.items() if one is resolution)
-        )
-        usages = read_usages(reader, site.site, period, site.since)
-    if all(usage.is_gap for usage in usages):
-        raise StateError(f"{site.site}: nothing was measured in this time, so there is nothing to draw")
+    if report.folder is None:
+        raise StateError(report.problem)
+    period = report.period
+    plot = read_plot(*(report.folder, site.site, period.since, period.until), plan=site.label, guideline=site.guideline)
     try:
-        content = plot.draw_plot(
-            plot.Plot(
-                site=site.site,
-                plan=site.label,
-                guideline=site.guideline,
-                usages=usages,
-                marks=read_marks(report.folder, site.site),
-            ),
-            "svg" if file.suffix.lower() == ".svg" else "png",
-        )
+        content = draw_plot(plot, "svg" if file.suffix.lower() == ".svg" else "png")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
