@@ -309,7 +309,7 @@ def test_a_tunnel_gets_the_control_socket_of_one_that_drains(
         (b"[]\n", "an object with"),
         (b'{"do": 5}\n', "an object with"),
         (b'{"do": "relaod"}\n', 'did you mean "reload"?'),
-        (b'{"do": "sing a song"}\n', "the commands are drain"),
+        (b'{"do": "sing a song"}\n', "the commands are ack"),
         (b"[" * 60_000 + b"\n", "expected one JSON object"),
         (b"x" * 70_000 + b"\n", "expected one JSON object"),
     ],

@@ -43,26 +43,38 @@ def command(*, control: Path | None, as_json: bool) -> None:
         for one in response["processes"]
     ]
     ledger = response.get("ledger")  # earlier releases have none
-    if ledger is not None:
-        rows.append(
-            [
-                *(str(ledger[name]) for name in ("process", "generation", "version")),
-                _render_age(ledger["seconds"]),
-                "ledger",
-                "",
-                "",
-                _render_memory(ledger["pss_kib"]),
-            ]
-        )
+    rows += [_make_row(name, response[name]) for name in ("ledger", "admin") if response.get(name) is not None]
     rows.append([str(response["process"]), "", "", "", "parent", "", "", _render_memory(response["pss_kib"])])
     for line in _align([HEADINGS, *rows]):
         click.echo(line)
     for line in _render_counting(ledger, response["processes"]):
         click.echo(line)
+    if (response.get("admin") or {}).get("state") == "not responding":
+        click.echo("admin: not responding")
+    for throttle in response.get("throttles", ()):
+        click.echo(_render_throttle(throttle))
     for shortage in response.get("shortages", ()):
         click.echo(f"running short: {shortage}")
     for line in _render_totals(response.get("metrics", {})):
         click.echo(line)
+
+
+def _make_row(name: str, process: Mapping[str, Any]) -> list[str]:
+    return [
+        *(str(process[key]) for key in ("process", "generation", "version")),
+        _render_age(process["seconds"]),
+        name,
+        "",
+        "",
+        _render_memory(process["pss_kib"]),
+    ]
+
+
+def _render_throttle(throttle: Mapping[str, Any]) -> str:
+    addresses = throttle["addresses"]
+    who = throttle["site"] + (f" for {addresses} address{'es' if addresses > 1 else ''}" if addresses else "")
+    rate = f"{throttle['amount']} new handshakes in {throttle['window']} s"
+    return f"throttled: {who}, to {rate}, until {datetime.fromtimestamp(throttle['until'], UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _render_counting(ledger: Mapping[str, Any] | None, processes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -121,6 +121,12 @@ class Event(Word):
     NOTICES_NOT_WRITTEN = "notices not written"
     NOTICES_WRITTEN_AGAIN = "notices written again"
 
+    # Plans
+    NOT_ASSESSED = "sites not assessed"
+    NOT_CONFIGURED = "plans not reloaded"
+    SITE_THROTTLED = "site throttled"
+    THROTTLE_RELEASED = "throttle released"
+
     # The log itself, and bugs
     LINES_LOST = "log lines lost"
     TUNNEL_FAILED = "tunnel failed"

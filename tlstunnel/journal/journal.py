@@ -51,6 +51,9 @@ class Observer(Protocol):
     def failed(self, record: Record) -> None:
         """A connection has ended before its TLS handshake was complete."""
 
+    def note_failing(self, site: str) -> None:
+        """The health of an origin of a site has changed."""
+
 
 class Journal:
     """Logs and counts connections.
@@ -65,7 +68,7 @@ class Journal:
         self.listeners: list[Callable[[Record], None]] = []
         self.observer: Observer | None = None
         self._log = structlog.get_logger()
-        self._opened = opened
+        self.log_opened = opened
         # Few: the reasons are those of the table, and the variable ones have texts of the system.
         self._samples: dict[tuple[Event, str], _Sample] = {}
         self._connections = metrics[families.CONNECTIONS]
@@ -83,7 +86,7 @@ class Journal:
         self._usage.change(record.site).handshakes += 1
         if self.observer is not None:
             self.observer.opened(record)
-        if self._opened:
+        if self.log_opened:
             self._log.info(Event.OPENED, **record.facts())
 
     def ended(self, record: Record, up: int = 0, down: int = 0) -> None:

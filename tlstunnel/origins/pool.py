@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks, OriginAddress
@@ -81,6 +81,8 @@ class Pool:
         self._ejection = ejection
         self._resolve_every = resolve_every
         self._log = structlog.get_logger()
+        self.on_health_change: Callable[[], None] | None = None
+        """Called when a member fails or is restored."""
         self.members: list[Member] = []
         self.name = self._origins[0].text if len(origins) == 1 else ""
         """The only origin; empty if there are several."""
@@ -250,6 +252,7 @@ class Pool:
         if member.record_connected() and self.compares:
             self._log.info(Event.ORIGIN_RESTORED, origin=member.text, address=member.address_text)
             self._announce(member, 0.0)
+            self._note_health_change()
 
     def record_unreachable(self, member: Member, reason: str) -> None:
         """Record that `member` could not be connected to."""
@@ -258,6 +261,7 @@ class Pool:
             self._log_ejection(member, reason)
         if member.out_until != before:
             self._announce(member, member.out_until - now)
+            self._note_health_change()
 
     def record_response(self, member: Member, client: str) -> None:
         """Record that `member` sent `client` a valid response."""
@@ -267,8 +271,13 @@ class Pool:
         """Record that `member` sent `client` no valid response."""
         now = asyncio.get_running_loop().time()
         if member.record_no_response(client, now, self._ejection):
+            self._note_health_change()
             self._log_ejection(member, reason)
             self._announce(member, member.out_until - now)
+
+    def _note_health_change(self) -> None:
+        if self.on_health_change is not None:
+            self.on_health_change()
 
     def _log_ejection(self, member: Member, reason: str) -> None:
         self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
@@ -276,6 +285,7 @@ class Pool:
     def record_check(self, member: Member, failure: str) -> None:
         """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
         if member.record_check(healthy=not failure):
+            self._note_health_change()
             if failure:
                 self._log.warning(Event.ORIGIN_DOWN, origin=member.text, address=member.address_text, reason=failure)
             else:

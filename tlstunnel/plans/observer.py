@@ -114,11 +114,11 @@ class Observer:
         """Note a connection that sent no request."""
         self._note_suspicious(record, excusable=False)
 
-    def note_failing(self, name: str) -> None:
+    def note_failing(self, site: str) -> None:
         """Note that the health of an origin of a site has changed."""
-        site = self._find(name)
-        if site is not None:
-            site.failing = True
+        found = self._find(site)
+        if found is not None:
+            found.failing = True
 
     def take(self) -> dict[str, Observed]:
         """Return what was seen since the last call. To be called once a minute."""

@@ -24,6 +24,7 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.link import Link
+from tlstunnel.processes.observing import Observing
 from tlstunnel.processes.pulse import Responder
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.program import forbid_core_dumps, set_process_name
@@ -58,6 +59,8 @@ class ServingProcess:
                 messages.Stop: self._stop,
                 messages.Status: self._status,
                 messages.Count: self._count,
+                messages.Observe: self._observe,
+                messages.Throttle: self._throttle,
             },
             self._handle_parent_exit,
         )
@@ -65,6 +68,8 @@ class ServingProcess:
         self._reporter = Reporter(self._metrics, self._link)
         self._counting = Counting(self._metrics, self._report_lost_ledger)
         self._connection = 0
+        self._journal = Journal(self._metrics)
+        self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._responder: Responder | None = None
         self._listeners: dict[int, Listener] = {}
@@ -84,6 +89,8 @@ class ServingProcess:
         await self._exit.wait()
         if self._service is not None:
             await self._service.close()
+        self._observing.report()  # that its tunnels are lost
+        self._observing.close()
         self._counting.close()
         await self._reporter.close()
         self._link.close()
@@ -105,9 +112,9 @@ class ServingProcess:
         set_process_name(request.name)
         configure_logging(request.log_format)
         invocation = Invocation.from_json(request.invocation)
-        journal = Journal(self._metrics, opened=request.opened)
+        self._journal.log_opened = request.opened
         self._service = await Service.begin(
-            invocation, request.config, journal, quiet=request.quiet, counting=self._counting
+            invocation, request.config, self._journal, quiet=request.quiet, counting=self._counting
         )
         self._reporter.start()
         return messages.Begun(version=__version__)
@@ -165,6 +172,14 @@ class ServingProcess:
             await self._counting.join(socket.socket(fileno=descriptors[0]))
         else:
             self._counting.leave()
+        return messages.Done()
+
+    async def _observe(self, request: messages.Observe, _: list[int]) -> messages.Done:
+        self._observing.configure(request.key, request.sites)
+        return messages.Done()
+
+    async def _throttle(self, request: messages.Throttle, _: list[int]) -> messages.Done:
+        self._counting.throttles.replace(request.rules)
         return messages.Done()
 
     def _report_lost_ledger(self) -> None:

@@ -40,7 +40,7 @@ from tlstunnel.processes.messages import (
 )
 from tlstunnel.processes.pulse import Pulse
 from tlstunnel.processes.slots import Slot
-from tlstunnel.processes.spawn import LEDGER, SERVING, spawn
+from tlstunnel.processes.spawn import ADMIN, LEDGER, SERVING, spawn
 from tlstunnel.supervisor import ChildProcess
 
 REPLY_SECONDS = 5.0
@@ -59,9 +59,10 @@ class Role(Enum):
 
     SERVING = "serving"
     LEDGER = "ledger"
+    ADMIN = "admin"
 
 
-MODULES: Mapping[Role, str] = {Role.SERVING: SERVING, Role.LEDGER: LEDGER}
+MODULES: Mapping[Role, str] = {Role.SERVING: SERVING, Role.LEDGER: LEDGER, Role.ADMIN: ADMIN}
 """The module that the children of each role run."""
 
 

@@ -7,6 +7,7 @@ Tested by tests/promises/test_reload.py, test_drain.py and test_processes.py.
 """
 
 import asyncio
+import functools
 import os
 import signal
 import time
@@ -16,13 +17,16 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from tlstunnel import __version__
-from tlstunnel.errors import ControlError
+from tlstunnel.config.together import keeps_history
+from tlstunnel.errors import ControlError, StateError
+from tlstunnel.processes import usage
 from tlstunnel.processes.children import Child, measure_pss
-from tlstunnel.processes.control import Handler
+from tlstunnel.processes.control import Handler, describe_client
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
+from tlstunnel.state.folder import locate_state_folder
 
 CommandT = TypeVar("CommandT", bound=msgspec.Struct)
 
@@ -100,12 +104,37 @@ class LedgerStatus(msgspec.Struct, frozen=True):
     history: HistoryStatus | None = None
 
 
+class AdminStatus(msgspec.Struct, frozen=True):
+    """The admin process, which assesses sites. `seconds` is its age."""
+
+    process: int
+    generation: int
+    version: str
+    seconds: float
+    state: Literal["assessing", "not responding"]
+    pss_kib: int | None
+
+
+class ThrottleStatus(msgspec.Struct, frozen=True):
+    """A throttle: at most `amount` new handshakes per `window` seconds, until a Unix time.
+
+    They are those of a site, or of so many `addresses` at it if that is not 0.
+    """
+
+    site: str
+    amount: int
+    window: int
+    until: float
+    addresses: int
+
+
 class StatusResult(msgspec.Struct, frozen=True):
     """The parent, the serving processes, and the ledger if there is one.
 
     `ending` is the signal that started a shutdown, empty without one.
 
     `metrics` are the sums over all processes (docs/metrics.md). `shortages` say in a sentence each what runs short.
+    `throttles` are those that hold.
     """
 
     version: str
@@ -118,6 +147,8 @@ class StatusResult(msgspec.Struct, frozen=True):
     metrics: dict[str, Any]
     ledger: LedgerStatus | None = None
     shortages: list[str] = []
+    admin: AdminStatus | None = None
+    throttles: list[ThrottleStatus] = []
 
 
 class DrainCommand(msgspec.Struct, frozen=True):
@@ -178,6 +209,11 @@ class Commands:
             pss_kib=measure_pss(os.getpid()),
             metrics=self._fleet.totals.sum().to_json(),
             ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
+            admin=_describe_admin(self._fleet.overseer.find(), now),
+            throttles=[
+                ThrottleStatus(rule.site, rule.amount, rule.window, rule.until, len(rule.addresses))
+                for rule in self._fleet.overseer.rules
+            ],
             shortages=[str(shortage) for shortage in self._fleet.resources.shortages.values()],
         )
 
@@ -212,7 +248,43 @@ class Commands:
         async def stop(request: Mapping[str, Any], _: int) -> Mapping[str, Any]:
             return _to_json(await self.stop(_parse(request, StopCommand)))
 
-        return {"reload": reload, "upgrade": upgrade, "status": status, "drain": drain, "stop": stop}
+        about_usage = {name: functools.partial(self._handle_usage, name) for name in usage.COMMANDS}
+        return {"reload": reload, "upgrade": upgrade, "status": status, "drain": drain, "stop": stop, **about_usage}
+
+    async def _handle_usage(self, name: str, request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
+        command = _parse(request, usage.COMMANDS[name])
+        who = await asyncio.to_thread(describe_client, client)
+        result = await self.ask(command, who)
+        return _to_json(result)
+
+    async def ask(self, command: msgspec.Struct, who: str) -> msgspec.Struct:
+        """Carry out a command about usage for `who`, and return its result. Raises ControlError.
+
+        Where no site has a plan, there is no admin process; but how many tunnels are open is known.
+        """
+        overseer = self._fleet.overseer
+        (name,) = (name for name, type_ in usage.COMMANDS.items() if type_ is type(command))
+        if isinstance(command, usage.Usage) and not overseer.is_needed:
+            result: msgspec.Struct = usage.UsageResult(
+                now=time.time(), folder=self._find_state_folder(), tunnels=self._fleet.measure_minute().tunnels
+            )
+        else:
+            result = msgspec.convert(await overseer.ask(name, _to_json(command), who), usage.RESULTS[type(command)])
+        if isinstance(result, usage.UsageResult):
+            shortages = tuple(str(shortage) for shortage in self._fleet.resources.shortages.values())
+            result = msgspec.structs.replace(result, warnings=shortages)
+        return result
+
+    def _find_state_folder(self) -> str:
+        """Return the folder of the history, "" if none is kept."""
+        config, invocation = self._fleet.config, self._fleet.startup.invocation
+        if not keeps_history(config, os.environ):
+            return ""
+        configured = invocation.folder / config.state.dir if config.state.dir is not None else None
+        try:
+            return str(locate_state_folder(configured, os.environ))
+        except StateError:
+            return ""
 
     def _describe(self, child: Child, load: Load | None, now: float) -> ProcessStatus:
         identity = child.identity
@@ -229,6 +301,20 @@ class Commands:
             pss_kib=measure_pss(child.pid),
             counting=load.counting if load is not None else "",
         )
+
+
+def _describe_admin(admin: Child | None, now: float) -> AdminStatus | None:
+    if admin is None:
+        return None
+    identity = admin.identity
+    return AdminStatus(
+        process=admin.pid,
+        generation=identity.generation,
+        version=identity.version,
+        seconds=round(now - identity.started, 1),
+        state="not responding" if admin.silent else "assessing",
+        pss_kib=measure_pss(admin.pid),
+    )
 
 
 def _describe_ledger(ledger: Child, load: LedgerLoad | None, now: float) -> LedgerStatus:

@@ -12,8 +12,10 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import socket
 import stat
+import struct
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -22,6 +24,7 @@ import msgspec
 
 from tlstunnel.addresses import quoted
 from tlstunnel.errors import ControlError
+from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.processes.reach import is_listening, list_folders
@@ -37,6 +40,9 @@ FIRST_LINE_SECONDS = 10.0
 
 LONGEST_PATH = 107
 """Bytes: sun_path of sockaddr_un has 108, the last of them NUL (unix(7))."""
+
+_CREDENTIALS = struct.Struct("iII")
+"""struct ucred: the pid, uid and gid (unix(7))."""
 
 Handler = Callable[[Mapping[str, Any], int], Awaitable[Mapping[str, Any]]]
 """Carries out a request and returns the fields of the response, except ``ok``. Raises ControlError.
@@ -189,6 +195,17 @@ class ControlSocket:
         except Exception:
             structlog.get_logger().exception(Event.COMMAND_FAILED, command=command)
             return _make_error("internal error in the tunnel; see its log")
+
+
+def describe_client(client: int) -> str:
+    """Return who is at the other end of a control socket's connection, such as "alice (uid 1000)"."""
+    with socket.socket(fileno=os.dup(client)) as sock:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    try:
+        return f"{printable(pwd.getpwuid(uid).pw_name)} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
 
 
 def _make_error(*problems: str) -> Mapping[str, Any]:

@@ -28,12 +28,14 @@ from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
 from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
-from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, Serve
+from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, MinuteOver, Seen, Serve, Throttled
+from tlstunnel.processes.overseer import Overseer
 from tlstunnel.processes.resources import MEASURE_SECONDS, Resource, Resources, measure_memory
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.totals import SiteTotals, TotalsHandover
 from tlstunnel.processes.watch import WatchTimes
 from tlstunnel.processes.wiring import Wiring
+from tlstunnel.state.throttles import ThrottleRule
 from tlstunnel.supervisor import describe_exit, start_with_retries
 
 RESTARTS = Backoff(first=0.5, longest=30.0)
@@ -41,6 +43,9 @@ RESTARTS = Backoff(first=0.5, longest=30.0)
 
 QUICK_SECONDS = 10.0
 """A child that exits within this time of its start has exited early."""
+
+_STARTED = (Role.LEDGER, Role.SERVING, Role.ADMIN)
+"""In which order children are started."""
 
 KILL_SECONDS = 10.0
 """How long a child may take to exit after the time that it was given to drain; then it is killed."""
@@ -76,6 +81,8 @@ class Fleet:
         *,
         totals: Totals | None = None,
         usage: TotalsHandover | None = None,
+        observer_key: str = "",
+        throttles: Iterable[ThrottleRule] = (),
     ) -> None:
         self.startup = startup
         self.generation = generation
@@ -88,11 +95,24 @@ class Fleet:
         self.resources = Resources()
         self._shares: dict[int, float] = {}
         """The share of the connections that each serving child can have, by pid."""
-        self._notifications: ChildNotifications = {Measured: self._take_metrics, LedgerLost: self._reconnect}
         self._children: dict[int, Child] = {}
         self._keepers: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self.wiring = Wiring(lambda: self, self._run_in_background)
+        self.overseer = Overseer(
+            lambda: self,
+            lambda: self.config,
+            self.measure_minute,
+            self._run_in_background,
+            observer_key,
+            throttles,
+        )
+        self._notifications: ChildNotifications = {
+            Measured: self._take_metrics,
+            LedgerLost: self._reconnect,
+            Seen: self.overseer.take_seen,
+            Throttled: self.overseer.take_throttles,
+        }
         self._guard = Guard(WatchTimes.from_environment(), self._handle_silence, self._run_in_background)
         self._revision = 0
         self._may_start = asyncio.Event()
@@ -117,6 +137,8 @@ class Fleet:
                 return self._options.count(self.config)
             case Role.LEDGER:
                 return int(self._needs_ledger())
+            case Role.ADMIN:
+                return int(self.overseer.is_needed)
 
     def serving(self) -> list[Child]:
         """Return the children that serve or drain."""
@@ -175,7 +197,7 @@ class Fleet:
         Each future is done once its child is ready, and fails with ProcessError if it could not be started.
         """
         # The ledger first, because the others wait for it.
-        places = [(role, place) for role in (Role.LEDGER, Role.SERVING) for place in range(1, self.count(role) + 1)]
+        places = [(role, place) for role in _STARTED for place in range(1, self.count(role) + 1)]
         return [self._keep_at(*place) for place in places if place not in self._keepers or self._keepers[place].done()]
 
     def mark_started(self) -> None:
@@ -229,7 +251,8 @@ class Fleet:
                 first.set_result(None)  # the caller of `start` assigns all of them together
             await child.wait_until_leaving()
             if child.leaving.is_set() and not self.ending:
-                await self.assign()
+                if role is Role.SERVING:
+                    await self.assign()
                 continue
             code = await child.process.wait()
             if not first.done():
@@ -287,10 +310,15 @@ class Fleet:
             if child.identity.role is Role.SERVING:
                 await child.send_listeners(list(self._slots))
             await self._guard.watch(child)
-            if child.identity.role is Role.LEDGER:
-                await self.wiring.begin(child)
-            elif self.count(Role.LEDGER):
-                await self.wiring.connect(child)
+            match child.identity.role:
+                case Role.LEDGER:
+                    await self.wiring.begin(child)
+                case Role.ADMIN:
+                    await self.overseer.begin(child)
+                case Role.SERVING:
+                    if self.count(Role.LEDGER):
+                        await self.wiring.connect(child)
+                    await self.overseer.prepare(child)
         except TlstunnelError as error:
             child.kill()
             return () if child.link.closed else error.problems
@@ -304,6 +332,7 @@ class Fleet:
     def _remove(self, child: Child, _: "asyncio.Future[int | None]") -> None:
         del self._children[child.pid]
         self.totals.ended(child.pid)
+        self.overseer.note_lost(self.usage.count_tunnels_of(child.pid))
         self.usage.ended(child.pid)
         self._shares.pop(child.pid, None)
         if child.identity.role is not Role.SERVING:
@@ -331,6 +360,7 @@ class Fleet:
             group.create_task(self._guard.run())
             group.create_task(self.feed.run())
             group.create_task(self._watch_resources())
+            group.create_task(self.overseer.run())
 
     async def _watch_resources(self) -> None:
         while True:
@@ -396,6 +426,12 @@ class Fleet:
         if not self.ending:
             self._run_in_background(self.wiring.reconnect(child, lost.connection))
 
+    def measure_minute(self) -> MinuteOver:
+        """Return the open tunnels of each site, and of what the machine uses how much."""
+        tunnels = dict.fromkeys((site.names[0] for site in self.config.sites), 0) | self.usage.count_tunnels()
+        shares = self.resources.shares
+        return MinuteOver(tunnels, shares.get("descriptors", 0.0), shares.get("memory", 0.0))
+
     def _take_metrics(self, child: Child, measured: Measured) -> None:
         self.totals.update(child.pid, measured.metrics)
         if child.identity.role is Role.SERVING:
@@ -444,7 +480,7 @@ class Fleet:
         return [
             msgspec.structs.replace(child.hand_over(), metrics=self.totals.last(child.pid))
             for child in self
-            if child.ready
+            if child.ready and child.identity.role is not Role.ADMIN
         ]
 
     # --- shutdown -----------------------------------------------------------------------------------------------------

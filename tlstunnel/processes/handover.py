@@ -30,6 +30,7 @@ from tlstunnel.processes.messages import FORMAT
 from tlstunnel.processes.slots import SlotsHandover
 from tlstunnel.processes.totals import TotalsHandover
 from tlstunnel.program import find_starting_command
+from tlstunnel.state.throttles import ThrottleRule
 from tlstunnel.supervisor import ChildProcess
 
 VARIABLE = "TLSTUNNEL_HANDOVER"
@@ -71,6 +72,12 @@ class Handover(msgspec.Struct, frozen=True):
 
     instance: str = ""
     """What stands for this tunnel among all machines that count together."""
+
+    observer_key: str = ""
+    """What processes count addresses with."""
+
+    throttles: list[ThrottleRule] = []
+    """The throttles that hold."""
 
     probe: int | None = None
     """The descriptor to which a probe writes its release on success; None if the program is not a probe."""

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import msgspec
 
 from tlstunnel.metrics.snapshot import Snapshot
+from tlstunnel.plans.observer import Observed
+from tlstunnel.state.throttles import ThrottleRule
 
 FORMAT = 3
 """The version of these messages and of the handover."""
@@ -197,6 +199,22 @@ class Count(Request[Done], frozen=True, tag="count"):
     connection: int = 0
 
 
+class Observe(Request[Done], frozen=True, tag="observe"):
+    """Report what connections of these sites look like, once a minute; none to report nothing.
+
+    Addresses are counted with `key`, which is the same for all processes.
+    """
+
+    key: bytes = b""
+    sites: list[str] = []
+
+
+class Throttle(Request[Done], frozen=True, tag="throttle"):
+    """Use these throttles, and no others, from now on."""
+
+    rules: list[ThrottleRule]
+
+
 # --- parent to ledger -------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +258,49 @@ class Sampled(Notification, frozen=True, tag="sampled"):
     whole: bool
 
 
+# --- parent to admin --------------------------------------------------------------------------------------------------
+
+
+class Administer(Request[Done], frozen=True, tag="administer"):
+    """Begin. Addresses are counted with `key`."""
+
+    key: bytes
+
+
+class Adopt(Request[Done], frozen=True, tag="adopt"):
+    """Go on with this configuration, which serving processes have loaded already."""
+
+    config: str | None
+
+
+class Told(LinkReply, frozen=True):
+    """The result of a command: the fields of one of `tlstunnel.processes.usage`."""
+
+    fields: dict[str, Any]
+
+
+class Ask(Request[Told], frozen=True, tag="ask"):
+    """Carry out a command of `tlstunnel.processes.usage`, for `who`. `tunnels` are open at the moment, by site."""
+
+    command: str
+    fields: dict[str, Any]
+    who: str
+    tunnels: dict[str, int]
+
+    reply: ClassVar[type[LinkReply]] = Told
+
+
+class MinuteOver(Notification, frozen=True, tag="minute over"):
+    """A minute is over, and the history has it. `tunnels` are open now, by site.
+
+    `descriptors` is how much of its descriptors the fullest process uses, `memory` that of the machine, both 0 to 1.
+    """
+
+    tunnels: dict[str, int]
+    descriptors: float
+    memory: float
+
+
 # --- child to parent --------------------------------------------------------------------------------------------------
 
 
@@ -265,3 +326,15 @@ class Measured(Notification, frozen=True, tag="measured", omit_defaults=True):
     cpu: int = 0
     connections: int = 0
     most_connections: int = 0
+
+
+class Seen(Notification, frozen=True, tag="seen"):
+    """What a process has seen in the last minute, by site; also from the parent to the admin process."""
+
+    sites: dict[str, Observed]
+
+
+class Throttled(Notification, frozen=True, tag="throttled"):
+    """From the admin process: these throttles hold now, and no others."""
+
+    rules: list[ThrottleRule]

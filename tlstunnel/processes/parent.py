@@ -71,6 +71,8 @@ class Parent:
             inherited.generation + 1 if inherited else 1,
             totals=Totals(inherited.metrics if inherited else None),
             usage=inherited.usage if inherited else None,
+            observer_key=inherited.observer_key if inherited else "",
+            throttles=inherited.throttles if inherited else (),
         )
         self._rollout = Rollout(self._fleet, slots, self._control, echo, inherited, self._service_manager)
         self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._stopped)

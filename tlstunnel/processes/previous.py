@@ -13,6 +13,9 @@ from typing import Any
 
 FORMAT = 2
 
+_NEW = ("usage", "observer_key", "throttles")
+"""What an earlier release does not use, of the handover."""
+
 
 def upgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a handover of format 2 to the current format."""
@@ -22,4 +25,5 @@ def upgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
 def downgrade_handover(text: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a handover of the current format to format 2. Only serving children are kept."""
     children = [child for child in text["children"] if child["identity"]["role"] == "serving"]
-    return {**{key: value for key, value in text.items() if key != "usage"}, "format": FORMAT, "children": children}
+    known = {key: value for key, value in text.items() if key not in _NEW}
+    return {**known, "format": FORMAT, "children": children}

@@ -171,8 +171,10 @@ class Rollout:
                 self._refuse_if_ending()
                 opened = self._open(new, undo)
                 undo.pop_all()
+            before = self._fleet.config
             added = self._switch(new, opened, children)
             await self._commit(children, added)
+            await self._fleet.overseer.reconfigure(new.text, before)
             self._log.info(Event.RELOADED, changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
             for slot in added:
                 self._log.info(Event.LISTENING, address=str(slot.listener.address))
@@ -270,6 +272,7 @@ class Rollout:
             self._refuse_if_ending()
             async with AsyncExitStack() as undo:
                 await self._quiesce(undo)
+                await self._fleet.overseer.dismiss()  # another one continues from the disk
                 if format_ == previous.FORMAT:
                     await self._fleet.end_ledger()
                 handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
@@ -292,6 +295,8 @@ class Rollout:
             config=text,
             metrics=self._fleet.totals.base,
             usage=self._fleet.usage.hand_over(),
+            observer_key=self._fleet.overseer.key,
+            throttles=self._fleet.overseer.rules,
             instance=self._fleet.startup.instance,
         )
 

@@ -21,6 +21,9 @@ SERVING = "tlstunnel.processes.child"
 LEDGER = "tlstunnel.processes.ledger"
 """The module that the ledger runs."""
 
+ADMIN = "tlstunnel.processes.admin"
+"""The module that the admin process runs."""
+
 _ahead: list[tuple[int, socket.socket]] = []
 
 

@@ -115,6 +115,11 @@ class SiteTotals:
         changed, self._changed = self._changed, set()
         return {site: self._sites[site] for site in changed if site in self._sites}
 
+    def count_tunnels_of(self, process: int) -> dict[str, int]:
+        """Return the open tunnels of one process, of each site that has any in it."""
+        usage = self._processes.get(process)
+        return {} if usage is None else {site: one[_TUNNELS] for site, one in usage.sites.items() if one[_TUNNELS]}
+
     def count_tunnels(self) -> dict[str, int]:
         """Return the open tunnels of each site that has any."""
         return {site: values[_TUNNELS] for site, values in self._sites.items() if values[_TUNNELS]}

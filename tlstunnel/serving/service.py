@@ -7,6 +7,7 @@ Tested by tests/promises/test_reload.py.
 """
 
 import asyncio
+import functools
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self
@@ -159,12 +160,18 @@ class Service:
         state = self._loaded.config.state
         self._counting.configure(float(state.timeout), state.on_failure)
         self._pools = {pool.key: pool for _, pool in self._loaded.sites.pools}
+        for (site, _), pool in self._loaded.sites.pools:
+            pool.on_health_change = functools.partial(self._note_health_change, site)
         self._counting.listen(EJECTION, self._take_ejection)
         self._counting.on_joined = self._announce_ejections
 
     def _announce_ejections(self) -> None:
         for pool in self._pools.values():
             pool.announce_ejections()
+
+    def _note_health_change(self, site: str) -> None:
+        if self._journal.observer is not None:
+            self._journal.observer.note_failing(site)
 
     def _take_ejection(self, text: str, age: float) -> None:
         ejected = Ejected.decode(text)

@@ -1,0 +1,202 @@
+"""The admin process: says where sites stand, sends notices, keeps throttles. It serves no connection itself.
+
+Its state is on the disk. So it is not handed over at an upgrade or after a crash: another one continues. If there is
+none, everything is served as before, and throttles that hold end in time.
+
+Tested by tests/promises/test_plans.py.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tlstunnel import __version__
+from tlstunnel.config import Config
+from tlstunnel.config.invocation import Invocation
+from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.logger import structlog
+from tlstunnel.plans.channels import load_channels
+from tlstunnel.plans.standing import MachineLoad
+from tlstunnel.processes import messages, usage
+from tlstunnel.processes.administration import Administration
+from tlstunnel.processes.link import Link
+from tlstunnel.processes.processor import Processor
+from tlstunnel.processes.pulse import Responder
+from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.state.folder import find_state_folder
+from tlstunnel.state.throttles import ThrottleRule
+
+
+class AdminProcess:
+    """Runs an `Administration` as the parent's requests say."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._link = Link(
+            sock,
+            {
+                messages.Begin: self._begin,
+                messages.Respond: self._respond,
+                messages.Administer: self._administer,
+                messages.Adopt: self._adopt,
+                messages.Ask: self._answer,
+                messages.Stop: self._stop,
+            },
+            self._handle_parent_exit,
+            {messages.Seen: self._take_seen, messages.MinuteOver: self._handle_minute},
+        )
+        self._responder: Responder | None = None
+        self._invocation: Invocation | None = None
+        self._config: Config | None = None
+        self._administration: Administration | None = None
+        self._processor = Processor()
+        self._minute: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._exit = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    async def run(self) -> None:
+        """Administer until the parent stops it, or exits."""
+        loop = asyncio.get_running_loop()
+        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone has it replaced.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        loop.add_signal_handler(signal.SIGTERM, lambda: self._run_in_background(self._leave()))
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        await self._exit.wait()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        if self._administration is not None:
+            await self._administration.close()
+        self._link.close()
+        if self._responder is not None:
+            self._responder.close()
+
+    @property
+    def _begun(self) -> Administration:
+        if self._administration is None:
+            raise ProcessError("this process has not received Administer")
+        return self._administration
+
+    async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
+        if request.format != messages.FORMAT:
+            raise ProcessError(
+                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
+                f" {request.format}: the package was replaced; run tlstunnel upgrade"
+            )
+        set_process_name(request.name)
+        configure_logging(request.log_format)
+        self._invocation = Invocation.from_json(request.invocation)
+        self._config = self._invocation.configuration(request.config)
+        return messages.Begun(version=__version__)
+
+    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
+        sock, stacks = descriptors
+        if self._responder is not None:  # of a program that an upgrade has replaced
+            self._responder.close()
+        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
+        self._responder.start()
+        return messages.Done()
+
+    async def _administer(self, request: messages.Administer, _: list[int]) -> messages.Done:
+        if self._invocation is None or self._config is None or self._administration is not None:
+            raise ProcessError("this process has not received Begin, or has begun already")
+        config = self._config
+        folder = await asyncio.to_thread(find_state_folder, self._find_folder(config), os.environ)
+        self._administration = Administration(
+            folder, config, load_channels(config), request.key, self._report_throttles
+        )
+        self._run_in_background(self._administration.start())
+        # What was imported stays, so the garbage collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        return messages.Done()
+
+    def _find_folder(self, config: Config) -> Path | None:
+        assert self._invocation is not None
+        return self._invocation.folder / config.state.dir if config.state.dir is not None else None
+
+    async def _adopt(self, request: messages.Adopt, _: list[int]) -> messages.Done:
+        assert self._invocation is not None
+        try:
+            config = await asyncio.to_thread(self._invocation.configuration, request.config)
+            await self._begun.configure(config, load_channels(config))
+        except TlstunnelError as error:
+            self._log.warning(Event.NOT_CONFIGURED, reason=str(error))
+        return messages.Done()
+
+    async def _answer(self, request: messages.Ask, _: list[int]) -> messages.Told:
+        type_ = usage.COMMANDS.get(request.command)
+        if type_ is None:
+            raise ControlError(f"unknown command: {request.command}")
+        try:
+            command = msgspec.convert(request.fields, type_)
+        except msgspec.ValidationError as error:
+            raise ControlError(f"invalid request: {error}") from None
+        result = await self._begun.carry_out(command, request.who, request.tunnels)
+        return messages.Told(fields=msgspec.to_builtins(result))
+
+    async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
+        self._exit.set()
+        return messages.Done()
+
+    def _take_seen(self, seen: messages.Seen) -> None:
+        if self._administration is not None:
+            self._run_in_background(self._administration.take(seen.sites))
+
+    def _handle_minute(self, minute: messages.MinuteOver) -> None:
+        if self._administration is None or (self._minute is not None and not self._minute.done()):
+            return  # the last one is not done yet; the next one makes up for it
+        load = MachineLoad(self._processor.measure(), minute.descriptors, minute.memory)
+        self._minute = self._run_in_background(self._administration.handle_minute(minute.tunnels, load))
+
+    def _report_throttles(self, rules: Sequence[ThrottleRule]) -> None:
+        self._link.notify(messages.Throttled(rules=list(rules)))
+
+    async def _leave(self) -> None:
+        """Have another process take this one's place, and exit."""
+        with contextlib.suppress(ProcessError):
+            await self._link.request(messages.Leaving())
+        self._exit.set()
+
+    def _handle_parent_exit(self) -> None:
+        self._exit.set()
+
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._finish)
+        return task
+
+    def _finish(self, task: "asyncio.Task[None]") -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error(Event.REQUEST_FAILED, request="minute", exc_info=error)
+
+
+def main() -> None:
+    """Run as a child of the process that holds the other end of ``--link``."""
+    parser = argparse.ArgumentParser(prog="tlstunnel admin")
+    parser.add_argument("--link", type=int, required=True)
+    arguments = parser.parse_args()
+    forbid_core_dumps()
+    asyncio.run(_run(arguments.link))
+
+
+async def _run(link: int) -> None:
+    await AdminProcess(socket.socket(fileno=link)).run()
+
+
+if __name__ == "__main__":
+    main()
