@@ -160,7 +160,8 @@ STEPS = st.lists(
 @example([("advance", 26.0), ("exchange", 1), ("advance", 5.0), ("exchange", 1)])
 @example([("flush", None), ("exchange", 1), ("advance", 26.0), ("exchange", 1), ("advance", 5.0), ("exchange", 1)])
 @example([("fail over", None), ("exchange", 1), ("advance", 10.0), ("exchange", 1)])
-@example([("give back", 0), ("restart", 0), ("ask", 0), ("execute", 0), ("exchange", 1)])
+@example([*[("advance", 5.0)] * 5, ("exchange", 1)])
+@example([*[("advance", 5.0)] * 6, ("exchange", 1)])
 def test_never_two_are_elected(shared: RedisServer, clocked: Script, steps: list[tuple[str, Any]]) -> None:
     simulation = begin(shared, clocked)
     for action, value in steps:
