@@ -7,8 +7,9 @@ import asyncio
 import signal
 import sys
 
+from tlstunnel.state.clock import read_clock
 from tlstunnel.state.valkey.address import parse_url
-from tlstunnel.state.valkey.election import Election, News, read_clock
+from tlstunnel.state.valkey.election import Election, News
 
 
 async def main() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -96,10 +95,37 @@ def test_notices_are_read_by_site_the_latest_first(file: NoticeFile) -> None:
 
 def test_all_is_stored_or_nothing(file: NoticeFile) -> None:
     record(file, make(1))
-    with pytest.raises(sqlite3.IntegrityError):
-        record(file, make(2), make(1))
+    with pytest.raises(KeyError):
+        file.record(Due((make(2), make(3))), {make(2).id: [LOG]})
     assert [one.notice.id for one in file.read_notices()] == ["notice-1"]
     assert due(file, NOW) == [("notice-1", Channel.LOG, 0), ("notice-1", Channel.MAIL, 0)]
+
+
+def test_what_has_the_same_id_is_the_same(file: NoticeFile) -> None:
+    record(file, make(1))
+    record(file, make(2), make(1, site="other.example.com"))
+    assert [(one.notice.id, one.notice.site) for one in file.read_notices()] == [
+        ("notice-2", "chat.example.com"),
+        ("notice-1", "chat.example.com"),
+    ]
+    assert len(file.read_notices("chat.example.com")[1].deliveries) == 2
+
+
+def test_pending_and_accepted_deliveries(file: NoticeFile) -> None:
+    record(file, make(1), make(2))
+    assert [(one.notice.id, one.target) for one in file.read_pending(3)] == [
+        ("notice-1", LOG),
+        ("notice-1", MAIL),
+        ("notice-2", LOG),
+    ]
+    for one in file.read_pending(9):
+        file.finish(one, State.ACCEPTED, "yes" if one.target == MAIL else "elsewhere")
+    assert file.read_pending(9) == []
+    created = make(1).created
+    accepted = file.read_accepted(created, "elsewhere", 9)
+    assert {(one.notice.id, one.target) for one in accepted} == {("notice-1", MAIL), ("notice-2", MAIL)}
+    assert len(file.read_accepted(created, "elsewhere", 1)) == 1
+    assert file.read_accepted(created + 1, "elsewhere", 9) == []
 
 
 def test_an_attempt_has_a_next_one_before_it_begins(file: NoticeFile) -> None:

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from tests.harness import REPOSITORY, TIMEOUT, child_environment
 from tests.redis_server import RedisServer, find_free_port, wait_for
+from tlstunnel.state.clock import read_clock
 from tlstunnel.state.valkey import election as module
 from tlstunnel.state.valkey.address import parse_url
-from tlstunnel.state.valkey.election import LEASE, MARGIN, RENEWALS, Candidate, Election, News, Request, read_clock
+from tlstunnel.state.valkey.election import LEASE, MARGIN, RENEWALS, Candidate, Election, News, Request
 from tlstunnel.state.valkey.scripts import SCRIPTS, Script, decode_election
 from tlstunnel.testing.program import start_process
 

@@ -3,6 +3,9 @@
 At most `CONCURRENCY` at once, and one for each target: a server that hangs keeps others from nothing, and gets no
 hundred connections when it is back. An attempt is stored before it begins. So after a kill at any moment, what has no
 stored result is delivered again, with the same id.
+
+Of several machines, only the one whose duty it is makes attempts. The others note what it has delivered, so that they
+do not deliver it when their turn comes.
 """
 
 import asyncio
@@ -15,8 +18,9 @@ from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import Channels
+from tlstunnel.plans.duty import SAME_SECONDS, Duty
 from tlstunnel.plans.notice_store import Channel, Delivery, NoticeFile, NoticeStore, State, Target
-from tlstunnel.plans.notices import RETRIES, Outcome, Result, find_delay, plan_retry
+from tlstunnel.plans.notices import RETRIES, RETRY_SECONDS, Outcome, Result, find_delay, plan_retry
 from tlstunnel.plans.values import Notice
 
 CONCURRENCY = 8
@@ -26,6 +30,12 @@ POLL_SECONDS = 60.0
 
 GRACE_SECONDS = 2.0
 """How long deliveries that have begun may take at the end. What has no result by then is delivered again."""
+
+ELSEWHERE = "another machine has delivered it"
+"""The reason of a delivery that was accepted although this machine has not delivered it."""
+
+MOST_SETTLED = 1000
+"""Deliveries that are looked at at once, for what other machines have delivered."""
 
 STORE_SECONDS = 5.0
 """How long to wait before the store is tried again."""
@@ -44,9 +54,17 @@ class Courier:
     """Delivers. `run` lasts until it is cancelled; `wake` says that something may be due."""
 
     def __init__(
-        self, store: NoticeStore, channels: Channels, *, clock: Clock = time.time, draw: Draw = draw_nothing
+        self,
+        store: NoticeStore,
+        channels: Channels,
+        duty: Duty,
+        *,
+        clock: Clock = time.time,
+        draw: Draw = draw_nothing,
     ) -> None:
         self.channels = channels
+        self._duty = duty
+        self._was_ours = False
         self._store = store
         self._clock = clock
         self._draw = draw
@@ -83,11 +101,31 @@ class Courier:
         free = CONCURRENCY - len(self._busy)
         if not free:
             return POLL_SECONDS  # the first that ends wakes us
+        if not self._duty.alone and not await self._settle():
+            return POLL_SECONDS  # news wakes us
         now = self._clock()
         deliveries, following = await self._store.run(NoticeFile.read_due, now, list(self._busy), free)
         for delivery in deliveries:
             self._busy[delivery.target] = asyncio.create_task(self._deliver(delivery))
         return POLL_SECONDS if following is None else min(max(following - now, 0.0), POLL_SECONDS)
+
+    async def _settle(self) -> bool:
+        """Note what needs no attempt of this machine. Return whether it is to make any."""
+        is_ours, now = self._duty.is_ours, self._clock()
+        if is_ours and not self._was_ours:  # the server may have lost what was told before
+            since = now - SAME_SECONDS
+            for one in await self._store.run(NoticeFile.read_accepted, since, ELSEWHERE, MOST_SETTLED):
+                self._duty.note_delivered(one.notice, one.target)
+        self._was_ours = is_ours
+        for one in await self._store.run(NoticeFile.read_pending, MOST_SETTLED):
+            if one.target in self._busy:
+                continue
+            if self._duty.was_delivered(one):
+                await self._store.run(NoticeFile.finish, one, State.ACCEPTED, ELSEWHERE)
+            elif one.attempts == 0 and one.notice.created + RETRY_SECONDS < now:
+                # Unlike a single machine, which may have been off all this time.
+                await self._finish(one, Result(Outcome.REFUSED, "no machine has delivered it in time"))
+        return is_ours
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
@@ -111,11 +149,15 @@ class Courier:
         except Exception as error:
             self._log.warning(Event.NOTICE_PLOT_FAILED, id=delivery.notice.id, reason=printable(str(error)))
             plot = None
+        if not self._duty.is_ours:  # drawing takes time
+            return Result(Outcome.FAILED, "it is up to another machine now")
         try:
             result = await self.channels.deliver(delivery.notice, delivery.target, plot)
         except Exception as error:
             self._log.exception(Event.NOTICE_FAILED, notice=delivery.notice.id)
             result = Result(Outcome.FAILED, printable(f"internal error: {error!r}"))
+        if result.outcome is Outcome.ACCEPTED:
+            self._duty.note_delivered(delivery.notice, delivery.target)
         if url and result.outcome is Outcome.GONE:
             await self._insist(NoticeFile.close_url, url, delivery.notice.id, self._clock())
         return result

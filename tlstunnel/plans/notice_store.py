@@ -220,6 +220,29 @@ class NoticeReader:
                 records.append(NoticeRecord(_to_notice(*notice), acknowledged, acknowledged_by, deliveries))
         return records
 
+    def read_pending(self, most: int) -> list[Delivery]:
+        """Return deliveries that are not done, the oldest first."""
+        query = f"""
+            SELECT {_NOTICE}, channel, place, attempts FROM (
+                SELECT notice, channel, address AS place, attempts FROM deliveries WHERE state = 'pending'
+            ) JOIN notices ON id = notice ORDER BY created LIMIT ?
+        """  # noqa: S608 - names of ours
+        return [_to_delivery(*row) for row in self._connection.execute(query, (most,))]
+
+    def read_accepted(self, since: float, besides: str, most: int) -> list[Delivery]:
+        """Return deliveries that were accepted, of notices made since then, the latest first.
+
+        Those that were accepted for the reason `besides` are left out.
+        """
+        query = f"""
+            SELECT {_NOTICE}, channel, place, attempts FROM (
+                SELECT notice, channel, address AS place, attempts FROM deliveries
+                WHERE state = 'accepted' AND reason != :besides
+            ) JOIN notices ON id = notice WHERE created >= :since ORDER BY created DESC LIMIT :most
+        """  # noqa: S608 - names of ours
+        values = {"since": since, "besides": besides, "most": most}
+        return [_to_delivery(*row) for row in self._connection.execute(query, values)]
+
     def read_mutes(self, now: float) -> list[Mute]:
         """Return the sites that are muted."""
         query = "SELECT site, until, since, who FROM mutes WHERE until > ? ORDER BY site"
@@ -255,8 +278,10 @@ class NoticeFile(NoticeReader):
         """Store what is due, and a delivery to each of the targets of each notice."""
         with transaction(self._connection):
             for notice in due.notices:
+                # The id of a notice of several machines is there already if a clock was ahead meanwhile.
                 self._connection.execute(
-                    f"INSERT INTO notices ({_NOTICE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                    f"INSERT INTO notices ({_NOTICE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+                    " ON CONFLICT DO NOTHING",
                     (
                         *(notice.id, notice.site, notice.standing, notice.created, notice.recipient, notice.address),
                         *(notice.language, msgspec.json.encode(notice.assessment).decode()),
@@ -264,7 +289,7 @@ class NoticeFile(NoticeReader):
                 )
                 self._connection.executemany(
                     "INSERT INTO deliveries (notice, channel, address, state, attempts, next_at)"
-                    " VALUES (?, ?, ?, 'pending', 0, ?)",
+                    " VALUES (?, ?, ?, 'pending', 0, ?) ON CONFLICT DO NOTHING",
                     [(notice.id, one.channel, one.address, notice.created) for one in targets[notice.id]],
                 )
             self._connection.executemany(
@@ -298,11 +323,7 @@ class NoticeFile(NoticeReader):
             rows = self._connection.execute(query, values).fetchall()
             query = f"SELECT min(next_at) {pending} AND next_at > :now"
             (following,) = self._connection.execute(query, values).fetchone()
-        deliveries = [
-            Delivery(_to_notice(*notice), Target(Channel(channel), place), attempts)
-            for *notice, channel, place, attempts in rows
-        ]
-        return deliveries, following
+        return [_to_delivery(*row) for row in rows], following
 
     def begin(self, delivery: Delivery, now: float, again: float) -> None:
         """Store that an attempt begins, and when there is another one should it have no result."""
@@ -561,6 +582,11 @@ def _to_notice(*row: Any) -> Notice:
         assessment=msgspec.json.decode(assessment, type=Assessment),
         language=language,
     )
+
+
+def _to_delivery(*row: Any) -> Delivery:
+    *notice, channel, place, attempts = row
+    return Delivery(_to_notice(*notice), Target(Channel(channel), place), attempts)
 
 
 def _to_record(*row: Any) -> DeliveryRecord:

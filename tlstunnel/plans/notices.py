@@ -18,6 +18,7 @@ longer than `REPEAT_SECONDS` after it is right again.
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from hashlib import blake2b
 
 import msgspec
 
@@ -101,10 +102,13 @@ class Addresses(msgspec.Struct, frozen=True):
     language: str = "en"
 
 
+NewId = Callable[[str, Standing, float], str]
+"""Returns the id of a notice about a site and a standing that is made at this time."""
+
 _Key = tuple[str, Standing]
 
 
-def make_id() -> str:
+def make_id(_site: str = "", _standing: str = "", _created: float = 0.0) -> str:
     """Return a new id: short enough to type, and with 64 random bits.
 
     It has no dot, which would be a way around a signature (Standard Webhooks, "Signature scheme"), and nothing that has
@@ -113,12 +117,19 @@ def make_id() -> str:
     return f"notice-{secrets.token_hex(8)}"
 
 
+def make_shared_id(prefix: str, site: str, standing: str, created: float) -> str:
+    """Return the id that the machines with the same `prefix` give a notice about a site, a standing and a week.
+
+    Weeks begin on Thursday, as Unix time did. Two notices of a machine about the same standing are never in one.
+    """
+    text = "\0".join((prefix, site, standing, str(int(created // REPEAT_SECONDS))))
+    return f"notice-{blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
+
+
 class Notices:
     """Decides which notices are due. `sent` are the last ones in the store, `mutes` until when sites get none."""
 
-    def __init__(
-        self, sent: Iterable[Sent], mutes: Mapping[str, float], *, new_id: Callable[[], str] = make_id
-    ) -> None:
+    def __init__(self, sent: Iterable[Sent], mutes: Mapping[str, float], *, new_id: NewId = make_id) -> None:
         self._sent: dict[_Key, Sent] = {(one.site, one.standing): one for one in sent}
         self._mutes = dict(mutes)
         self._new_id = new_id
@@ -185,7 +196,7 @@ class Notices:
         contact = addresses.contacts.get(assessment.site, "")
         recipient: Recipient = "contact" if assessment.standing.recipient == "contact" and contact else "operator"
         return Notice(
-            id=self._new_id(),
+            id=self._new_id(assessment.site, assessment.standing, now),
             site=assessment.site,
             standing=assessment.standing,
             created=now,

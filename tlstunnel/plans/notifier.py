@@ -12,8 +12,9 @@ from typing import Self
 
 from tlstunnel.plans.channels import Channels
 from tlstunnel.plans.delivery import Clock, Courier, Draw, draw_nothing
+from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.notice_store import Mute, NoticeFile, NoticeStore
-from tlstunnel.plans.notices import HOUR, Notices
+from tlstunnel.plans.notices import HOUR, NewId, Notices, make_id
 from tlstunnel.plans.values import Assessment
 
 TIDY_SECONDS = HOUR
@@ -33,18 +34,21 @@ class Notifier:
         self._delivering = asyncio.create_task(courier.run())
 
     @classmethod
-    async def open(
+    async def open(  # noqa: PLR0913 - the dependencies
         cls,
         folder: Path,
         channels: Channels,
         *,
         lock_wait: float = 0.0,
+        duty: Duty | None = None,
+        new_id: NewId = make_id,
         clock: Clock = time.time,
         draw: Draw = draw_nothing,
     ) -> Self:
         """Open the notices in the state folder, and go on delivering. Raises StateError if they cannot be used.
 
-        While another process has them, `lock_wait` is how many seconds to wait for its end.
+        While another process has them, `lock_wait` is how many seconds to wait for its end. With a `duty`, this
+        is one of several machines.
         """
         store = NoticeStore(folder, lock_wait)
         try:
@@ -53,12 +57,17 @@ class Notifier:
         except BaseException:
             await store.close()
             raise
-        notices = Notices(sent, {mute.site: mute.until for mute in mutes})
-        return cls(store, notices, Courier(store, channels, clock=clock, draw=draw), clock)
+        notices = Notices(sent, {mute.site: mute.until for mute in mutes}, new_id=new_id)
+        courier = Courier(store, channels, duty or Duty(alone=True), clock=clock, draw=draw)
+        return cls(store, notices, courier, clock)
 
     def reconfigure(self, channels: Channels) -> None:
         """Use these channels from now on."""
         self._courier.channels = channels
+        self._courier.wake()
+
+    def wake(self) -> None:
+        """Look for deliveries now: the duty has changed."""
         self._courier.wake()
 
     async def assess(self, assessments: Sequence[Assessment]) -> int:

@@ -123,7 +123,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """A message about a site's standing to one recipient."""
 
     id: str
-    """Random, and the same however often it is sent."""
+    """The same however often it is sent, and on all machines that share their counts."""
     site: str
     standing: Standing
     created: float

@@ -9,7 +9,6 @@ The server also has what was delivered, so that another machine does not deliver
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tlstunnel.backoff import Backoff
+from tlstunnel.state.clock import read_clock
 from tlstunnel.state.valkey.address import ServerAddress
 from tlstunnel.state.valkey.connection import Connection, ServerUnavailable, explain_error
 from tlstunnel.state.valkey.scripts import SCRIPTS, decode_election
@@ -38,14 +38,6 @@ _PUBLISHED_AT_ONCE = 500
 _PATIENCE = 2.0
 _CLOSE_SECONDS = 0.5
 _RETRIES = Backoff(first=0.5, longest=5.0, jitter=0.25)
-
-
-def read_clock() -> float:
-    """Return the seconds since the machine has started, those in which it was suspended too.
-
-    All processes of a machine read the same clock, and nobody can set it.
-    """
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class News(NamedTuple):
