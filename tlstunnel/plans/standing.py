@@ -8,9 +8,10 @@ A standing that applies is left later than it is entered: at half of the hours a
 and at ten percent less of what makes a machine busy. So use at a threshold does not lead to and fro.
 """
 
-from bisect import insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -56,16 +57,14 @@ class Timeline:
         self._p95s: dict[int, float] = dict(p95s or {})
 
     def add_hour(self, hour: Hour) -> None:
-        """Add an hour, or what is known of it now."""
+        """Add an hour, or what is known of it now. They may come in any order."""
         hours = self.hours
-        while hours and hours[-1].start == hour.start:
-            hours.pop()
-        if not hours or hours[-1].start < hour.start:
-            hours.append(hour)
-        else:  # the clock was set back
-            self.hours = [one for one in hours if one.start != hour.start]
-            insort(self.hours, hour)
-        del self.hours[:-MOST_HOURS]
+        place = len(hours)
+        if hours and hours[-1].start >= hour.start:
+            place = bisect_left(hours, hour.start, key=_get_start)
+        known = place < len(hours) and hours[place].start == hour.start
+        hours[place : place + known] = [hour]
+        del hours[:-MOST_HOURS]
 
     def set_p95(self, day: int, p95: float | None) -> None:
         """Set the 95th percentile of the day that begins at this time; None if it cannot be known."""
@@ -78,6 +77,9 @@ class Timeline:
     def find_p95(self, day: int) -> float | None:
         """Return the 95th percentile of a day, by its number."""
         return self._p95s.get(day)
+
+
+_get_start = attrgetter("start")
 
 
 class Activity(NamedTuple):
