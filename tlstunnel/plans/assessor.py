@@ -22,6 +22,7 @@ from tlstunnel.plans.sentences import describe
 from tlstunnel.plans.standing import CALM_HOURS, DAY, HOUR, Activity, Hour, MachineLoad, Standings
 from tlstunnel.plans.values import Assessment, Standing
 from tlstunnel.state.history.reader import HistoryReader, Level, Usage
+from tlstunnel.state.history.samples import Counts
 from tlstunnel.state.history.store import DAYS, HOURS, MINUTES
 
 FILE_NAME = "assessments.json"
@@ -41,8 +42,8 @@ GAP_SECONDS = 180.0
 MOST_WAITING = 256
 """What processes have seen of a site, while nothing can be assessed."""
 
-USUAL_HOURS = 168
-"""Hours from which the usual number of suspicious connections is computed."""
+USUAL_HOURS, USUAL_STEP = 168, 7
+"""Of these hours, each seventh says how many suspicious connections are usual: so each hour of the day does once."""
 
 FAILING_SHARE = 20
 """An origin is failing if it has refused one for each so many handshakes, even if nobody checks its health."""
@@ -132,20 +133,26 @@ class Assessor:
         until = now + HOUR
         measured = 0
         oldest = now - float(self._usage.keep.hours)
+        chunks: list[dict[str, list[Hour]]] = []
         while measured < wanted and until > oldest:
-            since = until - CHUNK
-            levels = self._reader.read_levels(HOURS, since, until)
-            hours: set[int] = set()
-            for name, found in levels.sites.items():
-                if name in self._plans:
-                    known = [(start, one) for start, one in zip(levels.times, found, strict=True) if one is not None]
-                    hours.update(start for start, _ in known)
-                    timeline = self._standings.timeline(name)
-                    for start, level in known:
-                        timeline.add_hour(Hour(start, level.peak, level.mean))
-            measured += len(hours)
-            until = since
+            chunk, number = self._read_hours(until - CHUNK, until)
+            chunks.append(chunk)
+            measured += number
+            until -= CHUNK
+        for name in self._plans:
+            hours = [hour for chunk in reversed(chunks) for hour in chunk.get(name, ())]
+            self._standings.timeline(name).hours = hours
         self._load_days(until, now)
+
+    def _read_hours(self, since: float, until: float) -> tuple[dict[str, list[Hour]], int]:
+        """Return the measured hours of each site in this time, and how many of them there are at all."""
+        levels = self._reader.read_levels(HOURS, since, until)
+        found = {}
+        for name, column in levels.sites.items():
+            if name in self._plans:
+                pairs = zip(levels.times, column, strict=True)
+                found[name] = [Hour(start, level.peak, level.mean) for start, level in pairs if level is not None]
+        return found, max(map(len, found.values()), default=0)
 
     def _load_days(self, since: float, now: float) -> None:
         levels = self._reader.read_levels(DAYS, since - DAY, now + HOUR)
@@ -158,13 +165,13 @@ class Assessor:
 
     def _find_usual(self, now: float) -> dict[str, float]:
         """Return the suspicious connections per second that each site usually has."""
-        usual = {}
-        for name in self._plans:
-            hours = self._reader.read_usage(name, HOURS, now - USUAL_HOURS * HOUR, now - HOUR)
-            rate = find_usual((one.counts for one in hours if not one.is_gap), HOUR)
-            if rate:
-                usual[name] = rate
-        return usual
+        found: dict[str, list[Counts]] = {}
+        hour = int(now // HOUR) * HOUR
+        for begin in range(hour - USUAL_HOURS * HOUR, hour, USUAL_STEP * HOUR):
+            for name, usage in self._reader.read_totals(HOURS, begin, begin + HOUR).items():
+                if name in self._plans and not usage.is_gap:
+                    found.setdefault(name, []).append(usage.counts)
+        return {name: find_usual(counts, HOUR) for name, counts in found.items()}
 
     def _note_gap(self, now: float) -> None:
         """Expect the clients back whose tunnels were open when the tunnel, or the machine, went down."""
@@ -268,12 +275,10 @@ class Assessor:
     def _add_hours(self, now: float) -> None:
         """Bring the last two hours up to date, and at the begin of an hour the percentiles of two days."""
         hour = int(now // HOUR) * HOUR
-        levels = self._reader.read_levels(HOURS, hour - HOUR, hour + 1)
-        for name, found in levels.sites.items():
-            if name in self._plans:
-                for start, level in zip(levels.times, found, strict=True):
-                    if level is not None:
-                        self._standings.timeline(name).add_hour(Hour(start, level.peak, level.mean))
+        for name, hours in self._read_hours(hour - HOUR, hour + 1)[0].items():
+            timeline = self._standings.timeline(name)
+            for one in hours:
+                timeline.add_hour(one)
         if self._assessed is None or self._assessed // HOUR != now // HOUR or now % HOUR < 5 * MINUTE:
             self._load_days(now - DAY, now)
 
