@@ -5,6 +5,9 @@ The samples are those of the parent's feed, one in some minutes; the clock is th
 
 import asyncio
 import contextlib
+import email
+import email.policy
+import importlib.util
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -13,9 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from aiosmtpd.smtp import SMTP
 from structlog.testing import capture_logs
 
+from tests.harness import missing
 from tests.unit.test_plans_delivery import Clock, Server
+from tests.unit.test_plans_mail import Mailboxes, serving
 from tlstunnel.config import decode
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.record import Record
@@ -70,6 +76,7 @@ class World:
         for name in sites:
             text += f'[[sites]]\nnames = ["{name}"]\norigins = ["localhost:1"]\nplan = "free"\n'
             text += f'contact = "mailto:owner@{name}"\n'
+        self.text = text
         self.config = decode(text, folder, "t.toml")
         self.sampler = Sampler()
         self.totals: dict[str, Counts] = dict.fromkeys(sites, NOTHING)
@@ -277,6 +284,28 @@ def test_half_of_a_machine_matters_only_while_it_is_busy(tmp_path: Path, load: M
     assert all(world.standings(site) == [Standing.WITHIN] for site in SHOPS if site != "greedy.test")
     for text in world.texts("greedy.test"):
         assert "95 % of the machine's CPU" in json.dumps(text)
+
+
+def test_a_mail_shows_the_tunnels_of_the_site(tmp_path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        missing("matplotlib not found: ./scripts/install gets it")
+    boxes = Mailboxes()
+
+    async def story(world: World) -> None:
+        async with serving(lambda: SMTP(boxes, hostname="localhost"), None) as port:
+            more = f'[usage.notices]\nemail = "smtp://127.0.0.1:{port}"\nsender = "tunnel@example.net"\n'
+            config = decode(world.text.replace("[usage.notices]\n", more), tmp_path, "t.toml")
+            await world.administration.configure(config, load_channels(config))
+            await world.run(range(50))
+            await world.notices()
+
+    live(tmp_path, SHOPS, story, load=lambda _: BUSY)
+    (envelope,) = boxes.envelopes
+    assert envelope.rcpt_tos == ["owner@greedy.test"]
+    assert isinstance(envelope.content, bytes)
+    message = email.message_from_bytes(envelope.content, policy=email.policy.default)
+    (plot,) = (part for part in message.walk() if part.get_content_type() == "image/png")
+    assert plot.get_content().startswith(b"\x89PNG")
 
 
 # --- abuse, and what looks like it ------------------------------------------------------------------------------------

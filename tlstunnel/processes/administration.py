@@ -23,10 +23,10 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.assessor import Assessor, Step
 from tlstunnel.plans.channels import Channels
-from tlstunnel.plans.delivery import Draw, draw_nothing
 from tlstunnel.plans.notice_store import Mute, NotContactedError, NoticeFile, NoticeRecord, Throttle
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.observer import Observed
+from tlstunnel.plans.site_plot import NoticePlots
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.throttling import Throttling
 from tlstunnel.processes import usage
@@ -62,14 +62,13 @@ class Administration:
         on_throttles: Callable[[Sequence[ThrottleRule]], None],
         *,
         clock: Callable[[], float] = time.time,
-        draw: Draw = draw_nothing,
     ) -> None:
         self._folder = folder
         self._config = config
         self._channels = channels
         self._on_throttles = on_throttles
         self._clock = clock
-        self._draw = draw
+        self._plots = NoticePlots(folder)
         self._thread = ThreadPoolExecutor(1, "assessor")
         self._assessor = Assessor(folder, config, key)
         self._notifier: Notifier | None = None
@@ -151,7 +150,7 @@ class Administration:
             try:
                 if self._notifier is None:
                     self._notifier = await Notifier.open(
-                        self._folder, self._channels, lock_wait=lock_wait, clock=self._clock, draw=self._draw
+                        self._folder, self._channels, lock_wait=lock_wait, clock=self._clock, draw=self._plots.draw
                     )
                 throttling = Throttling(self._notifier.store, self._on_throttles, self._clock)
                 await throttling.open()
