@@ -27,7 +27,6 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import load_channels
-from tlstunnel.plans.site_plot import NoticePlots
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.processes import messages, usage
 from tlstunnel.processes.administration import Administration
@@ -116,7 +115,7 @@ class AdminProcess:
         config = self._config
         folder = await asyncio.to_thread(find_state_folder, self._find_folder(config), os.environ)
         self._administration = Administration(
-            folder, config, load_channels(config), request.key, self._report_throttles, draw=NoticePlots(folder).draw
+            folder, config, load_channels(config), request.key, self._report_throttles
         )
         self._run_in_background(self._administration.start())
         # What was imported stays, so the garbage collector need not look at it again.
