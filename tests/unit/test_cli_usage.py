@@ -31,8 +31,8 @@ from tlstunnel.cli.usage.period import STEPS, Period, parse_period
 from tlstunnel.cli.usage.rows import make_rows
 from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline, render_size
 from tlstunnel.errors import ControlError
-from tlstunnel.plans.notice_store import FILE_NAME as NOTICE_FILE
-from tlstunnel.plans.notice_store import NOTICES, Channel, Delivery, NoticeFile, State, Target, Throttle
+from tlstunnel.plans.notice_file import FILE_NAME as NOTICE_FILE
+from tlstunnel.plans.notice_file import NOTICES, Channel, Delivery, NoticeFile, State, Target, Throttle
 from tlstunnel.plans.notices import Due
 from tlstunnel.plans.plot import Plot
 from tlstunnel.plans.values import Assessment, Figures, Notice, Standing

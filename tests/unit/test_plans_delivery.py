@@ -31,7 +31,7 @@ from tlstunnel.plans.channels import Channels, load_channels
 from tlstunnel.plans.credentials import derive_secret
 from tlstunnel.plans.delivery import CONCURRENCY, Draw, draw_nothing
 from tlstunnel.plans.mail import Mail
-from tlstunnel.plans.notice_store import FILE_NAME, Channel, NoticeFile, NoticeRecord, State, Target, reading
+from tlstunnel.plans.notice_file import FILE_NAME, Channel, NoticeFile, NoticeRecord, State, Target, reading
 from tlstunnel.plans.notices import DAY, HOUR, Addresses
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.templates import load_texts

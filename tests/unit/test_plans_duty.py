@@ -13,7 +13,7 @@ from tests.unit.test_plans_delivery import START, Clock, Server, assess, find, h
 from tlstunnel.plans import duty as module
 from tlstunnel.plans.delivery import ELSEWHERE
 from tlstunnel.plans.duty import SAME_SECONDS, Duty
-from tlstunnel.plans.notice_store import Channel, Delivery, NoticeFile, State, Target
+from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
 from tlstunnel.plans.notices import DAY, HOUR, REPEAT_SECONDS, RETRY_SECONDS, make_shared_id
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.values import Assessment, Notice, Recipient, Standing

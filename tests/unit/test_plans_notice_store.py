@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from tests.unit.test_plans_templates import make_notice
 from tlstunnel.errors import StateError
-from tlstunnel.plans.notice_store import (
+from tlstunnel.plans.notice_file import (
     FILE_NAME,
     KEEP_SECONDS,
     MOST_FORGOTTEN,
@@ -25,12 +25,12 @@ from tlstunnel.plans.notice_store import (
     NotContactedError,
     NoticeFile,
     NoticeRecord,
-    NoticeStore,
     State,
     Target,
     Throttle,
     reading,
 )
+from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.notices import DAY, HOUR, Due, Sent
 from tlstunnel.plans.values import Notice, Standing
 from tlstunnel.state.history.database import LockedError, open_for_writing

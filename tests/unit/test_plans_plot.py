@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.harness import missing
 from tlstunnel.errors import StateError
-from tlstunnel.plans.notice_store import FILE_NAME as NOTICE_FILE
-from tlstunnel.plans.notice_store import NOTICES, Channel, NoticeFile, Target, Throttle
+from tlstunnel.plans.notice_file import FILE_NAME as NOTICE_FILE
+from tlstunnel.plans.notice_file import NOTICES, Channel, NoticeFile, Target, Throttle
 from tlstunnel.plans.notices import Due
 from tlstunnel.plans.plot import Mark, Plot, condense, draw_plot, find_gaps, find_spikes
 from tlstunnel.plans.site_plot import NOTICE_SECONDS, NoticePlots, read_plot

@@ -14,7 +14,8 @@ from tests.unit.test_plans_delivery import Clock
 from tlstunnel.addresses import Networks, to_client_key
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.abuse import Suspicion
-from tlstunnel.plans.notice_store import NotContactedError, NoticeFile, NoticeStore, Throttle
+from tlstunnel.plans.notice_file import NotContactedError, NoticeFile, Throttle
+from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.throttling import (
     MOST_ADDRESSES,
     MOST_OF_SITE,

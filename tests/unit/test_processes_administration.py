@@ -27,7 +27,7 @@ from tlstunnel.errors import ControlError
 from tlstunnel.journal.record import Record
 from tlstunnel.plans.addresses import SiteAddresses
 from tlstunnel.plans.channels import load_channels
-from tlstunnel.plans.notice_store import NoticeFile
+from tlstunnel.plans.notice_file import NoticeFile
 from tlstunnel.plans.observer import Observed, Observer
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.values import Assessment, Standing

@@ -2,6 +2,6 @@
 
 `values` is what the modules share. `guidelines` says what a site's plan is, `standing` where the site stands, `abuse`
 and `addresses` whether it is being flooded, `sentences` why, and `notices` whom to write to. None of these does I/O.
-`notice_store` keeps notices, `channels` has what they go through (`webhook`, `mail`, with `templates`), `delivery`
-delivers them, and `notifier` does all of it.
+`notice_file` and `notice_store` keep notices, `channels` has what they go through (`webhook`, `mail`, with
+`templates`), `delivery` delivers them, and `notifier` does all of it. `plot` and `site_plot` draw a site's tunnels.
 """

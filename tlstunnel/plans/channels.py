@@ -10,7 +10,7 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.credentials import load_password, load_secrets
 from tlstunnel.plans.guidelines import find_plans
 from tlstunnel.plans.mail import Mail
-from tlstunnel.plans.notice_store import Channel, Target
+from tlstunnel.plans.notice_file import Channel, Target
 from tlstunnel.plans.notices import Addresses, Outcome, Result
 from tlstunnel.plans.templates import Texts, load_texts
 from tlstunnel.plans.values import Notice

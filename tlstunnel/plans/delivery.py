@@ -19,7 +19,8 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import Channels
 from tlstunnel.plans.duty import SAME_SECONDS, Duty
-from tlstunnel.plans.notice_store import Channel, Delivery, NoticeFile, NoticeStore, State, Target
+from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
+from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.notices import RETRIES, RETRY_SECONDS, Outcome, Result, find_delay, plan_retry
 from tlstunnel.plans.values import Notice
 

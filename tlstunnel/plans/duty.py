@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
-from tlstunnel.plans.notice_store import Delivery, Target
+from tlstunnel.plans.notice_file import Delivery, Target
 from tlstunnel.plans.notices import HOUR, REPEAT_SECONDS
 from tlstunnel.plans.values import Notice
 from tlstunnel.state.clock import read_clock

@@ -13,7 +13,8 @@ from typing import Self
 from tlstunnel.plans.channels import Channels
 from tlstunnel.plans.delivery import Clock, Courier, Draw, draw_nothing
 from tlstunnel.plans.duty import Duty
-from tlstunnel.plans.notice_store import Mute, NoticeFile, NoticeStore
+from tlstunnel.plans.notice_file import Mute, NoticeFile
+from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.notices import HOUR, NewId, Notices, make_id
 from tlstunnel.plans.values import Assessment
 

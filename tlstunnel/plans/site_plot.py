@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from tlstunnel.errors import StateError
-from tlstunnel.plans.notice_store import reading
+from tlstunnel.plans.notice_file import reading
 from tlstunnel.plans.plot import Mark, Plot, draw_plot
 from tlstunnel.plans.values import Notice
 from tlstunnel.state.history.reader import HistoryReader

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from tlstunnel.addresses import Networks, quoted
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.abuse import Suspicion
-from tlstunnel.plans.notice_store import NoticeFile, NoticeStore, Throttle
+from tlstunnel.plans.notice_file import NoticeFile, Throttle
+from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.state.counters import MAX_AMOUNT, MAX_SECONDS
 from tlstunnel.state.throttles import ThrottleRule
 

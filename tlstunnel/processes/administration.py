@@ -23,7 +23,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.assessor import Assessor, Step
 from tlstunnel.plans.channels import Channels
-from tlstunnel.plans.notice_store import Mute, NotContactedError, NoticeFile, NoticeRecord, Throttle
+from tlstunnel.plans.notice_file import Mute, NotContactedError, NoticeFile, NoticeRecord, Throttle
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.site_plot import NoticePlots

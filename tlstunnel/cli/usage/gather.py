@@ -28,7 +28,7 @@ from tlstunnel.state.history.samples import MINUTE
 from tlstunnel.state.history.store import DAYS
 
 if TYPE_CHECKING:  # imported when it is needed
-    from tlstunnel.plans.notice_store import NoticeRecord
+    from tlstunnel.plans.notice_file import NoticeRecord
 
 DEFAULT_FILE = Path("tlstunnel.toml")
 
@@ -171,7 +171,7 @@ def _read_configuration(file: Path | None) -> tuple[Path, dict[str, SiteReport]]
 
 def _read_stored(folder: Path) -> UsageResult:
     """Return what is known of the sites when no tunnel is running."""
-    from tlstunnel.plans.notice_store import reading  # noqa: PLC0415 - as above
+    from tlstunnel.plans.notice_file import reading  # noqa: PLC0415 - as above
 
     now = time.time()
     path = folder / ASSESSMENTS_FILE
@@ -283,7 +283,7 @@ def open_history(folder: Path | None) -> HistoryReader:
 
 def read_notices(folder: Path | None, site: str | None) -> "list[NoticeRecord]":
     """Return the latest notices, of all sites or of one; none if nothing was stored yet. Raises StateError."""
-    from tlstunnel.plans.notice_store import FILE_NAME, reading  # noqa: PLC0415 - the table is faster without
+    from tlstunnel.plans.notice_file import FILE_NAME, reading  # noqa: PLC0415 - the table is faster without
 
     if folder is None or not (folder / FILE_NAME).exists():
         return []

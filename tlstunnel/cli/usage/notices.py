@@ -22,7 +22,7 @@ from tlstunnel.cli.usage.text import describe_throttle
 from tlstunnel.config.durations import Duration, Timeout
 from tlstunnel.errors import ControlError
 from tlstunnel.escaping import printable
-from tlstunnel.plans.notice_store import DeliveryRecord, NoticeRecord, State
+from tlstunnel.plans.notice_file import DeliveryRecord, NoticeRecord, State
 from tlstunnel.processes.reach import find_control_socket, send_command
 from tlstunnel.processes.usage import (
     COMMANDS,
