@@ -1,5 +1,6 @@
 """A plan never cuts anyone off; only a throttle refuses, and only where somebody was told, or against abuse."""
 
+import asyncio
 import os
 import signal
 import ssl
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.harness import Certificate, RawOrigin, Tunnel, eventually, read_response
@@ -16,7 +18,11 @@ from tests.promises.counted import ask, asked_at_once, connected, hold
 from tests.promises.firewalled import config_for
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.errors import ControlError
+from tlstunnel.plans.assessor import FILE_NAME, Stored
+from tlstunnel.plans.values import Assessment, Figures, Standing
 from tlstunnel.processes.reach import send_command
+from tlstunnel.state.history.samples import Counts, Minute, SiteMinute
+from tlstunnel.state.history.writer import History
 
 SITE = "localhost"
 WATCH = "0.1,60,90,90"
@@ -77,6 +83,10 @@ def assess(tunnel: Tunnel) -> dict[str, Any]:
     return dict(found[0])
 
 
+def find_standing(assessment: dict[str, Any]) -> Standing:
+    return Standing(assessment.get("standing", Standing.WITHIN))
+
+
 def now_of(tunnel: Tunnel) -> int:
     return int(assess(tunnel)["figures"].get("now", 0))
 
@@ -116,6 +126,53 @@ def test_a_hundred_tunnels_on_a_guideline_of_ten(origin: RawOrigin, certificate:
         eventually(lambda: now_of(tunnel) == 0)
         assert tunnel.status()["throttles"] == []
     assert {record["status"] for record in tunnel.records("connection")} == {101}
+
+
+@pytest.mark.parametrize("standing", list(Standing))
+def test_whatever_the_standing_every_handshake_is_answered(
+    standing: Standing, origin: RawOrigin, certificate: Certificate, folder: Path
+) -> None:
+    """The tunnel continues with this standing, from before a restart."""
+    folder.mkdir()
+    figures = Figures(guideline=10, now=50, peak=50, flood_rate=100.0)
+    before = Assessment(
+        site=SITE, standing=standing, holds=(standing,), since=1.0, figures=figures, sentence="It was so."
+    )
+    (folder / FILE_NAME).write_bytes(msgspec.json.encode(Stored((before,))))
+    with tunnel_to(origin, certificate, folder, top='usage.on_abuse = "throttle"') as tunnel:
+        result = run(tunnel, "usage", site=SITE)
+        assert result["assessed"] is not None or find_standing(result["assessments"][0]) == standing
+        with connected(tunnel, 50) as clients:
+            assert Counter(asked_at_once(clients, "/")) == {101: 50}
+            eventually(lambda: now_of(tunnel) == 50)
+            assert ask(tunnel, "/") == 101
+            assert all(is_open(client) for client in clients)
+        assert tunnel.status()["throttles"] == []
+    assert {record["status"] for record in tunnel.records("connection")} == {101}
+
+
+def test_use_above_the_guideline_for_weeks_cuts_nobody_off(
+    origin: RawOrigin, certificate: Certificate, folder: Path
+) -> None:
+    """The history has four weeks of it, so the first minute finds that it is sustained."""
+    asyncio.run(_write_history(folder))
+    with tunnel_to(origin, certificate, folder) as tunnel, connected(tunnel, 30) as clients:
+        assert Counter(asked_at_once(clients, "/")) == {101: 30}
+        eventually(lambda: find_standing(assess(tunnel)) is Standing.SUSTAINED, timeout=90.0, interval=0.5)
+        found = assess(tunnel)
+        assert "for many hours of 7 of the last 7 measured days" in found["sentence"]
+        assert ask(tunnel, "/") == 101
+        assert all(is_open(client) for client in clients)
+
+
+async def _write_history(folder: Path) -> None:
+    folder.mkdir()
+    history = await History.open(folder)
+    hour = int(time.time() // 3600) * 60
+    for number in range(28 * 24, 0, -1):
+        history.append(Minute(hour - number * 60, 1, (SiteMinute(SITE, 40, 40, Counts(1)),), {}))
+    await asyncio.wrap_future(history.flush())
+    assert await history.close()
 
 
 def test_without_a_plan_there_is_no_admin_process(origin: RawOrigin, certificate: Certificate, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """What a process sees of its connections: suspicious ones, known addresses, lost tunnels, failing origins."""
 
+import json
 import zlib
 
+import msgspec
 import pytest
 
 from tlstunnel.journal.events import Decision, EndedBy
@@ -9,6 +11,7 @@ from tlstunnel.journal.kinds import Kind
 from tlstunnel.journal.record import Record
 from tlstunnel.plans.addresses import Heavy, merge_reports
 from tlstunnel.plans.observer import AGE_SECONDS, LASTING_SECONDS, MOST_REPORTED, Observed, Observer
+from tlstunnel.processes.messages import Seen
 
 KEY = b"k" * 32
 SITE = "a.test"
@@ -174,3 +177,13 @@ def test_what_is_no_set_is_refused() -> None:
 def test_a_set_does_not_expand_without_bound() -> None:
     report = Observed(suspicious=zlib.compress(bytes(10_000_000))).to_report()
     assert len(report.suspicious) == 8192
+
+
+def test_what_was_seen_survives_the_way_to_another_process() -> None:
+    case = Case()
+    case.refuse("limited", "2001:db8::1")
+    case.refuse("invalid")
+    case.run_tunnel(9.0, ended_by=EndedBy.TUNNEL)
+    seen = Seen(sites=case.observer.take())
+    assert msgspec.convert(json.loads(msgspec.json.encode(seen)), Seen) == seen
+    assert count(seen.sites[SITE]) == (2, 0)
