@@ -26,11 +26,11 @@ from tests.harness import REPOSITORY, assert_below
 from tests.unit.test_plans_plot import draw_texts
 from tlstunnel.cli import usage
 from tlstunnel.cli.usage.export import COLUMNS, to_cell
-from tlstunnel.cli.usage.gather import ASSESSMENTS_FILE
 from tlstunnel.cli.usage.period import STEPS, Period, parse_period
 from tlstunnel.cli.usage.rows import make_rows
 from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline, render_size
 from tlstunnel.errors import ControlError
+from tlstunnel.plans.assessments import store_assessments
 from tlstunnel.plans.notice_file import FILE_NAME as NOTICE_FILE
 from tlstunnel.plans.notice_file import NOTICES, Channel, Delivery, NoticeFile, State, Target, Throttle
 from tlstunnel.plans.notices import Due
@@ -326,7 +326,7 @@ def test_the_heaviest_standing_is_first(folder: Path, now: float) -> None:
 
 
 def test_the_table_while_none_is_running(folder: Path, now: float) -> None:
-    (folder / ASSESSMENTS_FILE).write_bytes(msgspec.json.encode({"assessments": [make_assessment()]}))
+    store_assessments(folder, [make_assessment()])
     add_notice(folder, now)
     lines = use(folder).stdout.splitlines()
     assert lines[0].startswith("no tunnel responds: standings are those of ")
@@ -339,8 +339,6 @@ def test_the_table_while_none_is_running(folder: Path, now: float) -> None:
 def test_the_table_without_anything_stored(folder: Path) -> None:
     lines = use(folder).stdout.splitlines()
     assert lines[0] == "no tunnel responds: standings are not known"
-    (folder / ASSESSMENTS_FILE).write_text("{")
-    assert use(folder).stdout.splitlines() == lines
 
 
 def test_before_the_first_minute_there_is_what_is_now(tmp_path: Path, now: float) -> None:

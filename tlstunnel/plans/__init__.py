@@ -4,4 +4,5 @@
 and `addresses` whether it is being flooded, `sentences` why, and `notices` whom to write to. None of these does I/O.
 `notice_file` and `notice_store` keep notices, `channels` has what they go through (`webhook`, `mail`, with
 `templates`), `delivery` delivers them, and `notifier` does all of it. `plot` and `site_plot` draw a site's tunnels.
+`assessor` assesses all sites, and `assessments` keeps where they stood last.
 """

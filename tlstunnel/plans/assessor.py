@@ -7,8 +7,7 @@ Tested by tests/unit/test_processes_administration.py.
 """
 
 import contextlib
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,6 +15,7 @@ import msgspec
 from tlstunnel.config import Config
 from tlstunnel.plans.abuse import NO_ADDRESSES, AbuseWatch, Attempts, Suspicion, find_usual, to_attempts
 from tlstunnel.plans.addresses import AddressFigures, merge_reports
+from tlstunnel.plans.assessments import read_assessments, store_assessments
 from tlstunnel.plans.guidelines import SitePlan, find_plans
 from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.sentences import describe
@@ -24,9 +24,6 @@ from tlstunnel.plans.values import Assessment, Standing
 from tlstunnel.state.history.reader import HistoryReader, Level, Usage
 from tlstunnel.state.history.samples import Counts
 from tlstunnel.state.history.store import DAYS, HOURS, MINUTES
-
-FILE_NAME = "assessments.json"
-"""In the state folder, beside the history. Without it, or if it is damaged, standings begin anew."""
 
 MINUTE = 60
 
@@ -49,12 +46,6 @@ FAILING_SHARE = 20
 """An origin is failing if it has refused one for each so many handshakes, even if nobody checks its health."""
 
 
-class Stored(msgspec.Struct, frozen=True):
-    """What is in the file."""
-
-    assessments: tuple[Assessment, ...] = ()
-
-
 class Step(msgspec.Struct, frozen=True):
     """What one minute has brought: where each site stands, and what is suspected."""
 
@@ -71,7 +62,7 @@ class Assessor:
         self._key = key
         self._plans: dict[str, SitePlan] = {}
         self._configure(config)
-        self._standings = Standings(config.usage, self._plans, self._read_stored())
+        self._standings = Standings(config.usage, self._plans, read_assessments(folder)[0])
         self._abuse = AbuseWatch(config.usage.abuse)
         self._seen: dict[str, list[Observed]] = {}
         self._last = 0
@@ -230,7 +221,7 @@ class Assessor:
         assessments = self._standings.assess(levels, suspicions, now)
         self._assessed = now
         self._load = load
-        self._store(assessments.values())
+        store_assessments(self._folder, assessments.values())
         return Step(assessments, {name: one for name, one in suspicions.items() if name in self._plans})
 
     def refresh(self, now: float, tunnels: Mapping[str, int]) -> dict[str, Assessment]:
@@ -293,23 +284,6 @@ class Assessor:
             addresses = merge_reports(self._key, reports) if any(one.suspicious for one in reports) else NO_ADDRESSES
             merged[name] = addresses, sum(one.lost for one in observed), any(one.failing for one in observed)
         return merged
-
-    # --- the file -----------------------------------------------------------------------------------------------------
-
-    def _read_stored(self) -> tuple[Assessment, ...]:
-        try:
-            return msgspec.json.decode((self._folder / FILE_NAME).read_bytes(), type=Stored).assessments
-        except (OSError, msgspec.DecodeError):
-            return ()
-
-    def _store(self, assessments: Iterable[Assessment]) -> None:
-        """Store the assessments in place of those before. Without them, a standing is left a little sooner."""
-        path = self._folder / FILE_NAME
-        new = path.with_name(path.name + ".new")
-        with contextlib.suppress(OSError):
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(msgspec.json.encode(Stored(tuple(assessments))))
-            new.replace(path)
 
     def close(self) -> None:
         """Close the history."""

@@ -32,16 +32,7 @@ if TYPE_CHECKING:  # imported when it is needed
 
 DEFAULT_FILE = Path("tlstunnel.toml")
 
-ASSESSMENTS_FILE = "assessments.json"
-"""In the state folder: where sites stood last."""
-
 _DAY = 86_400
-
-
-class _Stored(msgspec.Struct, frozen=True):
-    """What is in `ASSESSMENTS_FILE`."""
-
-    assessments: tuple[Assessment, ...] = ()
 
 
 def config_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -171,15 +162,11 @@ def _read_configuration(file: Path | None) -> tuple[Path, dict[str, SiteReport]]
 
 def _read_stored(folder: Path) -> UsageResult:
     """Return what is known of the sites when no tunnel is running."""
+    from tlstunnel.plans.assessments import read_assessments  # noqa: PLC0415 - as above
     from tlstunnel.plans.notice_file import reading  # noqa: PLC0415 - as above
 
     now = time.time()
-    path = folder / ASSESSMENTS_FILE
-    try:
-        stored = msgspec.json.decode(path.read_bytes(), type=_Stored).assessments
-        assessed = path.stat().st_mtime
-    except (OSError, msgspec.DecodeError):
-        stored, assessed = (), None
+    stored, assessed = read_assessments(folder)
     throttles: tuple[Throttled, ...] = ()
     mutes: tuple[Muted, ...] = ()
     with contextlib.suppress(StateError), reading(folder) as notices:
