@@ -311,10 +311,26 @@ def test_a_reload_gives_and_takes_plans(origin: RawOrigin, certificate: Certific
             assert run(tunnel, "usage")["problem"] == ""
         assert (admin_of(tunnel) or {})["process"] == before
         tunnel.reload(config.replace("guideline = 10", ""))
-        assert admin_of(tunnel) is None
+        eventually(lambda: admin_of(tunnel) is None)
         tunnel.reload(config)
         eventually(lambda: admin_of(tunnel) is not None)
         assert assess(tunnel)["site"] == SITE
+
+
+def test_an_admin_process_that_hangs_holds_nothing_up(
+    origin: RawOrigin, certificate: Certificate, folder: Path
+) -> None:
+    with tunnel_to(origin, certificate, folder, errors_expected=True) as tunnel:
+        run(tunnel, "usage")
+        before = (admin_of(tunnel) or {})["process"]
+        os.kill(before, signal.SIGSTOP)
+        began = time.monotonic()
+        with connected(tunnel, 10) as clients:
+            assert Counter(asked_at_once(clients, "/")) == {101: 10}
+        tunnel.reload(tunnel.file.read_text().replace("guideline = 10", "guideline = 20"))
+        assert time.monotonic() - began < 5.0
+        wait_for_another(tunnel, "admin", before)  # it has not taken the configuration
+        eventually(lambda: assess(tunnel)["figures"]["guideline"] == 20)
 
 
 def is_open(client: ssl.SSLSocket) -> bool:

@@ -17,7 +17,7 @@ from tlstunnel.config import Config
 from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.plans.observer import Observed
 from tlstunnel.processes.children import Child, Role
-from tlstunnel.processes.messages import Administer, Adopt, Ask, MinuteOver, Observe, Seen, Throttle, Throttled
+from tlstunnel.processes.messages import Administer, Adopt, Ask, MinuteOver, Observe, Seen, Stop, Throttle, Throttled
 from tlstunnel.state.throttles import ThrottleRule
 
 KEY_BYTES = 32
@@ -29,6 +29,9 @@ SETTLE_SECONDS = 3.0
 
 ANSWER_SECONDS = 30.0
 """How long the admin process may take to carry out a command: it may wait for a disk."""
+
+STOP_SECONDS = 1.0
+"""How long it may take to reply when it is to stop."""
 
 EXIT_SECONDS = 5.0
 """How long it may take to exit. Then it is killed, which loses nothing."""
@@ -61,6 +64,7 @@ class Overseer:
         self._run_in_background = run_in_background
         self._key = bytes.fromhex(key) if key else secrets.token_bytes(KEY_BYTES)
         self._rules = list(rules)
+        self._reconfiguring = asyncio.Lock()
 
     @property
     def key(self) -> str:
@@ -106,21 +110,25 @@ class Overseer:
         config = self._get_config()
         sites = find_sites_with_plans(config)
         await asyncio.gather(*(self._try(child, Observe(key=self._key, sites=sites)) for child in self._list_serving()))
-        admin = self.admin
-        if admin is None:
-            return
-        if not sites or before.state.dir != config.state.dir:
-            await self.dismiss()
-        elif not await self._try(admin, Adopt(config=text)):
-            await self.dismiss()  # another one reads the new configuration
+        self._run_in_background(self._reconfigure_admin(text, moved=before.state.dir != config.state.dir))
+
+    async def _reconfigure_admin(self, text: str | None, *, moved: bool) -> None:
+        """Give the configuration to the admin process, for which a reload does not wait."""
+        async with self._reconfiguring:
+            admin = self.find()
+            if admin is None:
+                return
+            if moved or not self.is_needed or not await self._try(admin, Adopt(config=text)):
+                await self.dismiss()  # another one reads the new configuration
 
     async def dismiss(self) -> None:
         """Stop the admin process. Another one takes its place, if there has to be one."""
         for admin in [child for child in self._list_children() if child.identity.role is Role.ADMIN]:
             admin.draining = True
             admin.leaving.set()
-            await admin.stop()
-            await asyncio.wait([admin.process.exited], timeout=EXIT_SECONDS)
+            with contextlib.suppress(ProcessError):
+                await admin.request(Stop(), STOP_SECONDS)
+                await asyncio.wait([admin.process.exited], timeout=EXIT_SECONDS)
             admin.kill()
             await asyncio.wait([admin.process.exited])
 
