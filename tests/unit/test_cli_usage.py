@@ -357,6 +357,15 @@ def test_before_the_first_minute_there_is_what_is_now(tmp_path: Path, now: float
     )
 
 
+def test_while_the_tunnel_cannot_say_where_sites_stand(folder: Path, now: float) -> None:
+    store_assessments(folder, [make_assessment()])
+    with running(folder, now, assessments=(), problem="the admin process is being started") as options:
+        lines = run_main("usage", *options).stdout.splitlines()
+    assert lines[0] == "warning: the admin process is being started"
+    assert lines[2].split()[:5] == [CHAT, "Free", "20", "18", "30"]
+    assert "repeated" in lines[2]
+
+
 def test_a_tunnel_without_a_history(tmp_path: Path, now: float) -> None:
     with running(tmp_path, now, folder="", assessments=()) as options:
         assert run_main("usage", *options).stdout.splitlines() == [

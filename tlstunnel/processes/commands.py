@@ -260,13 +260,16 @@ class Commands:
     async def ask(self, command: msgspec.Struct, who: str) -> msgspec.Struct:
         """Carry out a command about usage for `who`, and return its result. Raises ControlError.
 
-        Where no site has a plan, there is no admin process; but how many tunnels are open is known.
+        Without an admin process, which is so if no site has a plan, how many tunnels are open is known all the same.
         """
         overseer = self._fleet.overseer
         (name,) = (name for name, type_ in usage.COMMANDS.items() if type_ is type(command))
-        if isinstance(command, usage.Usage) and not overseer.is_needed:
+        if isinstance(command, usage.Usage) and overseer.admin is None:
             result: msgspec.Struct = usage.UsageResult(
-                now=time.time(), folder=self._find_state_folder(), tunnels=self._fleet.measure_minute().tunnels
+                now=time.time(),
+                problem="the admin process is being started" if overseer.is_needed else "",
+                folder=self._find_state_folder(),
+                tunnels=self._fleet.measure_minute().tunnels,
             )
         else:
             result = msgspec.convert(await overseer.ask(name, _to_json(command), who), usage.RESULTS[type(command)])

@@ -137,10 +137,15 @@ def find_source(control: Path | None, file: Path | None) -> Source:
     except NoTunnelRunning as error:
         if control is not None and file is None:  # whose state folder could be anywhere
             raise NoTunnelRunning(f"{error}; to look at what it has stored, use --config instead") from None
-        folder, plans = _read_configuration(file)
-        return Source(folder, _read_stored(folder), running=False, plans=plans)
+        place, configured = _read_configuration(file)
+        return Source(place, _read_stored(place), running=False, plans=configured)
     plans = {name: SiteReport(site=name, now=number) for name, number in result.tunnels.items()}
-    return Source(Path(result.folder) if result.folder else None, result, running=True, plans=plans)
+    folder = Path(result.folder) if result.folder else None
+    if result.problem and not result.assessments and folder is not None:
+        stored = _read_stored(folder)
+        kept = {name: getattr(stored, name) for name in ("assessed", "assessments", "throttles", "mutes")}
+        result = msgspec.structs.replace(result, **kept)
+    return Source(folder, result, running=True, plans=plans)
 
 
 def _read_configuration(file: Path | None) -> tuple[Path, dict[str, SiteReport]]:
