@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.harness import Certificate, RawOrigin, Tunnel, eventually, read_response
@@ -18,7 +17,7 @@ from tests.promises.counted import ask, asked_at_once, connected, hold
 from tests.promises.firewalled import config_for
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.errors import ControlError
-from tlstunnel.plans.assessor import FILE_NAME, Stored
+from tlstunnel.plans.assessments import store_assessments
 from tlstunnel.plans.values import Assessment, Figures, Standing
 from tlstunnel.processes.reach import send_command
 from tlstunnel.state.history.samples import Counts, Minute, SiteMinute
@@ -138,7 +137,7 @@ def test_whatever_the_standing_every_handshake_is_answered(
     before = Assessment(
         site=SITE, standing=standing, holds=(standing,), since=1.0, figures=figures, sentence="It was so."
     )
-    (folder / FILE_NAME).write_bytes(msgspec.json.encode(Stored((before,))))
+    store_assessments(folder, [before])
     with tunnel_to(origin, certificate, folder, top='usage.on_abuse = "throttle"') as tunnel:
         result = run(tunnel, "usage", site=SITE)
         assert result["assessed"] is not None or find_standing(result["assessments"][0]) == standing
