@@ -60,6 +60,35 @@ def _make_pool(*addresses: str) -> Pool:
     return Pool(origins, scope=("a.example",), ejection=Ejection(max_delay=Timeout(60)))
 
 
+@pytest.mark.parametrize("addresses", [("127.0.0.1:1",), ("127.0.0.1:1", "127.0.0.1:2")])
+def test_a_change_of_health_is_noted(loop: asyncio.Runner, addresses: tuple[str, ...]) -> None:
+    """Nothing else is: clients that make single requests fail must not make an origin look as if it failed."""
+    changes: list[str] = []
+
+    async def work() -> None:
+        pool = _make_pool(*addresses)
+        pool.on_health_change = lambda: changes.append("changed")
+        member = pool.members[0]
+        pool.record_connected(member)
+        pool.record_response(member, "192.0.2.1")
+        pool.record_no_response(member, "192.0.2.1", "it closed")
+        pool.record_unreachable(member, "refused")
+        assert changes == []
+        for _ in range(10):
+            pool.record_unreachable(member, "refused")
+        assert changes
+        del changes[:]
+        if len(addresses) > 1:
+            pool.record_connected(member)
+            assert changes == ["changed"]
+        pool.record_check(member, "no response")
+        pool.record_check(member, "no response")
+        pool.record_check(member, "no response")
+        assert changes[-1:] == ["changed"]
+
+    loop.run(work())
+
+
 def test_an_ejection_of_another_process_is_bounded(loop: asyncio.Runner) -> None:
     async def work() -> None:
         pool = _make_pool("127.0.0.1:1", "127.0.0.1:2")
