@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.config import decode
-from tlstunnel.config.together import counts_together, keeps_history, list_limits
+from tlstunnel.config.together import counts_together, keeps_history, list_limits, shares_notices
 
 SITE = "[[sites]]\norigins = ['localhost:1']\n"
 FULL = "{ address = 'localhost:2', max_tunnels = 5 }"
@@ -48,3 +48,16 @@ def test_what_is_counted_together(text: str, limits: list[tuple[str | int, ...]]
 )
 def test_when_a_history_is_kept(text: str, environ: dict[str, str], kept: bool) -> None:
     assert keeps_history(decode(text, Path(), "t.toml"), environ) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        (f"{SITE}guideline = 5", False),
+        (f"state.url = 'valkey://localhost'\n{SITE}", False),
+        (f"state.url = 'valkey://localhost'\n{SITE}guideline = 5", True),
+        (f"state.url = 'valkey://localhost'\n{SITE}plan = 'free'", True),
+    ],
+)
+def test_whether_one_of_several_machines_has_to_send(text: str, shared: bool) -> None:
+    assert shares_notices(decode(text, Path(), "t.toml")) == shared

@@ -45,6 +45,13 @@ def keeps_history(config: Config, environ: Mapping[str, str]) -> bool:
     )
 
 
+def shares_notices(config: Config) -> bool:
+    """Return whether other machines may make the same notices, so that one has to be elected that sends them."""
+    return config.state.url is not None and any(
+        site.plan is not None or site.guideline is not None for site in config.sites
+    )
+
+
 def counts_together(config: Config) -> bool:
     """Return whether there is something to count together: a limit, or several origins, which may be ejected.
 

@@ -60,6 +60,7 @@ class Event(Word):
     LEDGER = "ledger"
     LEDGER_REPLACED = "ledger replaced"
     COUNTING = "counting"
+    ELECTION = "election"
 
     # The end
     DRAIN_REQUESTED = "drain requested"

@@ -20,7 +20,7 @@ SAME_SECONDS = REPEAT_SECONDS - HOUR
 It is a little less than the time between two notices of one machine, because machines do not make theirs at once.
 """
 
-MOST_DELIVERED = 50_000
+MOST_DELIVERED = 20_000
 """Deliveries that are remembered. The oldest are forgotten."""
 
 _DELIVERED = re.compile(r"([0-9a-f]{24}):([0-9]{1,12})")

@@ -22,11 +22,13 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
+from tlstunnel.config.together import shares_notices
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import load_channels
+from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.processes import messages, usage
 from tlstunnel.processes.administration import Administration
@@ -53,7 +55,11 @@ class AdminProcess:
                 messages.Stop: self._stop,
             },
             self._handle_parent_exit,
-            {messages.Seen: self._take_seen, messages.MinuteOver: self._handle_minute},
+            {
+                messages.Seen: self._take_seen,
+                messages.MinuteOver: self._handle_minute,
+                messages.Elected: self._learn_duty,
+            },
         )
         self._responder: Responder | None = None
         self._invocation: Invocation | None = None
@@ -115,7 +121,12 @@ class AdminProcess:
         config = self._config
         folder = await asyncio.to_thread(find_state_folder, self._find_folder(config), os.environ)
         self._administration = Administration(
-            folder, config, load_channels(config), request.key, self._report_throttles
+            folder,
+            config,
+            load_channels(config),
+            request.key,
+            self._report_throttles,
+            duty=Duty(self._report_delivered, alone=not shares_notices(config)),
         )
         self._run_in_background(self._administration.start())
         # What was imported stays, so the garbage collector need not look at it again.
@@ -163,6 +174,13 @@ class AdminProcess:
 
     def _report_throttles(self, rules: Sequence[ThrottleRule]) -> None:
         self._link.notify(messages.Throttled(rules=list(rules)))
+
+    def _learn_duty(self, news: messages.Elected) -> None:
+        if self._administration is not None:
+            self._administration.learn_duty(news.until, news.delivered)
+
+    def _report_delivered(self, deliveries: list[str]) -> None:
+        self._link.notify(messages.Delivered(deliveries=deliveries))
 
     async def _leave(self) -> None:
         """Have another process take this one's place, and exit."""

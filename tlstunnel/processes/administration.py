@@ -7,6 +7,7 @@ the history or the notices cannot be used, it is tried again each minute, and ev
 import asyncio
 import contextlib
 import difflib
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,9 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.assessor import Assessor, Step
 from tlstunnel.plans.channels import Channels
+from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.notice_file import Mute, NotContactedError, NoticeFile, NoticeRecord, Throttle
+from tlstunnel.plans.notices import make_id, make_shared_id
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.site_plot import NoticePlots
@@ -61,6 +64,7 @@ class Administration:
         key: bytes,
         on_throttles: Callable[[Sequence[ThrottleRule]], None],
         *,
+        duty: Duty | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
@@ -69,6 +73,7 @@ class Administration:
         self._on_throttles = on_throttles
         self._clock = clock
         self._plots = NoticePlots(folder)
+        self._duty = Duty(alone=True) if duty is None else duty
         self._thread = ThreadPoolExecutor(1, "assessor")
         self._assessor = Assessor(folder, config, key)
         self._notifier: Notifier | None = None
@@ -102,6 +107,11 @@ class Administration:
         if self._notifier is not None:
             self._notifier.reconfigure(channels)
         await self._run(self._assessor.configure, config)
+
+    def learn_duty(self, until: float, delivered: Sequence[str]) -> None:
+        """Take what was learned in the election of the machine that delivers notices."""
+        if self._duty.learn(until, delivered) and self._notifier is not None:
+            self._notifier.wake()
 
     async def take(self, seen: Mapping[str, Observed]) -> None:
         """Take what a serving process has seen in the last minute."""
@@ -149,8 +159,15 @@ class Administration:
                 return
             try:
                 if self._notifier is None:
+                    prefix = self._config.state.prefix
                     self._notifier = await Notifier.open(
-                        self._folder, self._channels, lock_wait=lock_wait, clock=self._clock, draw=self._plots.draw
+                        self._folder,
+                        self._channels,
+                        lock_wait=lock_wait,
+                        duty=self._duty,
+                        new_id=make_id if self._duty.alone else functools.partial(make_shared_id, prefix),
+                        clock=self._clock,
+                        draw=self._plots.draw,
                     )
                 throttling = Throttling(self._notifier.store, self._on_throttles, self._clock)
                 await throttling.open()

@@ -19,16 +19,28 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
-from tlstunnel.config.together import counts_together, keeps_history
+from tlstunnel.config.together import counts_together, keeps_history, shares_notices
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
+from tlstunnel.processes.election import Election
 from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
-from tlstunnel.processes.messages import LedgerLoad, LedgerLost, Load, Measured, MinuteOver, Seen, Serve, Throttled
+from tlstunnel.processes.messages import (
+    Delivered,
+    Elected,
+    LedgerLoad,
+    LedgerLost,
+    Load,
+    Measured,
+    MinuteOver,
+    Seen,
+    Serve,
+    Throttled,
+)
 from tlstunnel.processes.overseer import Overseer
 from tlstunnel.processes.resources import MEASURE_SECONDS, Resource, Resources, measure_memory
 from tlstunnel.processes.slots import Slots
@@ -107,11 +119,14 @@ class Fleet:
             observer_key,
             throttles,
         )
+        self.election = Election(lambda: self.wiring.ledger, lambda: self.overseer.admin)
         self._notifications: ChildNotifications = {
             Measured: self._take_metrics,
             LedgerLost: self._reconnect,
             Seen: self.overseer.take_seen,
             Throttled: self.overseer.take_throttles,
+            Elected: self.election.take_news,
+            Delivered: self.election.take_delivered,
         }
         self._guard = Guard(WatchTimes.from_environment(), self._handle_silence, self._run_in_background)
         self._revision = 0
@@ -313,8 +328,10 @@ class Fleet:
             match child.identity.role:
                 case Role.LEDGER:
                     await self.wiring.begin(child)
+                    self.election.begin_ledger(child, f"{self.config.state.url} {self.config.state.prefix}")
                 case Role.ADMIN:
                     await self.overseer.begin(child)
+                    self.election.begin_admin(child)
                 case Role.SERVING:
                     if self.count(Role.LEDGER):
                         await self.wiring.connect(child)
@@ -504,6 +521,7 @@ class Fleet:
             keeper.cancel()
         await self._stop(self.serving())
         self.feed.send()  # what they have sent at their end
+        await self._stop([child for child in self if child.identity.role is Role.ADMIN])  # it tells what it delivered
         await self._stop(list(self))  # the ledger, which counts until the others have exited
         for task in self._background:
             task.cancel()
@@ -532,4 +550,4 @@ def _list_ledger_settings(config: Config) -> tuple[object, ...]:
     state = config.state
     timeout = state.timeout if state.url is not None else None
     keep = config.usage.keep if keeps_history(config, os.environ) else None
-    return state.url, state.password_file, state.prefix, state.dir, timeout, keep
+    return state.url, state.password_file, state.prefix, state.dir, timeout, keep, shares_notices(config)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tlstunnel import __version__
 from tlstunnel.config import Config, State
 from tlstunnel.config.invocation import Invocation
-from tlstunnel.config.together import keeps_history
+from tlstunnel.config.together import keeps_history, shares_notices
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
@@ -64,13 +64,16 @@ class LedgerProcess:
                 messages.Stop: self._stop,
             },
             self._handle_parent_exit,
-            {messages.Sampled: self._sample},
+            {messages.Sampled: self._sample, messages.Delivered: self._publish},
         )
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
         self._responder: Responder | None = None
         self._valkey: Any = None  # None if the counts are in this process
         self._valkey_started = False
+        self._election: Any = None  # None if no machine is elected
+        self._is_elected = False
+        self._closing_election: asyncio.Future[None] | None = None
         self._server: LedgerServer | None = None
         self._make_keeper: Callable[[], Keeper] | None = None
         self._keeper: Keeper | None = None
@@ -95,6 +98,8 @@ class LedgerProcess:
             self._server.close()
         if self._closing_keeper is not None:
             await self._closing_keeper
+        if self._election is not None:
+            await self._election.close(give_back=True)
         if self._valkey_started:
             await self._valkey.close()
         await self._reporter.close()
@@ -125,6 +130,10 @@ class LedgerProcess:
         else:
             self._store = f"{state.url} {state.prefix}"
             counters = self._valkey = _make_valkey_counters(state, invocation, request.instance, self._report_valkey)
+            if shares_notices(config):
+                self._election = _make_election(
+                    state, invocation, request.instance, self._take_news, self._report_election
+                )
         self._server = LedgerServer(counters, report=self._report)
         if keeps_history(config, os.environ):
             self._make_keeper = functools.partial(
@@ -158,6 +167,8 @@ class LedgerProcess:
         (descriptor,) = descriptors
         with socket.socket(fileno=descriptor) as sock:
             self._stop_keeping()
+            if self._election is not None:  # the next ledger has the lease
+                await self._election.close(give_back=False)
             snapshot = await server.pause()
             await asyncio.to_thread(succession.send, sock, self._store, snapshot, server.sockets)
         return messages.Done()
@@ -185,6 +196,8 @@ class LedgerProcess:
             server.keep_newest(name)
         server.resume()
         self._start_keeping()
+        if self._election is not None:
+            self._election.start()
         return messages.Done()
 
     async def _status(self, _: messages.LedgerStatus, __: list[int]) -> messages.LedgerLoad:
@@ -224,6 +237,8 @@ class LedgerProcess:
         if self._valkey is not None and not self._valkey_started:
             self._valkey_started = True
             self._valkey.start()
+            if self._election is not None:
+                self._election.start()
 
     def _describe_store(self) -> str:
         """Return what has the counts, and why it cannot be reached if that is so."""
@@ -241,6 +256,20 @@ class LedgerProcess:
         else:
             self._log.info(Event.MACHINE_BACK, instance=instance)
 
+    def _take_news(self, news: Any) -> None:
+        """Tell the parent what was learned in the election."""
+        if bool(news.until) != self._is_elected:
+            self._is_elected = bool(news.until)
+            self._log.info(Event.ELECTION, elected=self._is_elected)
+        self._link.notify(messages.Elected(until=news.until, delivered=list(news.delivered)))
+
+    def _publish(self, delivered: messages.Delivered) -> None:
+        if self._election is not None:
+            self._election.publish(delivered.deliveries)
+
+    def _report_election(self, sentence: str, is_failure: bool) -> None:
+        (self._log.warning if is_failure else self._log.info)(Event.ELECTION, reason=sentence)
+
     def _report(self, sentence: str) -> None:
         self._log.warning(Event.LEDGER, reason=sentence)
 
@@ -253,6 +282,8 @@ class LedgerProcess:
 
     def _handle_parent_exit(self) -> None:
         self._stop_keeping()  # nothing will be sampled, and the next tunnel needs the file
+        if self._election is not None:
+            self._closing_election = asyncio.ensure_future(self._election.close(give_back=True))
         self._waiting = asyncio.ensure_future(self._wait_for_askers())
 
     async def _wait_for_askers(self) -> None:
@@ -298,6 +329,23 @@ def _make_valkey_counters(
         password_file=state.password_file,
     )
     return counters
+
+
+def _make_election(
+    state: State,
+    invocation: Invocation,
+    instance: str,
+    on_news: Callable[[Any], None],
+    report: Callable[[str, bool], None],
+) -> Any:
+    return import_when_needed("tlstunnel.state.valkey.election", "state.url").Election(
+        _parse_url(state, invocation),
+        prefix=state.prefix,
+        instance=instance,
+        on_news=on_news,
+        report=report,
+        password_file=state.password_file,
+    )
 
 
 def _parse_url(state: State, invocation: Invocation) -> Any:

@@ -301,6 +301,23 @@ class MinuteOver(Notification, frozen=True, tag="minute over"):
     memory: float
 
 
+class Elected(Notification, frozen=True, tag="elected"):
+    """Until when this machine is elected to send notices, by `tlstunnel.state.clock`; 0 if it is not.
+
+    The ledger sends it to the parent, and the parent to the admin process, at each renewal and change. `delivered` is
+    what machines have delivered that was not told before (`tlstunnel.plans.duty`).
+    """
+
+    until: float
+    delivered: list[str] = []
+
+
+class Delivered(Notification, frozen=True, tag="delivered"):
+    """What this machine has delivered. The admin process sends it to the parent, and the parent to the ledger."""
+
+    deliveries: list[str]
+
+
 # --- child to parent --------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,8 @@ class Overseer:
         config = self._get_config()
         sites = find_sites_with_plans(config)
         await asyncio.gather(*(self._try(child, Observe(key=self._key, sites=sites)) for child in self._list_serving()))
-        self._run_in_background(self._reconfigure_admin(text, moved=before.state.dir != config.state.dir))
+        moved = _list_fixed_settings(before) != _list_fixed_settings(config)
+        self._run_in_background(self._reconfigure_admin(text, moved=moved))
 
     async def _reconfigure_admin(self, text: str | None, *, moved: bool) -> None:
         """Give the configuration to the admin process, for which a reload does not wait."""
@@ -196,3 +197,8 @@ class Overseer:
         except ProcessError:
             return False
         return True
+
+
+def _list_fixed_settings(config: Config) -> tuple[object, ...]:
+    """Return what an admin process uses of the configuration and cannot change."""
+    return config.state.dir, config.state.url, config.state.prefix

@@ -4,7 +4,7 @@
 -- Returns {1 if it has the lease, 1 if there are more deliveries, the time to ask for them from, and deliveries}.
 local ELECTION_TTL = 86400000
 local DELIVERIES_KEPT = 1209600000000
-local MOST_DELIVERIES = 50000
+local MOST_DELIVERIES = 20000
 local AT_ONCE = 1000
 
 local instance, token, wanted, length, since, added = unpack(request, 1, 6)
