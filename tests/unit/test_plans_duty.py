@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_plans_delivery import START, Clock, Server, assess, find, hook, read, run, until, wait_for
 from tlstunnel.plans import duty as module
-from tlstunnel.plans.delivery import ELSEWHERE
+from tlstunnel.plans.delivery import ELSEWHERE, TOO_LATE
 from tlstunnel.plans.duty import SAME_SECONDS, Duty
 from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
 from tlstunnel.plans.notices import DAY, HOUR, REPEAT_SECONDS, RETRY_SECONDS, make_shared_id
@@ -233,15 +233,23 @@ def test_none_is_elected_for_a_while(tmp_path: Path) -> None:
     run(main())
 
 
-def test_what_another_machine_has_given_up_is_not_sent_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize("elected", [False, True])
+def test_what_was_not_delivered_in_time_is_not_sent_later(tmp_path: Path, tried: bool, elected: bool) -> None:
     async def main() -> None:
         clock = Clock()
         async with Server().serving() as server, machines(tmp_path, server, clock, 1) as (one,):
+            server.response = b"HTTP/1.1 500 No\r\n\r\n"
+            if tried:
+                one.elect()
             await one.notifier.assess([assess()])
+            if tried:
+                await wait_for(one.notifier, State.PENDING)
+            one.elect(elected=False)
             clock.now += RETRY_SECONDS + 1
-            one.elect()
-            assert await one.wait_until_done() == ["no machine has delivered it in time"]
-            assert server.posts == []
+            one.elect(elected=elected)
+            assert await one.wait_until_done() == [TOO_LATE]
+            assert len(server.posts) == tried
 
     run(main())
 

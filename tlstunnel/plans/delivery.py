@@ -35,6 +35,8 @@ GRACE_SECONDS = 2.0
 ELSEWHERE = "another machine has delivered it"
 """The reason of a delivery that was accepted although this machine has not delivered it."""
 
+TOO_LATE = "no machine has delivered it within three days"
+
 MOST_SETTLED = 1000
 """Deliveries that are looked at at once, for what other machines have delivered."""
 
@@ -102,17 +104,17 @@ class Courier:
         free = CONCURRENCY - len(self._busy)
         if not free:
             return POLL_SECONDS  # the first that ends wakes us
-        if not self._duty.alone and not await self._settle():
-            return POLL_SECONDS  # news wakes us
         now = self._clock()
+        if not self._duty.alone and not await self._settle(now):
+            return POLL_SECONDS  # news wakes us
         deliveries, following = await self._store.run(NoticeFile.read_due, now, list(self._busy), free)
         for delivery in deliveries:
             self._busy[delivery.target] = asyncio.create_task(self._deliver(delivery))
         return POLL_SECONDS if following is None else min(max(following - now, 0.0), POLL_SECONDS)
 
-    async def _settle(self) -> bool:
+    async def _settle(self, now: float) -> bool:
         """Note what needs no attempt of this machine. Return whether it is to make any."""
-        is_ours, now = self._duty.is_ours, self._clock()
+        is_ours = self._duty.is_ours
         if is_ours and not self._was_ours:  # the server may have lost what was told before
             since = now - SAME_SECONDS
             for one in await self._store.run(NoticeFile.read_accepted, since, ELSEWHERE, MOST_SETTLED):
@@ -123,9 +125,11 @@ class Courier:
                 continue
             if self._duty.was_delivered(one):
                 await self._store.run(NoticeFile.finish, one, State.ACCEPTED, ELSEWHERE)
-            elif one.attempts == 0 and one.notice.created + RETRY_SECONDS < now:
-                # Unlike a single machine, which may have been off all this time.
-                await self._finish(one, Result(Outcome.REFUSED, "no machine has delivered it in time"))
+            elif one.notice.created + RETRY_SECONDS < now:
+                # A single machine tries once more, since it may have been off all this time.
+                await self._store.run(NoticeFile.finish, one, State.GIVEN_UP, TOO_LATE)
+                fields = {"id": one.notice.id, "site": one.notice.site, "channel": one.target.channel.value}
+                self._log.warning(Event.NOTICE_NOT_DELIVERED, **fields, attempts=one.attempts, reason=TOO_LATE)
         return is_ours
 
     async def _deliver(self, delivery: Delivery) -> None:
