@@ -82,7 +82,7 @@ def draw_plot(plot: Plot, kind: Format) -> bytes:
     matplotlib = importlib.import_module("matplotlib")
     # The same figures make the same file, so it has no random ids and no date.
     settings = {
-        "font.family": ["DejaVu Sans"],
+        "font.family": ["DejaVu Sans", "sans-serif"],
         "font.size": 9.0,
         "hatch.linewidth": 0.6,
         "svg.fonttype": "none",
