@@ -176,6 +176,10 @@ class Machine:
                 return None
             return ([one.reason for one in records if one.target == WEBHOOK],)
 
+        self._clock.now += 60  # an attempt that began before its duty ended is repeated
+        for one in self._others:
+            if one._notifier is not None:
+                one.notifier.wake()
         return (await until(is_done))[0]
 
 

@@ -156,6 +156,8 @@ class Courier:
             plot = None
         if not self._duty.is_ours:  # drawing takes time
             return Result(Outcome.FAILED, "it is up to another machine now")
+        if self._duty.was_delivered(delivery):
+            return Result(Outcome.ACCEPTED, ELSEWHERE)
         try:
             result = await self.channels.deliver(delivery.notice, delivery.target, plot)
         except Exception as error:
