@@ -33,7 +33,7 @@ from tests.promises.counted import (
     tunnel_to,
 )
 from tests.promises.versions import Versions, upgraded
-from tests.redis_server import wait_for
+from tests.redis_server import RedisServer, retry, wait_for
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
@@ -43,8 +43,10 @@ from tlstunnel.processes.link import Link
 from tlstunnel.processes.messages import Count, Done, HandOver, LedgerLost, Stop, TakeOver
 from tlstunnel.processes.wiring import Wiring
 from tlstunnel.sockets.readiness import TunnelLoop
-from tlstunnel.state.counters import LimitCheck
+from tlstunnel.state.counters import CountersUnavailable, LimitCheck
 from tlstunnel.state.shared import LEDGER, SharedCounters
+from tlstunnel.state.valkey.address import parse_url
+from tlstunnel.state.valkey.counters import ValkeyCounters
 
 ASKERS = 3
 LIMIT = 50
@@ -311,6 +313,74 @@ def test_a_lost_connection_is_replaced_once() -> None:
             assert ledger.exited is False
 
     run(test())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_million_keys_need_bounded_memory() -> None:
+    """Each of another client. The second million needs no more, and the ledger is idle afterwards."""
+
+    async def test() -> None:
+        async with started() as (_, askers, ledger):
+            sizes = []
+            for million in range(2):
+                for start in range(0, 1_000_000, 3_000):
+                    checks = [[LimitCheck(f"{million}{start + n:031}", 10, 86_400)] for n in range(3_000)]
+                    await asyncio.gather(
+                        *(askers[n % ASKERS].counters.check(check) for n, check in enumerate(checks)),
+                    )
+                sizes.append(measure_rss(ledger.pid))
+            before = cpu_seconds(ledger.pid)
+            await asyncio.sleep(1)
+            print(f"{sizes[0] >> 20} MiB after a million keys, {sizes[1] >> 20} MiB after two")
+            assert sizes[1] < 200 << 20
+            assert sizes[1] < sizes[0] * 1.1
+            assert cpu_seconds(ledger.pid) - before < 0.7  # the load of three askers goes on
+
+    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
+        runner.run(test())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_million_keys_in_a_server_expire() -> None:
+    """Its memory is bounded by the requests of a window, whatever clients send."""
+
+    async def test(server: RedisServer) -> None:
+        counters = ValkeyCounters(
+            parse_url(server.url), prefix="test", instance="one", timeout=30.0, report=lambda *_: None
+        )
+        counters.start()
+        await retry(lambda: counters.count_tunnels(["k"]), CountersUnavailable)
+        before, own, largest = used_memory(server), measure_rss(os.getpid()), 0
+        for start in range(0, 1_000_000, 1_000):
+            checks = [[LimitCheck(f"{start + n:032}", 10, 5)] for n in range(1_000)]
+            await asyncio.gather(*map(counters.check, checks))
+            if start % 50_000 == 0:
+                largest = max(largest, used_memory(server))
+        await wait_for(lambda: server.command("DBSIZE") in range(10))
+        print(f"{(largest - before) >> 20} MiB in the server at most, {measure_rss(os.getpid()) - own >> 20} MiB here")
+        assert used_memory(server) - before < 20 << 20
+        assert measure_rss(os.getpid()) - own < 50 << 20
+        await counters.close()
+
+    with RedisServer() as server:
+        asyncio.run(test(server))
+
+
+def measure_rss(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def used_memory(server: RedisServer) -> int:
+    reply = server.command("INFO", "memory")
+    assert isinstance(reply, bytes)
+    return int(reply.partition(b"used_memory:")[2].split()[0])
 
 
 # --- the whole tunnel -------------------------------------------------------------------------------------------------
