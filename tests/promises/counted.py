@@ -24,8 +24,10 @@ from tests.harness import (
 from tests.promises.firewalled import config_for, connect_from
 
 PROCESSES = 4
-CLIENTS = 100
-LIMIT = 40
+FEW = 2
+"""Processes where the number does not matter."""
+CLIENTS = 60
+LIMIT = 24
 
 LIMITS = f"""
 [[sites.rate_limits]]
@@ -83,7 +85,7 @@ def tunnel_to(
     origin: str,
     certificate: Certificate,
     *,
-    processes: int = PROCESSES,
+    processes: int = FEW,
     site: str = LIMITS,
     state: str = "",
     environment: dict[str, str] | None = None,
@@ -157,7 +159,7 @@ def traffic(tunnel: Tunnel) -> Iterator[list[int]]:
 
     def run() -> None:
         context = client_context(tunnel)
-        while not stop.is_set():
+        while not stop.wait(0.01):
             with connect_from(tunnel, "127.0.0.2", context) as client:
                 statuses.append(upgrade(client, "/tunnels").status)
 
