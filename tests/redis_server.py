@@ -1,7 +1,9 @@
 """A real `redis-server` for a test, in a folder of its own: on a Unix socket, or on a port with TLS, or a sentinel."""
 
 import asyncio
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,11 +20,16 @@ from tlstunnel.testing.program import start_process
 
 
 def find_free_port() -> int:
-    """Return a port that was free a moment ago, since redis-server cannot let the system choose one."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a port that is free on all addresses, since redis-server cannot let the system choose one.
+
+    It is below those that the system gives to others, so it stays free.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(first // 2, first)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("0.0.0.0", port))
+            return port
 
 
 class RedisServer:

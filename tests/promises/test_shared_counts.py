@@ -266,6 +266,7 @@ def test_counts_survive_an_upgrade_under_load(origin: RawOrigin, certificate: Ce
         assert [record["counts"] for record in tunnel.records("ledger replaced")] == [True]
 
 
+@pytest.mark.soak
 def test_a_ledger_that_cannot_take_over_leaves_the_counts_to_the_previous_one(
     origin: RawOrigin, certificate: Certificate, tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ def run(test: Any) -> None:
 
 
 @pytest.mark.usefixtures("hand_over_seconds")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("victim", ["old", "new"])
 @pytest.mark.parametrize("moment", MOMENTS, ids=[f"{when} {message.__name__}" for message, when in MOMENTS])
 def test_either_ledger_dies_or_stops(moment: tuple[type[Any], str], victim: str, number: signal.Signals) -> None:
@@ -392,6 +392,7 @@ def origin() -> Iterator[RawOrigin]:
         yield origin
 
 
+@pytest.mark.soak
 def test_upgrades_while_the_ledger_is_stopped(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
     """Twice in a row. The status does not wait for it, and open tunnels are counted afterwards."""
     versions = Versions(tmp_path / "versions")
