@@ -303,6 +303,7 @@ def test_a_full_disk_loses_no_counts(origin: RawOrigin, certificate: Certificate
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.soak
 def test_a_reload_begins_moves_and_ends_the_history(
     origin: RawOrigin, certificate: Certificate, folder: Path, tmp_path: Path
 ) -> None:
@@ -356,6 +357,7 @@ def test_the_operator_is_told_before_descriptors_run_out(origin: RawOrigin, cert
 # --- several machines -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_each_machine_has_the_history_of_all(origin: RawOrigin, certificate: Certificate, tmp_path: Path) -> None:
     """Also of one that ends meanwhile: its tunnels are gone, and its counts stay."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -316,6 +316,7 @@ def test_a_reload_gives_and_takes_plans(origin: RawOrigin, certificate: Certific
         assert assess(tunnel)["site"] == SITE
 
 
+@pytest.mark.soak
 def test_an_admin_process_that_hangs_holds_nothing_up(
     origin: RawOrigin, certificate: Certificate, folder: Path
 ) -> None:
