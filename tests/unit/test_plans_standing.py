@@ -295,6 +295,7 @@ def test_the_site_that_grew() -> None:
     assert standings.find_grown() is None
 
 
+@pytest.mark.alone
 def test_a_thousand_sites_with_full_history_take_little_time() -> None:
     """CPU time of this thread; the best of three, since a busy machine is no fault."""
     names = [f"site{number}" for number in range(1000)]

@@ -147,6 +147,7 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.alone
 @in_loop
 async def test_no_process_can_keep_the_ledger_from_others() -> None:
     """One sends the most expensive frames as fast as it can; others get their answers within a moment."""

@@ -27,6 +27,10 @@ from tlstunnel.state.valkey.replies import MAX_REPLY
         ("READONLY You can't write against a read only replica.", "it is a read-only replica"),
         ("OOM command not allowed when used memory > 'maxmemory'.", "its memory is full (maxmemory)"),
         ("NOPERM this user has no permissions", "its user lacks a permission (this user has no permissions)"),
+        (
+            "ERR ACL failure in script: User default has no permissions to run the 'rpush' command script: 37e0, on 1.",
+            "its user lacks a permission (ACL failure in script: User default has no permissions to run the 'rpush'",
+        ),
         ("WRONGPASS invalid", "it does not accept the user or the password"),
         ("MASTERDOWN Link with MASTER is down", "it is a replica that has lost its primary"),
         ("MISCONF Redis is configured to save RDB snapshots", "it cannot save its data"),

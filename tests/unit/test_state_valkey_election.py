@@ -527,6 +527,7 @@ def test_process_that_is_killed(server: RedisServer) -> None:
             assert learned > one.news[-1][1]
 
 
+@pytest.mark.alone  # it must start before its lease ends
 def test_process_that_is_killed_and_started_again_keeps_the_lease(server: RedisServer) -> None:
     with running(server, "one") as one:
         one.wait_for_news(elected=True)

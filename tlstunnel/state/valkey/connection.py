@@ -6,6 +6,7 @@ longer awaited stays in the queue, so that no reply is taken for that of another
 """
 
 import asyncio
+import re
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -39,8 +40,8 @@ _REASONS: Final = {
 }
 
 
-_FORBIDDEN: Final = "The user executing the script can't"
-"""How Redis 7.0 begins what later versions call NOPERM."""
+_FORBIDDEN: Final = re.compile(r"The user executing the script can't|ACL failure in script")
+"""How Redis 7 and 8 say within a script what they otherwise call NOPERM."""
 
 
 class ServerUnavailable(Exception):
@@ -89,7 +90,7 @@ def _explain_reply(text: str) -> ServerUnavailable:
             return ServerUnavailable("the cluster has moved our keys to another node", Endpoint(host, int(port)))
     if code == "NOAUTH":
         return PasswordRequired("it requires a password; set one in state.url or state.password_file")
-    if code == "NOPERM" or _FORBIDDEN in text:
+    if code == "NOPERM" or _FORBIDDEN.search(text):
         return ServerUnavailable(f"its user lacks a permission ({_clean(rest)}); see docs/state.md")
     if text.startswith("ERR AUTH") and "without any password" in text:
         return ServerUnavailable("it has no password, but state.url or state.password_file has one")
