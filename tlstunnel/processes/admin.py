@@ -6,12 +6,9 @@ none, everything is served as before, and throttles that hold end in time.
 Tested by tests/promises/test_plans.py.
 """
 
-import argparse
 import asyncio
-import contextlib
 import gc
 import os
-import signal
 import socket
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -25,69 +22,52 @@ from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import shares_notices
 from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
-from tlstunnel.journal.lines import configure_logging
-from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import load_channels
 from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.processes import messages, usage
 from tlstunnel.processes.administration import Administration
-from tlstunnel.processes.link import Link
 from tlstunnel.processes.processor import Processor
-from tlstunnel.processes.pulse import Responder
-from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.state.folder import find_state_folder
 from tlstunnel.state.throttles import ThrottleRule
 
 
-class AdminProcess:
+class AdminProcess(RoleProcess):
     """Runs an `Administration` as the parent's requests say."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._link = Link(
+        super().__init__(
             sock,
             {
                 messages.Begin: self._begin,
-                messages.Respond: self._respond,
                 messages.Administer: self._administer,
                 messages.Adopt: self._adopt,
                 messages.Ask: self._answer,
                 messages.Stop: self._stop,
             },
-            self._handle_parent_exit,
             {
                 messages.Seen: self._take_seen,
                 messages.MinuteOver: self._handle_minute,
                 messages.Elected: self._learn_duty,
             },
         )
-        self._responder: Responder | None = None
         self._invocation: Invocation | None = None
         self._config: Config | None = None
         self._administration: Administration | None = None
         self._processor = Processor()
         self._minute: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
-        self._exit = asyncio.Event()
-        self._log = structlog.get_logger()
 
     async def run(self) -> None:
         """Administer until the parent stops it, or exits."""
-        loop = asyncio.get_running_loop()
-        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone has it replaced.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        loop.add_signal_handler(signal.SIGTERM, lambda: self._run_in_background(self._leave()))
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        await self._exit.wait()
+        await self._wait_for_exit()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         if self._administration is not None:
             await self._administration.close()
-        self._link.close()
-        if self._responder is not None:
-            self._responder.close()
+        self._close_link()
 
     @property
     def _begun(self) -> Administration:
@@ -96,24 +76,9 @@ class AdminProcess:
         return self._administration
 
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
-        if request.format != messages.FORMAT:
-            raise ProcessError(
-                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
-                f" {request.format}: the package was replaced; run tlstunnel upgrade"
-            )
-        set_process_name(request.name)
-        configure_logging(request.log_format)
-        self._invocation = Invocation.from_json(request.invocation)
+        self._invocation = self._introduce(request)
         self._config = self._invocation.configuration(request.config)
         return messages.Begun(version=__version__)
-
-    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
-        sock, stacks = descriptors
-        if self._responder is not None:  # of a program that an upgrade has replaced
-            self._responder.close()
-        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
-        self._responder.start()
-        return messages.Done()
 
     async def _administer(self, request: messages.Administer, _: list[int]) -> messages.Done:
         if self._invocation is None or self._config is None or self._administration is not None:
@@ -158,10 +123,6 @@ class AdminProcess:
         result = await self._begun.carry_out(command, request.who, request.tunnels)
         return messages.Told(fields=msgspec.to_builtins(result))
 
-    async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
-        self._exit.set()
-        return messages.Done()
-
     def _take_seen(self, seen: messages.Seen) -> None:
         if self._administration is not None:
             self._run_in_background(self._administration.take(seen.sites))
@@ -182,10 +143,11 @@ class AdminProcess:
     def _report_delivered(self, deliveries: list[str]) -> None:
         self._link.notify(messages.Delivered(deliveries=deliveries))
 
+    def _handle_sigterm(self) -> None:
+        self._run_in_background(self._leave())
+
     async def _leave(self) -> None:
-        """Have another process take this one's place, and exit."""
-        with contextlib.suppress(ProcessError):
-            await self._link.request(messages.Leaving())
+        await self._report_leaving()
         self._exit.set()
 
     def _handle_parent_exit(self) -> None:
@@ -205,15 +167,7 @@ class AdminProcess:
 
 def main() -> None:
     """Run as a child of the process that holds the other end of ``--link``."""
-    parser = argparse.ArgumentParser(prog="tlstunnel admin")
-    parser.add_argument("--link", type=int, required=True)
-    arguments = parser.parse_args()
-    forbid_core_dumps()
-    asyncio.run(_run(arguments.link))
-
-
-async def _run(link: int) -> None:
-    await AdminProcess(socket.socket(fileno=link)).run()
+    run_role("admin", AdminProcess)
 
 
 if __name__ == "__main__":

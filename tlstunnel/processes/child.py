@@ -3,31 +3,24 @@
 Tested by tests/promises/test_processes.py.
 """
 
-import argparse
 import asyncio
 import atexit
-import contextlib
 import os
-import signal
 import socket
 import threading
 import time
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
-from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
-from tlstunnel.journal.lines import configure_logging
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
-from tlstunnel.processes.link import Link
 from tlstunnel.processes.observing import Observing
-from tlstunnel.processes.pulse import Responder
 from tlstunnel.processes.reporting import Reporter
-from tlstunnel.program import forbid_core_dumps, set_process_name
+from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.serving.service import Service
 from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
@@ -37,19 +30,17 @@ from tlstunnel.state.counting import Counting
 STUCK_SECONDS = 1.0
 """How long threads may take to end once nothing is served."""
 
-FORMATS = (previous.FORMAT, messages.FORMAT)
-"""The formats of parents that this program can be a child of."""
 
-
-class ServingProcess:
+class ServingProcess(RoleProcess):
     """Runs a `Service` as the parent's requests say."""
 
+    formats = (previous.FORMAT, messages.FORMAT)
+
     def __init__(self, sock: socket.socket) -> None:
-        self._link = Link(
+        super().__init__(
             sock,
             {
                 messages.Begin: self._begin,
-                messages.Respond: self._respond,
                 messages.Listeners: self._add_listeners,
                 messages.Serve: self._serve,
                 messages.Prepare: self._prepare,
@@ -62,7 +53,6 @@ class ServingProcess:
                 messages.Observe: self._observe,
                 messages.Throttle: self._throttle,
             },
-            self._handle_parent_exit,
         )
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
@@ -71,31 +61,18 @@ class ServingProcess:
         self._journal = Journal(self._metrics)
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
-        self._responder: Responder | None = None
         self._listeners: dict[int, Listener] = {}
-        self._exit = asyncio.Event()
-        self._leaving: asyncio.Task[None] | None = None
-        self._log = structlog.get_logger()
 
     async def run(self) -> None:
         """Serve until it is drained or stopped."""
-        loop = asyncio.get_running_loop()
-        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone drains it.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
-        # With `stty tostop`, logging to the terminal would stop a process that is not in the foreground process group.
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        await self._exit.wait()
+        await self._wait_for_exit()
         if self._service is not None:
             await self._service.close()
         self._observing.report()  # that its tunnels are lost
         self._observing.close()
         self._counting.close()
         await self._reporter.close()
-        self._link.close()
-        if self._responder is not None:
-            self._responder.close()
+        self._close_link()
 
     @property
     def _begun_service(self) -> Service:
@@ -104,28 +81,13 @@ class ServingProcess:
         return self._service
 
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
-        if request.format not in FORMATS:
-            raise ProcessError(
-                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
-                f" {request.format}: the package was replaced; run tlstunnel upgrade"
-            )
-        set_process_name(request.name)
-        configure_logging(request.log_format)
-        invocation = Invocation.from_json(request.invocation)
+        invocation = self._introduce(request)
         self._journal.log_opened = request.opened
         self._service = await Service.begin(
             invocation, request.config, self._journal, quiet=request.quiet, counting=self._counting
         )
         self._reporter.start()
         return messages.Begun(version=__version__)
-
-    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
-        sock, stacks = descriptors
-        if self._responder is not None:  # of a program that an upgrade has replaced
-            self._responder.close()
-        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
-        self._responder.start()
-        return messages.Done()
 
     async def _add_listeners(self, request: messages.Listeners, descriptors: list[int]) -> messages.Done:
         for number, written, descriptor in zip(request.numbers, request.written, descriptors, strict=True):
@@ -192,11 +154,6 @@ class ServingProcess:
         self._close_listeners()
         self._start_draining(0.0, None)
 
-    async def _report_leaving(self) -> None:
-        # A request rather than a notification, so that a parent of format 1 understands it.
-        with contextlib.suppress(ProcessError):
-            await self._link.request(messages.Leaving())
-
     def _handle_parent_exit(self) -> None:
         if self._service is None:
             return self._exit.set()
@@ -221,12 +178,7 @@ class ServingProcess:
 
 def main() -> None:
     """Run as a child of the process that holds the other end of ``--link``."""
-    parser = argparse.ArgumentParser(prog="tlstunnel child")
-    parser.add_argument("--link", type=int, required=True)
-    arguments = parser.parse_args()
-    forbid_core_dumps()
-    with asyncio.Runner(loop_factory=TunnelLoop) as runner:
-        runner.run(_run(arguments.link))
+    run_role("child", ServingProcess, TunnelLoop)
     _exit_despite_threads()
 
 
@@ -244,10 +196,6 @@ def _exit_despite_threads() -> None:
         structlog.get_logger().warning(Event.THREADS_ABANDONED, threads=stuck)
         atexit._run_exitfuncs()
         os._exit(0)
-
-
-async def _run(link: int) -> None:
-    await ServingProcess(socket.socket(fileno=link)).run()
 
 
 if __name__ == "__main__":

@@ -7,13 +7,10 @@ socket pair of their own (`tlstunnel.processes.succession`).
 Tested by tests/promises/test_shared_counts.py.
 """
 
-import argparse
 import asyncio
-import contextlib
 import functools
 import gc
 import os
-import signal
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,14 +21,11 @@ from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import keeps_history, shares_notices
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
-from tlstunnel.journal.lines import configure_logging
-from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, succession
-from tlstunnel.processes.link import Link
-from tlstunnel.processes.pulse import Responder
 from tlstunnel.processes.reporting import Reporter
-from tlstunnel.program import forbid_core_dumps, import_when_needed, set_process_name
+from tlstunnel.processes.role import RoleProcess, run_role
+from tlstunnel.program import import_when_needed
 from tlstunnel.sockets.readiness import TunnelLoop
 from tlstunnel.state.counters import SumCounters
 from tlstunnel.state.memory import MemoryCounters
@@ -47,15 +41,14 @@ ORPHAN_SECONDS = 0.2
 """How often a ledger without a parent looks whether anyone still asks."""
 
 
-class LedgerProcess:
+class LedgerProcess(RoleProcess):
     """Runs a `LedgerServer` as the parent's requests say."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._link = Link(
+        super().__init__(
             sock,
             {
                 messages.Begin: self._begin,
-                messages.Respond: self._respond,
                 messages.Connect: self._connect,
                 messages.HandOver: self._hand_over,
                 messages.TakeOver: self._take_over,
@@ -63,12 +56,10 @@ class LedgerProcess:
                 messages.LedgerStatus: self._status,
                 messages.Stop: self._stop,
             },
-            self._handle_parent_exit,
             {messages.Sampled: self._sample, messages.Delivered: self._publish},
         )
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
-        self._responder: Responder | None = None
         self._valkey: Any = None  # None if the counts are in this process
         self._valkey_started = False
         self._election: Any = None  # None if no machine is elected
@@ -80,19 +71,11 @@ class LedgerProcess:
         self._closing_keeper: asyncio.Task[None] | None = None
         self._store = MEMORY
         """What has the counts. They are handed over only to a ledger that counts in the same place."""
-        self._exit = asyncio.Event()
         self._waiting: asyncio.Task[None] | None = None
-        self._log = structlog.get_logger()
 
     async def run(self) -> None:
         """Count until the parent stops it, or until no one is left to ask."""
-        loop = asyncio.get_running_loop()
-        # Signals from a terminal are for the parent, which decides. SIGTERM to this process alone has it replaced.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        loop.add_signal_handler(signal.SIGTERM, self._handle_sigterm)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        await self._exit.wait()
+        await self._wait_for_exit()
         self._stop_keeping(withdraw=True)
         if self._server is not None:
             self._server.close()
@@ -103,9 +86,7 @@ class LedgerProcess:
         if self._valkey_started:
             await self._valkey.close()
         await self._reporter.close()
-        self._link.close()
-        if self._responder is not None:
-            self._responder.close()
+        self._close_link()
 
     @property
     def _begun_server(self) -> LedgerServer:
@@ -114,14 +95,7 @@ class LedgerProcess:
         return self._server
 
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
-        if request.format != messages.FORMAT:
-            raise ProcessError(
-                f"the package on disk, {__version__}, uses link protocol {messages.FORMAT}, the running tunnel uses"
-                f" {request.format}: the package was replaced; run tlstunnel upgrade"
-            )
-        set_process_name(request.name)
-        configure_logging(request.log_format)
-        invocation = Invocation.from_json(request.invocation)
+        invocation = self._introduce(request)
         config = invocation.configuration(request.config)
         state = config.state
         counters: SumCounters
@@ -145,14 +119,6 @@ class LedgerProcess:
         gc.collect()
         gc.freeze()
         return messages.Begun(version=__version__)
-
-    async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:
-        sock, stacks = descriptors
-        if self._responder is not None:  # of a program that an upgrade has replaced
-            self._responder.close()
-        self._responder = Responder(socket.socket(fileno=sock), stacks, request.loop_seconds)
-        self._responder.start()
-        return messages.Done()
 
     async def _connect(self, request: messages.Connect, descriptors: list[int]) -> messages.Done:
         (descriptor,) = descriptors
@@ -212,10 +178,6 @@ class LedgerProcess:
             history=self._keeper.describe() if self._keeper is not None else None,
         )
 
-    async def _stop(self, _: messages.Stop, __: list[int]) -> messages.Done:
-        self._exit.set()
-        return messages.Done()
-
     def _sample(self, sampled: messages.Sampled) -> None:
         if self._keeper is not None:
             self._keeper.take(sampled)
@@ -274,11 +236,7 @@ class LedgerProcess:
         self._log.warning(Event.LEDGER, reason=sentence)
 
     def _handle_sigterm(self) -> None:
-        self._waiting = asyncio.ensure_future(self._report_leaving())
-
-    async def _report_leaving(self) -> None:
-        with contextlib.suppress(ProcessError):
-            await self._link.request(messages.Leaving())
+        self._leaving = asyncio.ensure_future(self._report_leaving())  # the parent replaces this process
 
     def _handle_parent_exit(self) -> None:
         self._stop_keeping()  # nothing will be sampled, and the next tunnel needs the file
@@ -365,16 +323,7 @@ def _parse_name(name: str) -> int:
 
 def main() -> None:
     """Run as a child of the process that holds the other end of ``--link``."""
-    parser = argparse.ArgumentParser(prog="tlstunnel ledger")
-    parser.add_argument("--link", type=int, required=True)
-    arguments = parser.parse_args()
-    forbid_core_dumps()
-    with asyncio.Runner(loop_factory=TunnelLoop) as runner:  # half of the cost of a wake-up of asyncio's own loop
-        runner.run(_run(arguments.link))
-
-
-async def _run(link: int) -> None:
-    await LedgerProcess(socket.socket(fileno=link)).run()
+    run_role("ledger", LedgerProcess, TunnelLoop)  # half of the cost of a wake-up of asyncio's own loop
 
 
 if __name__ == "__main__":
