@@ -177,9 +177,7 @@ def open_for_writing(path: Path, schema: Schema) -> sqlite3.Connection:
     connection = _connect(path, "rw")
     try:
         with _damage_reported(path):
-            version = _read_version(connection)
-            if version > schema.version:
-                raise _newer(path, version, schema)
+            version = _read_known_version(connection, path, schema)
             if version < schema.version:
                 _migrate(connection, path, version, schema)
             connection.execute("PRAGMA synchronous = FULL")
@@ -218,9 +216,7 @@ def open_for_reading(path: Path, schema: Schema) -> sqlite3.Connection:
     connection = _connect(path, "ro")
     try:
         with _damage_reported(path):
-            version = _read_version(connection)
-            if version > schema.version:
-                raise _newer(path, version, schema)
+            version = _read_known_version(connection, path, schema)
             if version < schema.version:
                 raise StateError(f"{path} has version {version}: the tunnel migrates it when it starts")
     except BaseException:
@@ -265,15 +261,14 @@ def _check_header(path: Path, schema: Schema) -> None:
         raise StateError(f"{path} is a database of another program: set state.dir to another folder")
 
 
-def _newer(path: Path, version: int, schema: Schema) -> StateError:
-    return StateError(
-        f"{path} has version {version}, and this release of tlstunnel knows up to {schema.version}: install the newer"
-        " release again, or move the file away, and a new one is made"
-    )
-
-
-def _read_version(connection: sqlite3.Connection) -> int:
+def _read_known_version(connection: sqlite3.Connection, path: Path, schema: Schema) -> int:
+    """Return the version of the file. Raises StateError if it is that of a later release."""
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > schema.version:
+        raise StateError(
+            f"{path} has version {version}, and this release of tlstunnel knows up to {schema.version}: install the"
+            " newer release again, or move the file away, and a new one is made"
+        )
     return version
 
 

@@ -130,11 +130,7 @@ class HistoryReader:
         seconds = len(times) * resolution.length * MINUTE
         table = resolution.table
         with self._reading() as connection:
-            sites = connection.execute("SELECT id, name, since FROM sites ORDER BY name").fetchall()
-            measured = connection.execute(
-                f"SELECT time, samples FROM {table} WHERE time >= ? AND time < ?",  # noqa: S608 - names of ours
-                (times.start, times.stop),
-            ).fetchall()
+            sites, measured = _read_sampled(connection, table, times)
             # Site by site, so that nothing has to be sorted.
             query = f"""
                 SELECT sites.id, max(row.peak), sum(row.tunnels), min(measured.time), {_SUMS}
@@ -160,11 +156,7 @@ class HistoryReader:
         table = resolution.table
         p95 = "p95" if resolution is DAYS else "NULL"
         with self._reading() as connection:
-            sites = connection.execute("SELECT id, name, since FROM sites ORDER BY name").fetchall()
-            measured = connection.execute(
-                f"SELECT time, samples FROM {table} WHERE time >= ? AND time < ?",  # noqa: S608 - names of ours
-                (times.start, times.stop),
-            ).fetchall()
+            sites, measured = _read_sampled(connection, table, times)
             rows = connection.execute(
                 f"SELECT key, peak, tunnels, {p95} FROM site_{table} WHERE key >= ? AND key < ?",  # noqa: S608
                 (times.start * MAX_SITES, times.stop * MAX_SITES),
@@ -249,6 +241,18 @@ class _SamplesSince:
         if first not in self._known:
             self._known[first] = sum(samples for time, samples in self._measured if time >= first)
         return self._known[first]
+
+
+def _read_sampled(
+    connection: sqlite3.Connection, table: str, times: range
+) -> tuple[list[tuple[int, str, int]], list[tuple[int, int]]]:
+    """Return all sites by name, each with its id and its first minute, and the samples of each of these times."""
+    sites = connection.execute("SELECT id, name, since FROM sites ORDER BY name").fetchall()
+    measured = connection.execute(
+        f"SELECT time, samples FROM {table} WHERE time >= ? AND time < ?",  # noqa: S608 - names of ours
+        (times.start, times.stop),
+    ).fetchall()
+    return sites, measured
 
 
 def _find_times(resolution: Resolution, since: float, until: float) -> range:
