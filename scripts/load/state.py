@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.load.figures import Column, Figure
+from scripts.load.firewall import LIMITS
 from scripts.load.running import CORES, BenchError, Load, Running, find_free_port
 from scripts.load.subjects import Subject
 
@@ -27,18 +28,6 @@ SITE = """\
 origins = ["127.0.0.1:$origin"]
 cert = "$cert"
 key = "$key"
-"""
-
-LIMITS = """\
-[[sites.rate_limits]]
-name = "handshakes per address"
-limit = "1000000/minute"
-strategy = "sliding"
-max_tunnels = 100000
-[[sites.rate_limits]]
-name = "handshakes per address and path"
-key = ["ip", "path"]
-limit = "1000000/hour"
 """
 
 VALKEY = '[state]\nurl = "valkey://127.0.0.1:{port}/0"\n'

@@ -29,7 +29,14 @@ FEW = 2
 CLIENTS = 60
 LIMIT = 24
 
-LIMITS = f"""
+TUNNELS = f"""
+[[sites.rate_limits]]
+name = "tunnels"
+max_tunnels = {LIMIT}
+when = 'path == "/tunnels"'
+"""
+
+LIMITS = f"""{TUNNELS}
 [[sites.rate_limits]]
 name = "fixed"
 limit = "{LIMIT}/year"
@@ -52,22 +59,10 @@ name = "blocking"
 limit = "{LIMIT}/second"
 block_for = "1h"
 when = 'path == "/blocking"'
-
-[[sites.rate_limits]]
-name = "tunnels"
-max_tunnels = {LIMIT}
-when = 'path == "/tunnels"'
 """
 
 BLOCKED = "127.0.0.3"
 """A client's address: a block is for all paths."""
-
-TUNNELS = f"""
-[[sites.rate_limits]]
-name = "tunnels"
-max_tunnels = {LIMIT}
-when = 'path == "/tunnels"'
-"""
 
 WATCH = "0.1,60,90,90"
 """No process is reported as silent, unless a test says so."""

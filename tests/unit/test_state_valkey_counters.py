@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -29,19 +29,6 @@ from tlstunnel.state.valkey.scripts import SCRIPTS, Script
 
 LONG = 20.0
 """Seconds for an answer where the test is not about time: a busy machine is no fault."""
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    """Return a server without data."""
-    shared.command("FLUSHALL")
-    return shared
 
 
 class Report(list[str]):
@@ -642,10 +629,10 @@ def test_server_that_is_killed() -> None:
         asyncio.run(fails_and_recovers(server, RedisServer.kill, "No such file|closed the connection|refused", restart))
 
 
-def test_server_that_is_stopped(shared: RedisServer) -> None:
+def test_server_that_is_stopped(shared_server: RedisServer) -> None:
     asyncio.run(
         fails_and_recovers(
-            shared,
+            shared_server,
             lambda server: os.kill(server.pid, signal.SIGSTOP),
             "did not answer within 200 ms|does not answer",
             lambda server: os.kill(server.pid, signal.SIGCONT),

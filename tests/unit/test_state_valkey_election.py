@@ -33,19 +33,6 @@ SHORT = 0.9
 KEYS = [b"{test}:election", b"{test}:deliveries"]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    """Return a server without data."""
-    shared.command("FLUSHALL")
-    return shared
-
-
 # By the test's clock: what a candidate believes, and what the server knows.
 
 
@@ -163,8 +150,8 @@ STEPS = st.lists(
 @example([("fail over", None), ("exchange", 1), ("advance", 10.0), ("exchange", 1)])
 @example([*[("advance", 5.0)] * 5, ("exchange", 1)])
 @example([*[("advance", 5.0)] * 6, ("exchange", 1)])
-def test_never_two_are_elected(shared: RedisServer, clocked: Script, steps: list[tuple[str, Any]]) -> None:
-    simulation = begin(shared, clocked)
+def test_never_two_are_elected(shared_server: RedisServer, clocked: Script, steps: list[tuple[str, Any]]) -> None:
+    simulation = begin(shared_server, clocked)
     for action, value in steps:
         match action:
             case "advance":
@@ -363,7 +350,7 @@ def test_one_of_two_is_elected_and_the_other_when_it_stops(server: RedisServer) 
     asyncio.run(main())
 
 
-def test_server_that_is_away(shared: RedisServer) -> None:
+def test_server_that_is_away(shared_server: RedisServer) -> None:
     with RedisServer() as server:
 
         async def main() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -20,19 +20,6 @@ from tlstunnel.state.valkey.replies import MAX_REPLY
 
 CHECK = [LimitCheck("a", 1000, 60, max_tunnels=1000)]
 MANY = 1 << 62
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    """Return a server without data."""
-    shared.command("FLUSHALL")
-    return shared
 
 
 class Impostor:

@@ -1,7 +1,7 @@
 """Samples of several machines over a real server: who sees whom, who is away, and what is not understood."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,18 +17,6 @@ from tlstunnel.state.valkey.address import parse_url
 from tlstunnel.state.valkey.samples import SharedSamples, decode_sample
 
 SITES = {"a.example": Totals(3, Counts(handshakes=7, bytes_up=1 << 40)), "b.example": Totals(0)}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    shared.command("FLUSHALL")
-    return shared
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
