@@ -29,6 +29,7 @@ from tlstunnel.cli.usage.export import COLUMNS, to_cell
 from tlstunnel.cli.usage.period import STEPS, Period, parse_period
 from tlstunnel.cli.usage.rows import make_rows
 from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline, render_size
+from tlstunnel.commands.usage import Acknowledged, Muted, Released, Throttled, UsageResult
 from tlstunnel.errors import ControlError
 from tlstunnel.plans.assessments import store_assessments
 from tlstunnel.plans.notice_file import FILE_NAME as NOTICE_FILE
@@ -37,7 +38,6 @@ from tlstunnel.plans.notices import Due
 from tlstunnel.plans.plot import Plot
 from tlstunnel.plans.values import Assessment, Figures, Notice, Standing
 from tlstunnel.processes.control import ControlSocket
-from tlstunnel.processes.usage import Acknowledged, Muted, Released, Throttled, UsageResult
 from tlstunnel.state.history.database import FILE_NAME, HISTORY, MAX_SITES, open_for_writing, transaction
 from tlstunnel.state.history.reader import Level, Usage
 from tlstunnel.state.history.samples import NOTHING, Counts, Minute, SiteMinute

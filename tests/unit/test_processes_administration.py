@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 from tests.harness import missing
 from tests.unit.test_plans_delivery import Clock, Server
 from tests.unit.test_plans_mail import Mailboxes, serving
+from tlstunnel.commands import usage
 from tlstunnel.config import decode
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.record import Record
@@ -31,7 +32,6 @@ from tlstunnel.plans.notice_file import NoticeFile
 from tlstunnel.plans.observer import Observed, Observer
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.values import Assessment, Standing
-from tlstunnel.processes import usage
 from tlstunnel.processes.administration import Administration
 from tlstunnel.state.history.samples import MINUTE, NOTHING, Counts, Instance, Sampler, Totals, add_counts
 from tlstunnel.state.history.writer import History

@@ -17,15 +17,16 @@ from typing import Any
 import msgspec
 
 from tlstunnel import __version__
+from tlstunnel.commands.catalogue import parse_command
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import shares_notices
-from tlstunnel.errors import ControlError, ProcessError, TlstunnelError
+from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.plans.channels import load_channels
 from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.standing import MachineLoad
-from tlstunnel.processes import messages, usage
+from tlstunnel.processes import messages
 from tlstunnel.processes.administration import Administration
 from tlstunnel.processes.processor import Processor
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -113,13 +114,7 @@ class AdminProcess(RoleProcess):
         return messages.Done()
 
     async def _answer(self, request: messages.Ask, _: list[int]) -> messages.Told:
-        type_ = usage.COMMANDS.get(request.command)
-        if type_ is None:
-            raise ControlError(f"unknown command: {request.command}")
-        try:
-            command = msgspec.convert(request.fields, type_)
-        except msgspec.ValidationError as error:
-            raise ControlError(f"invalid request: {error}") from None
+        command = parse_command(request.command, request.fields)
         result = await self._begun.carry_out(command, request.who, request.tunnels)
         return messages.Told(fields=msgspec.to_builtins(result))
 

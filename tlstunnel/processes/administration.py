@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from tlstunnel.addresses import quoted
+from tlstunnel.commands import usage
 from tlstunnel.config import Config
 from tlstunnel.errors import ControlError, StateError
 from tlstunnel.escaping import printable, shorten
@@ -32,7 +33,6 @@ from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.site_plot import NoticePlots
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.throttling import Throttling
-from tlstunnel.processes import usage
 from tlstunnel.state.counters import MAX_SECONDS
 from tlstunnel.state.throttles import ThrottleRule
 
@@ -183,7 +183,7 @@ class Administration:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     async def carry_out(self, command: msgspec.Struct, who: str, tunnels: Mapping[str, int]) -> msgspec.Struct:
-        """Carry out a command of `tlstunnel.processes.usage`, and return its result. Raises ControlError.
+        """Carry out a command of `tlstunnel.commands.usage`, and return its result. Raises ControlError.
 
         `tunnels` are open at the moment, by site.
         """

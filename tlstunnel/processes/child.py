@@ -18,6 +18,7 @@ from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
+from tlstunnel.processes.answers import Answers
 from tlstunnel.processes.observing import Observing
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -52,6 +53,7 @@ class ServingProcess(RoleProcess):
                 messages.Count: self._count,
                 messages.Observe: self._observe,
                 messages.Throttle: self._throttle,
+                messages.Ask: self._answer,
             },
         )
         self._metrics = Registry()
@@ -62,6 +64,7 @@ class ServingProcess(RoleProcess):
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._listeners: dict[int, Listener] = {}
+        self._answers = Answers({})
 
     async def run(self) -> None:
         """Serve until it is drained or stopped."""
@@ -143,6 +146,9 @@ class ServingProcess(RoleProcess):
     async def _throttle(self, request: messages.Throttle, _: list[int]) -> messages.Done:
         self._counting.throttles.replace(request.rules)
         return messages.Done()
+
+    async def _answer(self, request: messages.Ask, _: list[int]) -> messages.Told:
+        return messages.Told(fields=dict(await self._answers.carry_out(request.command, request.fields, request.who)))
 
     def _report_lost_ledger(self) -> None:
         self._link.notify(messages.LedgerLost(connection=self._connection))

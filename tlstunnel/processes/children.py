@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,6 +25,7 @@ from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.processes.link import MAX_FDS, Link
 from tlstunnel.processes.messages import (
     FORMAT,
+    Ask,
     Begin,
     Begun,
     Done,
@@ -37,6 +38,7 @@ from tlstunnel.processes.messages import (
     Request,
     Status,
     Stop,
+    Told,
 )
 from tlstunnel.processes.pulse import Pulse
 from tlstunnel.processes.slots import Slot
@@ -48,6 +50,10 @@ REPLY_SECONDS = 5.0
 
 ChildNotifications = Mapping[type[Notification], Callable[["Child", Any], None]]
 """Handlers of the notifications that children send, by type."""
+
+
+CarryOut = Callable[[Ask], Awaitable[Told]]
+"""Carries out a command that the admin process passes on. Raises ControlError."""
 
 
 class NotResponding(ProcessError):
@@ -128,10 +134,18 @@ class Child:
 
     `ready`: it has loaded its configuration and can accept. `draining`: it accepts no more, and exits after its last
     tunnel. `leaving` is set when another one must take its place. `silent`: it does not respond, so requests to it are
-    sent, but fail at once. `outdated`: it was silent during a reload. `problem` is why it is being killed.
+    sent, but fail at once. `outdated`: it was silent during a reload. `problem` is why it is being killed. `carry_out`
+    is for the commands that the admin process passes on.
     """
 
-    def __init__(self, pid: int, identity: Identity, sock: socket.socket, notifications: ChildNotifications) -> None:
+    def __init__(
+        self,
+        pid: int,
+        identity: Identity,
+        sock: socket.socket,
+        notifications: ChildNotifications,
+        carry_out: CarryOut | None = None,
+    ) -> None:
         """Raises OSError if there are no descriptors left."""
         self.process = ChildProcess(pid)
         self.identity = identity
@@ -142,9 +156,10 @@ class Child:
         self.problem = ""
         self.pulse: Pulse | None = None
         self.leaving = asyncio.Event()
+        self._carry_out = carry_out
         self.link = Link(
             sock,
-            {Leaving: self._handle_leaving},
+            {Leaving: self._handle_leaving, Ask: self._handle_command},
             lambda: None,
             {type_: functools.partial(take, self) for type_, take in notifications.items()},
         )
@@ -152,14 +167,21 @@ class Child:
         self.process.exited.add_done_callback(lambda _: self.link.read_rest())
 
     @classmethod
-    def start(cls, role: Role, place: int, generation: int, notifications: ChildNotifications) -> "Child":
+    def start(
+        cls,
+        role: Role,
+        place: int,
+        generation: int,
+        notifications: ChildNotifications,
+        carry_out: CarryOut | None = None,
+    ) -> "Child":
         """Start a child in a process group of its own, so that Ctrl-C in a terminal reaches only the parent.
 
         Raises OSError if the system is out of processes, memory or descriptors.
         """
         pid, sock = spawn(MODULES[role], group=True)
         try:
-            return cls(pid, Identity(role, place, generation), sock, notifications)
+            return cls(pid, Identity(role, place, generation), sock, notifications, carry_out)
         except OSError:
             sock.close()
             os.kill(pid, signal.SIGKILL)
@@ -179,10 +201,12 @@ class Child:
         )
 
     @classmethod
-    def restore(cls, kept: "ChildHandover", notifications: ChildNotifications) -> "Child":
+    def restore(
+        cls, kept: "ChildHandover", notifications: ChildNotifications, carry_out: CarryOut | None = None
+    ) -> "Child":
         """Return a child that the previous program has started."""
         os.set_inheritable(kept.link, False)
-        child = cls(kept.pid, kept.identity, socket.socket(fileno=kept.link), notifications)
+        child = cls(kept.pid, kept.identity, socket.socket(fileno=kept.link), notifications, carry_out)
         child.draining = kept.draining
         child.ready = True
         return child
@@ -269,6 +293,11 @@ class Child:
     def kill(self) -> None:
         """Kill it, whatever state it is in."""
         self.process.kill()
+
+    async def _handle_command(self, request: Ask, _: list[int]) -> Told:
+        if self.identity.role is not Role.ADMIN or self._carry_out is None:
+            raise ProcessError("only the admin process passes commands on")
+        return await self._carry_out(request)
 
     async def _handle_leaving(self, _: Leaving, __: list[int]) -> Done:
         self.draining = True

@@ -25,7 +25,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
-from tlstunnel.processes.children import Child, ChildHandover, ChildNotifications, Role, Startup
+from tlstunnel.processes.children import CarryOut, Child, ChildHandover, ChildNotifications, Role, Startup
 from tlstunnel.processes.election import Election
 from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
@@ -81,7 +81,8 @@ class Fleet:
 
     `startup` is what new children are started with. `generation` counts the programs that the parent has run, from 1.
     `ending` is the reason for a shutdown, during which no child is started; empty otherwise. `totals` are the metrics
-    of all children, including those that have exited, and `usage` is what sites have used of them.
+    of all children, including those that have exited, and `usage` is what sites have used of them. `carry_out` is for
+    the commands that the admin process passes on.
     """
 
     def __init__(  # noqa: PLR0913 - what an upgrade hands over
@@ -95,7 +96,9 @@ class Fleet:
         usage: TotalsHandover | None = None,
         observer_key: str = "",
         throttles: Iterable[ThrottleRule] = (),
+        carry_out: CarryOut | None = None,
     ) -> None:
+        self._carry_out = carry_out
         self.startup = startup
         self.generation = generation
         self.ending = ""
@@ -195,7 +198,7 @@ class Fleet:
     def restore(self, kept: Iterable[ChildHandover]) -> None:
         """Take over the children of the previous program."""
         for one in kept:
-            child = Child.restore(one, self._notifications)
+            child = Child.restore(one, self._notifications, self._carry_out)
             self._add(child)
             if child.identity.role is Role.LEDGER:
                 self.wiring.restore(child)
@@ -300,7 +303,7 @@ class Fleet:
             await self._may_start.wait()
             if self.ending or place > self.count(role):
                 return None
-            child = Child.start(role, place, self.generation, self._notifications)
+            child = Child.start(role, place, self.generation, self._notifications, self._carry_out)
             self._add(child)
             return child
 

@@ -106,6 +106,29 @@ class Notification(msgspec.Struct, frozen=True, tag_field="do"):
     """A message without a reply. A receiver that does not know its type ignores it."""
 
 
+# --- commands, to a child that carries them out, and from the admin process -------------------------------------------
+
+
+class Told(LinkReply, frozen=True):
+    """The result of a command: its fields."""
+
+    fields: dict[str, Any]
+
+
+class Ask(Request[Told], frozen=True, tag="ask"):
+    """Carry out a command of `tlstunnel.commands`, for `who`.
+
+    `tunnels` are open at the moment, by site; only the admin process is told.
+    """
+
+    command: str
+    fields: dict[str, Any]
+    who: str
+    tunnels: dict[str, int] = {}
+
+    reply: ClassVar[type[LinkReply]] = Told
+
+
 # --- parent to child --------------------------------------------------------------------------------------------------
 
 
@@ -271,23 +294,6 @@ class Adopt(Request[Done], frozen=True, tag="adopt"):
     """Go on with this configuration, which serving processes have loaded already."""
 
     config: str | None
-
-
-class Told(LinkReply, frozen=True):
-    """The result of a command: the fields of one of `tlstunnel.processes.usage`."""
-
-    fields: dict[str, Any]
-
-
-class Ask(Request[Told], frozen=True, tag="ask"):
-    """Carry out a command of `tlstunnel.processes.usage`, for `who`. `tunnels` are open at the moment, by site."""
-
-    command: str
-    fields: dict[str, Any]
-    who: str
-    tunnels: dict[str, int]
-
-    reply: ClassVar[type[LinkReply]] = Told
 
 
 class MinuteOver(Notification, frozen=True, tag="minute over"):

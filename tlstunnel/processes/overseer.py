@@ -150,7 +150,7 @@ class Overseer:
         self._run_in_background(self._send_throttles())
 
     async def ask(self, command: str, fields: Mapping[str, Any], who: str) -> Mapping[str, Any]:
-        """Have a command of `tlstunnel.processes.usage` carried out for `who`; return its result.
+        """Have a command of `tlstunnel.commands.usage` carried out for `who`; return its result.
 
         Raises ControlError.
         """

@@ -15,7 +15,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tlstunnel import __version__
+from tlstunnel.commands.catalogue import parse_command
+from tlstunnel.commands.processes import Upgrade
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
@@ -26,6 +30,7 @@ from tlstunnel.processes.commands import Commands
 from tlstunnel.processes.control import ControlSocket, ControlSocketInUse, default_path
 from tlstunnel.processes.fleet import Fleet, Options
 from tlstunnel.processes.handover import Handover
+from tlstunnel.processes.messages import Ask, Told
 from tlstunnel.processes.notify import ServiceManager
 from tlstunnel.processes.rollout import HANDLED_SIGNALS, Rollout
 from tlstunnel.processes.slots import Slots
@@ -73,6 +78,7 @@ class Parent:
             usage=inherited.usage if inherited else None,
             observer_key=inherited.observer_key if inherited else "",
             throttles=inherited.throttles if inherited else (),
+            carry_out=self._carry_out,
         )
         self._rollout = Rollout(self._fleet, slots, self._control, echo, inherited, self._service_manager)
         self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._stopped)
@@ -179,6 +185,13 @@ class Parent:
         while every := self._service_manager.watchdog_interval:
             self._service_manager.notify_alive()
             await asyncio.sleep(every)
+
+    async def _carry_out(self, request: Ask) -> Told:
+        """Carry out a command that came by HTTP. Raises ControlError."""
+        command = parse_command(request.command, request.fields)
+        if isinstance(command, Upgrade):
+            await self._rollout.upgrade(None)  # does not return
+        return Told(fields=msgspec.to_builtins(await self._commands.carry_out(command, request.who)))
 
     # --- shutdown -----------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,10 @@ import msgspec
 
 from tlstunnel.addresses import quoted
 from tlstunnel.cli.usage.period import Period
+from tlstunnel.commands.usage import Muted, Throttled, UsageResult
 from tlstunnel.errors import ControlError, StateError
 from tlstunnel.plans.values import Assessment
 from tlstunnel.processes.reach import NoTunnelRunning, find_control_socket, send_command
-from tlstunnel.processes.usage import Muted, Throttled, UsageResult
 from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader, Level, Usage
 from tlstunnel.state.history.samples import MINUTE

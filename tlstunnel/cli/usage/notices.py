@@ -19,13 +19,8 @@ from tlstunnel.cli.examples import render_examples
 from tlstunnel.cli.usage.gather import config_option, find_source, gather, read_notices, render_time
 from tlstunnel.cli.usage.period import parse_period
 from tlstunnel.cli.usage.text import describe_throttle
-from tlstunnel.config.durations import Duration, Timeout
-from tlstunnel.errors import ControlError
-from tlstunnel.escaping import printable
-from tlstunnel.plans.notice_file import DeliveryRecord, NoticeRecord, State
-from tlstunnel.processes.reach import find_control_socket, send_command
-from tlstunnel.processes.usage import (
-    COMMANDS,
+from tlstunnel.commands.command import AnyCommand
+from tlstunnel.commands.usage import (
     AckNotice,
     Acknowledged,
     Muted,
@@ -35,8 +30,11 @@ from tlstunnel.processes.usage import (
     Throttled,
     ThrottleSite,
 )
-
-_NAMES = {command: name for name, command in COMMANDS.items()}
+from tlstunnel.config.durations import Duration, Timeout
+from tlstunnel.errors import ControlError
+from tlstunnel.escaping import printable
+from tlstunnel.plans.notice_file import DeliveryRecord, NoticeRecord, State
+from tlstunnel.processes.reach import find_control_socket, send_command
 
 _RECIPIENTS = {"contact": "the site's contact", "operator": "the operator"}
 
@@ -154,7 +152,7 @@ def release(*, site: str, control: Path | None, as_json: bool) -> None:
         click.echo(f"{printable(released.site)} {what[min(released.throttles, 1)]}")
 
 
-def send(command: msgspec.Struct, control: Path | None, *, as_json: bool) -> Mapping[str, Any] | None:
+def send(command: AnyCommand, control: Path | None, *, as_json: bool) -> Mapping[str, Any] | None:
     """Have the running tunnel carry out a command. Return the response, or print it as JSON and return None.
 
     Raises ControlError.
@@ -162,7 +160,7 @@ def send(command: msgspec.Struct, control: Path | None, *, as_json: bool) -> Map
     try:
         if control is None:
             control = find_control_socket()
-        response = send_command(control, {"do": _NAMES[type(command)], **msgspec.to_builtins(command)})
+        response = send_command(control, {"do": command.name, **msgspec.to_builtins(command)})
     except ControlError as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": str(error)}))

@@ -10,9 +10,9 @@ import click
 
 from tlstunnel.cli.usage.gather import Report, SiteReport, render_time
 from tlstunnel.cli.usage.rows import Row
+from tlstunnel.commands.usage import Throttled
 from tlstunnel.escaping import printable
 from tlstunnel.plans.values import Assessment, Resource, Standing
-from tlstunnel.processes.usage import Throttled
 from tlstunnel.state.history.reader import Level
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -3,10 +3,7 @@
 import msgspec
 import pytest
 
-from tlstunnel.plans.values import Assessment, Notice, Standing
-from tlstunnel.processes.usage import (
-    COMMANDS,
-    RESULTS,
+from tlstunnel.commands.usage import (
     DeliveryStatus,
     MachineUse,
     Muted,
@@ -16,6 +13,7 @@ from tlstunnel.processes.usage import (
     ThrottleSite,
     UsageResult,
 )
+from tlstunnel.plans.values import Assessment, Notice, Standing
 
 ASSESSMENT = Assessment(site="a.test", standing=Standing.SPIKE, holds=(Standing.SPIKE,), since=1.0, sentence="Why.")
 NOTICE = Notice(
@@ -51,7 +49,3 @@ THROTTLED = Throttled(site="a.test", rate="10/second", since=1.0, until=2.0, why
 def test_values_survive_json(value: msgspec.Struct) -> None:
     assert msgspec.json.decode(msgspec.json.encode(value), type=type(value)) == value
     assert msgspec.convert(msgspec.to_builtins(value), type(value)) == value
-
-
-def test_each_command_has_a_result() -> None:
-    assert set(COMMANDS.values()) == set(RESULTS)

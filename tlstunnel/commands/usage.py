@@ -1,19 +1,14 @@
-"""The commands about usage: typed requests and results, the same for every transport.
+"""The commands about usage. The process with the role ADMIN carries them out (`tlstunnel.processes.admin`).
 
-The process with the role ADMIN carries them out (`tlstunnel.processes.admin`). Times are Unix times in seconds.
+Tested by tests/unit/test_commands_usage.py.
 """
 
-from collections.abc import Mapping
+from typing import ClassVar
 
 import msgspec
 
+from tlstunnel.commands.command import Command
 from tlstunnel.plans.values import Assessment, Notice
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """Report where sites stand: all of them, or the one that has the name `site`."""
-
-    site: str = ""
 
 
 class Throttled(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,13 +68,6 @@ class UsageResult(msgspec.Struct, frozen=True, kw_only=True):
     tunnels: dict[str, int] = {}
 
 
-class Notices(msgspec.Struct, frozen=True):
-    """List the latest notices, at most `most` of them: all, or those about one site."""
-
-    site: str = ""
-    most: int = 100
-
-
 class DeliveryStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a delivery: `channel` is "log", "webhook" or "mail", `address` is "" for those of the operator.
 
@@ -112,44 +100,10 @@ class NoticesResult(msgspec.Struct, frozen=True, kw_only=True):
     notices: tuple[NoticeStatus, ...] = ()
 
 
-class AckNotice(msgspec.Struct, frozen=True):
-    """Note that a notice was read: no further one is sent about its standing while it lasts."""
-
-    id: str
-
-
 class Acknowledged(msgspec.Struct, frozen=True):
     """The notice was acknowledged."""
 
     id: str
-
-
-class MuteSite(msgspec.Struct, frozen=True):
-    """Send no notices about a site for so many seconds; 0 ends that."""
-
-    site: str
-    seconds: float
-
-
-class ThrottleSite(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer new handshakes of a site, or of `addresses` at this site, above `rate` with 429 for so many seconds.
-
-    `rate` is written as in rate limits, such as "10/second". It is refused unless a notice to the site's contact was
-    delivered, or it is against `abuse`.
-    """
-
-    site: str
-    rate: str
-    seconds: float
-    why: str
-    abuse: bool = False
-    addresses: tuple[str, ...] = ()
-
-
-class ReleaseSite(msgspec.Struct, frozen=True):
-    """Lift all throttles of a site."""
-
-    site: str
 
 
 class Released(msgspec.Struct, frozen=True):
@@ -159,21 +113,70 @@ class Released(msgspec.Struct, frozen=True):
     throttles: int
 
 
-COMMANDS: Mapping[str, type[msgspec.Struct]] = {
-    "usage": Usage,
-    "notices": Notices,
-    "ack": AckNotice,
-    "mute": MuteSite,
-    "throttle": ThrottleSite,
-    "release": ReleaseSite,
-}
-"""The commands, by the name that each has on the control socket."""
+class Usage(Command[UsageResult], frozen=True):
+    """Report where sites stand: all of them, or the one that has the name `site`."""
 
-RESULTS: Mapping[type[msgspec.Struct], type[msgspec.Struct]] = {
-    Usage: UsageResult,
-    Notices: NoticesResult,
-    AckNotice: Acknowledged,
-    MuteSite: Muted,
-    ThrottleSite: Throttled,
-    ReleaseSite: Released,
-}
+    name: ClassVar[str] = "usage"
+    result: ClassVar[type[msgspec.Struct]] = UsageResult
+
+    site: str = ""
+
+
+class Notices(Command[NoticesResult], frozen=True):
+    """List the latest notices, at most `most` of them: all, or those about one site."""
+
+    name: ClassVar[str] = "notices"
+    result: ClassVar[type[msgspec.Struct]] = NoticesResult
+
+    site: str = ""
+    most: int = 100
+
+
+class AckNotice(Command[Acknowledged], frozen=True):
+    """Note that a notice was read: no further one is sent about its standing while it lasts."""
+
+    name: ClassVar[str] = "ack"
+    result: ClassVar[type[msgspec.Struct]] = Acknowledged
+    acts: ClassVar[bool] = True
+
+    id: str
+
+
+class MuteSite(Command[Muted], frozen=True):
+    """Send no notices about a site for so many seconds; 0 ends that."""
+
+    name: ClassVar[str] = "mute"
+    result: ClassVar[type[msgspec.Struct]] = Muted
+    acts: ClassVar[bool] = True
+
+    site: str
+    seconds: float
+
+
+class ThrottleSite(Command[Throttled], frozen=True, kw_only=True):
+    """Answer new handshakes of a site, or of `addresses` at this site, above `rate` with 429 for so many seconds.
+
+    `rate` is written as in rate limits, such as "10/second". It is refused unless a notice to the site's contact was
+    delivered, or it is against `abuse`.
+    """
+
+    name: ClassVar[str] = "throttle"
+    result: ClassVar[type[msgspec.Struct]] = Throttled
+    acts: ClassVar[bool] = True
+
+    site: str
+    rate: str
+    seconds: float
+    why: str
+    abuse: bool = False
+    addresses: tuple[str, ...] = ()
+
+
+class ReleaseSite(Command[Released], frozen=True):
+    """Lift all throttles of a site."""
+
+    name: ClassVar[str] = "release"
+    result: ClassVar[type[msgspec.Struct]] = Released
+    acts: ClassVar[bool] = True
+
+    site: str
