@@ -34,6 +34,7 @@ from tlstunnel.plans.mail import Mail
 from tlstunnel.plans.notice_file import FILE_NAME, Channel, NoticeFile, NoticeRecord, State, Target, reading
 from tlstunnel.plans.notices import DAY, HOUR, Addresses
 from tlstunnel.plans.notifier import Notifier
+from tlstunnel.plans.plot import Labels
 from tlstunnel.plans.templates import load_texts
 from tlstunnel.plans.values import Assessment, Notice, Standing
 from tlstunnel.plans.webhook import Webhook
@@ -364,7 +365,7 @@ async def mail(tmp_path: Path, boxes: Mailboxes, draw: Draw, addresses: Addresse
         server.close()
 
 
-async def draw_png(notice: Notice) -> bytes:
+async def draw_png(notice: Notice, _: Labels) -> bytes:
     return b"\x89PNG" + notice.site.encode()
 
 
@@ -385,7 +386,7 @@ def test_the_operator_gets_mail(tmp_path: Path) -> None:
     assert b"Questions about this machine: ops@b.example" in boxes.envelopes[0].content
 
 
-async def fail_to_draw(_: Notice) -> bytes:
+async def fail_to_draw(_: Notice, __: Labels) -> bytes:
     raise RuntimeError("no\nplot")
 
 

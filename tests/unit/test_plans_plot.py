@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -16,8 +17,9 @@ from tlstunnel.errors import StateError
 from tlstunnel.plans.notice_file import FILE_NAME as NOTICE_FILE
 from tlstunnel.plans.notice_file import NOTICES, Channel, NoticeFile, Target, Throttle
 from tlstunnel.plans.notices import Due
-from tlstunnel.plans.plot import Mark, Plot, condense, draw_plot, find_gaps, find_spikes
+from tlstunnel.plans.plot import Labels, Mark, Plot, condense, draw_plot, find_gaps, find_spikes
 from tlstunnel.plans.site_plot import NOTICE_SECONDS, NoticePlots, read_plot
+from tlstunnel.plans.templates import FOLDER, load_texts
 from tlstunnel.plans.values import Assessment, Figures, Notice, Standing
 from tlstunnel.state.history.database import FILE_NAME, HISTORY, open_for_writing
 from tlstunnel.state.history.reader import Level, Usage
@@ -58,6 +60,27 @@ def test_everything_that_happened_is_named() -> None:
         *("repeated", "1 234"),
     } <= set(texts)
     assert not [text for text in texts if "limit" in text.lower() or "exceed" in text.lower()]
+
+
+def test_a_plot_for_a_german_notice_is_german() -> None:
+    marks = [Mark("notice", BEGIN + 5 * HOUR, BEGIN + 5 * HOUR, "suspected abuse")]
+    marks += [Mark("throttle", BEGIN + HOUR, BEGIN + 2 * HOUR, "10/second")]
+    usages = make_usages(*[3] * 220, 12, None)
+    labels = load_texts().find_labels("de")
+    texts = draw_texts(Plot(site="a.example", guideline=10, usages=usages, marks=marks, labels=labels))
+    assert {
+        *("gleichzeitige Tunnel", "Zeit (UTC), 22. November 2026 bis 1. Dezember 2026", "Mittelwert", "Höchstwert"),
+        *("Richtwert", "über dem Richtwert", "Spitze", "nicht gemessen", "Mitteilung", "gebremst"),
+        *("Verdacht auf Missbrauch", "1. Dez."),
+    } <= set(texts)
+    english = draw_texts(Plot(site="a.example", guideline=10, usages=usages, marks=marks))
+    numbers = {text for text in texts if not any(character.isalpha() for character in text)}
+    assert set(texts) & set(english) <= numbers | {"a.example", "10/second"}
+
+
+def test_a_language_without_labels_has_english_ones(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "en", tmp_path / "fr")
+    assert load_texts(tmp_path).find_labels("fr") == Labels() == load_texts().find_labels("nl")
 
 
 def test_what_did_not_happen_is_not_named() -> None:
@@ -187,15 +210,15 @@ def test_where_hours_are_deleted_there_are_days(folder: Path) -> None:
 def test_a_notice_has_a_plot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_texts(Plot(site="a.example", usages=make_usages(1)))  # skips the test without matplotlib
     plots = NoticePlots(folder)
-    drawn = asyncio.run(plots.draw(make_notice()))
+    drawn = asyncio.run(plots.draw(make_notice(), Labels()))
     expected = read_plot(folder, "a.example", NOW - NOTICE_SECONDS, NOW, plan="Free", guideline=10)
     assert drawn == draw_plot(expected, "png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert asyncio.run(plots.draw(make_notice())) is None
+    assert asyncio.run(plots.draw(make_notice(), Labels())) is None
 
 
 def test_a_notice_about_a_site_that_was_never_measured_has_none(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"b\.example: nothing was measured in this time"):
-        asyncio.run(NoticePlots(folder).draw(make_notice("b.example")))
+        asyncio.run(NoticePlots(folder).draw(make_notice("b.example"), Labels()))
     (tmp_path / NOTICE_FILE).unlink()
     assert read_plot(folder, "a.example", NOW - DAY, NOW).marks == []

@@ -9,30 +9,13 @@ Tested by tests/unit/test_metrics_usage.py.
 
 from collections.abc import Mapping
 
+import msgspec
+
 MOST_SITES = 100_000
 """Sites that are counted, since reloads may rename them for as long as a process runs. Others are not counted."""
 
 MOST_MOVED = 500
 """Sites that are sent at once because only their bytes have changed: a millisecond."""
-
-FIELDS = (
-    "tunnels",
-    "handshakes",
-    "short",
-    "unfinished",
-    "invalid",
-    "blocked",
-    "limited",
-    "worker",
-    "origin",
-    "declined",
-    "bytes_up",
-    "bytes_down",
-)
-"""What is sent for each site, in this order: its open tunnels, then totals since the process began. New ones come last.
-
-`tlstunnel.state.history.samples.Counts` says what each of them counts.
-"""
 
 Values = list[int]
 """The values of `FIELDS`."""
@@ -43,32 +26,37 @@ Moved = tuple[int, int, int]
 _NONE: Moved = (0, 0, 0)
 
 
-class SiteUsage:
-    """What one site has used: `FIELDS`, except the open tunnels. The bytes are those of tunnels that have ended."""
+class SiteUsage(msgspec.Struct):
+    """What one site has used. The bytes are those of tunnels that have ended.
 
-    __slots__ = FIELDS[1:]
+    `tlstunnel.state.history.samples.Counts` says what each field counts. New ones come last.
+    """
 
-    def __init__(self) -> None:
-        self.handshakes = self.short = self.unfinished = self.invalid = self.blocked = self.limited = 0
-        self.worker = self.origin = self.declined = self.bytes_up = self.bytes_down = 0
+    handshakes: int = 0
+    short: int = 0
+    unfinished: int = 0
+    invalid: int = 0
+    blocked: int = 0
+    limited: int = 0
+    worker: int = 0
+    origin: int = 0
+    declined: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
     def to_values(self, moved: Moved) -> Values:
         """Return what is sent, with what the site's open tunnels have moved."""
         tunnels, up, down = moved
-        return [
-            tunnels,
-            self.handshakes,
-            self.short,
-            self.unfinished,
-            self.invalid,
-            self.blocked,
-            self.limited,
-            self.worker,
-            self.origin,
-            self.declined,
-            self.bytes_up + up,
-            self.bytes_down + down,
-        ]
+        values = [tunnels, *msgspec.structs.astuple(self)]
+        values[_BYTES_UP] += up
+        values[_BYTES_DOWN] += down
+        return values
+
+
+FIELDS = ("tunnels", *SiteUsage.__struct_fields__)
+"""What is sent for each site, in this order: its open tunnels, then totals since the process began."""
+
+_BYTES_UP, _BYTES_DOWN = FIELDS.index("bytes_up"), FIELDS.index("bytes_down")
 
 
 class Usage:

@@ -12,6 +12,7 @@ from tlstunnel.plans.guidelines import find_plans
 from tlstunnel.plans.mail import Mail
 from tlstunnel.plans.notice_file import Channel, Target
 from tlstunnel.plans.notices import Addresses, Outcome, Result
+from tlstunnel.plans.plot import Labels
 from tlstunnel.plans.templates import Texts, load_texts
 from tlstunnel.plans.values import Notice
 from tlstunnel.plans.webhook import Webhook
@@ -61,6 +62,10 @@ class Channels:
     def wants_plot(self, target: Target) -> bool:
         """Return whether a plot can be attached."""
         return target.channel is Channel.MAIL
+
+    def find_labels(self, notice: Notice) -> Labels:
+        """Return the words on the plot for a notice."""
+        return self._texts.find_labels(notice.language)
 
     async def deliver(self, notice: Notice, target: Target, plot: bytes | None = None) -> Result:
         """Make one attempt. The configuration of now counts, not that of when the notice was made."""

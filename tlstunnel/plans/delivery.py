@@ -22,6 +22,7 @@ from tlstunnel.plans.duty import SAME_SECONDS, Duty
 from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
 from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.notices import RETRIES, RETRY_SECONDS, Outcome, Result, find_delay, plan_retry
+from tlstunnel.plans.plot import Labels
 from tlstunnel.plans.values import Notice
 
 CONCURRENCY = 8
@@ -44,11 +45,11 @@ STORE_SECONDS = 5.0
 """How long to wait before the store is tried again."""
 
 Clock = Callable[[], float]
-Draw = Callable[[Notice], Awaitable[bytes | None]]
-"""Returns the plot for a notice, a PNG, or None."""
+Draw = Callable[[Notice, Labels], Awaitable[bytes | None]]
+"""Returns the plot for a notice with these labels, a PNG, or None."""
 
 
-async def draw_nothing(_: Notice) -> bytes | None:
+async def draw_nothing(_: Notice, __: Labels) -> bytes | None:
     """Return no plot."""
     return None
 
@@ -150,7 +151,9 @@ class Courier:
         if url and url in await self._store.run(NoticeFile.read_closed):
             return Result(Outcome.REFUSED, "its receiver has responded with 410 before")
         try:
-            plot = await self._draw(delivery.notice) if self.channels.wants_plot(delivery.target) else None
+            plot = None
+            if self.channels.wants_plot(delivery.target):
+                plot = await self._draw(delivery.notice, self.channels.find_labels(delivery.notice))
         except Exception as error:
             self._log.warning(Event.NOTICE_PLOT_FAILED, id=delivery.notice.id, reason=printable(str(error)))
             plot = None

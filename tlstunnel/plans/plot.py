@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -62,6 +62,62 @@ class Mark(msgspec.Struct, frozen=True):
     text: str
 
 
+_Months = Annotated[tuple[str, ...], msgspec.Meta(min_length=12, max_length=12)]
+
+_MONTHS = "January February March April May June July August September October November December"
+
+
+class Labels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The words on a plot in a language, English unless they are given.
+
+    `day` is how a day is written, with `{day}`, `{month}` and `{year}`; `short_day` has no year. `days` is the time
+    from `{first}` to `{last}`. `standings` are what notices are about.
+    """
+
+    tunnels: str = "concurrent tunnels"
+    mean: str = "mean"
+    peak: str = "peak"
+    guideline: str = "guideline"
+    over: str = "over the guideline"
+    spike: str = "spike"
+    gap: str = "not measured"
+    notice: str = "notice"
+    throttled: str = "throttled"
+    time: str = "time (UTC)"
+    day: str = "{day} {month} {year}"
+    short_day: str = "{day} {month}"
+    days: str = "{first} to {last}"
+    months: _Months = tuple(_MONTHS.split())
+    short_months: _Months = tuple(month[:3] for month in _MONTHS.split())
+    standings: dict[str, str] = {}
+
+    def render_days(self, first: datetime, last: datetime) -> str:
+        """Return the days from the first to the last, which may be the same."""
+        days = [
+            self.day.replace("{day}", f"{one:%-d}")
+            .replace("{month}", self.months[one.month - 1])
+            .replace("{year}", f"{one:%Y}")
+            for one in (first, last)
+        ]
+        return days[0] if days[0] == days[1] else self.days.replace("{first}", days[0]).replace("{last}", days[1])
+
+    def translate_months(self, text: str) -> str:
+        """Return a date of `strftime`, which has short English months, in this language."""
+
+        def translate(found: re.Match[str]) -> str:
+            month = self.short_months[_SHORT_MONTHS.index(found["month"])]
+            day = found["day"]
+            return month if day is None else self.short_day.replace("{day}", day).replace("{month}", month)
+
+        return _SHORT_MONTH.sub(translate, text)
+
+
+ENGLISH = Labels()
+
+_SHORT_MONTHS = tuple(month[:3] for month in _MONTHS.split())
+_SHORT_MONTH = re.compile(rf"(?:(?P<day>\d+) )?(?P<month>{'|'.join(_SHORT_MONTHS)})")
+
+
 class Plot(msgspec.Struct, frozen=True, kw_only=True):
     """What to draw. `usages` follow one another without a hole; a gap is a usage that `is_gap`."""
 
@@ -70,6 +126,7 @@ class Plot(msgspec.Struct, frozen=True, kw_only=True):
     guideline: int | None = None
     usages: Sequence[Usage]
     marks: Sequence[Mark] = ()
+    labels: Labels = ENGLISH
 
 
 def draw_plot(plot: Plot, kind: Format) -> bytes:
@@ -117,7 +174,8 @@ class _Drawing:
         self._means = [math.nan if usage.level is None else usage.level.mean for usage in usages]
         known = [peak for peak in self._peaks if not math.isnan(peak)]
         self._most = max([*known, float(plot.guideline or 0), 1.0])
-        self._labels: set[str] = set()
+        self._words = plot.labels
+        self._named: set[str] = set()
 
     def draw(self) -> None:
         """Draw everything."""
@@ -129,9 +187,9 @@ class _Drawing:
 
     def _name(self, label: str) -> str | None:
         """Return the label for the legend the first time, so that it is there once."""
-        if label in self._labels:
+        if label in self._named:
             return None
-        self._labels.add(label)
+        self._named.add(label)
         return label
 
     def _draw_gaps(self) -> None:
@@ -143,21 +201,21 @@ class _Drawing:
                 hatch="////",
                 linewidth=0.0,
                 alpha=0.8,
-                label=self._name("not measured"),
+                label=self._name(self._words.gap),
                 zorder=1,
             )
 
     def _draw_levels(self) -> None:
         stairs = self._axes.stairs
         stairs(self._means, self._edges, fill=True, color=_TUNNELS, alpha=0.22, linewidth=0.0, zorder=2)
-        stairs(self._means, self._edges, baseline=None, color=_TUNNELS, linewidth=1.4, label="mean", zorder=4)
+        stairs(self._means, self._edges, baseline=None, color=_TUNNELS, linewidth=1.4, label=self._words.mean, zorder=4)
         stairs(
             *(self._peaks, self._edges),
             baseline=None,
             color=_TUNNELS,
             linewidth=0.8,
             linestyle=(0, (1, 1)),
-            label="peak",
+            label=self._words.peak,
             zorder=3,
         )
 
@@ -170,12 +228,14 @@ class _Drawing:
             # In an SVG, the opacity of a face would be that of its hatch too.
             shape: dict[str, Any] = {"baseline": guideline, "fill": True, "linewidth": 0.0, "zorder": 3}
             self._axes.stairs(over, self._edges, color=_OVER, alpha=0.25, **shape)
-            hatch = {"facecolor": "none", "edgecolor": _OVER, "hatch": "xxxx", "label": "over the guideline"}
+            hatch = {"facecolor": "none", "edgecolor": _OVER, "hatch": "xxxx", "label": self._words.over}
             self._axes.stairs(over, self._edges, **hatch, **shape)
         spikes = find_spikes(self._usages, guideline, (self._end - self._begin) / 24)
         places = [(_to_date(usage.time + usage.seconds / 2), peak) for usage, peak in spikes]
         if places:
-            self._axes.scatter(*zip(*places, strict=True), marker="^", s=26, color=_OVER, label="spike", zorder=6)
+            self._axes.scatter(
+                *zip(*places, strict=True), marker="^", s=26, color=_OVER, label=self._words.spike, zorder=6
+            )
             place, peak = max(places, key=lambda one: one[1])
             self._axes.annotate(
                 _group(peak),
@@ -186,9 +246,11 @@ class _Drawing:
                 color=_INK,
                 zorder=7,
             )
-        self._axes.axhline(guideline, color=_INK, linewidth=1.2, linestyle=(0, (6, 3)), label="guideline", zorder=5)
+        self._axes.axhline(
+            guideline, color=_INK, linewidth=1.2, linestyle=(0, (6, 3)), label=self._words.guideline, zorder=5
+        )
         self._axes.annotate(
-            *(f"guideline\n{_group(guideline)}", (1.0, guideline)),
+            *(f"{self._words.guideline}\n{_group(guideline)}", (1.0, guideline)),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
             textcoords="offset points",
@@ -209,7 +271,7 @@ class _Drawing:
                     *(_to_date(since), _to_date(until)),
                     *(0.965, 1.0),
                     color=_THROTTLE,
-                    label=self._name("throttled"),
+                    label=self._name(self._words.throttled),
                     zorder=6,
                 )
                 continue
@@ -222,12 +284,12 @@ class _Drawing:
                 markersize=8,
                 color=_NOTICE,
                 linestyle="none",
-                label=self._name("notice"),
+                label=self._name(self._words.notice),
                 zorder=8,
             )
             left = since > (self._begin + self._end) / 2
             self._axes.annotate(
-                *(mark.text, (place, _SIGNS)),
+                *(self._words.standings.get(mark.text, mark.text), (place, _SIGNS)),
                 xycoords=top,
                 xytext=(-7 if left else 7, 0),
                 textcoords="offset points",
@@ -247,13 +309,14 @@ class _Drawing:
         formatter = self._dates.ConciseDateFormatter(
             locator, tz=UTC, formats=_DATES, zero_formats=_ZERO_DATES, show_offset=False
         )
+        write = formatter.format_ticks
+        formatter.format_ticks = lambda values: list(map(self._words.translate_months, write(values)))
         axes.xaxis.set_major_formatter(formatter)
         axes.yaxis.set_major_locator(self._ticker.MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: _group(value))
         begin, last = (datetime.fromtimestamp(time, UTC) for time in (self._begin, self._end - 1))
-        days = f"{begin:%-d %B %Y}" + (f" to {last:%-d %B %Y}" if last.date() != begin.date() else "")
-        axes.set_xlabel(f"time (UTC), {days}", color=_INK)
-        axes.set_ylabel("concurrent tunnels", color=_INK)
+        axes.set_xlabel(f"{self._words.time}, {self._words.render_days(begin, last)}", color=_INK)
+        axes.set_ylabel(self._words.tunnels, color=_INK)
         axes.tick_params(colors=_INK, length=3)
         axes.grid(axis="y", color=_FAINT, linewidth=0.7, zorder=0)
         axes.set_axisbelow(True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tlstunnel.errors import StateError
 from tlstunnel.plans.notice_file import reading
-from tlstunnel.plans.plot import Mark, Plot, draw_plot
+from tlstunnel.plans.plot import ENGLISH, Labels, Mark, Plot, draw_plot
 from tlstunnel.plans.values import Notice
 from tlstunnel.state.history.reader import HistoryReader
 from tlstunnel.state.history.samples import MINUTE
@@ -28,7 +28,14 @@ _DAY = 86_400
 
 
 def read_plot(  # noqa: PLR0913 - what is drawn
-    folder: Path, site: str, since: float, until: float, *, plan: str = "", guideline: int | None = None
+    folder: Path,
+    site: str,
+    since: float,
+    until: float,
+    *,
+    plan: str = "",
+    guideline: int | None = None,
+    labels: Labels = ENGLISH,
 ) -> Plot:
     """Return what to draw of a site, in the finest steps that are kept of this time.
 
@@ -43,7 +50,8 @@ def read_plot(  # noqa: PLR0913 - what is drawn
         usages = reader.read_usage(site, resolution, since, until)
     if all(usage.is_gap for usage in usages):
         raise StateError(f"{site}: nothing was measured in this time, so there is nothing to draw")
-    return Plot(site=site, plan=plan, guideline=guideline, usages=usages, marks=read_marks(folder, site))
+    marks = read_marks(folder, site)
+    return Plot(site=site, plan=plan, guideline=guideline, usages=usages, marks=marks, labels=labels)
 
 
 def _find_begin(reader: HistoryReader, site: str) -> int:
@@ -82,12 +90,15 @@ class NoticePlots:
         self._folder = folder
         self._drawing = asyncio.Lock()
 
-    async def draw(self, notice: Notice) -> bytes | None:
-        """Return a PNG; None if there is no matplotlib, or nothing was measured yet. Raises StateError."""
-        async with self._drawing:
-            return await asyncio.to_thread(self._draw, notice)
+    async def draw(self, notice: Notice, labels: Labels) -> bytes | None:
+        """Return a PNG with these labels; None if there is no matplotlib.
 
-    def _draw(self, notice: Notice) -> bytes | None:
+        Raises StateError, also if nothing was measured yet.
+        """
+        async with self._drawing:
+            return await asyncio.to_thread(self._draw, notice, labels)
+
+    def _draw(self, notice: Notice, labels: Labels) -> bytes | None:
         assessment = notice.assessment
         created = notice.created
         try:
@@ -95,6 +106,7 @@ class NoticePlots:
                 *(self._folder, notice.site, created - NOTICE_SECONDS, created),
                 plan=assessment.label,
                 guideline=assessment.figures.guideline,
+                labels=labels,
             )
             return draw_plot(plot, "png")
         except ModuleNotFoundError:

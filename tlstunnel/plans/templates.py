@@ -19,6 +19,7 @@ from tlstunnel.addresses import quoted
 from tlstunnel.errors import ConfigurationError
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.plans.notices import NOTIFIED
+from tlstunnel.plans.plot import Labels
 from tlstunnel.plans.values import Figures, Notice, Standing
 
 FOLDER = Path(__file__).with_name("templates")
@@ -58,6 +59,7 @@ class Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resources: dict[str, str]
     scarcities: dict[str, str]
     floods: dict[str, str]
+    plot: Labels = Labels()
 
 
 class _Template(string.Template):
@@ -84,12 +86,19 @@ class Texts:
 
     def render(self, notice: Notice, reply_to: str = "") -> Text:
         """Return the text of a notice in its language, or in English. `reply_to` is whom to reply to."""
-        words, templates = self._languages.get(notice.language) or self._languages[DEFAULT_LANGUAGE]
+        words, templates = self._find(notice.language)
         values = _list_values(notice, words, reply_to)
         subject, _, body = _substitute(templates[find_name(notice.standing)], values).partition("\n\n")
         if notice.recipient != notice.standing.recipient:
             body = f"{_substitute(words.no_contact, values)}\n\n{body}"
         return Text(shorten(" ".join(subject.split()), MAX_SUBJECT), body)
+
+    def find_labels(self, language: str) -> Labels:
+        """Return the words on plots in a language, or in English."""
+        return self._find(language)[0].plot
+
+    def _find(self, language: str) -> tuple[Words, Mapping[str, str]]:
+        return self._languages.get(language) or self._languages[DEFAULT_LANGUAGE]
 
 
 def find_name(standing: Standing) -> str:
