@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from tlstunnel.plans.notices import Due
 from tlstunnel.plans.values import Assessment, Notice, Standing
 
 ELECTION = "{tlstunnel}:election"
+
+LEASE = 3.0
+"""Seconds that a lease lasts in these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def running(
         None,
         certificate,
         config=config,
-        environment={"TLSTUNNEL_WATCH": "0.1,60,90,90", **environment},
+        environment={"TLSTUNNEL_WATCH": "0.1,60,90,90", "TLSTUNNEL_LEASE": str(LEASE), **environment},
         errors_expected=True,
     ) as tunnel:
         yield tunnel
@@ -118,12 +122,17 @@ def test_one_machine_sends_and_the_other_takes_over(
             expected = {"notice-a.example": ("accepted", ELSEWHERE), "notice-b.example": ("pending", "")}
             eventually(lambda: read_reasons(second) == expected)
             assert count_elections(two) == 0
+            host = socket.gethostname()
+            assert one.status()["election"] == {"here": True, "holder": host}
+            eventually(lambda: two.status()["election"] == {"here": False, "holder": host})
+            assert f"notices: sent by this machine, {host}" in one.run_command("status")
+            assert f"notices: sent by another machine, {host}" in two.run_command("status")
             holder = server.command("HGET", ELECTION, "holder")
             os.kill(ledger_of(one)["process"], signal.SIGKILL)
             eventually(lambda: count_elections(one) == 2)
             assert server.command("HGET", ELECTION, "holder") == holder
             assert one.stop() == 0
-            assert server.command("HGET", ELECTION, "holder") is None
+            assert server.command("HGET", ELECTION, "holder") != holder
             eventually(lambda: list_sent(two) == ["notice-b.example"])
             assert read_reasons(first) == {"notice-a.example": ("accepted", "")}
 

@@ -51,6 +51,8 @@ def command(*, control: Path | None, as_json: bool) -> None:
         click.echo(line)
     if (response.get("admin") or {}).get("state") == "not responding":
         click.echo("admin: not responding")
+    if (election := response.get("election")) is not None:
+        click.echo(_render_election(election))
     for throttle in response.get("throttles", ()):
         click.echo(_render_throttle(throttle))
     for shortage in response.get("shortages", ()):
@@ -68,6 +70,14 @@ def _make_row(name: str, process: Mapping[str, Any]) -> list[str]:
         "",
         _render_memory(process["pss_kib"]),
     ]
+
+
+def _render_election(election: Mapping[str, Any]) -> str:
+    if election["here"]:
+        return f"notices: sent by this machine, {election['holder']}"
+    if election["holder"]:
+        return f"notices: sent by another machine, {election['holder']}"
+    return "notices: no machine is elected to send them at the moment, so they wait"
 
 
 def _render_throttle(throttle: Mapping[str, Any]) -> str:

@@ -95,13 +95,23 @@ class ThrottleStatus(msgspec.Struct, frozen=True):
     addresses: int
 
 
+class ElectionStatus(msgspec.Struct, frozen=True):
+    """Which of several machines sends notices: this one, or the one shown as `holder`.
+
+    `holder` is "" if no machine is elected at the moment, or it is not known which one is. Notices wait then.
+    """
+
+    here: bool
+    holder: str
+
+
 class StatusResult(msgspec.Struct, frozen=True):
     """The parent, the serving processes, and the ledger if there is one.
 
     `ending` is the signal that started a shutdown, empty without one.
 
     `metrics` are the sums over all processes (docs/metrics.md). `shortages` say in a sentence each what runs short.
-    `throttles` are those that hold.
+    `throttles` are those that hold. `election` is None if no other machine may send notices.
     """
 
     version: str
@@ -116,6 +126,7 @@ class StatusResult(msgspec.Struct, frozen=True):
     shortages: list[str] = []
     admin: AdminStatus | None = None
     throttles: list[ThrottleStatus] = []
+    election: ElectionStatus | None = None
 
 
 class Ended(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from tlstunnel.processes.children import Child
 from tlstunnel.processes.messages import Delivered, Elected
+from tlstunnel.state.clock import read_clock
 
 MOST_KEPT = 20_000
 """Deliveries that are kept: as many as the server keeps. The oldest are forgotten."""
@@ -27,13 +28,24 @@ class Election:
         self._get_admin = get_admin
         self._place = ""
         self._until = 0.0
+        self._holder = ""
         self._delivered: dict[str, None] = {}
         self._unconfirmed: dict[str, None] = {}
         """What this machine has delivered, until the ledger has read in the server that it was."""
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this machine is elected."""
+        return read_clock() < self._until
+
+    @property
+    def holder(self) -> str:
+        """How the elected machine is shown, "" if there is none or it is not known."""
+        return self._holder
+
     def take_news(self, _: Child, news: Elected) -> None:
         """Take what the ledger has learned, and tell the admin process."""
-        self._until = news.until
+        self._until, self._holder = news.until, news.holder
         _remember(self._delivered, news.delivered)
         for one in news.delivered:
             self._unconfirmed.pop(one, None)
@@ -66,7 +78,7 @@ class Election:
         admin.link.notify(Elected(until=self._until))
 
     def _forget(self) -> None:
-        self._until = 0.0
+        self._until, self._holder = 0.0, ""
         self._delivered.clear()
         self._unconfirmed.clear()
         admin = self._get_admin()

@@ -223,7 +223,7 @@ class LedgerProcess(RoleProcess):
         if bool(news.until) != self._is_elected:
             self._is_elected = bool(news.until)
             self._log.info(Event.ELECTION, elected=self._is_elected)
-        self._link.notify(messages.Elected(until=news.until, delivered=list(news.delivered)))
+        self._link.notify(messages.Elected(until=news.until, delivered=list(news.delivered), holder=news.holder))
 
     def _publish(self, delivered: messages.Delivered) -> None:
         if self._election is not None:
@@ -296,13 +296,16 @@ def _make_election(
     on_news: Callable[[Any], None],
     report: Callable[[str, bool], None],
 ) -> Any:
-    return import_when_needed("tlstunnel.state.valkey.election", "state.url").Election(
+    election = import_when_needed("tlstunnel.state.valkey.election", "state.url")
+    return election.Election(
         _parse_url(state, invocation),
         prefix=state.prefix,
         instance=instance,
         on_news=on_news,
         report=report,
         password_file=state.password_file,
+        shown=socket.gethostname(),
+        lease=election.read_lease(os.environ),
     )
 
 

@@ -311,11 +311,13 @@ class Elected(Notification, frozen=True, tag="elected"):
     """Until when this machine is elected to send notices, by `tlstunnel.state.clock`; 0 if it is not.
 
     The ledger sends it to the parent, and the parent to the admin process, at each renewal and change. `delivered` is
-    what machines have delivered that was not told before (`tlstunnel.plans.duty`).
+    what machines have delivered that was not told before (`tlstunnel.plans.duty`). `holder` is how the elected machine
+    is shown, "" if there is none or it is not known.
     """
 
     until: float
     delivered: list[str] = []
+    holder: str = ""
 
 
 class Delivered(Notification, frozen=True, tag="delivered"):

@@ -10,12 +10,14 @@ import time
 from tlstunnel import __version__
 from tlstunnel.commands.processes import (
     AdminStatus,
+    ElectionStatus,
     HistoryStatus,
     LedgerStatus,
     ProcessStatus,
     StatusResult,
     ThrottleStatus,
 )
+from tlstunnel.config.together import shares_notices
 from tlstunnel.processes.children import Child, measure_pss
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
@@ -43,7 +45,15 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
             for rule in fleet.overseer.rules
         ],
         shortages=[str(shortage) for shortage in fleet.resources.shortages.values()],
+        election=_describe_election(fleet),
     )
+
+
+def _describe_election(fleet: Fleet) -> ElectionStatus | None:
+    if not shares_notices(fleet.config):
+        return None
+    election = fleet.election
+    return ElectionStatus(here=election.is_ours, holder=election.holder)
 
 
 def _describe_process(child: Child, load: Load | None, now: float, *, ending: bool) -> ProcessStatus:

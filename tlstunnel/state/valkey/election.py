@@ -9,7 +9,7 @@ The server also has what was delivered, so that another machine does not deliver
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,9 @@ from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
 
 LEASE: Final = 30.0
 """Seconds that a lease lasts, unless it is renewed."""
+
+VARIABLE: Final = "TLSTUNNEL_LEASE"
+"""An environment variable with other seconds than `LEASE`, for tests: the same on all machines."""
 
 MARGIN: Final = 1 / 6
 """The part of a lease at whose end nobody relies on it: clocks do not run equally fast, and sending takes time."""
@@ -40,20 +43,31 @@ _CLOSE_SECONDS = 0.5
 _RETRIES = Backoff(first=0.5, longest=5.0, jitter=0.25)
 
 
+def read_lease(environ: Mapping[str, str]) -> float:
+    """Return the seconds of a lease: those of `VARIABLE`, or `LEASE` if it is not set or malformed."""
+    try:
+        seconds = float(environ[VARIABLE])
+    except (KeyError, ValueError):
+        return LEASE
+    return seconds if 0.5 <= seconds <= LEASE else LEASE
+
+
 class News(NamedTuple):
     """What has changed. This machine is elected until the time `until` of `read_clock`; 0 if it is not.
 
-    `delivered` is what machines have delivered. Some of it may have been told before.
+    `delivered` is what machines have delivered. Some of it may have been told before. `holder` is how the machine is
+    shown that is elected; "" if there is none, or the server does not say.
     """
 
     until: float
     delivered: Sequence[str]
+    holder: str = ""
 
 
 class Request(NamedTuple):
     """What `elect.lua` is asked by one machine, and when, by `read_clock`."""
 
-    fields: tuple[str, str, bool, int, int, list[str]]
+    fields: tuple[str, str, bool, int, int, list[str], str]
     sent: float
 
 
@@ -61,15 +75,17 @@ class Candidate:
     """What one machine knows of the election. No I/O.
 
     `until` is when it is no longer certain to have the lease, 0 if it has none. `behind` says that the server has more
-    to tell, or to be told. A candidate that has not read all deliveries is not elected yet.
+    to tell, or to be told. A candidate that has not read all deliveries is not elected yet. `shown` is how people see
+    the machine.
     """
 
-    def __init__(self, instance: str, lease: float = LEASE) -> None:
+    def __init__(self, instance: str, lease: float = LEASE, shown: str = "") -> None:
         self.until = 0.0
         self.behind = False
         self._instance = instance
         self._token = secrets.token_hex(8)
         self._lease = lease
+        self._shown = shown
         self._since = 0
         self._told: Sequence[str] = ()
         """The deliveries of the last answer. The next one repeats some of them."""
@@ -90,12 +106,14 @@ class Candidate:
         if not wanted:
             self.until = 0.0
         added = list(islice(self._unpublished, _PUBLISHED_AT_ONCE))
-        return Request((self._instance, self._token, wanted, round(self._lease * 1e6), self._since, added), now)
+        length = round(self._lease * 1e6)
+        return Request((self._instance, self._token, wanted, length, self._since, added, self._shown), now)
 
-    def learn(self, request: Request, answer: tuple[bool, bool, int, list[str]]) -> News:
+    def learn(self, request: Request, answer: tuple[bool, bool, int, str, list[str]]) -> News:
         """Take the answer to a request."""
-        has_lease, is_more, self._since, delivered = answer
-        for delivery in request.fields[-1]:
+        has_lease, is_more, self._since, holder, delivered = answer
+        *_, published, _ = request.fields
+        for delivery in published:
             self._unpublished.pop(delivery, None)
         self.behind = is_more or bool(self._unpublished)
         if not has_lease:
@@ -103,15 +121,16 @@ class Candidate:
         elif not is_more:
             self.until = request.sent + self._lease * (1 - MARGIN)
         told, self._told = self._told, delivered
-        return News(self.until, [one for one in delivered if one not in set(told)])
+        return News(self.until, [one for one in delivered if one not in set(told)], holder)
 
 
 class Election:
     """Takes part in the election. For the event loop in which it is made.
 
-    `instance` stands for this machine's tunnel. `on_news` is called when the lease was got, renewed or lost, and with
-    deliveries of all machines. `report` is called with one line, and whether it is a failure, when there was no answer
-    for as long as a lease lasts, and when there is one again. Raises CertificateError for a file of `address`.
+    `instance` stands for this machine's tunnel, which people see as `shown`. `on_news` is called when the lease was
+    got, renewed or lost, by whichever machine, and with deliveries of all machines. `report` is called with one line,
+    and whether it is a failure, when there was no answer for as long as a lease lasts, and when there is one again.
+    Raises CertificateError for a file of `address`.
     """
 
     def __init__(  # noqa: PLR0913 - what is configured
@@ -123,12 +142,14 @@ class Election:
         on_news: Callable[[News], None],
         report: Callable[[str, bool], None],
         password_file: Path | None = None,
+        shown: str = "",
         lease: float = LEASE,
     ) -> None:
         self._address = address
         self._servers = Servers(address, make_tls_context(address), password_file)
         self._keys = [f"{{{prefix}}}:{name}".encode("ascii") for name in ("election", "deliveries")]
-        self._candidate = Candidate(instance, lease)
+        self._candidate = Candidate(instance, lease, shown)
+        self._holder = ""
         self._lease = lease
         self._on_news = on_news
         self._report = report
@@ -210,7 +231,8 @@ class Election:
         if self._reported:
             self._reported = False
             self._report(f"{self._address} elects again", False)
-        if news.until or before or news.delivered:
+        if news.until or before or news.delivered or news.holder != self._holder:
+            self._holder = news.holder
             self._on_news(news)
 
     async def _pause(self, connection: Connection) -> None:
@@ -231,4 +253,7 @@ class Election:
     def _note_failure(self, reason: str) -> None:
         if not self._reported and self._loop.time() - self._answered >= self._lease:
             self._reported = True
+            if self._holder:
+                self._holder = ""
+                self._on_news(News(0.0, ()))
             self._report(f"{self._address} does not elect: {reason}", True)

@@ -13,6 +13,8 @@ from typing import Final, Literal, Self
 
 import msgspec
 
+from tlstunnel.escaping import printable, shorten
+
 ScriptName = Literal["check", "register", "beat", "tunnels", "count", "elect"]
 
 _LATEST: Final = 1 << 53
@@ -20,6 +22,9 @@ _LATEST: Final = 1 << 53
 
 _SECRET: Final = re.compile(r"[0-9a-f]{32}")
 _HOLDER: Final = re.compile(r"[0-9A-Za-z.]{1,100}")
+_LONGEST_SHOWN: Final = 100
+"""Characters of how a machine is shown."""
+
 _MOST: Final = 1_000
 """Replaced holders. There is one for each connection of the last 45 s."""
 
@@ -75,14 +80,21 @@ def decode_registration(reply: object) -> tuple[int, str, list[str]]:
     raise ValueError("unexpected reply")
 
 
-def decode_election(reply: object) -> tuple[bool, bool, int, list[str]]:
+def decode_election(reply: object) -> tuple[bool, bool, int, str, list[str]]:
     """Return what `elect.lua` has returned. Raises ValueError.
 
-    It is whether the lease is had, whether there are more deliveries, the time to ask for them from, and deliveries.
+    It is whether the lease is had, whether there are more deliveries, the time to ask for them from, who has the lease,
+    and deliveries.
     """
     match _decode(_get_bytes(reply)):
-        case [int(has), int(more), int(since), *deliveries] if since >= 0:
-            return bool(has), bool(more), since, [one for one in deliveries if isinstance(one, str)]
+        case [int(has), int(more), int(since), str(holder), *deliveries] if since >= 0:
+            return (
+                bool(has),
+                bool(more),
+                since,
+                shorten(printable(holder), _LONGEST_SHOWN),
+                [one for one in deliveries if isinstance(one, str)],
+            )
     raise ValueError("unexpected reply")
 
 
