@@ -10,6 +10,7 @@ import email.policy
 import importlib.util
 import json
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from tlstunnel.plans.notice_file import NoticeFile
 from tlstunnel.plans.observer import Observed, Observer
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.values import Assessment, Standing
+from tlstunnel.processes import administration
 from tlstunnel.processes.administration import Administration
 from tlstunnel.state.history.samples import MINUTE, NOTHING, Counts, Instance, Sampler, Totals, add_counts
 from tlstunnel.state.history.writer import History
@@ -47,6 +49,12 @@ KEY = b"k" * 32
 IDLE, BUSY = MachineLoad(0.2, 0.1, 0.2), MachineLoad(0.95, 0.1, 0.2)
 SECRET = "whsec_" + "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for the thread that assesses, however busy the machine is."""
+    monkeypatch.setattr(administration, "QUICK_SECONDS", 60.0)
 
 
 class Behaviour(NamedTuple):
@@ -527,6 +535,24 @@ def test_wrong_commands(tmp_path: Path, command: Any, problem: str) -> None:
     live(tmp_path, BUSY_SITE, story)
 
 
+def test_usage_does_not_wait_while_the_history_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        await world.run(range(2))
+        await world.restart()
+        reading = threading.Event()
+        world.administration._thread.submit(reading.wait)
+        monkeypatch.setattr(administration, "QUICK_SECONDS", 0.05)
+        found = await world.ask(usage.Usage(), usage.UsageResult, {"a.test": 320, "b.test": 1})
+        reading.set()
+        assert found.problem == administration.BUSY
+        now = {one.site: (one.standing, one.figures.now, one.figures.peak) for one in found.assessments}
+        assert now == {"a.test": (Standing.SPIKE, 320, 320), "b.test": (Standing.WITHIN, 1, 3)}
+        monkeypatch.setattr(administration, "QUICK_SECONDS", 60.0)
+        assert (await world.ask(usage.Usage(), usage.UsageResult)).problem == ""
+
+    live(tmp_path, BUSY_SITE, story)
+
+
 def test_without_a_history_there_is_a_reason_and_later_none(tmp_path: Path) -> None:
     async def main() -> None:
         async with Server().serving() as server:
@@ -559,6 +585,8 @@ def test_notices_that_cannot_be_used_are_used_when_they_can(tmp_path: Path) -> N
     async def story(world: World) -> None:
         with pytest.raises(ControlError, match="notices and throttles cannot be used now"):
             await world.ask(usage.Notices(), usage.NoticesResult)
+        found = await world.ask(usage.Usage(), usage.UsageResult)
+        assert "notices and throttles cannot be used now" in found.problem
         (tmp_path / "notices.sqlite").rmdir()
         await world.run(range(1))
         assert await world.notices() == []

@@ -242,7 +242,12 @@ class Assessor:
                 outgrown[name] = number
         if outgrown:
             known = self._standings.assess(outgrown, self._abuse.list_suspicions(), now)
-        return {name: self._update(one, tunnels.get(name)) for name, one in known.items()}
+        return self.update(known, tunnels)
+
+    def update(self, assessments: Mapping[str, Assessment], tunnels: Mapping[str, int]) -> dict[str, Assessment]:
+        """Return those of configured sites, with the number of tunnels of this moment. For any thread; never waits."""
+        plans = self._plans
+        return {name: self._update(one, tunnels.get(name)) for name, one in assessments.items() if name in plans}
 
     def _update(self, assessment: Assessment, tunnels: int | None) -> Assessment:
         """Return an assessment with the number of tunnels of this moment."""

@@ -33,6 +33,7 @@ from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.site_plot import NoticePlots
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.throttling import Throttling
+from tlstunnel.plans.values import Assessment
 from tlstunnel.state.counters import MAX_SECONDS
 from tlstunnel.state.throttles import ThrottleRule
 
@@ -43,6 +44,12 @@ LONGEST_WHY = 500
 """Characters of the reason for a throttle."""
 
 MOST_NOTICES = 10_000
+
+QUICK_SECONDS = 0.1
+"""How long a report on usage waits for the thread that assesses sites. Then it has what was known before."""
+
+BUSY = "the history is being read; where sites stand is from before"
+"""Why a report has only what was known before."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -76,6 +83,8 @@ class Administration:
         self._duty = Duty(alone=True) if duty is None else duty
         self._thread = ThreadPoolExecutor(1, "assessor")
         self._assessor = Assessor(folder, config, key)
+        self._known: Mapping[str, Assessment] = self._assessor.assessments
+        """Where each site stood when that was known last."""
         self._notifier: Notifier | None = None
         self._throttling: Throttling | None = None
         self._problem = ""
@@ -128,6 +137,7 @@ class Administration:
             self._problem = str(error)
         else:
             self._problem = ""
+            self._known = step.assessments
             await self._follow(step)
 
     async def close(self) -> None:
@@ -195,15 +205,22 @@ class Administration:
     async def _report_usage(self, command: usage.Usage, _: str, tunnels: Mapping[str, int]) -> usage.UsageResult:
         now = self._clock()
         site = self._find_site(command.site) if command.site else ""
-        found = await self._run(self._assessor.refresh, now, tunnels)
+        problem = self._problem if self._assessor.assessed is None else ""
+        try:
+            async with asyncio.timeout(QUICK_SECONDS):
+                self._known = await self._run(self._assessor.refresh, now, tunnels)
+            found = self._known
+        except TimeoutError:
+            found = self._assessor.update(self._known, tunnels)
+            problem = problem or BUSY
         load = self._assessor.load
         mutes: list[Mute] = []
         throttles: Sequence[Throttle] = ()
-        problem = self._problem if self._assessor.assessed is None else ""
         try:
-            mutes = await self._opened[0].store.run(NoticeFile.read_mutes, now)
-            throttles = self._opened[1].holding
-        except StateError as error:
+            notifier, throttling = self._opened
+            throttles = throttling.holding
+            mutes = await notifier.store.run(NoticeFile.read_mutes, now)
+        except (ControlError, StateError) as error:
             problem = problem or str(error)
         return usage.UsageResult(
             now=now,
