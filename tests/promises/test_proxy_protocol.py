@@ -248,7 +248,7 @@ def test_origins_receive_the_clients_address(certificate: Certificate, version: 
 
 
 @contextlib.contextmanager
-def _haproxy(folder: Path, text: str) -> Iterator[int]:
+def haproxy(folder: Path, text: str) -> Iterator[int]:
     """Run HAProxy with what comes after ``listen l``; return its port. It inherits the listener: no one can take it."""
     program = require("haproxy")
     file = folder / "haproxy.cfg"
@@ -277,7 +277,7 @@ def test_haproxy_before_the_tunnel(certificate: Certificate, tmp_path: Path, ver
     with (
         WebsocketsOrigin() as origin,
         tunnel_to(origin.address, certificate, top=REQUIRED) as tunnel,
-        _haproxy(tmp_path, f"\n mode tcp\n server s 127.0.0.1:{tunnel.port} {version}\n") as port,
+        haproxy(tmp_path, f"\n mode tcp\n server s 127.0.0.1:{tunnel.port} {version}\n") as port,
     ):
         plain = socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=("127.0.0.3", 0))
         with client_context(tunnel).wrap_socket(plain, server_hostname="localhost") as client:
@@ -298,7 +298,7 @@ def test_haproxy_behind_the_tunnel(certificate: Certificate, tmp_path: Path, ver
         )
         site = f'send_proxy_protocol = "{version}"\nhealth = {{ type = "tcp", interval = "100ms" }}'
         with (
-            _haproxy(tmp_path, text) as port,
+            haproxy(tmp_path, text) as port,
             tunnel_to(f"127.0.0.1:{port}", certificate, site=site) as tunnel,
         ):
             traffic = origin.play(switching_protocols)

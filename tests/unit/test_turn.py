@@ -38,7 +38,7 @@ from tlstunnel.tunnel.exchange import pass_on
 from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin
 from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
-from tlstunnel.tunnel.serving import Serving
+from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Site, Sites
 from tlstunnel.tunnel.splice import Splices
 from tlstunnel.tunnel.turn import Turn
@@ -122,6 +122,8 @@ class Process:
             deadlines=Deadlines(loop, 0.05),
             closing_sockets=closing,
             splices=Splices(closing),
+            health_addresses=Networks.parse(()),
+            availability=Availability(),
         )
         ours, self.peer = socket.socketpair()
         ours.setblocking(False)
@@ -322,6 +324,7 @@ def test_a_turn_is_closed_whatever_a_stage_raises(
         ("read_request", skip),
         ("check_firewall", skip),
         ("call_worker", skip),
+        ("check_request", lambda _: None),
         ("reach_origin", hold_something),
         ("request_upgrade", fail),
     ):

@@ -22,6 +22,7 @@ from tlstunnel.config.firewall import (
     find_unknown_lists,
 )
 from tlstunnel.config.kinds import UNREADABLE, Array, Integer, Kind, Reading, Schema, Text
+from tlstunnel.config.origins import HealthPath
 from tlstunnel.config.plans import BUILT_IN, Plans, describe_unknown
 from tlstunnel.config.site import SiteConfig
 from tlstunnel.config.state import State
@@ -118,6 +119,8 @@ class Config(Table, frozen=True):
     proxy_protocol_listen: tuple[Listen, ...] = ()
     resolve_interval: Timeout = Timeout(30)
     drain_removed: bool = False
+    health_path: HealthPath | None = None
+    health_addresses: Annotated[Networks, _NetworksKind()] = Networks()
     sites: tuple[SiteConfig, ...] = ()
 
     def check_listen(self) -> Findings:
@@ -139,6 +142,24 @@ class Config(Table, frozen=True):
         if self.proxy_protocol == "required" and not self.trusted_proxies:
             reason = "every connection would be refused: list the proxies that send the header in trusted_proxies"
             yield ("proxy_protocol",), reason
+
+    def check_health_path(self) -> Findings:
+        """Someone may ask for it."""
+        if self.health_addresses or self.trusted_proxies:
+            return
+        reason = "no one may ask for it: list the load balancers in health_addresses, or in trusted_proxies"
+        if self.health_path is not None:
+            yield ("health_path",), reason
+        for number, path in _read_all("health_path", self.sites):
+            if path is not None:
+                yield ("sites", number, "health_path"), reason
+
+    def check_health_addresses(self) -> Findings:
+        """There is something to ask for."""
+        if not self.health_addresses or self.health_path is not None:
+            return
+        if all(path is None for _, path in _read_all("health_path", self.sites)):
+            yield ("health_addresses",), 'requires health_path, such as health_path = "/.tlstunnel/ready"'
 
     def check_rule_names(self) -> Findings:
         """The names of rules are unique."""

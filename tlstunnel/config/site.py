@@ -25,6 +25,7 @@ from tlstunnel.config.origins import (
     Balance,
     Ejection,
     Health,
+    HealthPath,
     OriginConfig,
     OriginHost,
     OriginName,
@@ -127,6 +128,7 @@ class SiteConfig(Table, frozen=True):
     web_origins_mode: Mode = "block"
     strict_path: bool = True
     http: Literal["refuse", "pass"] = "refuse"
+    health_path: HealthPath | None = None
     rules: tuple[RuleConfig, ...] = ()
     rate_limits: tuple[RateLimitConfig, ...] = ()
     managed_rules: SiteManagedRules | None = None

@@ -45,6 +45,8 @@ _ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)((?:[/?#].*)?)", re.IGNORECASE)
 _STRICT_GET = re.compile(
     rb"GET (/[!-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
+_SAFE = frozenset({b"GET", b"HEAD"})
+
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 """Fields of which h11 checks the value."""
 
@@ -117,7 +119,7 @@ class RequestReader(Generic[_R]):
     """Reads one `UpgradeRequest` from bytes; `leftover` are the bytes received after its head.
 
     With `accept_plain`, a request without ``Upgrade: websocket`` becomes a `PlainRequest`; `leftover` may then be the
-    beginning of its body.
+    beginning of its body. So does a GET or HEAD of `health_path`, if that is not empty.
 
     `target` is set as soon as the head has been parsed, so most requests that are refused have one too. The result
     depends only on the bytes, not on how they were split. After a `Refusal` the reader cannot be used again. One empty
@@ -128,10 +130,11 @@ class RequestReader(Generic[_R]):
     def __init__(self: "RequestReader[UpgradeRequest]", accept_plain: Literal[False] = False) -> None: ...
 
     @overload
-    def __init__(self: "RequestReader[Request]", accept_plain: bool) -> None: ...
+    def __init__(self: "RequestReader[Request]", accept_plain: bool, health_path: bytes = b"") -> None: ...
 
-    def __init__(self, accept_plain: bool = False) -> None:
+    def __init__(self, accept_plain: bool = False, health_path: bytes = b"") -> None:
         self.leftover = self.target = b""
+        self._health_path = health_path
         self._accepts_plain = accept_plain
         self._head = bytearray()
         self._at_start = True
@@ -151,7 +154,8 @@ class RequestReader(Generic[_R]):
         if head.target[:1] != b"/":
             head, fields = _replace_absolute_form(head, fields)
         self.target = head.target
-        plain = self._accepts_plain and not has_token(fields, b"upgrade", b"websocket")
+        accepts_plain = self._accepts_plain or (head.method in _SAFE and has_path(head, self._health_path))
+        plain = accepts_plain and not has_token(fields, b"upgrade", b"websocket")
         return cast(_R, _check_plain_request(head, fields) if plain else _check_upgrade_request(head, fields))
 
     def _skip_empty_line(self) -> bool:
@@ -181,6 +185,11 @@ class RequestReader(Generic[_R]):
         if len(buffer) >= MAX_HEAD:
             raise Refusal(431, Reason.HEAD_TOO_LARGE, f"the request head has more than {MAX_HEAD} bytes")
         return None
+
+
+def has_path(request: _Head | Request, path: bytes) -> bool:
+    """Return whether a request asks for `path`, whatever its query."""
+    return request.target.partition(b"?")[0] == path
 
 
 def _replace_absolute_form(head: _Head, fields: ByName) -> tuple[_Head, ByName]:

@@ -66,6 +66,11 @@ CONNECTIONS_NOT_ACCEPTED = _counter(
     "reason",
     text="Connections closed as soon as they were accepted: address lists, PROXY protocol from an untrusted address.",
 )
+HEALTH_CHECKS = _counter(
+    "tlstunnel_health_checks_total",
+    "status",
+    text="Requests of load balancers for health_path, by the status of the response. They are in no other counter.",
+)
 ACCEPT_PAUSES = _counter(
     "tlstunnel_accept_pauses_total", "reason", text="Times that accepting paused for lack of descriptors or memory."
 )

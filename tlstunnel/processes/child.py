@@ -47,6 +47,7 @@ class ServingProcess(RoleProcess):
                 messages.Prepare: self._prepare,
                 messages.Commit: self._commit,
                 messages.Abandon: self._abandon,
+                messages.AnnounceDrain: self._announce_drain,
                 messages.Drain: self._drain,
                 messages.Stop: self._stop,
                 messages.Status: self._status,
@@ -114,6 +115,10 @@ class ServingProcess(RoleProcess):
 
     async def _abandon(self, _: messages.Abandon, __: list[int]) -> messages.Done:
         await self._begun_service.abandon()
+        return messages.Done()
+
+    async def _announce_drain(self, _: messages.AnnounceDrain, __: list[int]) -> messages.Done:
+        self._begun_service.announce_drain()
         return messages.Done()
 
     async def _drain(self, request: messages.Drain, _: list[int]) -> messages.Done:

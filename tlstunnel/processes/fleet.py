@@ -30,6 +30,7 @@ from tlstunnel.processes.election import Election
 from tlstunnel.processes.feed import Feed
 from tlstunnel.processes.guard import Guard
 from tlstunnel.processes.messages import (
+    AnnounceDrain,
     Delivered,
     Elected,
     LedgerLoad,
@@ -504,6 +505,10 @@ class Fleet:
         ]
 
     # --- shutdown -----------------------------------------------------------------------------------------------------
+
+    async def announce_drain(self) -> None:
+        """Have all serving children tell load balancers that a shutdown has begun."""
+        await asyncio.gather(*(child.try_request(AnnounceDrain()) for child in self.serving() if child.ready))
 
     async def drain(self, over: float) -> None:
         """Drain all serving children over so many seconds; return when they have exited, or are overdue."""

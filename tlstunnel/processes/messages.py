@@ -203,6 +203,10 @@ class Drain(Request[Done], frozen=True, tag="drain"):
     over: float | None
 
 
+class AnnounceDrain(Request[Done], frozen=True, tag="announce drain"):
+    """Fail health checks: a shutdown has begun. Go on accepting until `Drain`. Earlier releases refuse the request."""
+
+
 class Stop(Request[Done], frozen=True, tag="stop"):
     """Close everything at once, and exit."""
 

@@ -210,7 +210,9 @@ class Parent:
     async def _drain(self, number: signal.Signals) -> None:
         release = self._fleet.config.release
         wait, over = (0.0, SIGINT_SECONDS) if number == signal.SIGINT else (release.drain_wait, release.drain_over)
-        await asyncio.sleep(wait)
+        if wait:
+            await self._fleet.announce_drain()
+            await asyncio.sleep(wait)
         # Before the children do: the last one to close a socket accepts what waits in its backlog.
         self._slots.close()
         await self._fleet.drain(float(over))

@@ -220,6 +220,7 @@ def _load(
                 resolve_every=description.config.resolve_interval,
                 workers=workers if not problems.found else None,
                 counting=counting,
+                health_path=description.config.health_path,
             )
         found = (*of_sites.found, *problems.found)
         if firewall is None or sites is None or found:

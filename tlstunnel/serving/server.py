@@ -23,7 +23,7 @@ from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
-from tlstunnel.tunnel.serving import Serving
+from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splices
 from tlstunnel.tunnel.tunnel import Tunnel
@@ -144,6 +144,7 @@ class Server:
         self._readiness = readiness(self._loop)
         self._closing = ClosingSockets(self._readiness, self._loop)
         self._splices = Splices(self._closing)
+        self._availability = Availability()
         self._serving = self._make_serving(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
         self._accepted = journal.metrics[families.CONNECTIONS_ACCEPTED]
@@ -200,6 +201,8 @@ class Server:
             deadlines=Deadlines(self._loop, _choose_precision(config.timeouts, sites.shortest_wait)),
             closing_sockets=self._closing,
             splices=self._splices,
+            health_addresses=config.health_addresses,
+            availability=self._availability,
         )
 
     def accept(self, listeners: Iterable[Listener]) -> None:
@@ -238,12 +241,17 @@ class Server:
         while begun := begun.intersection(self._unfinished):
             await asyncio.wait(begun, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
 
+    def announce_drain(self) -> None:
+        """Tell load balancers that ask from now on to send no more clients."""
+        self._availability.ready = False
+
     async def drain(self, after: float | None, over: float) -> None:
         """Wait `after` seconds (None: no limit) for the tunnels to end, then end the rest over `over` seconds.
 
         The oldest come first, at even intervals with jitter, so that clients do not all reconnect at the same moment.
         Unfinished handshakes may complete, and are ended with the rest. Nothing is accepted.
         """
+        self.announce_drain()
         self.accept(())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(after):

@@ -118,6 +118,10 @@ class Service:
         if loaded is not None:
             await loaded.close()
 
+    def announce_drain(self) -> None:
+        """Fail health checks from now on: a shutdown has begun, and connections are still accepted."""
+        self._server.announce_drain()
+
     @property
     def draining(self) -> bool:
         """Whether `drain` was called."""

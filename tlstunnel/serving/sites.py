@@ -31,29 +31,33 @@ def build_sites(  # noqa: PLR0913 - what sites are built from
     resolve_every: float = 30.0,
     workers: "Workers | None" = None,
     counting: Counting | None = None,
+    health_path: str | None = None,
 ) -> Sites:
     """Build the sites of a configuration. `test_pair` (certificate, key) is for sites without a certificate.
 
     `workers` are those of the same configuration, None if no site has one. `counting` counts the tunnels of origins.
+    `health_path` is for the sites without one of their own.
 
     Files that have not changed since they were read for `before` are not read again. A certificate of `before` whose
     files are no longer good stays in service, and `certificates.complaints` says so. Takes 0.2 ms a site, in any
     thread. Raises InvalidConfiguration with every problem of every site.
     """
-    return _Builder(test_pair, before, resolve_every, workers, counting).build(configured)
+    return _Builder(test_pair, before, resolve_every, workers, counting, health_path).build(configured)
 
 
 class _Builder:
     """Builds sites and collects their problems."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what sites are built from
         self,
         test_pair: tuple[Path, Path] | None,
         before: Sites | None,
         resolve_every: float,
         workers: "Workers | None",
         counting: Counting | None,
+        health_path: str | None,
     ) -> None:
+        self._health_path = health_path
         self._test_pair = test_pair
         self._before = before.certificates if before is not None else None
         self._resolve_every = resolve_every
@@ -104,6 +108,7 @@ class _Builder:
             max_age=config.max_age,
             max_age_jitter=config.max_age_jitter,
             edge=workers.build_edge(config, pools, self._resolve_every, preface, tls) if workers is not None else None,
+            health_path=(config.health_path or self._health_path or "").encode("ascii"),
         )
 
     def _read_certificates(self, config: SiteConfig, path: KeyPath) -> ServerCredentials | None:

@@ -11,6 +11,7 @@ from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest, RequestReader
 from tlstunnel.journal.events import Reason
 from tlstunnel.sockets.channel import ClientGone
+from tlstunnel.tunnel.health import find_health_path
 from tlstunnel.tunnel.turn import Turn
 
 
@@ -23,7 +24,7 @@ async def read_request(turn: Turn) -> None:
     serving = client.serving
     timeout = serving.timeouts.request
     client.set_timeout(timeout)
-    reader = RequestReader(turn.site.passes)
+    reader = RequestReader(turn.site.passes, find_health_path(client))
     request = None
     try:
         while request is None:
@@ -38,12 +39,18 @@ async def read_request(turn: Turn) -> None:
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
         record.id = read_request_id(request) or record.id
+    turn.request, turn.early = request, reader.leftover
+
+
+def check_request(turn: Turn) -> None:
+    """Check that the client has an accepted certificate, and asks for this site. Raises Refusal."""
+    client, request = turn.client, turn.request
+    assert request is not None
     if (refused := client.certificate_refusal) is not None:
         raise Refusal(403, refused.reason, str(refused))
     # The certificate of one site must not give access to another with a closer name and its own rules.
-    if serving.sites.choose(request.host) is not turn.site:
+    if client.serving.sites.choose(request.host) is not turn.site:
         raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
-    turn.request, turn.early = request, reader.leftover
 
 
 def _path_for_log(target: bytes) -> str:

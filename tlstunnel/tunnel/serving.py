@@ -17,6 +17,15 @@ from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splices
 
 
+class Availability:
+    """Whether load balancers should send clients here. `ready` is False from the moment a shutdown begins."""
+
+    __slots__ = ("ready",)
+
+    def __init__(self) -> None:
+        self.ready = True
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """The configuration in force when a connection was accepted, and what all connections of the process share."""
@@ -32,6 +41,8 @@ class Serving:
     deadlines: Deadlines
     closing_sockets: ClosingSockets
     splices: Splices
+    health_addresses: Networks
+    availability: Availability
 
     def proxied(self, listener: ListenAddress) -> bool:
         """Return whether connections of this listener must begin with a PROXY header."""

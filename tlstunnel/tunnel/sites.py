@@ -52,6 +52,7 @@ class Site:
     `pool` are the origins of requests that match none of `routes` (the beginning of a path, and its origins). `edits`
     apply to the heads for origins, and `edge` is called before an origin is chosen. A tunnel lives for `max_age`
     seconds at most, and up to `max_age_jitter` longer. With `passes`, requests without an upgrade are passed on too.
+    The tunnel itself answers load balancers that ask for `health_path`, unless it is empty.
     """
 
     names: frozenset[str]
@@ -64,6 +65,7 @@ class Site:
     max_age: float | None = None
     max_age_jitter: float = 0.0
     edge: "Edge | None" = None
+    health_path: bytes = b""
 
     @property
     def context(self) -> ssl.SSLContext:

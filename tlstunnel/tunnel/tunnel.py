@@ -14,9 +14,10 @@ from tlstunnel.tunnel import ends
 from tlstunnel.tunnel.arrival import accept_tls, choose_site, read_hello, read_proxy_header
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.exchange import pass_on, too_many_uploads
+from tlstunnel.tunnel.health import answer_health_check, is_health_check
 from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin, relay, request_upgrade
-from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
+from tlstunnel.tunnel.request import call_worker, check_firewall, check_request, read_request
 from tlstunnel.tunnel.serving import Serving
 from tlstunnel.tunnel.turn import Turn
 
@@ -70,6 +71,9 @@ class Tunnel:
             await read_request(turn)
             if client.trusted:
                 counts.identify(turn.record.client)
+            if is_health_check(turn):
+                return await answer_health_check(turn)
+            check_request(turn)
             await check_firewall(turn)
             await call_worker(turn)
             if isinstance(turn.request, PlainRequest):
