@@ -217,7 +217,7 @@ def test_a_month(tmp_path: Path) -> None:
     """All kinds of sites beside each other; the machine is off for a day, and the process is restarted."""
 
     async def story(world: World) -> None:
-        every = range(0, 31 * DAY, 20)
+        every = range(0, 31 * DAY, 60)
         off = range(22 * DAY, 23 * DAY)
         acknowledged = False
         for day, minutes in groupby(every, key=lambda minute: minute // DAY):
