@@ -81,13 +81,19 @@ def require(program: str, package: str | None = None) -> str:
 
 
 def eventually(condition: Callable[[], T], timeout: float = TIMEOUT, interval: float = 0.01) -> T:
-    """Call `condition` until it returns something true, and return that. Raises AssertionError after `timeout`."""
+    """Call `condition` until it returns something true, and return that. Raises AssertionError after `timeout`.
+
+    What takes a while, such as a handshake, is called less often: waiting should not keep the cores busy.
+    """
     deadline = time.monotonic() + timeout
-    while not (result := condition()):
-        if time.monotonic() > deadline:
+    while True:
+        began = time.monotonic()
+        if result := condition():
+            return result
+        ended = time.monotonic()
+        if ended > deadline:
             raise AssertionError(f"not so within {timeout} s: {condition} returned {result!r}")
-        time.sleep(interval)
-    return result
+        time.sleep(max(interval, min(4 * (ended - began), 0.1)))
 
 
 def assert_below(limit: float, measure: Callable[[], float]) -> None:

@@ -123,7 +123,7 @@ class _Churn:
 
 
 @pytest.mark.parametrize(
-    "connections", [1_500, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "connections", [1_000, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 def test_connections_leave_nothing(certificate: Certificate, connections: int) -> None:
     with (
