@@ -22,6 +22,7 @@ from tlstunnel.plans.notice_file import Channel, NoticeFile, Target, reading
 from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.notices import Due
 from tlstunnel.plans.values import Assessment, Notice, Standing
+from tlstunnel.processes.reach import send_command
 
 ELECTION = "{tlstunnel}:election"
 
@@ -110,6 +111,13 @@ def list_sent(tunnel: Tunnel) -> list[str]:
     return [record["id"] for record in tunnel.records("notice")]
 
 
+def find_decisions(tunnel: Tunnel) -> tuple[set[str], set[str]]:
+    """Return the notices that are acknowledged, and the sites that are muted."""
+    notices = send_command(tunnel.control, {"do": "notices"})["notices"]
+    mutes = send_command(tunnel.control, {"do": "usage"})["mutes"]
+    return {one["notice"]["id"] for one in notices if one["acknowledged"]}, {one["site"] for one in mutes}
+
+
 def test_one_machine_sends_and_the_other_takes_over(
     origin: RawOrigin, certificate: Certificate, tmp_path: Path, server: RedisServer
 ) -> None:
@@ -127,6 +135,11 @@ def test_one_machine_sends_and_the_other_takes_over(
             eventually(lambda: two.status()["election"] == {"here": False, "holder": host})
             assert f"notices: sent by this machine, {host}" in one.run_command("status")
             assert f"notices: sent by another machine, {host}" in two.run_command("status")
+            two.run_command("usage", "ack", "notice-a.example")
+            two.run_command("usage", "mute", "localhost", "--for", "30d")
+            eventually(lambda: find_decisions(one) == ({"notice-a.example"}, {"localhost"}))
+            one.run_command("usage", "mute", "localhost", "--for", "0s")
+            eventually(lambda: find_decisions(two) == ({"notice-a.example"}, set()))
             holder = server.command("HGET", ELECTION, "holder")
             os.kill(ledger_of(one)["process"], signal.SIGKILL)
             eventually(lambda: count_elections(one) == 2)

@@ -11,14 +11,24 @@ from hypothesis import strategies as st
 
 from tests.unit.test_plans_delivery import START, Clock, Server, assess, find, hook, read, run, until, wait_for
 from tlstunnel.plans import duty as module
+from tlstunnel.plans.decisions import Mute
 from tlstunnel.plans.delivery import ELSEWHERE, TOO_LATE
-from tlstunnel.plans.duty import SAME_SECONDS, Duty
+from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
-from tlstunnel.plans.notices import DAY, HOUR, REPEAT_SECONDS, RETRY_SECONDS, make_shared_id
+from tlstunnel.plans.notices import (
+    DAY,
+    HOUR,
+    REPEAT_SECONDS,
+    RETRY_SECONDS,
+    SAME_SECONDS,
+    SETTLE_SECONDS,
+    make_shared_id,
+)
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.values import Assessment, Notice, Recipient, Standing
 
 WEBHOOK = Target(Channel.WEBHOOK)
+BOTH = [assess(Standing.SUSTAINED), assess(Standing.SUSTAINED, "b")]
 EVER = 1e12
 
 
@@ -219,6 +229,76 @@ def test_only_the_elected_machine_delivers(tmp_path: Path) -> None:
             assert len(server.ids) == 2
 
     run(main())
+
+
+def test_what_is_decided_on_one_machine_holds_on_all(tmp_path: Path) -> None:
+    """Also on one that was elsewhere meanwhile, and on one that has never had the notice."""
+
+    async def main() -> None:
+        clock = Clock()
+        async with Server().serving() as server, machines(tmp_path, server, clock, 3) as (one, two, three):
+            one.elect()
+            for machine in (one, two, three):
+                await machine.notifier.assess(BOTH)
+            clock.now += SETTLE_SECONDS
+            for machine in (one, two):
+                assert await machine.notifier.assess(BOTH) == 2
+                await machine.wait_until_done()
+            await two.notifier.mute("b", 30 * DAY, "ann")
+            notice = next(one for one in await read(two.notifier) if one.notice.site == "a").notice
+            assert await two.notifier.acknowledge(notice.id, "bob (uid 7)")
+            await one.notifier.follow()
+            (known,) = [record for record in await read(one.notifier) if record.notice.id == notice.id]
+            assert (known.acknowledged, known.acknowledged_by) == (clock.now, "bob (uid 7)")
+            assert [mute.site for mute in await one.notifier.store.run(NoticeFile.read_mutes, clock.now)] == ["b"]
+            await two.stop()
+            two._notifier = None
+            clock.now += REPEAT_SECONDS + HOUR
+            for machine in (one, three):
+                assert await machine.notifier.assess(BOTH) == 0
+            one.elect(elected=False)
+            three.elect()
+            assert await three.notifier.assess(BOTH) == 0
+            await three.notifier.mute("b", 0.0, "ann")
+            await one.notifier.follow()
+            clock.now += HOUR
+            for machine in (three, one):
+                assert await machine.notifier.assess(BOTH) == 1
+                await machine.wait_until_done()
+            assert len(server.posts) == 3
+
+    run(main())
+
+
+def test_a_server_that_has_lost_everything_is_told_again_what_was_decided(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = Clock()
+        async with Server().serving() as server, machines(tmp_path, server, clock) as (one, two):
+            await two.stop()
+            two._notifier = None
+            await one.notifier.mute("a", 30 * DAY, "ann")
+            one._told.clear()
+            await two.start()
+            one.elect()
+            await until(functools.partial(_was_told, one))
+            await two.notifier.follow()
+            assert [mute.who for mute in await two.notifier.store.run(NoticeFile.read_mutes, clock.now)] == ["ann"]
+
+    async def _was_told(machine: Machine) -> bool:
+        return bool(machine._told)
+
+    run(main())
+
+
+def test_what_waits_to_be_stored_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_DECISIONS", 2)
+    duty = Duty()
+    told: list[str] = []
+    Duty(told.extend).tell([Mute(site, START, START, "x") for site in "abc"])
+    assert not duty.learn(0.0, told)
+    assert [one.site for one in duty.decisions] == ["b", "c"]
+    Duty(told.extend, alone=True).tell([Mute("d", START, START, "x")])
+    assert len(told) == 3
 
 
 def test_none_is_elected_for_a_while(tmp_path: Path) -> None:

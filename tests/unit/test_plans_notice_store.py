@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from tests.unit.test_plans_templates import make_notice
 from tlstunnel.errors import StateError
+from tlstunnel.plans.decisions import Acknowledgement, Mute
 from tlstunnel.plans.notice_file import (
     FILE_NAME,
     KEEP_SECONDS,
@@ -21,7 +22,6 @@ from tlstunnel.plans.notice_file import (
     Channel,
     Delivery,
     DeliveryRecord,
-    Mute,
     NotContactedError,
     NoticeFile,
     NoticeRecord,
@@ -192,9 +192,11 @@ def test_what_was_sent_is_the_last_for_each_standing(file: NoticeFile) -> None:
 
 def test_acknowledging_and_calm_are_stored(file: NoticeFile) -> None:
     record(file, make())
-    assert file.acknowledge("notice-1", "ann", NOW + 5)
-    assert file.acknowledge("notice-1", "bob", NOW + 9)
-    assert not file.acknowledge("notice-2", "ann", NOW)
+    stored = Acknowledgement("chat.example.com", Standing.SUSTAINED, NOW, NOW + 5, "ann")
+    assert file.acknowledge("notice-1", "ann", NOW + 5) == stored
+    assert file.acknowledge("notice-1", "bob", NOW + 9) == stored
+    assert file.acknowledge("notice-2", "ann", NOW) is None
+    assert file.read_decisions(10) == [stored]
     (found,) = file.read_notices()
     assert (found.acknowledged, found.acknowledged_by) == (NOW + 5, "ann")
     (sent,) = file.read_sent()
@@ -221,8 +223,10 @@ def test_a_mute_lasts_until_its_end(file: NoticeFile) -> None:
     file.mute(mute)
     assert file.read_mutes(NOW + 59) == [mute]
     assert file.read_mutes(NOW + 60) == []
-    file.mute(Mute("a", NOW, NOW, "ann"))
+    ended = file.mute(Mute("a", NOW, NOW, "ann"))
     assert file.read_mutes(NOW) == []
+    assert file.read_decisions(10) == [ended]
+    assert ended.replaces(mute), "it was ended later, though the clock says the same"
 
 
 def throttle(**values: Any) -> Throttle:

@@ -18,10 +18,11 @@ from tlstunnel.escaping import printable
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.channels import Channels
-from tlstunnel.plans.duty import SAME_SECONDS, Duty
+from tlstunnel.plans.decisions import MOST_DECISIONS
+from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.notice_file import Channel, Delivery, NoticeFile, State, Target
 from tlstunnel.plans.notice_store import NoticeStore
-from tlstunnel.plans.notices import RETRIES, RETRY_SECONDS, Outcome, Result, find_delay, plan_retry
+from tlstunnel.plans.notices import RETRIES, RETRY_SECONDS, SAME_SECONDS, Outcome, Result, find_delay, plan_retry
 from tlstunnel.plans.plot import Labels
 from tlstunnel.plans.values import Notice
 
@@ -120,6 +121,7 @@ class Courier:
             since = now - SAME_SECONDS
             for one in await self._store.run(NoticeFile.read_accepted, since, ELSEWHERE, MOST_SETTLED):
                 self._duty.note_delivered(one.notice, one.target)
+            self._duty.tell(await self._store.run(NoticeFile.read_decisions, MOST_DECISIONS))
         self._was_ours = is_ours
         for one in await self._store.run(NoticeFile.read_pending, MOST_SETTLED):
             if one.target in self._busy:

@@ -1,24 +1,20 @@
-"""Whether it is up to this machine to deliver notices, and what other machines have delivered. No I/O.
+"""Whether it is up to this machine to deliver notices, and what other machines have delivered and decided. No I/O.
 
 Each machine makes its own notices, at about the same time as the others, since all have the history of all. One of them
 delivers (docs/plans.md#several-machines). Machines tell each other what was delivered in one text for each delivery: a
-hash of the site, the standing and the channel, and when the notice was made.
+hash of the site, the standing and the channel, and when the notice was made. In the same way they tell what people have
+decided (`tlstunnel.plans.decisions`).
 """
 
 import re
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
+from tlstunnel.plans.decisions import MOST_DECISIONS, Decision, parse_decision, render_decision
 from tlstunnel.plans.notice_file import Delivery, Target
-from tlstunnel.plans.notices import HOUR, REPEAT_SECONDS
+from tlstunnel.plans.notices import SAME_SECONDS
 from tlstunnel.plans.values import Notice
 from tlstunnel.state.clock import read_clock
-
-SAME_SECONDS = REPEAT_SECONDS - HOUR
-"""Notices of two machines about the same standing of a site are the same if they were made closer together than this.
-
-It is a little less than the time between two notices of one machine, because machines do not make theirs at once.
-"""
 
 MOST_DELIVERED = 20_000
 """Deliveries that are remembered. The oldest are forgotten."""
@@ -46,11 +42,29 @@ class Duty:
         self._delivered: dict[str, None] = {}
         self._made: dict[str, list[int]] = {}
         """When the notices of the deliveries with the same hash were made."""
+        self._decisions: dict[Decision, None] = {}
+        """What was decided on other machines, and is not followed yet."""
 
     @property
     def is_ours(self) -> bool:
         """Whether this machine is to deliver, at this moment."""
         return self.alone or self._clock() < self._until
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided on other machines, and is not followed yet."""
+        return tuple(self._decisions)
+
+    def note_followed(self, decision: Decision) -> None:
+        """Note that a decision was stored."""
+        self._decisions.pop(decision, None)
+
+    def tell(self, decisions: Iterable[Decision]) -> None:
+        """Tell other machines what was decided on this one."""
+        if not self.alone:
+            texts = [text for one in decisions if (text := render_decision(one)) is not None]
+            if texts:
+                self._publish(texts)
 
     def learn(self, until: float, delivered: Iterable[str]) -> bool:
         """Note until when it is up to this machine, and what was delivered. Return whether there is anything to do.
@@ -77,7 +91,10 @@ class Duty:
     def _add(self, delivered: Iterable[str]) -> bool:
         added = False
         for text in delivered:
-            if text in self._delivered or (match := _DELIVERED.fullmatch(text)) is None:
+            if text in self._delivered:
+                continue
+            if (match := _DELIVERED.fullmatch(text)) is None:
+                self._note_decision(text)
                 continue
             self._delivered[text] = None
             self._made.setdefault(match[1], []).append(int(match[2]))
@@ -90,6 +107,13 @@ class Duty:
             if not self._made[hashed]:
                 del self._made[hashed]
         return added
+
+    def _note_decision(self, text: str) -> None:
+        decision = parse_decision(text)
+        if decision is not None:
+            self._decisions[decision] = None
+            if len(self._decisions) > MOST_DECISIONS:
+                del self._decisions[next(iter(self._decisions))]
 
 
 def _hash(notice: Notice, target: Target) -> str:

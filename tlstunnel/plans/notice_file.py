@@ -21,7 +21,8 @@ from typing import Any
 import msgspec
 
 from tlstunnel.errors import StateError
-from tlstunnel.plans.notices import DAY, LONGEST_WAIT, Due, Sent
+from tlstunnel.plans.decisions import Acknowledgement, Decision, Mute
+from tlstunnel.plans.notices import DAY, LONGEST_WAIT, SAME_SECONDS, Due, Sent
 from tlstunnel.plans.values import Assessment, Notice, Standing
 from tlstunnel.state.history.database import Schema, describe_damage, is_damage, open_for_reading, transaction
 
@@ -126,15 +127,6 @@ class NoticeRecord(msgspec.Struct, frozen=True):
         return any(one.state is State.ACCEPTED and one.target.channel is not Channel.LOG for one in self.deliveries)
 
 
-class Mute(msgspec.Struct, frozen=True):
-    """A site that gets no notices for a while."""
-
-    site: str
-    until: float
-    since: float
-    who: str
-
-
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
     """A rate for new handshakes of a site, or of `addresses` (networks) at this site.
 
@@ -225,6 +217,24 @@ class NoticeReader:
         """Return the sites that are muted."""
         query = "SELECT site, until, since, who FROM mutes WHERE until > ? ORDER BY site"
         return [Mute(*row) for row in self._connection.execute(query, (now,))]
+
+    def read_decisions(self, most: int) -> list[Decision]:
+        """Return what people have decided about notices, for other machines. The latest are last.
+
+        They are the mutes, also those that have ended, and the acknowledgements of the last notices, unless they no
+        longer count.
+        """
+        mutes = "SELECT site, until, since, who FROM mutes ORDER BY since DESC LIMIT ?"
+        acknowledged = """
+            SELECT site, standing, created, acknowledged, acknowledged_by FROM notices
+            WHERE rowid IN (SELECT max(rowid) FROM notices GROUP BY site, standing)
+            AND acknowledged IS NOT NULL AND NOT ended ORDER BY acknowledged DESC LIMIT ?
+        """
+        with _reading(self._connection):
+            found: list[Decision] = [Mute(*row) for row in self._connection.execute(mutes, (most,))]
+            for site, standing, created, since, who in self._connection.execute(acknowledged, (most,)):
+                found.append(Acknowledgement(site, Standing(standing), created, since, who))
+        return sorted(found, key=lambda one: one.since)[-most:]
 
     def read_throttles(self, now: float) -> list[Throttle]:
         """Return the throttles that hold."""
@@ -333,18 +343,55 @@ class NoticeFile(NoticeReader):
         """Return the URLs whose receivers want no more notices."""
         return frozenset(url for (url,) in self._connection.execute("SELECT url FROM closed"))
 
-    def acknowledge(self, notice: str, who: str, now: float) -> bool:
-        """Store that a notice was read and understood, and return whether there is one with this id."""
-        return bool(
+    def acknowledge(self, notice: str, who: str, now: float) -> Acknowledgement | None:
+        """Store that a notice was read and understood, and return what is stored; None if there is no such notice."""
+        with transaction(self._connection):
             self._connection.execute(
-                "UPDATE notices SET acknowledged = coalesce(acknowledged, ?),"
-                " acknowledged_by = iif(acknowledged IS NULL, ?, acknowledged_by) WHERE id = ?",
+                "UPDATE notices SET acknowledged = ?, acknowledged_by = ? WHERE id = ? AND acknowledged IS NULL",
                 (now, who, notice),
-            ).rowcount
+            )
+            row = self._connection.execute(
+                "SELECT site, standing, created, acknowledged, acknowledged_by FROM notices WHERE id = ?", (notice,)
+            ).fetchone()
+        if row is None:
+            return None
+        site, standing, created, since, by = row
+        return Acknowledgement(site, Standing(standing), created, since, by)
+
+    def acknowledge_same(self, one: Acknowledgement) -> None:
+        """Store that a notice was read and understood that another machine has made in the place of ours."""
+        self._connection.execute(
+            "UPDATE notices SET acknowledged = ?, acknowledged_by = ?"
+            " WHERE site = ? AND standing = ? AND abs(created - ?) < ? AND acknowledged IS NULL",
+            (one.since, one.who, one.site, one.standing, one.created, SAME_SECONDS),
         )
 
-    def mute(self, mute: Mute) -> None:
-        """Store a mute instead of the previous one of the site. One whose end has passed ends it."""
+    def mute(self, mute: Mute) -> Mute:
+        """Store a mute instead of the previous one of the site, and return it as stored. One that has ended ends it.
+
+        It is later than the previous one, even if a clock was ahead.
+        """
+        with transaction(self._connection):
+            before = self._find_mute(mute.site)
+            if before is not None and not mute.replaces(before):
+                mute = msgspec.structs.replace(mute, since=before.since + 0.001)
+            self._store_mute(mute)
+        return mute
+
+    def follow_mute(self, mute: Mute) -> bool:
+        """Store a mute of another machine, and return whether it is later than the one that is known."""
+        with transaction(self._connection):
+            before = self._find_mute(mute.site)
+            if before is not None and not mute.replaces(before):
+                return False
+            self._store_mute(mute)
+        return True
+
+    def _find_mute(self, site: str) -> Mute | None:
+        row = self._connection.execute("SELECT site, until, since, who FROM mutes WHERE site = ?", (site,)).fetchone()
+        return Mute(*row) if row else None
+
+    def _store_mute(self, mute: Mute) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO mutes (site, until, since, who) VALUES (?, ?, ?, ?)",
             (mute.site, mute.until, mute.since, mute.who),

@@ -31,6 +31,12 @@ SETTLE_SECONDS = 15 * MINUTE
 CALM_SECONDS = DAY
 REPEAT_SECONDS = 7 * DAY
 
+SAME_SECONDS = REPEAT_SECONDS - HOUR
+"""Notices of two machines about the same standing of a site are the same if they were made closer together than this.
+
+It is a little less than the time between two notices of one machine, because machines do not make theirs at once.
+"""
+
 RETRY_SECONDS = 3 * DAY
 """How long after a notice was made its delivery is tried again: of the schedules that Standard Webhooks suggests
 ("spanning multiple days"), and less than the 4 to 5 days of mail servers (RFC 5321 section 4.5.4.1)."""
@@ -157,6 +163,15 @@ class Notices:
         for key, one in self._sent.items():
             if one.id == notice:
                 self._sent[key] = msgspec.structs.replace(one, acknowledged=True)
+
+    def acknowledge_same(self, site: str, standing: Standing, created: float) -> None:
+        """Do so for the notice that another machine has made at that time, whether or not this one has one too."""
+        key = site, standing
+        sent = self._sent.get(key)
+        if sent is not None and abs(sent.created - created) < SAME_SECONDS:
+            self._sent[key] = msgspec.structs.replace(sent, acknowledged=True)
+        elif sent is None or sent.created < created:
+            self._sent[key] = Sent("", site, standing, created, acknowledged=True)
 
     def mute(self, site: str, until: float) -> None:
         """Send nothing about a site until then; a time in the past ends that."""

@@ -133,7 +133,7 @@ class AdminProcess(RoleProcess):
 
     def _learn_duty(self, news: messages.Elected) -> None:
         if self._administration is not None:
-            self._administration.learn_duty(news.until, news.delivered)
+            self._run_in_background(self._administration.learn_duty(news.until, news.delivered))
 
     def _report_delivered(self, deliveries: list[str]) -> None:
         self._link.notify(messages.Delivered(deliveries=deliveries))

@@ -25,8 +25,9 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.assessor import Assessor, Step
 from tlstunnel.plans.channels import Channels
+from tlstunnel.plans.decisions import Mute
 from tlstunnel.plans.duty import Duty
-from tlstunnel.plans.notice_file import Mute, NotContactedError, NoticeFile, NoticeRecord, Throttle
+from tlstunnel.plans.notice_file import NotContactedError, NoticeFile, NoticeRecord, Throttle
 from tlstunnel.plans.notices import make_id, make_shared_id
 from tlstunnel.plans.notifier import Notifier
 from tlstunnel.plans.observer import Observed
@@ -117,10 +118,14 @@ class Administration:
             self._notifier.reconfigure(channels)
         await self._run(self._assessor.configure, config)
 
-    def learn_duty(self, until: float, delivered: Sequence[str]) -> None:
+    async def learn_duty(self, until: float, delivered: Sequence[str]) -> None:
         """Take what was learned in the election of the machine that delivers notices."""
-        if self._duty.learn(until, delivered) and self._notifier is not None:
-            self._notifier.wake()
+        is_news = self._duty.learn(until, delivered)
+        if self._notifier is not None:
+            if is_news:
+                self._notifier.wake()
+            with contextlib.suppress(StateError):  # the store has logged it; it is tried again each minute
+                await self._notifier.follow()
 
     async def take(self, seen: Mapping[str, Observed]) -> None:
         """Take what a serving process has seen in the last minute."""
@@ -249,9 +254,7 @@ class Administration:
         if not 0.0 <= command.seconds <= MAX_SECONDS:
             raise ControlError("a site can be muted for 366 days at most")
         site = self._find_site(command.site)
-        await self._opened[0].mute(site, command.seconds, who)
-        now = self._clock()
-        return usage.Muted(site, now + command.seconds, now, who)
+        return _describe_mute(await self._opened[0].mute(site, command.seconds, who))
 
     async def _throttle(self, command: usage.ThrottleSite, who: str, _: Mapping[str, int]) -> usage.Throttled:
         site = self._find_site(command.site)
