@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tlstunnel.commands import metrics, processes, usage
+from tlstunnel.commands import metrics, processes, records, sites, usage
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.errors import ControlError
 
@@ -19,6 +19,9 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     processes.Drain,
     processes.Stop,
     metrics.Metrics,
+    sites.Sites,
+    sites.Origins,
+    records.Refusals,
     usage.Usage,
     usage.Notices,
     usage.AckNotice,

@@ -13,24 +13,27 @@ from tlstunnel.commands.command import Command
 class StageStatus(msgspec.Struct, frozen=True):
     """What a stage decided about a connection: `stage` is a name such as "tls" or "firewall: rate limits".
 
-    `detail` is a sentence, "" if there is nothing to say.
+    With "ended", the connection ended there, and the tunnel did not refuse it. `detail` is "" if there is no more to
+    say.
     """
 
     stage: str
-    decision: Literal["passed", "logged", "refused", "not reached"]
+    decision: Literal["passed", "logged", "refused", "ended", "not reached"]
     detail: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection that ended without a tunnel. `record` has the fields of its line in the log.
+    """A connection that ended without a tunnel. `record` has the fields of its line in the log, and its `event`.
 
+    `id` is that of the record. One that ended before its TLS handshake was complete has none there, and gets one here.
     `advice` says in a sentence or two how to change what refused it, and `document` names the page that explains it.
     """
 
+    id: str = ""
     at: float
     process: int
     record: dict[str, Any]
-    stages: list[StageStatus]
+    stages: list[StageStatus] = []
     advice: str = ""
     document: str = ""
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from tlstunnel.escaping import printable
-from tlstunnel.journal.events import Decision, Event, Reason, fixed_reason
+from tlstunnel.journal.events import Decision, EndedBy, Event, Reason, fixed_reason
+from tlstunnel.journal.kept import KeptRecords
 from tlstunnel.journal.kinds import Kind, find_kind
 from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.logger import structlog
@@ -60,13 +61,14 @@ class Journal:
 
     `metrics` are those of the process. With `opened`, a tunnel is logged also when it begins. Each of `listeners` is
     called with every record when its connection has ended; it must neither wait nor raise. `observer` is None as long
-    as nobody wants to know of floods.
+    as nobody wants to know of floods. `kept` are the latest connections without a tunnel.
     """
 
     def __init__(self, metrics: Registry | None = None, *, opened: bool = False) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self.listeners: list[Callable[[Record], None]] = []
         self.observer: Observer | None = None
+        self.kept = KeptRecords()
         self._log = structlog.get_logger()
         self.log_opened = opened
         # Few: the reasons are those of the table, and the variable ones have texts of the system.
@@ -96,7 +98,8 @@ class Journal:
             self._bytes.increase(up, record.site, "up")
         if down:
             self._bytes.increase(down, record.site, "down")
-        seconds = time.monotonic() - record.started
+        record.up, record.down = up, down
+        record.seconds = seconds = time.monotonic() - record.started
         usage = self._usage.change(record.site)
         if record.status == SWITCHING_PROTOCOLS and record.verdict == Decision.PASS:
             usage.bytes_up += up
@@ -110,12 +113,8 @@ class Journal:
             setattr(usage, kind, getattr(usage, kind) + 1)
             if self.observer is not None:
                 self.observer.ended(record, kind, seconds)
-        record.up, record.down = up, down
-        facts = record.facts()
-        facts["up"], facts["down"] = up, down
-        facts["seconds"] = round(seconds, 3)
-        facts["ended_by"], facts["reason"] = record.ended_by, record.reason
-        write_info(self._log, Event.CONNECTION, facts)
+            self.kept.add(Event.CONNECTION, record)
+        write_info(self._log, Event.CONNECTION, record.all_facts())
         for listener in self.listeners:
             listener(record)
 
@@ -131,12 +130,16 @@ class Journal:
         facts = {"sni": record.sni} if record.sni else {}
         if record.peer != record.client:
             facts["peer"] = record.peer
-        self._sample(Event.NO_TLS_HANDSHAKE, reason, client=record.client, detail=printable(detail), **facts)
+        record.reason, record.detail = reason, printable(detail)
+        self._sample(Event.NO_TLS_HANDSHAKE, reason, client=record.client, detail=record.detail, **facts)
+        record.seconds = time.monotonic() - record.started
+        self.kept.add(Event.NO_TLS_HANDSHAKE, record)
 
     def not_accepted(self, client: str, reason: Reason) -> None:
         """Count a connection that is closed because of its address, and log a sample of such connections."""
         self._not_accepted.add(reason)
         self._sample(Event.NOT_ACCEPTED, reason, client=client)
+        self.kept.add(Event.NOT_ACCEPTED, Record(id="", peer=client, reason=reason, ended_by=EndedBy.TUNNEL))
 
     def accepting_paused(self, reason: Reason, connections: int) -> None:
         """Count and log a sample of the pauses of accepting; `connections` is how many there are."""

@@ -40,6 +40,7 @@ class Record:
     ended_by: str = ""
     reason: str = ""
     started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.client = self.client or self.peer
@@ -66,3 +67,11 @@ class Record:
         if self.detail:
             facts["detail"] = shorten(self.detail, MAX_DETAIL)
         return facts | self.firewall if self.firewall else facts
+
+    def all_facts(self) -> dict[str, Any]:
+        """Return the fields of the log line that is written at the end."""
+        facts = self.facts()
+        facts["up"], facts["down"] = self.up, self.down
+        facts["seconds"] = round(self.seconds, 3)
+        facts["ended_by"], facts["reason"] = self.ended_by, self.reason
+        return facts

@@ -10,11 +10,13 @@ Tested by tests/unit/test_origins_balance.py.
 """
 
 import socket
+import time
 from dataclasses import dataclass, field
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Ejection
+from tlstunnel.escaping import shorten
 from tlstunnel.origins.tls import OriginTLS
 from tlstunnel.sockets.resolve import SocketAddress
 
@@ -28,6 +30,10 @@ upgrade request; a site may have none for hours."""
 
 JITTER = 0.1
 """Part by which a delay varies, so that processes that ejected an origin together do not retry it together."""
+
+
+LONGEST_PROBLEM = 300
+"""Characters of what went wrong last."""
 
 
 class Responses:
@@ -80,19 +86,39 @@ class Responses:
 
 
 class Use:
-    """The number of tunnels of a configured origin at all its addresses, including handshakes in progress.
+    """What a configured origin does at all its addresses, in this process.
 
-    They are those of this process; all processes count them under `key`.
+    `tunnels` is their number, including handshakes in progress; all processes count them under `key`. `connects` and
+    `failures` count since the start, `connected` is when it was connected to last, and `problem` what went wrong last,
+    `failed` when; these are of ``time.monotonic``, 0 if it has not happened.
     """
 
-    __slots__ = ("key", "tunnels")
+    __slots__ = ("connected", "connects", "failed", "failures", "key", "problem", "tunnels")
 
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.tunnels = 0
+        self.connects = self.failures = 0
+        self.connected = self.failed = 0.0
+        self.problem = ""
 
     def __repr__(self) -> str:
         return f"<Use {self.tunnels} tunnels>"
+
+    def note_connected(self) -> None:
+        """Note that it was connected to."""
+        self.connects += 1
+        self.connected = time.monotonic()
+
+    def note_failure(self, problem: str) -> None:
+        """Note that a request failed because of it."""
+        self.failures += 1
+        self.note_problem(problem)
+
+    def note_problem(self, problem: str) -> None:
+        """Note what is wrong with it. It must be escaped."""
+        self.problem = shorten(problem, LONGEST_PROBLEM)
+        self.failed = time.monotonic()
 
 
 @dataclass(eq=False, slots=True, repr=False)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
+from tlstunnel.escaping import printable
 from tlstunnel.handshake.request import PlainRequest, Request
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.balance import select_order
+from tlstunnel.origins.condition import Condition, State
 from tlstunnel.origins.errors import ALL_FULL, NoOrigin, OriginNotAllowed
 from tlstunnel.origins.health import Checks
 from tlstunnel.origins.members import JITTER, Member, Use
@@ -249,6 +251,7 @@ class Pool:
 
     def record_connected(self, member: Member) -> None:
         """Record that `member` accepted a connection, with TLS if it has to."""
+        member.use.note_connected()
         if member.record_connected() and self.compares:
             self._log.info(Event.ORIGIN_RESTORED, origin=member.text, address=member.address_text)
             self._announce(member, 0.0)
@@ -256,6 +259,7 @@ class Pool:
 
     def record_unreachable(self, member: Member, reason: str) -> None:
         """Record that `member` could not be connected to."""
+        member.use.note_failure(reason)
         now, before = asyncio.get_running_loop().time(), member.out_until
         if member.record_unreachable(now, self._ejection) and self.compares:
             self._log_ejection(member, reason)
@@ -284,12 +288,52 @@ class Pool:
 
     def record_check(self, member: Member, failure: str) -> None:
         """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
+        if failure:
+            member.use.note_problem(f"health check: {printable(failure)}")
         if member.record_check(healthy=not failure):
             self._note_health_change()
             if failure:
                 self._log.warning(Event.ORIGIN_DOWN, origin=member.text, address=member.address_text, reason=failure)
             else:
                 self._log.info(Event.ORIGIN_UP, origin=member.text, address=member.address_text)
+
+    def list_conditions(self) -> list[Condition]:
+        """Return what each origin is like, in the order of the configuration."""
+        now = asyncio.get_running_loop().time()
+        return [self._describe(origin, now) for origin in self._origins]
+
+    def _describe(self, origin: _Origin, now: float) -> Condition:
+        use, members = origin.use, origin.members
+        state, until = self._find_state(members, now)
+        problem = use.problem
+        if not members and origin.failure:
+            problem = printable(origin.failure)
+        return Condition(
+            config=origin.config,
+            state=state,
+            checked=self._checks is not None,
+            until=until,
+            tunnels=use.tunnels,
+            connects=use.connects,
+            failures=use.failures,
+            connected=use.connected,
+            problem=problem,
+            failed=use.failed,
+            addresses=tuple(member.address_text for member in members),
+        )
+
+    def _find_state(self, members: Sequence[Member], now: float) -> tuple[State, float | None]:
+        """Return the state of an origin with these members, and until when it is ejected."""
+        if not members:
+            return "unresolved", None
+        if all(member.checked_down for member in members):
+            return "down", None
+        if not all(member.checked_down or member.ejected for member in members):
+            return "healthy", None
+        if not self.compares:
+            return "down", None  # there is no other, so it is tried all the same
+        until = min(member.out_until for member in members if not member.checked_down)
+        return ("ejected", until) if until > now else ("trial", None)
 
     def start(self) -> None:
         """Start the health checks, if there are any."""

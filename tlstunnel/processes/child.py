@@ -19,6 +19,7 @@ from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.answers import Answers
+from tlstunnel.processes.knowledge import Knowledge
 from tlstunnel.processes.observing import Observing
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -65,7 +66,7 @@ class ServingProcess(RoleProcess):
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._listeners: dict[int, Listener] = {}
-        self._answers = Answers({})
+        self._answers = Answers(Knowledge(lambda: self._begun_service.sites, self._journal).answers)
 
     async def run(self) -> None:
         """Serve until it is drained or stopped."""

@@ -29,11 +29,14 @@ from tlstunnel.commands.processes import (
     Stop,
     Upgrade,
 )
+from tlstunnel.commands.records import Refusals
+from tlstunnel.commands.sites import Origins, Sites
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import StateError
 from tlstunnel.processes.control import Handler, describe_client
 from tlstunnel.processes.fleet import Fleet
+from tlstunnel.processes.reports import Reports
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.status import report_status
@@ -62,12 +65,16 @@ class Commands:
         self._slots = slots
         self._end = end
         self._ended = ended
+        self._reports = Reports(fleet)
         self._handlers: Mapping[type[AnyCommand], Callable[[Any, str], Awaitable[msgspec.Struct]]] = {
             Reload: self._reload,
             Status: self._report_status,
             Drain: self._drain,
             Stop: self._stop,
             Metrics: self._report_metrics,
+            Sites: self._reports.report_sites,
+            Origins: self._reports.report_origins,
+            Refusals: self._reports.report_refusals,
             Usage: self._report_usage,
             **dict.fromkeys(_ABOUT_USAGE, self._ask_admin),
         }

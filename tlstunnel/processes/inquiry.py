@@ -25,9 +25,12 @@ class Answered(NamedTuple):
     silent: list[int]
 
 
-async def ask_serving(fleet: Fleet, command: AnyCommand, who: str) -> Answered:
-    """Have every serving process carry out a command. Raises ControlError if all refuse it."""
-    children = [child for child in fleet.serving() if child.ready]
+async def ask_serving(fleet: Fleet, command: AnyCommand, who: str, most: int | None = None) -> Answered:
+    """Have every serving process carry out a command. Raises ControlError if all refuse it.
+
+    With `most`, only so many are asked, of those that accept connections.
+    """
+    children = [child for child in (fleet.serving() if most is None else fleet.accepting()) if child.ready][:most]
     request = Ask(command=command.name, fields=msgspec.to_builtins(command), who=who)
     replies = await asyncio.gather(
         *(child.request(request, ANSWER_SECONDS) for child in children), return_exceptions=True

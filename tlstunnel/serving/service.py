@@ -22,6 +22,7 @@ from tlstunnel.serving.loading import Description, LoadedConfig, load
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
 from tlstunnel.state.counting import Counting
+from tlstunnel.tunnel.sites import Sites
 
 MAX_WARNINGS = 100
 """How many warnings of a configuration are logged one by one; the others are only counted."""
@@ -79,6 +80,11 @@ class Service:
         service._watch.start()
         service._warn()
         return service
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that are served."""
+        return self._loaded.sites
 
     def accept(self, listeners: Iterable[Listener]) -> None:
         """Accept at these listeners from now on, and at no others."""

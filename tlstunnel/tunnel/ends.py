@@ -134,4 +134,12 @@ def close_connection(client: Client, end: End) -> None:
 
 def _record_failure(client: Client) -> Record:
     site = client.site.name if client.site is not None else ""
-    return Record(id="", peer=client.socket_peer, client=client.peer, site=site, sni=client.sni)
+    return Record(
+        id="",
+        peer=client.socket_peer,
+        client=client.peer,
+        site=site,
+        sni=client.sni,
+        ja4=client.ja4,
+        started=client.accepted,
+    )

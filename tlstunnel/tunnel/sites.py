@@ -68,6 +68,12 @@ class Site:
     health_path: bytes = b""
 
     @property
+    def pools(self) -> Iterator[tuple[str, Pool]]:
+        """Its pools, by the path of their route; "" for the site's own."""
+        yield "", self.pool
+        yield from self.routes
+
+    @property
     def context(self) -> ssl.SSLContext:
         """The context for a TLS handshake that begins now: a microsecond, or a millisecond if it has to be made.
 
@@ -105,8 +111,7 @@ class Sites:
     def pools(self) -> Iterator[tuple[tuple[str, str], Pool]]:
         """Every pool, by its site's first name and its route's path, "" where it has none."""
         for site in self._sites:
-            yield (site.name, ""), site.pool
-            for path, pool in site.routes:
+            for path, pool in site.pools:
                 yield (site.name, path), pool
 
     def __iter__(self) -> Iterator[Site]:
@@ -136,6 +141,10 @@ class Sites:
     def shortest_wait(self) -> float:
         """The shortest timeout of the sites' workers, in seconds; infinite without any."""
         return min((site.edge.timeout for site in self._sites if site.edge is not None), default=math.inf)
+
+    def find(self, name: str) -> Site | None:
+        """Return the site that has exactly this name."""
+        return self._by_name.get(name)
 
     def __contains__(self, name: str) -> bool:
         """Return whether a site has exactly this name."""

@@ -1,0 +1,1 @@
+"""What there is, and how it does: sites, origins, certificates, and connections that were refused. No I/O."""
