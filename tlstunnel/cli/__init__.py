@@ -18,6 +18,7 @@ class _Group(click.Group):
         "reload",
         "upgrade",
         "status",
+        "tunnels",
         "usage",
         "drain",
         "stop",

@@ -12,10 +12,9 @@ import click
 
 from tlstunnel.cli.control import control_options, run_command
 from tlstunnel.cli.examples import render_examples
+from tlstunnel.cli.tables import align, render_age, render_size
 from tlstunnel.metrics import families
 from tlstunnel.metrics.families import Family
-
-UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "handshakes", "memory")
 
@@ -35,7 +34,7 @@ def command(*, control: Path | None, as_json: bool) -> None:
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),
-            _render_age(one["seconds"]),
+            render_age(one["seconds"]),
             one["state"],
             *("?" if one[name] is None else str(one[name]) for name in ("tunnels", "handshakes")),
             _render_memory(one["pss_kib"]),
@@ -45,7 +44,7 @@ def command(*, control: Path | None, as_json: bool) -> None:
     ledger = response.get("ledger")  # earlier releases have none
     rows += [_make_row(name, response[name]) for name in ("ledger", "admin") if response.get(name) is not None]
     rows.append([str(response["process"]), "", "", "", "parent", "", "", _render_memory(response["pss_kib"])])
-    for line in _align([HEADINGS, *rows]):
+    for line in align([HEADINGS, *rows]):
         click.echo(line)
     for line in _render_counting(ledger, response["processes"]):
         click.echo(line)
@@ -64,7 +63,7 @@ def command(*, control: Path | None, as_json: bool) -> None:
 def _make_row(name: str, process: Mapping[str, Any]) -> list[str]:
     return [
         *(str(process[key]) for key in ("process", "generation", "version")),
-        _render_age(process["seconds"]),
+        render_age(process["seconds"]),
         name,
         "",
         "",
@@ -112,7 +111,7 @@ def _render_history(history: Mapping[str, Any] | None) -> Iterator[str]:
     last = history["last"]
     until = "empty" if last is None else f"until {datetime.fromtimestamp(last + 60, UTC):%Y-%m-%d %H:%M} UTC"
     lost = f", {history['lost']} minutes lost" if history["lost"] else ""
-    yield f"history: {history['path']}, {_render_size(history['bytes'])}, {until}{lost}"
+    yield f"history: {history['path']}, {render_size(history['bytes'])}, {until}{lost}"
     if history["problem"]:
         yield f"history: not written, {history['waiting']} minutes wait: {history['problem']}"
 
@@ -132,27 +131,8 @@ def _render_totals(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterat
         f" established, {total(families.TUNNELS_OPENED)} tunnels opened"
     )
     up, down = (total(families.BYTES, direction=direction) for direction in ("up", "down"))
-    yield f"moved: {_render_size(up)} up, {_render_size(down)} down"
-
-
-def _render_size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _render_age(seconds: float) -> str:
-    size, unit = next((unit for unit in UNITS if seconds >= unit[0]), UNITS[-1])
-    return f"{seconds / size:.0f} {unit}"
+    yield f"moved: {render_size(up)} up, {render_size(down)} down"
 
 
 def _render_memory(kib: int | None) -> str:
     return "?" if kib is None else f"{kib / 1024:.0f} MiB"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tlstunnel.commands import metrics, processes, records, sites, usage
+from tlstunnel.commands import metrics, processes, records, sites, tunnels, usage
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.errors import ControlError
 
@@ -22,6 +22,7 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     sites.Sites,
     sites.Origins,
     records.Refusals,
+    tunnels.Tunnels,
     usage.Usage,
     usage.Notices,
     usage.AckNotice,

@@ -3,7 +3,7 @@
 Tested by tests/unit/test_commands.py.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -66,7 +66,8 @@ class Tunnels(Command[TunnelsResult], frozen=True, kw_only=True):
     """List open tunnels that match all filters which are not empty.
 
     `client` is an address or a network. `tag` is "name=value", or "name" for any value. `older` is the least age in
-    seconds.
+    seconds. With a `limit` of 0 they are only counted. Where a list that is sorted by what changes, such as the rate,
+    goes on with `after`, a tunnel may be there twice or not at all.
     """
 
     name: ClassVar[str] = "tunnels"
@@ -77,9 +78,9 @@ class Tunnels(Command[TunnelsResult], frozen=True, kw_only=True):
     client: str = ""
     origin: str = ""
     tag: str = ""
-    older: float = 0.0
+    older: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     sort: Order = "age"
-    limit: int = 100
+    limit: Annotated[int, msgspec.Meta(ge=0, le=MOST_LISTED)] = 100
     after: str = ""
 
 

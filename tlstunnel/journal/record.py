@@ -17,7 +17,8 @@ MAX_PATH, MAX_DETAIL = 1024, 512
 class Record:
     """What is known of one connection; logged at its end. `docs/log.md` describes the fields.
 
-    Strings that a client chose are as `printable` returns them. `started` is of ``time.monotonic``, seconds.
+    Strings that a client chose are as `printable` returns them. `tags` come from the edge worker, each "name=value".
+    `started` is of ``time.monotonic``, seconds.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Record:
     edge: str = ""
     detail: str = ""
     firewall: dict[str, Any] | None = None
+    tags: tuple[str, ...] = ()
     up: int = 0
     down: int = 0
     ended_by: str = ""
@@ -44,6 +46,11 @@ class Record:
 
     def __post_init__(self) -> None:
         self.client = self.client or self.peer
+
+    @property
+    def tags_by_name(self) -> dict[str, str]:
+        """The values of the tags by their names."""
+        return dict(tag.split("=", 1) for tag in self.tags)
 
     def facts(self) -> dict[str, Any]:
         """Return the fields of a log line that are known when a tunnel begins; some only where they are not empty."""
@@ -64,6 +71,8 @@ class Record:
             facts["peer"] = self.peer
         if self.edge:
             facts["edge"] = self.edge
+        if self.tags:
+            facts["tags"] = self.tags_by_name
         if self.detail:
             facts["detail"] = shorten(self.detail, MAX_DETAIL)
         return facts | self.firewall if self.firewall else facts

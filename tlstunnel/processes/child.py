@@ -12,6 +12,7 @@ import time
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
+from tlstunnel.commands.tunnels import Tunnels
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
@@ -20,6 +21,7 @@ from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.answers import Answers
 from tlstunnel.processes.knowledge import Knowledge
+from tlstunnel.processes.listing import Listing, Page
 from tlstunnel.processes.observing import Observing
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -66,13 +68,16 @@ class ServingProcess(RoleProcess):
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._listeners: dict[int, Listener] = {}
-        self._answers = Answers(Knowledge(lambda: self._begun_service.sites, self._journal).answers)
+        self._listing = Listing(lambda: self._begun_service.splices)
+        knowledge = Knowledge(lambda: self._begun_service.sites, self._journal)
+        self._answers = Answers({**knowledge.answers, Tunnels: self._list_tunnels})
 
     async def run(self) -> None:
         """Serve until it is drained or stopped."""
         await self._wait_for_exit()
         if self._service is not None:
             await self._service.close()
+        self._listing.close()
         self._observing.report()  # that its tunnels are lost
         self._observing.close()
         self._counting.close()
@@ -155,6 +160,9 @@ class ServingProcess(RoleProcess):
 
     async def _answer(self, request: messages.Ask, _: list[int]) -> messages.Told:
         return messages.Told(fields=dict(await self._answers.carry_out(request.command, request.fields, request.who)))
+
+    async def _list_tunnels(self, command: Tunnels, _: str) -> Page:
+        return await self._listing.list_page(command)
 
     def _report_lost_ledger(self) -> None:
         self._link.notify(messages.LedgerLost(connection=self._connection))

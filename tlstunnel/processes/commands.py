@@ -31,6 +31,7 @@ from tlstunnel.commands.processes import (
 )
 from tlstunnel.commands.records import Refusals
 from tlstunnel.commands.sites import Origins, Sites
+from tlstunnel.commands.tunnels import Tunnels, TunnelsResult
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import StateError
@@ -40,6 +41,7 @@ from tlstunnel.processes.reports import Reports
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.status import report_status
+from tlstunnel.processes.tunnels import list_tunnels
 from tlstunnel.state.folder import locate_state_folder
 
 _ABOUT_USAGE: tuple[type[AnyCommand], ...] = (Notices, AckNotice, MuteSite, ThrottleSite, ReleaseSite)
@@ -76,6 +78,7 @@ class Commands:
             Origins: self._reports.report_origins,
             Refusals: self._reports.report_refusals,
             Usage: self._report_usage,
+            Tunnels: self._list_tunnels,
             **dict.fromkeys(_ABOUT_USAGE, self._ask_admin),
         }
 
@@ -129,6 +132,9 @@ class Commands:
 
     async def _report_metrics(self, _: Metrics, __: str) -> MetricsResult:
         return MetricsResult(now=time.time(), snapshot=self._fleet.totals.sum())
+
+    async def _list_tunnels(self, command: Tunnels, who: str) -> TunnelsResult:
+        return await list_tunnels(self._fleet, command, who)
 
     async def _ask_admin(self, command: AnyCommand, who: str) -> msgspec.Struct:
         fields = await self._fleet.overseer.ask(command.name, msgspec.to_builtins(command), who)

@@ -25,10 +25,13 @@ class Answered(NamedTuple):
     silent: list[int]
 
 
-async def ask_serving(fleet: Fleet, command: AnyCommand, who: str, most: int | None = None) -> Answered:
+async def ask_serving(
+    fleet: Fleet, command: AnyCommand, who: str, most: int | None = None, result: type[msgspec.Struct] | None = None
+) -> Answered:
     """Have every serving process carry out a command. Raises ControlError if all refuse it.
 
-    With `most`, only so many are asked, of those that accept connections.
+    With `most`, only so many are asked, of those that accept connections. `result` is the type of their results, if it
+    is not that of the command.
     """
     children = [child for child in (fleet.serving() if most is None else fleet.accepting()) if child.ready][:most]
     request = Ask(command=command.name, fields=msgspec.to_builtins(command), who=who)
@@ -43,7 +46,7 @@ async def ask_serving(fleet: Fleet, command: AnyCommand, who: str, most: int | N
         elif isinstance(reply, BaseException):
             raise reply
         else:
-            results.append((child, msgspec.convert(reply.fields, command.result)))
+            results.append((child, msgspec.convert(reply.fields, result or command.result)))
     if problems and not results:
         raise ControlError(*dict.fromkeys(problems))
     return Answered(results, silent)

@@ -25,7 +25,7 @@ from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
 from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Sites
-from tlstunnel.tunnel.splice import Splices
+from tlstunnel.tunnel.splice import Splice, Splices
 from tlstunnel.tunnel.tunnel import Tunnel
 
 ACCEPTS_A_TURN = 64
@@ -167,6 +167,11 @@ class Server:
     def tunnels(self) -> int:
         """The number of open tunnels."""
         return len(self._splices.all)
+
+    @property
+    def splices(self) -> Iterable[Splice]:
+        """The open tunnels, oldest first."""
+        return self._splices.all
 
     @property
     def unfinished(self) -> int:

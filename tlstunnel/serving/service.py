@@ -23,6 +23,7 @@ from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
 from tlstunnel.state.counting import Counting
 from tlstunnel.tunnel.sites import Sites
+from tlstunnel.tunnel.splice import Splice
 
 MAX_WARNINGS = 100
 """How many warnings of a configuration are logged one by one; the others are only counted."""
@@ -144,6 +145,11 @@ class Service:
         over = self._loaded.config.release.drain_over if over is None else over
         self._draining = asyncio.ensure_future(self._server.drain(after, over))
         self._draining.add_done_callback(lambda task: None if task.cancelled() else done())
+
+    @property
+    def splices(self) -> Iterable[Splice]:
+        """The open tunnels."""
+        return self._server.splices
 
     def status(self) -> dict[str, int]:
         """Return the numbers of open tunnels and unfinished handshakes."""

@@ -3,40 +3,14 @@
 Tested by tests/promises/test_ending.py.
 """
 
-import asyncio
 import random
 from collections.abc import Callable
 
 from tlstunnel.handshake.response import Switched
 from tlstunnel.journal.events import Decision, Reason
-from tlstunnel.journal.journal import Journal
+from tlstunnel.tunnel.open_tunnel import OpenTunnel
 from tlstunnel.tunnel.splice import Endpoint, Splice
 from tlstunnel.tunnel.turn import Turn
-
-
-class _OpenTunnel:
-    """What is needed at the end of a tunnel. Its turn and its client are freed: together they have 1 KiB."""
-
-    __slots__ = ("_journal", "_lease", "_on_end", "_place", "_record", "max_age")
-
-    def __init__(self, turn: Turn, on_end: Callable[[], None]) -> None:
-        self._record = turn.record
-        self._journal: Journal = turn.client.serving.journal
-        self._lease, self._place = turn.lease, turn.place
-        self._on_end = on_end
-        self.max_age: asyncio.TimerHandle | None = None
-
-    def end(self, splice: Splice) -> None:
-        """Write the record, and return what the tunnel held."""
-        if self.max_age is not None:
-            self.max_age.cancel()
-        self._record.ended_by, self._record.reason = splice.ended_by, splice.reason
-        self._journal.ended(self._record, splice.up, max(splice.down, 0))
-        if self._lease is not None:
-            self._lease.close()
-        if self._place is not None:
-            self._place.close()
-        self._on_end()
 
 
 def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> None:
@@ -51,7 +25,7 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
     serving.deadlines.discard(client.wakeup)
     record.verdict = Decision.PASS
     serving.journal.opened(record)
-    opened = _OpenTunnel(turn, on_end)
+    opened = OpenTunnel(record, serving.journal, turn.lease, turn.place, on_end)
     splice = Splice(
         serving.splices,
         Endpoint(channel.sock, channel.tls),
@@ -64,6 +38,7 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
         acknowledge_timeout=serving.timeouts.acknowledge,
         site=record.site,
         on_end=opened.end,
+        about=opened,
     )
     turn.give_up()
     if site.max_age is not None:

@@ -483,12 +483,13 @@ class Splice:
     `close_timeout` and `idle_timeout` (None: no limit) are seconds without progress, `acknowledge_timeout` those in
     which a peer acknowledges none of the data under way to it. `site` is the name of the site that the tunnel belongs
     to. `on_end` is called once, when `ended_by` and `reason` are final and both sockets are
-    closed or being closed.
+    closed or being closed. `about` is what others know of the tunnel; the splice only keeps it.
     """
 
     __slots__ = (
         "_on_end",
         "aborting",
+        "about",
         "acknowledge_timeout",
         "client",
         "close_timeout",
@@ -517,6 +518,7 @@ class Splice:
         acknowledge_timeout: float,
         site: str,
         on_end: "Callable[[Splice], None]",
+        about: object = None,
     ) -> None:
         self.splices = splices
         self.client: _Side = _TlsSide(self, client, origin)
@@ -528,6 +530,7 @@ class Splice:
         self.close_timeout, self.idle_timeout = close_timeout, idle_timeout
         self.acknowledge_timeout = acknowledge_timeout
         self.site = site
+        self.about = about
         self.last_progress: tuple[int, int, int] | None = None  # as `progress` returned it at the last sweep
         self.last_progress_at = 0.0
         self.ended_by = self.reason = ""
