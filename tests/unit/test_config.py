@@ -37,6 +37,7 @@ from tlstunnel.config import (
     decode,
     load,
 )
+from tlstunnel.config.admin import Admin, Token
 from tlstunnel.config.plans import PlanConfig, Plans
 from tlstunnel.config.tables import Table
 from tlstunnel.config.usage import Abuse, Busy, Disproportion, Keep, Notices, RepeatedUse, SustainedUse, Usage
@@ -765,7 +766,7 @@ def toml(value: object) -> str:
 
 
 TABLES: tuple[type[msgspec.Struct], ...] = (
-    *(Config, Timeouts, Limits, Release, Log, State, SiteConfig),
+    *(Config, Timeouts, Limits, Release, Log, State, Admin, Token, SiteConfig),
     *(PlanConfig, Usage, Keep, RepeatedUse, SustainedUse, Disproportion, Busy, Abuse, Notices),
     *(RuleConfig, RateLimitConfig, ManagedRules, SiteManagedRules),
 )
@@ -872,6 +873,8 @@ def written(value: object) -> str:
             return "none"
         case Duration():
             return f'`"{value}"`'
+        case ListenAddress():
+            return f'`"{value}"`'
         case tuple() | Networks():
             return f"`{json.dumps(list(value))}`"
         case _:
@@ -887,6 +890,8 @@ def written(value: object) -> str:
         ("`[release]`", Release),
         ("`[log]`", Log),
         ("`[state]`", State),
+        ("`[admin]`", Admin),
+        ("`[[admin.tokens]]`", Token),
         ("`[plans.NAME]`", PlanConfig),
         ("`[usage]`", Usage),
         ("`[usage.keep]`", Keep),
@@ -921,7 +926,7 @@ def test_the_documentation_has_every_key_and_its_default(heading: str, table: ty
 def test_every_table_is_documented() -> None:
     tables = {name for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type(Config))}
     headings = set(re.findall(r"^## `\[+(\w+)\]+`$", DOCUMENTATION.read_text(encoding="utf-8"), re.MULTILINE))
-    assert headings == tables | {"sites", "rules", "rate_limits"}
+    assert headings == tables | {"admin", "sites", "rules", "rate_limits"}
 
 
 def test_the_example_of_the_documentation_works() -> None:
@@ -929,4 +934,4 @@ def test_the_example_of_the_documentation_works() -> None:
     config = decoded(example)
     assert len(config.sites) == 2
     for key in KEYS:
-        assert re.search(rf"^(?:\[+(?:(?:sites|usage)\.)?{key}(?:\.\w+)?\]+$|{key} = )", example, re.MULTILINE), key
+        assert re.search(rf"^(?:\[+(?:(?:sites|usage|admin)\.)?{key}(?:\.\w+)?\]+$|{key} = )", example, re.MULTILINE), key

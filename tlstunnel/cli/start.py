@@ -16,6 +16,7 @@ from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.cli.control import FOLDERS
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, read
+from tlstunnel.config.admin import DEFAULT_LISTEN
 from tlstunnel.config.document import DEFAULT_FILE
 from tlstunnel.config.invocation import (
     EVERYWHERE,
@@ -57,6 +58,7 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
     epilog=render_examples(
         "tlstunnel start localhost:3000 --cert chain.pem --key key.pem",
         "tlstunnel start --config /etc/tlstunnel/tlstunnel.toml",
+        "tlstunnel start localhost:3000 --admin",
     ),
 )
 @click.argument("origin", required=False, metavar="[ORIGIN]")
@@ -83,6 +85,15 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
     help=f"The control socket.  [default: control-PORT.sock in {FOLDERS}]",
 )
 @click.option(
+    "--admin",
+    "admin_text",
+    is_flag=False,
+    flag_value=str(DEFAULT_LISTEN),
+    metavar="[HOST:PORT|unix:/PATH]",
+    help=f"Serve the dashboard, the API and metrics, instead of at the file's address.  [without a value:"
+    f" {DEFAULT_LISTEN}]",
+)
+@click.option(
     "--processes",
     type=_Processes(),
     metavar="N|auto",
@@ -102,6 +113,7 @@ def command(  # noqa: PLR0913 - the command's options
     http: Literal["pass", "refuse"] | None,
     config_file: Path | None,
     control: Path | None,
+    admin_text: str | None,
     processes: int | Literal["auto"] | None,
     log_format: Literal["text", "json"] | None,
 ) -> None:
@@ -117,9 +129,10 @@ def command(  # noqa: PLR0913 - the command's options
     if found:
         config_file = DEFAULT_FILE
     text = handed.config if handed is not None else read(config_file, trusted_only=found) if config_file else None
-    listen = _parse_addresses(listen_texts)
+    listen = _parse_addresses(listen_texts, "--listen")
+    admin = next(iter(_parse_addresses((admin_text,), "--admin")), None) if admin_text is not None else None
     folder = find_folder()
-    config = Invocation(config_file, folder=folder).configuration(text)
+    config = Invocation(config_file, folder=folder, admin=admin).configuration(text)
     if config.sites and (origin or cert or key or http):
         raise click.UsageError(f"{config_file} has [[sites]], so ORIGIN, --cert, --key and --http must be set there")
     if bool(cert) != bool(key):
@@ -133,7 +146,7 @@ def command(  # noqa: PLR0913 - the command's options
         structlog.get_logger().info(Event.CONFIGURATION_FILE, file=str(DEFAULT_FILE.absolute()), hint=hint)
     if handed is not None and handed.probe is not None:
         echo_port = handed.echo.port if handed.echo else None
-        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder)
+        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder, admin)
         _ensure_test_certificate(invocation, config, log=False)
         given = tuple(map(ListenAddress.parse, handed.slots.passed))
         Slots.try_to_open(addresses_to_listen_on(invocation, config, given), handed.slots, OPTIONAL)
@@ -143,7 +156,7 @@ def command(  # noqa: PLR0913 - the command's options
     with contextlib.ExitStack() as stack:
         echo = None if config.sites or origin is not None else _start_echo(handed, stack)
         echo_port = echo.port if echo else None
-        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder)
+        invocation = Invocation(config_file, origin, echo_port, cert, key, listen, http, folder, admin)
         _ensure_test_certificate(invocation, config, log=handed is None)
         startup = Startup(invocation, text, config, style)
         options = Options(control, processes)
@@ -185,11 +198,11 @@ def _open_slots(handed: Handover | None, startup: Startup, options: Options) -> 
     return slots
 
 
-def _parse_addresses(texts: tuple[str, ...]) -> tuple[ListenAddress, ...]:
+def _parse_addresses(texts: tuple[str, ...], option: str) -> tuple[ListenAddress, ...]:
     try:
         return tuple(ListenAddress.parse(text) for text in texts)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--listen") from None
+        raise click.BadParameter(str(error), param_hint=option) from None
 
 
 def _refuse_invalid_origin(origin: str, folder: Path) -> None:

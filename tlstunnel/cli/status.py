@@ -31,6 +31,10 @@ def command(*, control: Path | None, as_json: bool) -> None:
         f"tlstunnel {response['version']}, generation {response['generation']}, process {response['process']}{state}"
     )
     click.echo(f"listening on {', '.join(response['listening']) or 'nothing'}")
+    if response.get("dashboard"):  # earlier releases have none
+        click.echo(f"dashboard: {response['dashboard']}")
+    if response.get("dashboard_problem"):
+        click.echo(f"no dashboard: {response['dashboard_problem']}")
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),

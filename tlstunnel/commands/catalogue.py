@@ -16,6 +16,7 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     processes.Reload,
     processes.Upgrade,
     processes.Status,
+    processes.Ready,
     processes.Drain,
     processes.Stop,
     metrics.Metrics,

@@ -111,7 +111,8 @@ class StatusResult(msgspec.Struct, frozen=True):
     `ending` is the signal that started a shutdown, empty without one.
 
     `metrics` are the sums over all processes (docs/metrics.md). `shortages` say in a sentence each what runs short.
-    `throttles` are those that hold. `election` is None if no other machine may send notices.
+    `throttles` are those that hold. `election` is None if no other machine may send notices. `dashboard` is
+    the address of the dashboard, "" if there is none, and `dashboard_problem` is why nothing listens there, or "".
     """
 
     version: str
@@ -127,6 +128,15 @@ class StatusResult(msgspec.Struct, frozen=True):
     admin: AdminStatus | None = None
     throttles: list[ThrottleStatus] = []
     election: ElectionStatus | None = None
+    dashboard: str = ""
+    dashboard_problem: str = ""
+
+
+class ReadyResult(msgspec.Struct, frozen=True):
+    """Whether new connections are accepted. `reason` is why not, or ""."""
+
+    ready: bool
+    reason: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -162,6 +172,13 @@ class Status(Command[StatusResult], frozen=True):
 
     name: ClassVar[str] = "status"
     result: ClassVar[type[msgspec.Struct]] = StatusResult
+
+
+class Ready(Command[ReadyResult], frozen=True):
+    """Report whether new connections are accepted: that ends when a drain begins, although some still are then."""
+
+    name: ClassVar[str] = "ready"
+    result: ClassVar[type[msgspec.Struct]] = ReadyResult
 
 
 class Drain(Command[Ended], frozen=True):

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
+
 from tlstunnel.addresses import ListenAddress, OriginAddress
 from tlstunnel.config import Config, OriginConfig, SiteConfig, decode
+from tlstunnel.config.admin import Admin
 from tlstunnel.errors import ConfigurationError
 
 PORT = 8443
@@ -23,8 +26,9 @@ class Invocation:
 
     `origin` is as written, and None if the file has the sites; `echo` is the port of the embedded echo origin that
     replaces it. `listen` is empty if the file or the default decides. `http` is None for the default: `pass` in front
-    of an origin without a file, else `refuse`. Relative paths of the file and the origin start from `folder`, the
-    current folder at the start: a process must be able to start although it has been removed, as by a deployment.
+    of an origin without a file, else `refuse`. `admin` is the admin address, None if the file decides. Relative paths
+    of the file and the origin start from `folder`, the current folder at the start: a process must be able to start
+    although it has been removed, as by a deployment.
     """
 
     file: Path | None = None
@@ -35,6 +39,7 @@ class Invocation:
     listen: tuple[ListenAddress, ...] = ()
     http: Literal["pass", "refuse"] | None = None
     folder: Path = Path()
+    admin: ListenAddress | None = None
 
     @property
     def site(self) -> SiteConfig | None:
@@ -50,9 +55,10 @@ class Invocation:
 
     def configuration(self, text: str | None) -> Config:
         """Decode `text`, the content of the file; None gives the defaults. Raises ConfigurationError."""
-        if self.file is None or text is None:
-            return Config()
-        return decode(text, self.folder / self.file.parent, str(self.file))
+        config = Config()
+        if self.file is not None and text is not None:
+            config = decode(text, self.folder / self.file.parent, str(self.file))
+        return config if self.admin is None else _listen_for_admin(config, self.admin)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `from_json` reads in another process."""
@@ -65,6 +71,7 @@ class Invocation:
             "listen": [str(address) for address in self.listen],
             "http": self.http,
             "folder": str(self.folder),
+            "admin": str(self.admin) if self.admin is not None else None,
         }
 
     @classmethod
@@ -73,7 +80,17 @@ class Invocation:
         file, cert, key = (Path(fields[name]) if fields[name] else None for name in ("file", "cert", "key"))
         listen = tuple(ListenAddress.parse(text) for text in fields["listen"])
         folder = Path(fields.get("folder", ""))  # earlier releases do not write it
-        return cls(file, fields["origin"], fields["echo"], cert, key, listen, fields["http"], folder)
+        admin = ListenAddress.parse(fields["admin"]) if fields.get("admin") else None
+        return cls(file, fields["origin"], fields["echo"], cert, key, listen, fields["http"], folder, admin)
+
+
+def _listen_for_admin(config: Config, address: ListenAddress) -> Config:
+    """Return the configuration with another admin address. Raises ConfigurationError if it must not be used so."""
+    admin = msgspec.structs.replace(config.admin or Admin(), listen=address)
+    for check in (admin.check_listen, admin.check_cert):
+        for _, reason in check():
+            raise ConfigurationError(f"--admin: {reason}")
+    return msgspec.structs.replace(config, admin=admin)
 
 
 def sites_to_serve(invocation: Invocation, config: Config) -> tuple[SiteConfig, ...]:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from tlstunnel.addresses import ListenAddress, Networks
+from tlstunnel.config.admin import Admin
 from tlstunnel.config.document import KeyPath
 from tlstunnel.config.durations import Duration, OffOr, Timeout
 from tlstunnel.config.firewall import (
@@ -105,6 +106,7 @@ class Config(Table, frozen=True):
     limits: Limits = Limits()
     release: Release = Release()
     log: Log = Log()
+    admin: Admin | None = None
     state: State = State()
     plans: Plans = Plans(BUILT_IN)
     usage: Usage = Usage()

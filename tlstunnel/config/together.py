@@ -36,11 +36,15 @@ def list_limits(config: Config) -> Iterator[KeyPath]:
 
 
 def keeps_history(config: Config, environ: Mapping[str, str]) -> bool:
-    """Return whether usage is kept over time: somebody has given a folder for it, or says what it is for."""
+    """Return whether usage is kept over time: somebody has given a folder for it, or says what it is for.
+
+    The dashboard shows it.
+    """
     return (
         config.state.dir is not None
         or bool(environ.get("STATE_DIRECTORY"))
         or config.usage != Usage()
+        or config.admin is not None
         or any(site.plan is not None or site.guideline is not None for site in config.sites)
     )
 

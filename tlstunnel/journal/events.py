@@ -30,6 +30,13 @@ class Event(Word):
     NO_IPV6 = "IPv6 not available"
     NO_CONTROL_SOCKET = "no control socket"
     CONTROL_SOCKET = "control socket"
+    ADMIN_ADDRESS = "admin address"
+    NO_ADMIN_ADDRESS = "no admin address"
+    ADMIN_NOT_CONFIGURED = "admin settings not used"
+    ACTION = "action"
+    TOKEN_REFUSED = "token refused"  # noqa: S105 - not a password
+    LOGIN = "login"
+    LOGOUT = "logout"
     ECHO_ORIGIN = "embedded echo origin"
     TEST_CERTIFICATE = "test certificate"
     ORIGINS_NOT_VERIFIED = "origins not verified"
@@ -137,6 +144,7 @@ class Event(Word):
     COMMAND_FAILED = "command failed"
     NOTIFICATION_FAILED = "notification failed"
     NOTICE_FAILED = "notice failed"
+    ADMIN_REQUEST_FAILED = "admin request failed"
 
 
 class EndedBy(Word):

@@ -1,4 +1,6 @@
-"""The admin process: says where sites stand, sends notices, keeps throttles. It serves no connection itself.
+"""The admin process: says where sites stand, sends notices, keeps throttles, and serves the admin address.
+
+It serves no tunnels.
 
 Its state is on the disk. So it is not handed over at an upgrade or after a crash: another one continues. If there is
 none, everything is served as before, and throttles that hold end in time.
@@ -10,18 +12,19 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tlstunnel import __version__
 from tlstunnel.commands.catalogue import parse_command
+from tlstunnel.commands.command import AnyCommand
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import shares_notices
-from tlstunnel.errors import ProcessError, TlstunnelError
+from tlstunnel.errors import ControlError, ProcessError, StateError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.plans.channels import load_channels
 from tlstunnel.plans.duty import Duty
@@ -30,8 +33,12 @@ from tlstunnel.processes import messages
 from tlstunnel.processes.administration import Administration
 from tlstunnel.processes.processor import Processor
 from tlstunnel.processes.role import RoleProcess, run_role
+from tlstunnel.program import import_when_needed
 from tlstunnel.state.folder import find_state_folder
 from tlstunnel.state.throttles import ThrottleRule
+
+if TYPE_CHECKING:
+    from tlstunnel.admin.service import AdminService
 
 
 class AdminProcess(RoleProcess):
@@ -45,17 +52,23 @@ class AdminProcess(RoleProcess):
                 messages.Administer: self._administer,
                 messages.Adopt: self._adopt,
                 messages.Ask: self._answer,
+                messages.ServeAdmin: self._serve,
                 messages.Stop: self._stop,
             },
             {
                 messages.Seen: self._take_seen,
                 messages.MinuteOver: self._handle_minute,
                 messages.Elected: self._learn_duty,
+                messages.Recorded: self._take_records,
             },
         )
         self._invocation: Invocation | None = None
         self._config: Config | None = None
         self._administration: Administration | None = None
+        self._key = b""
+        self._problem = ""
+        self._folder: Path | None = None
+        self._service: AdminService | None = None
         self._processor = Processor()
         self._minute: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -66,6 +79,8 @@ class AdminProcess(RoleProcess):
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self._service is not None:
+            await self._service.close()
         if self._administration is not None:
             await self._administration.close()
         self._close_link()
@@ -73,7 +88,7 @@ class AdminProcess(RoleProcess):
     @property
     def _begun(self) -> Administration:
         if self._administration is None:
-            raise ProcessError("this process has not received Administer")
+            raise ProcessError(self._problem or "this process has not received Administer")
         return self._administration
 
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
@@ -84,21 +99,32 @@ class AdminProcess(RoleProcess):
     async def _administer(self, request: messages.Administer, _: list[int]) -> messages.Done:
         if self._invocation is None or self._config is None or self._administration is not None:
             raise ProcessError("this process has not received Begin, or has begun already")
-        config = self._config
-        folder = await asyncio.to_thread(find_state_folder, self._find_folder(config), os.environ)
-        self._administration = Administration(
-            folder,
-            config,
-            load_channels(config),
-            request.key,
-            self._report_throttles,
-            duty=Duty(self._report_delivered, alone=not shares_notices(config)),
-        )
-        self._run_in_background(self._administration.start())
+        self._key = request.key
+        try:
+            await self._start_administration(self._config)
+        except StateError as error:
+            if self._config.admin is None:
+                raise
+            # The dashboard is there all the same, and what it shows of the history is missing.
+            self._problem = str(error)
+            self._log.warning(Event.NOT_ASSESSED, reason=self._problem)
         # What was imported stays, so the garbage collector need not look at it again.
         gc.collect()
         gc.freeze()
         return messages.Done()
+
+    async def _start_administration(self, config: Config) -> None:
+        """Begin to administer. Raises StateError if there is no folder for the state."""
+        self._folder = await asyncio.to_thread(find_state_folder, self._find_folder(config), os.environ)
+        self._administration = Administration(
+            self._folder,
+            config,
+            load_channels(config),
+            self._key,
+            self._report_throttles,
+            duty=Duty(self._report_delivered, alone=not shares_notices(config)),
+        )
+        self._run_in_background(self._administration.start())
 
     def _find_folder(self, config: Config) -> Path | None:
         assert self._invocation is not None
@@ -107,8 +133,11 @@ class AdminProcess(RoleProcess):
     async def _adopt(self, request: messages.Adopt, _: list[int]) -> messages.Done:
         assert self._invocation is not None
         try:
-            config = await asyncio.to_thread(self._invocation.configuration, request.config)
-            await self._begun.configure(config, load_channels(config))
+            config = self._config = await asyncio.to_thread(self._invocation.configuration, request.config)
+            if self._administration is not None:
+                await self._administration.configure(config, load_channels(config))
+            if self._service is not None and config.admin is not None:
+                await self._service.configure(config.admin)
         except TlstunnelError as error:
             self._log.warning(Event.NOT_CONFIGURED, reason=str(error))
         return messages.Done()
@@ -118,11 +147,42 @@ class AdminProcess(RoleProcess):
         result = await self._begun.carry_out(command, request.who, request.tunnels)
         return messages.Told(fields=msgspec.to_builtins(result))
 
+    async def _serve(self, _: messages.ServeAdmin, descriptors: list[int]) -> messages.Done:
+        sock = socket.socket(fileno=descriptors[0]) if descriptors else None
+        admin = self._config.admin if self._config is not None else None
+        if self._service is None and sock is not None and admin is not None:
+            # Imported here, because it needs libraries that an admin process for plans alone does without.
+            module = import_when_needed("tlstunnel.admin.service", "the dashboard and the API")
+            service: AdminService = module.AdminService(self._ask, self._folder)
+            self._service = service
+            await service.configure(admin)
+            gc.collect()
+            gc.freeze()
+        if self._service is not None:
+            self._service.listen(sock)
+        elif sock is not None:
+            sock.close()
+        return messages.Done()
+
+    async def _ask(self, command: AnyCommand, who: str) -> Mapping[str, Any]:
+        """Have the parent carry out a command. Raises ControlError."""
+        request = messages.Ask(command=command.name, fields=msgspec.to_builtins(command), who=who)
+        try:
+            return (await self._link.request(request)).fields
+        except ProcessError as error:
+            raise ControlError(*error.problems) from None
+
+    def _take_records(self, recorded: messages.Recorded) -> None:
+        if self._service is not None:
+            self._service.take_records(recorded.records, recorded.left_out)
+
     def _take_seen(self, seen: messages.Seen) -> None:
         if self._administration is not None:
             self._run_in_background(self._administration.take(seen.sites))
 
     def _handle_minute(self, minute: messages.MinuteOver) -> None:
+        if self._service is not None:
+            self._run_in_background(self._service.refresh())
         if self._administration is None or (self._minute is not None and not self._minute.done()):
             return  # the last one is not done yet; the next one makes up for it
         load = MachineLoad(self._processor.measure(), minute.descriptors, minute.memory)

@@ -22,6 +22,8 @@ from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import (
     Drain,
     Ended,
+    Ready,
+    ReadyResult,
     Reload,
     ReloadResult,
     Status,
@@ -35,6 +37,7 @@ from tlstunnel.commands.tunnels import Tunnels, TunnelsResult
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import StateError
+from tlstunnel.processes.actions import Via, log_action
 from tlstunnel.processes.control import Handler, describe_client
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.reports import Reports
@@ -71,6 +74,7 @@ class Commands:
         self._handlers: Mapping[type[AnyCommand], Callable[[Any, str], Awaitable[msgspec.Struct]]] = {
             Reload: self._reload,
             Status: self._report_status,
+            Ready: self._report_readiness,
             Drain: self._drain,
             Stop: self._stop,
             Metrics: self._report_metrics,
@@ -82,12 +86,13 @@ class Commands:
             **dict.fromkeys(_ABOUT_USAGE, self._ask_admin),
         }
 
-    async def carry_out(self, command: Command[ResultT], who: str) -> ResultT:
-        """Carry out a command other than `Upgrade` for `who`, and return its result.
+    async def carry_out(self, command: Command[ResultT], who: str, via: Via) -> ResultT:
+        """Carry out a command other than `Upgrade` for `who`, and return its result. What acts is logged.
 
         Raises ControlError if that fails; nothing was changed then.
         """
-        result = await self._handlers[type(command)](command, who)
+        with log_action(command, who, via):
+            result = await self._handlers[type(command)](command, who)
         assert isinstance(result, command.result)
         return result  # type: ignore[return-value]  # it is ResultT
 
@@ -101,7 +106,7 @@ class Commands:
     async def _handle(self, name: str, request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
         command = parse_command(name, request)
         who = await asyncio.to_thread(describe_client, client)
-        fields: Mapping[str, Any] = msgspec.to_builtins(await self.carry_out(command, who))
+        fields: Mapping[str, Any] = msgspec.to_builtins(await self.carry_out(command, who, "control socket"))
         return fields
 
     async def _upgrade(self, _: Mapping[str, Any], client: int) -> Mapping[str, Any]:
@@ -109,7 +114,8 @@ class Commands:
 
         Raises ControlError if that fails; nothing was changed then.
         """
-        await self._rollout.upgrade(client)
+        with log_action(Upgrade(), await asyncio.to_thread(describe_client, client), "control socket"):
+            await self._rollout.upgrade(client)
         return {}
 
     async def _reload(self, _: Reload, __: str) -> ReloadResult:
@@ -117,6 +123,13 @@ class Commands:
 
     async def _report_status(self, _: Status, __: str) -> StatusResult:
         return await report_status(self._fleet, self._slots)
+
+    async def _report_readiness(self, _: Ready, __: str) -> ReadyResult:
+        if self._fleet.ending:
+            return ReadyResult(ready=False, reason="the tunnel is shutting down")
+        if not self._fleet.accepting():
+            return ReadyResult(ready=False, reason="no process accepts connections")
+        return ReadyResult(ready=True)
 
     async def _drain(self, _: Drain, __: str) -> Ended:
         """Start draining, and wait until all tunnels have ended."""

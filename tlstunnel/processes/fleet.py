@@ -25,6 +25,7 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.processes import cores
+from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import CarryOut, Child, ChildHandover, ChildNotifications, Role, Startup
 from tlstunnel.processes.election import Election
 from tlstunnel.processes.feed import Feed
@@ -38,6 +39,7 @@ from tlstunnel.processes.messages import (
     Load,
     Measured,
     MinuteOver,
+    Recorded,
     Seen,
     Serve,
     Throttled,
@@ -98,6 +100,7 @@ class Fleet:
         observer_key: str = "",
         throttles: Iterable[ThrottleRule] = (),
         carry_out: CarryOut | None = None,
+        admin_socket: AdminSocket | None = None,
     ) -> None:
         self._carry_out = carry_out
         self.startup = startup
@@ -122,6 +125,7 @@ class Fleet:
             self._run_in_background,
             observer_key,
             throttles,
+            admin_socket,
         )
         self.election = Election(lambda: self.wiring.ledger, lambda: self.overseer.admin)
         self._notifications: ChildNotifications = {
@@ -129,6 +133,7 @@ class Fleet:
             LedgerLost: self._reconnect,
             Seen: self.overseer.take_seen,
             Throttled: self.overseer.take_throttles,
+            Recorded: self.overseer.take_records,
             Elected: self.election.take_news,
             Delivered: self.election.take_delivered,
         }

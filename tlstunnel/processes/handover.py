@@ -24,6 +24,7 @@ from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.origins.embedded import EchoHandover
 from tlstunnel.processes import previous
+from tlstunnel.processes.admin_socket import AdminSocketHandover
 from tlstunnel.processes.children import ChildHandover
 from tlstunnel.processes.control import ControlHandover
 from tlstunnel.processes.messages import FORMAT
@@ -79,6 +80,9 @@ class Handover(msgspec.Struct, frozen=True):
     throttles: list[ThrottleRule] = []
     """The throttles that hold."""
 
+    admin_socket: AdminSocketHandover | None = None
+    """The socket of the admin address, if there is one."""
+
     probe: int | None = None
     """The descriptor to which a probe writes its release on success; None if the program is not a probe."""
 
@@ -115,6 +119,8 @@ class Handover(msgspec.Struct, frozen=True):
             found += [self.control_socket.fd, self.control_socket.lock]
         if self.echo is not None:
             found.append(self.echo.pipe)
+        if self.admin_socket is not None:
+            found.append(self.admin_socket.fd)
         return found + ([self.client] if self.client is not None else [])
 
     def respond(self, response: Mapping[str, Any]) -> None:

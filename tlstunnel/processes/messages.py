@@ -300,6 +300,20 @@ class Adopt(Request[Done], frozen=True, tag="adopt"):
     config: str | None
 
 
+class ServeAdmin(Request[Done], frozen=True, tag="serve admin"):
+    """Serve the admin address at the socket that comes with the message; nowhere, if there is none."""
+
+
+class Recorded(Notification, frozen=True, tag="recorded"):
+    """Records of connections that have ended, and how many were `left_out`; also from the parent to the admin process.
+
+    Serving processes send them for a while after the command `WatchRecords`.
+    """
+
+    records: list[dict[str, Any]]
+    left_out: int = 0
+
+
 class MinuteOver(Notification, frozen=True, tag="minute over"):
     """A minute is over, and the history has it. `tunnels` are open now, by site.
 

@@ -15,9 +15,24 @@ from typing import Any
 
 from tlstunnel.config import Config
 from tlstunnel.errors import ControlError, ProcessError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 from tlstunnel.plans.observer import Observed
+from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import Child, Role
-from tlstunnel.processes.messages import Administer, Adopt, Ask, MinuteOver, Observe, Seen, Stop, Throttle, Throttled
+from tlstunnel.processes.messages import (
+    Administer,
+    Adopt,
+    Ask,
+    MinuteOver,
+    Observe,
+    Recorded,
+    Seen,
+    ServeAdmin,
+    Stop,
+    Throttle,
+    Throttled,
+)
 from tlstunnel.state.throttles import ThrottleRule
 
 KEY_BYTES = 32
@@ -46,7 +61,7 @@ class Overseer:
     """Knows the admin process. `list_children` returns the children that have not exited, `get_config` what is served.
 
     `get_minute` returns the tunnels that are open, and the load, for the end of a minute. `key` is the one of the
-    previous program, if there is one, and `rules` are its throttles.
+    previous program, if there is one, and `rules` are its throttles. `socket` is that of the admin address.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what it mediates between
@@ -57,6 +72,7 @@ class Overseer:
         run_in_background: Callable[[Coroutine[Any, Any, None]], None],
         key: str = "",
         rules: Iterable[ThrottleRule] = (),
+        socket: AdminSocket | None = None,
     ) -> None:
         self._list_children = list_children
         self._get_config = get_config
@@ -64,7 +80,9 @@ class Overseer:
         self._run_in_background = run_in_background
         self._key = bytes.fromhex(key) if key else secrets.token_bytes(KEY_BYTES)
         self._rules = list(rules)
+        self.socket = AdminSocket() if socket is None else socket
         self._reconfiguring = asyncio.Lock()
+        self._log = structlog.get_logger()
 
     @property
     def key(self) -> str:
@@ -91,11 +109,18 @@ class Overseer:
     @property
     def is_needed(self) -> bool:
         """Whether there has to be an admin process."""
-        return bool(find_sites_with_plans(self._get_config()))
+        config = self._get_config()
+        return config.admin is not None or bool(find_sites_with_plans(config))
+
+    def open(self) -> None:
+        """Listen at the admin address, or close it, as configured."""
+        admin = self._get_config().admin
+        self.socket.configure(admin.listen if admin is not None else None)
 
     async def begin(self, admin: Child) -> None:
         """Have a new admin process begin. Raises ProcessError."""
         await admin.link.request(Administer(key=self._key))
+        await self._send_socket(admin)
 
     async def prepare(self, child: Child) -> None:
         """Tell a serving process what to observe, and which throttles hold. One of an earlier release refuses it."""
@@ -110,6 +135,7 @@ class Overseer:
         config = self._get_config()
         sites = find_sites_with_plans(config)
         await asyncio.gather(*(self._try(child, Observe(key=self._key, sites=sites)) for child in self._list_serving()))
+        self.open()
         moved = _list_fixed_settings(before) != _list_fixed_settings(config)
         self._run_in_background(self._reconfigure_admin(text, moved=moved))
 
@@ -144,6 +170,12 @@ class Overseer:
         if tunnels and (admin := self.admin) is not None:
             admin.link.notify(Seen(sites={site: Observed(lost=number) for site, number in tunnels.items()}))
 
+    def take_records(self, _: Child, recorded: Recorded) -> None:
+        """Pass on what connections a serving process has recorded."""
+        admin = self.admin
+        if admin is not None and admin.link.idle:
+            admin.link.notify(recorded)
+
     def take_throttles(self, _: Child, throttled: Throttled) -> None:
         """Pass on the throttles that hold now."""
         self._rules = throttled.rules
@@ -169,7 +201,37 @@ class Overseer:
         return reply.fields
 
     async def run(self) -> None:
-        """Tell the admin process when a minute is over, until cancelled."""
+        """Tell the admin process when a minute is over, and of another socket, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_socket())
+            group.create_task(self._send_minutes())
+
+    async def _watch_socket(self) -> None:
+        while True:
+            await self.socket.changed.wait()
+            self.socket.changed.clear()
+            if self.socket.address is not None:
+                self._log.info(Event.ADMIN_ADDRESS, address=self.url)
+            if (admin := self.find()) is not None:
+                with contextlib.suppress(ProcessError):
+                    await self._send_socket(admin)
+
+    @property
+    def url(self) -> str:
+        """The address for a browser, "" if nothing listens there."""
+        admin, address = self._get_config().admin, self.socket.address
+        if admin is None or address is None:
+            return ""
+        if address.path is not None:
+            return str(address)
+        return f"{'http' if admin.cert is None else 'https'}://{address}/"
+
+    async def _send_socket(self, admin: Child) -> None:
+        """Have it serve at the socket. Raises ProcessError."""
+        descriptor = self.socket.descriptor
+        await admin.request(ServeAdmin(), descriptors=[descriptor] if descriptor is not None else [])
+
+    async def _send_minutes(self) -> None:
         while True:
             now = time.time()
             await asyncio.sleep(MINUTE - (now - SETTLE_SECONDS) % MINUTE)

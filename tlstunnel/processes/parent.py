@@ -25,6 +25,8 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
+from tlstunnel.processes.actions import log_action
+from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import Startup
 from tlstunnel.processes.commands import Commands
 from tlstunnel.processes.control import ControlSocket, ControlSocketInUse, default_path
@@ -79,6 +81,7 @@ class Parent:
             observer_key=inherited.observer_key if inherited else "",
             throttles=inherited.throttles if inherited else (),
             carry_out=self._carry_out,
+            admin_socket=AdminSocket(inherited.admin_socket if inherited else None),
         )
         self._rollout = Rollout(self._fleet, slots, self._control, echo, inherited, self._service_manager)
         self._commands = Commands(self._fleet, self._rollout, slots, self._signals.put_nowait, self._stopped)
@@ -111,6 +114,7 @@ class Parent:
             if self._control is not None:
                 await self._control.close()
             self._slots.close()
+            self._fleet.overseer.socket.close()
             # The loop removes its handlers when it closes: another signal would then turn a success into a failure.
             signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         self._log.info(Event.STOPPED)
@@ -161,6 +165,7 @@ class Parent:
             await self._control.serve(self._commands.make_handlers())
         elif self._control_in_use:
             self._run_in_background(self._wait_for_control_socket())
+        self._fleet.overseer.open()
         await self._rollout.start()
         for address in dict.fromkeys(str(slot.listener.address) for slot in self._slots):
             self._log.info(Event.LISTENING, address=address)
@@ -190,8 +195,9 @@ class Parent:
         """Carry out a command that came by HTTP. Raises ControlError."""
         command = parse_command(request.command, request.fields)
         if isinstance(command, Upgrade):
-            await self._rollout.upgrade(None)  # does not return
-        return Told(fields=msgspec.to_builtins(await self._commands.carry_out(command, request.who)))
+            with log_action(command, request.who, "HTTP"):
+                await self._rollout.upgrade(None)  # does not return
+        return Told(fields=msgspec.to_builtins(await self._commands.carry_out(command, request.who, "HTTP")))
 
     # --- shutdown -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 FORMAT = 2
 
-_NEW = ("usage", "observer_key", "throttles")
+_NEW = ("usage", "observer_key", "throttles", "admin_socket")
 """What an earlier release does not use, of the handover."""
 
 

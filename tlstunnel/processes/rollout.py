@@ -275,6 +275,8 @@ class Rollout:
                 await self._fleet.overseer.dismiss()  # another one continues from the disk
                 if format_ == previous.FORMAT:
                     await self._fleet.end_ledger()
+                    self._fleet.overseer.socket.close()  # that release would leave clients waiting in its backlog
+                    undo.callback(self._fleet.overseer.open)
                 handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
 
     async def _quiesce(self, undo: AsyncExitStack) -> None:
@@ -298,6 +300,7 @@ class Rollout:
             observer_key=self._fleet.overseer.key,
             throttles=self._fleet.overseer.rules,
             instance=self._fleet.startup.instance,
+            admin_socket=self._fleet.overseer.socket.hand_over(),
         )
 
     # --- both ---------------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         ],
         shortages=[str(shortage) for shortage in fleet.resources.shortages.values()],
         election=_describe_election(fleet),
+        dashboard=fleet.overseer.url,
+        dashboard_problem=fleet.overseer.socket.problem,
     )
 
 

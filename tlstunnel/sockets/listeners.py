@@ -46,17 +46,18 @@ class Listener:
                 Path(self.address.path).unlink()
 
 
-def listen(address: ListenAddress, shares: int = 1) -> list[Listener]:
+def listen(address: ListenAddress, shares: int = 1, *, mode: int | None = None) -> list[Listener]:
     """Listen on `address` with `shares` sockets. Raises ListenError, naming the address and what to do.
 
-    The kernel spreads connections over several sockets (SO_REUSEPORT, socket(7)). A Unix socket is always a single one.
+    The kernel spreads connections over several sockets (SO_REUSEPORT, socket(7)). A Unix socket is always a single one,
+    and its file has `mode`, or what the umask leaves.
 
     TCP_DEFER_ACCEPT stays off: it would save a wait per connection, but the connections that it holds back are reset
     when the listener closes, as happens in an upgrade.
     """
     try:
         if address.path is not None:
-            return [Listener(_listen_unix(Path(address.path)), address, address)]
+            return [Listener(_listen_unix(Path(address.path), mode), address, address)]
         # Unshared at first, to get an error if another tunnel listens here: shared, each would get half of the
         # connections.
         unshared = _listen_tcp(address)
@@ -146,13 +147,17 @@ def _listen_tcp(address: ListenAddress, *, shared: bool = False) -> socket.socke
     return sock
 
 
-def _listen_unix(path: Path) -> socket.socket:
+def _listen_unix(path: Path, mode: int | None) -> socket.socket:
     with _lock_folder(path.parent):
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
+            if mode is not None:
+                os.fchmod(sock.fileno(), mode)  # on Linux the file gets the mode of the socket, less the umask
             sock.bind(str(path))
+            if mode is not None:
+                path.chmod(mode)
             sock.listen(BACKLOG)
         except OSError:
             sock.close()

@@ -5,6 +5,7 @@ Unix times in seconds. Hours and days are those of UTC.
 """
 
 import contextlib
+import math
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,32 @@ class HistoryReader:
             rows = connection.execute(query, (site, times.start, times.stop, resolution.length)).fetchall()
         found = {row[0]: row for row in rows}
         return tuple(_to_usage(time, seconds, found.get(time), resolution is DAYS) for time in times)
+
+    def read_sums(self, resolution: Resolution, since: float, until: float) -> tuple[Usage, ...]:
+        """Return the usage of all sites together: one value for each time, as `read_usage` does for one site.
+
+        How many tunnels of all sites were open at most is not kept: `peak` is the mean, rounded up.
+        """
+        seconds = resolution.length * MINUTE
+        times = _find_times(resolution, since, until)
+        table = resolution.table
+        sums = _SUMS.replace("row.", "")
+        with self._reading() as connection:
+            _, measured = _read_sampled(connection, table, times)
+            query = f"""
+                SELECT key / {MAX_SITES}, sum(tunnels), {sums} FROM site_{table}
+                WHERE key >= ? AND key < ? GROUP BY key / {MAX_SITES}
+            """  # noqa: S608 - names of ours
+            rows = connection.execute(query, (times.start * MAX_SITES, times.stop * MAX_SITES)).fetchall()
+        samples = dict(measured)
+        found = {row[0]: row[1:] for row in rows}
+        usages = []
+        for time in times:
+            tunnels, *counts = found.get(time, (0, *NOTHING))
+            sampled = samples.get(time, 0)
+            level = Level(math.ceil(tunnels / sampled), tunnels / sampled) if sampled else None
+            usages.append(Usage(time * seconds, seconds, sampled, level, Counts(*counts) if sampled else NOTHING))
+        return tuple(usages)
 
     def read_totals(self, resolution: Resolution, since: float, until: float) -> dict[str, Usage]:
         """Return each site's usage of this time as a whole, from the rows of one resolution.

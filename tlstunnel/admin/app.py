@@ -1,0 +1,374 @@
+"""The application: checks every request, finds out who sends it, and carries it out.
+
+Tested by tests/promises/test_admin_security.py, test_admin_api.py and test_admin_actions.py.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from tlstunnel.admin.access import AccessControl, Identity, Peer, name_cookie, render_cookie
+from tlstunnel.admin.checks import (
+    Unacceptable,
+    check_host,
+    check_origin,
+    check_query,
+    is_proxied,
+)
+from tlstunnel.admin.history import Histories, HistoryQuery
+from tlstunnel.admin.live import Ask, Live
+from tlstunnel.admin.openapi import describe
+from tlstunnel.admin.responses import add_fields, make_error, make_file, make_json, make_refusal
+from tlstunnel.admin.routes import PREFIX, ApiRoute, list_routes
+from tlstunnel.admin.sessions import LASTS_SECONDS
+from tlstunnel.admin.static import load_files
+from tlstunnel.commands.metrics import Metrics
+from tlstunnel.commands.processes import Ready
+from tlstunnel.config.admin import Access
+from tlstunnel.errors import ControlError, TlstunnelError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
+
+MOST_BODY = 65_536
+"""Bytes of a request's body."""
+
+READY_SECONDS = 0.1
+"""How long an answer about readiness holds: whoever asks more often gets the same one."""
+
+BEGUN_SECONDS = 0.3
+"""How long a command may take to fail that is only begun. Then the response says that it goes on."""
+
+_HEALTH = ("/healthz", "/readyz")
+LIVE = f"{PREFIX}/live"
+
+Handler = Callable[[Request, Identity | None], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Something that is served. `access` is what it needs, None if nothing.
+
+    What `acts` cannot be asked for by the pages of other servers.
+    """
+
+    route: Route
+    handle: Handler
+    access: Access | None
+    acts: bool
+
+
+class Login(msgspec.Struct, frozen=True):
+    """The body of a login."""
+
+    token: str
+
+
+class AdminApp:
+    """An ASGI application. `hosts` are the names that it has besides those of loopback, `listen` its configured host.
+
+    `ask` has commands carried out. `histories` is None if no history is kept.
+    """
+
+    def __init__(self, access: AccessControl, ask: Ask, live: Live, histories: Histories | None) -> None:
+        self.hosts: Collection[str] = ()
+        self.listen = ""
+        self.metric_sites = 200
+        self._access = access
+        self._ask = ask
+        self._live = live
+        self.histories = histories
+        self._ready: tuple[float, asyncio.Future[Mapping[str, Any]]] | None = None
+        self._begun: set[asyncio.Future[Any]] = set()
+        self._log = structlog.get_logger()
+        self._endpoints = [*self._list_pages(), *self._list_api()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or a WebSocket."""
+        if scope["type"] not in {"http", "websocket"}:
+            return
+        send = add_fields(send)
+        try:
+            if scope["type"] == "http":
+                response = await self._respond(scope, receive)
+                await response(scope, receive, send)
+            else:
+                await self._serve_socket(scope, receive, send)
+        except Exception as error:
+            self._log.error(Event.ADMIN_REQUEST_FAILED, exc_info=error)
+            scope["state"]["abort"]()
+
+    # --- every request ------------------------------------------------------------------------------------------------
+
+    async def _respond(self, scope: Scope, receive: Receive) -> Response:
+        request = Request(scope, receive)
+        try:
+            if request.url.path in _HEALTH and request.method in {"GET", "HEAD"}:
+                return await self._report_health(request.url.path)
+            endpoint = self._check(request)
+            identity = self._identify(request) if endpoint.access is not None else None
+            if endpoint.access is not None:
+                identity = self._access.require(identity, endpoint.access, request.headers.get("x-csrf-token"))
+            return await endpoint.handle(request, identity)
+        except Unacceptable as refusal:
+            return make_refusal(refusal)
+        except TlstunnelError as error:
+            return make_error(409 if isinstance(error, ControlError) else 503, *error.problems)
+
+    def _check(self, request: Request) -> Endpoint:
+        """Check a request, and return what it is for. Raises Unacceptable."""
+        self._check_host(request)
+        check_query(request.scope["query_string"].decode("latin-1"))
+        endpoint = self._find(request)
+        if endpoint.acts or request.url.path.startswith("/api/"):
+            own = self._check_origin(request)
+            # A request that a browser sends with its cookie has to come from this page, and browsers say so.
+            if endpoint.acts and not own and _has_cookie(request) and "authorization" not in request.headers:
+                raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
+        return endpoint
+
+    def _check_host(self, connection: HTTPConnection) -> None:
+        check_host(connection.headers.getlist("host"), _peer_of(connection).local, self.hosts, self.listen)
+
+    def _check_origin(self, connection: HTTPConnection) -> bool:
+        headers = connection.headers
+        secure = _peer_of(connection).secure
+        return check_origin(
+            headers.getlist("origin"), headers.get("sec-fetch-site", ""), headers.get("host", ""), secure=secure
+        )
+
+    def _find(self, request: Request) -> Endpoint:
+        allowed: list[str] = []
+        for endpoint in self._endpoints:
+            match, inside = endpoint.route.matches(request.scope)
+            if match is Match.FULL:
+                request.scope.update(inside)
+                return endpoint
+            if match is Match.PARTIAL:
+                allowed += sorted(endpoint.route.methods or ())
+        if allowed:
+            raise Unacceptable(405, f"allowed here: {', '.join(allowed)}", headers={"Allow": ", ".join(allowed)})
+        raise Unacceptable(404, "there is nothing at this path; /openapi.json describes the API")
+
+    def _identify(self, connection: HTTPConnection) -> Identity | None:
+        headers = connection.headers
+        values = headers.getlist("authorization")
+        if len(values) > 1:
+            raise Unacceptable(400, "the request has several Authorization fields")
+        return self._access.identify(
+            _peer_of(connection),
+            values[0] if values else None,
+            "; ".join(headers.getlist("cookie")),
+            proxied=is_proxied(headers.keys()),
+        )
+
+    # --- health -------------------------------------------------------------------------------------------------------
+
+    async def _report_health(self, path: str) -> Response:
+        if path == "/healthz":
+            return make_json({"alive": True})
+        try:
+            fields = await self._ask_readiness()
+        except TlstunnelError:
+            fields = {"ready": False, "reason": "the parent process does not respond"}
+        return make_json(fields, 200 if fields.get("ready") else 503)
+
+    async def _ask_readiness(self) -> Mapping[str, Any]:
+        now = time.monotonic()
+        if self._ready is None or (now - self._ready[0] > READY_SECONDS and self._ready[1].done()):
+            self._ready = now, asyncio.ensure_future(self._ask(Ready(), "a health check"))
+        return await asyncio.shield(self._ready[1])
+
+    # --- pages --------------------------------------------------------------------------------------------------------
+
+    def _list_pages(self) -> list[Endpoint]:
+        files = load_files()
+
+        async def serve_file(request: Request, _: Identity | None) -> Response:
+            return make_file(
+                files[request.url.path],
+                accept_encoding=request.headers.get("accept-encoding", ""),
+                if_none_match=request.headers.get("if-none-match", ""),
+            )
+
+        # The page is code and has no data, so it needs nothing: it is also where one logs in.
+        found = [_make("GET", path, serve_file, None, acts=False) for path in files]
+        return [
+            *found,
+            _make("GET", "/metrics", self._render_metrics, "read", acts=False),
+            _make("GET", "/openapi.json", self._describe_api, "read", acts=False),
+            _make("POST", "/login", self._log_in, None, acts=True),
+            _make("POST", "/logout", self._log_out, "read", acts=True),
+        ]
+
+    async def _log_in(self, request: Request, _: Identity | None) -> Response:
+        try:
+            login = msgspec.json.decode(await _read_body(request), type=Login)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raise Unacceptable(400, 'the body should be {"token": "..."}') from None
+        peer = _peer_of(request)
+        cookie, session = self._access.log_in(peer, login.token)
+        secure = peer.secure or request.headers.get("origin", "").startswith("https:")
+        token = session.token
+        return make_json(
+            {"name": token.name, "access": token.access, "csrf": session.csrf, "seconds": LASTS_SECONDS},
+            headers={"set-cookie": render_cookie(cookie, secure=secure, seconds=LASTS_SECONDS)},
+        )
+
+    async def _log_out(self, request: Request, identity: Identity | None) -> Response:
+        peer = _peer_of(request)
+        if identity is not None and identity.session is not None:
+            self._access.log_out(peer, identity.session)
+        response = make_json({})
+        for secure in (False, True):
+            response.headers.append("set-cookie", render_cookie("", secure=secure, seconds=0))
+        return response
+
+    async def _render_metrics(self, request: Request, identity: Identity | None) -> Response:
+        _refuse_parameters(request)
+        await self._ask(Metrics(), _who(identity))
+        raise Unacceptable(503, "the metrics cannot be shown yet")
+
+    async def _describe_api(self, request: Request, _: Identity | None) -> Response:
+        _refuse_parameters(request)
+        return make_json(describe())
+
+    # --- the API ------------------------------------------------------------------------------------------------------
+
+    def _list_api(self) -> list[Endpoint]:
+        return [
+            *(self._make_api(route) for route in list_routes()),
+            _make("GET", f"{PREFIX}/overview", self._report_overview, "read", acts=False),
+            _make("GET", f"{PREFIX}/history", self._report_history, "read", acts=False),
+            _make("GET", f"{PREFIX}/session", self._report_session, "read", acts=False),
+        ]
+
+    def _make_api(self, route: ApiRoute) -> Endpoint:
+        async def handle(request: Request, identity: Identity | None) -> Response:
+            return await self._carry_out(route, request, _who(identity))
+
+        return _make(route.method, PREFIX + route.path, handle, route.access, acts=route.type.acts)
+
+    async def _carry_out(self, route: ApiRoute, request: Request, who: str) -> Response:
+        inside = request.path_params
+        parameters = check_query(request.scope["query_string"].decode("latin-1"))
+        if route.method == "POST":
+            if parameters:
+                raise Unacceptable(400, "the parameters of this request are the fields of a JSON body")
+            command = route.parse_body(await _read_body(request), inside)
+        else:
+            command = route.parse_query(parameters, inside)
+        work = asyncio.ensure_future(self._ask(command, who))
+        if route.accepted:
+            return await self._begin(work)
+        # Carried out to its end, also if the client does not wait for it: half an action is worse than none.
+        fields = await asyncio.shield(work) if route.type.acts else await work
+        if route.one and not fields.get(route.one):
+            raise Unacceptable(404, "there is none with this name or id")
+        return make_json(fields)
+
+    async def _begin(self, work: "asyncio.Future[Mapping[str, Any]]") -> Response:
+        self._begun.add(work)
+        work.add_done_callback(self._finish)
+        done, _ = await asyncio.wait((work,), timeout=BEGUN_SECONDS)
+        return make_json(work.result() if done else {}, 200 if done else 202)
+
+    def _finish(self, work: "asyncio.Future[Mapping[str, Any]]") -> None:
+        self._begun.discard(work)
+        if not work.cancelled():
+            work.exception()  # it was told, or the program has ended
+
+    async def _report_overview(self, request: Request, _: Identity | None) -> Response:
+        _refuse_parameters(request)
+        return make_json(await self._live.make_overview())
+
+    async def _report_history(self, request: Request, _: Identity | None) -> Response:
+        parameters = check_query(request.scope["query_string"].decode("latin-1"))
+        known = HistoryQuery.__struct_fields__
+        if not parameters.keys() <= set(known):
+            raise Unacceptable(400, f"unknown parameter; known are {', '.join(known)}")
+        try:
+            query = msgspec.convert(parameters, HistoryQuery, strict=False)
+        except msgspec.ValidationError as error:
+            raise Unacceptable(400, f"invalid parameter: {error}") from None
+        if self.histories is None:
+            raise Unacceptable(503, "no history can be kept; the log says why")
+        return make_json(await self.histories.read(query))
+
+    async def _report_session(self, request: Request, identity: Identity | None) -> Response:
+        """Report who one is, for the dashboard."""
+        _refuse_parameters(request)
+        assert identity is not None
+        return make_json({"who": identity.who, "access": identity.access, "logged_in": identity.session is not None})
+
+    # --- live ---------------------------------------------------------------------------------------------------------
+
+    async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        socket = WebSocket(scope, receive, send)
+        try:
+            self._check_host(socket)
+            if check_query(scope["query_string"].decode("latin-1")):
+                raise Unacceptable(400, "there are no parameters here")
+            if scope["path"] != LIVE:
+                raise Unacceptable(404, f"the WebSocket is at {LIVE}")
+            own = self._check_origin(socket)
+            if not own and _has_cookie(socket) and "authorization" not in socket.headers:
+                raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
+            identity = self._access.require(self._identify(socket), "read", None)
+            if self._live.is_full:
+                raise Unacceptable(503, "too many watch at once", headers={"Retry-After": "10"})
+        except Unacceptable as refusal:
+            await receive()  # websocket.connect
+            return await socket.send_denial_response(make_refusal(refusal))
+        await self._live.serve(socket, lambda: self._access.still_holds(identity))
+
+
+def _make(method: str, path: str, handle: Handler, access: Access | None, *, acts: bool) -> Endpoint:
+    async def unused(_: Request) -> Response:
+        raise NotImplementedError
+
+    return Endpoint(Route(path, unused, methods=[method]), handle, access, acts)
+
+
+def _peer_of(connection: HTTPConnection) -> Peer:
+    peer = connection.scope["state"]["peer"]
+    assert isinstance(peer, Peer)
+    return peer
+
+
+def _who(identity: Identity | None) -> str:
+    return identity.who if identity is not None else "anybody"
+
+
+def _has_cookie(connection: HTTPConnection) -> bool:
+    cookies = connection.headers.get("cookie", "")
+    return any(name_cookie(secure=secure) in cookies for secure in (False, True))
+
+
+def _refuse_parameters(request: Request) -> None:
+    if request.scope["query_string"]:
+        raise Unacceptable(400, "there are no parameters here")
+
+
+async def _read_body(request: Request) -> bytes:
+    """Return the body of an action. Raises Unacceptable."""
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > MOST_BODY:
+        raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes", headers={"Connection": "close"})
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY:
+            raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes", headers={"Connection": "close"})
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and media_type != "application/json":
+        raise Unacceptable(415, "the body should be JSON, with Content-Type: application/json")
+    return bytes(body)
