@@ -934,4 +934,6 @@ def test_the_example_of_the_documentation_works() -> None:
     config = decoded(example)
     assert len(config.sites) == 2
     for key in KEYS:
-        assert re.search(rf"^(?:\[+(?:(?:sites|usage|admin)\.)?{key}(?:\.\w+)?\]+$|{key} = )", example, re.MULTILINE), key
+        assert re.search(rf"^(?:\[+(?:(?:sites|usage|admin)\.)?{key}(?:\.\w+)?\]+$|{key} = )", example, re.MULTILINE), (
+            key
+        )
