@@ -21,7 +21,7 @@ from tlstunnel.plans.values import Assessment, Standing
 HOUR, DAY = 3600, 86_400
 PLAN = SitePlan(site="a", plan="free", label="Free", guideline=100, next_plan="pro", next_label="Pro")
 IDLE, BUSY = MachineLoad(0.3, 0.1, 0.2), MachineLoad(0.95, 0.1, 0.2)
-SUSPICION = Suspicion("short", 50.0, 0.9, 7, ("192.0.2.1",), 3)
+SUSPICION = Suspicion("short", 50.0, 0.9, 7, ("192.0.2.1",), 3, few=True)
 
 levels = st.one_of(st.none(), st.tuples(st.integers(0, 250), st.integers(0, 250)).map(sorted))
 """The mean and the peak of an hour, or a gap."""

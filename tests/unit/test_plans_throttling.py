@@ -43,7 +43,7 @@ class Case:
         )
 
     async def react(self, *culprits: str, rate: float = 50.0, site: str = "a.test") -> list[Throttle]:
-        suspicion = Suspicion("refused", rate, 0.9, 5, culprits, 3)
+        suspicion = Suspicion("refused", rate, 0.9, 5, culprits, 3, few=bool(culprits))
         return await self.throttling.react({site: suspicion}, Abuse(), {site: "Why."})
 
 

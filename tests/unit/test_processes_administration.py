@@ -29,12 +29,15 @@ from tlstunnel.errors import ControlError
 from tlstunnel.journal.record import Record
 from tlstunnel.plans.addresses import SiteAddresses
 from tlstunnel.plans.channels import load_channels
+from tlstunnel.plans.duty import Duty
+from tlstunnel.plans.elsewhere import Sightings, decode_sightings, encode_sightings
 from tlstunnel.plans.notice_file import NoticeFile
 from tlstunnel.plans.observer import Observed, Observer
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.plans.values import Assessment, Standing
 from tlstunnel.processes import administration
 from tlstunnel.processes.administration import Administration
+from tlstunnel.state.history.reader import HistoryReader
 from tlstunnel.state.history.samples import MINUTE, NOTHING, Counts, Instance, Sampler, Totals, add_counts
 from tlstunnel.state.history.writer import History
 from tlstunnel.state.throttles import ThrottleRule
@@ -464,6 +467,90 @@ def test_after_a_gap_everybody_may_come_back(tmp_path: Path) -> None:
 
     world = live(tmp_path, {"a.test": behaviour}, story, usage='on_abuse = "throttle"')
     assert Standing.SUSPECTED_ABUSE not in world.standings("a.test")
+
+
+class Machines:
+    """A second machine, which has the history of all too, but sees other connections. It tells what it sees, or not."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self._world = world
+        self._folder = folder
+        self.rules: list[Sequence[ThrottleRule]] = []
+        self.standings: list[Standing] = []
+
+    async def run(self, minutes: Iterable[int], seen: Callable[[int], Observed | None], *, told: bool) -> None:
+        """Live through these minutes with both machines."""
+        world = self._world
+        config = decode(world.text, self._folder, "t.toml")
+        told_here: list[Sightings] = []
+        world.administration._duty = Duty()
+        world.administration._on_sightings = told_here.append
+        other = Administration(
+            self._folder, config, load_channels(config), KEY, self.rules.append, duty=Duty(), clock=world.clock
+        )
+        other._assessor._reader = HistoryReader(world.folder)
+        await other.start()
+        try:
+            for minute in minutes:
+                await world.run([minute])
+                if (observed := seen(minute)) is not None:
+                    await other.take({"a.test": observed})
+                await other.handle_minute({"a.test": 50}, IDLE)
+                if told:  # for the next minute
+                    for sightings in told_here:
+                        await other.take_elsewhere(decode_sightings(encode_sightings(sightings)))
+                told_here.clear()
+                found = await other.carry_out(usage.Usage("a.test"), "alice", {})
+                assert isinstance(found, usage.UsageResult)
+                self.standings += [one.standing for one in found.assessments]
+        finally:
+            await other.close()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_drain_on_one_machine_is_no_flood_on_another(tmp_path: Path, told: bool) -> None:
+    """Only the first machine knows that it has ended 2 500 tunnels, whose clients come to the second one."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    drained = flooded(STORM, report(lost=2500), end=48)
+
+    async def story(world: World) -> None:
+        machines = Machines(world, tmp_path / "two")
+        came = report(*((bot, 3) for bot in BOTS))
+        await machines.run(range(60), lambda minute: came if 40 <= minute < 48 else None, told=told)
+        assert (Standing.SUSPECTED_ABUSE in machines.standings) != told
+        assert any(machines.rules) != told
+
+    world = live(tmp_path / "one", drained, story, usage='on_abuse = "throttle"')
+    assert world.standings("a.test") == [Standing.WITHIN]
+
+
+def test_an_origin_that_fails_for_one_machine_explains_short_tunnels_of_all(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    failing = flooded(Counts(handshakes=3000, short=2900), report(failing=True), end=55)
+
+    async def story(world: World) -> None:
+        machines = Machines(world, tmp_path / "two")
+        await machines.run(range(55), lambda _: None, told=True)
+        assert set(machines.standings) == {Standing.WITHIN}
+
+    live(tmp_path / "one", failing, story)
+
+
+def test_a_flood_of_few_addresses_on_one_machine_throttles_nobody_on_another(tmp_path: Path) -> None:
+    """Both suspect it; only the first one has the address, and the site itself is not throttled on the second."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+
+    async def story(world: World) -> None:
+        machines = Machines(world, tmp_path / "two")
+        await machines.run(range(55), lambda _: None, told=True)
+        assert Standing.SUSPECTED_ABUSE in machines.standings
+        assert machines.rules == [()]
+
+    world = live(tmp_path / "one", ONE_ADDRESS, story, usage='on_abuse = "throttle"')
+    assert [rule.addresses for rule in world.rules[-1]] == [("198.51.100.7/32",)]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """From what the parent sends each second to the history, and what waits while that is not open."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tlstunnel.processes.keeper import Keeper
 from tlstunnel.processes.messages import Sampled
 from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader
-from tlstunnel.state.history.samples import MINUTE, Counts
+from tlstunnel.state.history.samples import MINUTE, Counts, Instance, Totals
 from tlstunnel.state.history.store import MINUTES, Keep
 
 START = 29_000_000 * MINUTE
@@ -92,7 +92,7 @@ def test_idle_sites_are_known(tmp_path: Path) -> None:
 def test_each_site_is_listed_in_each_minute() -> None:
     """Whether it is idle or not, also those that come later."""
     names = {f"{number}.example" for number in range(173)}
-    samples = module._Samples("x", None)
+    samples = module._Samples("x", None, print)
     samples.add(sampled(0, {name: values(0) for name in names}, whole=True), ())
     samples.add(sampled(1, {"new.example": values(0)}), ())
     listed = set[str]()
@@ -175,3 +175,60 @@ def test_it_can_be_closed_at_any_time(tmp_path: Path) -> None:
 def test_how_long_the_history_is_kept(text: str, keep: Keep) -> None:
     config = decode(f"{text}[[sites]]\norigins = ['localhost:1']\n", Path(), "t.toml")
     assert Keeper.configured(config, None, "x")._keep == keep
+
+
+class Machines:
+    """An exchange in which the test says what other machines have told."""
+
+    def __init__(self) -> None:
+        self.others: dict[str, Instance] = {}
+        self.told: list[bytes] = []
+
+    def start(self) -> None:
+        pass
+
+    def publish(self, age: float, sites: Mapping[str, Totals]) -> None:
+        pass
+
+    def tell(self, text: bytes) -> None:
+        self.told.append(text)
+
+    def list_others(self) -> Sequence[tuple[str, bytes]]:
+        return [(name, b"") for name in self.others]
+
+    def decode(self, instance: str, text: bytes) -> Instance | None:
+        assert text == b""
+        return self.others[instance]
+
+    async def close(self, *, withdraw: bool) -> None:
+        pass
+
+
+def test_tunnels_that_are_gone_with_another_machine_are_reported(tmp_path: Path) -> None:
+    """It has drained before, so what it had within two minutes counts; not what it had before them."""
+
+    async def main() -> None:
+        machines = Machines()
+        lost: list[Mapping[str, int]] = []
+        keeper = await opened(Keeper(tmp_path, Keep(), "x", machines, lost.append))
+
+        async def sample(second: int, **tunnels: int) -> None:
+            totals = {site: Totals(number) for site, number in tunnels.items()}
+            machines.others = {"y": Instance("y", second, totals), "z": Instance("z", second, {"a": Totals(3)})}
+            keeper.take(sampled(second, {}))
+            await asyncio.wrap_future(keeper._thread.submit(lambda: None))
+
+        await sample(0, a=900, b=1)
+        await sample(61, a=50, b=7, idle=0)
+        await sample(122, a=40)
+        await sample(150, a=5)
+        assert lost == []
+        del machines.others["y"]
+        keeper.take(sampled(151, {}))
+        await keeper.close()
+        await asyncio.sleep(0)
+        assert lost == [{"a": 50, "b": 7}]
+        keeper.tell(b"x")
+        assert machines.told == [b"x"]
+
+    run(main())

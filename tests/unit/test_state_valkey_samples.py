@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, wait_for
 from tlstunnel.state.history.samples import Counts, Instance, Totals
 from tlstunnel.state.valkey import samples as module
 from tlstunnel.state.valkey.address import parse_url
@@ -29,8 +29,13 @@ class Machine:
     def __init__(self, server: RedisServer, instance: str) -> None:
         self.reports: list[tuple[str, bool]] = []
         self.sites = SITES
+        self.told: list[bytes] = []
         self.samples = SharedSamples(
-            parse_url(server.url), prefix="t", instance=instance, report=lambda *what: self.reports.append(what)
+            parse_url(server.url),
+            prefix="t",
+            instance=instance,
+            report=lambda *what: self.reports.append(what),
+            on_told=self.told.append,
         )
 
     async def publish(self) -> None:
@@ -128,6 +133,35 @@ def test_a_server_that_is_away_and_comes_back(server: RedisServer) -> None:
                 two.sites = {"c.example": Totals(9)}
                 while await see_each_other(one, two) != {"two": Instance("two", 5.0, two.sites)}:
                     pass
+
+    run(main())
+
+
+def test_what_is_told_once_comes_once(server: RedisServer) -> None:
+    """Also to a machine that starts, and after the server was away; not to the one that has told it."""
+
+    async def main() -> None:
+        with RedisServer() as own:
+            async with machine(own, "one") as one, machine(own, "two") as two:
+                await see_each_other(one, two)
+                one.samples.tell(b"first")
+                await wait_for(lambda: two.told == [b"first"])
+                async with machine(own, "three") as three:
+                    await wait_for(lambda: three.told == [b"first"])
+                    one.samples.tell(b"second")
+                    await wait_for(lambda: three.told == two.told == [b"first", b"second"])
+                own.kill()
+                one.samples.tell(b"lost")
+                one.samples.tell(b"third")
+                own.start()
+                await wait_for(lambda: two.told[-1] == b"third")
+                own.command("HSET", "{t}:samples", "two:told", 1, "none:told", 1, ":told", 1)
+                two.samples.tell(b"fourth")
+                await wait_for(lambda: one.told == [b"fourth"])
+                left = own.command("PTTL", "{t}:told:two")
+                assert isinstance(left, int)
+                assert 0 < left <= 60_000
+            assert own.command("HKEYS", "{t}:samples") == [b"none:told", b":told"]
 
     run(main())
 

@@ -5,7 +5,7 @@ connections without a request. What an origin refuses is not: that is the origin
 number is taken what has another reason:
 
 - Clients whose tunnel has just ended, because we drained it, its origin was lost or the machine was off, come back and
-  may try again some times a minute. That is a reconnect storm.
+  may try again some times a minute. That is a reconnect storm. They may have been on another machine.
 - Short tunnels while an origin of the site is failing are the origin's doing.
 - Connections from known addresses, which had a tunnel for a minute or more in the last day, are of clients: even if a
   mistake in them makes them connect again and again.
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.addresses import AddressFigures, Heavy
+from tlstunnel.plans.elsewhere import NOTHING_SEEN, Sighting
 from tlstunnel.plans.values import Flood
 from tlstunnel.state.history.samples import Counts
 
@@ -58,7 +59,8 @@ class Attempts(NamedTuple):
     """The connections to a site in one minute that was measured. `addresses` are those of the suspicious ones.
 
     `lost` is the number of tunnels that ended because we or an origin ended them, or a process died. `origin_failing`
-    is whether the health of an origin changed, or an origin was ejected, in this minute.
+    is whether the health of an origin changed, or an origin was ejected, in this minute. Both are of all machines.
+    `elsewhere` is what other machines have seen.
     """
 
     opened: int = 0
@@ -69,6 +71,7 @@ class Attempts(NamedTuple):
     lost: int = 0
     origin_failing: bool = False
     addresses: AddressFigures = NO_ADDRESSES
+    elsewhere: Sighting = NOTHING_SEEN
 
     @property
     def total(self) -> int:
@@ -84,7 +87,7 @@ class Attempts(NamedTuple):
 class Suspicion(NamedTuple):
     """A flood: what most of it is, how much of that there is per second, and its part of all connections.
 
-    `culprits` are the addresses from which most of it comes. It is empty if they are many: then it is the site that
+    If it comes from `few` addresses, `culprits` are those that connect to this machine. If not, it is the site that
     needs protection. They are kept in memory only.
     """
 
@@ -95,6 +98,7 @@ class Suspicion(NamedTuple):
     culprits: tuple[str, ...]
     minutes: int
     """For how many measured minutes it has been suspected."""
+    few: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,12 @@ class Weighed:
 
 
 def to_attempts(
-    counts: Counts, addresses: AddressFigures = NO_ADDRESSES, *, lost: int = 0, origin_failing: bool = False
+    counts: Counts,
+    addresses: AddressFigures = NO_ADDRESSES,
+    *,
+    lost: int = 0,
+    origin_failing: bool = False,
+    elsewhere: Sighting = NOTHING_SEEN,
 ) -> Attempts:
     """Return the attempts of a minute with these counts."""
     return Attempts(
@@ -118,6 +127,7 @@ def to_attempts(
         lost=lost,
         origin_failing=origin_failing,
         addresses=addresses,
+        elsewhere=elsewhere,
     )
 
 
@@ -127,10 +137,16 @@ def weigh(attempts: Attempts, recently_lost: int, address_rate: int) -> Weighed:
     `recently_lost` is the number of tunnels that were lost in this minute and those before.
     """
     excess = max(0, attempts.suspicious - RETRIES * recently_lost)
-    seen = attempts.addresses
-    heavy = sum(one.number for one in _find_heavy(seen.heavy, address_rate))
-    strange = 1.0 - min(seen.known, seen.addresses) / seen.addresses if seen.addresses else 1.0
+    seen, elsewhere = attempts.addresses, attempts.elsewhere
+    heavy = count_heavy(seen.heavy, address_rate) + elsewhere.heavy
+    addresses = seen.addresses + elsewhere.addresses
+    strange = 1.0 - min(seen.known + elsewhere.known, addresses) / addresses if addresses else 1.0
     return Weighed(min(excess, heavy), excess * strange)
+
+
+def count_heavy(heavy: Iterable[Heavy], address_rate: int) -> int:
+    """Return the connections from addresses with more than so many per second each."""
+    return sum(one.number for one in _find_heavy(heavy, address_rate))
 
 
 def find_usual(minutes: Iterable[Counts], seconds: int) -> float:
@@ -227,14 +243,16 @@ class AbuseWatch:
         for one in minutes:
             for heavy in _find_heavy(one.addresses.heavy, self.thresholds.address_rate):
                 counts[heavy.address] = counts.get(heavy.address, 0) + heavy.number
-        few = sum(counts.values()) * 2 >= suspicious > 0
+        elsewhere = sum(one.elsewhere.heavy for one in minutes)
+        few = (sum(counts.values()) + elsewhere) * 2 >= suspicious > 0
         return Suspicion(
             flood=flood,
             rate=sums[flood] / (MINUTE * max(len(minutes), 1)),
             share=min(suspicious / max(sum(one.total for one in minutes), 1), 1.0),
-            addresses=max((one.addresses.addresses for one in minutes), default=0),
+            addresses=max((one.addresses.addresses + one.elsewhere.addresses for one in minutes), default=0),
             culprits=tuple(sorted(counts, key=lambda address: -counts[address])) if few else (),
             minutes=site.suspected,
+            few=few,
         )
 
 

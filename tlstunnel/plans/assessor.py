@@ -9,13 +9,15 @@ Tested by tests/unit/test_processes_administration.py.
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from tlstunnel.config import Config
-from tlstunnel.plans.abuse import NO_ADDRESSES, AbuseWatch, Attempts, Suspicion, find_usual, to_attempts
+from tlstunnel.plans.abuse import NO_ADDRESSES, AbuseWatch, Attempts, Suspicion, count_heavy, find_usual, to_attempts
 from tlstunnel.plans.addresses import AddressFigures, merge_reports
 from tlstunnel.plans.assessments import read_assessments, store_assessments
+from tlstunnel.plans.elsewhere import NOTHING_SEEN, Sighting, Sightings, add_sightings, choose_sightings
 from tlstunnel.plans.guidelines import SitePlan, find_plans
 from tlstunnel.plans.observer import Observed
 from tlstunnel.plans.sentences import describe
@@ -47,10 +49,25 @@ FAILING_SHARE = 20
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What one minute has brought: where each site stands, and what is suspected."""
+    """What one minute has brought: where each site stands, what is suspected, and what to tell other machines."""
 
     assessments: dict[str, Assessment]
     suspicions: Mapping[str, Suspicion]
+    sightings: Sightings
+
+
+class _Seen(NamedTuple):
+    """What all processes of this machine have seen of a site together."""
+
+    addresses: AddressFigures = NO_ADDRESSES
+    lost: int = 0
+    failing: bool = False
+
+    def to_sighting(self, address_rate: int) -> Sighting:
+        """Return what other machines are told."""
+        found = self.addresses
+        heavy = count_heavy(found.heavy, address_rate)
+        return Sighting(self.lost, self.failing, found.addresses, found.known, heavy)
 
 
 class Assessor:
@@ -65,6 +82,7 @@ class Assessor:
         self._standings = Standings(config.usage, self._plans, read_assessments(folder)[0])
         self._abuse = AbuseWatch(config.usage.abuse)
         self._seen: dict[str, list[Observed]] = {}
+        self._elsewhere: dict[str, list[Sighting]] = {}
         self._last = 0
         """The number of the last minute that was looked at."""
         self._assessed: float | None = None
@@ -184,6 +202,14 @@ class Assessor:
                 waiting.append(observed)
                 del waiting[:-MOST_WAITING]
 
+    def take_elsewhere(self, sightings: Mapping[str, Sighting]) -> None:
+        """Take what another machine has seen in a minute, usually in the one before."""
+        for name, sighting in sightings.items():
+            if name in self._plans:
+                waiting = self._elsewhere.setdefault(name, [])
+                waiting.append(sighting)
+                del waiting[:-MOST_WAITING]
+
     def step(self, now: float, tunnels: Mapping[str, int], load: MachineLoad) -> Step:
         """Assess all sites. `tunnels` are those that are open now, as far as that is known.
 
@@ -201,16 +227,21 @@ class Assessor:
         ]
         self._add_hours(now)
         measured: set[str] = set()
+        seen, elsewhere = self._merge_seen(), {name: add_sightings(all_) for name, all_ in self._elsewhere.items()}
         for number, found in enumerate(minutes):
             known = {name: one for name, one in found.items() if name in self._plans and one.level is not None}
             if not known:
                 continue
             measured = set(known)
             self._standings.add_minute({name: _to_activity(one) for name, one in known.items()}, load)
-            seen = self._merge_seen() if number == len(minutes) - 1 else {}
-            self._abuse.observe({name: _to_attempts(one, seen.get(name)) for name, one in known.items()})
+            if number == len(minutes) - 1:
+                attempts = {name: _to_attempts(one, seen.get(name), elsewhere.get(name)) for name, one in known.items()}
+            else:
+                attempts = {name: _to_attempts(one) for name, one in known.items()}
+            self._abuse.observe(attempts)
             latest = {name: one.level for name, one in known.items()}
         self._seen.clear()
+        self._elsewhere.clear()
         self._last = current - 1
         levels: dict[str, int] = {}
         if measured:
@@ -222,7 +253,12 @@ class Assessor:
         self._assessed = now
         self._load = load
         store_assessments(self._folder, assessments.values())
-        return Step(assessments, {name: one for name, one in suspicions.items() if name in self._plans})
+        rate = self._usage.abuse.address_rate
+        return Step(
+            assessments,
+            {name: one for name, one in suspicions.items() if name in self._plans},
+            choose_sightings({name: one.to_sighting(rate) for name, one in seen.items()}),
+        )
 
     def refresh(self, now: float, tunnels: Mapping[str, int]) -> dict[str, Assessment]:
         """Return where each site stands, with the number of tunnels of this moment.
@@ -278,7 +314,7 @@ class Assessor:
         if self._assessed is None or self._assessed // HOUR != now // HOUR or now % HOUR < 5 * MINUTE:
             self._load_days(now - DAY, now)
 
-    def _merge_seen(self) -> dict[str, tuple[AddressFigures, int, bool]]:
+    def _merge_seen(self) -> dict[str, _Seen]:
         """Return of each site what all processes have seen together."""
         merged = {}
         for name, observed in self._seen.items():
@@ -287,7 +323,7 @@ class Assessor:
                 with contextlib.suppress(ValueError):
                     reports.append(one.to_report())
             addresses = merge_reports(self._key, reports) if any(one.suspicious for one in reports) else NO_ADDRESSES
-            merged[name] = addresses, sum(one.lost for one in observed), any(one.failing for one in observed)
+            merged[name] = _Seen(addresses, sum(one.lost for one in observed), any(one.failing for one in observed))
         return merged
 
     def close(self) -> None:
@@ -305,11 +341,17 @@ def _to_activity(usage: Usage) -> Activity:
     )
 
 
-def _to_attempts(usage: Usage, seen: tuple[AddressFigures, int, bool] | None) -> Attempts:
-    addresses, lost, failing = seen if seen is not None else (NO_ADDRESSES, 0, False)
+def _to_attempts(usage: Usage, seen: _Seen | None = None, elsewhere: Sighting | None = None) -> Attempts:
+    """Return the attempts of a minute: the counts are those of all machines, `seen` is what this one has seen."""
+    seen, elsewhere = seen or _Seen(), elsewhere or NOTHING_SEEN
     counts = usage.counts
-    failing = failing or counts.origin * FAILING_SHARE > counts.handshakes
-    return to_attempts(counts, addresses, lost=lost, origin_failing=failing)
+    return to_attempts(
+        counts,
+        seen.addresses,
+        lost=seen.lost + elsewhere.lost,
+        origin_failing=seen.failing or elsewhere.failing or counts.origin * FAILING_SHARE > counts.handshakes,
+        elsewhere=elsewhere,
+    )
 
 
 def _round(level: Level | None) -> int:

@@ -170,7 +170,7 @@ class Throttling:
         holding = [one for one in self.holding if one.site == site]
         if any(not one.addresses for one in holding) or len(holding) >= MOST_OF_SITE:
             return None
-        if not suspicion.culprits:
+        if not suspicion.few:
             return ()
         throttled = {address for one in holding for address in one.addresses}
         culprits = parse_networks(list(map(to_network, suspicion.culprits))[:MOST_ADDRESSES])

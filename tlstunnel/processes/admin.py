@@ -28,6 +28,7 @@ from tlstunnel.errors import ControlError, ProcessError, StateError, TlstunnelEr
 from tlstunnel.journal.events import Event
 from tlstunnel.plans.channels import load_channels
 from tlstunnel.plans.duty import Duty
+from tlstunnel.plans.elsewhere import Sightings
 from tlstunnel.plans.standing import MachineLoad
 from tlstunnel.processes import messages
 from tlstunnel.processes.administration import Administration
@@ -60,6 +61,7 @@ class AdminProcess(RoleProcess):
                 messages.MinuteOver: self._handle_minute,
                 messages.Elected: self._learn_duty,
                 messages.Recorded: self._take_records,
+                messages.SeenElsewhere: self._take_elsewhere,
             },
         )
         self._invocation: Invocation | None = None
@@ -123,6 +125,7 @@ class AdminProcess(RoleProcess):
             self._key,
             self._report_throttles,
             duty=Duty(self._report_delivered, alone=not shares_notices(config)),
+            on_sightings=self._report_sightings,
         )
         self._run_in_background(self._administration.start())
 
@@ -179,6 +182,13 @@ class AdminProcess(RoleProcess):
     def _take_seen(self, seen: messages.Seen) -> None:
         if self._administration is not None:
             self._run_in_background(self._administration.take(seen.sites))
+
+    def _take_elsewhere(self, seen: messages.SeenElsewhere) -> None:
+        if self._administration is not None:
+            self._run_in_background(self._administration.take_elsewhere(seen.sites))
+
+    def _report_sightings(self, sightings: Sightings) -> None:
+        self._link.notify(messages.SeenHere(sites=sightings))
 
     def _handle_minute(self, minute: messages.MinuteOver) -> None:
         if self._service is not None:

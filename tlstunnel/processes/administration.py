@@ -27,6 +27,7 @@ from tlstunnel.plans.assessor import Assessor, Step
 from tlstunnel.plans.channels import Channels
 from tlstunnel.plans.decisions import Mute
 from tlstunnel.plans.duty import Duty
+from tlstunnel.plans.elsewhere import Sightings
 from tlstunnel.plans.notice_file import NotContactedError, NoticeFile, NoticeRecord, Throttle
 from tlstunnel.plans.notices import make_id, make_shared_id
 from tlstunnel.plans.notifier import Notifier
@@ -61,7 +62,7 @@ class Administration:
     """Administers the sites of a configuration, with its state in `folder`.
 
     `key` is the one that serving processes count addresses with. `on_throttles` gets the throttles that hold, whenever
-    they change.
+    they change. `on_sightings` gets each minute what to tell other machines.
     """
 
     def __init__(  # noqa: PLR0913 - the dependencies
@@ -73,12 +74,14 @@ class Administration:
         on_throttles: Callable[[Sequence[ThrottleRule]], None],
         *,
         duty: Duty | None = None,
+        on_sightings: Callable[[Sightings], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
         self._config = config
         self._channels = channels
         self._on_throttles = on_throttles
+        self._on_sightings = on_sightings
         self._clock = clock
         self._plots = NoticePlots(folder)
         self._duty = Duty(alone=True) if duty is None else duty
@@ -131,6 +134,10 @@ class Administration:
         """Take what a serving process has seen in the last minute."""
         await self._run(self._assessor.take, seen)
 
+    async def take_elsewhere(self, sightings: Sightings) -> None:
+        """Take what another machine has seen in a minute."""
+        await self._run(self._assessor.take_elsewhere, sightings)
+
     async def handle_minute(self, tunnels: Mapping[str, int], load: MachineLoad) -> None:
         """Assess all sites, now that a minute is over, and do what follows from that."""
         await self._ensure_open(0.0)
@@ -143,6 +150,8 @@ class Administration:
         else:
             self._problem = ""
             self._known = step.assessments
+            if step.sightings and not self._duty.alone:
+                self._on_sightings(step.sightings)
             await self._follow(step)
 
     async def close(self) -> None:

@@ -55,6 +55,9 @@ class Exchange(Protocol):
     def publish(self, age: float, sites: Sites) -> None:
         """Tell the totals. Sites that are left out have no tunnels. Called in the thread of the samples."""
 
+    def tell(self, text: bytes) -> None:
+        """Tell them this once. What they tell in this way comes by a callback."""
+
     def list_others(self) -> Sequence[tuple[str, bytes]]:
         """Return what the others have told last, by instance. Those that are away are left out."""
 
@@ -65,12 +68,39 @@ class Exchange(Protocol):
         """Disconnect. With `withdraw`, this machine has no tunnels any more."""
 
 
+class _Machine:
+    """What another machine had lately. It drains before it ends, so what it had last would be too little."""
+
+    def __init__(self, now: float, sites: Sites) -> None:
+        self._earlier: Sites = {}
+        self._noted: Sites = sites
+        self._noted_at = now
+        self._last: Sites = sites
+
+    def note(self, now: float, sites: Sites) -> None:
+        """Note what it has now."""
+        self._last = sites
+        if not 0 <= now - self._noted_at < MINUTE:
+            self._earlier, self._noted, self._noted_at = self._noted, sites, now
+
+    def count_lost(self) -> dict[str, int]:
+        """Return the tunnels of each site that are gone with it: the most of the last two minutes."""
+        most: dict[str, int] = {}
+        for sites in (self._earlier, self._noted, self._last):
+            for site, totals in sites.items():
+                if totals.tunnels > most.get(site, 0):
+                    most[site] = totals.tunnels
+        return most
+
+
 class _Samples:
     """The totals, and the rows that become of them. For one thread."""
 
-    def __init__(self, instance: str, exchange: Exchange | None) -> None:
+    def __init__(self, instance: str, exchange: Exchange | None, on_lost: Callable[[Mapping[str, int]], None]) -> None:
         self._instance = instance
         self._exchange = exchange
+        self._on_lost = on_lost
+        self._machines: dict[str, _Machine] = {}
         self._history: History | None = None
         self._sampler: Sampler | None = None
         self._sites: dict[str, Totals] = {}
@@ -96,8 +126,10 @@ class _Samples:
         instances = [Instance(self._instance, sampled.age, sites)]
         if self._exchange is not None:
             self._exchange.publish(sampled.age, sites)
-            found = (self._exchange.decode(name, text) for name, text in others)
-            instances += (instance for instance in found if instance is not None)
+            found = [self._exchange.decode(name, text) for name, text in others]
+            known = [instance for instance in found if instance is not None]
+            self._note_machines(sampled.time, known)
+            instances += known
         if self._sampler is None:
             self._waiting.append((sampled.time, instances))
         else:
@@ -113,6 +145,17 @@ class _Samples:
         assert self._history is not None
         if (minute := self._sampler.sample(now, instances)) is not None:
             self._history.append(minute)
+
+    def _note_machines(self, now: float, machines: Sequence[Instance]) -> None:
+        """Note the tunnels of other machines, and report those of machines that are gone."""
+        before, self._machines = self._machines, {}
+        for instance in machines:
+            machine = before.pop(instance.name, None) or _Machine(now, instance.sites)
+            machine.note(now, instance.sites)
+            self._machines[instance.name] = machine
+        for machine in before.values():
+            if lost := machine.count_lost():
+                self._on_lost(lost)
 
     def _apply(self, sampled: Sampled) -> Sites:
         """Note totals that have changed, and return them."""
@@ -141,10 +184,17 @@ class Keeper:
     """Keeps the history in `folder`, or in the default folder if that is None.
 
     `instance` names the totals of this tunnel, which an upgrade continues. With an `exchange` the history is that of
-    all machines.
+    all machines. `on_lost` gets the tunnels that are gone with another machine, by site.
     """
 
-    def __init__(self, folder: Path | None, keep: Keep, instance: str, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        keep: Keep,
+        instance: str,
+        exchange: Exchange | None = None,
+        on_lost: Callable[[Mapping[str, int]], None] = lambda _: None,
+    ) -> None:
         self._configured = folder
         self._keep = keep
         self._exchange = exchange
@@ -152,21 +202,31 @@ class Keeper:
         self._task: asyncio.Task[None] | None = None
         self._history: History | None = None
         self._problem = ""
-        self._samples = _Samples(instance, exchange)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_lost = on_lost
+        self._samples = _Samples(instance, exchange, self._report_lost)
         self._thread = ThreadPoolExecutor(1, "samples")
 
     @classmethod
-    def configured(cls, config: Config, folder: Path | None, instance: str, exchange: Exchange | None = None) -> Self:
+    def configured(
+        cls,
+        config: Config,
+        folder: Path | None,
+        instance: str,
+        exchange: Exchange | None = None,
+        on_lost: Callable[[Mapping[str, int]], None] = lambda _: None,
+    ) -> Self:
         """Return the keeper of the history that the configuration describes."""
         keep = config.usage.keep
         minutes, hours, days = (
             math.ceil(seconds / (one.length * MINUTE))
             for seconds, one in ((keep.minutes, MINUTES), (keep.hours, HOURS), (keep.days, DAYS))
         )
-        return cls(folder, Keep(minutes, hours, days), instance, exchange)
+        return cls(folder, Keep(minutes, hours, days), instance, exchange, on_lost)
 
     def start(self) -> None:
         """Open the history in the background."""
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.ensure_future(self._keep_open())
         if self._exchange is not None:
             self._exchange.start()
@@ -175,6 +235,11 @@ class Keeper:
         """Take the totals of this second."""
         others = self._exchange.list_others() if self._exchange is not None else ()
         self._run(lambda: self._samples.add(sampled, others))
+
+    def tell(self, text: bytes) -> None:
+        """Tell other machines this once."""
+        if self._exchange is not None:
+            self._exchange.tell(text)
 
     async def close(self, *, withdraw: bool = False) -> None:
         """Store what was sampled, and close the file, so that another process can open it.
@@ -221,6 +286,11 @@ class Keeper:
                 delay = RETRIES.after(delay)
                 await asyncio.sleep(delay)
         self._problem = ""
+
+    def _report_lost(self, lost: Mapping[str, int]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is being closed
+                self._loop.call_soon_threadsafe(self._on_lost, lost)
 
     def _run(self, action: Callable[[], None]) -> None:
         """Do something in the thread, after what it does already."""

@@ -12,7 +12,7 @@ import functools
 import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlstunnel import __version__
@@ -22,6 +22,7 @@ from tlstunnel.config.together import keeps_history, shares_notices
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.metrics.registry import Registry
+from tlstunnel.plans.elsewhere import Sighting, Sightings, choose_sightings, decode_sightings, encode_sightings
 from tlstunnel.processes import messages, succession
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -56,7 +57,11 @@ class LedgerProcess(RoleProcess):
                 messages.LedgerStatus: self._status,
                 messages.Stop: self._stop,
             },
-            {messages.Sampled: self._sample, messages.Delivered: self._publish},
+            {
+                messages.Sampled: self._sample,
+                messages.Delivered: self._publish,
+                messages.SeenHere: self._tell_sightings,
+            },
         )
         self._metrics = Registry()
         self._reporter = Reporter(self._metrics, self._link)
@@ -110,9 +115,7 @@ class LedgerProcess(RoleProcess):
                 )
         self._server = LedgerServer(counters, report=self._report)
         if keeps_history(config, os.environ):
-            self._make_keeper = functools.partial(
-                _make_keeper, config, invocation, request.instance, self._report_machine
-            )
+            self._make_keeper = functools.partial(self._build_keeper, config, invocation, request.instance)
             self._start_keeping()
         self._reporter.start()
         # What was imported stays, so the garbage collector need not look at it again.
@@ -182,6 +185,22 @@ class LedgerProcess(RoleProcess):
         if self._keeper is not None:
             self._keeper.take(sampled)
 
+    def _build_keeper(self, config: Config, invocation: Invocation, instance: str) -> "Keeper":
+        state = config.state
+        folder = invocation.folder / state.dir if state.dir is not None else None
+        exchange = None
+        if state.url is not None:
+            exchange = import_when_needed("tlstunnel.state.valkey.samples", "state.url").SharedSamples(
+                _parse_url(state, invocation),
+                prefix=state.prefix,
+                instance=instance,
+                report=self._report_machine,
+                on_told=self._take_told,
+                password_file=state.password_file,
+            )
+        keeper: type[Keeper] = import_when_needed("tlstunnel.processes.keeper", "the history").Keeper
+        return keeper.configured(config, folder, instance, exchange, self._take_lost)
+
     def _start_keeping(self) -> None:
         """Open the history, if there is one. The ledger before may still have it for a moment."""
         if self._make_keeper is not None and self._keeper is None:
@@ -229,6 +248,22 @@ class LedgerProcess(RoleProcess):
         if self._election is not None:
             self._election.publish(delivered.deliveries)
 
+    def _tell_sightings(self, seen: messages.SeenHere) -> None:
+        if self._keeper is not None:
+            self._keeper.tell(encode_sightings(seen.sites))
+
+    def _take_told(self, text: bytes) -> None:
+        """Tell the parent what another machine has seen."""
+        self._report_sightings(decode_sightings(text))
+
+    def _take_lost(self, tunnels: Mapping[str, int]) -> None:
+        """Tell the parent which tunnels are gone with another machine."""
+        self._report_sightings(choose_sightings({site: Sighting(lost=number) for site, number in tunnels.items()}))
+
+    def _report_sightings(self, sightings: Sightings) -> None:
+        if sightings:
+            self._link.notify(messages.SeenElsewhere(sites=sightings))
+
     def _report_election(self, sentence: str, is_failure: bool) -> None:
         (self._log.warning if is_failure else self._log.info)(Event.ELECTION, reason=sentence)
 
@@ -250,24 +285,6 @@ class LedgerProcess(RoleProcess):
         while server is not None and not server.paused and server.stats().connections:  # noqa: ASYNC110 - at the end
             await asyncio.sleep(ORPHAN_SECONDS)
         self._exit.set()
-
-
-def _make_keeper(
-    config: Config, invocation: Invocation, instance: str, report: Callable[[str, bool], None]
-) -> "Keeper":
-    state = config.state
-    folder = invocation.folder / state.dir if state.dir is not None else None
-    exchange = None
-    if state.url is not None:
-        exchange = import_when_needed("tlstunnel.state.valkey.samples", "state.url").SharedSamples(
-            _parse_url(state, invocation),
-            prefix=state.prefix,
-            instance=instance,
-            report=report,
-            password_file=state.password_file,
-        )
-    keeper: type[Keeper] = import_when_needed("tlstunnel.processes.keeper", "the history").Keeper
-    return keeper.configured(config, folder, instance, exchange)
 
 
 VALKEY_SHARE = 0.8

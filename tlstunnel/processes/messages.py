@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import msgspec
 
 from tlstunnel.metrics.snapshot import Snapshot
+from tlstunnel.plans.elsewhere import Sightings
 from tlstunnel.plans.observer import Observed
 from tlstunnel.state.throttles import ThrottleRule
 
@@ -375,6 +376,18 @@ class Seen(Notification, frozen=True, tag="seen"):
     """What a process has seen in the last minute, by site; also from the parent to the admin process."""
 
     sites: dict[str, Observed]
+
+
+class SeenHere(Notification, frozen=True, tag="seen here"):
+    """What this machine has seen in a minute, from the admin process to the parent, and from it to the ledger."""
+
+    sites: Sightings
+
+
+class SeenElsewhere(Notification, frozen=True, tag="seen elsewhere"):
+    """What another machine has seen in a minute, from the ledger to the parent, and from it to the admin process."""
+
+    sites: Sightings
 
 
 class Throttled(Notification, frozen=True, tag="throttled"):

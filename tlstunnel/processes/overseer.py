@@ -28,6 +28,8 @@ from tlstunnel.processes.messages import (
     Observe,
     Recorded,
     Seen,
+    SeenElsewhere,
+    SeenHere,
     ServeAdmin,
     Stop,
     Throttle,
@@ -60,8 +62,9 @@ def find_sites_with_plans(config: Config) -> list[str]:
 class Overseer:
     """Knows the admin process. `list_children` returns the children that have not exited, `get_config` what is served.
 
-    `get_minute` returns the tunnels that are open, and the load, for the end of a minute. `key` is the one of the
-    previous program, if there is one, and `rules` are its throttles. `socket` is that of the admin address.
+    `get_minute` returns the tunnels that are open, and the load, for the end of a minute. `get_ledger` returns the
+    ledger, None if there is none. `key` is the one of the previous program, if there is one, and `rules` are its
+    throttles. `socket` is that of the admin address.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what it mediates between
@@ -69,6 +72,7 @@ class Overseer:
         list_children: Callable[[], Iterable[Child]],
         get_config: Callable[[], Config],
         get_minute: Callable[[], MinuteOver],
+        get_ledger: Callable[[], Child | None],
         run_in_background: Callable[[Coroutine[Any, Any, None]], None],
         key: str = "",
         rules: Iterable[ThrottleRule] = (),
@@ -77,6 +81,7 @@ class Overseer:
         self._list_children = list_children
         self._get_config = get_config
         self._get_minute = get_minute
+        self._get_ledger = get_ledger
         self._run_in_background = run_in_background
         self._key = bytes.fromhex(key) if key else secrets.token_bytes(KEY_BYTES)
         self._rules = list(rules)
@@ -164,6 +169,18 @@ class Overseer:
         admin = self.admin
         if admin is not None and admin.link.idle:
             admin.link.notify(seen)
+
+    def take_elsewhere(self, _: Child, seen: SeenElsewhere) -> None:
+        """Pass on what another machine has seen."""
+        admin = self.admin
+        if admin is not None and admin.link.idle:
+            admin.link.notify(seen)
+
+    def take_here(self, _: Child, seen: SeenHere) -> None:
+        """Have other machines told what this one has seen."""
+        ledger = self._get_ledger()
+        if ledger is not None and ledger.link.idle:
+            ledger.link.notify(seen)
 
     def note_lost(self, tunnels: Mapping[str, int]) -> None:
         """Note that a process has exited with these tunnels: their clients come back."""

@@ -2,7 +2,8 @@
 
 Each machine has a key with its last sample, and a field in one hash with the number of that sample. So a machine reads
 the small hash, and of the samples only those that are new. A machine is away if its number does not change; no clock
-is compared with that of another machine. Whatever else is in these keys is ignored.
+is compared with that of another machine. Whatever else is in these keys is ignored. In the same way, machines tell each
+other texts once, such as what they have seen in a minute.
 
 Tested by tests/unit/test_state_valkey_samples.py.
 """
@@ -37,6 +38,10 @@ FORMAT: Final = 1
 _SAMPLE_TTL = 5_000
 """Milliseconds. So whoever starts does not take a machine that died for one that lives."""
 
+_TOLD = b":told"
+"""The end of the field with the number of what a machine has told once. Earlier releases ignore such fields."""
+
+_TOLD_TTL = 60_000
 _NUMBERS_TTL = 86_400_000
 _PATIENCE = 2.0
 _CLOSE_SECONDS = 0.5
@@ -90,22 +95,28 @@ class SharedSamples:
     """Sends this machine's samples and has those of the others. For the event loop in which it is made.
 
     `instance` stands for this machine's tunnel. `report` is called with the instance of another machine when it is away
-    or back, and whether it is away. Raises CertificateError for a file of `address`.
+    or back, and whether it is away. `on_told` is called with what another machine tells once (`tell`). Raises
+    CertificateError for a file of `address`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is configured
         self,
         address: ServerAddress,
         *,
         prefix: str,
         instance: str,
         report: Callable[[str, bool], None],
+        on_told: Callable[[bytes], None] = lambda _: None,
         password_file: Path | None = None,
     ) -> None:
         self._servers = Servers(address, make_tls_context(address), password_file)
         self._prefix = f"{{{prefix}}}:".encode("ascii")
         self._instance = instance.encode("ascii")
         self._report = report
+        self._on_told = on_told
+        self._telling = b""
+        self._told: dict[bytes, bytes] = {}
+        """The number of what each machine has told last."""
         self._loop = asyncio.get_running_loop()
         self._machines: dict[bytes, _Machine] = {}
         self._number = secrets.randbits(48)
@@ -126,6 +137,10 @@ class SharedSamples:
         """
         text = _encode(Sample(age, {site: [tunnels, *counts] for site, (tunnels, counts) in sites.items()}))
         self._loop.call_soon_threadsafe(self._take, text)
+
+    def tell(self, text: bytes) -> None:
+        """Tell the other machines this once, with the next sample. Those that start within a minute learn of it too."""
+        self._telling = text
 
     def decode(self, instance: str, text: bytes) -> Instance | None:
         """Return the totals of another machine, None if this is no sample that is known. For any thread."""
@@ -158,7 +173,7 @@ class SharedSamples:
             connection.close()
 
     async def _withdraw(self, connection: Connection) -> None:
-        await connection.call(b"HDEL", self._numbers_key, self._instance)
+        await connection.call(b"HDEL", self._numbers_key, self._instance, self._instance + _TOLD)
 
     @property
     def _numbers_key(self) -> bytes:
@@ -166,6 +181,9 @@ class SharedSamples:
 
     def _sample_key(self, name: bytes) -> bytes:
         return b"%bu:%b" % (self._prefix, name)
+
+    def _told_key(self, name: bytes) -> bytes:
+        return b"%btold:%b" % (self._prefix, name)
 
     async def _run(self) -> None:
         delay = 0.0
@@ -193,6 +211,13 @@ class SharedSamples:
     async def _exchange(self, connection: Connection) -> None:
         """Send the own sample, and read those that are new. Raises ServerUnavailable."""
         self._number += 1
+        if telling := self._telling:
+            await asyncio.gather(
+                connection.call(b"SET", self._told_key(self._instance), telling, b"PX", _TOLD_TTL),
+                connection.call(b"HSET", self._numbers_key, self._instance + _TOLD, self._number),
+            )
+            if self._telling is telling:
+                self._telling = b""
         # Sent at once, and executed in this order.
         *_, numbers = await asyncio.gather(
             connection.call(b"SET", self._sample_key(self._instance), self._own, b"PX", _SAMPLE_TTL),
@@ -205,9 +230,13 @@ class SharedSamples:
         for name, text in zip(new, texts, strict=True):
             if isinstance(text, bytes):
                 self._receive(name, text)
+        told = self._find_told(numbers)
+        for text in await asyncio.gather(*(connection.call(b"GET", self._told_key(name)) for name in told)):
+            if isinstance(text, bytes):
+                self._on_told(text)
         old = [name for name, one in self._machines.items() if self._loop.time() - one.seen > FORGET_SECONDS]
         for name in old:
-            await connection.call(b"HDEL", self._numbers_key, name)
+            await connection.call(b"HDEL", self._numbers_key, name, name + _TOLD)
             del self._machines[name]
 
     def _find_new(self, numbers: object) -> list[bytes]:
@@ -233,6 +262,14 @@ class SharedSamples:
                 machine.number = number
                 new.append(name)
         return new
+
+    def _find_told(self, numbers: object) -> list[bytes]:
+        """Return the machines that have told something new, of those that there are."""
+        assert isinstance(numbers, list)  # `_find_new` has checked it
+        found = dict(zip(numbers[::2], numbers[1::2], strict=False))
+        before = self._told
+        self._told = {name: found[name + _TOLD] for name in self._machines if name + _TOLD in found}
+        return [name for name, number in self._told.items() if before.get(name) != number]
 
     def _receive(self, name: bytes, text: bytes) -> None:
         machine = self._machines[name]
