@@ -29,9 +29,9 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
 _COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")
 
 _MEASURED = {
-    "test_chromium",
     "test_drain",
     "test_edge_no_open_relay",
+    "test_edge_run",
     "test_elected",
     "test_history",
     "test_origins_several",

@@ -379,7 +379,7 @@ def test_origins_killed_and_revived_under_load(origins: list[Origin], certificat
             for victim in (0, 1, 2, 1):
                 came = len(names)
                 origins[victim].kill()
-                eventually(lambda came=came: len(names) > came + 100, timeout=30)  # type: ignore[misc]
+                eventually(lambda came=came: len(names) > came + 40, timeout=30)  # type: ignore[misc]
                 origins[victim].revive()
                 back = len(names)
                 eventually(lambda back=back, v=victim: origins[v].name in names[back:], timeout=30)  # type: ignore[misc]
