@@ -35,7 +35,7 @@ VALKEY = '[state]\nurl = "valkey://127.0.0.1:{port}/0"\n'
 SHARE = 0.7
 """Of the full rate, at which the latency is measured."""
 
-QUESTION_SECONDS = "tlstunnel_counter_question_seconds"
+QUESTION_SECONDS = "tlstunnel_count_question_seconds"
 
 
 @contextlib.contextmanager

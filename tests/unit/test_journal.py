@@ -11,11 +11,10 @@ from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
 from tlstunnel.metrics.families import (
-    BYTES,
     CONNECTIONS,
     CONNECTIONS_NOT_ACCEPTED,
     TLS_HANDSHAKES_FAILED,
-    TUNNELS_OPENED,
+    TUNNEL_LIFETIME_SECONDS,
 )
 
 # Records.
@@ -75,7 +74,7 @@ def test_opening_is_counted_only_by_default() -> None:
         journal.opened(filled())
         journal.opened(filled())
     assert logs == []
-    assert journal.metrics[TUNNELS_OPENED].values == {("chat.example.com",): 2}
+    assert journal.metrics.usage.change("chat.example.com").handshakes == 2
 
 
 def test_ends_are_counted_by_side_and_reason() -> None:
@@ -107,7 +106,9 @@ def test_bytes_are_counted_at_the_end() -> None:
         journal.ended(filled(), up=12, down=345)
         journal.ended(filled(), up=1)
     site = "chat.example.com"
-    assert journal.metrics[BYTES].values == {(site, "up"): 13, (site, "down"): 345}
+    usage = journal.metrics.usage.change(site)
+    assert (usage.bytes_up, usage.bytes_down) == (13, 345)
+    assert journal.metrics.snapshot().total(TUNNEL_LIFETIME_SECONDS, le="1.0") == 2
 
 
 def test_listeners_get_each_record_once_it_is_complete() -> None:

@@ -141,7 +141,7 @@ async def test_questions_of_one_turn_are_one_frame_with_a_deadline() -> None:
         with pytest.raises(KeyError):
             asker.counters.return_tunnels(["two"])
         assert asker.metrics[COUNTER_QUESTIONS].values == {("ledger",): 3}
-        values = asker.metrics[COUNTER_QUESTION_SECONDS].values
+        values = asker.metrics.snapshot()[COUNTER_QUESTION_SECONDS]
         assert sum(count for labels, count in values.items() if labels != (SUM,)) == 3
         assert values[SUM,] > 0
         asker.counters.close()

@@ -41,6 +41,7 @@ from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
 from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Site, Sites
 from tlstunnel.tunnel.splice import Splices
+from tlstunnel.tunnel.stages import Stages
 from tlstunnel.tunnel.turn import Turn
 
 SECONDS = 20.0
@@ -124,6 +125,7 @@ class Process:
             splices=Splices(closing),
             health_addresses=Networks.parse(()),
             availability=Availability(),
+            stages=Stages(self.journal.metrics),
         )
         ours, self.peer = socket.socketpair()
         ours.setblocking(False)

@@ -24,6 +24,7 @@ from tlstunnel.admin.checks import (
     check_query,
     is_proxied,
 )
+from tlstunnel.admin.exposition import render
 from tlstunnel.admin.history import Histories, HistoryQuery
 from tlstunnel.admin.live import Ask, Live
 from tlstunnel.admin.openapi import describe
@@ -31,7 +32,7 @@ from tlstunnel.admin.responses import add_fields, make_error, make_file, make_js
 from tlstunnel.admin.routes import PREFIX, ApiRoute, list_routes
 from tlstunnel.admin.sessions import LASTS_SECONDS
 from tlstunnel.admin.static import load_files
-from tlstunnel.commands.metrics import Metrics
+from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import Ready
 from tlstunnel.config.admin import Access
 from tlstunnel.errors import ControlError, TlstunnelError
@@ -81,7 +82,6 @@ class AdminApp:
     def __init__(self, access: AccessControl, ask: Ask, live: Live, histories: Histories | None) -> None:
         self.hosts: Collection[str] = ()
         self.listen = ""
-        self.metric_sites = 200
         self._access = access
         self._ask = ask
         self._live = live
@@ -234,8 +234,9 @@ class AdminApp:
 
     async def _render_metrics(self, request: Request, identity: Identity | None) -> Response:
         _refuse_parameters(request)
-        await self._ask(Metrics(), _who(identity))
-        raise Unacceptable(503, "the metrics cannot be shown yet")
+        result = msgspec.convert(await self._ask(Metrics(), _who(identity)), MetricsResult)
+        text, media_type = render(result.snapshot, ",".join(request.headers.getlist("accept")))
+        return Response(text, 200, {"content-type": media_type, "vary": "Accept"})
 
     async def _describe_api(self, request: Request, _: Identity | None) -> Response:
         _refuse_parameters(request)

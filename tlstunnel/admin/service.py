@@ -48,7 +48,6 @@ class AdminService:
         self._access.configure(loaded.tokens, is_local=admin.is_local, client_access=admin.client_access)
         self._app.hosts = frozenset(admin.hosts)
         self._app.listen = f"[{admin.listen.host}]" if ":" in (admin.listen.host or "") else admin.listen.host or ""
-        self._app.metric_sites = admin.metric_sites
         self._server.use(loaded.context)
         if changed:
             self._server.close_connections()

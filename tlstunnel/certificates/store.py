@@ -4,6 +4,7 @@ A store belongs to one configuration. A reload creates the next store, which tak
 files. A store is filled in any thread, and then used on the loop that serves tunnels.
 """
 
+import heapq
 import ssl
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from tlstunnel.certificates.clients import ClientFiles, ClientPolicy, check_clie
 from tlstunnel.certificates.contexts import ServerContext, make_context
 from tlstunnel.certificates.pairs import Pair, PairFiles, read_pair
 from tlstunnel.errors import CertificateError
+from tlstunnel.metrics.families import MOST_CERTIFICATES
 
 MAX_UNUSED = 1000
 """Contexts that are kept although they may be unused: 25 KiB each (measured, P-256 with one intermediate)."""
@@ -284,6 +286,7 @@ class Certificates:
         self._pairs: dict[PairFiles, PairSource] = {}
         self._clients: dict[ClientFiles, ClientSource] = {}
         self._served: dict[tuple[tuple[PairFiles, ...], ClientFiles | None], ServerCredentials] = {}
+        self._first_expiries: list[tuple[str, int]] | None = None
 
     def serve(
         self, pairs: tuple[PairFiles, ...], clients: ClientFiles | None = None, before: "Certificates | None" = None
@@ -313,6 +316,16 @@ class Certificates:
         for source in self._pairs.values():
             yield source.value
 
+    def find_first_expiries(self) -> Sequence[tuple[str, int]]:
+        """Return the files of the pairs that expire first, at most `MOST_CERTIFICATES`, and when, in Unix time.
+
+        They are found again only after a renewal: ten thousand pairs take some milliseconds.
+        """
+        if self._first_expiries is None:
+            first = heapq.nsmallest(MOST_CERTIFICATES, self.pairs(), key=lambda pair: pair.validity.end)
+            self._first_expiries = [(str(pair.cert), int(pair.validity.end.timestamp())) for pair in first]
+        return self._first_expiries
+
     def warnings(self, now: datetime) -> list[str]:
         """Return what needs attention soon, one line each."""
         return [warning for source in self.sources() if (warning := source.value.find_warning(now))]
@@ -327,6 +340,7 @@ class Certificates:
 
     def apply_renewal(self, source: Source[Any]) -> None:
         """Serve the new value of `source`, with new contexts and new ticket keys."""
+        self._first_expiries = None
         for served in source.users:
             self.contexts.forget(served.digest)
             served.refresh()

@@ -126,6 +126,10 @@ class Firewall:
     ) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
         self._failed_checks = metrics[families.FIREWALL_CHECKS_FAILED]
+        self._seconds = {
+            name: metrics.histogram(families.FIREWALL_CHECK_SECONDS, name)
+            for name in ("addresses", "rules", "rate limits", "managed rules")
+        }
         self._throttles = throttles
         self._log = structlog.get_logger()
         self._has_files = any(isinstance(source, str) for source in config.lists.values())
@@ -229,6 +233,7 @@ class Firewall:
         self, policy: Policy, facts: Facts, trace: list[CheckTrace] | None, *, behind_proxy: bool
     ) -> Verdict:
         logged: list[str] = []
+        began = time.monotonic()
         for refusal, name, mode in (
             (self._check_common_addresses(facts, trace) if behind_proxy else None, "addresses", self._addresses_mode),
             (self._check_site_addresses(policy, facts, trace), "addresses", policy.addresses_mode),
@@ -239,11 +244,13 @@ class Firewall:
                 if mode == "block":
                     return Verdict(refusal, logged=tuple(logged))
                 logged.append(name)
+        began = self._seconds["addresses"].observe_since(began)
         skip: frozenset[str] = frozenset()
         verdict = Verdict(logged=tuple(logged))
         if policy.rules is not None:
             entries: list[Any] | None = None if trace is None else []
             found = policy.rules.evaluate(facts, entries)
+            self._seconds["rules"].observe_since(began)
             _add_trace(trace, "rules", found.rule or "no rule decided", entries or ())
             skip = found.skip
             verdict = Verdict(found.refusal, rule=found.rule, logged=(*logged, *found.logged))
@@ -271,7 +278,9 @@ class Firewall:
         self, limits: "RateLimits", facts: Facts, trace: list[CheckTrace] | None, verdict: Verdict
     ) -> Verdict:
         entries: list[Any] | None = None if trace is None else []
+        began = time.monotonic()
         outcome = await limits.check(facts, entries)
+        self._seconds["rate limits"].observe_since(began)
         _add_trace(trace, "rate limits", outcome.limit or "within all limits", entries or ())
         logged = (*verdict.logged, *outcome.logged)
         return replace(verdict, refusal=outcome.refusal, lease=outcome.lease, logged=logged)
@@ -279,8 +288,10 @@ class Firewall:
     async def _check_managed_rules(
         self, check: "ManagedRulesCheck", facts: Facts, trace: list[CheckTrace] | None, verdict: Verdict
     ) -> Verdict:
+        began = time.monotonic()
         try:
             managed = await check.check(facts)
+            self._seconds["managed rules"].observe_since(began)
         except BaseException:
             if verdict.lease is not None:
                 verdict.lease.close()

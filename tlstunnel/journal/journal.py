@@ -14,7 +14,8 @@ from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
 from tlstunnel.metrics import families
-from tlstunnel.metrics.registry import OTHER, Registry
+from tlstunnel.metrics.families import OTHER
+from tlstunnel.metrics.registry import Registry
 
 SWITCHING_PROTOCOLS = 101
 
@@ -74,9 +75,7 @@ class Journal:
         # Few: the reasons are those of the table, and the variable ones have texts of the system.
         self._samples: dict[tuple[Event, str], _Sample] = {}
         self._connections = metrics[families.CONNECTIONS]
-        self._tunnels = metrics[families.TUNNELS_OPENED]
-        self._short = metrics[families.SHORT_TUNNELS]
-        self._bytes = metrics[families.BYTES]
+        self._lifetimes = metrics.histogram(families.TUNNEL_LIFETIME_SECONDS)
         self._usage = metrics.usage
         self._failed = metrics[families.TLS_HANDSHAKES_FAILED]
         self._not_accepted = metrics[families.CONNECTIONS_NOT_ACCEPTED]
@@ -84,8 +83,8 @@ class Journal:
 
     def opened(self, record: Record) -> None:
         """Count a tunnel that begins, and log it if the configuration says so."""
-        self._tunnels.add(record.site)
         self._usage.change(record.site).handshakes += 1
+        self.metrics.note_change()
         if self.observer is not None:
             self.observer.opened(record)
         if self.log_opened:
@@ -94,10 +93,6 @@ class Journal:
     def ended(self, record: Record, up: int = 0, down: int = 0) -> None:
         """Log and count a connection that has ended. `up` and `down` are the bytes moved after the heads."""
         self._connections.add(record.site, record.ended_by, fixed_reason(record.reason) or OTHER)
-        if up:
-            self._bytes.increase(up, record.site, "up")
-        if down:
-            self._bytes.increase(down, record.site, "down")
         record.up, record.down = up, down
         record.seconds = seconds = time.monotonic() - record.started
         usage = self._usage.change(record.site)
@@ -106,7 +101,7 @@ class Journal:
             usage.bytes_down += down
             if seconds < SHORT_SECONDS:
                 usage.short += 1
-                self._short.add(record.site)
+            self._lifetimes.observe(seconds)
             if self.observer is not None:
                 self.observer.ended(record, None, seconds)
         elif kind := find_kind(record):

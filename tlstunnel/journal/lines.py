@@ -89,6 +89,7 @@ class Lines:
         self._poll.register(self._fd, select.POLLOUT)
         self._kept = bytearray()
         self._lost = 0
+        self._lost_before = 0  # which the log has named
         self._watched_by: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
         try:
@@ -131,6 +132,11 @@ class Lines:
     log = debug = info = warn = warning = msg
     fatal = failure = err = error = critical = exception = msg
 
+    @property
+    def lost(self) -> int:
+        """The number of lines that were lost so far."""
+        return self._lost_before + self._lost
+
     def flush(self, seconds: float = 1.0) -> None:
         """Give the reader up to `seconds` to read the kept lines, when the program ends."""
         deadline = time.monotonic() + seconds
@@ -164,6 +170,7 @@ class Lines:
 
     def _render_lost_line(self) -> bytes:
         lost, self._lost = self._lost, 0
+        self._lost_before += lost
         return msgspec.json.encode({"event": Event.LINES_LOST, "level": "warning", "lost": lost}) + b"\n"
 
 
@@ -197,6 +204,8 @@ def _write_without_waiting(fd: int, data: bytes | bytearray) -> int:
 
 _NO_NOWAIT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
+_lines: Lines | None = None
+
 _json_lines: Lines | None = None
 """Where records are written without structlog, which would double the time for each and adds nothing."""
 
@@ -210,10 +219,15 @@ def write_info(log: Any, event: str, facts: dict[str, Any]) -> None:
         _json_lines.msg(_as_json(None, "info", facts))
 
 
+def count_lost_lines() -> int:
+    """Return how many lines this process has lost so far."""
+    return _lines.lost if _lines is not None else 0
+
+
 def configure_logging(style: Literal["text", "json"]) -> None:
     """Log to standard error, one line an event: for people, or one JSON object. See `Lines` for what may be lost."""
-    global _json_lines  # noqa: PLW0603 - as structlog's own configuration, of the process
-    lines = Lines(sys.stderr)
+    global _lines, _json_lines  # noqa: PLW0603 - as structlog's own configuration, of the process
+    lines = _lines = Lines(sys.stderr)
     _json_lines = lines if style == "json" else None
     atexit.register(lines.flush)
     processors: list[structlog.typing.Processor]

@@ -6,37 +6,40 @@ collected when a snapshot is taken, so that moving a message costs nothing. All 
 Tested by tests/unit/test_metrics.py.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
-from tlstunnel.metrics.families import FAMILIES, SUM, Family
+from tlstunnel.metrics.families import FAMILIES, MICROSECONDS, OTHER, SUM, Family
 from tlstunnel.metrics.snapshot import Labels, Snapshot
 from tlstunnel.metrics.usage import Usage
-
-MOST_SERIES = 5_000
-"""Combinations of labels that one counter keeps. Sites and rules come and go with reloads, for as long as it runs."""
-
-OTHER = "other"
-"""The value of every label of what is counted beyond that."""
 
 Collected = Iterable[tuple[Family, Labels, int]]
 
 
 class Counts:
-    """The values of one counter, by the values of its labels, in their order."""
+    """The values of one counter, by the values of its labels, in their order.
 
-    __slots__ = ("_other", "_registry", "values")
+    It keeps `Family.most` combinations. What is counted beyond that has the site `OTHER`, and if there are still too
+    many, `OTHER` in every label.
+    """
+
+    __slots__ = ("_by_site", "_changed", "_most", "_other", "_registry", "values")
 
     def __init__(self, registry: "Registry", family: Family) -> None:
         self.values: dict[Labels, int] = {}
+        self._changed: set[Labels] = set()
         self._registry = registry
-        self._other = (OTHER,) * len(family.series_labels)
+        self._most = family.most
+        self._by_site = family.labels[:1] == ("site",)
+        self._other = (OTHER,) * len(family.labels)
 
     def add(self, *labels: str) -> None:
         """Count one."""
         values = self.values
         if labels in values:
             values[labels] += 1
+            self._changed.add(labels)
         else:
             self._add_new(labels, 1)
         if not self._registry.changed:
@@ -46,6 +49,7 @@ class Counts:
         """Count `amount` at once."""
         if labels in self.values:
             self.values[labels] += amount
+            self._changed.add(labels)
         else:
             self._add_new(labels, amount)
         if not self._registry.changed:
@@ -56,33 +60,63 @@ class Counts:
         return self.values.get(labels, 0)
 
     def _add_new(self, labels: Labels, amount: int) -> None:
-        if len(self.values) >= MOST_SERIES:
-            labels = self._other
+        if len(self.values) >= self._most:
+            labels = (OTHER, *labels[1:]) if self._by_site else self._other
+            if labels not in self.values and len(self.values) >= 2 * self._most:
+                labels = self._other
         self.values[labels] = self.values.get(labels, 0) + amount
+        self._changed.add(labels)
+
+    def take_changes(self) -> dict[Labels, int]:
+        """Return the values that have changed since the last call."""
+        if not self._changed:
+            return {}
+        changed, self._changed = self._changed, set()
+        return {labels: self.values[labels] for labels in changed}
 
 
 class Histogram:
-    """The observations of one histogram that has no labels of its own."""
+    """The observations of one histogram with these values of its labels.
 
-    __slots__ = ("_bounds", "_buckets", "_counts", "_sum")
+    An observation does not announce a change: what is observed is also counted.
+    """
 
-    def __init__(self, family: Family, counts: Counts) -> None:
-        assert not family.labels
+    __slots__ = ("_bounds", "_buckets", "_labels", "_observed", "_sum")
+
+    def __init__(self, family: Family, labels: Labels) -> None:
+        assert len(labels) == len(family.labels)
         self._bounds = family.bounds
-        self._buckets: list[Labels] = [(bucket,) for bucket in family.buckets]
-        self._counts = counts
-        self._sum: Labels = (SUM,)
+        self._labels = labels
+        self._buckets = family.buckets
+        self._observed = [0] * len(family.buckets)
+        self._sum = 0.0
 
     def observe(self, seconds: float) -> None:
         """Count one observation."""
-        self._counts.add(*self._buckets[bisect_left(self._bounds, seconds)])
-        self._counts.increase(round(seconds * 1e6), *self._sum)
+        self._observed[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def observe_since(self, began: float) -> float:
+        """Count the time since `began`, of ``time.monotonic``, which is also that of the loop; return the time now."""
+        now = time.monotonic()
+        seconds = now - began
+        self._observed[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+        return now
+
+    def collect(self) -> Iterable[tuple[Labels, int]]:
+        """Return the values of the buckets that have any, and their sum."""
+        for bucket, observed in zip(self._buckets, self._observed, strict=True):
+            if observed:
+                yield (*self._labels, bucket), observed
+        if any(self._observed):
+            yield (*self._labels, SUM), round(self._sum * MICROSECONDS)
 
 
 class Registry:
     """The counters of a process, and the `usage` of its sites.
 
-    `on_change` is called at the first change after a snapshot.
+    `on_change` is called at the first change after `take_changes`.
     """
 
     def __init__(self) -> None:
@@ -90,34 +124,59 @@ class Registry:
         self.on_change: Callable[[], None] | None = None
         self.usage = Usage()
         self._counts: dict[str, Counts] = {
-            family.name: Counts(self, family) for family in FAMILIES.values() if family.kind != "gauge"
+            family.name: Counts(self, family) for family in FAMILIES.values() if family.kind == "counter"
         }
+        self._histograms: dict[tuple[str, Labels], Histogram] = {}
         self._collectors: list[Callable[[], Collected]] = []
 
     def __getitem__(self, family: Family) -> Counts:
         """The counter `family`. What counts often keeps it."""
         return self._counts[family.name]
 
-    def histogram(self, family: Family) -> Histogram:
-        """The histogram `family`. What observes often keeps it."""
-        return Histogram(family, self._counts[family.name])
+    def histogram(self, family: Family, *labels: str) -> Histogram:
+        """The histogram `family` with these values of its labels. What observes often keeps it."""
+        return self._histograms.setdefault((family.name, labels), Histogram(family, labels))
 
     def collect(self, collector: Callable[[], Collected]) -> None:
-        """Ask `collector` at each snapshot for values, which are added to those counted. It must be cheap."""
+        """Ask `collector` for values whenever some are taken, which are added to those counted. It must be cheap."""
         self._collectors.append(collector)
 
+    def note_change(self) -> None:
+        """Note that something has changed."""
+        if not self.changed:
+            self.touch()
+
     def touch(self) -> None:
-        """Note that there is something new since the last snapshot."""
+        """Note the first change since `take_changes`."""
         self.changed = True
         if self.on_change is not None:
             self.on_change()
 
     def snapshot(self) -> Snapshot:
         """Return all values as they are now, without counters of which there was nothing."""
+        return self._add_collected({name: counts.values.copy() for name, counts in self._counts.items()})
+
+    def take_changes(self) -> Snapshot:
+        """Return the counters that have changed since the last call, and everything else as it is now."""
         self.changed = False
-        values = {name: counts.values.copy() for name, counts in self._counts.items() if counts.values}
+        return self._add_collected({name: counts.take_changes() for name, counts in self._counts.items()})
+
+    def look(self) -> None:
+        """Have the collectors note what open tunnels have moved."""
+        for collector in self._collectors:
+            for _ in collector():
+                pass
+
+    def _add_collected(self, counted: dict[str, dict[Labels, int]]) -> Snapshot:
+        values = {name: series for name, series in counted.items() if series}
+        for (name, _), histogram in self._histograms.items():
+            if found := dict(histogram.collect()):
+                values.setdefault(name, {}).update(found)
         for collector in self._collectors:
             for family, labels, value in collector():
                 series = values.setdefault(family.name, {})
-                series[labels] = series.get(labels, 0) + value
+                if family.lowest:
+                    series[labels] = min(series.get(labels, value), value)
+                else:
+                    series[labels] = series.get(labels, 0) + value
         return Snapshot.of(values)

@@ -50,8 +50,7 @@ class Place:
         """Record that the member closed the connection, or sent no valid response, or none in time."""
         shown = printable(reason)
         self.member.use.note_failure(shown)
-        if self.pool.compares:
-            self.pool.record_no_response(self.member, to_client_key(self._ip), shown)
+        self.pool.record_no_response(self.member, to_client_key(self._ip), shown)
 
     def close(self) -> None:
         """Return the place. Do nothing if it has already been returned."""

@@ -9,6 +9,7 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tlstunnel.addresses import Networks, OriginAddress
 from tlstunnel.config import Ejection, Health, OriginConfig
@@ -50,6 +51,16 @@ class _Origin:
         return str(self.config.address)
 
 
+class PoolMetrics(Protocol):
+    """Counts what happens to the members of pools (`tlstunnel.origins.metrics`)."""
+
+    def count_failure(self, pool: "Pool", member: Member, reason: str) -> None:
+        """Count an attempt that failed because of `member`."""
+
+    def count_ejection(self, member: Member) -> None:
+        """Count that `member` was ejected."""
+
+
 class Pool:
     """A group of origins that share requests.
 
@@ -85,6 +96,7 @@ class Pool:
         self._log = structlog.get_logger()
         self.on_health_change: Callable[[], None] | None = None
         """Called when a member fails or is restored."""
+        self.metrics: PoolMetrics | None = None
         self.members: list[Member] = []
         self.name = self._origins[0].text if len(origins) == 1 else ""
         """The only origin; empty if there are several."""
@@ -260,6 +272,7 @@ class Pool:
     def record_unreachable(self, member: Member, reason: str) -> None:
         """Record that `member` could not be connected to."""
         member.use.note_failure(reason)
+        self._count_failure(member, "unreachable")
         now, before = asyncio.get_running_loop().time(), member.out_until
         if member.record_unreachable(now, self._ejection) and self.compares:
             self._log_ejection(member, reason)
@@ -273,6 +286,9 @@ class Pool:
 
     def record_no_response(self, member: Member, client: str, reason: str) -> None:
         """Record that `member` sent `client` no valid response."""
+        self._count_failure(member, "no response")
+        if not self.compares:
+            return
         now = asyncio.get_running_loop().time()
         if member.record_no_response(client, now, self._ejection):
             self._note_health_change()
@@ -283,13 +299,20 @@ class Pool:
         if self.on_health_change is not None:
             self.on_health_change()
 
+    def _count_failure(self, member: Member, reason: str) -> None:
+        if self.metrics is not None:
+            self.metrics.count_failure(self, member, reason)
+
     def _log_ejection(self, member: Member, reason: str) -> None:
+        if self.metrics is not None:
+            self.metrics.count_ejection(member)
         self._log.warning(Event.ORIGIN_EJECTED, origin=member.text, address=member.address_text, reason=reason)
 
     def record_check(self, member: Member, failure: str) -> None:
         """Record the result of a health check of `member`: what failed, or "" if it succeeded."""
         if failure:
             member.use.note_problem(f"health check: {printable(failure)}")
+            self._count_failure(member, "health check")
         if member.record_check(healthy=not failure):
             self._note_health_change()
             if failure:

@@ -16,11 +16,14 @@ from tlstunnel.commands.tunnels import Tunnels
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
+from tlstunnel.journal.lines import count_lost_lines
 from tlstunnel.journal.logger import structlog
+from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
 from tlstunnel.processes.answers import Answers
 from tlstunnel.processes.knowledge import Knowledge
+from tlstunnel.processes.lag import LoopLag
 from tlstunnel.processes.listing import Listing, Page
 from tlstunnel.processes.observing import Observing
 from tlstunnel.processes.reporting import Reporter
@@ -61,7 +64,9 @@ class ServingProcess(RoleProcess):
             },
         )
         self._metrics = Registry()
+        self._metrics.collect(lambda: [(families.LOG_LINES_LOST, (), count_lost_lines())])
         self._reporter = Reporter(self._metrics, self._link)
+        self._lag = LoopLag(self._metrics)
         self._counting = Counting(self._metrics, self._report_lost_ledger)
         self._connection = 0
         self._journal = Journal(self._metrics)
@@ -81,6 +86,7 @@ class ServingProcess(RoleProcess):
         self._observing.report()  # that its tunnels are lost
         self._observing.close()
         self._counting.close()
+        self._lag.close()
         await self._reporter.close()
         self._close_link()
 
@@ -137,10 +143,12 @@ class ServingProcess(RoleProcess):
         self._exit.set()
         return messages.Done()
 
-    async def _status(self, _: messages.Status, __: list[int]) -> messages.Load:
-        return messages.Load(
-            **self._begun_service.status(), metrics=self._metrics.snapshot(), counting=self._counting.answering
-        )
+    async def _status(self, request: messages.Status, _: list[int]) -> messages.Load:
+        service = self._begun_service
+        if request.scraped:
+            self._lag.watch()
+        self._reporter.report_now()
+        return messages.Load(tunnels=service.tunnels, handshakes=service.unfinished, counting=self._counting.answering)
 
     async def _count(self, request: messages.Count, descriptors: list[int]) -> messages.Done:
         if descriptors:

@@ -278,9 +278,9 @@ class Child:
         """Have it close everything at once, with a record of each connection."""
         await self.try_request(Stop())
 
-    async def request_load(self) -> Load:
-        """Return its load. Raises ProcessError."""
-        return await self.request(Status())
+    async def request_load(self, *, scraped: bool = False) -> Load:
+        """Return its load. With `scraped`, it measures the lag of its loop for a while. Raises ProcessError."""
+        return await self.request(Status(scraped=scraped))
 
     async def wait_until_leaving(self) -> None:
         """Wait until it has exited, or another one must take its place."""

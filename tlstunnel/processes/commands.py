@@ -40,6 +40,7 @@ from tlstunnel.errors import StateError
 from tlstunnel.processes.actions import Via, log_action
 from tlstunnel.processes.control import Handler, describe_client
 from tlstunnel.processes.fleet import Fleet
+from tlstunnel.processes.gathering import gather
 from tlstunnel.processes.reports import Reports
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
@@ -144,7 +145,7 @@ class Commands:
         return Ended()
 
     async def _report_metrics(self, _: Metrics, __: str) -> MetricsResult:
-        return MetricsResult(now=time.time(), snapshot=self._fleet.totals.sum())
+        return MetricsResult(now=time.time(), snapshot=await gather(self._fleet))
 
     async def _list_tunnels(self, command: Tunnels, who: str) -> TunnelsResult:
         return await list_tunnels(self._fleet, command, who)

@@ -19,11 +19,16 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.backoff import Backoff
 from tlstunnel.config import Config
+from tlstunnel.config.admin import Admin
 from tlstunnel.config.together import counts_together, keeps_history, shares_notices
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.lines import count_lost_lines
 from tlstunnel.journal.logger import structlog
-from tlstunnel.metrics.snapshot import Totals
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Registry
+from tlstunnel.metrics.shown_sites import ShownSites
+from tlstunnel.metrics.snapshot import Snapshot, Totals
 from tlstunnel.processes import cores
 from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import CarryOut, Child, ChildHandover, ChildNotifications, Role, Startup
@@ -86,8 +91,9 @@ class Fleet:
 
     `startup` is what new children are started with. `generation` counts the programs that the parent has run, from 1.
     `ending` is the reason for a shutdown, during which no child is started; empty otherwise. `totals` are the metrics
-    of all children, including those that have exited, and `usage` is what sites have used of them. `carry_out` is for
-    the commands that the admin process passes on.
+    of all children, including those that have exited, `metrics` those of the parent itself, and `usage` is what sites
+    have used of the children. `shown_sites` are the sites that Prometheus sees one by one, and `config_loaded` is when
+    the configuration was loaded, in Unix time. `carry_out` is for the commands that the admin process passes on.
     """
 
     def __init__(  # noqa: PLR0913 - what an upgrade hands over
@@ -112,6 +118,11 @@ class Fleet:
         self._options = options
         self.totals = Totals() if totals is None else totals
         self.usage = SiteTotals(usage)
+        self.metrics = Registry()
+        self.shown_sites = ShownSites(Admin().metric_sites)
+        self.metrics.collect(lambda: [(families.LOG_LINES_LOST, (), count_lost_lines())])
+        self.config_loaded = time.time()
+        self.last_reload_succeeded = True
         self.feed = Feed(self.usage, lambda: self.wiring.ledger)
         self.resources = Resources()
         self._shares: dict[int, float] = {}
@@ -229,6 +240,25 @@ class Fleet:
         places = [(role, place) for role in _STARTED for place in range(1, self.count(role) + 1)]
         return [self._keep_at(*place) for place in places if place not in self._keepers or self._keepers[place].done()]
 
+    def sum_metrics(self) -> Snapshot:
+        """Return the sum over all processes, this one included."""
+        self.totals.update(os.getpid(), self.metrics.snapshot())
+        return self.totals.sum()
+
+    def hand_over_metrics(self) -> Snapshot:
+        """Return what the next program continues with, besides those of the children that it takes over."""
+        totals = Totals(self.totals.base)
+        totals.update(os.getpid(), self.metrics.snapshot())
+        totals.ended(os.getpid())
+        return totals.base
+
+    def note_reload(self, *, succeeded: bool) -> None:
+        """Count a reload."""
+        self.last_reload_succeeded = succeeded
+        if succeeded:
+            self.config_loaded = time.time()
+        self.metrics[families.CONFIG_RELOADS].add("succeeded" if succeeded else "failed")
+
     def mark_started(self) -> None:
         """Restart a child that exits before it is ready, from now on; until now, that makes the whole start fail."""
         self._started = True
@@ -297,6 +327,7 @@ class Fleet:
             elif restarted or problems:
                 delay = RESTARTS.after(delay)
             restarted = True
+            self.metrics[families.PROCESS_EXITS].add(role.value)
             self._log.error(
                 Event.PROCESS_EXITED,
                 **child.describe(),
@@ -470,10 +501,13 @@ class Fleet:
         if measured.most_connections:
             self._shares[child.pid] = measured.connections / measured.most_connections
 
-    async def loads(self) -> list[tuple[Child, Load | None]]:
-        """Return the load of each serving child, None if it does not respond, and bring `totals` up to date."""
+    async def loads(self, *, scraped: bool = False) -> list[tuple[Child, Load | None]]:
+        """Return the load of each serving child, None if it does not respond, and bring `totals` up to date.
+
+        With `scraped`, the children measure the lag of their loops for a while.
+        """
         children = [child for child in self.serving() if child.ready]
-        loads = await asyncio.gather(*(self._request_load(child) for child in children))
+        loads = await asyncio.gather(*(self._request_load(child, scraped=scraped) for child in children))
         for child, load in zip(children, loads, strict=True):
             # For a child that has exited, the totals already hold the metrics that it sent last.
             if load is not None and load.metrics is not None and not child.exited:
@@ -488,11 +522,11 @@ class Fleet:
             self.totals.update(ledger.pid, load.metrics)
         return load
 
-    async def _request_load(self, child: Child) -> Load | None:
+    async def _request_load(self, child: Child, *, scraped: bool) -> Load | None:
         if child.silent:
             return None
         try:
-            return await child.request_load()
+            return await child.request_load(scraped=scraped)
         except ProcessError:
             return None
 

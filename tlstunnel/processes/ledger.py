@@ -21,7 +21,9 @@ from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import keeps_history, shares_notices
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
-from tlstunnel.metrics.registry import Registry
+from tlstunnel.journal.lines import count_lost_lines
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Collected, Registry
 from tlstunnel.plans.elsewhere import Sighting, Sightings, choose_sightings, decode_sightings, encode_sightings
 from tlstunnel.processes import messages, succession
 from tlstunnel.processes.reporting import Reporter
@@ -64,6 +66,7 @@ class LedgerProcess(RoleProcess):
             },
         )
         self._metrics = Registry()
+        self._metrics.collect(self._collect)
         self._reporter = Reporter(self._metrics, self._link)
         self._valkey: Any = None  # None if the counts are in this process
         self._valkey_started = False
@@ -179,7 +182,17 @@ class LedgerProcess(RoleProcess):
             leases=stats.leases,
             metrics=self._metrics.snapshot(),
             history=self._keeper.describe() if self._keeper is not None else None,
+            failing=self._valkey is not None and bool(self._valkey.failure),
         )
+
+    def _collect(self) -> Collected:
+        """Return what became of the questions, and the lines lost, for a snapshot of the metrics."""
+        yield families.LOG_LINES_LOST, (), count_lost_lines()
+        if self._server is not None:
+            stats = self._server.stats()
+            yield families.LEDGER_QUESTIONS, ("answered",), stats.answered
+            yield families.LEDGER_QUESTIONS, ("expired",), stats.expired
+            yield families.LEDGER_QUESTIONS, ("failed",), stats.failed
 
     def _sample(self, sampled: messages.Sampled) -> None:
         if self._keeper is not None:

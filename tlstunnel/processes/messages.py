@@ -44,8 +44,8 @@ class Prepared(LinkReply, frozen=True):
 class Load(LinkReply, frozen=True):
     """The tunnels of a process, and its connections whose handshake is not complete.
 
-    `metrics` is None from a release that has none. `counting` says where it counts what is counted together: "ledger",
-    "local: REASON", or "" if it counts alone.
+    `metrics` are None from a release that sends `Measured` before. `counting` says where it counts what is counted
+    together: "ledger", "local: REASON", or "" if it counts alone.
     """
 
     tunnels: int
@@ -73,7 +73,7 @@ class LedgerLoad(LinkReply, frozen=True):
     """What a ledger does. `answering` is what has the counts, such as "memory".
 
     `questions` were answered in the last second, `keys` and `leases` are what it holds now. `history` is None if it
-    keeps none.
+    keeps none. It is `failing` if it does not reach the server that has the counts.
     """
 
     answering: str
@@ -83,6 +83,7 @@ class LedgerLoad(LinkReply, frozen=True):
     leases: int
     metrics: Snapshot
     history: HistoryLoad | None = None
+    failing: bool = False
 
 
 class TakenOver(LinkReply, frozen=True):
@@ -213,7 +214,9 @@ class Stop(Request[Done], frozen=True, tag="stop"):
 
 
 class Status(Request[Load], frozen=True, tag="status"):
-    """Report the load."""
+    """Report the load, after the newest metrics. If they are `scraped`, measure the lag of the loop for a while."""
+
+    scraped: bool = False
 
     reply: ClassVar[type[LinkReply]] = Load
 
@@ -359,7 +362,9 @@ class Leaving(Request[Done], frozen=True, tag="leaving"):
 
 
 class Measured(Notification, frozen=True, tag="measured", omit_defaults=True):
-    """The metrics of the process. Sent at most once a second after a change, and before it exits.
+    """The metrics of the process: counters that have changed, and everything else.
+
+    Sent at most once a second after a change, when they are read, and before the process exits.
 
     `sites` has what those that have changed have used (`tlstunnel.metrics.usage.FIELDS`), `cpu` the microseconds of CPU
     time since the process has begun to serve. `connections` are open, of at most `most_connections`.

@@ -53,6 +53,13 @@ class Reporter:
                 while not (self._link.closed or self._link.idle):  # noqa: ASYNC110 - once, at the end
                     await asyncio.sleep(0.01)
 
+    def report_now(self) -> None:
+        """Report at once, with what all open tunnels have moved."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+        self._send(moved=True)
+
     def _report_soon(self) -> None:
         if self._reporting is None:
             self._reporting = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
@@ -66,8 +73,10 @@ class Reporter:
             return
         self._send()
 
-    def _send(self) -> None:
-        metrics, usage = self._registry.snapshot(), self._registry.usage
+    def _send(self, *, moved: bool = False) -> None:
+        metrics, usage = self._registry.take_changes(), self._registry.usage
+        if moved:
+            usage.find_moved()
         sites, are_more = usage.take_changes()
         cpu = (time.process_time_ns() - self._cpu_at_start) // 1000
         self._link.notify(Measured(metrics, sites, cpu, usage.connections, usage.most_connections))
@@ -80,7 +89,7 @@ class Reporter:
         """Report what open tunnels have moved."""
         self._looking = None
         usage = self._registry.usage
-        self._registry.snapshot()  # notes what they have moved
+        self._registry.look()
         if usage.find_moved():
             self._report_soon()
         elif usage.is_open:

@@ -162,6 +162,15 @@ class Rollout:
 
         Raises ControlError if that fails; nothing was changed then.
         """
+        try:
+            changes = await self._reload()
+        except ControlError:
+            self._fleet.note_reload(succeeded=False)
+            raise
+        self._fleet.note_reload(succeeded=True)
+        return changes
+
+    async def _reload(self) -> list[str]:
         await self._started.wait()
         async with self._change_lock, self._report_change(Event.NOT_RELOADED):
             self._refuse_if_ending()
@@ -295,7 +304,7 @@ class Rollout:
             echo=self._echo.hand_over() if self._echo else None,
             client=client,
             config=text,
-            metrics=self._fleet.totals.base,
+            metrics=self._fleet.hand_over_metrics(),
             usage=self._fleet.usage.hand_over(),
             observer_key=self._fleet.overseer.key,
             throttles=self._fleet.overseer.rules,

@@ -20,6 +20,7 @@ from tlstunnel.commands.processes import (
 from tlstunnel.config.together import shares_notices
 from tlstunnel.processes.children import Child, measure_pss
 from tlstunnel.processes.fleet import Fleet
+from tlstunnel.processes.gathering import sum_up
 from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
 from tlstunnel.processes.slots import Slots
 
@@ -37,7 +38,7 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         listening=list(dict.fromkeys(str(slot.listener.address) for slot in slots)),
         processes=[_describe_process(child, load, now, ending=bool(fleet.ending)) for child, load in loads],
         pss_kib=measure_pss(os.getpid()),
-        metrics=fleet.totals.sum().to_json(),
+        metrics=sum_up(fleet, counts).to_json(),
         ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
         admin=_describe_admin(fleet.overseer.find(), now),
         throttles=[

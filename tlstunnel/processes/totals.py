@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from tlstunnel.metrics.families import OTHER
 from tlstunnel.metrics.usage import FIELDS, MOST_SITES, Values
 
 HANDSHAKE_COST = 1_200_000
@@ -41,6 +42,7 @@ class TotalsHandover(msgspec.Struct, frozen=True):
     began: float
     sites: dict[str, Values]
     processes: list[ProcessUsage]
+    forgotten: Values = []
 
 
 class SiteTotals:
@@ -53,6 +55,9 @@ class SiteTotals:
     def __init__(self, handover: TotalsHandover | None = None) -> None:
         self._began = time.monotonic() if handover is None else handover.began
         self._sites: dict[str, Values] = {} if handover is None else handover.sites
+        self._forgotten: Values = [*_NOTHING, 0]
+        if handover is not None and handover.forgotten:
+            self._forgotten = handover.forgotten
         running = [] if handover is None else handover.processes
         self._processes: dict[int, ProcessUsage] = {one.process: one for one in running}
         self._configured: frozenset[str] = frozenset()
@@ -68,9 +73,16 @@ class SiteTotals:
         """The totals of all sites."""
         return self._sites
 
+    def with_forgotten(self) -> Mapping[str, Values]:
+        """Return the totals of all sites, and as `OTHER` those of the sites that were forgotten, if there are any."""
+        if not any(self._forgotten):
+            return self._sites
+        own = self._sites.get(OTHER, [*_NOTHING, 0])
+        return {**self._sites, OTHER: [a + b for a, b in zip(own, self._forgotten, strict=True)]}
+
     def hand_over(self) -> TotalsHandover:
         """Return what the next program continues with."""
-        return TotalsHandover(self._began, self._sites, list(self._processes.values()))
+        return TotalsHandover(self._began, self._sites, list(self._processes.values()), self._forgotten)
 
     def configure(self, names: Iterable[str]) -> None:
         """Note which sites there are. They have totals before any connection; `forget_idle` forgets others."""
@@ -128,7 +140,8 @@ class SiteTotals:
         """Forget the sites that are no longer configured and have no tunnels."""
         gone = [site for site, values in self._sites.items() if site not in self._configured and not values[_TUNNELS]]
         for site in gone:
-            del self._sites[site]
+            values = self._sites.pop(site)
+            self._forgotten = [a + b for a, b in zip(self._forgotten, values, strict=True)]
 
     def _find(self, site: str) -> Values:
         total = self._sites.get(site)

@@ -26,6 +26,7 @@ from tlstunnel.sockets.readiness import readiness
 from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splice, Splices
+from tlstunnel.tunnel.stages import Stages
 from tlstunnel.tunnel.tunnel import Tunnel
 
 ACCEPTS_A_TURN = 64
@@ -145,6 +146,7 @@ class Server:
         self._closing = ClosingSockets(self._readiness, self._loop)
         self._splices = Splices(self._closing)
         self._availability = Availability()
+        self._stages = Stages(journal.metrics)
         self._serving = self._make_serving(config, sites, firewall)
         self._unfinished = Unfinished(config.limits.unfinished_handshakes)
         self._accepted = journal.metrics[families.CONNECTIONS_ACCEPTED]
@@ -179,7 +181,7 @@ class Server:
         return len(self._unfinished)
 
     def _collect(self) -> Collected:
-        """Return the metrics that are counted from the open tunnels, for a snapshot."""
+        """Return the metrics of this moment, for a snapshot, and note what the open tunnels have moved."""
         sites: dict[str, tuple[int, int, int]] = {}
         for splice in self._splices.all:
             tunnels, up, down = sites.get(splice.site, (0, 0, 0))
@@ -188,10 +190,8 @@ class Server:
         usage.connections, usage.most_connections = self._connections, self._max_connections
         usage.note_open(sites)
         yield families.UNFINISHED_HANDSHAKES, (), len(self._unfinished)
-        for site, (tunnels, up, down) in sites.items():
-            yield families.TUNNELS, (site,), tunnels
-            yield families.BYTES, (site, "up"), up
-            yield families.BYTES, (site, "down"), down
+        yield families.OPEN_CONNECTIONS, (), self._connections
+        yield families.MOST_OPEN_CONNECTIONS, (), self._max_connections
 
     def _make_serving(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
         return Serving(
@@ -208,6 +208,7 @@ class Server:
             splices=self._splices,
             health_addresses=config.health_addresses,
             availability=self._availability,
+            stages=self._stages,
         )
 
     def accept(self, listeners: Iterable[Listener]) -> None:

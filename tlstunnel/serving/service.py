@@ -14,8 +14,12 @@ from typing import Any, Self
 
 from tlstunnel.certificates.watch import Watch
 from tlstunnel.config.invocation import Invocation
+from tlstunnel.escaping import printable
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.logger import structlog
+from tlstunnel.metrics import families
+from tlstunnel.metrics.registry import Collected
+from tlstunnel.origins.metrics import OriginMetrics
 from tlstunnel.origins.pool import Pool
 from tlstunnel.origins.sharing import EJECTION, Ejected
 from tlstunnel.serving.loading import Description, LoadedConfig, load
@@ -55,6 +59,8 @@ class Service:
         self._loaded = loaded
         self._server = Server(loaded.config, loaded.sites, loaded.firewall, journal)
         self._watch = Watch(loaded.sites.certificates, quiet=quiet)
+        self._origins = OriginMetrics(journal.metrics)
+        journal.metrics.collect(self._collect)
         self._prepared: LoadedConfig | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -151,9 +157,15 @@ class Service:
         """The open tunnels."""
         return self._server.splices
 
-    def status(self) -> dict[str, int]:
-        """Return the numbers of open tunnels and unfinished handshakes."""
-        return {"tunnels": self._server.tunnels, "handshakes": self._server.unfinished}
+    @property
+    def tunnels(self) -> int:
+        """The number of open tunnels."""
+        return self._server.tunnels
+
+    @property
+    def unfinished(self) -> int:
+        """The number of connections whose handshake is not complete."""
+        return self._server.unfinished
 
     async def close(self) -> None:
         """Close everything. Tunnels that are still open end at once."""
@@ -178,8 +190,14 @@ class Service:
         self._pools = {pool.key: pool for _, pool in self._loaded.sites.pools}
         for (site, _), pool in self._loaded.sites.pools:
             pool.on_health_change = functools.partial(self._note_health_change, site)
+        self._origins.watch(pool for _, pool in self._loaded.sites.pools)
         self._counting.listen(EJECTION, self._take_ejection)
         self._counting.on_joined = self._announce_ejections
+
+    def _collect(self) -> Collected:
+        """Return when certificates expire, for a snapshot of the metrics."""
+        for certificate, expiry in self._loaded.sites.certificates.find_first_expiries():
+            yield families.CERTIFICATE_EXPIRY, (printable(certificate),), expiry
 
     def _announce_ejections(self) -> None:
         for pool in self._pools.values():

@@ -41,6 +41,7 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
         about=opened,
     )
     turn.give_up()
+    serving.stages.handshake.observe_since(client.accepted)
     if site.max_age is not None:
         age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - it only spreads
         opened.max_age = serving.loop.call_later(age, splice.drain, Reason.MAX_AGE)

@@ -15,6 +15,7 @@ from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.readiness import Readiness
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splices
+from tlstunnel.tunnel.stages import Stages
 
 
 class Availability:
@@ -43,6 +44,7 @@ class Serving:
     splices: Splices
     health_addresses: Networks
     availability: Availability
+    stages: Stages
 
     def proxied(self, listener: ListenAddress) -> bool:
         """Return whether connections of this listener must begin with a PROXY header."""

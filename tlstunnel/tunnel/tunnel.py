@@ -61,12 +61,16 @@ class Tunnel:
         client = self._client
         turn: Turn | None = None
         opened = False
+        stages, began = client.serving.stages, client.accepted
         try:
             if client.proxied:
                 await read_proxy_header(client)
                 counts.identify(client.peer)
+                began = stages.proxy_header.observe_since(began)
             site = choose_site(client, await read_hello(client))
+            began = stages.hello.observe_since(began)
             await accept_tls(client, site)
+            began = stages.tls.observe_since(began)
             turn = self._turn = Turn(client, client.accepted)
             await read_request(turn)
             if client.trusted:
@@ -74,8 +78,12 @@ class Tunnel:
             if is_health_check(turn):
                 return await answer_health_check(turn)
             check_request(turn)
+            began = stages.request.observe_since(began)
             await check_firewall(turn)
+            began = stages.firewall.observe_since(began)
             await call_worker(turn)
+            if turn.directions is not None:
+                began = stages.edge.observe_since(began)
             if isinstance(turn.request, PlainRequest):
                 if turn.request.has_body and not counts.begin_upload(turn.record.client):
                     raise too_many_uploads()
@@ -84,7 +92,9 @@ class Tunnel:
                 end = await pass_on(turn, counts.begin_response)
             else:
                 await reach_origin(turn)
+                began = stages.origin_connect.observe_since(began)
                 response, reader = await request_upgrade(turn)
+                stages.origin_response.observe_since(began)
                 if isinstance(response, Switched):
                     open_tunnel(turn, response, on_end)
                     opened = True
