@@ -1,6 +1,7 @@
-"""Simulated months and attacks through the real history, the real notices and what the admin process does with them.
+"""Simulated days and attacks through the real history, the real notices and what the admin process does with them.
 
 The samples are those of the parent's feed, one in some minutes; the clock is the test's. Notices go to a real server.
+A month, with real processes, is in tests/promises/test_plans_month.py.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import json
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -82,11 +83,15 @@ class World:
         self.assessments: dict[str, list[tuple[int, Assessment]]] = {name: [] for name in sites}
         secret = folder / "secret"
         secret.write_text(SECRET)
-        text = f'[usage]\n{options.get("usage", "")}\n[usage.notices]\nwebhook = "{server.url}"\n'
+        text = (
+            f'{options.get("top", "")}[usage]\n{options.get("usage", "")}\n[usage.notices]\nwebhook = "{server.url}"\n'
+        )
         text += f'secret_file = "{secret}"\n'
         for name in sites:
-            text += f'[[sites]]\nnames = ["{name}"]\norigins = ["localhost:1"]\nplan = "free"\n'
-            text += f'contact = "mailto:owner@{name}"\n'
+            text += (
+                f'[[sites]]\nnames = ["{name}"]\norigins = ["{options.get("origin", "localhost:1")}"]\nplan = "free"\n'
+            )
+            text += f'contact = "mailto:owner@{name}"\n{options.get("site", "")}'
         self.text = text
         self.config = decode(text, folder, "t.toml")
         self.sampler = Sampler()
@@ -99,9 +104,27 @@ class World:
         assert self._administration is not None
         return self._administration
 
-    async def start(self) -> None:
+    async def open_history(self) -> None:
+        """Begin to keep the history."""
         if self._history is None:
             self._history = await History.open(self.folder)
+
+    async def close_history(self) -> None:
+        assert self._history is not None
+        assert await self._history.close()
+
+    async def record(self, minute: int, sites: Mapping[str, Totals]) -> None:
+        """Store what was sampled in a minute."""
+        assert self._history is not None
+        now = START + minute * MINUTE
+        self.sampler.sample(now + 30, [Instance("x", now - START + 30, sites)])
+        sampled = self.sampler.take()
+        assert sampled is not None
+        self._history.append(sampled)
+        await asyncio.wrap_future(self._history.flush())
+
+    async def start(self) -> None:
+        await self.open_history()
         self._administration = Administration(
             self.folder, self.config, load_channels(self.config), KEY, self.rules.append, clock=self.clock
         )
@@ -113,23 +136,17 @@ class World:
 
     async def close(self) -> None:
         await self.administration.close()
-        assert self._history is not None
-        assert await self._history.close()
+        await self.close_history()
 
     async def run(self, minutes: Iterable[int]) -> None:
         """Live through these minutes. The others are a gap."""
-        assert self._history is not None
         for minute in minutes:
             now = START + minute * MINUTE
             tunnels = {name: site.tunnels(minute) for name, site in self.sites.items()}
             for name, site in self.sites.items():
                 self.totals[name] = add_counts(self.totals[name], site.counts(minute))
             sites = {name: Totals(tunnels[name], self.totals[name]) for name in self.sites}
-            self.sampler.sample(now + 30, [Instance("x", now - START + 30, sites)])
-            sampled = self.sampler.take()
-            assert sampled is not None
-            self._history.append(sampled)
-            await asyncio.wrap_future(self._history.flush())
+            await self.record(minute, sites)
             self.clock.now = now + MINUTE + 3
             seen = {name: one for name, site in self.sites.items() if (one := site.seen(minute)) is not None}
             await self.administration.take(seen)
@@ -167,14 +184,18 @@ class World:
 
 
 def live(
-    folder: Path, sites: Mapping[str, Behaviour], story: Callable[[World], Coroutine[Any, Any, None]], **options: Any
+    folder: Path,
+    sites: Mapping[str, Behaviour],
+    story: Callable[[World], Coroutine[Any, Any, None]],
+    make: type[World] = World,
+    **options: Any,
 ) -> World:
     """Tell a story of a world. It is returned for what it has become."""
 
     @contextlib.asynccontextmanager
     async def living() -> AsyncIterator[World]:
         async with Server().serving() as server:
-            world = World(folder, sites, server, **options)
+            world = make(folder, sites, server, **options)
             await world.start()
             try:
                 yield world
@@ -188,82 +209,6 @@ def live(
 
     with capture_logs():
         return asyncio.run(main())
-
-
-def hour_of(minute: int) -> int:
-    return minute // 60 % 24
-
-
-def daily(minute: int, least: float, most: float) -> int:
-    return round(least + (most - least) * (0.5 + 0.5 * math.cos((minute / 60 - 15) / 24 * 2 * math.pi)))
-
-
-def viral(minute: int) -> int:
-    return 900 if 12 * DAY + 13 * 60 <= minute < 12 * DAY + 18 * 60 else daily(minute, 5, 40)
-
-
-def weekend(minute: int) -> int:
-    return 250 if minute // DAY % 7 >= 5 and 14 <= hour_of(minute) < 18 else 30
-
-
-MONTH = {
-    "viral.test": Behaviour(viral),
-    "growing.test": Behaviour(lambda minute: round(50 + 150 * minute / (31 * DAY))),
-    "batch.test": Behaviour(lambda minute: 300 if 2 <= hour_of(minute) < 5 else 20),
-    "weekend.test": Behaviour(weekend),
-    "quiet.test": Behaviour(lambda _: 0),
-}
-
-
-@pytest.mark.timeout(300)
-def test_a_month(tmp_path: Path) -> None:
-    """All kinds of sites beside each other; the machine is off for a day, and the process is restarted."""
-
-    async def story(world: World) -> None:
-        every = range(0, 31 * DAY, 60)
-        off = range(22 * DAY, 23 * DAY)
-        acknowledged = False
-        for day, minutes in groupby(every, key=lambda minute: minute // DAY):
-            if day in (6, 13, 23):
-                await world.restart()
-            await world.run(minute for minute in minutes if minute not in off)
-            if not acknowledged and (found := await world.notices("growing.test")):
-                await world.ask(usage.AckNotice(found[0].notice.id), usage.Acknowledged)
-                acknowledged = True
-        for site in MONTH:
-            found = await world.notices(site)
-            times = [one.notice.created for one in found]
-            assert all(later - earlier >= 7 * 86_400 for earlier, later in pairwise(times)), site
-            assert all(one.accepted or one.notice.recipient == "operator" for one in found)
-            counted[site] = [one.notice.standing for one in found]
-        assert (await world.ask(usage.Usage("batch.test"), usage.UsageResult)).throttles == ()
-
-    counted: dict[str, list[Standing]] = {}
-    world = live(tmp_path, MONTH, story)
-    assert world.standings("quiet.test") == [Standing.WITHIN]
-    assert world.standings("viral.test") == [Standing.WITHIN, Standing.SPIKE, Standing.WITHIN]
-    assert world.standings("growing.test") == [Standing.WITHIN, Standing.SPIKE, Standing.SUSTAINED]
-    assert world.standings("batch.test") == [Standing.WITHIN, Standing.SPIKE, Standing.REPEATED]
-    assert world.standings("weekend.test")[-1] is Standing.REPEATED
-    assert counted == {
-        "viral.test": [],
-        "growing.test": [Standing.SUSTAINED],
-        "batch.test": [Standing.REPEATED] * 4,
-        "weekend.test": [Standing.REPEATED] * 2,
-        "quiet.test": [],
-    }
-    assert world.rules == [(), (), (), ()]
-    (text,) = world.texts("growing.test")
-    words = json.dumps(text).lower()
-    assert "guideline" in words
-    assert "pro" in words
-    assert not any(word in words for word in ("limit", "exceed", "violat"))
-    # The day that was off is a gap: everything is as it was.
-    before = [one for minute, one in world.assessments["batch.test"] if minute < 22 * DAY][-1]
-    after = next(one for minute, one in world.assessments["batch.test"] if minute >= 23 * DAY)
-    assert (before.standing, before.since) == (after.standing, after.since)
-    assert after.figures.hours_measured <= 22 * 24 + 1
-    assert len({headers["webhook-id"] for headers, _ in world.server.posts}) == 7
 
 
 # --- a busy machine ---------------------------------------------------------------------------------------------------
