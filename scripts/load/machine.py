@@ -41,6 +41,11 @@ def read_cpu_seconds(pids: list[int]) -> float:
     return sum(int(ticks) for pid in pids for ticks in read_stat(pid)[11:15]) / TICK
 
 
+def read_waiting_seconds(pids: list[int]) -> float:
+    """Return how long the first threads of processes were ready to run and waited for a core (schedstat, in ns)."""
+    return sum(int((PROC / str(pid) / "schedstat").read_text().split()[1]) for pid in pids) / 1e9
+
+
 def read_pss_kib(pids: list[int]) -> int:
     """Return the proportional set size in KiB: a page shared by several processes is counted once among them."""
     total = 0

@@ -2,15 +2,22 @@
 
 Each variant has two serving processes, except the one that counts in memory. They, the ledger and the load share two
 cores, so only the CPU per handshake and the latency of the questions say something.
+
+The cost of the limits themselves is the difference between "no limits" and "each alone", where each process counts in
+its own memory because the ledger is stopped. The cost of counting together is what "ledger" needs beyond that.
 """
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from scripts.load import machine
 from scripts.load.figures import Column, Figure
 from scripts.load.firewall import LIMITS
 from scripts.load.running import CORES, BenchError, Load, Running, find_free_port
@@ -31,6 +38,9 @@ key = "$key"
 """
 
 VALKEY = '[state]\nurl = "valkey://127.0.0.1:{port}/0"\n'
+
+ALONE = "each alone"
+"""The variant whose ledger is stopped while it is measured."""
 
 SHARE = 0.7
 """Of the full rate, at which the latency is measured."""
@@ -62,6 +72,7 @@ def list_variants(program: str, server_port: int) -> Iterator[Subject]:
     variants = {
         "no limits": (2, "", ""),
         "memory": (1, "", LIMITS),
+        ALONE: (2, "", LIMITS),
         "ledger": (2, "", LIMITS),
         "ledger, valkey": (2, VALKEY.format(port=server_port), LIMITS),
     }
@@ -81,13 +92,14 @@ def questions(seconds: float) -> Figure:
     """Handshakes as fast as possible, then at a share of that rate, for which the questions are timed."""
 
     def measure(running: Running) -> dict[str, float]:
-        with Load(running) as load:
+        with _alone(running), Load(running) as load:
             load.do("open 1 /echo")
             load.do("handshakes 32 0.3 resumed")
             full = load.measure(f"handshakes 32 {seconds} resumed")
             rate = full.answer["handshakes"] / full.answer["seconds"]
-            before = _read_buckets(running)
+            before, waited = _read_buckets(running), machine.read_waiting_seconds(running.processes())
             paced = load.measure(f"handshakes 32 {2 * seconds} resumed 1000000 {SHARE * rate:.0f}")
+            waited = machine.read_waiting_seconds(running.processes()) - waited
             after = _read_buckets(running)
             load.do("close")
         found = {bucket: number - before.get(bucket, 0) for bucket, number in after.items()}
@@ -99,6 +111,7 @@ def questions(seconds: float) -> Figure:
             "p50": _find_percentile(found, 0.5) * 1000,
             "p99": _find_percentile(found, 0.99) * 1000,
             "handshake_p99": float(paced.answer["p99_us"]) / 1000,
+            "waited": waited / paced.answer["handshakes"] * 1e6,
         }
 
     return Figure(
@@ -113,13 +126,27 @@ def questions(seconds: float) -> Figure:
             Column("p50", "question p50 ms, at most", 2),
             Column("p99", "question p99 ms, at most", 2),
             Column("handshake_p99", "handshake p99 ms", 1),
+            Column("waited", "waiting for a core, us each", 0),
         ),
         measure=measure,
     )
 
 
-def _read_buckets(running: Running) -> dict[float, int]:
-    """Return the numbers of questions by the bounds of their seconds."""
+@contextlib.contextmanager
+def _alone(running: Running) -> Iterator[None]:
+    """Stop the ledger meanwhile if the subject is that variant. The tunnel kills a ledger that is silent for 30 s."""
+    if running.subject.name != ALONE:
+        yield
+        return
+    ledger = _read_status(running)["ledger"]["process"]
+    os.kill(ledger, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(ledger, signal.SIGCONT)
+
+
+def _read_status(running: Running) -> Any:
     config = Path(running.bench.render(running.subject.command[3], running.port))
     status = subprocess.run(
         [running.subject.command[0], "status", "--json", "--control", f"{config}.sock"],
@@ -127,7 +154,12 @@ def _read_buckets(running: Running) -> dict[float, int]:
         text=True,
         check=True,
     )
-    series = json.loads(status.stdout)["metrics"].get(QUESTION_SECONDS, [])
+    return json.loads(status.stdout)
+
+
+def _read_buckets(running: Running) -> dict[float, int]:
+    """Return the numbers of questions by the bounds of their seconds."""
+    series = _read_status(running)["metrics"].get(QUESTION_SECONDS, [])
     return {float(one["labels"]["le"]): one["value"] for one in series if one["labels"]["le"] != "sum"}
 
 

@@ -1,6 +1,7 @@
 """Established tunnels do not notice what happens to the ledger, since they never ask it."""
 
 import contextlib
+import itertools
 import os
 import signal
 import ssl
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,7 @@ from tests.harness import (
 )
 from tests.promises.counted import TUNNELS, answering, connected, ledger_of
 from tests.promises.firewalled import config_for, connect_from
+from tests.promises.versions import Versions, upgraded
 
 MORE = 0.002
 """Seconds by which the 99th percentile of an echo may be longer."""
@@ -40,10 +43,12 @@ Event = Callable[[], object]
 
 
 @contextlib.contextmanager
-def _echoing(certificate: Certificate) -> Iterator[tuple[Tunnel, list[ssl.SSLSocket]]]:
+def _echoing(
+    certificate: Certificate, more: Mapping[str, str] | None = None
+) -> Iterator[tuple[Tunnel, list[ssl.SSLSocket]]]:
     """Return a tunnel of two processes, and clients with established tunnels."""
     top = 'processes = 2\nrelease.drain_over = "0s"\n'
-    environment = {"TLSTUNNEL_WATCH": "0.1,60,90,90"}
+    environment = {"TLSTUNNEL_WATCH": "0.1,60,90,90", **(more or {})}
     with RawOrigin(echo_bytes) as origin:
         config = config_for(origin.address, certificate, top=top, site=TUNNELS)
         with (
@@ -57,7 +62,7 @@ def _echoing(certificate: Certificate) -> Iterator[tuple[Tunnel, list[ssl.SSLSoc
             yield tunnel, clients
 
 
-def _measure(tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event) -> float:
+def _measure(tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event, seconds: float) -> float:
     """Return the 99th percentile of echoes, in seconds, while something happens and handshakes are made."""
     over = threading.Event()
     context = client_context(tunnel)
@@ -74,7 +79,7 @@ def _measure(tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event) -> flo
     latencies: list[float] = []
     began = time.monotonic()
     try:
-        while time.monotonic() < began + SECONDS:
+        while time.monotonic() < began + seconds:
             for client in clients:
                 sent = time.perf_counter()
                 client.sendall(b"x" * 64)
@@ -87,11 +92,16 @@ def _measure(tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event) -> flo
     return statistics.quantiles(latencies, n=100)[98]
 
 
-def _compare(tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event, otherwise: Event) -> None:
-    """Compare the medians of interleaved rounds."""
+def _compare(
+    tunnel: Tunnel, clients: list[ssl.SSLSocket], happen: Event, otherwise: Event, seconds: float = SECONDS
+) -> None:
+    """Compare the medians of interleaved rounds of so many seconds."""
 
     def measure_more() -> float:
-        rounds = [(_measure(tunnel, clients, otherwise), _measure(tunnel, clients, happen)) for _ in range(ROUNDS)]
+        rounds = [
+            (_measure(tunnel, clients, otherwise, seconds), _measure(tunnel, clients, happen, seconds))
+            for _ in range(ROUNDS)
+        ]
         without, with_it = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(f"p99 {without * 1e3:.2f} ms without, {with_it * 1e3:.2f} ms with it")
         return float(with_it - without)
@@ -134,3 +144,25 @@ def test_a_ledger_that_is_stopped_and_continues(certificate: Certificate) -> Non
             eventually(lambda: set(answering(tunnel)) == {"ledger"}, interval=0.1)
 
         _compare(tunnel, clients, stop, tunnel.status)
+
+
+@pytest.mark.soak
+@pytest.mark.alone
+def test_a_tunnel_that_is_upgraded(certificate: Certificate, tmp_path: Path) -> None:
+    """The parent, the ledger and the serving processes are replaced; established tunnels stay where they are."""
+    versions = Versions(tmp_path / "versions")
+    versions.install("2.0.0")
+    next_version = itertools.cycle(["2.0.0", "1.0.0"])
+    with _echoing(certificate, versions.environment) as (tunnel, clients):
+
+        def replace_all() -> None:
+            versions.choose(next(next_version))
+            upgraded(tunnel)
+
+        def start_as_many() -> None:
+            modules = ("parent", "child", "child", "ledger")
+            commands = [[sys.executable, "-c", f"import tlstunnel.processes.{module}"] for module in modules]
+            for process in [subprocess.Popen(command) for command in commands]:
+                assert process.wait() == 0
+
+        _compare(tunnel, clients, replace_all, start_as_many, seconds=3.0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import selectors
 import socket
 import struct
@@ -14,6 +15,7 @@ from tlstunnel.sockets import readiness as module
 from tlstunnel.sockets.readiness import (
     EDGE_TRIGGERED,
     ERR,
+    EVENTS_WHILE_EXPECTING,
     HUP,
     IN,
     OUT,
@@ -135,6 +137,33 @@ def test_both_directions_can_be_watched(pairs: Callable[[], Pair]) -> None:
         await until(lambda: seen == IN | OUT)
 
     run(test)
+
+
+def test_what_is_expected_comes_first_and_few_others_with_it(pairs: Callable[[], Pair]) -> None:
+    called: list[int] = []
+
+    def note(fd: int, _: int) -> None:
+        called.append(fd)
+
+    others = [pairs() for _ in range(2 * EVENTS_WHILE_EXPECTING)]
+    near, far = pairs()
+    with contextlib.closing(Readiness()) as watched:
+        for one, other in (*others, (near, far)):
+            other.send(b"x")
+            watched.register(one.fileno(), IN, functools.partial(note, one.fileno()))
+        watched.begin_expecting(near.fileno())
+        for _ in range(3):
+            called.clear()
+            watched.turn(0)
+            assert called[0] == near.fileno()
+            assert called.count(near.fileno()) == 1
+            assert len(called) <= EVENTS_WHILE_EXPECTING + 1
+        watched.end_expecting(others[0][0].fileno())
+        assert watched.expecting, "another one was meant"
+        watched.end_expecting(near.fileno())
+        called.clear()
+        watched.turn(0)
+        assert sorted(called) == sorted(one.fileno() for one, _ in (*others, (near, far)))
 
 
 def test_end_of_the_peer_is_readable(pairs: Callable[[], Pair]) -> None:

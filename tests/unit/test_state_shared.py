@@ -122,27 +122,31 @@ async def test_without_a_ledger_the_process_counts_alone() -> None:
 
 @in_loop
 async def test_questions_of_one_turn_are_one_frame_with_a_deadline() -> None:
+    """Except the first, which is sent at once because no other one waits."""
     asker = Asker()
     with PlayedLedger() as ledger:
         await asker.attach(ledger)
         tasks = [asker.check(TWO), asker.check(ONCE)]
         before = asyncio.get_running_loop().time()
+        tasks += [asker.check(ONCE)]
+        assert await ledger.receive() == [wire.Ask(1, TWO)]
         batch = await ledger.receive_batch()
-        assert batch.messages == [wire.Ask(1, TWO), wire.Ask(2, ONCE)]
+        assert batch.messages == [wire.Ask(2, ONCE), wire.Ask(3, ONCE)]
         assert before < batch.deadline - LONG < before + 1
+        ledger.send(wire.Answer(3))
         ledger.send(wire.Answer(2, [LimitResult("limit", 7.0)]), wire.Answer(1))
-        assert await asyncio.gather(*tasks) == [WITHIN, [LimitResult("limit", 7.0)]]
+        assert await asyncio.gather(*tasks) == [WITHIN, [LimitResult("limit", 7.0)], WITHIN]
         counting = asyncio.ensure_future(asker.counters.count_tunnels(["two"]))
-        assert await ledger.receive() == [wire.Count(3, ["two"])]
-        ledger.send(wire.Counted(3, [5]))
+        assert await ledger.receive() == [wire.Count(4, ["two"])]
+        ledger.send(wire.Counted(4, [5]))
         assert await counting == [5]
         asker.counters.return_tunnels(["two"])
         assert await ledger.receive() == [wire.Return(["two"])]
         with pytest.raises(KeyError):
             asker.counters.return_tunnels(["two"])
-        assert asker.metrics[COUNTER_QUESTIONS].values == {("ledger",): 3}
+        assert asker.metrics[COUNTER_QUESTIONS].values == {("ledger",): 4}
         values = asker.metrics.snapshot()[COUNTER_QUESTION_SECONDS]
-        assert sum(count for labels, count in values.items() if labels != (SUM,)) == 3
+        assert sum(count for labels, count in values.items() if labels != (SUM,)) == 4
         assert values[SUM,] > 0
         asker.counters.close()
 
@@ -162,7 +166,8 @@ async def test_after_one_timeout_the_process_counts_alone_until_the_ledger_repli
         assert (await asker.counters.check(TWO))[0].exceeded == "tunnels"
         assert await asker.counters.count_tunnels(["two"]) == [2]
         asker.counters.return_tunnels(["two"])
-        assert await ledger.receive() == [wire.Ask(1, TWO), wire.Ask(2, TWO), wire.Ask(3, TWO)]
+        assert await ledger.receive() == [wire.Ask(1, TWO)]
+        assert await ledger.receive() == [wire.Ask(2, TWO), wire.Ask(3, TWO)]
         assert await ledger.receive() == [wire.Probe()]
         # An answer that comes now has taken a tunnel, which is given back at once.
         ledger.send(wire.Answer(1), wire.Answer(2, [LimitResult("tunnels", 1.0)]))
@@ -253,7 +258,7 @@ async def test_a_cancelled_question_gives_back_what_it_takes() -> None:
     with PlayedLedger() as ledger:
         await asker.attach(ledger)
         early, late = asker.check(TWO), asker.check(TWO)
-        assert len(await ledger.receive()) == 2
+        assert [len(await ledger.receive()) for _ in range(2)] == [1, 1]
         early.cancel()
         await asyncio.sleep(0)
         ledger.send(wire.Answer(1))
@@ -269,6 +274,41 @@ async def test_a_cancelled_question_gives_back_what_it_takes() -> None:
         ledger.sock.close()
         assert await counting == [0]
         asker.counters.close()
+
+
+@in_loop
+async def test_the_loop_expects_an_answer_while_a_question_waits() -> None:
+    asker = Asker(timeout=0.1)
+
+    def expects() -> bool:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, TunnelLoop)
+        return loop.readiness.expecting
+
+    with PlayedLedger() as ledger:
+        await asker.attach(ledger)
+        await asker.hear(ledger, wire.Alive())
+        waiting = [asker.check(ONCE), asker.check(TWO)]
+        await asyncio.sleep(0)
+        assert expects()
+        await asker.hear(ledger, wire.Answer(1))
+        assert expects()
+        await asker.hear(ledger, wire.Answer(2))
+        assert not expects()
+        assert await asyncio.gather(*waiting) == [WITHIN, WITHIN]
+        assert await asker.counters.check(ONCE) == WITHIN  # this process counts alone after the timeout
+        assert asker.counters.answering != LEDGER
+        assert not expects()
+        asker.counters.close()
+    with PlayedLedger() as ledger:
+        await asker.attach(ledger, {"two": 1})
+        await asker.hear(ledger, wire.Alive())
+        cut = asker.check(ONCE)
+        await asyncio.sleep(0)
+        assert expects()
+        asker.counters.close()
+        assert not expects()
+        await cut
 
 
 @in_loop

@@ -32,6 +32,9 @@ from tlstunnel.tunnel.tunnel import Tunnel
 ACCEPTS_A_TURN = 64
 """How many connections are accepted at once before others get a turn. The rest wait in the kernel's backlog."""
 
+ACCEPTS_WHILE_EXPECTING = 8
+"""The same while an answer is expected, see `Readiness.begin_expecting`."""
+
 SHARE = 10
 """One address may have at most a tenth of the unfinished handshakes, and of the connections for uploads."""
 
@@ -224,8 +227,7 @@ class Server:
         if listener in self._listeners:
             self._listeners.remove(listener)
             self._loop.remove_reader(listener.sock)
-            for _ in range(BACKLOG // ACCEPTS_A_TURN):
-                self._accept(listener)
+            self._accept(listener, BACKLOG)
         listener.close()
 
     def switch(self, config: Config, sites: Sites, firewall: Firewall) -> None:
@@ -303,13 +305,16 @@ class Server:
             if listener.sock.fileno() < 0:
                 continue
             if on:
-                self._loop.add_reader(listener.sock, self._accept, listener)
+                self._loop.add_reader(listener.sock, self._accept_some, listener)
             else:
                 self._loop.remove_reader(listener.sock)
 
-    def _accept(self, listener: Listener) -> None:
+    def _accept_some(self, listener: Listener) -> None:
+        self._accept(listener, ACCEPTS_WHILE_EXPECTING if self._readiness.expecting else ACCEPTS_A_TURN)
+
+    def _accept(self, listener: Listener, most: int) -> None:
         proxied = self._serving.proxied(listener.written)
-        for _ in range(ACCEPTS_A_TURN):
+        for _ in range(most):
             if self._connections >= self._max_connections:
                 return self._pause_accepting(Reason.OUT_OF_DESCRIPTORS)
             try:

@@ -33,6 +33,12 @@ GONE = ERR | HUP | RDHUP
 EVENTS_PER_TURN = 256
 """How many sockets one wake-up serves before asyncio's own work (accepting, handshakes, timers) continues."""
 
+EVENTS_WHILE_EXPECTING = 8
+"""The same while an answer is expected, which waits for so many steps of handshakes, of 0.2 to 0.5 ms each.
+
+More turns of the loop cost time too: with four, a handshake took 0.05 to 0.1 ms more, with one 0.2 ms (measured).
+"""
+
 
 class Readiness:
     """The sockets of one process, each with its events and its handler.
@@ -41,12 +47,13 @@ class Readiness:
     caller has to call `turn`.
     """
 
-    __slots__ = ("_epoll", "_handlers", "_loop")
+    __slots__ = ("_epoll", "_expected", "_handlers", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
+        self._expected = -1
         if loop is not None:
             loop.add_reader(self._epoll.fileno(), self.turn, 0)
 
@@ -75,6 +82,23 @@ class Readiness:
         """Stop watching `fd`, which the caller closes next: that removes it from the epoll and saves a system call."""
         self._handlers.pop(fd, None)
 
+    @property
+    def expecting(self) -> bool:
+        """Whether an answer is expected, so that little should be done in a turn of the loop."""
+        return self._expected >= 0
+
+    def begin_expecting(self, fd: int) -> None:
+        """Serve `fd` before all other sockets, and few of them in a turn, since an answer is expected there.
+
+        There is one such descriptor; another one replaces it.
+        """
+        self._expected = fd
+
+    def end_expecting(self, fd: int) -> None:
+        """Serve `fd` as all others."""
+        if self._expected == fd:
+            self._expected = -1
+
     def __len__(self) -> int:
         return len(self._handlers)
 
@@ -92,7 +116,12 @@ class Readiness:
         """Wait up to `timeout` seconds (-1: forever), call the handlers of ready sockets, return the other events."""
         handlers = self._handlers
         others = []
-        for fd, events in self._epoll.poll(timeout, EVENTS_PER_TURN):
+        expected = self._expected
+        ready = self._epoll.poll(timeout, EVENTS_PER_TURN if expected < 0 else EVENTS_WHILE_EXPECTING)
+        if expected >= 0 and len(ready) > 1:
+            # Also if it is not among them, since more may be ready than were asked for.
+            ready = [(expected, IN), *(one for one in ready if one[0] != expected)]
+        for fd, events in ready:
             # An earlier handler of this turn may have closed the socket.
             handler = handlers.get(fd)
             if handler is None:

@@ -49,7 +49,7 @@ class AskerOwner(Protocol):
 
 
 class Asker:
-    """Sends what is asked and told in one turn of the loop in one frame.
+    """Sends what is asked and told in one turn of the loop in one frame. A question is sent at once if no other waits.
 
     `declared`: the ledger knows what this process holds, and is told each change.
     """
@@ -123,6 +123,7 @@ class Asker:
             if not future.done():
                 future.set_result(None)
         self._deadlines.clear()
+        self._channel.end_expecting()
         self._cancel_timers()
         if not self.closed and not self._probing:
             self._probe_timer = self._loop.call_later(delay, self._probe)
@@ -135,12 +136,18 @@ class Asker:
     def _ask(
         self, question: wire.Ask | wire.Count, checks: Sequence[LimitCheck] | int
     ) -> "asyncio.Future[Reply] | None":
-        if len(self._waiting) >= wire.MAX_WAITING:
+        others = len(self._waiting)
+        if others >= wire.MAX_WAITING:
             return None
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._number = question.number
         self._waiting[question.number] = future, checks
-        self.send(question)
+        if others:
+            self.send(question)
+        else:
+            self._outgoing.append(question)
+            self._channel.begin_expecting()
+            self._flush()
         return future
 
     def _flush(self) -> None:
@@ -206,6 +213,8 @@ class Asker:
                 self._patience = min(reply.until, self._loop.time() + MAX_PATIENCE)
             else:
                 self._patience = self._loop.time() + self.timeout
+        if not self._waiting:
+            self._channel.end_expecting()
 
     def _receive_answer(self, answer: wire.Answer) -> None:
         future, checks = self._waiting.pop(answer.number, (None, None))

@@ -101,6 +101,16 @@ class Channel:
         self._reading = self.unsent_bytes <= self._most_unsent
         self._watch()
 
+    def begin_expecting(self) -> None:
+        """Read what arrives before the loop does anything else: somebody waits for it."""
+        if not self.closed:
+            self._readiness.begin_expecting(self.sock.fileno())
+
+    def end_expecting(self) -> None:
+        """Read as other sockets are read."""
+        if not self.closed:
+            self._readiness.end_expecting(self.sock.fileno())
+
     def read(self) -> None:
         """Handle what has arrived."""
         if self.closed:
@@ -151,6 +161,7 @@ class Channel:
         """Close the connection, without `on_end`."""
         if not self.closed:
             self.stop()
+            self.end_expecting()
             if self._own_readiness:
                 self._readiness.close()
             self.sock.close()

@@ -2,7 +2,8 @@
 
 A frame is the length of its payload (4 bytes, big-endian) and the payload, in MessagePack. The first frame of either
 side is a `Hello`, which never changes except that items may be added at its end. An asker's other frames are a `Batch`
-each, those of the ledger a list of replies. A side sends all messages of one turn of its event loop in one frame.
+each, those of the ledger a list of replies. A side sends all messages of one turn of its event loop in one frame, but
+a question at once if no other one waits.
 Messages are arrays that begin with a number for their type, so a frame with one question has 70 bytes.
 
 The ledger answers each asker in the version of the asker's `Hello`, because processes of earlier releases serve for as
