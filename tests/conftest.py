@@ -34,6 +34,7 @@ _MEASURED = {
     "test_edge_run",
     "test_elected",
     "test_hello_in_pieces",
+    "test_http_pass",
     "test_origins_several",
     "test_plans",
     "test_processes",
@@ -42,6 +43,7 @@ _MEASURED = {
     "test_slow_loris",
     "test_smuggling",
     "test_start_errors",
+    "test_upgrade",
     "test_usage",
 }
 """Promises and files of e2e whose programs are measured, which doubles the CPU time of their start.

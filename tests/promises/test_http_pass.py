@@ -229,13 +229,22 @@ def test_the_default_refuses(app: str, certificate: Certificate) -> None:
         assert _ask(tunnel, "GET", "/").status == 426
 
 
-def _raw(answer: bytes, then: str = "end") -> RawOrigin:
-    """An origin that reads a head, writes `answer`, and keeps what follows."""
+class _Raw(RawOrigin):
+    """An origin that reads a head, writes an answer, ends unless told otherwise, and keeps what it received."""
 
-    def handle(sock: socket.socket) -> None:
+    def __init__(self) -> None:
+        super().__init__(self._handle)
+        self.play(b"")
+
+    def play(self, answer: bytes, then: str = "end") -> None:
+        self.seen: list[bytes] = []
+        self._script = answer, then, self.seen
+
+    def _handle(self, sock: socket.socket) -> None:
+        answer, then, seen = self._script
         received = b""
-        while b"\r\n\r\n" not in received:
-            received += sock.recv(65536)
+        while b"\r\n\r\n" not in received and (more := sock.recv(65536)):
+            received += more
         sock.sendall(answer)
         if then == "end":
             sock.shutdown(socket.SHUT_WR)
@@ -243,35 +252,40 @@ def _raw(answer: bytes, then: str = "end") -> RawOrigin:
             received += more
         seen.append(received)
 
-    seen: list[bytes] = []
-    origin = RawOrigin(handle)
-    origin.seen = seen  # type: ignore[attr-defined]
-    return origin
-
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def test_a_second_request_never_reaches_an_origin(certificate: Certificate) -> None:
-    with _raw(OK) as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+@pytest.fixture(scope="module")
+def raw(certificate: Certificate) -> Iterator[tuple[_Raw, Tunnel]]:
+    with _Raw() as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel:
+        yield origin, tunnel
+
+
+def test_a_second_request_never_reaches_an_origin(raw: tuple[_Raw, Tunnel]) -> None:
+    origin, tunnel = raw
+    origin.play(OK)
+    with connect_tls(tunnel) as client:
         client.sendall(
             b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"
             b"GET /secret HTTP/1.1\r\nHost: localhost\r\n\r\n"
         )
         assert receive_all(client).endswith(b"ok")
-        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        (seen,) = eventually(lambda: origin.seen)
         assert seen.endswith(b"\r\n\r\nabc")
         assert b"secret" not in seen
 
 
-def test_the_upgrade_field_is_removed_if_it_is_not_for_websocket(certificate: Certificate) -> None:
-    with _raw(OK) as origin, tunnel_to(origin.address, certificate, site=PASS) as tunnel, connect_tls(tunnel) as client:
+def test_the_upgrade_field_is_removed_if_it_is_not_for_websocket(raw: tuple[_Raw, Tunnel]) -> None:
+    origin, tunnel = raw
+    origin.play(OK)
+    with connect_tls(tunnel) as client:
         client.sendall(
             b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
             b"HTTP2-Settings: AAA\r\n\r\n"
         )
         assert receive_all(client).startswith(b"HTTP/1.1 200 ")
-        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        (seen,) = eventually(lambda: origin.seen)
         assert b"h2c" not in seen
         assert b"HTTP2-Settings" not in seen
 
@@ -285,65 +299,61 @@ def test_the_upgrade_field_is_removed_if_it_is_not_for_websocket(certificate: Ce
         (b"", 502),
     ],
 )
-def test_invalid_responses(certificate: Certificate, answer: bytes, status: int) -> None:
-    with (
-        _raw(answer) as origin,
-        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
-        connect_tls(tunnel) as client,
-    ):
+def test_invalid_responses(raw: tuple[_Raw, Tunnel], answer: bytes, status: int) -> None:
+    origin, tunnel = raw
+    origin.play(answer)
+    with connect_tls(tunnel) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert receive_all(client).startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("path", "answer"),
     [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        ("/half", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"),
+        ("/chunk", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"),
     ],
 )
-def test_a_truncated_response_is_visible_to_the_client(certificate: Certificate, answer: bytes) -> None:
-    with (
-        _raw(answer) as origin,
-        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
-        connect_tls(tunnel) as client,
-    ):
-        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+def test_a_truncated_response_is_visible_to_the_client(raw: tuple[_Raw, Tunnel], path: str, answer: bytes) -> None:
+    origin, tunnel = raw
+    origin.play(answer)
+    with connect_tls(tunnel) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
             receive_all(client)
-        record = tunnel.wait_records(1)[0]
+        record = tunnel.wait_record(lambda record: record.get("path") == path)
         assert (record["ended_by"], record["reason"], record["status"]) == ("origin", "response truncated", 200)
 
 
 def test_a_response_before_the_end_of_the_body_is_complete(certificate: Certificate) -> None:
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
     with (
-        _raw(answer, "keep") as origin,
+        _Raw() as origin,
         tunnel_to(origin.address, certificate, top='timeouts.request = "500ms"', site=PASS) as tunnel,
         connect_tls(tunnel) as client,
     ):
+        origin.play(answer, "keep")
         client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
         assert receive_all(client).startswith(answer[:16])
 
 
-UPLOAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n"
+UPLOAD = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n"
 PIECE = b"x" * 65_536
 
 
-def test_a_response_before_the_end_of_the_body_does_not_cut_the_upload_off(certificate: Certificate) -> None:
-    with (
-        _raw(OK, "keep") as origin,
-        tunnel_to(origin.address, certificate, site=PASS) as tunnel,
-        connect_tls(tunnel) as client,
-    ):
+def test_a_response_before_the_end_of_the_body_does_not_cut_the_upload_off(raw: tuple[_Raw, Tunnel]) -> None:
+    origin, tunnel = raw
+    origin.play(OK, "keep")
+    with connect_tls(tunnel) as client:
         client.sendall(UPLOAD)
         response = receive_exactly(client, 8)
         for _ in range(16):
             client.sendall(PIECE)
         assert (response + receive_all(client)).endswith(b"ok")
-        (seen,) = eventually(lambda: origin.seen)  # type: ignore[attr-defined]
+        (seen,) = eventually(lambda: origin.seen)
         assert len(seen.partition(b"\r\n\r\n")[2]) == 1 << 20
-        assert tunnel.wait_records(1)[0]["reason"] == "responded"
+        record = tunnel.wait_record(lambda record: record.get("path") == "/upload")
+        assert record["reason"] == "responded"
 
 
 @pytest.mark.parametrize("body", [OK, b""])
