@@ -42,7 +42,6 @@ _MEASURED = {
     "test_shared_counts",
     "test_slow_loris",
     "test_smuggling",
-    "test_start_errors",
     "test_upgrade",
     "test_usage",
 }
