@@ -114,11 +114,12 @@ def test_bytes_are_counted_at_the_end() -> None:
 def test_listeners_get_each_record_once_it_is_complete() -> None:
     journal, record = Journal(), filled()
     heard: list[tuple[Record, int, int]] = []
-    journal.listeners.append(lambda one: heard.append((one, one.up, one.down)))
+    journal.listeners.append(lambda _, one: heard.append((one, one.up, one.down)))
+    failed = filled()
     with capture_logs():
-        journal.failed(filled(), Reason.TLS_TIMED_OUT)
+        journal.failed(failed, Reason.TLS_TIMED_OUT)
         journal.ended(record, 1, 2)
-    assert heard == [(record, 1, 2)]
+    assert heard == [(failed, 0, 0), (record, 1, 2)]
 
 
 # Samples.

@@ -21,7 +21,7 @@ from tlstunnel.firewall.verdict import Firewall, Verdict
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import RequestReader
 from tlstunnel.handshake.response import Switched
-from tlstunnel.journal.events import EndedBy, Reason
+from tlstunnel.journal.events import EndedBy, Event, Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
 from tlstunnel.origins.place import Place
@@ -110,7 +110,7 @@ class Process:
         self.sites = Sites([site], None)
         self.journal = Journal()
         self.records: list[Record] = []
-        self.journal.listeners.append(self.records.append)
+        self.journal.listeners.append(self._take)
         self.serving = Serving(
             sites=self.sites,
             timeouts=config.timeouts,
@@ -130,6 +130,10 @@ class Process:
         ours, self.peer = socket.socketpair()
         ours.setblocking(False)
         self.sock = ours
+
+    def _take(self, event: Event, record: Record) -> None:
+        if event == Event.CONNECTION:
+            self.records.append(record)
 
     async def close(self) -> None:
         self.serving.closing_sockets.reset_all()

@@ -23,6 +23,7 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     sites.Sites,
     sites.Origins,
     records.Refusals,
+    records.WatchRecords,
     tunnels.Tunnels,
     usage.Usage,
     usage.Notices,

@@ -22,9 +22,10 @@ from tlstunnel.config.firewall import (
 )
 from tlstunnel.config.headers import FIELD_NAME, KEPT_FIELD, Headers
 from tlstunnel.config.kinds import Reading
+from tlstunnel.config.log import Log
 from tlstunnel.config.origins import Ejection, Health, OriginConfig, RouteConfig
 from tlstunnel.config.problems import MAX_PROBLEMS, render_problems
-from tlstunnel.config.server import Config, Limits, Log, Release, Timeouts
+from tlstunnel.config.server import Config, Limits, Release, Timeouts
 from tlstunnel.config.site import WEB_PORTS, SiteConfig
 from tlstunnel.config.state import State, StateURL
 from tlstunnel.config.tables import TableKind

@@ -23,6 +23,7 @@ from tlstunnel.config.firewall import (
     find_unknown_lists,
 )
 from tlstunnel.config.kinds import UNREADABLE, Array, Integer, Kind, Reading, Schema, Text
+from tlstunnel.config.log import Log
 from tlstunnel.config.origins import HealthPath
 from tlstunnel.config.plans import BUILT_IN, Plans, describe_unknown
 from tlstunnel.config.site import SiteConfig
@@ -85,13 +86,6 @@ class Release(Table, frozen=True):
     drain_wait: Duration = Duration(0)
     drain_over: Duration = Duration(60)
     upgrade_timeout: Timeout = Timeout(30)
-
-
-class Log(Table, frozen=True):
-    """What is logged, and how."""
-
-    format: Literal["text", "json"] = "text"
-    opened: bool = False
 
 
 class Config(Table, frozen=True):

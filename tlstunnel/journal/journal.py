@@ -13,6 +13,7 @@ from tlstunnel.journal.kinds import Kind, find_kind
 from tlstunnel.journal.lines import write_info
 from tlstunnel.journal.logger import structlog
 from tlstunnel.journal.record import Record
+from tlstunnel.journal.style import PLAIN
 from tlstunnel.metrics import families
 from tlstunnel.metrics.families import OTHER
 from tlstunnel.metrics.registry import Registry
@@ -61,13 +62,15 @@ class Journal:
     """Logs and counts connections.
 
     `metrics` are those of the process. With `opened`, a tunnel is logged also when it begins. Each of `listeners` is
-    called with every record when its connection has ended; it must neither wait nor raise. `observer` is None as long
-    as nobody wants to know of floods. `kept` are the latest connections without a tunnel.
+    called with the event and the record of every connection that has ended; it must neither wait nor raise. `observer`
+    is None as long as nobody wants to know of floods. `kept` are the latest connections without a tunnel. `style` says
+    how records are written.
     """
 
     def __init__(self, metrics: Registry | None = None, *, opened: bool = False) -> None:
         self.metrics = metrics = Registry() if metrics is None else metrics
-        self.listeners: list[Callable[[Record], None]] = []
+        self.listeners: list[Callable[[Event, Record], None]] = []
+        self.style = PLAIN
         self.observer: Observer | None = None
         self.kept = KeptRecords()
         self._log = structlog.get_logger()
@@ -88,12 +91,16 @@ class Journal:
         if self.observer is not None:
             self.observer.opened(record)
         if self.log_opened:
-            self._log.info(Event.OPENED, **record.facts())
+            self._log.info(Event.OPENED, **self.style.select(record.facts(self.style.show)))
 
     def ended(self, record: Record, up: int = 0, down: int = 0) -> None:
-        """Log and count a connection that has ended. `up` and `down` are the bytes moved after the heads."""
+        """Log and count a connection that has ended. `up` and `down` are the bytes moved after the heads.
+
+        The record of a plain request has its bytes already; they are no tunnel's, and only logged.
+        """
         self._connections.add(record.site, record.ended_by, fixed_reason(record.reason) or OTHER)
-        record.up, record.down = up, down
+        if up or down:
+            record.up, record.down = up, down
         record.seconds = seconds = time.monotonic() - record.started
         usage = self._usage.change(record.site)
         if record.status == SWITCHING_PROTOCOLS and record.verdict == Decision.PASS:
@@ -109,9 +116,9 @@ class Journal:
             if self.observer is not None:
                 self.observer.ended(record, kind, seconds)
             self.kept.add(Event.CONNECTION, record)
-        write_info(self._log, Event.CONNECTION, record.all_facts())
+        write_info(self._log, Event.CONNECTION, self.style.select(record.all_facts(self.style.show)))
         for listener in self.listeners:
-            listener(record)
+            listener(Event.CONNECTION, record)
 
     def failed(self, record: Record, reason: str, detail: str = "") -> None:
         """Count a connection that ended before its TLS handshake was complete, and log a sample of such connections.
@@ -124,17 +131,24 @@ class Journal:
             self.observer.failed(record)
         facts = {"sni": record.sni} if record.sni else {}
         if record.peer != record.client:
-            facts["peer"] = record.peer
+            facts["peer"] = self.style.show(record.peer)
         record.reason, record.detail = reason, printable(detail)
-        self._sample(Event.NO_TLS_HANDSHAKE, reason, client=record.client, detail=record.detail, **facts)
+        client = self.style.show(record.client)
+        self._sample(Event.NO_TLS_HANDSHAKE, reason, client=client, detail=record.detail, **facts)
         record.seconds = time.monotonic() - record.started
-        self.kept.add(Event.NO_TLS_HANDSHAKE, record)
+        self._note(Event.NO_TLS_HANDSHAKE, record)
 
     def not_accepted(self, client: str, reason: Reason) -> None:
         """Count a connection that is closed because of its address, and log a sample of such connections."""
         self._not_accepted.add(reason)
-        self._sample(Event.NOT_ACCEPTED, reason, client=client)
-        self.kept.add(Event.NOT_ACCEPTED, Record(id="", peer=client, reason=reason, ended_by=EndedBy.TUNNEL))
+        self._sample(Event.NOT_ACCEPTED, reason, client=self.style.show(client))
+        self._note(Event.NOT_ACCEPTED, Record(id="", peer=client, reason=reason, ended_by=EndedBy.TUNNEL))
+
+    def _note(self, event: Event, record: Record) -> None:
+        """Keep the record of a connection of which only a sample is logged, and pass it on."""
+        self.kept.add(event, record)
+        for listener in self.listeners:
+            listener(event, record)
 
     def accepting_paused(self, reason: Reason, connections: int) -> None:
         """Count and log a sample of the pauses of accepting; `connections` is how many there are."""

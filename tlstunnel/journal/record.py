@@ -4,6 +4,7 @@ Tested by tests/unit/test_journal.py.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,16 @@ from tlstunnel.escaping import shorten
 MAX_PATH, MAX_DETAIL = 1024, 512
 """Characters of a path and of a detail in the log: the line must fit into a pipe's buffer at once (`MAX_LINE`)."""
 
+MAX_FIELD = 256
+"""Characters of a field that the client sent."""
+
 
 @dataclass(slots=True, eq=False)
 class Record:
     """What is known of one connection; logged at its end. `docs/log.md` describes the fields.
 
-    Strings that a client chose are as `printable` returns them. `tags` come from the edge worker, each "name=value".
+    Strings that a client chose are as `printable` returns them; `raw_...` are as it sent them, and escaped when they
+    are shown. `edge_log` is what the edge worker adds. `tags` come from the edge worker, each "name=value".
     `started` is of ``time.monotonic``, seconds.
     """
 
@@ -29,12 +34,19 @@ class Record:
     ja4: str = ""
     tls_version: str = ""
     cipher: str = ""
+    method: str = ""
+    host: str = ""
     path: str = ""
+    raw_web_origin: bytes = b""
+    raw_user_agent: bytes = b""
+    client_subject: str = ""
+    trace: str = ""
     status: int = 0
     verdict: str = ""
     origin: str = ""
     edge: str = ""
     detail: str = ""
+    edge_log: tuple[tuple[str, str | int | float | bool], ...] = ()
     firewall: dict[str, Any] | None = None
     tags: tuple[str, ...] = ()
     up: int = 0
@@ -52,11 +64,24 @@ class Record:
         """The values of the tags by their names."""
         return dict(tag.split("=", 1) for tag in self.tags)
 
-    def facts(self) -> dict[str, Any]:
-        """Return the fields of a log line that are known when a tunnel begins; some only where they are not empty."""
+    @property
+    def web_origin(self) -> str:
+        """The web origin that the client sent, escaped."""
+        return _show(self.raw_web_origin)
+
+    @property
+    def user_agent(self) -> str:
+        """The name of the client's program as it sent it, escaped."""
+        return _show(self.raw_user_agent)
+
+    def facts(self, show: Callable[[str], str] = str) -> dict[str, Any]:
+        """Return the fields of a log line that are known when a tunnel begins; some only where they are not empty.
+
+        `show` returns an address of a client as it may be shown.
+        """
         facts: dict[str, Any] = {
             "id": self.id,
-            "client": self.client,
+            "client": show(self.client),
             "site": self.site,
             "sni": self.sni,
             "ja4": self.ja4,
@@ -68,19 +93,36 @@ class Record:
             "origin": self.origin,
         }
         if self.peer != self.client:
-            facts["peer"] = self.peer
+            facts["peer"] = show(self.peer)
+        if self.method:
+            facts["method"], facts["host"] = self.method, shorten(self.host, MAX_FIELD)
+        if self.raw_web_origin:
+            facts["web_origin"] = self.web_origin
+        if self.raw_user_agent:
+            facts["user_agent"] = self.user_agent
+        if self.client_subject:
+            facts["client_subject"] = shorten(self.client_subject, MAX_FIELD)
+        if self.trace:
+            facts["trace"] = self.trace
         if self.edge:
             facts["edge"] = self.edge
+        if self.edge_log:
+            facts["edge_log"] = dict(self.edge_log)
         if self.tags:
             facts["tags"] = self.tags_by_name
         if self.detail:
             facts["detail"] = shorten(self.detail, MAX_DETAIL)
         return facts | self.firewall if self.firewall else facts
 
-    def all_facts(self) -> dict[str, Any]:
+    def all_facts(self, show: Callable[[str], str] = str) -> dict[str, Any]:
         """Return the fields of the log line that is written at the end."""
-        facts = self.facts()
+        facts = self.facts(show)
         facts["up"], facts["down"] = self.up, self.down
         facts["seconds"] = round(self.seconds, 3)
         facts["ended_by"], facts["reason"] = self.ended_by, self.reason
         return facts
+
+
+def _show(value: bytes) -> str:
+    """Return what a client sent, as ASCII and cut. Only as much is escaped as is shown."""
+    return shorten(value[: MAX_FIELD + 1].decode("latin-1").encode("unicode_escape").decode("ascii"), MAX_FIELD)

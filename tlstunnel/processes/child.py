@@ -12,20 +12,24 @@ import time
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
+from tlstunnel.commands.command import AnyCommand
+from tlstunnel.commands.records import WatchRecords
 from tlstunnel.commands.tunnels import Tunnels
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import count_lost_lines
 from tlstunnel.journal.logger import structlog
+from tlstunnel.journal.style import Style
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
-from tlstunnel.processes.answers import Answers
+from tlstunnel.processes.answers import Answer, Answers
 from tlstunnel.processes.knowledge import Knowledge
 from tlstunnel.processes.lag import LoopLag
 from tlstunnel.processes.listing import Listing, Page
 from tlstunnel.processes.observing import Observing
+from tlstunnel.processes.recording import Recording
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.serving.service import Service
@@ -73,9 +77,15 @@ class ServingProcess(RoleProcess):
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._listeners: dict[int, Listener] = {}
-        self._listing = Listing(lambda: self._begun_service.splices)
+        self._listing = Listing(lambda: self._begun_service.splices, self._show_address)
         knowledge = Knowledge(lambda: self._begun_service.sites, self._journal)
-        self._answers = Answers({**knowledge.answers, Tunnels: self._list_tunnels})
+        self._recording = Recording(self._journal, self._link)
+        answers: dict[type[AnyCommand], Answer] = {
+            **knowledge.answers,
+            Tunnels: self._list_tunnels,
+            WatchRecords: self._recording.watch,
+        }
+        self._answers = Answers(answers)
 
     async def run(self) -> None:
         """Serve until it is drained or stopped."""
@@ -85,10 +95,14 @@ class ServingProcess(RoleProcess):
         self._listing.close()
         self._observing.report()  # that its tunnels are lost
         self._observing.close()
+        self._recording.close()
         self._counting.close()
         self._lag.close()
         await self._reporter.close()
         self._close_link()
+
+    def _show_address(self, address: str) -> str:
+        return self._journal.style.show(address)
 
     @property
     def _begun_service(self) -> Service:
@@ -99,6 +113,7 @@ class ServingProcess(RoleProcess):
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
         invocation = self._introduce(request)
         self._journal.log_opened = request.opened
+        self._journal.style = Style(request.log_fields, request.log_address, bytes.fromhex(request.log_key))
         self._service = await Service.begin(
             invocation, request.config, self._journal, quiet=request.quiet, counting=self._counting
         )

@@ -76,7 +76,7 @@ MODULES: Mapping[Role, str] = {Role.SERVING: SERVING, Role.LEDGER: LEDGER, Role.
 class Startup:
     """What children are started with. `text` is that of the configuration file, `config` what was parsed from it.
 
-    `instance` is in `Begin`.
+    `instance` and `log_key` are in `Begin`.
     """
 
     invocation: Invocation
@@ -84,18 +84,23 @@ class Startup:
     config: Config
     log_format: Literal["text", "json"]
     instance: str = ""
+    log_key: str = ""
 
     def to_begin(self, name: str, *, quiet: bool) -> Begin:
         """Return the first request to a child, which is named `name`."""
+        log = self.config.log
         return Begin(
             format=FORMAT,
             name=name,
             invocation=self.invocation.as_json(),
             config=self.text,
             log_format=self.log_format,
-            opened=self.config.log.opened,
+            opened=log.opened,
             quiet=quiet,
             instance=self.instance,
+            log_fields=list(log.selected),
+            log_address=log.address,
+            log_key=self.log_key,
         )
 
 

@@ -31,7 +31,7 @@ from tlstunnel.commands.processes import (
     Stop,
     Upgrade,
 )
-from tlstunnel.commands.records import Refusals
+from tlstunnel.commands.records import Refusals, WatchRecords
 from tlstunnel.commands.sites import Origins, Sites
 from tlstunnel.commands.tunnels import Tunnels, TunnelsResult
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
@@ -50,6 +50,9 @@ from tlstunnel.state.folder import locate_state_folder
 
 _ABOUT_USAGE: tuple[type[AnyCommand], ...] = (Notices, AckNotice, MuteSite, ThrottleSite, ReleaseSite)
 """The admin process carries these out, and `Usage`."""
+
+_ONLY_ADMIN = frozenset({WatchRecords.name})
+"""The admin process gets what these ask for, so nobody else may ask."""
 
 
 class Commands:
@@ -82,6 +85,7 @@ class Commands:
             Sites: self._reports.report_sites,
             Origins: self._reports.report_origins,
             Refusals: self._reports.report_refusals,
+            WatchRecords: self._reports.watch_records,
             Usage: self._report_usage,
             Tunnels: self._list_tunnels,
             **dict.fromkeys(_ABOUT_USAGE, self._ask_admin),
@@ -100,7 +104,7 @@ class Commands:
     def make_handlers(self) -> Mapping[str, Handler]:
         """Return a handler for each command, by the name that it has on the control socket."""
         return {
-            **{name: functools.partial(self._handle, name) for name in COMMANDS},
+            **{name: functools.partial(self._handle, name) for name in COMMANDS if name not in _ONLY_ADMIN},
             Upgrade.name: self._upgrade,
         }
 

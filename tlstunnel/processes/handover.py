@@ -74,6 +74,9 @@ class Handover(msgspec.Struct, frozen=True):
     instance: str = ""
     """What stands for this tunnel among all machines that count together."""
 
+    log_key: str = ""
+    """What the log hashes addresses with."""
+
     observer_key: str = ""
     """What processes count addresses with."""
 

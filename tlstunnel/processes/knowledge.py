@@ -67,10 +67,10 @@ class Knowledge:
         return (site for name in names if (site := sites.find(name)) is not None)
 
     async def _report_refusals(self, command: Refusals, _: str) -> RefusalsResult:
-        kept = (one for one in self._journal.kept if _is_wanted(one, command))
+        kept = (one for one in self._journal.kept if _is_wanted(one, command, self._journal.style.show))
         return RefusalsResult(
             now=time.time(),
-            refusals=[_describe_refusal(one) for one in islice(kept, max(command.limit, 0))],
+            refusals=[_describe_refusal(one, self._journal.style.show) for one in islice(kept, max(command.limit, 0))],
         )
 
 
@@ -87,21 +87,21 @@ def _describe_site(site: Site, now: float) -> SiteStatus:
     )
 
 
-def _is_wanted(kept: Kept, command: Refusals) -> bool:
+def _is_wanted(kept: Kept, command: Refusals, show: Callable[[str], str]) -> bool:
     record = kept.record
     return (
         command.id in {"", record.id}
         and command.site in {"", record.site}
         and (record.reason == command.reason or record.reason.startswith(command.reason))
-        and command.client in {"", record.client}
+        and command.client in {"", record.client, show(record.client)}
     )
 
 
-def _describe_refusal(kept: Kept) -> Refusal:
+def _describe_refusal(kept: Kept, show: Callable[[str], str]) -> Refusal:
     record = kept.record
     return Refusal(
         id=record.id,
         at=round(kept.at, 3),
         process=os.getpid(),
-        record={"event": str(kept.event), **record.all_facts()},
+        record={"event": str(kept.event), **record.all_facts(show)},
     )

@@ -167,10 +167,11 @@ class Rates:
 
 
 class Listing:
-    """Lists the tunnels that `get_splices` returns."""
+    """Lists the tunnels that `get_splices` returns. `show` returns an address of a client as it may be shown."""
 
-    def __init__(self, get_splices: Callable[[], Iterable[Splice]]) -> None:
+    def __init__(self, get_splices: Callable[[], Iterable[Splice]], show: Callable[[str], str] = str) -> None:
         loop = asyncio.get_running_loop()
+        self._show = show
         self._get_splices = get_splices
         self._rates = Rates(loop)
         self._epoch = time.time() - time.monotonic()
@@ -243,7 +244,7 @@ class Listing:
             case "site":
                 key = record.site
             case "client":
-                key = record.client
+                key = self._show(record.client)
             case "origin":
                 key = record.origin
             case _:
@@ -264,7 +265,7 @@ class Listing:
             id=record.id,
             process=os.getpid(),
             site=record.site,
-            client=record.client,
+            client=self._show(record.client),
             origin=record.origin,
             path=record.path,
             opened=self._opened(tunnel),
@@ -276,7 +277,10 @@ class Listing:
             tls_version=record.tls_version,
             cipher=record.cipher,
             ja4=record.ja4,
-            peer=record.peer,
+            peer=self._show(record.peer),
+            user_agent=record.user_agent,
+            web_origin=record.web_origin,
+            client_subject=record.client_subject,
             edge=record.edge,
             until=tunnel.find_end(),
             draining=closed or bool(splice.draining_since),

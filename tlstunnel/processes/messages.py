@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
+from tlstunnel.journal.style import AddressStyle
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.plans.elsewhere import Sightings
 from tlstunnel.plans.observer import Observed
@@ -139,7 +140,8 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
 
     `name` is what ``ps`` shows, `invocation` comes from the command line, and `config` is the text of the configuration
     file. A `quiet` process logs no warnings, because another one with the same configuration does. `instance` is random
-    and stands for this tunnel among all machines that count together. It stays the same through upgrades.
+    and stands for this tunnel among all machines that count together. It stays the same through upgrades. So does
+    `log_key`, with which addresses are hashed; `tlstunnel.journal.style` describes it, `log_fields` and `log_address`.
     """
 
     format: int
@@ -150,6 +152,9 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     opened: bool
     quiet: bool
     instance: str = ""
+    log_fields: list[str] | None = None
+    log_address: AddressStyle = "full"
+    log_key: str = ""
 
     reply: ClassVar[type[LinkReply]] = Begun
 

@@ -71,8 +71,11 @@ class Parent:
         self._control_in_use = False
         self._control = self._make_control_socket()
         instance = inherited.instance if inherited is not None else ""
+        log_key = inherited.log_key if inherited is not None else ""
         self._fleet = Fleet(
-            dataclasses.replace(startup, instance=instance or secrets.token_hex(16)),
+            dataclasses.replace(
+                startup, instance=instance or secrets.token_hex(16), log_key=log_key or secrets.token_hex(32)
+            ),
             slots,
             options,
             inherited.generation + 1 if inherited else 1,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from tlstunnel.addresses import quoted
-from tlstunnel.commands.records import Refusal, Refusals, RefusalsResult
+from tlstunnel.commands.records import Refusal, Refusals, RefusalsResult, Watched, WatchRecords
 from tlstunnel.commands.sites import MOST_LISTED, Origins, OriginsResult, OriginStatus, Sites, SitesResult, SiteStatus
 from tlstunnel.config import Config
 from tlstunnel.errors import ControlError
@@ -93,6 +93,11 @@ class Reports:
                 checks[name] = Checks.of(sites[name], config)
             explained.append(explain_refusal(refusal, checks.get(name)))
         return RefusalsResult(now=time.time(), refusals=explained, silent=answered.silent)
+
+    async def watch_records(self, command: WatchRecords, who: str) -> Watched:
+        """Have serving processes send their records. Raises ControlError."""
+        answered = await ask_serving(self._fleet, command, who)
+        return Watched(processes=len(answered.results))
 
     async def _index(self) -> SiteIndex:
         """Return the sites of the configuration. They are prepared in a thread, because that may take a moment."""

@@ -309,6 +309,7 @@ class Rollout:
             observer_key=self._fleet.overseer.key,
             throttles=self._fleet.overseer.rules,
             instance=self._fleet.startup.instance,
+            log_key=self._fleet.startup.log_key,
             admin_socket=self._fleet.overseer.socket.hand_over(),
         )
 

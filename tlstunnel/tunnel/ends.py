@@ -61,7 +61,8 @@ async def end_with_error(client: Client, turn: Turn | None, error: BaseException
     elif isinstance(error, OSError):
         end = End(EndedBy.CLIENT, f"{Reason.SOCKET_ERROR}: {error.strerror or error}", reset=True)
     else:
-        about = {"id": turn.record.id} if turn is not None else {"client": client.peer}
+        show = client.serving.journal.style.show
+        about = {"id": turn.record.id} if turn is not None else {"client": show(client.peer)}
         structlog.get_logger().error(Event.TUNNEL_FAILED, **about, exc_info=error)
         end = End(EndedBy.TUNNEL, Reason.INTERNAL_ERROR, reset=True)
     finish(client, turn, end)

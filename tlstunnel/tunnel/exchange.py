@@ -59,6 +59,8 @@ async def pass_on(turn: Turn, on_response: Callable[[], None]) -> End:
         record.status, record.verdict, record.detail = exchange.status, Decision.PASS, printable(broken.detail)
         # With RST: close_notify would make a part look complete.
         return End(broken.ended_by, broken.reason, reset=True)
+    finally:
+        record.up, record.down = exchange.up, exchange.down
     record.status, record.verdict = exchange.status, Decision.PASS
     record_response(turn)
     return End(EndedBy.ORIGIN, Reason.RESPONDED, timeout=timeouts.close, lingers=not exchange.received_all)

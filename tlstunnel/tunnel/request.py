@@ -9,10 +9,13 @@ from tlstunnel.handshake.connection import Connection
 from tlstunnel.handshake.forwarding import find_client_address, read_request_id
 from tlstunnel.handshake.refusal import Refusal
 from tlstunnel.handshake.request import PlainRequest, RequestReader
+from tlstunnel.handshake.trace import read_trace_id
 from tlstunnel.journal.events import Reason
 from tlstunnel.sockets.channel import ClientGone
 from tlstunnel.tunnel.health import find_health_path
 from tlstunnel.tunnel.turn import Turn
+
+_NONE = (b"",)
 
 
 async def read_request(turn: Turn) -> None:
@@ -36,9 +39,17 @@ async def read_request(turn: Turn) -> None:
         raise Refusal(408, Reason.REQUEST_TIMED_OUT, f"no complete request within {timeout:g} s") from None
     finally:
         record.path = _path_for_log(reader.target)
+    by_name = request.by_name
+    record.method, record.host = request.method, request.host
+    record.raw_web_origin, record.raw_user_agent = (
+        by_name.get(b"origin", _NONE)[0],
+        by_name.get(b"user-agent", _NONE)[0],
+    )
+    record.client_subject = client.subject
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
         record.id = read_request_id(request) or record.id
+        record.trace = read_trace_id(request)
     turn.request, turn.early = request, reader.leftover
 
 
