@@ -23,6 +23,12 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 30.0))
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take machines that are missing soon after a connection for ended."""
+    monkeypatch.setattr(module, "RETURN_SECONDS", 0.3)
+
+
 class Machine:
     """One machine."""
 

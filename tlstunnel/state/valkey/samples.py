@@ -26,6 +26,9 @@ from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
 AWAY_SECONDS: Final = 45.0
 """How long a machine counts as it was last seen: as long as its tunnels count for limits (`prelude.lua`)."""
 
+RETURN_SECONDS: Final = 5.0
+"""How long other machines may take to come back to a server that was away, before they count as ended."""
+
 FORGET_SECONDS: Final = 3600.0
 """How long the number of a machine that is away stays in the server."""
 
@@ -45,7 +48,9 @@ _TOLD_TTL = 60_000
 _NUMBERS_TTL = 86_400_000
 _PATIENCE = 2.0
 _CLOSE_SECONDS = 0.5
-_RETRIES = Backoff(first=0.5, longest=5.0, jitter=0.25)
+_RETRIES = Backoff(first=0.25, longest=0.75, jitter=0.25)
+"""So that counts are right within a sample after the server is back."""
+
 _LONGEST_NAME = 64
 
 Value = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -124,6 +129,7 @@ class SharedSamples:
         self._new = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
+        self._connected = 0.0
 
     def start(self) -> None:
         """Connect, and stay connected."""
@@ -190,6 +196,7 @@ class SharedSamples:
         while True:
             try:
                 self._connection = await run_within(_PATIENCE, self._servers.connect())
+                self._connected = self._loop.time()
                 while True:
                     await self._new.wait()
                     self._new.clear()
@@ -248,10 +255,11 @@ class SharedSamples:
             for name, number in zip(numbers[::2], numbers[1::2], strict=False)
             if name != self._instance and name.isalnum() and len(name) <= _LONGEST_NAME
         }
-        for name in self._machines.keys() - found.keys():  # it has ended
-            del self._machines[name]
-        new = []
         now = self._loop.time()
+        if now - self._connected > RETURN_SECONDS:  # before, the server may have lost its data
+            for name in self._machines.keys() - found.keys():  # it has ended
+                del self._machines[name]
+        new = []
         for name, number in found.items():
             machine = self._machines.get(name)
             if machine is None:
