@@ -2,7 +2,7 @@
 
 import { Poll, get } from "./api.js";
 import { show } from "./dialogs.js";
-import { badge, facts, field, h, panel, setText, whenTyped } from "./dom.js";
+import { badge, facts, field, filterForm, h, panel, setText } from "./dom.js";
 import { counted, day, figure, moment } from "./format.js";
 import { Table } from "./table.js";
 
@@ -49,7 +49,7 @@ export function certificatesView() {
     "div",
     { class: "view" },
     h("h1", { class: "unseen", text: "Certificates" }),
-    panel("Certificates", total, h("form", { class: "filters", role: "search", submit: (event) => event.preventDefault(), input: whenTyped(() => poll.now()) }, field("Site", site)), table.element),
+    panel("Certificates", total, filterForm("Filter certificates", () => poll.now(), field("Site", site)), table.element),
   );
   return { element, show: () => poll.start(), hide: () => poll.stop(), takeOverview: () => {} };
 }

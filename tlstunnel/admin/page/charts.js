@@ -13,7 +13,7 @@ export function redrawAll() {
   for (const chart of charts) chart.repaint();
 }
 
-/** A chart of series over time. Each has a `label`; `format` renders their values; `sum(values)` makes the sentence.
+/** A chart of series over time. Each has a `label`; `format` renders their values; `summarise(data, series)` makes the sentence.
  * A value of null is a gap. */
 export class Chart {
   constructor({ title, note = "", series, format, summarise, empty }) {
@@ -39,7 +39,7 @@ export class Chart {
       "details",
       { toggle: () => this.fillTable() },
       h("summary", {}, "Show as a table", h("span", { class: "unseen", text: `: ${title}` })),
-      h("div", { class: "scroll", role: "region", "aria-label": `${title}, as a table`, tabindex: "0" },
+      h("div", { class: "scroll", role: "group", "aria-label": `${title}, as a table`, tabindex: "0" },
         h("table", {},
           h("caption", { class: "unseen", text: title }),
           h("thead", {}, h("tr", {}, h("th", { scope: "col", text: "Time" }), ...series.map((one) => h("th", { scope: "col", class: "number", text: one.label })))),
@@ -81,11 +81,12 @@ export class Chart {
   }
 
   draw() {
-    const known = this.data.slice(1).some((values) => values.some((value) => value !== null && value !== undefined));
+    const known = this.data.slice(1).some((values) => values.some((value) => value !== null));
     this.empty.hidden = known;
     this.canvas.hidden = !known;
     this.details.hidden = !known;
-    setText(this.summary, known ? this.summarise(this.data) : "");
+    for (const [index, item] of this.legend.entries()) item.element.hidden = this.data[index + 1].every((value) => value === null);
+    setText(this.summary, known ? this.summarise(this.data, this.series) : "");
     if (!known || this.canvas.clientWidth === 0) return;
     if (this.plot === null) this.plot = this.create();
     this.plot.setData(this.data, false);
@@ -132,11 +133,7 @@ export class Chart {
   /** Shows the values under the cursor, or else the latest. */
   showValues(index) {
     const place = index ?? this.data[0].length - 1;
-    this.legend.forEach((item, number) => {
-      const values = this.data[number + 1];
-      item.element.hidden = values.every((value) => value === null);
-      setText(item.value, this.format(values[place] ?? null));
-    });
+    this.legend.forEach((item, number) => setText(item.value, this.format(this.data[number + 1][place] ?? null)));
   }
 
   fillTable() {

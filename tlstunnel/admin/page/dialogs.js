@@ -47,7 +47,8 @@ export function confirm({ title, text, fields = [], button, dangerous = false, r
       if (!(error instanceof ApiError)) throw error;
       onFailure(error);
       result.classList.add("bad");
-      result.replaceChildren(h("p", { text: error.message }), ...(error.problems ?? []).map((line) => h("p", { text: line })));
+      const lines = error.problems?.length > 1 ? error.problems : [error.message];
+      result.replaceChildren(...lines.map((line) => h("p", { text: line })));
       go.disabled = false;
     }
   }

@@ -48,13 +48,20 @@ export function badge(level, text) {
 
 /** Returns a panel: a section with a heading, what stands beside it, and the content. */
 export function panel(title, beside, ...content) {
-  const id = `panel-${title.toLowerCase().replaceAll(/[^a-z]+/g, "-")}`;
+  const id = `panel-${(panel.number += 1)}`;
   return h(
     "section",
     { class: "panel", "aria-labelledby": id },
     h("div", { class: "panel-head" }, h("h2", { id, text: title }), beside),
     ...content,
   );
+}
+
+panel.number = 0;
+
+/** Returns a form whose controls filter a table; `act` is called when one of them has changed. */
+export function filterForm(label, act, ...controls) {
+  return h("form", { class: "filters", role: "search", "aria-label": label, submit: (event) => event.preventDefault(), input: whenTyped(act) }, ...controls);
 }
 
 /** Returns a labelled field of a form. */

@@ -39,8 +39,7 @@ export function bytes(value) {
     size /= 1000;
     unit += 1;
   }
-  const digits = unit === 0 || Math.abs(size) >= 100 ? 0 : 1;
-  return `${size.toFixed(unit === 0 && size !== Math.round(size) ? 1 : digits)} ${units[unit]}`;
+  return `${size.toFixed(unit === 0 || Math.abs(size) >= 100 ? 0 : 1)} ${units[unit]}`;
 }
 
 /** Bytes per second. */

@@ -2,7 +2,7 @@
 
 import { Poll, get } from "./api.js";
 import { show } from "./dialogs.js";
-import { badge, facts, field, h, panel, setText, whenTyped } from "./dom.js";
+import { badge, facts, field, filterForm, h, panel, setText } from "./dom.js";
 import { bytes, count, counted, duration, moment, perSecond, time } from "./format.js";
 import { Table } from "./table.js";
 
@@ -19,6 +19,7 @@ export function handshakesView(app) {
   const note = h("span", { class: "note" });
   const refusals = new Table({
     caption: "Recent refusals",
+    tall: true,
     key: (refusal) => `${refusal.process} ${refusal.id} ${refusal.at}`,
     onOpen: (refusal) => openRefusal(refusal),
     columns: [
@@ -73,6 +74,7 @@ export function handshakesView(app) {
   const tailNote = h("span", { class: "note" });
   const tail = new Table({
     caption: "Connections as they end",
+    tall: true,
     key: (row) => row.number,
     onOpen: (row) => openRecord(row.record),
     columns: [
@@ -87,16 +89,15 @@ export function handshakesView(app) {
     empty: "No connection has ended since this view was opened.",
   });
 
-  const form = (controls, act, ...more) => h("form", { class: "filters", role: "search", submit: (event) => event.preventDefault(), input: whenTyped(act) }, ...controls, ...more);
   const element = h(
     "div",
     { class: "view" },
     h("h1", { class: "unseen", text: "Handshakes" }),
     h("div", { class: "columns uneven" },
-      panel("Recent refusals", note, form([field("Site", filters.site), field("Reason", filters.reason), field("Client", filters.client)], () => poll.now(), h("button", { type: "reset", click: () => setTimeout(() => poll.now()), text: "Clear" })), refusals.element),
+      panel("Recent refusals", note, filterForm("Filter refusals", () => poll.now(), field("Site", filters.site), field("Reason", filters.reason), field("Client", filters.client), h("button", { type: "reset", click: () => setTimeout(() => poll.now()), text: "Clear" })), refusals.element),
       panel("By reason", null, reasons.element),
     ),
-    panel("Live records", tailNote, form([field("Site", watched.site), field("Client", watched.client), field("Verdict", watched.verdict)], watchAgain, pause, h("button", { type: "button", click: clear, text: "Clear" })), tail.element),
+    panel("Live records", tailNote, filterForm("Filter records", watchAgain, field("Site", watched.site), field("Client", watched.client), field("Verdict", watched.verdict), pause, h("button", { type: "button", click: clear, text: "Clear" })), tail.element),
   );
 
   function watchAgain() {

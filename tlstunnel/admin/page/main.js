@@ -54,13 +54,13 @@ app.live = new Live({ onOverview: takeOverview, onRecords: (records, leftOut) =>
 
 for (const [name, title] of VIEWS) {
   const bubble = h("span", { class: "bubble", hidden: true });
-  const link = h("a", { href: `#${name}` }, title, bubble);
+  const link = h("a", { href: `#/${name}` }, title, bubble);
   links.set(name, { link, bubble });
   nav.append(h("li", {}, link));
 }
 
 function route() {
-  const name = links.has(location.hash.slice(1)) ? location.hash.slice(1) : "overview";
+  const name = links.has(location.hash.slice(2)) ? location.hash.slice(2) : "overview";
   if (shown === name) return;
   views.get(shown)?.hide();
   for (const { link } of links.values()) link.removeAttribute("aria-current");
@@ -128,7 +128,7 @@ function showState(state, retryIn) {
 // A WebSocket that fails gives no reason, so it is asked for in another way.
 async function findOutWhy() {
   try {
-    await get("/api/v1/loads");
+    await get("/api/v1/session");
   } catch (error) {
     if (error.status === 401) logIn(() => app.live.connect());
   }
@@ -138,18 +138,26 @@ async function findOutWhy() {
 
 const sessionButton = document.querySelector("#session");
 
-const mayAct = () => readSession()?.access === "full";
+let access = "none"; // what this browser may do: by a session, or by a client certificate
 
-/** Forgets a session that is over. */
-function endSession(error) {
-  if (error.status !== 401) return;
-  keepSession(null);
-  showSession();
+const mayAct = () => access === "full";
+
+/** Asks what this browser may do, and forgets a session that is over. */
+async function learnSession() {
+  const session = readSession();
+  try {
+    const known = await get("/api/v1/session");
+    access = known.access;
+    if (session && !known.logged_in) keepSession(null);
+  } catch (error) {
+    if (error.status === 401) keepSession(null);
+    access = "none";
+  }
+  setText(sessionButton, readSession() ? `Log out ${readSession().name}` : "Log in");
 }
 
-function showSession() {
-  const session = readSession();
-  setText(sessionButton, session ? `Log out ${session.name ?? ""}`.trim() : "Log in");
+function endSession(error) {
+  if (error.status === 401) learnSession();
 }
 
 function logIn(then = () => {}) {
@@ -162,7 +170,7 @@ function logIn(then = () => {}) {
     run: async (values) => {
       keepSession(await post("/login", { token: values.token }));
       token.value = "";
-      showSession();
+      await learnSession();
       return mayAct() ? "You are logged in." : "You are logged in. This token may only read.";
     },
     done: () => {
@@ -183,7 +191,7 @@ sessionButton.addEventListener("click", async () => {
     run: async () => {
       await post("/logout").catch(() => {}); // it may be over already
       keepSession(null);
-      showSession();
+      await learnSession();
       return "You are logged out.";
     },
   });
@@ -211,7 +219,7 @@ banner.querySelector("button").addEventListener("click", () => app.live.connect(
 addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => (document.hidden ? views.get(shown)?.hide() : views.get(shown)?.show()));
 route();
-showSession();
-addEventListener("storage", showSession);
+learnSession();
+addEventListener("storage", learnSession);
 app.live.connect();
 app.sources.start();

@@ -2,7 +2,7 @@
 
 import { Poll, get } from "./api.js";
 import { show } from "./dialogs.js";
-import { badge, facts, field, h, panel, setText, whenTyped } from "./dom.js";
+import { badge, facts, field, filterForm, h, panel, setText } from "./dom.js";
 import { ago, count, counted, duration, moment } from "./format.js";
 import { Table } from "./table.js";
 
@@ -72,7 +72,7 @@ export function originsView() {
     "div",
     { class: "view" },
     h("h1", { class: "unseen", text: "Origins" }),
-    panel("Origins", total, h("form", { class: "filters", role: "search", submit: (event) => event.preventDefault(), input: whenTyped(restart) }, field("Site", site), h("label", { class: "check" }, unhealthy, "Only those with problems")), table.element, h("div", { class: "pages" }, back, place, next)),
+    panel("Origins", total, filterForm("Filter origins", restart, field("Site", site), h("label", { class: "check" }, unhealthy, "Only those with problems")), table.element, h("div", { class: "pages" }, back, place, next)),
   );
   return { element, show: () => poll.start(), hide: () => poll.stop(), takeOverview: () => {} };
 }

@@ -9,6 +9,7 @@ import { topClients } from "./clients.js";
 
 const WINDOW = 300; // seconds of live figures
 const LEAST_WINDOW = 60;
+const SMOOTHED = 5; // seconds that the rates in the tiles are the means of
 const RANGES = [["live", "5 min"], ["24h", "24 h"], ["7d", "7 days"], ["30d", "30 days"]];
 const SPANS = { "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400 };
 const LEVELS = { bad: "Problem", warn: "Warning", info: "Note" };
@@ -37,10 +38,10 @@ export function overviewView(app) {
 
   // Charts.
   const charts = {
-    tunnels: new Chart({ title: "Open tunnels", series: [{ label: "Tunnels" }, { label: "Mean", dashed: true }], format: count, summarise: sumUp("tunnels", count) }),
-    handshakes: new Chart({ title: "Handshakes", note: "per second", series: [{ label: "Opened" }, { label: "Refused" }], format: figure, summarise: sumUp("per second", figure) }),
-    traffic: new Chart({ title: "Traffic", note: "per second", series: [{ label: "Up" }, { label: "Down" }], format: bytes, summarise: sumUp("per second", bytes) }),
-    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp("", latency), empty: "No handshake in the last minute." }),
+    tunnels: new Chart({ title: "Open tunnels", series: [{ label: "Tunnels" }, { label: "Mean", dashed: true }], format: count, summarise: sumUp(count) }),
+    handshakes: new Chart({ title: "Handshakes", note: "per second", series: [{ label: "Opened" }, { label: "Refused" }], format: figure, summarise: sumUp(perSecond) }),
+    traffic: new Chart({ title: "Traffic", note: "per second", series: [{ label: "Up" }, { label: "Down" }], format: bytes, summarise: sumUp(bytesPerSecond) }),
+    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp(latency), empty: "No handshake in the last minute. They are measured while somebody looks." }),
   };
   const buttons = RANGES.map(([name, label]) => h("button", { type: "button", "aria-pressed": name === range, click: () => choose(name), text: label }));
   const rangeNote = h("span", { class: "note" });
@@ -56,7 +57,7 @@ export function overviewView(app) {
       { title: "p99", number: true, text: (row) => latency(row.p99) },
       { title: "Number", number: true, hide: true, text: (row) => count(row.count) },
     ],
-    empty: "No handshake in the last minute.",
+    empty: "No handshake in the last minute. They are measured while somebody looks.",
   });
   const reasons = new Table({
     caption: "Refusals by reason",
@@ -77,7 +78,7 @@ export function overviewView(app) {
     panel("Attention", null, attention),
     h("section", { class: "tiles", "aria-label": "Figures of this second" }, ...Object.values(tiles).map((one) => one.element)),
     panel("Over time", h("div", { class: "ranges", role: "group", "aria-label": "Time shown" }, rangeNote, ...buttons), h("div", { class: "charts" }, ...Object.values(charts).map((chart) => chart.element))),
-    h("div", { class: "columns" }, panel("Latency by stage", h("span", { class: "note", text: "last minute" }), stages.element), panel("Refusals by reason", h("a", { href: "#handshakes", text: "All refusals" }), reasons.element)),
+    h("div", { class: "columns" }, panel("Latency by stage", h("span", { class: "note", text: "last minute" }), stages.element), panel("Refusals by reason", h("a", { href: "#/handshakes", text: "All refusals" }), reasons.element)),
     h("div", { class: "columns" }, clients.clientsPanel, clients.rulesPanel),
   );
 
@@ -89,14 +90,16 @@ export function overviewView(app) {
 
   function showTiles(now) {
     const totals = now.totals ?? {};
+    const latest = samples.slice(-SMOOTHED);
+    const mean = (name) => latest.reduce((sum, one) => sum + (one[name] ?? 0), 0) / latest.length;
     setText(tiles.tunnels.value, count(now.tunnels));
     setText(tiles.tunnels.more, `${counted(now.unfinished, "handshake")} under way`);
-    setText(tiles.opened.value, perSecond(now.handshakes_per_second));
+    setText(tiles.opened.value, perSecond(mean("handshakes_per_second")));
     setText(tiles.opened.more, `${count(totals.opened)} opened since the start`);
-    setText(tiles.refused.value, perSecond(now.refused_per_second));
+    setText(tiles.refused.value, perSecond(mean("refused_per_second")));
     setText(tiles.refused.more, `${count(totals.refused)} since the start`);
-    setText(tiles.traffic.value, bytesPerSecond((now.up_per_second ?? 0) + (now.down_per_second ?? 0)));
-    setText(tiles.traffic.more, `up ${bytesPerSecond(now.up_per_second)}, down ${bytesPerSecond(now.down_per_second)}`);
+    setText(tiles.traffic.value, bytesPerSecond(mean("up_per_second") + mean("down_per_second")));
+    setText(tiles.traffic.more, `${bytes(totals.up)} up, ${bytes(totals.down)} down since the start`);
     const whole = now.latency?.total;
     setText(tiles.latency.value, whole?.count ? latency(whole.p99) : "–");
     setText(tiles.latency.more, whole?.count ? `p50 ${latency(whole.p50)}, over the last minute` : "no handshake in the last minute");
@@ -176,7 +179,7 @@ export function overviewView(app) {
       return;
     }
     attention.replaceChildren(
-      ...lines.slice(0, 12).map((line) => h("li", { class: line.level }, badge(line.level, LEVELS[line.level]), h("span", { text: line.text }), h("a", { href: `#${line.to}`, "aria-label": `Show ${line.to}`, text: "Show" }))),
+      ...lines.slice(0, 12).map((line) => h("li", { class: line.level }, badge(line.level, LEVELS[line.level]), h("span", { text: line.text }), h("a", { href: `#/${line.to}`, "aria-label": `Show ${line.to}`, text: "Show" }))),
     );
   }
   showAttention();
@@ -213,15 +216,18 @@ function describeMachine(now, others) {
   return parts.join(", ");
 }
 
-/** Returns a function that sums a chart up: the latest, the least and the most of its first series. */
-function sumUp(unit, format) {
-  return ([times, values]) => {
-    const known = values.filter((value) => value !== null && value !== undefined);
-    if (!known.length) return "";
-    const least = known.reduce((one, other) => Math.min(one, other));
-    const most = known.reduce((one, other) => Math.max(one, other));
-    const words = unit ? ` ${unit}` : "";
-    return `Latest ${format(known.at(-1))}${words}; between ${format(least)} and ${format(most)} over ${duration(times.at(-1) - times[0])}.`;
+/** Returns a function that sums a chart up: the latest, the least and the most of each series. */
+function sumUp(format) {
+  return ([times, ...all], series) => {
+    const parts = [];
+    all.forEach((values, index) => {
+      const known = values.filter((value) => value !== null);
+      if (!known.length) return;
+      const least = known.reduce((one, other) => Math.min(one, other));
+      const most = known.reduce((one, other) => Math.max(one, other));
+      parts.push(`${series[index].label} ${format(known.at(-1))}, ${format(least)} to ${format(most)}`);
+    });
+    return `${parts.join("; ")}, over ${duration(times.at(-1) - times[0])}.`;
   };
 }
 

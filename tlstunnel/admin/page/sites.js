@@ -3,7 +3,7 @@
 import { ApiError, Poll, get, post } from "./api.js";
 import { Chart } from "./charts.js";
 import { show } from "./dialogs.js";
-import { badge, facts, field, h, panel, setText, whenTyped } from "./dom.js";
+import { badge, facts, field, filterForm, h, panel, setText } from "./dom.js";
 import { ago, bytes, count, counted, duration, figure, moment, percent, time } from "./format.js";
 import { Table } from "./table.js";
 import { toSeries } from "./overview.js";
@@ -89,7 +89,7 @@ export function sitesView(app) {
     "div",
     { class: "view" },
     h("h1", { class: "unseen", text: "Sites" }),
-    panel("Sites", total, h("p", { class: "note", text: "A plan's number of tunnels is a guideline: going over it ends no tunnel and refuses no handshake." }), h("form", { class: "filters", role: "search", submit: (event) => event.preventDefault(), input: whenTyped(restart) }, field("Part of a name", search)), problem, table.element, h("div", { class: "pages" }, back, place, next)),
+    panel("Sites", total, h("p", { class: "note", text: "A plan's number of tunnels is a guideline: going over it ends no tunnel and refuses no handshake." }), filterForm("Filter sites", restart, field("Part of a name", search)), problem, table.element, h("div", { class: "pages" }, back, place, next)),
     panel("Throttles", null, throttles.element),
     panel("Notices", assessed, notices.element),
   );

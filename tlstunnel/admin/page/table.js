@@ -3,9 +3,9 @@
 import { h, setText } from "./dom.js";
 
 /** A table. `columns` have a `title`, and `text(row)` or `node(row)`; also `number`, `sort` (a name), `wide`, `hide`
- * (on a phone). `key(row)` names a row. `onOpen(row)` makes the first column a button. `onSort(name)` sorts. */
+ * (on a phone). A `tall` one scrolls by itself. `key(row)` names a row. `onOpen(row)` makes the first column a button. `onSort(name)` sorts. */
 export class Table {
-  constructor({ caption, columns, key, onOpen, onSort, empty }) {
+  constructor({ caption, columns, key, onOpen, onSort, empty, tall = false }) {
     this.columns = columns;
     this.key = key;
     this.onOpen = onOpen;
@@ -14,7 +14,7 @@ export class Table {
     this.body = h("tbody");
     this.empty = h("p", { class: "empty", text: empty ?? "", hidden: true });
     this.table = h("table", {}, h("caption", { class: "unseen", text: caption }), h("thead", {}, h("tr", {}, ...this.headings)), this.body);
-    this.frame = h("div", { class: "scroll", role: "region", "aria-label": caption, tabindex: "0" }, this.table);
+    this.frame = h("div", { class: tall ? "scroll tall" : "scroll", role: "group", "aria-label": caption, tabindex: "0" }, this.table);
     this.element = h("div", { class: "table" }, this.frame, this.empty);
   }
 

@@ -2,7 +2,7 @@
 
 import { Poll, get, post, remove } from "./api.js";
 import { show } from "./dialogs.js";
-import { facts, field, h, panel, setText, whenTyped } from "./dom.js";
+import { facts, field, filterForm, h, panel, setText } from "./dom.js";
 import { bytes, bytesPerSecond, count, counted, duration, moment } from "./format.js";
 import { Table } from "./table.js";
 
@@ -53,9 +53,9 @@ export function tunnelsView(app) {
     setText(problem, error.message);
   });
 
-  const form = h(
-    "form",
-    { class: "filters", role: "search", submit: (event) => event.preventDefault(), input: whenTyped(restart) },
+  const form = filterForm(
+    "Filter tunnels",
+    restart,
     field("Site", filters.site), field("Client", filters.client), field("Origin", filters.origin), field("Tag", filters.tag), field("Older than", filters.older),
     h("button", { type: "reset", click: () => setTimeout(restart), text: "Clear" }),
     h("button", { type: "button", class: "dangerous", click: () => endMatching(), text: "End these …" }),
@@ -109,7 +109,7 @@ export function tunnelsView(app) {
     const dialog = show(
       "Tunnel",
       facts([
-        ["Id", h("code", { text: tunnel.id })], ["Client", tunnel.client], ["Peer", tunnel.peer], ["Client certificate", tunnel.client_subject],
+        ["Id", h("code", { text: tunnel.id })], ["Client", tunnel.client], ["Peer", tunnel.peer === tunnel.client ? "" : tunnel.peer], ["Client certificate", tunnel.client_subject],
         ["Site", tunnel.site], ["Server name in TLS", tunnel.sni], ["Path", tunnel.path], ["Origin", tunnel.origin],
         ["Web origin", tunnel.web_origin], ["User agent", tunnel.user_agent], ["Opened", `${moment(tunnel.opened)} (${duration(tunnel.seconds)} ago)`],
         ["Up, from the client", bytes(tunnel.up)], ["Down, to the client", bytes(tunnel.down)], ["Rate", bytesPerSecond(tunnel.rate)],
