@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.request import urlopen
 
 import pytest
 from websockets.sync.client import connect
@@ -29,11 +30,11 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _demo(port: int) -> Iterator[subprocess.Popen[str]]:
+def _demo(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """It uses the virtual environment of the tests; at its end, nothing that it started may be left."""
-    mark, environment = mark_environment(os.environ | {"TLSTUNNEL_VENV": sys.prefix})
+    mark, environment = mark_environment(os.environ | {"TLSTUNNEL_VENV": sys.prefix, "XDG_STATE_HOME": str(folder)})
     process = start_process(
-        [DEMO, "--port", str(port)],
+        [DEMO, "--port", str(port), "--admin", "127.0.0.1:0"],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -69,8 +70,12 @@ def _interrupt(process: subprocess.Popen[str]) -> None:
 
 def test_from_nothing_to_an_echo_and_ctrl_c(tmp_path: Path) -> None:
     port = _free_port()
-    with _demo(port) as demo:
+    with _demo(port, tmp_path) as demo:
         said = _read_until(demo.stdout, LAST_LINE)
+        dashboard = re.search(r"^Dashboard: (http://127\.0\.0\.1:\d+/)$", said, re.MULTILINE)
+        assert dashboard is not None
+        with urlopen(dashboard[1], timeout=30) as response:
+            assert b"<title>" in response.read()
         assert f"tlstunnel check wss://localhost:{port}/ --ca certs/ca.pem" in said
         _try_printed_commands(said, tmp_path)
         _interrupt(demo)
@@ -112,16 +117,16 @@ def _try_printed_commands(said: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_ways_to_end_it_leave_nothing(number: signal.Signals) -> None:
-    with _demo(_free_port()) as demo:
+def test_other_ways_to_end_it_leave_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    with _demo(_free_port(), tmp_path) as demo:
         _read_until(demo.stdout, LAST_LINE)
         demo.send_signal(number)
         assert demo.wait(15) == 0
 
 
-def test_a_client_that_stays_does_not_prevent_its_exit() -> None:
+def test_a_client_that_stays_does_not_prevent_its_exit(tmp_path: Path) -> None:
     port = _free_port()
-    with _demo(port) as demo:
+    with _demo(port, tmp_path) as demo:
         _read_until(demo.stdout, LAST_LINE)
         context = ssl.create_default_context(cafile=REPOSITORY / "certs" / "ca.pem")
         with connect(f"wss://localhost:{port}/", ssl=context) as client:
@@ -131,10 +136,10 @@ def test_a_client_that_stays_does_not_prevent_its_exit() -> None:
             assert demo.wait(15) == 0
 
 
-def test_a_port_in_use() -> None:
+def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with _demo(port) as demo:
+        with _demo(port, tmp_path) as demo:
             assert demo.wait(60) == 1
             assert demo.stdout is not None
             said = demo.stdout.read()

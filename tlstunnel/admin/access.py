@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from tlstunnel.admin.checks import Unacceptable
 from tlstunnel.admin.failures import Failures
 from tlstunnel.admin.sessions import Session, Sessions, is_csrf_of
-from tlstunnel.admin.tokens import HOW, LoadedToken, find_token
 from tlstunnel.config.admin import Access
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
+from tlstunnel.serving.admin_files import HOW, LoadedToken, find_token
 
 LONGEST_SUBJECT = 200
 
@@ -38,10 +38,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who sends a request: `who` is for the log. `session` is None unless it is that of a browser."""
+    """Who sends a request: `who` is for the log. `session` is None unless it is that of a browser.
+
+    It is `anonymous` if anybody on this machine can do the same.
+    """
 
     who: str
     access: Access
+    anonymous: bool = False
     session: Session | None = None
     token: LoadedToken | None = None
 
@@ -83,10 +87,12 @@ class AccessControl:
             found.append(Identity(f"certificate {subject}", self._client_access))
         session = self._sessions.find(read_cookie(cookies, secure=peer.secure))
         if session is not None:
-            found.append(Identity(_describe(session.token, peer), session.token.access, session))
+            found.append(Identity(_describe(session.token, peer), session.token.access, session=session))
         if found:
             return next((one for one in found if one.access == "full"), found[0])
-        return Identity(f"anybody ({peer.client})", "read") if self._is_local and not proxied else None
+        if not self._is_local or proxied:
+            return None
+        return Identity(f"anybody ({peer.client})", "read", anonymous=True)
 
     def require(self, identity: Identity | None, access: Access, csrf: str | None) -> Identity:
         """Check that they may read, or act (`full`). Raises Unacceptable.
@@ -104,7 +110,7 @@ class AccessControl:
             if access == "full" and session is not None and not (csrf and is_csrf_of(session, csrf)):
                 raise Unacceptable(403, "the field X-CSRF-Token of this session is missing or wrong; log in again")
             return identity
-        if identity.who.startswith("anybody "):
+        if identity.anonymous:
             raise Unacceptable(401, f"actions need a token with full access, on this machine too{how}", headers=headers)
         raise Unacceptable(403, f"{identity.who} may only read; actions need a token with full access")
 

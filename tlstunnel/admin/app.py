@@ -116,7 +116,8 @@ class AdminApp:
             endpoint = self._check(request)
             identity = self._identify(request) if endpoint.access is not None else None
             if endpoint.access is not None:
-                identity = self._access.require(identity, endpoint.access, request.headers.get("x-csrf-token"))
+                needed = endpoint.access
+                identity = self._access.require(identity, needed, request.headers.get("x-csrf-token"))
             return await endpoint.handle(request, identity)
         except Unacceptable as refusal:
             return make_refusal(refusal)
@@ -363,12 +364,12 @@ async def _read_body(request: Request) -> bytes:
     """Return the body of an action. Raises Unacceptable."""
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MOST_BODY:
-        raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes", headers={"Connection": "close"})
+        raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes")
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MOST_BODY:
-            raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes", headers={"Connection": "close"})
+            raise Unacceptable(413, f"the body is longer than {MOST_BODY} bytes")
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if body and media_type != "application/json":
         raise Unacceptable(415, "the body should be JSON, with Content-Type: application/json")

@@ -80,7 +80,7 @@ def describe() -> dict[str, Any]:
     for route in routes:
         paths.setdefault(PREFIX + route.path, {})[route.method.lower()] = _describe_route(route, known, components)
     paths |= _describe_others(known, components)
-    return {
+    description = {
         "openapi": "3.1.0",
         "info": {
             "title": "tlstunnel",
@@ -99,6 +99,8 @@ def describe() -> dict[str, Any]:
         },
         "security": [{}, {"token": []}, {"session": []}, {"certificate": []}],
     }
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(description))  # the defaults of arrays are tuples
+    return plain
 
 
 def _describe_route(route: ApiRoute, known: dict[Any, Any], components: dict[str, Any]) -> dict[str, Any]:

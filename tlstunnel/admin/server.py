@@ -39,6 +39,9 @@ IDLE_SECONDS = 60.0
 BODY_SECONDS = 10.0
 """How long the body of a request may take."""
 
+LINGER_SECONDS = 2.0
+"""How long the rest of a body is read that nobody wants: to close at once would lose the response that says so."""
+
 RESPONSE_SECONDS = 60.0
 """How long it may take to make a response, and to receive it."""
 
@@ -205,11 +208,12 @@ class _Http(H11Protocol):
         self._connection: Connection = self.app_state["connection"]
         self._upgraded = False
         self._busy = False
+        self._lingering = False
         self.app_state = {"peer": self._connection.begin(transport), "abort": self._connection.abort, **self.app_state}
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if not self._busy and not self._upgraded and self.conn.trailing_data[0] == b"":
+        if not (self._busy or self._lingering) and self.conn.trailing_data[0] == b"":
             self._connection.set_deadline(HEAD_SECONDS)  # the begin of a request
         try:
             super().data_received(data)
@@ -237,8 +241,13 @@ class _Http(H11Protocol):
             return
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
-            if self._busy:
+            if self.conn.their_state is h11.SEND_BODY:
+                if not self._lingering:
+                    self._connection.set_deadline(LINGER_SECONDS)
+                self._lingering = True
+            elif self._busy or self._lingering:
                 self._connection.set_deadline(IDLE_SECONDS)
+                self._lingering = False
             self._busy = False
         elif cycle.more_body:
             if not self._busy:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tlstunnel.admin.tokens import LoadedToken, make_digest
+from tlstunnel.serving.admin_files import LoadedToken, make_digest
 
 LASTS_SECONDS = 12 * 3600.0
 """How long a login lasts: a working day."""

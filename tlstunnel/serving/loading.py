@@ -201,6 +201,9 @@ def _load(
     workers: Workers | None = None
     _check_state(description, problems)
     _check_notices(description, problems)
+    if description.config.admin is not None:
+        admin_files = import_when_needed("tlstunnel.serving.admin_files", "the dashboard and the API")
+        admin_files.load_admin_files(description.config.admin, problems)
     with problems.collect():
         firewall = Firewall(
             description.config,
