@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tlstunnel.admin.access import AccessControl, Identity, Peer, name_cookie, render_cookie
 from tlstunnel.admin.checks import (
@@ -38,6 +38,9 @@ from tlstunnel.config.admin import Access
 from tlstunnel.errors import ControlError, TlstunnelError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
+
+MOST_HEAD = 16_384
+"""Bytes of a request's head."""
 
 MOST_BODY = 65_536
 """Bytes of a request's body."""
@@ -102,6 +105,8 @@ class AdminApp:
                 await response(scope, receive, send)
             else:
                 await self._serve_socket(scope, receive, send)
+        except (ClientDisconnect, WebSocketDisconnect):
+            scope["state"]["abort"]()
         except Exception as error:
             self._log.error(Event.ADMIN_REQUEST_FAILED, exc_info=error)
             scope["state"]["abort"]()
@@ -111,6 +116,7 @@ class AdminApp:
     async def _respond(self, scope: Scope, receive: Receive) -> Response:
         request = Request(scope, receive)
         try:
+            _check_size(scope)
             if request.url.path in _HEALTH and request.method in {"GET", "HEAD"}:
                 return await self._report_health(request.url.path)
             endpoint = self._check(request)
@@ -316,6 +322,7 @@ class AdminApp:
     async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         socket = WebSocket(scope, receive, send)
         try:
+            _check_size(scope)
             self._check_host(socket)
             if check_query(scope["query_string"].decode("latin-1")):
                 raise Unacceptable(400, "there are no parameters here")
@@ -338,6 +345,14 @@ def _make(method: str, path: str, handle: Handler, access: Access | None, *, act
         raise NotImplementedError
 
     return Endpoint(Route(path, unused, methods=[method]), handle, access, acts)
+
+
+def _check_size(scope: Scope) -> None:
+    """Check the size of the head; the server only limits what has not arrived completely. Raises Unacceptable."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MOST_HEAD:
+        raise Unacceptable(431, f"the head is longer than {MOST_HEAD} bytes")
 
 
 def _peer_of(connection: HTTPConnection) -> Peer:

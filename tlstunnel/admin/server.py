@@ -25,6 +25,7 @@ from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 from uvicorn.server import ServerState
 
 from tlstunnel.admin.access import Peer
+from tlstunnel.admin.app import MOST_HEAD
 from tlstunnel.admin.live import LONGEST_MESSAGE
 
 MOST_CONNECTIONS = 256
@@ -44,9 +45,6 @@ LINGER_SECONDS = 2.0
 
 RESPONSE_SECONDS = 60.0
 """How long it may take to make a response, and to receive it."""
-
-MOST_HEAD = 16_384
-"""Bytes of a request's head."""
 
 _ACCEPTED_AT_ONCE = 64
 _PAUSE_SECONDS = 0.1
@@ -76,13 +74,13 @@ class Connection:
         return describe_peer(transport)
 
     def set_deadline(self, seconds: float | None, *, waiting: bool = True) -> None:
-        """Abort the connection in so many seconds, unless this is called again before. `waiting` is for its client."""
+        """Close the connection in so many seconds, unless this is called again before. `waiting` is for its client."""
         self.waiting = waiting
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
         if seconds is not None:
-            self._deadline = asyncio.get_running_loop().call_later(seconds, self.abort)
+            self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def abort(self) -> None:
         """Close it at once, whatever it has not received."""
@@ -90,6 +88,13 @@ class Connection:
             self._transport.abort()
         elif self._opening is not None:
             self._opening.cancel()
+
+    def _expire(self) -> None:
+        transport = self._transport
+        if transport is None or transport.get_write_buffer_size() or transport.get_extra_info("ssl_object") is not None:
+            self.abort()  # an orderly end could take as long as the client likes
+        else:
+            transport.close()
 
     def end(self) -> None:
         """Note that it is closed."""
@@ -122,7 +127,7 @@ class HttpServer:
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=MOST_HEAD,
-            timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_keep_alive=86_400,  # `Connection` has the deadlines
             ws_max_size=LONGEST_MESSAGE,
             ws_per_message_deflate=False,
         )
