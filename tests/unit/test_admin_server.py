@@ -57,22 +57,23 @@ async def serving() -> AsyncIterator[int]:
 async def closes(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
     """Send these, and return what was received until the server closed, which has to be soon."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    received = b""
-    try:
-        for part in parts:
-            if not writer.is_closing() and not reader.at_eof():
-                writer.write(part)
-            await asyncio.sleep(pause)
-        async with asyncio.timeout(10):
-            while part := await reader.read(65_536):
-                received += part
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
+    received = bytearray()
+
+    async def read() -> None:
         with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-    return received
+            while part := await reader.read(65_536):
+                received.extend(part)
+
+    reading = asyncio.ensure_future(read())
+    for part in parts:
+        if not reading.done():
+            writer.write(part)
+            await asyncio.sleep(pause)
+    await asyncio.wait_for(reading, 10)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    return bytes(received)
 
 
 def run(*cases: tuple[bytes, ...], pause: float = 0.0) -> list[bytes]:
