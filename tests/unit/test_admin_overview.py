@@ -96,7 +96,7 @@ def test_refusals_by_reason_without_those_that_had_a_tunnel() -> None:
 
 
 def test_the_list_of_reasons_is_bounded() -> None:
-    values = {(str(reason),): 1 for reason in Reason}
+    values: dict[tuple[str, ...], int] = {(str(reason),): 1 for reason in Reason}
     overview = Overviews().add(1.0, Snapshot.of({families.TLS_HANDSHAKES_FAILED.name: values}), STATUS)
     assert len(overview.refused) == MOST_REASONS
 
