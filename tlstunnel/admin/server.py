@@ -68,10 +68,9 @@ class Connection:
         self.set_deadline(HEAD_SECONDS)
         self._opening = asyncio.ensure_future(self._open(factory, context))
 
-    def begin(self, transport: asyncio.Transport) -> Peer:
-        """Note that the TLS handshake, if there is one, is complete; return who it is."""
+    def begin(self, transport: asyncio.Transport) -> None:
+        """Note that the TLS handshake, if there is one, is complete."""
         self._transport = transport
-        return describe_peer(transport)
 
     def set_deadline(self, seconds: float | None, *, waiting: bool = True) -> None:
         """Close the connection in so many seconds, unless this is called again before. `waiting` is for its client."""
@@ -111,9 +110,9 @@ class Connection:
 
 
 class HttpServer:
-    """Serves `app` at one listening socket after another."""
+    """Serves `app` at one listening socket after another. `show` returns the address of a client as it may be shown."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, show: Callable[[str], str] = str) -> None:
         # Clients cause most of what uvicorn logs, and the application logs its own errors.
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         self._config = Config(
@@ -132,6 +131,7 @@ class HttpServer:
             ws_per_message_deflate=False,
         )
         self._config.load()
+        self._show = show
         self._state = ServerState()
         self._connections: OrderedDict[Connection, None] = OrderedDict()
         self._sock: socket.socket | None = None
@@ -183,7 +183,8 @@ class HttpServer:
             connection.open(lambda connection=connection: self._make_protocol(connection), self._context)  # type: ignore[misc]
 
     def _make_protocol(self, connection: Connection) -> asyncio.Protocol:
-        return _Http(config=self._config, server_state=self._state, app_state={"connection": connection})
+        state = {"connection": connection, "show": self._show}
+        return _Http(config=self._config, server_state=self._state, app_state=state)
 
     def _make_room(self) -> None:
         """Close the connection that has waited longest for its client, if there are too many."""
@@ -214,7 +215,9 @@ class _Http(H11Protocol):
         self._upgraded = False
         self._busy = False
         self._lingering = False
-        self.app_state = {"peer": self._connection.begin(transport), "abort": self._connection.abort, **self.app_state}
+        self._connection.begin(transport)
+        peer = describe_peer(transport, self.app_state["show"])
+        self.app_state = {**self.app_state, "peer": peer, "abort": self._connection.abort}
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -292,8 +295,8 @@ class _WebSocket(WSProtocol):
         self._connection.end()
 
 
-def describe_peer(transport: asyncio.Transport) -> Peer:
-    """Return who is at the other end of a connection."""
+def describe_peer(transport: asyncio.Transport, show: Callable[[str], str]) -> Peer:
+    """Return who is at the other end of a connection. `show` returns an address as it may be shown."""
     sock = transport.get_extra_info("socket")
     if sock.family == socket.AF_UNIX:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -303,16 +306,11 @@ def describe_peer(transport: asyncio.Transport) -> Peer:
     certificate = transport.get_extra_info("peercert")
     peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     return Peer(
-        client=render_client(str(peer[0])) if peer else "",
+        client=show(str(peer[0])) if peer else "",
         local=str(local[0]) if local else "",
         secure=secure,
         certificate=_render_subject(certificate) if certificate else "",
     )
-
-
-def render_client(address: str) -> str:
-    """Return the address of a client as it may be shown and logged. There is no other place that shows one."""
-    return address
 
 
 def _render_subject(certificate: Any) -> str:
