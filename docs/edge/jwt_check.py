@@ -7,7 +7,6 @@ Needs ``PyJWT[crypto]`` where tlstunnel is installed::
     origins = ["10.0.0.5:3000"]
     worker = "edge/jwt_check.py:fetch"
     web_origins = ["same"]
-    max_age = "1h"
 
     [sites.worker_config]
     jwks = "/etc/tlstunnel/jwks.json"
@@ -17,7 +16,10 @@ Needs ``PyJWT[crypto]`` where tlstunnel is installed::
     reload_every = 5
 
 The token is in ``Authorization: Bearer`` or in the cookie. The cookie needs ``web_origins``: browsers send it with the
-WebSocket of any page. ``max_age`` is there because a tunnel outlives the token that opened it.
+WebSocket of any page.
+
+A tunnel ends when its token expires, and after a week in any case. ``tlstunnel tunnels end --tag user=SUBJECT`` ends
+all tunnels of a user at once.
 
 The origin gets the token's subject in ``X-User``, and never the client's own field. Replace the file by renaming a
 new one over it, and the new keys are used within ``reload_every`` seconds. While the file cannot be read, the
@@ -28,6 +30,7 @@ on the cookie.
 import asyncio
 import logging
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from tlstunnel.edge import Reply, WorkerRequest
 # Never the algorithm in the token: "none" needs no key, and HS256 would use a public key as a shared secret.
 ALGORITHMS = ("RS256", "PS256", "ES256", "ES384", "EdDSA")
 LEEWAY = 10  # seconds by which the issuer's clock may differ from this one
+LONGEST = 7 * 86_400  # seconds that a tunnel may be open, whatever its token says
 # OpenID Connect Core section 2. Other values cannot be in a field, or would mean something else there.
 SUBJECT = re.compile(r"[!-~]{1,255}")
 
@@ -82,13 +86,14 @@ async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     if token is None:
         return Reply(401, "a token is needed\n", {"WWW-Authenticate": "Bearer"})
     try:
-        user = _subject(token, env)
+        user, expiry = _check(token, env)
     except Exception as error:
         # Not only PyJWT's errors: a token that causes any exception is not valid.
         # Neither the token nor the error's text is logged: both may contain a secret.
         LOG.info("%s: token refused: %s", request.id, type(error).__name__)
         return Reply(401, "this token is not valid\n", {"WWW-Authenticate": 'Bearer error="invalid_token"'})
-    return request.forward(headers={"X-User": user})
+    until = min(expiry + LEEWAY, time.time() + LONGEST)
+    return request.forward(headers={"X-User": user}, until=until, tags={"user": user})
 
 
 def _token(request: WorkerRequest, cookie: str) -> str | None:
@@ -100,8 +105,8 @@ def _token(request: WorkerRequest, cookie: str) -> str | None:
     return token.strip() if len(fields) == 1 and scheme.lower() == "bearer" else ""
 
 
-def _subject(token: str, env: Env) -> str:
-    """Return the subject of the token. Raises an exception if it is not valid."""
+def _check(token: str, env: Env) -> tuple[str, float]:
+    """Return the subject of the token, and when it expires. Raises an exception if it is not valid."""
     key = env.keys[jwt.get_unverified_header(token).get("kid")]
     claims = jwt.decode(
         token,
@@ -115,7 +120,7 @@ def _subject(token: str, env: Env) -> str:
     subject: str = claims["sub"]
     if not SUBJECT.fullmatch(subject):
         raise ValueError("the subject cannot be the value of a field")
-    return subject
+    return subject, float(claims["exp"])
 
 
 def _keys(file: Path) -> Keys:

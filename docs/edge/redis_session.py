@@ -13,6 +13,9 @@ The application runs ``HSET session:SID user USER`` and ``EXPIRE session:SID 360
 ``X-User``, with all but visible ASCII percent-encoded, and never the client's own field. ``web_origins`` is needed
 because browsers send the cookie with the WebSocket of any page.
 
+When a user signs out, delete the session, and then run ``tlstunnel tunnels end --tag user=USER`` with the same USER, or
+do the same by HTTP: all tunnels of the user end.
+
 When Redis is down or slow, the response is a 503 within half a second: no client connects without a session, and
 clients can try again. The tunnel starts without Redis, too, and open tunnels do not need it.
 """
@@ -33,6 +36,7 @@ from tlstunnel.edge import Reply, WorkerRequest
 
 LOOK_UP = 0.5  # seconds; less than worker_timeout, so that the response is this worker's
 CONNECTIONS = 20  # at most; further requests wait for one
+LONGEST_TAG = 255  # characters; tunnels of users with longer names cannot be ended by them
 SID = re.compile(r"[A-Za-z0-9_-]{16,128}")  # as secrets.token_urlsafe makes them
 
 LOG = logging.getLogger(__name__)
@@ -78,4 +82,5 @@ async def fetch(request: WorkerRequest, env: Env) -> WorkerRequest | Reply:
     if not user:
         return Reply(401, "sign in first\n")
     # A user may have chosen any name: with a line break, or with characters that a field cannot contain.
-    return request.forward(headers={"X-User": quote(user, safe="!#$&'()*+,/:;=?@[]")})
+    name = quote(user, safe="!#$&'()*+,/:;=?@[]")
+    return request.forward(headers={"X-User": name}, tags={"user": name} if len(name) <= LONGEST_TAG else {})

@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
@@ -194,6 +195,28 @@ def test_a_valid_token_is_accepted_as_its_subject(
 ) -> None:
     answer = jwt_tunnel.handshake("/chat", headers=[*FORGED, *fields(issuer)], messages=["hello"])
     assert (answer.status, answer.messages, user_of(answer)) == (101, ("hello",), ["user-7"])
+    assert answer.record["tags"] == {"user": "user-7"}
+
+
+def test_a_tunnel_ends_when_its_token_expires(jwt_tunnel: EdgeTunnel, issuer: Issuer) -> None:
+    """After the leeway; and before, if somebody says so."""
+    for token, end, reason in (
+        (issuer.token(exp=time.time() - 8), lambda: None, "expired"),
+        (issuer.token(), lambda: jwt_tunnel.end_tunnels(tag="user=user-7", why="signed out"), "ended by request"),
+    ):
+        fields = {"Authorization": f"Bearer {token}"}
+        with connect(jwt_tunnel.uri, ssl=jwt_tunnel.context, additional_headers=fields) as client:
+            client.send("hello")
+            assert client.recv(TIMEOUT) == "hello"
+            end()
+            with pytest.raises(ConnectionClosed):
+                client.recv(TIMEOUT)
+        assert jwt_tunnel.wait_for("connection", reason=reason)["tags"] == {"user": "user-7"}
+
+
+def test_a_token_that_never_expires_ends_all_the_same(jwt_tunnel: EdgeTunnel, issuer: Issuer) -> None:
+    answer = jwt_tunnel.handshake("/chat", headers=[bearer(issuer.token(exp=10**15))])
+    assert answer.status == 101
 
 
 def _foreign(headers: dict[str, Any] | None = None, **claims: Any) -> Callable[[Issuer], Pairs]:
@@ -374,6 +397,7 @@ def test_a_session_is_accepted_as_its_user(sessions: tuple[EdgeTunnel, Any], nam
     assert (answer.status, answer.messages, user_of(answer)) == (101, ("hello",), [user])
     assert answer.request is not None
     assert "X-Admin" not in answer.request.headers
+    assert answer.record["tags"] == {"user": user}
 
 
 @pytest.mark.parametrize(

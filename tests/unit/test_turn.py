@@ -35,6 +35,7 @@ from tlstunnel.tunnel import ends, tunnel
 from tlstunnel.tunnel.arrival import accept_tls, choose_site, read_hello
 from tlstunnel.tunnel.client import Client
 from tlstunnel.tunnel.exchange import pass_on
+from tlstunnel.tunnel.lifetimes import Lifetimes
 from tlstunnel.tunnel.opening import open_tunnel
 from tlstunnel.tunnel.origin import reach_origin
 from tlstunnel.tunnel.request import call_worker, check_firewall, read_request
@@ -111,6 +112,7 @@ class Process:
         self.journal = Journal()
         self.records: list[Record] = []
         self.journal.listeners.append(self._take)
+        splices = Splices(closing)
         self.serving = Serving(
             sites=self.sites,
             timeouts=config.timeouts,
@@ -122,7 +124,8 @@ class Process:
             readiness=self.readiness,
             deadlines=Deadlines(loop, 0.05),
             closing_sockets=closing,
-            splices=Splices(closing),
+            splices=splices,
+            lifetimes=Lifetimes(splices),
             health_addresses=Networks.parse(()),
             availability=Availability(),
             stages=Stages(self.journal.metrics),

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,17 @@ REQUEST_ID = "0123456789abcdef"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a worker did, in a word; how long it took, in seconds; and what the origin or the client would receive."""
+    """What a worker did, in a word; how long it took, in seconds; and what the origin or the client would receive.
+
+    `until` is the Unix time at which the tunnel would end. `tags` are each "name=value".
+    """
 
     result: str
     seconds: float
     origin: str = ""
     head: bytes = b""
+    until: float | None = None
+    tags: tuple[str, ...] = ()
     refusal: Refusal | None = None
 
     @property
@@ -175,7 +181,7 @@ def _forwarded(site: SiteConfig, directions: Directions, seconds: float, ip: str
     origin = str(directions.address or "")
     edits = build_edits(site).of(origin or str(site.origins[0].address), "").then(directions.edits)
     head = render_forwarded_head(directions.request, Forwarding(ip, REQUEST_ID, trusted=False), edits)
-    return Outcome(directions.outcome, seconds, origin, head)
+    return Outcome(directions.outcome, seconds, origin, head, directions.until, directions.tags)
 
 
 def _render(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iterator[str]:
@@ -186,6 +192,10 @@ def _render(site: SiteConfig, request: UpgradeRequest, outcome: Outcome) -> Iter
     if refusal is None:
         yield f"{'outcome':<12}{outcome.result}"
         yield f"{'origin':<12}{outcome.origin or f'chosen by the tunnel: {_render_origins(site)}'}"
+        if outcome.until is not None:
+            yield f"{'until':<12}{datetime.fromtimestamp(outcome.until, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        if outcome.tags:
+            yield f"{'tags':<12}{printable(', '.join(outcome.tags))}"
         yield f"{'':<12}receives:"
         yield from (f"  {printable(line.decode('latin-1'))}" for line in outcome.head.split(b"\r\n")[:-2])
         return
@@ -217,4 +227,10 @@ def _to_json(outcome: Outcome) -> dict[str, Any]:
         }
     line, *lines = outcome.head.decode("latin-1").split("\r\n")[:-2]
     headers = [line.split(": ", 1) for line in lines]
-    return shown | {"origin": outcome.origin or None, "target": line.split(" ")[1], "headers": headers}
+    return shown | {
+        "origin": outcome.origin or None,
+        "target": line.split(" ")[1],
+        "headers": headers,
+        "until": outcome.until,
+        "tags": dict(tag.split("=", 1) for tag in outcome.tags),
+    }

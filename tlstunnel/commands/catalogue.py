@@ -25,6 +25,7 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     records.Refusals,
     records.WatchRecords,
     tunnels.Tunnels,
+    tunnels.EndTunnels,
     usage.Usage,
     usage.Notices,
     usage.AckNotice,

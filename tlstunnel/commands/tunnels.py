@@ -85,17 +85,22 @@ class Tunnels(Command[TunnelsResult], frozen=True, kw_only=True):
 
 
 class TunnelsEnded(msgspec.Struct, frozen=True, kw_only=True):
-    """So many tunnels of this machine are being ended. `announced` means that other machines have been told."""
+    """So many tunnels of this machine are being ended. `announced` means that other machines have been told.
+
+    `problem` is why they have not been told yet, or "".
+    """
 
     number: int
     announced: bool = False
     silent: list[int] = []
+    problem: str = ""
 
 
 class EndTunnels(Command[TunnelsEnded], frozen=True, kw_only=True):
     """End the tunnels that match all filters which are not empty, as `Tunnels`. At least one filter must be given.
 
-    `why` is in the record of each. With a tag, tunnels on other machines that share a server end too.
+    `why` is in the record of each. With a tag, tunnels on other machines that share a server end too. Without an id, a
+    client or a tag with its value, whoever asks has to `confirm` that all of a site, or whatever matches, are meant.
     """
 
     name: ClassVar[str] = "end tunnels"
@@ -107,5 +112,6 @@ class EndTunnels(Command[TunnelsEnded], frozen=True, kw_only=True):
     client: str = ""
     origin: str = ""
     tag: str = ""
-    older: float = 0.0
+    older: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     why: str = ""
+    confirm: bool = False

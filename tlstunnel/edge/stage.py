@@ -37,7 +37,8 @@ class Directions:
     """Where to send a request, and in which form.
 
     `request` is the request as the worker changed it, `edits` are the changes of its head, and `outcome` is for the
-    record. `pool` has the origin at `address`; both are None if the worker chose no origin.
+    record. `pool` has the origin at `address`; both are None if the worker chose no origin. `until` is the Unix time at
+    which the tunnel ends, None for no limit. `tags` are each "name=value".
     """
 
     request: handshake.UpgradeRequest
@@ -45,6 +46,8 @@ class Directions:
     outcome: WorkerOutcome
     pool: Pool | None = None
     address: OriginAddress | None = None
+    until: float | None = None
+    tags: tuple[str, ...] = ()
 
     def refuse(self, reason: str) -> Refusal:
         """Return the refusal if the origin's name resolves to an address that the worker may not choose."""
@@ -116,7 +119,11 @@ class Edge:
             raise result
         pool = None if result.address is None else self.destinations.pool(result.address)
         self._count(WorkerOutcome.FORWARDED)
-        return Directions(result.request, result.edits, WorkerOutcome.FORWARDED, pool, result.address)
+        if result.until is not None and result.until <= time.time():
+            raise Refusal(403, Reason.WORKER_EXPIRED, "the time until which the tunnel may be open is over")
+        return Directions(
+            result.request, result.edits, WorkerOutcome.FORWARDED, pool, result.address, result.until, result.tags
+        )
 
     def _handle_failure(
         self,

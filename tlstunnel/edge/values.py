@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import ClassVar
 from urllib.parse import quote, urlencode
@@ -15,6 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy
 
 from tlstunnel.addresses import OriginAddress, quoted
 from tlstunnel.config import FIELD_NAME, KEPT_FIELD
+from tlstunnel.edge.limits import join_tags, parse_tags, parse_until
 from tlstunnel.firewall.facts import Facts, normalise_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
@@ -41,6 +43,10 @@ class EdgeError(ValueError):
 
 class InvalidReply(EdgeError):
     """A `Reply` is invalid. The worker meant to refuse, so ``worker_on_error`` does not forward the request."""
+
+
+class InvalidLimit(InvalidReply):
+    """`until` or `tags` are invalid. Without them nobody could end the tunnel, so the request is not forwarded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,18 @@ class WorkerRequest:
     _edits: Edits = dataclasses.field(kw_only=True, repr=False, default=NO_EDITS)
     _address: OriginAddress | None = dataclasses.field(kw_only=True, repr=False, default=None)
     _original: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
+    _until: float | None = dataclasses.field(kw_only=True, repr=False, default=None)
+    _tags: tuple[str, ...] = dataclasses.field(kw_only=True, repr=False, default=())
+
+    @property
+    def until(self) -> float | None:
+        """The Unix time that was passed to `forward`, None if there is none."""
+        return self._until
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags that were passed to `forward`, by name."""
+        return dict(tag.split("=", 1) for tag in self._tags)
 
     @cached_property
     def tls(self) -> TLS:
@@ -146,6 +164,8 @@ class WorkerRequest:
         headers: Mapping[str, FieldValue] | None = None,
         remove_headers: Iterable[str] = (),
         subprotocols: Iterable[str] | None = None,
+        until: datetime | float | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> "WorkerRequest":
         """Return a changed copy of this request. If the worker returns it, it is sent to the origin.
 
@@ -157,6 +177,9 @@ class WorkerRequest:
           A value, or a list for several fields. ``Host`` is the only field of the handshake that can be set.
         - `remove_headers`: names of fields to remove, whether the client or the tunnel set them.
         - `subprotocols`: some of those that the client offers, in its order. An empty list removes the field.
+        - `until`: when the tunnel ends: a datetime with a time zone, or a Unix time in seconds. If it is over when the
+          worker returns, the client gets a 403.
+        - `tags`: up to 8 names and values, such as ``{"user": "42"}``, by which the tunnel is listed and ended.
 
         What is not passed stays as it is. Raises EdgeError.
         """
@@ -179,9 +202,16 @@ class WorkerRequest:
             by_name=group_by_name(fields),
         )
         facts = self._facts
+        try:
+            ends = self._until if until is None else parse_until(until)
+            joined = self._tags if tags is None else join_tags(self._tags, parse_tags(tags))
+        except ValueError as error:
+            raise InvalidLimit(str(error)) from None
         return dataclasses.replace(
             self,
             origin=self.origin if origin is None else origin,
+            _until=ends,
+            _tags=joined,
             _facts=Facts(changed, facts.connection, normalise_path(changed.target.partition(b"?")[0]), facts.seconds),
             _edits=self._edits.then(edits),
             _address=address,
@@ -243,11 +273,16 @@ def to_worker_request(request: handshake.UpgradeRequest, connection: Connection,
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A worker's decision to forward: the changed request, the edits of its head, and the origin, if it chose one."""
+    """A worker's decision to forward: the changed request, the edits of its head, and the origin, if it chose one.
+
+    `until` is the Unix time at which the tunnel ends. `tags` are each "name=value".
+    """
 
     request: handshake.UpgradeRequest
     edits: Edits
     address: OriginAddress | None
+    until: float | None = None
+    tags: tuple[str, ...] = ()
 
 
 def to_outcome(result: object, request: WorkerRequest) -> Forwarded | Refusal:
@@ -264,7 +299,7 @@ def to_outcome(result: object, request: WorkerRequest) -> Forwarded | Refusal:
         raise EdgeError("a worker must return the request that it was called with; this one is another client's")
     changed = result._facts.request
     assert isinstance(changed, handshake.UpgradeRequest)
-    return Forwarded(changed, result._edits, result._address)
+    return Forwarded(changed, result._edits, result._address, result._until, result._tags)
 
 
 def _parse_origin(origin: str) -> OriginAddress:

@@ -118,6 +118,14 @@ _ADVICE: Mapping[Reason, Advice] = {
     Reason.MAX_AGE: Advice(
         "The site's max_age has passed. Clients are expected to connect again.", "docs/configuration.md#sites"
     ),
+    Reason.EXPIRED: Advice(
+        "The time that the edge worker passed as until is over. Clients are expected to connect again.",
+        "docs/edge.md#how-long-a-tunnel-may-be-open",
+    ),
+    Reason.ENDED_BY_REQUEST: Advice(
+        "Somebody ended it, by tlstunnel tunnels end or the API. The record says who, and why.",
+        "docs/cli.md#tunnels-end",
+    ),
     Reason.SITE_REMOVED: Advice(
         "The site was removed from the configuration, and drain_removed is set.",
         "docs/configuration.md#the-top-of-the-file",
@@ -277,6 +285,10 @@ _ADVICE: Mapping[Reason, Advice] = {
     ),
     Reason.WORKER_REPLY: Advice(
         "The worker of the site replied itself. Change its code, or the data that it decides by.", "docs/edge.md#reply"
+    ),
+    Reason.WORKER_EXPIRED: Advice(
+        "The time that the worker passed as until was over. Have the client renew its token or session.",
+        "docs/edge.md#how-long-a-tunnel-may-be-open",
     ),
     # Refused: the origin
     Reason.TOO_MANY_UPLOADS: Advice(

@@ -84,6 +84,7 @@ _BY_REASON: Mapping[str, tuple[Reason, ...]] = {
         Reason.WORKER_BUSY,
         Reason.WORKER_TIMED_OUT,
         Reason.WORKER_REPLY,
+        Reason.WORKER_EXPIRED,
     ),
     "origin": (
         Reason.TOO_MANY_UPLOADS,

@@ -68,6 +68,7 @@ class Event(Word):
     LEDGER_REPLACED = "ledger replaced"
     COUNTING = "counting"
     ELECTION = "election"
+    ENDED_TAGS = "ended tags"
 
     # The end
     DRAIN_REQUESTED = "drain requested"
@@ -189,6 +190,8 @@ class Reason(Word):
     IDLE_TIMEOUT = "idle timeout"
     CLOSE_TIMEOUT = "close timeout"
     MAX_AGE = "max age"
+    EXPIRED = "expired"
+    ENDED_BY_REQUEST = "ended by request"
     SITE_REMOVED = "site removed"
     DRAINED = "drained"
     STOPPED = "stopped"
@@ -254,6 +257,7 @@ class Reason(Word):
     WORKER_BUSY = "edge: worker busy"
     WORKER_TIMED_OUT = "edge: worker timed out"
     WORKER_REPLY = "edge: reply"
+    WORKER_EXPIRED = "edge: expired"
 
     # Refused: the origin
     TOO_MANY_UPLOADS = "too many uploads"

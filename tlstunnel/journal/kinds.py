@@ -57,6 +57,7 @@ REFUSALS: Mapping[Reason, Kind] = {
     Reason.WORKER_BUSY: "worker",
     Reason.WORKER_TIMED_OUT: "worker",
     Reason.WORKER_REPLY: "worker",
+    Reason.WORKER_EXPIRED: "worker",
 }
 """Why a request was refused; for every other reason it was because of the origin."""
 

@@ -23,7 +23,7 @@ class Record:
 
     Strings that a client chose are as `printable` returns them; `raw_...` are as it sent them, and escaped when they
     are shown. `edge_log` is what the edge worker adds. `tags` come from the edge worker, each "name=value".
-    `started` is of ``time.monotonic``, seconds.
+    `asked_by` and `why` are of somebody who asked for its end. `started` is of ``time.monotonic``, seconds.
     """
 
     id: str
@@ -49,6 +49,8 @@ class Record:
     edge_log: tuple[tuple[str, str | int | float | bool], ...] = ()
     firewall: dict[str, Any] | None = None
     tags: tuple[str, ...] = ()
+    asked_by: str = ""
+    why: str = ""
     up: int = 0
     down: int = 0
     ended_by: str = ""
@@ -120,6 +122,8 @@ class Record:
         facts["up"], facts["down"] = self.up, self.down
         facts["seconds"] = round(self.seconds, 3)
         facts["ended_by"], facts["reason"] = self.ended_by, self.reason
+        if self.asked_by:
+            facts["asked_by"], facts["why"] = self.asked_by, self.why
         return facts
 
 

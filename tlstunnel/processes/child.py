@@ -14,7 +14,6 @@ from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.records import WatchRecords
-from tlstunnel.commands.tunnels import Tunnels
 from tlstunnel.errors import ProcessError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
@@ -27,8 +26,8 @@ from tlstunnel.processes import messages, previous
 from tlstunnel.processes.answers import Answer, Answers
 from tlstunnel.processes.knowledge import Knowledge
 from tlstunnel.processes.lag import LoopLag
-from tlstunnel.processes.listing import Listing, Page
 from tlstunnel.processes.observing import Observing
+from tlstunnel.processes.open_tunnels import OpenTunnels
 from tlstunnel.processes.recording import Recording
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
@@ -66,6 +65,7 @@ class ServingProcess(RoleProcess):
                 messages.Throttle: self._throttle,
                 messages.Ask: self._answer,
             },
+            {messages.TagsEnded: lambda told: self._open_tunnels.take_ended(told.ended)},
         )
         self._metrics = Registry()
         self._metrics.collect(lambda: [(families.LOG_LINES_LOST, (), count_lost_lines())])
@@ -77,12 +77,14 @@ class ServingProcess(RoleProcess):
         self._observing = Observing(self._journal, self._link)
         self._service: Service | None = None
         self._listeners: dict[int, Listener] = {}
-        self._listing = Listing(lambda: self._begun_service.splices, self._show_address)
+        self._open_tunnels = OpenTunnels(
+            lambda: self._begun_service.splices, lambda: self._begun_service.lifetimes, self._show_address
+        )
         knowledge = Knowledge(lambda: self._begun_service.sites, self._journal)
         self._recording = Recording(self._journal, self._link)
         answers: dict[type[AnyCommand], Answer] = {
             **knowledge.answers,
-            Tunnels: self._list_tunnels,
+            **self._open_tunnels.answers,
             WatchRecords: self._recording.watch,
         }
         self._answers = Answers(answers)
@@ -92,7 +94,7 @@ class ServingProcess(RoleProcess):
         await self._wait_for_exit()
         if self._service is not None:
             await self._service.close()
-        self._listing.close()
+        self._open_tunnels.close()
         self._observing.report()  # that its tunnels are lost
         self._observing.close()
         self._recording.close()
@@ -183,9 +185,6 @@ class ServingProcess(RoleProcess):
 
     async def _answer(self, request: messages.Ask, _: list[int]) -> messages.Told:
         return messages.Told(fields=dict(await self._answers.carry_out(request.command, request.fields, request.who)))
-
-    async def _list_tunnels(self, command: Tunnels, _: str) -> Page:
-        return await self._listing.list_page(command)
 
     def _report_lost_ledger(self) -> None:
         self._link.notify(messages.LedgerLost(connection=self._connection))

@@ -33,7 +33,7 @@ from tlstunnel.commands.processes import (
 )
 from tlstunnel.commands.records import Refusals, WatchRecords
 from tlstunnel.commands.sites import Origins, Sites
-from tlstunnel.commands.tunnels import Tunnels, TunnelsResult
+from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded, TunnelsResult
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import StateError
@@ -45,7 +45,7 @@ from tlstunnel.processes.reports import Reports
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
 from tlstunnel.processes.status import report_status
-from tlstunnel.processes.tunnels import list_tunnels
+from tlstunnel.processes.tunnels import end_tunnels, list_tunnels
 from tlstunnel.state.folder import locate_state_folder
 
 _ABOUT_USAGE: tuple[type[AnyCommand], ...] = (Notices, AckNotice, MuteSite, ThrottleSite, ReleaseSite)
@@ -88,6 +88,7 @@ class Commands:
             WatchRecords: self._reports.watch_records,
             Usage: self._report_usage,
             Tunnels: self._list_tunnels,
+            EndTunnels: self._end_tunnels,
             **dict.fromkeys(_ABOUT_USAGE, self._ask_admin),
         }
 
@@ -153,6 +154,9 @@ class Commands:
 
     async def _list_tunnels(self, command: Tunnels, who: str) -> TunnelsResult:
         return await list_tunnels(self._fleet, command, who)
+
+    async def _end_tunnels(self, command: EndTunnels, who: str) -> TunnelsEnded:
+        return await end_tunnels(self._fleet, command, who)
 
     async def _ask_admin(self, command: AnyCommand, who: str) -> msgspec.Struct:
         fields = await self._fleet.overseer.ask(command.name, msgspec.to_builtins(command), who)

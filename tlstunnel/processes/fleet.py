@@ -49,6 +49,7 @@ from tlstunnel.processes.messages import (
     SeenElsewhere,
     SeenHere,
     Serve,
+    TagsEnded,
     Throttled,
 )
 from tlstunnel.processes.overseer import Overseer
@@ -152,6 +153,7 @@ class Fleet:
             Recorded: self.overseer.take_records,
             Elected: self.election.take_news,
             Delivered: self.election.take_delivered,
+            TagsEnded: self._pass_on_ended_tags,
         }
         self._guard = Guard(WatchTimes.from_environment(), self._handle_silence, self._run_in_background)
         self._revision = 0
@@ -415,6 +417,12 @@ class Fleet:
         await asyncio.gather(
             *(child.try_request(Serve(kept=kept, numbers=sorted(numbers[child.pid]))) for child in children)
         )
+
+    def _pass_on_ended_tags(self, _: Child, ended: TagsEnded) -> None:
+        """Have serving processes end what other machines have ended, also those that do not respond now."""
+        for child in self.serving():
+            if not child.link.closed:
+                child.link.notify(ended)
 
     async def watch(self) -> None:
         """Watch the children, and send the ledger what they report, until cancelled."""

@@ -31,6 +31,7 @@ from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.program import import_when_needed
 from tlstunnel.sockets.readiness import TunnelLoop
 from tlstunnel.state.counters import SumCounters
+from tlstunnel.state.ended_tags import EndedTag
 from tlstunnel.state.memory import MemoryCounters
 from tlstunnel.state.server import LedgerServer
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:  # it needs a library that a ledger without a history does not
 
 MEMORY = "memory"
 """What `status` shows if the counts are in this process."""
+
+TELL_SECONDS = 1.0
+"""How long somebody who ends tunnels waits until the server knows of it."""
 
 ORPHAN_SECONDS = 0.2
 """How often a ledger without a parent looks whether anyone still asks."""
@@ -58,6 +62,7 @@ class LedgerProcess(RoleProcess):
                 messages.Resume: self._resume,
                 messages.LedgerStatus: self._status,
                 messages.Stop: self._stop,
+                messages.TellEnded: self._tell_ended,
             },
             {
                 messages.Sampled: self._sample,
@@ -70,9 +75,11 @@ class LedgerProcess(RoleProcess):
         self._reporter = Reporter(self._metrics, self._link)
         self._valkey: Any = None  # None if the counts are in this process
         self._valkey_started = False
+        self._ended_tags: Any = None  # None if this machine is alone
         self._election: Any = None  # None if no machine is elected
         self._is_elected = False
         self._closing_election: asyncio.Future[None] | None = None
+        self._closing_ended_tags: asyncio.Future[None] | None = None
         self._server: LedgerServer | None = None
         self._make_keeper: Callable[[], Keeper] | None = None
         self._keeper: Keeper | None = None
@@ -91,6 +98,8 @@ class LedgerProcess(RoleProcess):
             await self._closing_keeper
         if self._election is not None:
             await self._election.close(give_back=True)
+        if self._ended_tags is not None:
+            await self._ended_tags.close()
         if self._valkey_started:
             await self._valkey.close()
         await self._reporter.close()
@@ -112,6 +121,9 @@ class LedgerProcess(RoleProcess):
         else:
             self._store = f"{state.url} {state.prefix}"
             counters = self._valkey = _make_valkey_counters(state, invocation, request.instance, self._report_valkey)
+            self._ended_tags = _make_ended_tags(
+                state, invocation, request.instance, self._take_ended, self._report_ended_tags
+            )
             if shares_notices(config):
                 self._election = _make_election(
                     state, invocation, request.instance, self._take_news, self._report_election
@@ -231,6 +243,7 @@ class LedgerProcess(RoleProcess):
         if self._valkey is not None and not self._valkey_started:
             self._valkey_started = True
             self._valkey.start()
+            self._ended_tags.start()
             if self._election is not None:
                 self._election.start()
 
@@ -256,6 +269,21 @@ class LedgerProcess(RoleProcess):
             self._is_elected = bool(news.until)
             self._log.info(Event.ELECTION, elected=self._is_elected)
         self._link.notify(messages.Elected(until=news.until, delivered=list(news.delivered), holder=news.holder))
+
+    async def _tell_ended(self, request: messages.TellEnded, _: list[int]) -> messages.Done:
+        if self._ended_tags is None:
+            raise ProcessError("there is no server through which other machines could be told (state.url)")
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ended_tags.tell(request.ended)), TELL_SECONDS)
+        except TimeoutError:
+            raise ProcessError("the server does not answer; other machines are told once it does") from None
+        return messages.Done()
+
+    def _take_ended(self, ended: list[EndedTag]) -> None:
+        self._link.notify(messages.TagsEnded(ended=ended))
+
+    def _report_ended_tags(self, sentence: str, is_failure: bool) -> None:
+        (self._log.warning if is_failure else self._log.info)(Event.ENDED_TAGS, reason=sentence)
 
     def _publish(self, delivered: messages.Delivered) -> None:
         if self._election is not None:
@@ -290,6 +318,8 @@ class LedgerProcess(RoleProcess):
         self._stop_keeping()  # nothing will be sampled, and the next tunnel needs the file
         if self._election is not None:
             self._closing_election = asyncio.ensure_future(self._election.close(give_back=True))
+        if self._ended_tags is not None:
+            self._closing_ended_tags = asyncio.ensure_future(self._ended_tags.close())
         self._waiting = asyncio.ensure_future(self._wait_for_askers())
 
     async def _wait_for_askers(self) -> None:
@@ -336,6 +366,23 @@ def _make_election(
         password_file=state.password_file,
         shown=socket.gethostname(),
         lease=election.read_lease(os.environ),
+    )
+
+
+def _make_ended_tags(
+    state: State,
+    invocation: Invocation,
+    instance: str,
+    on_ended: Callable[[list[EndedTag]], None],
+    report: Callable[[str, bool], None],
+) -> Any:
+    return import_when_needed("tlstunnel.state.valkey.ended_tags", "state.url").SharedEndedTags(
+        _parse_url(state, invocation),
+        prefix=state.prefix,
+        instance=instance,
+        on_ended=on_ended,
+        report=report,
+        password_file=state.password_file,
     )
 
 

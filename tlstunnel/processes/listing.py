@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, assert_never
 
 import msgspec
 
-from tlstunnel.commands.tunnels import Order, Tunnels, TunnelsResult, TunnelStatus
+from tlstunnel.commands.tunnels import EndTunnels, Order, Tunnels, TunnelsResult, TunnelStatus
 from tlstunnel.errors import ControlError
 from tlstunnel.tunnel.open_tunnel import OpenTunnel
 from tlstunnel.tunnel.selection import Selection
@@ -96,7 +96,7 @@ def find_place(tunnel: TunnelStatus, order: Order) -> Place:
     return Place(key, tunnel.id)
 
 
-def parse_selection(command: Tunnels) -> Selection:
+def parse_selection(command: Tunnels | EndTunnels) -> Selection:
     """Return the filters of a command. Raises ControlError."""
     try:
         return Selection.parse(

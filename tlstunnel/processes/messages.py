@@ -16,6 +16,7 @@ from tlstunnel.journal.style import AddressStyle
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.plans.elsewhere import Sightings
 from tlstunnel.plans.observer import Observed
+from tlstunnel.state.ended_tags import EndedTag
 from tlstunnel.state.throttles import ThrottleRule
 
 FORMAT = 3
@@ -292,6 +293,18 @@ class Sampled(Notification, frozen=True, tag="sampled"):
     age: float
     sites: dict[str, list[int]]
     whole: bool
+
+
+class TellEnded(Request[Done], frozen=True, tag="tell ended"):
+    """Tell other machines which tag was ended. The reply comes once the server knows it."""
+
+    ended: EndedTag
+
+
+class TagsEnded(Notification, frozen=True, tag="tags ended"):
+    """What other machines have ended. The ledger sends it to the parent, and the parent to the serving processes."""
+
+    ended: list[EndedTag]
 
 
 # --- parent to admin --------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.listeners import BACKLOG, Listener
 from tlstunnel.sockets.readiness import readiness
+from tlstunnel.tunnel.lifetimes import REMEMBER_SECONDS, Lifetimes
 from tlstunnel.tunnel.serving import Availability, Serving
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splice, Splices
@@ -148,6 +149,7 @@ class Server:
         self._readiness = readiness(self._loop)
         self._closing = ClosingSockets(self._readiness, self._loop)
         self._splices = Splices(self._closing)
+        self.lifetimes = Lifetimes(self._splices)
         self._availability = Availability()
         self._stages = Stages(journal.metrics)
         self._serving = self._make_serving(config, sites, firewall)
@@ -197,6 +199,7 @@ class Server:
         yield families.MOST_OPEN_CONNECTIONS, (), self._max_connections
 
     def _make_serving(self, config: Config, sites: Sites, firewall: Firewall) -> Serving:
+        self.lifetimes.remember_seconds = _bound_handshake(config.timeouts)
         return Serving(
             sites=sites,
             timeouts=config.timeouts,
@@ -209,6 +212,7 @@ class Server:
             deadlines=Deadlines(self._loop, _choose_precision(config.timeouts, sites.shortest_wait)),
             closing_sockets=self._closing,
             splices=self._splices,
+            lifetimes=self.lifetimes,
             health_addresses=config.health_addresses,
             availability=self._availability,
             stages=self._stages,
@@ -298,6 +302,7 @@ class Server:
         await self._idle.wait()
         self._closing.reset_all()
         self._splices.close()
+        self.lifetimes.close()
         self._readiness.close()
 
     def _watch(self, listeners: Iterable[Listener], *, on: bool) -> None:
@@ -426,6 +431,12 @@ def _choose_precision(timeouts: Timeouts, shortest_of_workers: float) -> float:
     """Return how often deadlines are checked, in seconds: a tenth of the shortest timeout, from 0.01 to 0.25."""
     shortest = min(timeouts.shortest, shortest_of_workers)
     return max(min(shortest / 10, 0.25), 0.01)
+
+
+def _bound_handshake(timeouts: Timeouts) -> float:
+    """Return how many seconds a handshake takes at most, with a minute for the edge worker and what else there is."""
+    stages = (timeouts.tls_handshake, timeouts.request, timeouts.origin_connect, timeouts.origin_response)
+    return REMEMBER_SECONDS + sum(stages)
 
 
 def _raise_descriptor_limit() -> int:

@@ -26,6 +26,7 @@ from tlstunnel.serving.loading import Description, LoadedConfig, load
 from tlstunnel.serving.server import Server
 from tlstunnel.sockets.listeners import Listener
 from tlstunnel.state.counting import Counting
+from tlstunnel.tunnel.lifetimes import Lifetimes
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splice
 
@@ -166,6 +167,11 @@ class Service:
     def unfinished(self) -> int:
         """The number of connections whose handshake is not complete."""
         return self._server.unfinished
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """What ends open tunnels early."""
+        return self._server.lifetimes
 
     async def close(self) -> None:
         """Close everything. Tunnels that are still open end at once."""

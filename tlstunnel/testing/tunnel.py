@@ -16,7 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from tlstunnel.certificates import issue
+from tlstunnel.commands.tunnels import EndTunnels
 from tlstunnel.config.rendering import render_value
+from tlstunnel.processes.reach import send_command
 from tlstunnel.testing.client import HandshakeResult, Headers, converse, make_handshake
 from tlstunnel.testing.origin import EdgeOrigin, OriginRequest
 from tlstunnel.testing.program import TIMEOUT, Program, Record
@@ -51,7 +53,7 @@ class EdgeTunnel:
         self._stack = contextlib.ExitStack()
         self._one_handshake = threading.Lock()
         self._program = Program()
-        self._ca = Path()
+        self._ca = self._control = Path()
         self.port = 0
         """The port that it listens on, on 127.0.0.1."""
 
@@ -62,8 +64,9 @@ class EdgeTunnel:
             if not self._origins:
                 self._origins.append(stack.enter_context(EdgeOrigin()))
             command = [sys.executable, "-m", "tlstunnel", "start", "--log-format", "json"]
+            self._control = folder / "control.sock"
             self._program.start(
-                [*command, "--config", self._write_configuration(folder), "--control", folder / "control.sock"],
+                [*command, "--config", self._write_configuration(folder), "--control", self._control],
                 environment={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
             stack.callback(self._program.end)
@@ -128,6 +131,15 @@ class EdgeTunnel:
         __tracebackhide__ = True
         missing = f"no record {event!r} with {fields}"
         return self._program.wait_until(lambda: self.log_of(event, **fields), missing)[0]
+
+    def end_tunnels(self, **filters: str) -> int:
+        """End open tunnels as ``tlstunnel tunnels end`` does, such as ``tag="user=42"``; return how many there were.
+
+        The filters are `id`, `site`, `client`, `origin`, and `tag`; `why` is in the records. Raises ControlError.
+        """
+        request = {"do": EndTunnels.name, "confirm": True, **filters}
+        number: int = send_command(self._control, request)["number"]
+        return number
 
     def handshake(  # noqa: PLR0913 - what a handshake may have
         self,

@@ -45,4 +45,8 @@ def open_tunnel(turn: Turn, response: Switched, on_end: Callable[[], None]) -> N
     if site.max_age is not None:
         age = site.max_age + site.max_age_jitter * random.random()  # noqa: S311 - it only spreads
         opened.max_age = serving.loop.call_later(age, splice.drain, Reason.MAX_AGE)
+    if turn.directions is not None and turn.directions.until is not None:
+        serving.lifetimes.limit(splice, turn.directions.until)
     splice.start()
+    if record.tags:
+        serving.lifetimes.catch(splice, record)

@@ -110,4 +110,4 @@ async def call_worker(turn: Turn) -> None:
     assert turn.connection is not None
     client.set_timeout(edge.timeout)
     turn.directions = directions = await edge.call(request, turn.connection, client.channel)
-    turn.request, turn.record.edge = directions.request, directions.outcome
+    turn.request, turn.record.edge, turn.record.tags = directions.request, directions.outcome, directions.tags

@@ -13,6 +13,7 @@ from tlstunnel.journal.journal import Journal
 from tlstunnel.sockets.closing import ClosingSockets
 from tlstunnel.sockets.deadlines import Deadlines
 from tlstunnel.sockets.readiness import Readiness
+from tlstunnel.tunnel.lifetimes import Lifetimes
 from tlstunnel.tunnel.sites import Sites
 from tlstunnel.tunnel.splice import Splices
 from tlstunnel.tunnel.stages import Stages
@@ -42,6 +43,7 @@ class Serving:
     deadlines: Deadlines
     closing_sockets: ClosingSockets
     splices: Splices
+    lifetimes: Lifetimes
     health_addresses: Networks
     availability: Availability
     stages: Stages

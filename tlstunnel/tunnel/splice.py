@@ -98,6 +98,7 @@ call costs as much as a check. In it, FLOWING must be 0.
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import ssl
@@ -566,12 +567,17 @@ class Splice:
         except Exception:
             self.fail()
 
-    def drain(self, reason: str) -> None:
-        """End the tunnel from our side, once everything that both sides have sent until now is delivered."""
+    def drain(self, reason: str, close_timeout: float = math.inf) -> None:
+        """End the tunnel from our side, once everything that both sides have sent until now is delivered.
+
+        With `close_timeout`, its own is at most that from now on.
+        """
         if not self.closed and not self.draining_since:
             self.set_reason(None, reason)
             self.draining_since = self.splices.loop.time()
-            self.splices.start_close_timeout(self)
+            anew = close_timeout < self.close_timeout
+            self.close_timeout = min(close_timeout, self.close_timeout)
+            self.splices.start_close_timeout(self, anew=anew)
             for side in (self.client, self.origin):
                 side.read_until_empty()
 
@@ -699,9 +705,9 @@ class Splices:
         for side in (splice.client, splice.origin):
             self._unacknowledged.pop(side, None)
 
-    def start_close_timeout(self, splice: Splice) -> None:
-        """Abort `splice` when it makes no progress for its `close_timeout`. Does nothing if that runs already."""
-        if splice not in self._closing:
+    def start_close_timeout(self, splice: Splice, *, anew: bool = False) -> None:
+        """Abort `splice` when it makes no progress for its `close_timeout`. Only `anew`, if that runs already."""
+        if anew or splice not in self._closing:
             self._closing.add(splice)
             splice.last_progress, splice.last_progress_at = None, self.loop.time()
             self._sweep_within(splice.close_timeout)

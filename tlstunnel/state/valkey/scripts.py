@@ -15,7 +15,7 @@ import msgspec
 
 from tlstunnel.escaping import printable, shorten
 
-ScriptName = Literal["check", "register", "beat", "tunnels", "count", "elect"]
+ScriptName = Literal["check", "register", "beat", "tunnels", "count", "elect", "ended"]
 
 _LATEST: Final = 1 << 53
 """The time in microseconds from which on numbers of Lua, which are floats, are not exact: the year 2255."""
@@ -57,7 +57,7 @@ def load_script(name: ScriptName) -> Script:
 
 
 SCRIPTS: Final[dict[ScriptName, Script]] = {
-    name: load_script(name) for name in ("check", "register", "beat", "tunnels", "count", "elect")
+    name: load_script(name) for name in ("check", "register", "beat", "tunnels", "count", "elect", "ended")
 }
 
 
@@ -94,6 +94,22 @@ def decode_election(reply: object) -> tuple[bool, bool, int, str, list[str]]:
                 since,
                 shorten(printable(holder), _LONGEST_SHOWN),
                 [one for one in deliveries if isinstance(one, str)],
+            )
+    raise ValueError("unexpected reply")
+
+
+def decode_ended_tags(reply: object) -> tuple[int, bool, list[tuple[float, str]]]:
+    """Return what `ended.lua` has returned. Raises ValueError.
+
+    It is the time to ask for from next, whether there are more, and texts, each with how many seconds ago it was told.
+    """
+    match _decode(_get_bytes(reply)):
+        case [int(since), int(more), *told] if since >= 0:
+            pairs = zip(told[::2], told[1::2], strict=True)
+            return (
+                since,
+                bool(more),
+                [(max(ago, 0) / 1e6, text) for ago, text in pairs if isinstance(ago, int) and isinstance(text, str)],
             )
     raise ValueError("unexpected reply")
 
