@@ -120,7 +120,7 @@ def _read(folder: Path) -> Measured:
     return Measured(usage.samples, round(usage.level.mean * usage.samples), usage.level.peak, usage.counts)
 
 
-def _measure_until_sampled(tunnel: Tunnel, folder: Path, before: Measured, samples: int = 2) -> Measured:
+def _measure_until_sampled(tunnel: Tunnel, folder: Path, before: Measured, samples: int = 1) -> Measured:
     def measure() -> Measured | None:
         measured = _measure(tunnel, folder)
         return measured if measured.samples >= before.samples + samples else None

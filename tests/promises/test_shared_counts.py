@@ -24,6 +24,7 @@ from tests.promises.counted import (
     CLIENTS,
     FEW,
     LIMIT,
+    PATIENT,
     PROCESSES,
     TUNNELS,
     answering,
@@ -52,7 +53,7 @@ def origin() -> Iterator[RawOrigin]:
 
 
 def test_each_limit_is_exact_over_four_processes(origin: RawOrigin, certificate: Certificate) -> None:
-    """Of 60 clients at once, 24 pass, whichever processes they reach."""
+    """Of 40 clients at once, 16 pass, whichever processes they reach."""
     with tunnel_to(origin.address, certificate, processes=PROCESSES) as tunnel:
         assert answering(tunnel) == {"ledger": PROCESSES}
         for path in ("/fixed", "/moving", "/sliding", "/blocking", "/tunnels"):
@@ -73,7 +74,9 @@ def test_an_origin_is_filled_exactly_over_four_processes(certificate: Certificat
         both = (
             f'{{ address = "{first.address}", max_tunnels = 7 }}, {{ address = "{second.address}", max_tunnels = 9 }}'
         )
-        config = config_for("REPLACED", certificate, top=f"processes = {PROCESSES}").replace('"REPLACED"', both)
+        config = config_for("REPLACED", certificate, top=f"processes = {PROCESSES}\n{PATIENT}").replace(
+            '"REPLACED"', both
+        )
         with Tunnel(None, certificate, config=config) as tunnel:
             for _ in range(2):
                 before = first.connections, second.connections
@@ -86,7 +89,7 @@ def test_an_origin_is_filled_exactly_over_four_processes(certificate: Certificat
 def test_the_fewest_tunnels_are_counted_over_four_processes(certificate: Certificate) -> None:
     with RawOrigin(hold) as first, RawOrigin(hold) as second:
         config = config_for(
-            first.address, certificate, top=f"processes = {PROCESSES}", site='balance = "least_tunnels"'
+            first.address, certificate, top=f"processes = {PROCESSES}\n{PATIENT}", site='balance = "least_tunnels"'
         ).replace(f'"{first.address}"', f'"{first.address}", "{second.address}"')
         with Tunnel(None, certificate, config=config) as tunnel, contextlib.ExitStack() as stack:
             for _ in range(20):
