@@ -98,7 +98,7 @@ class Admin:
         """Send these bytes, and return the response."""
         with self.connect() as sock:
             sock.sendall(data)
-            return read_reply(sock)
+            return read_reply(sock, data.partition(b" ")[0].decode("latin-1"))
 
     def ask(
         self,
@@ -136,9 +136,9 @@ class Admin:
         return cookie, reply.json["csrf"], reply
 
 
-def read_reply(sock: socket.socket) -> Reply:
-    """Read a response."""
-    response = http.client.HTTPResponse(sock)
+def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
+    """Read the response to a request with this method."""
+    response = http.client.HTTPResponse(sock, method=method)
     response.begin()
     return Reply(response.status, response.headers, response.read())
 

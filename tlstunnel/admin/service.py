@@ -5,6 +5,7 @@ Tested by tests/promises/test_admin_address.py.
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from tlstunnel.serving.admin_files import load_admin_files
 
 
 class AdminService:
-    """Serves the admin address. `ask` has commands carried out. The history is in `folder`, None if there is none."""
+    """Serves the admin address. `ask` has commands carried out. The history is in `folder`, None if there is none.
 
-    def __init__(self, ask: Ask, folder: Path | None) -> None:
+    `show` returns the address of a client as it may be shown.
+    """
+
+    def __init__(self, ask: Ask, folder: Path | None, show: Callable[[str], str] = str) -> None:
         self._access = AccessControl()
         self._live = Live(ask)
         self._histories = Histories(folder) if folder is not None else None
         self._app = AdminApp(self._access, ask, self._live, self._histories)
-        self._server = HttpServer(self._app)
+        self._server = HttpServer(self._app, show)
         self._files: tuple[tuple[Path, float], ...] = ()
         self._configured: Admin | None = None
         self._log = structlog.get_logger()

@@ -26,6 +26,7 @@ from tlstunnel.config.invocation import Invocation
 from tlstunnel.config.together import shares_notices
 from tlstunnel.errors import ControlError, ProcessError, StateError, TlstunnelError
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.style import PLAIN, Style
 from tlstunnel.plans.channels import load_channels
 from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.elsewhere import Sightings
@@ -69,6 +70,7 @@ class AdminProcess(RoleProcess):
         self._administration: Administration | None = None
         self._key = b""
         self._problem = ""
+        self._style = PLAIN
         self._folder: Path | None = None
         self._service: AdminService | None = None
         self._processor = Processor()
@@ -96,6 +98,7 @@ class AdminProcess(RoleProcess):
     async def _begin(self, request: messages.Begin, _: list[int]) -> messages.Begun:
         self._invocation = self._introduce(request)
         self._config = self._invocation.configuration(request.config)
+        self._style = Style(request.log_fields, request.log_address, bytes.fromhex(request.log_key))
         return messages.Begun(version=__version__)
 
     async def _administer(self, request: messages.Administer, _: list[int]) -> messages.Done:
@@ -156,7 +159,7 @@ class AdminProcess(RoleProcess):
         if self._service is None and sock is not None and admin is not None:
             # Imported here, because it needs libraries that an admin process for plans alone does without.
             module = import_when_needed("tlstunnel.admin.service", "the dashboard and the API")
-            service: AdminService = module.AdminService(self._ask, self._folder)
+            service: AdminService = module.AdminService(self._ask, self._folder, self._style.show)
             self._service = service
             await service.configure(admin)
             gc.collect()
