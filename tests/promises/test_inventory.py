@@ -142,3 +142,48 @@ def test_the_latest_refusals_come_first(tunnel: Tunnel) -> None:
             upgrade(client, path="/never")
     found = eventually(lambda: (r := ask(tunnel, "refusals", site="localhost", limit=3)["refusals"])[2:] and r)
     assert [one["at"] for one in found] == sorted((one["at"] for one in found), reverse=True)
+
+
+def test_certificates_are_described(tunnel: Tunnel, certificate: Certificate) -> None:
+    (found,) = ask(tunnel, "certificates")["certificates"]
+    assert found["file"] == str(certificate.cert)
+    assert found["sites"] == ["localhost"]
+    assert "localhost" in found["names"]
+    assert found["days"] > 0
+
+
+def test_the_configuration_is_shown_with_its_sources(tunnel: Tunnel) -> None:
+    shown = ask(tunnel, "configuration", site="localhost")
+    assert shown["file"] == str(tunnel.file)
+    assert shown["configuration"]["timeouts"]["request"] == "10s"
+    assert shown["configuration"]["sites"][0]["names"] == ["localhost"]
+    assert shown["sources"]["sites[0].names"] == "file"
+    assert shown["sources"]["processes"] == "command line"
+    assert shown["arguments"]["processes"] == 2
+    assert shown["loaded"] > 0
+
+
+def test_loads_say_who_and_what(tunnel: Tunnel) -> None:
+    before = tunnel.file.read_text()
+    tunnel.reload(before.replace("[[sites]]", '[timeouts]\nidle = "1h"\n[[sites]]', 1))
+    tunnel.file.write_text("listen = 1\n")
+    tunnel.reload(status=1)
+    tunnel.file.write_text(before)
+    failed, reloaded, started = ask(tunnel, "loads")["loads"]
+    assert started["what"] == "start"
+    assert (reloaded["changes"], reloaded["problems"]) == (["timeouts.idle: off -> 60m"], [])
+    assert "uid" in reloaded["who"]
+    assert any("listen" in problem for problem in failed["problems"])
+    assert failed["changes"] == []
+
+
+def test_the_status_command_shows_tables(tunnel: Tunnel) -> None:
+    assert tunnel.run_command("status", "--sites")[1].startswith("localhost")
+    assert any(line.split()[0] == "localhost/down/" for line in tunnel.run_command("status", "--origins"))
+    assert "localhost" in tunnel.run_command("status", "--certificates")[1]
+    assert '"sites"' in tunnel.run_command("status", "--sites", "--json")[-1]
+
+
+def test_records_are_for_the_admin_process_only(tunnel: Tunnel) -> None:
+    with pytest.raises(ControlError, match="unknown command"):
+        ask(tunnel, "watch records")

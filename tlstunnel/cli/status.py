@@ -1,4 +1,4 @@
-"""``tlstunnel status``: shows the processes of a running tunnel.
+"""``tlstunnel status``: shows the processes of a running tunnel, or what it serves.
 
 Tested by tests/promises/test_processes.py.
 """
@@ -12,6 +12,7 @@ import click
 
 from tlstunnel.cli.control import control_options, run_command
 from tlstunnel.cli.examples import render_examples
+from tlstunnel.cli.inventory import show_inventory
 from tlstunnel.cli.tables import align, render_age, render_size
 from tlstunnel.metrics import families
 from tlstunnel.metrics.families import Family
@@ -19,10 +20,23 @@ from tlstunnel.metrics.families import Family
 HEADINGS = ("process", "generation", "version", "age", "state", "tunnels", "handshakes", "memory")
 
 
-@click.command(short_help="Show the processes of a running tunnel.", epilog=render_examples("tlstunnel status --json"))
+@click.command(
+    short_help="Show the processes of a running tunnel, its sites, origins or certificates.",
+    epilog=render_examples("tlstunnel status", "tlstunnel status --origins", "tlstunnel status --sites --json"),
+)
+@click.option("--sites", "what", flag_value="sites", help="Show the sites and what they have used.")
+@click.option("--origins", "what", flag_value="origins", help="Show the origins; one with a problem says which.")
+@click.option("--certificates", "what", flag_value="certificates", help="Show the certificates; the next to end first.")
 @control_options
-def command(*, control: Path | None, as_json: bool) -> None:
+def command(*, control: Path | None, as_json: bool, what: str | None) -> None:
     """Show the processes of the tunnel. Each upgrade starts a new generation. Memory is proportional (PSS)."""
+    if what is not None:
+        return show_inventory(what, control, as_json=as_json)
+    show_processes(control, as_json=as_json)
+
+
+def show_processes(control: Path | None, *, as_json: bool) -> None:
+    """Show the processes."""
     response = run_command(control, "status", as_json=as_json)
     if response is None:
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tlstunnel.commands import metrics, processes, records, sites, tunnels, usage
+from tlstunnel.commands import configuration, metrics, processes, records, sites, tunnels, usage
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.errors import ControlError
 
@@ -22,6 +22,9 @@ _COMMANDS: tuple[type[AnyCommand], ...] = (
     metrics.Metrics,
     sites.Sites,
     sites.Origins,
+    sites.Certificates,
+    configuration.Configuration,
+    configuration.Loads,
     records.Refusals,
     records.WatchRecords,
     tunnels.Tunnels,

@@ -120,9 +120,13 @@ class Origins(Command[OriginsResult], frozen=True, kw_only=True):
 
 
 class CertificateStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A certificate that is served. `days` are left, negative after its end. `problem` is what is wrong, or ""."""
+    """A certificate that is served. `days` are left, negative after its end. `problem` is what is wrong, or "".
+
+    `more_sites` have it besides `sites`.
+    """
 
     sites: list[str]
+    more_sites: int = 0
     names: list[str]
     file: str
     issuer: str

@@ -18,6 +18,7 @@ import msgspec
 
 from tlstunnel.commands.catalogue import COMMANDS, parse_command
 from tlstunnel.commands.command import AnyCommand, Command, ResultT
+from tlstunnel.commands.configuration import Configuration, Loads
 from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import (
     Drain,
@@ -32,7 +33,7 @@ from tlstunnel.commands.processes import (
     Upgrade,
 )
 from tlstunnel.commands.records import Refusals, WatchRecords
-from tlstunnel.commands.sites import Origins, Sites
+from tlstunnel.commands.sites import Certificates, Origins, Sites
 from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded, TunnelsResult
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
@@ -74,7 +75,7 @@ class Commands:
         self._slots = slots
         self._end = end
         self._ended = ended
-        self._reports = Reports(fleet)
+        self._reports = Reports(fleet, rollout.loads)
         self._handlers: Mapping[type[AnyCommand], Callable[[Any, str], Awaitable[msgspec.Struct]]] = {
             Reload: self._reload,
             Status: self._report_status,
@@ -84,6 +85,9 @@ class Commands:
             Metrics: self._report_metrics,
             Sites: self._reports.report_sites,
             Origins: self._reports.report_origins,
+            Certificates: self._reports.report_certificates,
+            Configuration: self._reports.report_configuration,
+            Loads: self._reports.report_loads,
             Refusals: self._reports.report_refusals,
             WatchRecords: self._reports.watch_records,
             Usage: self._report_usage,
@@ -120,12 +124,13 @@ class Commands:
 
         Raises ControlError if that fails; nothing was changed then.
         """
-        with log_action(Upgrade(), await asyncio.to_thread(describe_client, client), "control socket"):
-            await self._rollout.upgrade(client)
+        who = await asyncio.to_thread(describe_client, client)
+        with log_action(Upgrade(), who, "control socket"):
+            await self._rollout.upgrade(client, who)
         return {}
 
-    async def _reload(self, _: Reload, __: str) -> ReloadResult:
-        return ReloadResult(changes=await self._rollout.reload())
+    async def _reload(self, _: Reload, who: str) -> ReloadResult:
+        return ReloadResult(changes=await self._rollout.reload(who))
 
     async def _report_status(self, _: Status, __: str) -> StatusResult:
         return await report_status(self._fleet, self._slots)

@@ -182,6 +182,23 @@ class Fleet:
             case Role.ADMIN:
                 return int(self.overseer.is_needed)
 
+    def list_options(self) -> dict[str, Any]:
+        """Return what the command line says about the processes."""
+        processes = self._options.processes
+        return {"log_format": self.startup.log_format} | ({} if processes is None else {"processes": processes})
+
+    def list_overridden(self) -> list[str]:
+        """Return the paths of the keys that the command line decides."""
+        invocation, config = self.startup.invocation, self.config
+        given = {
+            "listen": bool(invocation.listen),
+            "processes": self._options.processes is not None,
+            "log.format": self.startup.log_format != config.log.format,
+            "admin.listen": invocation.admin is not None,
+            "sites": invocation.origin is not None or invocation.echo is not None,
+        }
+        return [path for path, is_given in given.items() if is_given]
+
     def serving(self) -> list[Child]:
         """Return the children that serve or drain."""
         return [child for child in self if child.identity.role is Role.SERVING]

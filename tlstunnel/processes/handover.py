@@ -20,6 +20,7 @@ from typing import Any, Self
 import msgspec
 
 from tlstunnel import __version__
+from tlstunnel.commands.configuration import LoadStatus
 from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.origins.embedded import EchoHandover
@@ -73,6 +74,12 @@ class Handover(msgspec.Struct, frozen=True):
 
     instance: str = ""
     """What stands for this tunnel among all machines that count together."""
+
+    loads: list[LoadStatus] = []
+    """When the configuration was read."""
+
+    who: str = ""
+    """Who has asked for the upgrade, "" for a signal."""
 
     log_key: str = ""
     """What the log hashes addresses with."""

@@ -9,17 +9,30 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from itertools import islice
 
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.records import Refusal, Refusals, RefusalsResult
-from tlstunnel.commands.sites import Origins, OriginsResult, OriginStatus, Sites, SitesResult, SiteStatus
+from tlstunnel.commands.sites import (
+    MOST_LISTED,
+    Certificates,
+    CertificatesResult,
+    Origins,
+    OriginsResult,
+    OriginStatus,
+    Sites,
+    SitesResult,
+    SiteStatus,
+)
+from tlstunnel.inventory.certificates import CertificateIndex, describe_certificate, find_complaints
 from tlstunnel.inventory.origins import describe_origins, is_unhealthy
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.kept import Kept
 from tlstunnel.processes.answers import Answer
 from tlstunnel.tunnel.sites import Site
 from tlstunnel.tunnel.sites import Sites as ServedSites
+from tlstunnel.tunnel.slices import Slices
 
 TURN = 100
 """Sites that are looked at before tunnels continue: a millisecond."""
@@ -38,7 +51,12 @@ class Knowledge:
     @property
     def answers(self) -> Mapping[type[AnyCommand], Answer]:
         """What is answered, by the type of the command."""
-        return {Sites: self._report_sites, Origins: self._report_origins, Refusals: self._report_refusals}
+        return {
+            Sites: self._report_sites,
+            Origins: self._report_origins,
+            Certificates: self._report_certificates,
+            Refusals: self._report_refusals,
+        }
 
     async def _report_sites(self, command: Sites, _: str) -> SitesResult:
         """Report what only serving processes know of the sites that the command lists."""
@@ -61,6 +79,25 @@ class Knowledge:
             if len(found) >= MOST_ORIGINS:
                 break
         return OriginsResult(now=now, total=len(found), origins=found)
+
+    async def _report_certificates(self, command: Certificates, _: str) -> CertificatesResult:
+        sites = self._get_sites()
+        slices = Slices()
+        index = CertificateIndex()
+        for site in self._find((command.site,)) if command.site else sites:
+            index.add(site)
+            if slices.is_over:
+                await slices.pause()
+        now = datetime.now(UTC)
+        served = index.list_by_end()
+        first = max(command.offset, 0)
+        complaints = find_complaints((source.value, source.complaint) for source in sites.certificates.sources())
+        found = []
+        for one in served[first : first + min(max(command.limit, 0), MOST_LISTED)]:
+            found.append(describe_certificate(one, complaints.get(id(one.pair), ""), now))
+            if slices.is_over:
+                await slices.pause()
+        return CertificatesResult(now=now.timestamp(), total=len(served), certificates=found)
 
     def _find(self, names: tuple[str, ...]) -> Iterator[Site]:
         sites = self._get_sites()

@@ -199,7 +199,7 @@ class Parent:
         command = parse_command(request.command, request.fields)
         if isinstance(command, Upgrade):
             with log_action(command, request.who, "HTTP"):
-                await self._rollout.upgrade(None)  # does not return
+                await self._rollout.upgrade(None, request.who)  # does not return
         return Told(fields=msgspec.to_builtins(await self._commands.carry_out(command, request.who, "HTTP")))
 
     # --- shutdown -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tlstunnel.metrics.snapshot import Snapshot
 
 FORMAT = 2
 
-_NEW = ("usage", "observer_key", "throttles", "admin_socket", "log_key")
+_NEW = ("usage", "observer_key", "throttles", "admin_socket", "log_key", "loads", "who")
 """What an earlier release does not use, of the handover."""
 
 

@@ -11,16 +11,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from tlstunnel.addresses import quoted
+from tlstunnel.commands.configuration import MOST_SITES, Configuration, ConfigurationResult, LoadsResult
+from tlstunnel.commands.configuration import Loads as LoadsCommand
 from tlstunnel.commands.records import Refusal, Refusals, RefusalsResult, Watched, WatchRecords
-from tlstunnel.commands.sites import MOST_LISTED, Origins, OriginsResult, OriginStatus, Sites, SitesResult, SiteStatus
+from tlstunnel.commands.sites import (
+    MOST_LISTED,
+    Certificates,
+    CertificatesResult,
+    Origins,
+    OriginsResult,
+    OriginStatus,
+    Sites,
+    SitesResult,
+    SiteStatus,
+)
 from tlstunnel.config import Config
 from tlstunnel.errors import ControlError
 from tlstunnel.inventory.advice import find_advice
+from tlstunnel.inventory.configuration import find_sources, list_arguments, render_configuration
 from tlstunnel.inventory.origins import is_unhealthy, merge_origins
 from tlstunnel.inventory.sites import OriginEntry, SiteIndex
 from tlstunnel.inventory.stages import Checks, describe_stages
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.inquiry import Answered, ask_serving
+from tlstunnel.processes.loads import Loads
 
 ASKED_AT_ONCE = 250
 """Sites that a serving process is asked about at once: it takes a few milliseconds."""
@@ -29,10 +43,11 @@ MOST_REFUSALS = 1_000
 
 
 class Reports:
-    """Reports of the `fleet`'s sites, origins and refused connections."""
+    """Reports of the `fleet`'s sites, origins and refused connections, and of its configuration and its `loads`."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, loads: Loads) -> None:
         self._fleet = fleet
+        self._loads = loads
         self._indexed: tuple[Config, SiteIndex] | None = None
         self._indexing = asyncio.Lock()
 
@@ -72,6 +87,47 @@ class Reports:
             first = max(command.offset, 0)
             origins = origins[first : first + min(max(command.limit, 0), MOST_LISTED)]
         return OriginsResult(now=time.time(), total=total, origins=origins, silent=sorted(silent))
+
+    async def report_certificates(self, command: Certificates, who: str) -> CertificatesResult:
+        """Report the certificates, as one of the serving processes has them. Raises ControlError."""
+        index = await self._index()
+        site = self._find(index, command.site) if command.site else ""
+        answered = await ask_serving(self._fleet, replace(command, site=site), who, most=1)
+        for _, result in answered.results:
+            assert isinstance(result, CertificatesResult)
+            return result
+        raise ControlError("no process serves at the moment; try again")
+
+    async def report_configuration(self, command: Configuration, _: str) -> ConfigurationResult:
+        """Report the configuration. Raises ControlError."""
+        fleet = self._fleet
+        startup = fleet.startup
+        sites = startup.config.sites
+        first = max(command.offset, 0)
+        last = first + min(max(command.limit, 0), MOST_SITES)
+        if command.site:
+            name = self._find(await self._index(), command.site)
+            first = next(number for number, site in enumerate(sites) if site.names[0] == name)
+            last = first + 1
+        invocation = startup.invocation
+        page = sites[first:last]
+        overridden = fleet.list_overridden()
+        rendered = await asyncio.to_thread(render_configuration, startup.config, page)
+        sources = await asyncio.to_thread(find_sources, startup.text, overridden, range(first, first + len(page)))
+        return ConfigurationResult(
+            file=str(invocation.folder / invocation.file) if invocation.file is not None else "",
+            folder=str(invocation.folder),
+            loaded=self._loads.loaded,
+            arguments=list_arguments(invocation) | fleet.list_options(),
+            configuration=rendered,
+            sources=sources,
+            sites_total=len(sites),
+            offset=first,
+        )
+
+    async def report_loads(self, _: LoadsCommand, __: str) -> LoadsResult:
+        """Report when the configuration was read."""
+        return LoadsResult(self._loads.list_latest())
 
     async def report_refusals(self, command: Refusals, who: str) -> RefusalsResult:
         """Report the latest refusals. Raises ControlError."""

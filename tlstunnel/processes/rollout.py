@@ -18,7 +18,7 @@ import signal
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tlstunnel import __version__
 from tlstunnel.addresses import ListenAddress
@@ -33,6 +33,7 @@ from tlstunnel.processes.children import REPLY_SECONDS, Child, try_child
 from tlstunnel.processes.control import ControlSocket
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.handover import Handover
+from tlstunnel.processes.loads import Loads
 from tlstunnel.processes.messages import Abandon, Commit, Prepare, Prepared
 from tlstunnel.processes.notify import ServiceManager
 from tlstunnel.processes.slots import Slot, Slots
@@ -84,6 +85,7 @@ class Rollout:
         self._echo = echo
         self._inherited = inherited
         self._service_manager = service_manager
+        self.loads = Loads(inherited.loads if inherited is not None else ())
         self._change_lock = asyncio.Lock()
         self._retiring: asyncio.Task[None] | None = None
         self._responded = False
@@ -120,6 +122,8 @@ class Rollout:
                 self._retiring = asyncio.ensure_future(self._retire_when_possible(old))
             else:
                 await self._retire(old)
+            if self._inherited is None:
+                self._note_load("start")
 
     async def close(self) -> None:
         """Cancel what is in progress."""
@@ -136,6 +140,7 @@ class Rollout:
         if self._inherited is not None:
             result = {"version": __version__, "before": self._inherited.version, "generation": self._fleet.generation}
             self._log.info(Event.UPGRADED, **result)
+            self._note_load("upgrade", self._inherited.who, [f"{self._inherited.version} -> {__version__}"])
             self._respond({"ok": True, **result})
 
     async def _retire_when_possible(self, old: Iterable[Child]) -> None:
@@ -157,22 +162,22 @@ class Rollout:
 
     # --- a reload -----------------------------------------------------------------------------------------------------
 
-    async def reload(self) -> list[str]:
-        """Read everything again, in every child, and switch to it; return a line for each change.
+    async def reload(self, who: str = "") -> list[str]:
+        """Read everything again, in every child, and switch to it, for `who`; return a line for each change.
 
         Raises ControlError if that fails; nothing was changed then.
         """
         try:
-            changes = await self._reload()
+            changes = await self._reload(who)
         except ControlError:
             self._fleet.note_reload(succeeded=False)
             raise
         self._fleet.note_reload(succeeded=True)
         return changes
 
-    async def _reload(self) -> list[str]:
+    async def _reload(self, who: str) -> list[str]:
         await self._started.wait()
-        async with self._change_lock, self._report_change(Event.NOT_RELOADED):
+        async with self._change_lock, self._report_change(Event.NOT_RELOADED, who):
             self._refuse_if_ending()
             new = await self._read()
             async with AsyncExitStack() as undo:
@@ -184,6 +189,7 @@ class Rollout:
             added = self._switch(new, opened, children)
             await self._commit(children, added)
             await self._fleet.overseer.reconfigure(new.text, before)
+            self._note_load("reload", who, changes)
             self._log.info(Event.RELOADED, changes=changes[:MAX_LOGGED], more=max(len(changes) - MAX_LOGGED, 0))
             for slot in added:
                 self._log.info(Event.LISTENING, address=str(slot.listener.address))
@@ -266,18 +272,18 @@ class Rollout:
 
     # --- an upgrade ---------------------------------------------------------------------------------------------------
 
-    async def upgrade(self, client: int | None) -> None:
-        """Replace this program by the new release, and do not return; that release responds to `client`.
+    async def upgrade(self, client: int | None, who: str = "") -> None:
+        """Replace this program by the new release, for `who`, and do not return; that release responds to `client`.
 
         Raises ControlError if that fails; nothing was changed then.
         """
         if self._change_lock.locked() or not self._started.is_set():
             raise ControlError("nothing was changed: a reload or an upgrade is in progress; try again when it is done")
-        async with self._change_lock, self._report_change(Event.NOT_UPGRADED):
+        async with self._change_lock, self._report_change(Event.NOT_UPGRADED, who):
             self._refuse_if_ending()
             text = self._read_text()
             seconds = float(self._fleet.config.release.upgrade_timeout)
-            format_ = await handover.probe(self._handover(client, text), seconds)
+            format_ = await handover.probe(self._handover(client, text, who), seconds)
             self._refuse_if_ending()
             async with AsyncExitStack() as undo:
                 await self._quiesce(undo)
@@ -286,7 +292,7 @@ class Rollout:
                     await self._fleet.end_ledger()
                     self._fleet.overseer.socket.close()  # that release would leave clients waiting in its backlog
                     undo.callback(self._fleet.overseer.open)
-                handover.execute(self._handover(client, text), format_, HANDLED_SIGNALS)
+                handover.execute(self._handover(client, text, who), format_, HANDLED_SIGNALS)
 
     async def _quiesce(self, undo: AsyncExitStack) -> None:
         """Wait until no child is being started and no message is half sent. Raises ProcessError."""
@@ -294,7 +300,7 @@ class Rollout:
         undo.callback(self._fleet.resume_starts)
         await self._fleet.pause_starts()
 
-    def _handover(self, client: int | None, text: str | None) -> Handover:
+    def _handover(self, client: int | None, text: str | None, who: str) -> Handover:
         return Handover(
             version=__version__,
             generation=self._fleet.generation,
@@ -309,6 +315,8 @@ class Rollout:
             observer_key=self._fleet.overseer.key,
             throttles=self._fleet.overseer.rules,
             instance=self._fleet.startup.instance,
+            loads=self.loads.hand_over(),
+            who=who,
             log_key=self._fleet.startup.log_key,
             admin_socket=self._fleet.overseer.socket.hand_over(),
         )
@@ -316,7 +324,7 @@ class Rollout:
     # --- both ---------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _report_change(self, event: Event) -> AsyncIterator[None]:
+    async def _report_change(self, event: Event, who: str) -> AsyncIterator[None]:
         """Report a change to the service manager, and log its failure. Raises ControlError."""
         self._service_manager.notify_reloading()
         try:
@@ -327,9 +335,21 @@ class Rollout:
                 first, *more = problems
                 problems = (f"nothing was changed: {first}", *more)
             self._log.warning(event, reason="; ".join(problems))
+            self._note_load("reload" if event == Event.NOT_RELOADED else "upgrade", who, problems=problems)
             raise ControlError(*problems) from None
         finally:
             self.notify_ready()
+
+    def _note_load(
+        self,
+        what: Literal["start", "reload", "upgrade"],
+        who: str = "",
+        changes: Sequence[str] = (),
+        problems: Sequence[str] = (),
+    ) -> None:
+        invocation = self._fleet.startup.invocation
+        file = str(invocation.folder / invocation.file) if invocation.file is not None else ""
+        self.loads.note(what, self._fleet.generation, file=file, who=who, changes=changes, problems=problems)
 
     def _refuse_if_ending(self) -> None:
         if self._fleet.ending:
