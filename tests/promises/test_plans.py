@@ -127,26 +127,30 @@ def test_a_hundred_tunnels_on_a_guideline_of_ten(origin: RawOrigin, certificate:
     assert {record["status"] for record in tunnel.records("connection")} == {101}
 
 
-@pytest.mark.parametrize("standing", list(Standing))
 def test_whatever_the_standing_every_handshake_is_answered(
-    standing: Standing, origin: RawOrigin, certificate: Certificate, folder: Path
+    origin: RawOrigin, certificate: Certificate, folder: Path
 ) -> None:
-    """The tunnel continues with this standing, from before a restart."""
-    folder.mkdir()
-    figures = Figures(guideline=10, now=50, peak=50, flood_rate=100.0)
-    before = Assessment(
-        site=SITE, standing=standing, holds=(standing,), since=1.0, figures=figures, sentence="It was so."
-    )
-    store_assessments(folder, [before])
-    with tunnel_to(origin, certificate, folder, top='usage.on_abuse = "throttle"') as tunnel:
-        result = run(tunnel, "usage", site=SITE)
-        assert result["assessed"] is not None or find_standing(result["assessments"][0]) == standing
-        with connected(tunnel, 50) as clients:
-            assert Counter(asked_at_once(clients, "/")) == {101: 50}
-            eventually(lambda: now_of(tunnel) == 50)
-            assert ask(tunnel, "/") == 101
-            assert all(is_open(client) for client in clients)
-        assert tunnel.status()["throttles"] == []
+    """The admin process continues with each standing, as it does after a restart."""
+    figures = Figures(guideline=10, now=30, peak=30, flood_rate=100.0)
+    with tunnel_to(origin, certificate, folder, top='usage.on_abuse = "throttle"', errors_expected=True) as tunnel:
+        for standing in Standing:
+            run(tunnel, "usage")
+            before = Assessment(
+                site=SITE, standing=standing, holds=(standing,), since=1.0, figures=figures, sentence="It was so."
+            )
+            store_assessments(folder, [before])
+            process = (admin_of(tunnel) or {})["process"]
+            os.kill(process, signal.SIGKILL)
+            wait_for_another(tunnel, "admin", process)
+            result = run(tunnel, "usage", site=SITE)
+            assert result["assessed"] is not None or find_standing(result["assessments"][0]) == standing
+            with connected(tunnel, 30) as clients:
+                assert Counter(asked_at_once(clients, "/")) == {101: 30}
+                eventually(lambda: now_of(tunnel) == 30)
+                assert ask(tunnel, "/") == 101
+                assert all(is_open(client) for client in clients[:5])
+            eventually(lambda: now_of(tunnel) == 0)
+            assert tunnel.status()["throttles"] == []
     assert {record["status"] for record in tunnel.records("connection")} == {101}
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.abuse import AbuseWatch, Attempts, Weighed, find_usual, to_attempts, weigh
 from tlstunnel.plans.addresses import AddressFigures, Heavy
+from tlstunnel.plans.elsewhere import Sighting
 from tlstunnel.state.history.samples import Counts
 
 numbers = st.integers(0, 100_000)
@@ -27,6 +28,9 @@ attempts = st.builds(
     lost=st.integers(0, 500),
     origin_failing=st.booleans(),
     addresses=figures,
+    elsewhere=st.builds(
+        Sighting, st.integers(0, 500), st.booleans(), st.integers(0, 5000), st.integers(0, 5000), numbers
+    ),
 )
 RAISE: dict[str, Callable[[Attempts, int], Attempts]] = {
     "short": lambda one, more: one._replace(short=one.short + more),
@@ -115,12 +119,30 @@ def test_few_addresses_are_suspected_at_once() -> None:
 @pytest.mark.parametrize(("usual", "suspected"), [(0.0, True), (30.0, False)])
 def test_what_is_usual_is_not_suspected(usual: float, suspected: bool) -> None:
     watch = AbuseWatch(Abuse(), {"a": usual})
-    usual_minute = Attempts(opened=50_000, short=int(usual * 60))
+    usual_minute = Attempts(opened=6000, short=int(usual * 60))
     for _ in range(60):
         watch.observe({"a": usual_minute})
-    flood = Attempts(opened=50_000, short=50 * 60, addresses=AddressFigures(3000, 100))
+    flood = Attempts(opened=6000, short=50 * 60, addresses=AddressFigures(3000, 100))
     found = [watch.observe({"a": flood}) for _ in range(5)]
     assert bool(found[-1]) is suspected
+
+
+@pytest.mark.parametrize(
+    ("flood", "suspected"),
+    [
+        (Attempts(opened=6000, short=3000, addresses=AddressFigures(3000, 100)), True),
+        (Attempts(opened=12_000, short=3000, addresses=AddressFigures(3000, 100)), False),  # readers who come and go
+        (Attempts(unfinished=900, addresses=AddressFigures(15, 0)), False),  # the nodes of a load balancer
+        (Attempts(unfinished=900, addresses=AddressFigures(30, 0)), True),
+        (Attempts(unfinished=900), True),  # nothing is known of addresses
+        (Attempts(unfinished=900, addresses=AddressFigures(10, 0), elsewhere=Sighting(addresses=15)), True),
+    ],
+)
+def test_a_flood_of_strangers_is_large_and_from_many(flood: Attempts, suspected: bool) -> None:
+    watch = AbuseWatch(Abuse())
+    for _ in range(20):
+        watch.observe({"a": Attempts(opened=60)})
+    assert bool([watch.observe({"a": flood}) for _ in range(5)][-1]) is suspected
 
 
 def test_what_is_usual_in_the_history() -> None:

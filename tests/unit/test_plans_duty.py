@@ -428,7 +428,7 @@ async def is_idle(machine: Machine) -> bool:
     return not machine.notifier._courier._busy
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=max(15, settings().max_examples // 10), deadline=None)
 @given(
     st.lists(
         st.tuples(

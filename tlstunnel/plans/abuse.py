@@ -12,8 +12,9 @@ number is taken what has another reason:
 - What the site usually has of it, such as the connections of a load balancer's checks.
 
 A minute is hot if what is left is more than `rate` per second, either from few addresses, each with more than
-`address_rate` per second, or from many strangers. Abuse is suspected after three hot minutes of the last five, and no
-longer after ten in a row that are not. A minute that was not measured is not counted at all.
+`address_rate` per second, or from many strangers, and then at least a third of all connections. Abuse is suspected
+after three hot minutes of the last five, and no longer after ten in a row that are not. A minute that was not measured
+is not counted at all.
 """
 
 from collections import deque
@@ -41,6 +42,12 @@ CALM_MINUTES = 10
 
 WARM_UP_MINUTES = 15
 """How long nobody is suspected for being a stranger after this began, since at first everybody is."""
+
+FLOOD_SHARE = 1 / 3
+"""The part of all connections that a flood of strangers is. Of readers who come and go, one in six leaves at once."""
+
+MANY = 20
+"""Addresses of strangers in a flood of many: fewer are the nodes of a load balancer, or all of them are heavy."""
 
 USUAL_FACTOR = 4
 """How many times the usual number a flood has to be."""
@@ -82,6 +89,12 @@ class Attempts(NamedTuple):
     def suspicious(self) -> int:
         """All connections that could be part of a flood."""
         return self.refused + self.unfinished + (0 if self.origin_failing else self.short)
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there are many strangers among the addresses, or nothing is known of these."""
+        addresses = self.addresses.addresses + self.elsewhere.addresses
+        return not addresses or addresses - (self.addresses.known + self.elsewhere.known) >= MANY
 
 
 class Suspicion(NamedTuple):
@@ -214,20 +227,21 @@ class AbuseWatch:
         site.lost.append(attempts.lost)
         site.recent.append(attempts)
         weighed = weigh(attempts, sum(site.lost), self.thresholds.address_rate)
-        hot = self._is_hot(site, weighed, 1.0)
+        hot = self._is_hot(site, attempts, weighed, 1.0)
         site.hot.append(hot)
         if not hot:
             site.usual += (attempts.suspicious - site.usual) / LEARNING_MINUTES
         if site.suspected:
-            site.calm = 0 if self._is_hot(site, weighed, _HELD) else site.calm + 1
+            site.calm = 0 if self._is_hot(site, attempts, weighed, _HELD) else site.calm + 1
             site.suspected = site.suspected + 1 if site.calm < CALM_MINUTES else 0
         elif sum(site.hot) >= HOT_MINUTES:
             site.suspected, site.calm = 1, 0
 
-    def _is_hot(self, site: _Site, weighed: Weighed, part: float) -> bool:
+    def _is_hot(self, site: _Site, attempts: Attempts, weighed: Weighed, part: float) -> bool:
         least = self.thresholds.rate * MINUTE
         few = weighed.few >= least * part
-        many = weighed.strangers >= max(least, USUAL_FACTOR * site.usual) * part
+        threshold = max(least, USUAL_FACTOR * site.usual, FLOOD_SHARE * attempts.total)
+        many = attempts.are_many and weighed.strangers >= threshold * part
         return few or (many and (self._minutes > WARM_UP_MINUTES or site.suspected > 0))
 
     def _describe(self, site: _Site) -> Suspicion:
