@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocket
 
+from tests.promises.administered import upgrade_request
 from tlstunnel.admin import server
 from tlstunnel.admin.server import HttpServer
 
@@ -25,6 +28,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        socket = WebSocket(scope, receive, send)
+        await socket.accept()
+        while (await socket.receive())["type"] != "websocket.disconnect":
+            pass
+        return
     request = Request(scope, receive)
     match scope["path"]:
         case "/body":
@@ -178,3 +187,55 @@ def test_garbage_during_a_response_ends_the_connection() -> None:
     head = b"POST /forever HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     (received,) = run((head, b"zz\r\n"), pause=0.05)
     assert received.startswith(b"HTTP/1.1 400") or not received
+
+
+# --- many small pieces ------------------------------------------------------------------------------------------------
+
+POST = b"POST /body HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "piece"),
+    [
+        pytest.param(POST, b"1\r\na\r\n", id="chunks"),
+        pytest.param(upgrade_request("localhost"), b"\x89\x80\0\0\0\0", id="pings"),
+        pytest.param(upgrade_request("localhost"), b"\x8a\x80\0\0\0\0", id="pongs"),
+        pytest.param(upgrade_request("localhost"), b"\x81\x82\0\0\0\0{}", id="texts"),
+        pytest.param(upgrade_request("localhost") + b"\x01\x80\0\0\0\0", b"\0\x80\0\0\0\0", id="empty fragments"),
+    ],
+)
+def test_many_small_pieces_do_not_block_others(before: bytes, piece: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The longest turn of the loop, in CPU time of its thread, which does not depend on what else runs."""
+    longest = 0.0
+
+    async def measure() -> None:
+        nonlocal longest
+        while True:
+            began = time.thread_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.thread_time() - began)
+
+    async def run() -> None:
+        async with serving() as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head, _, rest = before.partition(b"\r\n\r\n")
+            writer.write(head + b"\r\n\r\n")
+            if b"Upgrade" in head:
+                await reader.readuntil(b"\r\n\r\n")
+            send_at_once(writer.get_extra_info("socket"), rest + piece * 30_000)
+            measuring = asyncio.ensure_future(measure())
+            await asyncio.sleep(0.3)
+            measuring.cancel()
+            writer.transport.abort()
+            await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert longest < 0.1
+    assert caplog.records == []
+
+
+def send_at_once(sock: socket.socket, data: bytes) -> None:
+    """Send as much as the system takes, before the server has a turn."""
+    with contextlib.suppress(BlockingIOError), sock.dup() as other:
+        while data:
+            data = data[other.send(data) :]

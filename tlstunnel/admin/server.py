@@ -23,6 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 from uvicorn.server import ServerState
+from wsproto import events
 
 from tlstunnel.admin.access import Peer
 from tlstunnel.admin.app import MOST_HEAD
@@ -45,6 +46,10 @@ LINGER_SECONDS = 2.0
 
 RESPONSE_SECONDS = 60.0
 """How long it may take to make a response, and to receive it."""
+
+READ_BYTES = 1_024
+"""Read at once from a connection, then others have their turn: it has up to 170 frames or parts of a body, which take
+some milliseconds. Asyncio reads 256 KiB at once, which take a second."""
 
 _ACCEPTED_AT_ONCE = 64
 _PAUSE_SECONDS = 0.1
@@ -207,7 +212,24 @@ class HttpServer:
             asyncio.get_running_loop().add_reader(self._sock, self._accept)
 
 
-class _Http(H11Protocol):
+class _LittleAtOnce(asyncio.BufferedProtocol):
+    """Passes on what is received in small parts, each in a turn of the loop of its own."""
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Return where to write what is read next."""
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take so many bytes."""
+        self.data_received(bytes(self._buffer[:nbytes]))
+
+    def data_received(self, data: bytes) -> None:
+        """Take these bytes."""
+        raise NotImplementedError
+
+
+class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return None
     """uvicorn's HTTP/1.1, with deadlines."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -224,7 +246,7 @@ class _Http(H11Protocol):
         if not (self._busy or self._lingering) and self.conn.trailing_data[0] == b"":
             self._connection.set_deadline(HEAD_SECONDS)  # the begin of a request
         try:
-            super().data_received(data)
+            H11Protocol.data_received(self, data)
         except (h11.ProtocolError, UnicodeError):  # such as garbage while the response to a request is sent
             self._connection.abort()
             return
@@ -266,7 +288,7 @@ class _Http(H11Protocol):
             self._busy = True
 
 
-class _WebSocket(WSProtocol):
+class _WebSocket(_LittleAtOnce, WSProtocol):  # type: ignore[misc]  # both return None
     """uvicorn's WebSocket, which reads no more from a client that reads no responses to its pings."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -275,9 +297,13 @@ class _WebSocket(WSProtocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            super().data_received(data)
+            WSProtocol.data_received(self, data)
         except Exception:
             self._connection.abort()
+
+    def handle_ping(self, event: events.Ping) -> None:
+        if not self.transport.is_closing():  # asyncio would log each response that cannot be sent
+            super().handle_ping(event)
 
     def pause_writing(self) -> None:
         super().pause_writing()
