@@ -30,6 +30,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
+from tests.promises.administered import ALICE, RITA, Admin, write_tokens
 from tests.promises.edged import BY_PATH, edged
 from tests.promises.listed import Client, clients_of, list_all
 from tests.promises.versions import Versions, upgraded
@@ -82,9 +83,11 @@ def origin() -> Iterator[RawOrigin]:
 
 
 @pytest.fixture(scope="module")
-def tunnel(origin: RawOrigin, certificate: Certificate) -> Iterator[Tunnel]:
+def tunnel(origin: RawOrigin, certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tunnel]:
     site = 'worker_timeout = "1m"\nworker_on_error = "forward"'
-    with edged(origin.address, certificate, WORKER, top=TOP, site=site) as tunnel:
+    tokens = write_tokens(tmp_path_factory.mktemp("tokens"))
+    top = f'{TOP}\n[admin]\nlisten = "127.0.0.1:0"\n{tokens}'
+    with edged(origin.address, certificate, WORKER, top=top, site=site) as tunnel:
         yield tunnel
 
 
@@ -173,6 +176,29 @@ def test_one_tunnel_by_its_id(tunnel: Tunnel) -> None:
         has_ended(first)
         second.echo(10)
         assert run_main("tunnels", "end", *control, found["id"]).output == "0 tunnels ended\n"
+
+
+def test_the_same_by_http(tunnel: Tunnel) -> None:
+    admin = Admin(tunnel)
+    path, wanted = "/api/v1/tunnels/end", {"tag": "user=http", "why": "signed out"}
+    with users(tunnel, "http", 3) as ((first, *rest), others):
+        listed = admin.get("/api/v1/tunnels?tag=user=http&limit=2")
+        assert (listed["total"], len(listed["tunnels"]), listed["tunnels"][0]["path"]) == (3, 2, first.path)
+        (last,) = admin.get(f"/api/v1/tunnels?tag=user=http&limit=2&after={listed['next']}")["tunnels"]
+        assert last["path"] == rest[-1].path
+        for token, status in (("", 401), (RITA, 403)):
+            assert admin.ask("POST", path, body=wanted, token=token).status == status
+        assert admin.ask("POST", path, body={"site": "localhost"}, token=ALICE).status == 409
+        one = admin.ask("DELETE", f"/api/v1/tunnels/{listed['tunnels'][0]['id']}", token=ALICE)
+        assert (one.status, one.json["number"]) == (200, 1)
+        has_ended(first)
+        rest[0].echo(10)
+        assert admin.ask("POST", path, body=wanted, token=ALICE).json["number"] == 2
+        for client in rest:
+            has_ended(client)
+        for client in others:
+            client.echo(10)
+    assert "alice" in record_at(tunnel, rest[0].path)["asked_by"]
 
 
 def test_all_of_a_site_have_to_be_confirmed(tunnel: Tunnel) -> None:

@@ -1,9 +1,12 @@
 """A running tunnel lists the open tunnels of all its processes, as the clients know them."""
 
+import asyncio
 import json
 import os
 import re
 import signal
+import statistics
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run_main
-from tests.harness import Certificate, RawOrigin, Tunnel, echo_bytes, eventually
+from tests.harness import Certificate, RawOrigin, Tunnel, WebsocketsOrigin, echo_bytes, eventually
 from tests.promises.firewalled import config_for
 from tests.promises.listed import Client, ask, clients_of, list_all
+from tests.promises.numbered import Traffic
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.errors import ControlError
+
+MANY = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +181,44 @@ def test_it_agrees_after_an_upgrade(origin: RawOrigin, certificate: Certificate,
             before[0].echo(20)
             agree(tunnel, [*before, *after])
             assert len(tunnel.pids) >= 3
+
+
+@pytest.mark.soak
+@pytest.mark.alone
+@pytest.mark.timeout(1200)
+def test_a_list_of_ten_thousand_delays_no_message(certificate: Certificate) -> None:
+    """While lists are made all the time, half of the messages take as long as without any, or a millisecond more."""
+    with WebsocketsOrigin() as origin, Tunnel(origin.address, certificate, measured=True) as tunnel:
+
+        async def run() -> None:
+            traffic = Traffic(tunnel)
+            kept = await asyncio.gather(*(traffic.opened() for _ in range(MANY)))
+            assert ask(tunnel, limit=0)["total"] == MANY
+            loop = asyncio.get_running_loop()
+            measured: dict[bool, list[float]] = {False: [], True: []}
+            for listing in (False, True) * 5:
+                over = threading.Event()
+                lists = loop.run_in_executor(None, list_until, tunnel, over) if listing else None
+                for one in kept[:200]:
+                    began = time.perf_counter()
+                    await one.exchange()
+                    measured[listing].append(time.perf_counter() - began)
+                over.set()
+                if lists is not None:
+                    assert await lists > 0
+            without, during = (statistics.quantiles(sorted(measured[one]), n=100) for one in (False, True))
+            print(", ".join(f"p{n}: {without[n - 1] * 1e3:.2f} and {during[n - 1] * 1e3:.2f} ms" for n in (50, 95, 99)))
+            assert during[49] < without[49] + 0.001
+            assert during[94] < without[94] + 0.005
+            await asyncio.gather(*(one.close() for one in kept))
+
+        asyncio.run(run())
+
+
+def list_until(tunnel: Tunnel, over: threading.Event) -> int:
+    """List the busiest tunnels, again and again; return how often."""
+    number = 0
+    while not over.is_set():
+        assert len(ask(tunnel, sort="rate")["tunnels"]) == 100
+        number += 1
+    return number

@@ -79,7 +79,7 @@ class ApiRoute:
             raise Unacceptable(400, f"invalid parameter: {error}") from None
 
 
-_FILTERS = frozenset({"site", "client", "origin", "tag", "older"})
+_FILTERS = frozenset({"site", "client", "origin", "tag", "older", "confirm"})
 
 _ROUTES = (
     ApiRoute("GET", "/status", "status"),

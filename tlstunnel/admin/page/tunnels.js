@@ -141,7 +141,7 @@ export function tunnelsView(app) {
       fields: [field("Why", h("input", { name: "why", autocomplete: "off" }), "It is written to the record of each.")],
       button: "End these tunnels",
       dangerous: true,
-      run: async ({ why }) => describeEnded(await post("/api/v1/tunnels/end", { ...fields, why })),
+      run: async ({ why }) => describeEnded(await post("/api/v1/tunnels/end", { ...fields, why, confirm: true })),
       done: () => poll.now(),
     });
   }
@@ -152,6 +152,7 @@ export function tunnelsView(app) {
 function describeEnded(result) {
   const lines = [`${counted(result.number, "tunnel is", "tunnels are")} being ended.`];
   if (result.announced) lines.push("Other machines have been told.");
+  if (result.problem) lines.push(`Other machines: ${result.problem}.`);
   if (result.silent?.length) lines.push(`${counted(result.silent.length, "process does", "processes do")} not respond: the tunnels there go on.`);
   return lines;
 }
