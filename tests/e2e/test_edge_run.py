@@ -30,6 +30,8 @@ async def fetch(request, env):
             return request.forward(headers={"X-Set": request.headers["X-Given"] + "\\n"})
         case "/late":
             await asyncio.sleep(60)
+        case "/limits":
+            return request.forward(until=4_102_444_800, tags={"user": "4 2", "room": "a"})
         case "/shard":
             return request.forward(origin=env["shard"], path="/v2", headers={"X-User": request.client_address})
     return request
@@ -114,6 +116,14 @@ def test_json(folder: Path) -> None:
     told = json.loads(out)
     assert (told["outcome"], told["origin"], told["target"]) == ("forwarded", "[2001:db8::1]:80", "/v2")
     assert ["X-User", "127.0.0.1"] in told["headers"]
+
+
+def test_when_the_tunnel_would_end_and_its_tags(folder: Path) -> None:
+    lines = run(folder, "GET /limits")[0].splitlines()
+    assert "until       2100-01-01 00:00:00 UTC" in lines
+    assert "tags        room=a, user=4 2" in lines
+    printed = json.loads(run(folder, "GET /limits", "--json")[0])
+    assert (printed["until"], printed["tags"]) == (4_102_444_800, {"room": "a", "user": "4 2"})
 
 
 def test_a_worker_that_fails(folder: Path) -> None:

@@ -13,7 +13,7 @@ from tests.unit.test_state_valkey_scripts import packed
 from tlstunnel.state.ended_tags import EndedTag
 from tlstunnel.state.valkey import ended_tags
 from tlstunnel.state.valkey.address import parse_url
-from tlstunnel.state.valkey.ended_tags import MOST_KNOWN, SharedEndedTags
+from tlstunnel.state.valkey.ended_tags import MOST_KNOWN, MOST_UNTOLD, SharedEndedTags
 from tlstunnel.state.valkey.scripts import decode_ended_tags
 
 KEY = "{t}:ended"
@@ -162,6 +162,21 @@ def test_what_is_remembered_is_bounded(server: RedisServer) -> None:
         assert len(machine.shared._known) == MOST_KNOWN
         assert machine.ended == []
         await machine.shared.close()
+
+    asyncio.run(run())
+
+
+def test_what_waits_to_be_told_is_bounded(server: RedisServer) -> None:
+    """The latest are told."""
+
+    async def run() -> None:
+        here, there = Machine(server, "a"), Machine(server, "b")
+        told = [here.shared.tell(make_ended(f"user={number}")) for number in range(MOST_UNTOLD + 20)]
+        await asyncio.gather(*told[20:])
+        await wait_for(lambda: f"user={MOST_UNTOLD + 19}" in there.tags)
+        assert not any(one.done() for one in told[:20])
+        await here.shared.close()
+        await there.shared.close()
 
     asyncio.run(run())
 

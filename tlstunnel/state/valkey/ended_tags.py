@@ -11,6 +11,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -153,7 +154,7 @@ class SharedEndedTags:
         now = read_clock()
         while self._untold and now - self._untold[0].asked > LONGEST_AGE:
             self._untold.popleft()
-        telling = [one for one in self._untold if not one.done.cancelled()][:_AT_ONCE]
+        telling = list(islice(self._untold, _AT_ONCE))
         texts = [self._encode(one, now) for one in telling]
         reply = await connection.call(*SCRIPTS["ended"].build_call([self._key], (self._since, texts)))
         try:
@@ -161,7 +162,8 @@ class SharedEndedTags:
         except ValueError:
             raise ServerUnavailable("what it answers is not ours") from None
         for one in telling:
-            self._untold.remove(one)
+            with suppress(ValueError):  # it was dropped for others meanwhile
+                self._untold.remove(one)
             if not one.done.done():
                 one.done.set_result(None)
         self._note_answered()
