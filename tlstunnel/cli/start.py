@@ -26,9 +26,10 @@ from tlstunnel.config.invocation import (
     sites_to_serve,
     uses_test_certificate,
 )
-from tlstunnel.errors import ListenError
+from tlstunnel.errors import ConfigurationError, ListenError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.log_file import open_log
 from tlstunnel.journal.logger import structlog
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.children import Startup, try_child
@@ -140,7 +141,8 @@ def command(  # noqa: PLR0913 - the command's options
     if origin is not None:
         _refuse_invalid_origin(origin, folder)
     style = log_format or config.log.format
-    configure_logging(style)
+    _try_log_file(config.log.file)
+    configure_logging(style, config.log.file)
     if found and handed is None:
         hint = "it is in this folder; give an ORIGIN to start without it"
         structlog.get_logger().info(Event.CONFIGURATION_FILE, file=str(DEFAULT_FILE.absolute()), hint=hint)
@@ -163,6 +165,15 @@ def command(  # noqa: PLR0913 - the command's options
         slots = _open_slots(handed, startup, options)
         stack.callback(slots.close)
         asyncio.run(_run(startup, slots, options, echo, handed))
+
+
+def _try_log_file(path: Path | None) -> None:
+    """Raises ConfigurationError if the log cannot be written there."""
+    if path is not None:
+        try:
+            os.close(open_log(path))
+        except OSError as error:
+            raise ConfigurationError(f"log.file: {path}: cannot be opened: {error.strerror}") from None
 
 
 def _uses_default_file(given: object, handed: Handover | None) -> bool:

@@ -4,11 +4,12 @@ Tested by tests/unit/test_config.py.
 """
 
 import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tlstunnel.addresses import quoted
 from tlstunnel.config.document import KeyPath
-from tlstunnel.config.kinds import Array, Kind, Reading, Schema, Text
+from tlstunnel.config.kinds import Array, FilePath, Kind, Reading, Schema, Text
 from tlstunnel.config.tables import Table
 
 LOG_FIELDS = (
@@ -72,11 +73,15 @@ class _FieldsKind(Kind):
         return value if isinstance(value, str) else list(value)
 
 
+LogPath = Annotated[Path, FilePath("a file that the log is appended to")]
+
+
 class Log(Table, frozen=True):
     """What is logged, and how."""
 
     format: Literal["text", "json"] = "text"
     opened: bool = False
+    file: LogPath | None = None
     fields: Annotated[tuple[str, ...] | Literal["usual", "all"], _FieldsKind()] = "usual"
     address: Literal["full", "prefix", "hash"] = "full"
 

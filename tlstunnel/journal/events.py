@@ -138,6 +138,8 @@ class Event(Word):
 
     # The log itself, and bugs
     LINES_LOST = "log lines lost"
+    LOG_FILE_NOT_WRITTEN = "log file not written"
+    LOG_FILE_WRITTEN_AGAIN = "log file written again"
     TUNNEL_FAILED = "tunnel failed"
     SPLICE_FAILED = "splice failed"
     HANDLER_FAILED = "handler failed"

@@ -16,12 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import msgspec
 
 from tlstunnel.escaping import printable, printable_traceback, shorten
 from tlstunnel.journal.events import Event
+from tlstunnel.journal.log_file import LogFile
 from tlstunnel.journal.logger import structlog
 
 MOST_KEPT = 4 << 20
@@ -80,10 +82,12 @@ class Lines:
 
     A full pipe would block all tunnels, and a pipe without a reader, or a full disk, would raise while a connection is
     being closed (both seen). Therefore lines that cannot be written at once are kept, up to 4 MiB, and written as the
-    reader reads. Lines beyond that are dropped and counted, and the count is logged.
+    reader reads. Lines beyond that are dropped and counted, and the count is logged. With `file`, they are also written
+    there.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, file: LogFile | None = None) -> None:
+        self._file = file
         self._fd, self._write_some = _open_without_waiting(stream.fileno())
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
@@ -101,11 +105,16 @@ class Lines:
     def msg(self, message: str) -> None:
         """Write `message` as a line, as soon as possible without waiting. May be called from any thread."""
         line = _to_lines(message)
-        if self._loop is not None and threading.get_ident() != self._thread:
-            if self._elsewhere.put(line):
+        if self._file is not None:
+            self._file.put(line)
+        if threading.get_ident() != self._thread:
+            if self._elsewhere.put(line) and self._loop is not None:
                 with contextlib.suppress(RuntimeError):  # the loop is closed; `flush` writes it
                     self._loop.call_soon_threadsafe(self._take)
             return
+        if self._loop is None:
+            with contextlib.suppress(RuntimeError):  # there is none yet
+                self._loop = asyncio.get_running_loop()
         self._keep(line, 1)
 
     def _keep(self, lines: bytes, count: int) -> None:
@@ -206,6 +215,8 @@ _NO_NOWAIT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 _lines: Lines | None = None
 
+_file: LogFile | None = None
+
 _json_lines: Lines | None = None
 """Where records are written without structlog, which would double the time for each and adds nothing."""
 
@@ -221,13 +232,33 @@ def write_info(log: Any, event: str, facts: dict[str, Any]) -> None:
 
 def count_lost_lines() -> int:
     """Return how many lines this process has lost so far."""
-    return _lines.lost if _lines is not None else 0
+    return (_lines.lost if _lines is not None else 0) + (_file.lost if _file is not None else 0)
 
 
-def configure_logging(style: Literal["text", "json"]) -> None:
-    """Log to standard error, one line an event: for people, or one JSON object. See `Lines` for what may be lost."""
-    global _lines, _json_lines  # noqa: PLW0603 - as structlog's own configuration, of the process
-    lines = _lines = Lines(sys.stderr)
+def reopen_log() -> None:
+    """Open the log's file again, which may have been renamed."""
+    if _file is not None:
+        _file.reopen()
+
+
+def flush_log() -> None:
+    """Write what waits for the log's file: this program is about to be replaced."""
+    if _file is not None:
+        _file.flush()
+
+
+def configure_logging(style: Literal["text", "json"], path: Path | None = None) -> None:
+    """Log to standard error, and to a file if there is a `path`: one line an event, for people, or one JSON object.
+
+    See `Lines` and `LogFile` for what may be lost.
+    """
+    global _file, _lines, _json_lines  # noqa: PLW0603 - as structlog's own configuration, of the process
+    if _file is not None:
+        _file.close()
+    _file = LogFile(path, _report_file) if path is not None else None
+    if _file is not None:
+        atexit.register(_file.close)
+    lines = _lines = Lines(sys.stderr, _file)
     _json_lines = lines if style == "json" else None
     atexit.register(lines.flush)
     processors: list[structlog.typing.Processor]
@@ -239,7 +270,9 @@ def configure_logging(style: Literal["text", "json"]) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             # repr of strings, so that unprintable characters are escaped here too.
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=structlog.dev.plain_traceback
+                colors=sys.stderr.isatty() and path is None,
+                repr_native_str=True,
+                exception_formatter=structlog.dev.plain_traceback,
             ),
         ]
     structlog.configure(
@@ -251,6 +284,17 @@ def configure_logging(style: Literal["text", "json"]) -> None:
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
     # Edge workers may log from level INFO.
     logging.getLogger("tlstunnel.edge").setLevel(logging.INFO)
+
+
+def _report_file(problem: str) -> None:
+    """Log that the file cannot be written, or that it can again. Called in its thread."""
+    if _file is None:
+        return
+    log = structlog.get_logger()
+    if problem:
+        log.warning(Event.LOG_FILE_NOT_WRITTEN, file=str(_file.path), reason=problem)
+    else:
+        log.info(Event.LOG_FILE_WRITTEN_AGAIN, file=str(_file.path), lost=_file.lost)
 
 
 def _to_lines(message: str) -> bytes:

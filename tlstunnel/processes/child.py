@@ -15,6 +15,7 @@ from tlstunnel.addresses import ListenAddress
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.records import WatchRecords
 from tlstunnel.errors import ProcessError
+from tlstunnel.journal import log_file
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.lines import count_lost_lines
@@ -32,9 +33,9 @@ from tlstunnel.processes.recording import Recording
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.serving.service import Service
+from tlstunnel.sockets import resolve
 from tlstunnel.sockets.listeners import Listener, adopt
 from tlstunnel.sockets.readiness import TunnelLoop
-from tlstunnel.sockets.resolve import THREAD_NAME
 from tlstunnel.state.counting import Counting
 
 STUCK_SECONDS = 1.0
@@ -228,10 +229,11 @@ def _exit_despite_threads() -> None:
     """Exit even if a thread does not end, such as one in which an edge worker still runs.
 
     The interpreter would wait for it without limit. This includes daemon threads, because it waits for all threads of
-    executors. Those of a resolver that does not respond are not waited for at all.
+    executors. Those of a resolver that does not respond are not waited for at all, and that of the log ends by itself.
     """
     deadline = time.monotonic() + STUCK_SECONDS
-    others = [one for one in threading.enumerate() if one is not threading.current_thread() and one.name != THREAD_NAME]
+    own = {threading.current_thread().name, resolve.THREAD_NAME, log_file.THREAD_NAME}
+    others = [one for one in threading.enumerate() if one.name not in own]
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0.0))
     if stuck := [thread.name for thread in others if thread.is_alive()]:

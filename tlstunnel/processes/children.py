@@ -98,6 +98,7 @@ class Startup:
             opened=log.opened,
             quiet=quiet,
             instance=self.instance,
+            log_file=str(log.file) if log.file is not None else "",
             log_fields=list(log.selected),
             log_address=log.address,
             log_key=self.log_key,

@@ -23,7 +23,7 @@ from tlstunnel.config.admin import Admin
 from tlstunnel.config.together import counts_together, keeps_history, shares_notices
 from tlstunnel.errors import ProcessError, TlstunnelError
 from tlstunnel.journal.events import Event
-from tlstunnel.journal.lines import count_lost_lines
+from tlstunnel.journal.lines import count_lost_lines, reopen_log
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
@@ -45,6 +45,7 @@ from tlstunnel.processes.messages import (
     Measured,
     MinuteOver,
     Recorded,
+    ReopenLog,
     Seen,
     SeenElsewhere,
     SeenHere,
@@ -181,6 +182,12 @@ class Fleet:
                 return int(self._needs_ledger())
             case Role.ADMIN:
                 return int(self.overseer.is_needed)
+
+    def reopen_logs(self) -> None:
+        """Have every process open the log's file again."""
+        reopen_log()
+        for child in self:
+            child.link.notify(ReopenLog())
 
     def list_options(self) -> dict[str, Any]:
         """Return what the command line says about the processes."""

@@ -22,6 +22,7 @@ import msgspec
 from tlstunnel import __version__
 from tlstunnel.commands.configuration import LoadStatus
 from tlstunnel.errors import ControlError, ProcessError
+from tlstunnel.journal.lines import flush_log
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.origins.embedded import EchoHandover
 from tlstunnel.processes import previous
@@ -251,6 +252,7 @@ def execute(state: Handover, format_: int, blocked: Collection[signal.Signals]) 
         os.set_inheritable(fd, True)
     try:
         sys.stderr.flush()
+        flush_log()
         os.execve(COMMAND[0], COMMAND, {**os.environ, VARIABLE: str(file)})  # noqa: S606 - without a shell
     except OSError as error:
         for fd in descriptors:

@@ -143,6 +143,7 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     file. A `quiet` process logs no warnings, because another one with the same configuration does. `instance` is random
     and stands for this tunnel among all machines that count together. It stays the same through upgrades. So does
     `log_key`, with which addresses are hashed; `tlstunnel.journal.style` describes it, `log_fields` and `log_address`.
+    `log_file` is the path of a file that the log is appended to, or "".
     """
 
     format: int
@@ -153,11 +154,16 @@ class Begin(Request[Begun], frozen=True, tag="begin"):
     opened: bool
     quiet: bool
     instance: str = ""
+    log_file: str = ""
     log_fields: list[str] | None = None
     log_address: AddressStyle = "full"
     log_key: str = ""
 
     reply: ClassVar[type[LinkReply]] = Begun
+
+
+class ReopenLog(Notification, frozen=True, tag="reopen log"):
+    """Open the log's file again: the old one may have been renamed."""
 
 
 class Respond(Request[Done], frozen=True, tag="respond"):

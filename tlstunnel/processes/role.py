@@ -9,12 +9,13 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 from tlstunnel import __version__
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
-from tlstunnel.journal.lines import configure_logging
+from tlstunnel.journal.lines import configure_logging, reopen_log
 from tlstunnel.journal.logger import structlog
 from tlstunnel.processes import messages
 from tlstunnel.processes.link import Link, Notifications, Requests
@@ -31,7 +32,12 @@ class RoleProcess:
     formats: ClassVar[tuple[int, ...]] = (messages.FORMAT,)
 
     def __init__(self, sock: socket.socket, requests: Requests, notifications: Notifications | None = None) -> None:
-        self._link = Link(sock, {messages.Respond: self._respond, **requests}, self._handle_parent_exit, notifications)
+        self._link = Link(
+            sock,
+            {messages.Respond: self._respond, **requests},
+            self._handle_parent_exit,
+            {messages.ReopenLog: lambda _: reopen_log(), **(notifications or {})},
+        )
         self._responder: Responder | None = None
         self._exit = asyncio.Event()
         self._leaving: asyncio.Future[None] | None = None
@@ -68,7 +74,7 @@ class RoleProcess:
                 f" {request.format}: the package was replaced; run tlstunnel upgrade"
             )
         set_process_name(request.name)
-        configure_logging(request.log_format)
+        configure_logging(request.log_format, Path(request.log_file) if request.log_file else None)
         return Invocation.from_json(request.invocation)
 
     async def _respond(self, request: messages.Respond, descriptors: list[int]) -> messages.Done:

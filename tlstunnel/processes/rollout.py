@@ -167,6 +167,7 @@ class Rollout:
 
         Raises ControlError if that fails; nothing was changed then.
         """
+        self._fleet.reopen_logs()  # also if nothing else can be loaded
         try:
             changes = await self._reload(who)
         except ControlError:
