@@ -36,7 +36,7 @@ function fromOverview(overview) {
   const draining = processes.filter((process) => process.state === "draining");
   if (draining.length && !overview.ending) {
     const tunnels = draining.reduce((sum, process) => sum + (process.tunnels ?? 0), 0);
-    lines.push({ level: "info", text: `${counted(draining.length, "process of an earlier load drains", "processes of an earlier load drain")}, with ${counted(tunnels, "tunnel")} left.`, to: "processes" });
+    lines.push({ level: "info", text: `${counted(draining.length, "earlier process drains", "earlier processes drain")}, with ${counted(tunnels, "tunnel")} left.`, to: "processes" });
   }
   return lines;
 }
@@ -75,7 +75,7 @@ function fromUsage(usage) {
   const busy = assessments.filter((one) => one.standing === "disproportionate");
   lines.push(...busy.slice(0, 5).map((one) => ({ level: "warn", text: `${one.site}: ${one.sentence}`, to: "sites" })));
   const over = assessments.filter((one) => one.standing === "sustained" || one.standing === "repeated");
-  if (over.length) lines.push({ level: "info", text: `${counted(over.length, "site is", "sites are")} over the guideline again and again. Nothing is refused; it may be time to talk about another plan.`, to: "sites" });
+  if (over.length) lines.push({ level: "info", text: `${counted(over.length, "site is", "sites are")} over the guideline again and again. Nothing is refused for that.`, to: "sites" });
   for (const one of (usage.throttles ?? []).slice(0, 5)) {
     lines.push({ level: "warn", text: `New handshakes of ${one.site} are throttled to ${one.rate} until ${time(one.until)}.`, to: "sites" });
   }
