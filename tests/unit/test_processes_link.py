@@ -247,7 +247,7 @@ def test_the_wire_format() -> None:
         with theirs:
             pending = asyncio.ensure_future(link.request(Status()))
             await asyncio.sleep(0)
-            assert _lines(theirs) == [{"ask": 1, "do": "status", "fds": 0}]
+            assert _lines(theirs) == [{"ask": 1, "do": "status", "scraped": False, "fds": 0}]
             theirs.sendall(b'{"answer": 1, "ok": true, "tunnels": 3, "handshakes": 4, "later": 5, "fds": 0}\n')
             assert await pending == Load(3, 4)
             theirs.sendall(
