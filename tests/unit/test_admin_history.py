@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.admin.checks import Unacceptable
-from tlstunnel.admin.history import MOST_POINTS, MOST_WAITING, Histories, HistoryQuery, HistoryResult
+from tlstunnel.admin.history import MOST_POINTS, MOST_WAITING, SECONDS, Histories, HistoryQuery, HistoryResult
 from tlstunnel.state.history.samples import Counts, Minute, SiteMinute
 from tlstunnel.state.history.writer import History
 
@@ -71,6 +71,35 @@ def test_there_are_at_most_so_many_points(tmp_path: Path, since: str, points: in
     times = [point.time for point in result.points]
     assert all(after - before == result.seconds for before, after in pairwise(times))
     assert sum(point.handshakes or 0 for point in result.points) == 90 * 3 or points == 1 or since != "24h"
+
+
+def test_what_is_read_again_is_the_same_as_what_is_read_anew(tmp_path: Path) -> None:
+    first = NOW // 60 - 700
+    asyncio.run(write(tmp_path, range(first, first + 500)))
+    now = float((first + 500) * 60)
+
+    async def read_anew(query: HistoryQuery) -> HistoryResult:
+        histories = Histories(tmp_path, lambda: now)
+        try:
+            return await histories.read(query)
+        finally:
+            histories.close()
+
+    async def run() -> None:
+        nonlocal now
+        histories = Histories(tmp_path, lambda: now)
+        try:
+            await histories.read(HistoryQuery(points=MOST_POINTS))
+            for minutes in (range(500, 560), range(560, 561), range(600, 601), range(699, 700)):
+                await write(tmp_path, [first + minute for minute in minutes])
+                now = float((first + minutes.stop) * 60)
+                for since in SECONDS:
+                    query = HistoryQuery(since=since, points=MOST_POINTS)
+                    assert (await histories.read(query)).points == (await read_anew(query)).points
+        finally:
+            histories.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("points", [0, -1, MOST_POINTS + 1])
