@@ -18,6 +18,7 @@ class _Group(click.Group):
         "reload",
         "upgrade",
         "status",
+        "top",
         "tunnels",
         "usage",
         "drain",
