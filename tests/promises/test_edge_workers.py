@@ -50,6 +50,14 @@ async def seen(request, env):
     return Reply(400, json.dumps(met))
 
 
+async def logged(request, env):
+    return request.forward(log={"room": request.query["room"], "seats": 7, "id": "forged"})
+
+
+async def full(request, env):
+    return Reply(403, log={"why": "no seat"})
+
+
 async def facts(request, env):
     certificate = request.client_certificate
     return Reply(400, json.dumps({
@@ -501,3 +509,23 @@ def test_it_may_choose_a_wss_origin(certificate: Certificate, tmp_path: Path) ->
         refused = send_request(tunnel, handshake_request(f"/to?where={where}"))
         assert refused.status == 502
         assert record_of(tunnel, refused.headers)["reason"] == "origin certificate from unknown issuer"
+
+
+def test_it_adds_fields_to_the_record_which_replace_none(stage: Servers) -> None:
+    outcome = attempt(stage, "/logged?room=%1b%5b2J%22%0a")
+    assert outcome.record["edge_log"] == {"room": '\\x1b[2J"\\n', "seats": 7, "id": "forged"}
+    assert outcome.record["id"] != "forged"
+    assert attempt(stage, "/full").record["edge_log"] == {"why": "no seat"}
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+
+
+def test_the_trace_of_a_trusted_proxy_is_logged_and_any_is_passed_on(stage: Servers) -> None:
+    trusted = attempt(stage, "/asis", [("Traceparent", TRACEPARENT)], ip=PROXY)
+    other = attempt(stage, "/asis", [("Traceparent", TRACEPARENT)])
+    assert trusted.record["trace"] == TRACE
+    assert "trace" not in other.record
+    for outcome in (trusted, other):
+        assert f"Traceparent: {TRACEPARENT}".encode() in outcome.head

@@ -3,13 +3,25 @@
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_edge_values import made, make
-from tlstunnel.edge import EdgeError
-from tlstunnel.edge.limits import LATEST, MOST_BYTES, MOST_TAGS, join_tags, parse_tags, parse_until
+from tlstunnel.edge import EdgeError, Reply
+from tlstunnel.edge.limits import (
+    LATEST,
+    LONGEST_LOGGED,
+    MOST_BYTES,
+    MOST_LOGGED,
+    MOST_TAGS,
+    join_log,
+    join_tags,
+    parse_log,
+    parse_tags,
+    parse_until,
+)
 from tlstunnel.edge.values import InvalidReply
 from tlstunnel.tunnel.selection import has_tag
 
@@ -132,3 +144,43 @@ def test_a_request_with_invalid_limits_is_never_forwarded(arguments: dict[str, A
     with pytest.raises(EdgeError) as caught:
         make().forward(**arguments)
     assert isinstance(caught.value, InvalidReply)
+
+
+@given(st.dictionaries(names, st.text() | st.integers() | st.floats() | st.booleans() | st.none() | st.binary()))
+def test_what_is_logged_is_bounded_and_can_be_encoded(log: dict[str, Any]) -> None:
+    try:
+        joined = join_log((), parse_log(log))
+    except ValueError:
+        return
+    assert len(joined) <= MOST_LOGGED
+    msgspec.json.encode(dict(joined))
+    for _, value in joined:
+        assert type(value) in {str, int, float, bool}
+        if isinstance(value, str):
+            assert value.isprintable()
+            assert len(value) <= LONGEST_LOGGED
+
+
+def test_a_text_for_the_log_is_what_it_seems() -> None:
+    assert parse_log({"a": Word("b\x1b")}) == {"a": "b\\x1b"}
+
+
+@pytest.mark.parametrize(
+    "log",
+    [{"": "x"}, {"a b": "x"}, {1: "x"}, {"a": None}, {"a": b"x"}, {"a": 1 << 63}, {"a": ["x"]}, "a", None,
+     {f"a{number}": "x" for number in range(MOST_LOGGED + 1)}],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_logged_is_refused(log: Any) -> None:
+    with pytest.raises(ValueError, match="log"):
+        join_log((), parse_log(log))
+
+
+def test_forward_and_reply_add_to_the_log() -> None:
+    changed = make().forward(log={"room": "7", "seats": 1}).forward(log={"seats": 2}).forward(path="/x")
+    assert made(changed).log == (("room", "7"), ("seats", 2))
+    assert Reply(403, log={"why": "full"})._refusal.log == (("why", "full"),)
+    with pytest.raises(EdgeError):
+        Reply(403, log={"why": None})  # type: ignore[dict-item]
+    with pytest.raises(EdgeError):
+        make().forward(log={"why": None})  # type: ignore[dict-item]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from tlstunnel.addresses import quoted
+from tlstunnel.escaping import printable, shorten
 
 MOST_TAGS = 8
 """Tags of a tunnel. They are kept as long as it is open, and are in its record."""
@@ -20,6 +21,19 @@ MOST_BYTES = 512
 
 LATEST = 253_402_300_800
 """Unix time of the year 10 000, which is after every `datetime`. A later one is in milliseconds by mistake."""
+
+MOST_LOGGED = 8
+"""Fields that a worker adds to the record."""
+
+LONGEST_LOGGED = 128
+"""Characters of the text of such a field."""
+
+LogValue = str | int | float | bool
+
+LogFields = tuple[tuple[str, LogValue], ...]
+"""What a worker adds to the record: names and values."""
+
+_LARGEST = 1 << 63
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}")
 
@@ -54,6 +68,40 @@ def join_tags(before: tuple[str, ...], tags: Mapping[str, str]) -> tuple[str, ..
     if size > MOST_BYTES:
         raise ValueError(f"the tags of a tunnel can have {MOST_BYTES} bytes in all, and not {size}")
     return tags_after
+
+
+def parse_log(log: object) -> dict[str, LogValue]:
+    """Return a copy of what a worker adds to the record. Raises ValueError, which does not quote its values.
+
+    A client may have sent what is in a text, so it is escaped and cut; nothing that it sends makes the request fail.
+    """
+    if not isinstance(log, Mapping):
+        raise ValueError(f'log must be a mapping such as {{"room": "7"}}, not {_describe(log)}')
+    return dict(_parse_logged(name, value) for name, value in log.items())
+
+
+def join_log(before: LogFields, log: Mapping[str, LogValue]) -> LogFields:
+    """Return what is added to the record, that in `log` instead of what was before. Raises ValueError."""
+    joined = dict(before) | dict(log)
+    if len(joined) > MOST_LOGGED:
+        raise ValueError(f"a worker can add {MOST_LOGGED} fields to the log, and not {len(joined)}")
+    return tuple(joined.items())
+
+
+def _parse_logged(name: object, value: object) -> tuple[str, LogValue]:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        shown = quoted(name) if isinstance(name, str) else _describe(name)
+        raise ValueError(f"the name of a log field is 1 to 32 letters, digits, _, . or -, a letter first, not {shown}")
+    name = str.__str__(name)
+    if isinstance(value, str):
+        return name, shorten(printable(str.__str__(value)[: LONGEST_LOGGED + 1]), LONGEST_LOGGED)
+    if isinstance(value, bool):
+        return name, value
+    if isinstance(value, int) and -_LARGEST <= value < _LARGEST:
+        return name, int(value)
+    if isinstance(value, float):
+        return name, float(value)
+    raise ValueError(f"the log field {name} must be text, a number of 64 bits or a boolean, not {_describe(value)}")
 
 
 def _parse_tag(name: object, value: object) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from tlstunnel.addresses import OriginAddress
 from tlstunnel.edge.destinations import Destinations, refuse_destination
+from tlstunnel.edge.limits import LogFields
 from tlstunnel.edge.values import to_worker_request
 from tlstunnel.edge.worker import MAX_LATE, Call, Worker
 from tlstunnel.handshake import request as handshake
@@ -38,7 +39,7 @@ class Directions:
 
     `request` is the request as the worker changed it, `edits` are the changes of its head, and `outcome` is for the
     record. `pool` has the origin at `address`; both are None if the worker chose no origin. `until` is the Unix time at
-    which the tunnel ends, None for no limit. `tags` are each "name=value".
+    which the tunnel ends, None for no limit. `tags` are each "name=value". `log` is for the record.
     """
 
     request: handshake.UpgradeRequest
@@ -48,6 +49,7 @@ class Directions:
     address: OriginAddress | None = None
     until: float | None = None
     tags: tuple[str, ...] = ()
+    log: LogFields = ()
 
     def refuse(self, reason: str) -> Refusal:
         """Return the refusal if the origin's name resolves to an address that the worker may not choose."""
@@ -120,9 +122,18 @@ class Edge:
         pool = None if result.address is None else self.destinations.pool(result.address)
         self._count(WorkerOutcome.FORWARDED)
         if result.until is not None and result.until <= time.time():
-            raise Refusal(403, Reason.WORKER_EXPIRED, "the time until which the tunnel may be open is over")
+            expired = Refusal(403, Reason.WORKER_EXPIRED, "the time until which the tunnel may be open is over")
+            expired.log = result.log
+            raise expired
         return Directions(
-            result.request, result.edits, WorkerOutcome.FORWARDED, pool, result.address, result.until, result.tags
+            result.request,
+            result.edits,
+            WorkerOutcome.FORWARDED,
+            pool,
+            result.address,
+            result.until,
+            result.tags,
+            result.log,
         )
 
     def _handle_failure(

@@ -16,7 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy
 
 from tlstunnel.addresses import OriginAddress, quoted
 from tlstunnel.config import FIELD_NAME, KEPT_FIELD
-from tlstunnel.edge.limits import join_tags, parse_tags, parse_until
+from tlstunnel.edge.limits import LogFields, LogValue, join_log, join_tags, parse_log, parse_tags, parse_until
 from tlstunnel.firewall.facts import Facts, normalise_path
 from tlstunnel.handshake import request as handshake
 from tlstunnel.handshake.connection import Connection
@@ -85,6 +85,7 @@ class WorkerRequest:
     _original: handshake.UpgradeRequest = dataclasses.field(kw_only=True, repr=False)
     _until: float | None = dataclasses.field(kw_only=True, repr=False, default=None)
     _tags: tuple[str, ...] = dataclasses.field(kw_only=True, repr=False, default=())
+    _log: LogFields = dataclasses.field(kw_only=True, repr=False, default=())
 
     @property
     def until(self) -> float | None:
@@ -166,6 +167,7 @@ class WorkerRequest:
         subprotocols: Iterable[str] | None = None,
         until: datetime | float | None = None,
         tags: Mapping[str, str] | None = None,
+        log: Mapping[str, LogValue] | None = None,
     ) -> "WorkerRequest":
         """Return a changed copy of this request. If the worker returns it, it is sent to the origin.
 
@@ -180,6 +182,7 @@ class WorkerRequest:
         - `until`: when the tunnel ends: a datetime with a time zone, or a Unix time in seconds. If it is over when the
           worker returns, the client gets a 403.
         - `tags`: up to 8 names and values, such as ``{"user": "42"}``, by which the tunnel is listed and ended.
+        - `log`: up to 8 names and values, such as ``{"room": "7"}``, for the field ``edge_log`` of the record.
 
         What is not passed stays as it is. Raises EdgeError.
         """
@@ -207,11 +210,13 @@ class WorkerRequest:
             joined = self._tags if tags is None else join_tags(self._tags, parse_tags(tags))
         except ValueError as error:
             raise InvalidLimit(str(error)) from None
+        logged = self._log if log is None else _join_log(self._log, log)
         return dataclasses.replace(
             self,
             origin=self.origin if origin is None else origin,
             _until=ends,
             _tags=joined,
+            _log=logged,
             _facts=Facts(changed, facts.connection, normalise_path(changed.target.partition(b"?")[0]), facts.seconds),
             _edits=self._edits.then(edits),
             _address=address,
@@ -223,12 +228,14 @@ class Reply:
     """A refusal: a `status` from 300 to 599, and a `body` of bytes, or of text, which is sent as UTF-8.
 
     A list as a value in `headers` makes several fields of that name. ``Content-Type`` is plain text unless `headers`
-    set it. The tunnel adds ``Content-Length``, ``Connection`` and ``X-Request-Id``. Raises EdgeError.
+    set it. The tunnel adds ``Content-Length``, ``Connection`` and ``X-Request-Id``. `log` is for the record, as that of
+    `WorkerRequest.forward`. Raises EdgeError.
     """
 
     status: int
     body: str | bytes = b""
     headers: Mapping[str, FieldValue] = dataclasses.field(default_factory=dict)
+    log: Mapping[str, LogValue] = dataclasses.field(default_factory=dict, kw_only=True)
     _refusal: Refusal = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -245,6 +252,7 @@ class Reply:
         body = self.body if isinstance(self.body, bytes) else self.body.encode("utf-8", "backslashreplace")
         # Built now, so that changing `headers` later has no effect.
         refusal = Refusal(int(self.status), Reason.WORKER_REPLY, "", self._build_fields(), body=bytes(body))
+        refusal.log = _join_log((), self.log)
         object.__setattr__(self, "_refusal", refusal)
 
     def _build_fields(self) -> Fields:
@@ -275,7 +283,7 @@ def to_worker_request(request: handshake.UpgradeRequest, connection: Connection,
 class Forwarded:
     """A worker's decision to forward: the changed request, the edits of its head, and the origin, if it chose one.
 
-    `until` is the Unix time at which the tunnel ends. `tags` are each "name=value".
+    `until` is the Unix time at which the tunnel ends. `tags` are each "name=value". `log` is for the record.
     """
 
     request: handshake.UpgradeRequest
@@ -283,6 +291,7 @@ class Forwarded:
     address: OriginAddress | None
     until: float | None = None
     tags: tuple[str, ...] = ()
+    log: LogFields = ()
 
 
 def to_outcome(result: object, request: WorkerRequest) -> Forwarded | Refusal:
@@ -299,7 +308,14 @@ def to_outcome(result: object, request: WorkerRequest) -> Forwarded | Refusal:
         raise EdgeError("a worker must return the request that it was called with; this one is another client's")
     changed = result._facts.request
     assert isinstance(changed, handshake.UpgradeRequest)
-    return Forwarded(changed, result._edits, result._address, result._until, result._tags)
+    return Forwarded(changed, result._edits, result._address, result._until, result._tags, result._log)
+
+
+def _join_log(before: LogFields, log: Mapping[str, LogValue]) -> LogFields:
+    try:
+        return join_log(before, parse_log(log))
+    except ValueError as error:
+        raise EdgeError(str(error)) from None
 
 
 def _parse_origin(origin: str) -> OriginAddress:

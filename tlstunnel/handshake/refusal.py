@@ -18,7 +18,8 @@ class Refusal(Exception):
 
     `reason` is a short fixed word for the record, `text` a sentence for the reader of the response. Neither contains
     anything that a client sent; `detail` may (it is only logged, escaped). `body` is the response's body if it is not
-    made from `text`, such as an edge worker's; `fields` then include its Content-Type.
+    made from `text`, such as an edge worker's; `fields` then include its Content-Type. `log` is what the worker adds to
+    the record.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - a response and its record
@@ -31,6 +32,7 @@ class Refusal(Exception):
         self.fields = fields
         self.detail = detail
         self.body = body
+        self.log: tuple[tuple[str, str | int | float | bool], ...] = ()
 
 
 def render_refusal(refusal: Refusal, request_id: str | None) -> bytes:

@@ -82,6 +82,7 @@ async def refuse(turn: Turn, refusal: Refusal) -> None:
     """Send the client a refusal and end the connection."""
     client, record = turn.client, turn.record
     record.status, record.verdict, record.detail = refusal.status, Decision.REFUSED, printable(refusal.detail)
+    record.edge_log = refusal.log or record.edge_log
     client.set_timeout(client.serving.timeouts.close)
     try:
         await client.channel.send(render_refusal(refusal, record.id), last=True)

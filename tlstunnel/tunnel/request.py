@@ -111,3 +111,4 @@ async def call_worker(turn: Turn) -> None:
     client.set_timeout(edge.timeout)
     turn.directions = directions = await edge.call(request, turn.connection, client.channel)
     turn.request, turn.record.edge, turn.record.tags = directions.request, directions.outcome, directions.tags
+    turn.record.edge_log = directions.log
