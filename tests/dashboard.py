@@ -1,8 +1,6 @@
 """A tunnel with its dashboard in a browser, and clients that count what they do, to compare the two."""
 
 import contextlib
-import json
-import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -215,6 +213,13 @@ class Dashboard:
         self.dialog.get_by_role("button", name="Log in").click()
         self.page.locator('#session:text-is("Log out operator")').wait_for()
 
+    def log_out(self) -> None:
+        """Log out."""
+        self.page.locator("#session").click()
+        self.dialog.get_by_role("button", name="Log out").click()
+        self.page.locator('#session:text-is("Log in")').wait_for()
+        self.close_dialogs()
+
     def close_dialogs(self) -> None:
         """Close all dialogs."""
         while self.dialog.count():
@@ -233,13 +238,6 @@ def dashboard_to(tunnel: Tunnel, home: Path) -> Iterator[Dashboard]:
         yield Dashboard(page, tunnel)
 
 
-def number_in(text: str) -> int:
-    """Return the first number in a text, with its commas."""
-    found = re.search(r"\d[\d,]*", text)
-    assert found is not None, text
-    return int(found[0].replace(",", ""))
-
-
 def free_port() -> int:
     """Return a port of loopback that nothing uses at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -251,8 +249,3 @@ def render_bytes(size: int) -> str:
     if size < 1000:
         return f"{size} B"
     return f"{size / 1000:.1f} kB" if size < 100_000 else f"{size / 1000:.0f} kB"
-
-
-def quoted(text: str) -> str:
-    """Return a text for a selector."""
-    return json.dumps(text)

@@ -140,6 +140,7 @@ async def _converse(port: int, context: ssl.SSLContext, seconds: float) -> None:
                 host="127.0.0.1",
                 port=port,
                 ssl=context,
+                compression=None,
                 local_addr=(f"127.0.0.{random.randint(2, 9)}", 0),
             ) as client:
                 for _ in range(random.randint(10, 400)):

@@ -240,10 +240,37 @@ def test_a_tunnel_is_ended_by_who_has_logged_in(dashboard: Dashboard) -> None:
         assert second.is_open()
         dashboard.close_dialogs()
         dashboard.wait_rows("Open tunnels", 1)
-        dashboard.page.locator("#session").click()
-        dashboard.dialog.get_by_role("button", name="Log out").click()
-        expect(dashboard.dialog.get_by_role("status")).to_contain_text("logged out")
-        expect(dashboard.page.locator("#session")).to_have_text("Log in")
+        dashboard.log_out()
+
+
+def test_a_throttle_is_set_and_lifted(dashboard: Dashboard) -> None:
+    dashboard.show("sites")
+    dashboard.log_in()
+    dashboard.view.get_by_role("button", name="localhost").click()
+    dashboard.dialog.get_by_role("button", name="Throttle").click()
+    dashboard.dialog.get_by_label("Rate").fill("often")
+    dashboard.dialog.get_by_label("Why").fill("a <b>flood</b>")
+    dashboard.dialog.get_by_label("It is against abuse").check()
+    dashboard.dialog.get_by_role("button", name="Throttle").click()
+    expect(dashboard.dialog.locator(".result.bad")).to_contain_text("often")
+    (fault,) = dashboard.faults
+    assert "409" in fault or "400" in fault
+    dashboard.faults.clear()
+    dashboard.dialog.get_by_label("Rate").fill("5000/minute")
+    dashboard.dialog.get_by_role("button", name="Throttle").click()
+    expect(dashboard.dialog.locator(".result.good")).to_contain_text("New handshakes of localhost above 5000/minute")
+    dashboard.close_dialogs()
+    (row,) = dashboard.wait_rows("Throttles", 1)
+    assert (row["Why"], row["Who"]) == ("a <b>flood</b>", "token operator")
+    dashboard.show("overview")
+    expect(dashboard.panel("Attention")).to_contain_text("New handshakes of localhost are throttled to 5000/minute")
+    dashboard.show("sites")
+    dashboard.panel("Throttles").locator("tbody button").click()
+    dashboard.dialog.get_by_role("button", name="Release").click()
+    expect(dashboard.dialog.locator(".result.good")).to_have_text("1 throttle was lifted.")
+    dashboard.close_dialogs()
+    dashboard.wait_rows("Throttles", 0)
+    dashboard.log_out()
 
 
 def _read_to_end(sock: ssl.SSLSocket) -> bool:

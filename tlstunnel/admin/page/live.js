@@ -67,11 +67,13 @@ export class Live {
     this.wait = Math.min(this.wait * 2, LONGEST_WAIT);
     this.retryAt = performance.now() + wait;
     this.timer = setTimeout(() => this.connect(), wait);
-    this.change("gone");
+    // The admin process is replaced at an upgrade. It is soon back, and that is nothing to be alarmed about.
+    this.change(this.state === "live" ? "connecting" : "gone");
   }
 
   check() {
-    if (this.state === "live" && !document.hidden && performance.now() - this.heard > STALE_AFTER) this.change("stale");
+    const late = this.heard > 0 && !document.hidden && performance.now() - this.heard > STALE_AFTER;
+    if (late && (this.state === "live" || this.state === "connecting")) this.change("stale");
     else if (this.state === "gone" || this.state === "stale") this.onState(this.state, this.retryIn());
   }
 
@@ -81,8 +83,8 @@ export class Live {
   }
 
   change(state) {
-    // Between attempts it stays "gone": a banner that comes and goes helps nobody.
-    if (state === this.state || (state === "connecting" && this.state === "gone")) return;
+    // Between attempts it stays "gone" or "stale": a banner that comes and goes helps nobody.
+    if (state === this.state || (state === "connecting" && this.state !== "live")) return;
     this.state = state;
     this.onState(state, this.retryIn());
   }

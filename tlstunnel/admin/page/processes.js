@@ -37,7 +37,7 @@ export function processesView(app) {
       { title: "Id", number: true, text: (one) => String(one.process) },
       { title: "Version", text: (one) => one.version },
       { title: "Memory", number: true, hide: true, text: (one) => (one.pss_kib == null ? "–" : bytes(one.pss_kib * 1024)) },
-      { title: "More", wide: true, hide: true, text: (one) => one.more },
+      { title: "More", wrap: true, hide: true, text: (one) => one.more },
     ],
     empty: "There is no ledger and no other process.",
   });
@@ -48,7 +48,7 @@ export function processesView(app) {
     columns: [
       { title: "When", text: (load) => moment(load.at) },
       { title: "What", text: (load) => load.what },
-      { title: "Result", node: (load) => (load.problems?.length ? badge("bad", "failed, nothing changed") : badge("good", load.changes?.length ? counted(load.changes.length, "change") : "no change")) },
+      { title: "Result", node: resultOf },
       { title: "Generation", number: true, hide: true, text: (load) => count(load.generation) },
       { title: "Version", hide: true, text: (load) => load.version },
       { title: "Who", hide: true, text: (load) => load.who || "–" },
@@ -63,7 +63,7 @@ export function processesView(app) {
     panel("Processes", h("div", { class: "buttons" },
       h("button", { type: "button", click: reload, text: "Reload …" }),
       h("button", { type: "button", class: "dangerous", click: drain, text: "Drain …" })), summary, problems, table.element),
-    h("div", { class: "columns" }, panel("Helpers of the tunnel", null, others.element), panel("Configuration", h("button", { type: "button", class: "quiet", click: openConfiguration, text: "Show it" }), loads.element)),
+    h("div", { class: "columns" }, panel("Other processes", null, others.element), panel("Configuration", h("button", { type: "button", class: "quiet", click: openConfiguration, text: "Show it" }), loads.element)),
   );
 
   function openLoad(load) {
@@ -143,6 +143,12 @@ export function processesView(app) {
       others.update([overview.ledger && { ...overview.ledger, role: "ledger", more: describeLedger(overview.ledger, now) }, overview.admin && { ...overview.admin, role: "admin", more: "this page, plans and notices" }].filter(Boolean));
     },
   };
+}
+
+function resultOf(load) {
+  if (load.problems?.length) return badge("bad", "failed, nothing changed");
+  if (load.what === "start") return badge("good", "loaded");
+  return badge("good", load.changes?.length ? counted(load.changes.length, "change") : "no change");
 }
 
 function describeLedger(ledger, now) {

@@ -2,7 +2,7 @@
 
 import { h, setText } from "./dom.js";
 
-/** A table. `columns` have a `title`, and `text(row)` or `node(row)`; also `number`, `sort` (a name), `wide`, `hide`
+/** A table. `columns` have a `title`, and `text(row)` or `node(row)`; also `number`, `sort` (a name), `wide` (cut off), `wrap`, `hide`
  * (on a phone). A `tall` one scrolls by itself. `key(row)` names a row. `onOpen(row)` makes the first column a button. `onSort(name)` sorts. */
 export class Table {
   constructor({ caption, columns, key, onOpen, onSort, empty, tall = false }) {
@@ -85,7 +85,7 @@ export class Table {
 }
 
 function classes(column) {
-  return [column.number && "number", column.wide && "wide", column.hide && "hide"].filter(Boolean).join(" ") || null;
+  return [column.number && "number", column.wide && "wide", column.wrap && "wrap", column.hide && "hide"].filter(Boolean).join(" ") || null;
 }
 
 function replaceIfDifferent(cell, node) {
