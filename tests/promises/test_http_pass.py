@@ -354,6 +354,8 @@ def test_a_response_before_the_end_of_the_body_does_not_cut_the_upload_off(raw: 
         assert len(seen.partition(b"\r\n\r\n")[2]) == 1 << 20
         record = tunnel.wait_record(lambda record: record.get("path") == "/upload")
         assert record["reason"] == "responded"
+        assert 1 << 20 < record["up"] < (1 << 20) + 2_000
+        assert record["down"] > len(b"ok")
 
 
 @pytest.mark.parametrize("body", [OK, b""])

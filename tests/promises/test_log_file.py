@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.harness import PROGRAM, TIMEOUT, Certificate, RawOrigin, Tunnel, connect_tls, echo_bytes, eventually, upgrade
 from tests.promises.firewalled import config_for
+from tlstunnel.processes.reach import send_command
 
 
 def read(*files: Path) -> list[dict[str, Any]]:
@@ -71,3 +72,22 @@ def test_a_file_that_cannot_be_opened_is_an_error(certificate: Certificate, tmp_
     )
     assert result.returncode == 1
     assert f"log.file: {tmp_path}/missing/tunnel.log: cannot be opened: No such file or directory" in result.stderr
+
+
+def test_an_upgrade_keeps_the_hashes_and_the_loads(certificate: Certificate, tmp_path: Path) -> None:
+    log = tmp_path / "tunnel.log"
+    top = f'[log]\nfile = "{log}"\naddress = "hash"\n'
+    with RawOrigin(echo_bytes) as origin:
+        with Tunnel(None, certificate, config=config_for(origin.address, certificate, top=top)) as tunnel:
+            for path in ("/before", "/after"):
+                with connect_tls(tunnel) as client:
+                    assert upgrade(client, path=path).status == 101
+                tunnel.wait_records(1 if path == "/before" else 2)
+                if path == "/before":
+                    tunnel.run_command("upgrade")
+            loads = send_command(tunnel.control, {"do": "loads"})["loads"]
+        assert [load["what"] for load in loads] == ["upgrade", "start"]
+        assert "uid" in loads[0]["who"]
+    clients = {line["path"]: line["client"] for line in read(log) if line["event"] == "connection"}
+    assert clients["/before"] == clients["/after"]
+    assert {"ready", "upgraded", "stopped"} <= {line["event"] for line in read(log)}

@@ -129,4 +129,7 @@ class Record:
 
 def _show(value: bytes) -> str:
     """Return what a client sent, as ASCII and cut. Only as much is escaped as is shown."""
-    return shorten(value[: MAX_FIELD + 1].decode("latin-1").encode("unicode_escape").decode("ascii"), MAX_FIELD)
+    text = value[: MAX_FIELD + 1].decode("latin-1")
+    if not (text.isascii() and text.isprintable() and "\\" not in text):
+        text = text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= MAX_FIELD else shorten(text, MAX_FIELD)
