@@ -89,3 +89,18 @@ def test_a_drain_is_seen_at_once(certificate: Certificate, tmp_path: Path, how: 
         assert tunnel.wait() == 0
         if waiting is not None:
             waiting.wait()
+
+
+@pytest.mark.parametrize(("style", "shown"), [("prefix", "127.0.0.0/24"), ("hash", "~")])
+def test_addresses_are_shown_as_the_log_shows_them(
+    certificate: Certificate, tmp_path: Path, style: str, shown: str
+) -> None:
+    with administered(certificate, tmp_path, top=f'log.address = "{style}"') as tunnel:
+        admin = Admin(tunnel)
+        assert shown in admin.get("/api/v1/session")["who"]
+        assert admin.ask("GET", "/api/v1/status", token="wrong").status == 401
+        admin.log_in()
+        assert all(
+            shown in record["client"] for event in ("token refused", "login") for record in tunnel.records(event)
+        )
+        assert not [line for line in tunnel.log.splitlines() if '"127.0.0.1"' in line and "listening" not in line]

@@ -48,6 +48,12 @@ MOST_BODY = 65_536
 READY_SECONDS = 0.1
 """How long an answer about readiness holds: whoever asks more often gets the same one."""
 
+READY_TIMEOUT = 2.0
+"""How long the parent may take to say whether it is ready; it takes a millisecond."""
+
+ANSWER_SECONDS = 30.0
+"""How long it may take to answer what is asked."""
+
 BEGUN_SECONDS = 0.3
 """How long a command may take to fail that is only begun. Then the response says that it goes on."""
 
@@ -127,6 +133,8 @@ class AdminApp:
             return await endpoint.handle(request, identity)
         except Unacceptable as refusal:
             return make_refusal(refusal)
+        except TimeoutError:
+            return make_error(503, "the parent process does not respond")
         except TlstunnelError as error:
             return make_error(409 if isinstance(error, ControlError) else 503, *error.problems)
 
@@ -183,8 +191,9 @@ class AdminApp:
         if path == "/healthz":
             return make_json({"alive": True})
         try:
-            fields = await self._ask_readiness()
-        except TlstunnelError:
+            async with asyncio.timeout(READY_TIMEOUT):
+                fields = await self._ask_readiness()
+        except (TlstunnelError, TimeoutError):
             fields = {"ready": False, "reason": "the parent process does not respond"}
         return make_json(fields, 200 if fields.get("ready") else 503)
 
@@ -278,7 +287,11 @@ class AdminApp:
         if route.accepted:
             return await self._begin(work)
         # Carried out to its end, also if the client does not wait for it: half an action is worse than none.
-        fields = await asyncio.shield(work) if route.type.acts else await work
+        if route.type.acts:
+            fields = await asyncio.shield(work)
+        else:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                fields = await work
         if route.one and not fields.get(route.one):
             raise Unacceptable(404, "there is none with this name or id")
         return make_json(fields)
@@ -296,7 +309,8 @@ class AdminApp:
 
     async def _report_overview(self, request: Request, _: Identity | None) -> Response:
         _refuse_parameters(request)
-        return make_json(await self._live.make_overview())
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return make_json(await self._live.make_overview())
 
     async def _report_history(self, request: Request, _: Identity | None) -> Response:
         parameters = check_query(request.scope["query_string"].decode("latin-1"))

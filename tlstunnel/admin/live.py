@@ -22,6 +22,8 @@ from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import Status
 from tlstunnel.commands.records import WatchRecords
 from tlstunnel.errors import TlstunnelError
+from tlstunnel.journal.events import Event
+from tlstunnel.journal.logger import structlog
 
 MOST_WATCHERS = 32
 
@@ -223,13 +225,22 @@ class Live:
             if any(one.wants("records") for one in watching):
                 self._ask_for_records()
             if any(one.wants("overview") for one in watching):
-                with contextlib.suppress(TlstunnelError):  # the parent is being replaced; the next one has it
-                    message = b'{"overview":%b}' % msgspec.json.encode(await self._compute())
-                    for watcher in self._watchers:
-                        if watcher.wants("overview"):
-                            watcher.offer_overview(message)
+                await self._offer_overview()
             due = max(due + TICK_SECONDS, loop.time())
             await asyncio.sleep(due - loop.time())
+
+    async def _offer_overview(self) -> None:
+        try:
+            overview = await self._compute()
+        except TlstunnelError:  # the parent is being replaced; the next overview is there
+            return
+        except Exception as error:
+            structlog.get_logger().error(Event.ADMIN_REQUEST_FAILED, exc_info=error)
+            return
+        message = b'{"overview":%b}' % msgspec.json.encode(overview)
+        for watcher in self._watchers:
+            if watcher.wants("overview"):
+                watcher.offer_overview(message)
 
     def _ask_for_records(self) -> None:
         now = time.monotonic()
