@@ -1,6 +1,6 @@
 """How this program was started, how to start it again, and whether its package on disk was replaced since.
 
-Tested by tests/promises/test_upgrade.py.
+Tested by tests/unit/test_program.py and tests/promises/test_upgrade.py.
 """
 
 import importlib
@@ -44,11 +44,18 @@ IMPORTED_LATER = ("cel", "re2", "limits", "multidict", "hiredis")
 
 
 def _list_files() -> Iterator[tuple[str, int, int]]:
-    paths = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.lua")]
+    """Return the files of the package, as they are on disk. An installation may remove some meanwhile."""
+    # Not `rglob`, which raises if a folder is removed meanwhile.
+    files = [Path(folder, name) for folder, _, names in os.walk(PACKAGE) for name in names]
+    paths = [path for path in files if path.suffix in {".py", ".lua"}]
     paths += [Path(spec.origin) for name in IMPORTED_LATER if (spec := importlib.util.find_spec(name)) and spec.origin]
     for path in paths:
-        stat = path.stat()
-        yield str(path), stat.st_ino, stat.st_mtime_ns
+        try:
+            stat = path.stat()
+        except OSError:  # it has just been removed, or is the lock of an editor, a link to nowhere
+            yield str(path), 0, 0
+        else:
+            yield str(path), stat.st_ino, stat.st_mtime_ns
 
 
 _AT_START = frozenset(_list_files())
@@ -56,10 +63,7 @@ _AT_START = frozenset(_list_files())
 
 def is_package_replaced() -> bool:
     """Return whether a module imported now could be of another release than the modules imported so far. Takes 2 ms."""
-    try:
-        return frozenset(_list_files()) != _AT_START
-    except OSError:
-        return True
+    return frozenset(_list_files()) != _AT_START
 
 
 def import_when_needed(module: str, needed_for: str) -> ModuleType:
