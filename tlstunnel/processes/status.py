@@ -28,6 +28,7 @@ from tlstunnel.processes.slots import Slots
 async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
     """Return the state of every process."""
     now = time.time()
+    throttles = fleet.overseer.rules  # before processes are asked: those that respond have been told of these
     loads, counts = await asyncio.gather(fleet.loads(), fleet.request_ledger_load())
     ledger = fleet.wiring.ledger
     return StatusResult(
@@ -43,7 +44,7 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         admin=_describe_admin(fleet.overseer.find(), now),
         throttles=[
             ThrottleStatus(rule.site, rule.amount, rule.window, rule.until, len(rule.addresses))
-            for rule in fleet.overseer.rules
+            for rule in throttles
         ],
         shortages=[str(shortage) for shortage in fleet.resources.shortages.values()],
         election=_describe_election(fleet),
