@@ -86,6 +86,11 @@ class Machines:
         self._folder = folder
         self.number = 0
         self.parents: list[Parent] = []
+        self._ended: list[Parent] = []
+
+    async def stop(self) -> None:
+        for parent in (*self.parents, *self._ended):
+            await parent.stop()
 
     async def start(self, name: str) -> Parent:
         folder = self._folder / name
@@ -101,6 +106,12 @@ class Machines:
         await asyncio.gather(*parent.start())
         parent.mark_started()
         return parent
+
+    def end(self, parent: Parent) -> None:
+        """Send no more samples to this machine, and have its parent start nothing any more."""
+        self.parents.remove(parent)
+        self._ended.append(parent)
+        parent.ending = "killed"
 
     async def until(self, expected: tuple[int, int], *parents: Parent) -> float:
         """Send samples until the histories of these machines, or of all, have these figures. Return the seconds."""
@@ -128,8 +139,7 @@ async def machines(folder: Path) -> AsyncIterator[tuple[RedisServer, Machines]]:
         try:
             yield server, made
         finally:
-            for parent in made.parents:
-                await parent.stop()
+            await made.stop()
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -163,6 +173,33 @@ def test_counts_are_right_within_a_sample_whatever_is_killed(tmp_path: Path) -> 
                 parent.tunnels -= 2
             server.start()
             await every.until((10, 14))
+
+    run(main())
+
+
+def test_counts_are_right_within_a_sample_when_a_parent_or_all_of_a_machine_is_killed(tmp_path: Path) -> None:
+    """The tunnels of a killed parent are ended, and those of a killed machine are gone: they count no longer."""
+
+    async def main() -> None:
+        async with machines(tmp_path) as (_, every):
+            one, two = await every.start("one"), await every.start("two")
+            one.tunnels = one.handshakes = 5
+            two.tunnels = two.handshakes = 1
+            await every.until((6, 6))
+            # Its parent: the ledger says so, since nobody will tell it how many tunnels there are.
+            every.end(one)
+            assert one.wiring.ledger is not None
+            one.wiring.ledger.link.close()
+            assert await every.until((1, 6), two) < 10.0, "a sample, on a machine that is not busy"
+            # All of it at once: the next tunnel with this folder says so.
+            one = await every.start("one")
+            one.tunnels = one.handshakes = 2
+            await every.until((3, 8), two)
+            every.end(one)
+            os.kill(one.pid, signal.SIGKILL)
+            one = await every.start("one")
+            one.tunnels = one.handshakes = 4
+            assert await every.until((5, 12)) < 10.0, "a sample, on a machine that is not busy"
 
     run(main())
 

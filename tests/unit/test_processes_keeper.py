@@ -1,6 +1,7 @@
 """From what the parent sends each second to the history, and what waits while that is not open."""
 
 import asyncio
+import stat
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tlstunnel.config import decode
 from tlstunnel.processes import keeper as module
 from tlstunnel.processes.keeper import Keeper
 from tlstunnel.processes.messages import Sampled
+from tlstunnel.state.folder import INSTANCE_FILE
 from tlstunnel.state.history.database import FILE_NAME
 from tlstunnel.state.history.reader import HistoryReader
 from tlstunnel.state.history.samples import MINUTE, Counts, Instance, Totals
@@ -183,6 +185,7 @@ class Machines:
     def __init__(self) -> None:
         self.others: dict[str, Instance] = {}
         self.told: list[bytes] = []
+        self.withdrawn: list[str] = []
 
     def start(self) -> None:
         pass
@@ -192,6 +195,9 @@ class Machines:
 
     def tell(self, text: bytes) -> None:
         self.told.append(text)
+
+    def withdraw(self, instance: str) -> None:
+        self.withdrawn.append(instance)
 
     def list_others(self) -> Sequence[tuple[str, bytes]]:
         return [(name, b"") for name in self.others]
@@ -230,5 +236,37 @@ def test_tunnels_that_are_gone_with_another_machine_are_reported(tmp_path: Path)
         assert lost == [{"a": 50, "b": 7}]
         keeper.tell(b"x")
         assert machines.told == [b"x"]
+
+    run(main())
+
+
+def test_the_tunnel_before_is_withdrawn_unless_it_is_this_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        machines = Machines()
+        for instance in ("a1", "a1", "b2"):
+            keeper = Keeper(tmp_path, Keep(), instance, machines)
+            keeper.start()
+            assert keeper._task is not None
+            await keeper._task
+            await keeper.close()
+        assert machines.withdrawn == ["a1"]
+        assert stat.S_IMODE((tmp_path / INSTANCE_FILE).stat().st_mode) == 0o600
+
+    run(main())
+
+
+def test_a_second_tunnel_withdraws_nobody(tmp_path: Path) -> None:
+    """It has not got the history's lock."""
+
+    async def main() -> None:
+        machines = Machines()
+        first = await opened(Keeper(tmp_path, Keep(), "a1", machines))
+        second = Keeper(tmp_path, Keep(), "b2", machines)
+        second.start()
+        await asyncio.sleep(0.1)
+        await second.close()
+        await first.close()
+        assert machines.withdrawn == []
+        assert (tmp_path / INSTANCE_FILE).read_text() == "a1\n"
 
     run(main())

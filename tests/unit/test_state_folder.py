@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tlstunnel.errors import StateError
-from tlstunnel.state.folder import find_state_folder, locate_state_folder
+from tlstunnel.state.folder import INSTANCE_FILE, find_state_folder, locate_state_folder, replace_instance
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,15 @@ def test_a_folder_that_cannot_be_written() -> None:
         find_state_folder(Path("/proc/sys"), {})
     with pytest.raises(StateError, match=r"^/proc/sys/tlstunnel: cannot be created: "):
         find_state_folder(Path("/proc/sys/tlstunnel"), {})
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"a b", b"x" * 100_000, b"*"])
+def test_what_is_no_name_of_a_tunnel_is_replaced(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / INSTANCE_FILE).write_bytes(content)
+    assert replace_instance(tmp_path, "a1") == ""
+    assert [replace_instance(tmp_path, name) for name in ("a1", "b2", "c3")] == ["", "a1", "b2"]
+
+
+def test_a_name_that_cannot_be_stored_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / INSTANCE_FILE).mkdir()
+    assert replace_instance(tmp_path, "a1") == ""

@@ -112,6 +112,27 @@ def test_a_machine_that_died_is_away_after_a_while(server: RedisServer, monkeypa
     run(main())
 
 
+def test_a_machine_that_was_killed_is_withdrawn_by_the_next(server: RedisServer) -> None:
+    """Here and for limits at once. One that lives after all comes back."""
+
+    async def main() -> None:
+        server.command("HSET", "{t}:holders", "secret", "s", "one.0", 1, "two.0", 1, "two.1", -1, "twofold.0", 1)
+        async with machine(server, "one") as one:
+            async with machine(server, "two", withdraw=False) as two:
+                await see_each_other(one, two)
+            async with machine(server, "three") as three:
+                await three.wait_for("one", "two")  # its last sample is still there
+                three.samples.withdraw("two")
+                await asyncio.gather(three.wait_for("one"), one.wait_for("three"))
+                found: Any = server.command("HKEYS", "{t}:holders")
+                assert set(found) == {b"secret", b"one.0", b"twofold.0"}
+                three.samples.withdraw("one")
+                await three.wait_for()
+                await three.wait_for("one")
+
+    run(main())
+
+
 def test_a_machine_that_is_away_for_long_is_removed(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with machine(server, "one") as one:

@@ -23,7 +23,7 @@ from tlstunnel.errors import StateError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.processes.messages import HistoryLoad, Sampled
-from tlstunnel.state.folder import find_state_folder
+from tlstunnel.state.folder import find_state_folder, replace_instance
 from tlstunnel.state.history.samples import MAX_ABSENT_SITES, MINUTE, Counts, Instance, Sampler, Totals
 from tlstunnel.state.history.store import DAYS, HOURS, MINUTES, Keep
 from tlstunnel.state.history.writer import History
@@ -63,6 +63,9 @@ class Exchange(Protocol):
 
     def decode(self, instance: str, text: bytes) -> Instance | None:
         """Return what another machine has told, None if it is not understood."""
+
+    def withdraw(self, instance: str) -> None:
+        """Tell them that this instance, which was killed, has no tunnels any more."""
 
     async def close(self, *, withdraw: bool) -> None:
         """Disconnect. With `withdraw`, this machine has no tunnels any more."""
@@ -204,6 +207,7 @@ class Keeper:
         self._problem = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_lost = on_lost
+        self._instance = instance
         self._samples = _Samples(instance, exchange, self._report_lost)
         self._thread = ThreadPoolExecutor(1, "samples")
 
@@ -279,6 +283,7 @@ class Keeper:
                 folder = await asyncio.to_thread(find_state_folder, self._configured, os.environ)
                 history = self._history = await History.open(folder, self._keep, lock_wait=LOCK_SECONDS)
                 self._run(functools.partial(self._samples.begin, history))
+                await self._withdraw_killed(folder)
             except (StateError, OSError) as error:
                 if str(error) != self._problem:
                     self._problem = str(error)
@@ -286,6 +291,12 @@ class Keeper:
                 delay = RETRIES.after(delay)
                 await asyncio.sleep(delay)
         self._problem = ""
+
+    async def _withdraw_killed(self, folder: Path) -> None:
+        """Tell other machines that the tunnel is gone that kept this history before, if it could not do so itself."""
+        before = await asyncio.to_thread(replace_instance, folder, self._instance)
+        if before and self._exchange is not None:
+            self._exchange.withdraw(before)
 
     def _report_lost(self, lost: Mapping[str, int]) -> None:
         if self._loop is not None:

@@ -315,7 +315,8 @@ class LedgerProcess(RoleProcess):
         self._leaving = asyncio.ensure_future(self._report_leaving())  # the parent replaces this process
 
     def _handle_parent_exit(self) -> None:
-        self._stop_keeping()  # nothing will be sampled, and the next tunnel needs the file
+        # Nothing will be sampled, and the next tunnel needs the file. Other machines would count what was sampled last.
+        self._stop_keeping(withdraw=True)
         if self._election is not None:
             self._closing_election = asyncio.ensure_future(self._election.close(give_back=True))
         if self._ended_tags is not None:

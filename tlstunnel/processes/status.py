@@ -43,8 +43,7 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
         admin=_describe_admin(fleet.overseer.find(), now),
         throttles=[
-            ThrottleStatus(rule.site, rule.amount, rule.window, rule.until, len(rule.addresses))
-            for rule in throttles
+            ThrottleStatus(rule.site, rule.amount, rule.window, rule.until, len(rule.addresses)) for rule in throttles
         ],
         shortages=[str(shortage) for shortage in fleet.resources.shortages.values()],
         election=_describe_election(fleet),

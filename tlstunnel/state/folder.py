@@ -1,7 +1,9 @@
 """The folder of what outlives the tunnel, such as the history."""
 
+import contextlib
 import errno
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +11,13 @@ from tlstunnel.errors import StateError
 
 FOLDER_MODE = 0o700
 """The history says when whose site was used, so only the user of the tunnel can read it."""
+
+FILE_MODE = 0o600
+
+INSTANCE_FILE = "instance"
+"""Has the name of the tunnel that keeps the history here, or has kept it last."""
+
+_INSTANCE = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
 def find_state_folder(configured: Path | None, environ: Mapping[str, str]) -> Path:
@@ -46,6 +55,25 @@ def locate_state_folder(configured: Path | None, environ: Mapping[str, str]) -> 
     if home := environ.get("HOME", ""):
         return Path(home) / ".local" / "state" / "tlstunnel"
     raise StateError("no state folder: neither STATE_DIRECTORY, XDG_STATE_HOME nor HOME is set; set state.dir")
+
+
+def replace_instance(folder: Path, instance: str) -> str:
+    """Store the name of the tunnel that keeps the history here, and return that of the one before, "" if none is known.
+
+    For whoever has the history's lock. A tunnel that was killed as a whole could not tell other machines that it ended.
+    """
+    path = folder / INSTANCE_FILE
+    before = ""
+    with contextlib.suppress(OSError):
+        before = path.read_bytes()[:100].decode("ascii", "replace").strip()
+    if before == instance or not _INSTANCE.fullmatch(before):
+        before = ""
+    new = path.with_name(path.name + ".new")
+    with contextlib.suppress(OSError):  # on a full disk, the one before is withdrawn again at the next start
+        new.touch(FILE_MODE)
+        new.write_text(f"{instance}\n")
+        new.replace(path)
+    return before
 
 
 def _is_read_only(folder: Path) -> bool:

@@ -126,6 +126,8 @@ class SharedSamples:
         self._machines: dict[bytes, _Machine] = {}
         self._number = secrets.randbits(48)
         self._own = b""
+        self._killed = b""
+        """An instance that is to be withdrawn, "" if there is none."""
         self._new = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
@@ -147,6 +149,14 @@ class SharedSamples:
     def tell(self, text: bytes) -> None:
         """Tell the other machines this once, with the next sample. Those that start within a minute learn of it too."""
         self._telling = text
+
+    def withdraw(self, instance: str) -> None:
+        """Withdraw what an instance has told that was killed, and so could not do it itself.
+
+        Its tunnels count for nothing from now on, neither here nor for limits. If it lives after all, it comes back
+        with its next sample and its next heartbeat.
+        """
+        self._killed = instance.encode("ascii")
 
     def decode(self, instance: str, text: bytes) -> Instance | None:
         """Return the totals of another machine, None if this is no sample that is known. For any thread."""
@@ -180,6 +190,19 @@ class SharedSamples:
 
     async def _withdraw(self, connection: Connection) -> None:
         await connection.call(b"HDEL", self._numbers_key, self._instance, self._instance + _TOLD)
+
+    async def _withdraw_killed(self, connection: Connection, instance: bytes) -> None:
+        holders_key = b"%bholders" % self._prefix
+        _, holders = await asyncio.gather(
+            connection.call(b"HDEL", self._numbers_key, instance, instance + _TOLD),
+            connection.call(b"HGETALL", holders_key),
+        )
+        names = holders[::2] if isinstance(holders, list) else []
+        its = [name for name in names if isinstance(name, bytes) and name.startswith(instance + b".")]
+        if its:
+            await connection.call(b"HDEL", holders_key, *its)
+        self._machines.pop(instance, None)
+        self._killed = b""
 
     @property
     def _numbers_key(self) -> bytes:
@@ -217,6 +240,8 @@ class SharedSamples:
 
     async def _exchange(self, connection: Connection) -> None:
         """Send the own sample, and read those that are new. Raises ServerUnavailable."""
+        if self._killed:
+            await self._withdraw_killed(connection, self._killed)
         self._number += 1
         if telling := self._telling:
             await asyncio.gather(
