@@ -1,11 +1,14 @@
 """The tables of ``tlstunnel top``: every sort and filter gives the rows that it should."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tlstunnel.cli.top.details import describe_refusal
 from tlstunnel.cli.top.tables import TABLES, Tab, View, arrange
-from tlstunnel.commands.records import Refusal, StageStatus
+from tlstunnel.commands.records import Decision, Refusal, StageStatus
 from tlstunnel.commands.sites import OriginStatus, SiteStatus
 from tlstunnel.commands.tunnels import TunnelStatus
 
@@ -92,6 +95,14 @@ def test_a_filter_keeps_the_rows_that_contain_it_in_any_case(tab: Tab, data: st.
 def test_what_clients_chose_cannot_control_the_terminal(tab: Tab, data: st.DataObject) -> None:
     for row in arrange(TABLES[tab], data.draw(st.lists(ITEMS[tab], max_size=4)), View()):
         assert all(cell.isprintable() for cell in row.cells)
+
+
+def test_advice_comes_before_the_stages_whatever_they_decided() -> None:
+    stages = [StageStatus("TLS", decision) for decision in get_args(Decision)]
+    refusal = Refusal(at=0.0, process=1, record={"reason": "rule: x"}, stages=stages, advice="Change the rule.")
+    lines = describe_refusal(refusal).plain.splitlines()
+    assert [line[:15].rstrip() for line in lines[-len(stages) :]] == list(get_args(Decision))
+    assert "Change the rule." in lines[: -len(stages)]
 
 
 def test_a_site_above_its_guideline_is_noted_and_not_more() -> None:

@@ -9,16 +9,18 @@ import msgspec
 
 from tlstunnel.commands.command import Command
 
+Decision = Literal["passed", "not configured", "logged", "refused", "ended", "not reached"]
+
 
 class StageStatus(msgspec.Struct, frozen=True):
     """What a stage decided about a connection: `stage` is a name such as "tls" or "firewall: rate limits".
 
-    With "ended", the connection ended there, and the tunnel did not refuse it. `detail` is "" if there is no more to
-    say.
+    With "ended", the connection ended there, and the tunnel did not refuse it. With "not configured", the site has no
+    such check now. `detail` is "" if there is no more to say.
     """
 
     stage: str
-    decision: Literal["passed", "logged", "refused", "ended", "not reached"]
+    decision: Decision
     detail: str = ""
 
 

@@ -195,7 +195,9 @@ def _describe_passed(stage: str, record: Mapping[str, Any], checks: Checks | Non
     if logged:
         yield from logged
     else:
-        yield StageStatus(stage, "passed", _describe(stage, record, checks))
+        detail = _describe(stage, record)
+        missing = not detail and checks is not None and not _is_configured(stage, checks)
+        yield StageStatus(stage, "not configured" if missing else "passed", detail)
 
 
 def _describe_logged(stage: str, record: Mapping[str, Any], checks: Checks | None) -> Iterator[StageStatus]:
@@ -216,7 +218,7 @@ def _find_check(name: str, checks: Checks | None) -> str:
     return "firewall: rate limits" if checks is not None and name in checks.limits - checks.rules else "firewall: rules"
 
 
-def _describe(stage: str, record: Mapping[str, Any], checks: Checks | None) -> str:
+def _describe(stage: str, record: Mapping[str, Any]) -> str:
     """Return what is known of a stage that has passed the connection on."""
     client, peer, sni, origin = (record.get(name, "") for name in ("client", "peer", "sni", "origin"))
     known = {
@@ -229,11 +231,11 @@ def _describe(stage: str, record: Mapping[str, Any], checks: Checks | None) -> s
         "edge": str(record.get("edge", "")),
         "origin": f"connected to {origin}" if origin else "",
     }
-    return known.get(stage, "") or (_describe_unchecked(stage, checks) if checks is not None else "")
+    return known.get(stage, "")
 
 
-def _describe_unchecked(stage: str, checks: Checks) -> str:
-    """Return that the site has no such check, or ""."""
+def _is_configured(stage: str, checks: Checks) -> bool:
+    """Return whether the site has this check. Every site has the other stages."""
     has = {
         "firewall: address lists": checks.addresses,
         "firewall: web origin": checks.web_origins,
@@ -242,4 +244,4 @@ def _describe_unchecked(stage: str, checks: Checks) -> str:
         "firewall: managed rules": checks.managed,
         "edge": bool(checks.worker),
     }
-    return "" if has.get(stage, True) else "not configured"
+    return has.get(stage, True)

@@ -20,7 +20,7 @@ export function h(tag, properties = {}, ...children) {
     else if (name === "text") element.textContent = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false && child !== ""));
   return element;
 }
 
@@ -41,9 +41,9 @@ export function icon(level) {
   return svg;
 }
 
-/** Returns a word with the icon of its level. */
+/** Returns a word with the icon of its level, or without an icon for the level "none". */
 export function badge(level, text) {
-  return h("span", { class: `badge ${level}` }, icon(level), text);
+  return h("span", { class: `badge ${level}` }, level !== "none" && icon(level), text);
 }
 
 /** Returns a panel: a section with a heading, what stands beside it, and the content. */

@@ -7,7 +7,7 @@ import { bytes, count, counted, duration, moment, perSecond, time } from "./form
 import { Table } from "./table.js";
 
 const MOST_RECORDS = 200;
-const DECISIONS = { passed: "good", logged: "warn", refused: "bad", ended: "warn", "not reached": "info" };
+const DECISIONS = { passed: "good", logged: "warn", refused: "bad", ended: "warn", "not configured": "none", "not reached": "none" };
 
 export function handshakesView(app) {
   // Recent refusals.
@@ -181,14 +181,14 @@ function verdictOf(record) {
 }
 
 function describeRefusal(refusal) {
-  const stages = h("ol", { class: "stages" }, ...(refusal.stages ?? []).map((stage) => h("li", {}, badge(DECISIONS[stage.decision] ?? "info", stage.decision), h("strong", { text: stage.stage }), stage.detail && h("span", { text: stage.detail }))));
+  const stages = h("ol", { class: "stages" }, ...(refusal.stages ?? []).map((stage) => h("li", {}, badge(DECISIONS[stage.decision] ?? "none", stage.decision), h("strong", { text: stage.stage }), stage.detail && h("span", { text: stage.detail }))));
   return [
     h("p", { class: "note", text: `${moment(refusal.at)}, process ${refusal.process}` }),
-    h("h3", { text: "What every stage decided" }),
-    refusal.stages?.length ? stages : h("p", { text: "Nothing is known about its stages." }),
     refusal.advice && h("h3", { text: "How to change that" }),
     refusal.advice && h("p", { text: refusal.advice }),
     refusal.document && h("p", { class: "note", text: `See ${refusal.document}.` }),
+    h("h3", { text: "What every stage decided" }),
+    refusal.stages?.length ? stages : h("p", { text: "Nothing is known about its stages." }),
     h("h3", { text: "Its record" }),
     recordFacts(refusal.record),
   ].filter(Boolean);

@@ -5,8 +5,6 @@ Tested by tests/e2e/test_top.py.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from datetime import datetime
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -17,7 +15,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
-from tlstunnel.cli.tables import render_age, render_size
+from tlstunnel.cli.top.details import describe_item, describe_refusal
 from tlstunnel.cli.top.headline import Headline
 from tlstunnel.cli.top.source import Items, Source
 from tlstunnel.cli.top.tables import TABLES, Row, Tab, View, arrange
@@ -303,52 +301,3 @@ class Top(App[None]):
         with contextlib.suppress(StopIteration):
             return next(item for item in self._items.items if identify(item) == row.key)
         return None
-
-
-def describe_refusal(refusal: Refusal) -> Text:
-    """Return what every stage decided about a connection, and how to change that."""
-    text = Text()
-    for name in ("id", "client", "site", "path", "status", "reason", "detail"):
-        if value := refusal.record.get(name):
-            text.append(f"{name:8} ", "dim").append(f"{printable(str(value))}\n")
-    text.append(f"{'time':8} ", "dim").append(f"{datetime.fromtimestamp(refusal.at):%Y-%m-%d %H:%M:%S}\n\n")
-    if refusal.advice:
-        text.append(f"{refusal.advice}\n", "bold")
-    if refusal.document:
-        text.append(f"see {refusal.document}\n", "dim")
-    text.append("\n")
-    styles = {"passed": "green", "logged": "yellow", "refused": "bold red", "not reached": "dim"}
-    for stage in refusal.stages:
-        text.append(f"{stage.decision:12}", styles[stage.decision]).append(stage.stage)
-        text.append(f"  {printable(stage.detail)}\n" if stage.detail else "\n", "dim")
-    return text
-
-
-def describe_item(item: object) -> Text:
-    """Return the fields of a tunnel or an origin."""
-    text = Text()
-    for name, value in _list_fields(item):
-        text.append(f"{name:15} ", "dim").append(f"{printable(value)}\n")
-    return text
-
-
-def _list_fields(item: Any) -> Iterator[tuple[str, str]]:
-    for name in item.__struct_fields__:
-        value = getattr(item, name)
-        match name, value:
-            case _, "" | None | [] | {} | ():
-                continue
-            case "up" | "down", int():
-                yield name, render_size(value)
-            case "rate", float():
-                yield name, f"{render_size(value)}/s"
-            case "seconds", float():
-                yield "age", render_age(value)
-            case "opened" | "until" | "problem_at", float():
-                yield name, f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M:%S}"
-            case _, dict():
-                yield name, " ".join(f"{key}={one}" for key, one in value.items())
-            case _, list():
-                yield name, ", ".join(map(str, value))
-            case _:
-                yield name, str(value)
