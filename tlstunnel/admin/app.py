@@ -4,8 +4,8 @@ Tested by tests/promises/test_admin_security.py, test_admin_api.py and test_admi
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from tlstunnel.admin.responses import add_fields, make_error, make_file, make_js
 from tlstunnel.admin.routes import PREFIX, ApiRoute, list_routes
 from tlstunnel.admin.sessions import LASTS_SECONDS
 from tlstunnel.admin.static import load_files
+from tlstunnel.admin.turns import Recent, Turns
 from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import Ready
 from tlstunnel.config.admin import Access
@@ -45,8 +46,8 @@ MOST_HEAD = 16_384
 MOST_BODY = 65_536
 """Bytes of a request's body."""
 
-READY_SECONDS = 0.1
-"""How long an answer about readiness holds: whoever asks more often gets the same one."""
+RECENT_SECONDS = 0.1
+"""How long readiness and metrics hold: whoever asks more often gets the same ones."""
 
 READY_TIMEOUT = 2.0
 """How long the parent may take to say whether it is ready; it takes a millisecond."""
@@ -94,8 +95,10 @@ class AdminApp:
         self._access = access
         self._ask = ask
         self._live = live
+        self._turns = Turns()
         self.histories = histories
-        self._ready: tuple[float, asyncio.Future[Mapping[str, Any]]] | None = None
+        self._ready = Recent(lambda: ask(Ready(), "a health check"), RECENT_SECONDS)
+        self._metrics = Recent(lambda: ask(Metrics(), "a scrape"), RECENT_SECONDS)
         self._begun: set[asyncio.Future[Any]] = set()
         self._log = structlog.get_logger()
         self._endpoints = [*self._list_pages(), *self._list_api()]
@@ -192,16 +195,10 @@ class AdminApp:
             return make_json({"alive": True})
         try:
             async with asyncio.timeout(READY_TIMEOUT):
-                fields = await self._ask_readiness()
+                fields = await self._ready.get()
         except (TlstunnelError, TimeoutError):
             fields = {"ready": False, "reason": "the parent process does not respond"}
         return make_json(fields, 200 if fields.get("ready") else 503)
-
-    async def _ask_readiness(self) -> Mapping[str, Any]:
-        now = time.monotonic()
-        if self._ready is None or (now - self._ready[0] > READY_SECONDS and self._ready[1].done()):
-            self._ready = now, asyncio.ensure_future(self._ask(Ready(), "a health check"))
-        return await asyncio.shield(self._ready[1])
 
     # --- pages --------------------------------------------------------------------------------------------------------
 
@@ -248,9 +245,9 @@ class AdminApp:
             response.headers.append("set-cookie", render_cookie("", secure=secure, seconds=0))
         return response
 
-    async def _render_metrics(self, request: Request, identity: Identity | None) -> Response:
+    async def _render_metrics(self, request: Request, _: Identity | None) -> Response:
         _refuse_parameters(request)
-        result = msgspec.convert(await self._ask(Metrics(), _who(identity)), MetricsResult)
+        result = msgspec.convert(await self._metrics.get(), MetricsResult)
         text, media_type = render(result.snapshot, ",".join(request.headers.getlist("accept")))
         return Response(text, 200, {"content-type": media_type, "vary": "Accept"})
 
@@ -270,11 +267,12 @@ class AdminApp:
 
     def _make_api(self, route: ApiRoute) -> Endpoint:
         async def handle(request: Request, identity: Identity | None) -> Response:
-            return await self._carry_out(route, request, _who(identity))
+            return await self._carry_out(route, request, identity)
 
         return _make(route.method, PREFIX + route.path, handle, route.access, acts=route.type.acts)
 
-    async def _carry_out(self, route: ApiRoute, request: Request, who: str) -> Response:
+    async def _carry_out(self, route: ApiRoute, request: Request, identity: Identity | None) -> Response:
+        who = _who(identity)
         inside = request.path_params
         parameters = check_query(request.scope["query_string"].decode("latin-1"))
         if route.method == "POST":
@@ -283,18 +281,24 @@ class AdminApp:
             command = route.parse_body(await _read_body(request), inside)
         else:
             command = route.parse_query(parameters, inside)
-        work = asyncio.ensure_future(self._ask(command, who))
-        if route.accepted:
-            return await self._begin(work)
-        # Carried out to its end, also if the client does not wait for it: half an action is worse than none.
-        if route.type.acts:
-            fields = await asyncio.shield(work)
+        if not route.type.acts:
+            async with asyncio.timeout(ANSWER_SECONDS), self._take_turn(request, identity):
+                fields = await self._ask(command, who)
         else:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                fields = await work
+            work = asyncio.ensure_future(self._ask(command, who))
+            if route.accepted:
+                return await self._begin(work)
+            # Carried out to its end, also if the client does not wait for it: half an action is worse than none.
+            fields = await asyncio.shield(work)
         if route.one and not fields.get(route.one):
             raise Unacceptable(404, "there is none with this name or id")
         return make_json(fields)
+
+    def _take_turn(self, request: Request, identity: Identity | None) -> AbstractAsyncContextManager[None]:
+        """Wait until something may be read. Raises Unacceptable."""
+        # Anybody at any address counts once, as loopback has many addresses.
+        is_anybody = identity is not None and identity.anonymous and _peer_of(request).uid is None
+        return self._turns.take("anybody" if is_anybody else _who(identity), request.scope["state"]["is_gone"])
 
     async def _begin(self, work: "asyncio.Future[Mapping[str, Any]]") -> Response:
         self._begun.add(work)
@@ -312,7 +316,7 @@ class AdminApp:
         async with asyncio.timeout(ANSWER_SECONDS):
             return make_json(await self._live.make_overview())
 
-    async def _report_history(self, request: Request, _: Identity | None) -> Response:
+    async def _report_history(self, request: Request, identity: Identity | None) -> Response:
         parameters = check_query(request.scope["query_string"].decode("latin-1"))
         known = HistoryQuery.__struct_fields__
         if not parameters.keys() <= set(known):
@@ -323,7 +327,8 @@ class AdminApp:
             raise Unacceptable(400, f"invalid parameter: {error}") from None
         if self.histories is None:
             raise Unacceptable(503, "no history can be kept; the log says why")
-        return make_json(await self.histories.read(query))
+        async with self._take_turn(request, identity):
+            return make_json(await self.histories.read(query))
 
     async def _report_session(self, request: Request, identity: Identity | None) -> Response:
         """Report who one is, for the dashboard."""

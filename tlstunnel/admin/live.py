@@ -17,6 +17,7 @@ import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tlstunnel.admin.overview import Overview, Overviews
+from tlstunnel.admin.turns import Recent
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.metrics import Metrics, MetricsResult
 from tlstunnel.commands.processes import Status
@@ -34,6 +35,9 @@ MOST_SENT = 50
 """Records in a message."""
 
 TICK_SECONDS = 1.0
+
+RECENT_SECONDS = 0.5
+"""How old an overview may be: whoever asks more often gets the same one. Rates over a shorter time say little."""
 
 ASK_SECONDS = 5.0
 """How often processes are asked to go on sending records; they stop after twice as long."""
@@ -147,7 +151,7 @@ class Live:
         self._ask = ask
         self._watchers: dict[Watcher, Callable[[], bool]] = {}
         self._overviews = Overviews()
-        self._computing: asyncio.Task[Overview] | None = None
+        self._recent = Recent(self._compute, RECENT_SECONDS)
         self._ticking: asyncio.Task[None] | None = None
         self._asked = 0.0
         self._asking: asyncio.Task[None] | None = None
@@ -192,9 +196,9 @@ class Live:
         Rates need two moments, so without watchers this takes a second.
         """
         if time.time() - self._overviews.last > 2 * TICK_SECONDS:
-            await self._compute()
+            await self._recent.get()
             await asyncio.sleep(TICK_SECONDS)
-        return await self._compute()
+        return await self._recent.get()
 
     def take_records(self, records: list[dict[str, Any]], left_out: int) -> None:
         """Give watchers these records."""
@@ -204,10 +208,11 @@ class Live:
 
     async def close(self) -> None:
         """Stop."""
-        tasks = [task for task in (self._ticking, self._asking, self._computing) if task is not None]
+        tasks = [task for task in (self._ticking, self._asking) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._recent.close()
 
     async def _wait_until_forbidden(self, watcher: Watcher) -> None:
         while self._watchers.get(watcher, lambda: False)():  # noqa: ASYNC110 - a login ends by the clock too
@@ -231,7 +236,7 @@ class Live:
 
     async def _offer_overview(self) -> None:
         try:
-            overview = await self._compute()
+            overview = await self._recent.get()
         except TlstunnelError:  # the parent is being replaced; the next overview is there
             return
         except Exception as error:
@@ -253,12 +258,6 @@ class Live:
             await self._ask(WatchRecords(seconds=2 * ASK_SECONDS), WHO)
 
     async def _compute(self) -> Overview:
-        """Return an overview of now; whoever asks while one is computed gets the same one."""
-        if self._computing is None or self._computing.done():
-            self._computing = asyncio.ensure_future(self._compute_one())
-        return await asyncio.shield(self._computing)
-
-    async def _compute_one(self) -> Overview:
         status, metrics = await asyncio.gather(self._ask(Status(), WHO), self._ask(Metrics(), WHO))
         result = msgspec.convert(metrics, MetricsResult)
         return self._overviews.add(result.now, result.snapshot, status)

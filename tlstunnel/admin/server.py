@@ -237,12 +237,20 @@ class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return No
         self._upgraded = False
         self._busy = False
         self._lingering = False
+        self._refused = False
         self._connection.begin(transport)
         peer = describe_peer(transport, self.app_state["show"])
-        self.app_state = {**self.app_state, "peer": peer, "abort": self._connection.abort}
+        self.app_state = {
+            **self.app_state,
+            "peer": peer,
+            "abort": self._connection.abort,
+            "is_gone": transport.is_closing,
+        }
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if not (self._busy or self._lingering) and self.conn.trailing_data[0] == b"":
             self._connection.set_deadline(HEAD_SECONDS)  # the begin of a request
         try:
@@ -257,6 +265,22 @@ class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return No
         self._connection.set_deadline(None, waiting=False)
         super().handle_websocket_upgrade(event)
 
+    def send_400_response(self, msg: str) -> None:
+        """Respond to what is no request, and read for a moment what comes behind: to close at once would reset it."""
+        body = msg.encode("ascii", "replace")
+        fields = [
+            ("Content-Type", "text/plain; charset=utf-8"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
+        response = h11.Response(status_code=400, headers=fields, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._refused = True
+        self._connection.set_deadline(LINGER_SECONDS)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._update()
@@ -267,7 +291,7 @@ class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return No
 
     def _update(self) -> None:
         """Set the deadline for what is awaited now."""
-        if self._upgraded or self.transport.is_closing():
+        if self._upgraded or self._refused or self.transport.is_closing():
             return
         cycle = self.cycle
         if cycle is None or cycle.response_complete:

@@ -1,0 +1,40 @@
+"""What clients of the admin address do, tunnels and the operator do not notice."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import Certificate, RawOrigin, Tunnel, echo_bytes
+from tests.promises.administered import ALICE, Admin, administered
+from tests.promises.listed import clients_of
+
+
+@pytest.fixture(scope="module")
+def tunnel(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tunnel]:
+    with (
+        RawOrigin(echo_bytes) as origin,
+        administered(certificate, tmp_path_factory.mktemp("admin"), origin=origin.address) as tunnel,
+    ):
+        yield tunnel
+
+
+@pytest.fixture
+def admin(tunnel: Tunnel) -> Admin:
+    return Admin(tunnel)
+
+
+def test_who_asks_all_the_time_takes_little_of_serving_processes(admin: Admin, tunnel: Tunnel) -> None:
+    """A list of 50 tunnels costs a serving process more than a millisecond. These clients do not wait for it."""
+    requests = 1_000
+    with clients_of(tunnel, 50):
+        port = admin.port
+        request = f"GET /api/v1/tunnels?limit=1000 HTTP/1.1\r\nHost: {admin.host}\r\n\r\n".encode()
+        before = tunnel.cpu_seconds()
+        for _ in range(requests):
+            with socket.create_connection(("127.0.0.1", port), 30) as sock:
+                sock.sendall(request)
+        # The operator, who has a token, is not among those who wait.
+        assert admin.get("/api/v1/tunnels", token=ALICE)["total"] == 50
+        used = tunnel.cpu_seconds() - before
+        assert used < 0.0005 * requests
