@@ -1,19 +1,22 @@
 """How fast the dashboard is there, and what it costs the processes that serve while somebody looks at it."""
 
 import contextlib
+import json
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
-from tests.dashboard import Client, Dashboard, dashboard_config, dashboard_to
-from tests.harness import Certificate, RawOrigin, Tunnel, assert_below, echo_bytes
+from tests.dashboard import Dashboard, dashboard_config, dashboard_to
+from tests.harness import REPOSITORY, Certificate, RawOrigin, Tunnel, assert_below, echo_bytes, require
 
-ROUNDS = 7
+ROUNDS = 5
 TUNNELS = 20
-ROUND_SECONDS = 8.0
+ROUND_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -44,51 +47,80 @@ def test_the_first_paint_comes_at_once(dashboard: Dashboard) -> None:
 
 
 @pytest.mark.soak
-def test_who_looks_costs_the_serving_processes_little(dashboard: Dashboard) -> None:
+def test_who_looks_costs_the_serving_processes_little(
+    certificate: Certificate, tmp_path: Path, load: tuple[Path, Path]
+) -> None:
     """Rounds with the page open and without it take turns; the medians of the CPU time of a message are compared."""
-    page = dashboard.page
+    client, origin = load
     costs: dict[bool, list[float]] = {False: [], True: []}
     idle: dict[bool, list[float]] = {False: [], True: []}
-    with dashboard.clients.connected(TUNNELS) as connected:
+    with (
+        Talker(origin) as answering,
+        Tunnel(
+            None,
+            certificate,
+            config=dashboard_config(f"127.0.0.1:{answering.read()['port']}", certificate, tmp_path),
+            measured=True,
+        ) as tunnel,
+        dashboard_to(tunnel, tmp_path / "home") as dashboard,
+        Talker(client, str(tunnel.port)) as talker,
+    ):
+        talker.ask(f"open {TUNNELS} /echo")
         for number in range(2 * ROUNDS):
             looked_at = number % 2 == 1
-            page.goto("about:blank")
+            dashboard.page.goto("about:blank")
             if looked_at:
                 dashboard.show()
-            idle[looked_at].append(
-                _measure(dashboard.tunnel.pids, lambda: time.sleep(ROUND_SECONDS / 2)) / ROUND_SECONDS * 2
-            )
-            messages = 0
-
-            def converse(until: float) -> None:
-                nonlocal messages
-                while time.monotonic() < until:
-                    messages += _exchange(connected)
-
-            cpu = _measure(dashboard.tunnel.pids, lambda: converse(time.monotonic() + ROUND_SECONDS))
-            costs[looked_at].append(cpu / messages)
-    without, with_page = (statistics.median(costs[looked_at]) for looked_at in (False, True))
-    print(
-        f"CPU time of the serving processes for a message: {without * 1e6:.2f} us, with the page {with_page * 1e6:.2f}"
-    )
-    print(f"without traffic, in a second: {statistics.median(idle[False]) * 1e3:.2f} ms,", end=" ")
-    print(f"with the page {statistics.median(idle[True]) * 1e3:.2f} ms")
-    assert with_page < 1.03 * without
+            before = _cpu_seconds(tunnel.pids)
+            time.sleep(ROUND_SECONDS)
+            idle[looked_at].append((_cpu_seconds(tunnel.pids) - before) / ROUND_SECONDS)
+            before = _cpu_seconds(tunnel.pids)
+            messages = talker.ask(f"echo {TUNNELS} 100 {ROUND_SECONDS}")["messages"]
+            costs[looked_at].append((_cpu_seconds(tunnel.pids) - before) / messages)
+    without, looked = (statistics.median(costs[looked_at]) * 1e6 for looked_at in (False, True))
+    print(f"CPU time of the serving processes for a message: {without:.2f} us, with the page {looked:.2f} us")
+    without_traffic = [f"{statistics.median(idle[looked_at]) * 1e3:.2f} ms" for looked_at in (False, True)]
+    print(f"without traffic, for a second: {without_traffic[0]}, with the page {without_traffic[1]}")
+    assert looked < 1.03 * without
 
 
-def _exchange(connected: list[Client]) -> int:
-    for client in connected:
-        client.sock.sendall(b"x" * 100)
-    for client in connected:
-        client.sock.recv(100)
-    return len(connected)
+class Talker:
+    """A program of scripts/load that answers each line with a line of JSON."""
+
+    def __init__(self, program: Path, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [str(program), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def read(self) -> dict[str, Any]:
+        """Return the next line."""
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, answer
+        return answer
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Send a command, and return the answer."""
+        assert self._process.stdin is not None
+        print(command, file=self._process.stdin, flush=True)
+        return self.read()
 
 
-def _measure(pids: list[int], act: Callable[[], None]) -> float:
-    """Return the CPU time, in seconds, that these processes use while something is done."""
-    before = _cpu_seconds(pids)
-    act()
-    return _cpu_seconds(pids) - before
+@pytest.fixture
+def load() -> tuple[Path, Path]:
+    """The load generator and the origin of scripts/bench."""
+    for program in ("gcc", "make"):
+        require(program)
+    subprocess.run(["make", "--silent", "-C", str(REPOSITORY / "scripts" / "load")], check=True, timeout=60)
+    folder = REPOSITORY / "build" / "load"
+    return folder / "client", folder / "origin"
 
 
 def _cpu_seconds(pids: list[int]) -> float:
