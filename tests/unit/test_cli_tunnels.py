@@ -2,7 +2,7 @@
 
 import pytest
 
-from tlstunnel.cli.tables import align, render_age, render_size
+from tlstunnel.cli.tables import align, count, render_duration, render_size
 from tlstunnel.cli.tunnels import LONGEST_CELL, render
 from tlstunnel.commands.tunnels import TunnelsResult, TunnelStatus
 
@@ -25,9 +25,9 @@ TUNNEL = TunnelStatus(
 def test_a_tunnel_in_the_table() -> None:
     heading, line, count = render(TunnelsResult(now=0.0, total=2, tunnels=[TUNNEL], next="x"))
     assert heading.split()[:3] == ["id", "age", "site"]
-    assert line.split()[:6] == ["1f", "2", "h", "chat.test", "unix", "unix:/run/chat.sock"]
-    assert line.split()[6] == "/" + "a" * (LONGEST_CELL - 4) + "..."
-    assert line.split()[7:] == ["1.5", "KiB", "0", "B", "2", "B", "user=42\\x1b[2J"]
+    assert line.split()[:8] == ["1f", "2", "h", "1", "min", "chat.test", "unix", "unix:/run/chat.sock"]
+    assert line.split()[8] == "/" + "a" * (LONGEST_CELL - 4) + "..."
+    assert line.split()[9:] == ["1.5", "kB", "0", "B", "2", "B", "user=42\\x1b[2J"]
     assert count == "1 of 2 tunnels"
 
 
@@ -41,16 +41,34 @@ def test_processes_that_do_not_respond_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (86_400 * 3, "3 d")]
+    ("seconds", "text"),
+    [
+        (-1, "0 s"),
+        (0.2, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (5400, "1 h 30 min"),
+        (7259, "2 h"),
+        (277_300, "3 d 5 h"),
+    ],
 )
-def test_an_age(seconds: float, text: str) -> None:
-    assert render_age(seconds) == text
+def test_a_duration(seconds: float, text: str) -> None:
+    assert render_duration(seconds) == text
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3.0 TiB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1536, "1.5 kB"), (999_700, "1000 kB"), (7e15, "7000 TB")]
+)
 def test_a_size(size: int, text: str) -> None:
     assert render_size(size) == text
 
 
 def test_columns_are_below_each_other() -> None:
     assert align([["a", "b"], ["long", "c"]]) == ["a     b", "long  c"]
+    assert align([["a", "b"], ["long", "c"]], right={0}) == ["   a  b", "long  c"]
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 processes"), (1, "1 process"), (12_345, "12 345 processes")])
+def test_a_count(number: int, text: str) -> None:
+    assert count(number, "process", "processes") == text
+    assert count(number, "tunnel").endswith("tunnel" if number == 1 else "tunnels")

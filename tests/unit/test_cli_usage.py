@@ -25,10 +25,11 @@ from tests.commands import run_main
 from tests.harness import REPOSITORY, assert_below
 from tests.unit.test_plans_plot import draw_texts
 from tlstunnel.cli import usage
+from tlstunnel.cli.tables import render_size
 from tlstunnel.cli.usage.export import COLUMNS, to_cell
 from tlstunnel.cli.usage.period import STEPS, Period, parse_period
 from tlstunnel.cli.usage.rows import make_rows
-from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline, render_size
+from tlstunnel.cli.usage.text import BARS, GAP, MOST_BARS, draw_sparkline
 from tlstunnel.commands.usage import Acknowledged, Muted, Released, Throttled, UsageResult
 from tlstunnel.errors import ControlError
 from tlstunnel.plans.assessments import store_assessments
@@ -282,7 +283,7 @@ def test_a_sparkline_is_short_and_has_no_gap_that_was_none(peaks: list[int | Non
 
 def test_sizes_have_a_unit() -> None:
     assert [render_size(size) for size in (0, 999, 1000, 1_230_000, 5e9, 7e14)] == [
-        *("0 B", "999 B", "1 kB", "1.23 MB", "5 GB", "700 TB")
+        *("0 B", "999 B", "1.0 kB", "1.2 MB", "5.0 GB", "700 TB")
     ]
 
 

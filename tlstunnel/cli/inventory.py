@@ -4,7 +4,7 @@ Tested by tests/unit/test_cli_inventory.py and tests/promises/test_inventory.py.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,14 @@ import msgspec
 
 from tlstunnel.cli.control import ask_tunnel, find_control, print_errors
 from tlstunnel.cli.tables import align, render_size
+from tlstunnel.commands.command import Command
 from tlstunnel.commands.sites import (
     MOST_LISTED,
     Certificates,
-    CertificatesResult,
     CertificateStatus,
     Origins,
-    OriginsResult,
     OriginStatus,
     Sites,
-    SitesResult,
     SiteStatus,
 )
 from tlstunnel.escaping import printable, shorten
@@ -35,7 +33,7 @@ LONGEST_CELL = 50
 def show_inventory(what: str, control: Path | None, *, as_json: bool) -> None:
     """Print all sites, origins or certificates of the running tunnel. Raises ControlError."""
     with print_errors(as_json=as_json):
-        found = list(_LISTS[what](find_control(control)))
+        found = list(_list_all(find_control(control), what))
     if as_json:
         click.echo(json.dumps({"ok": True, what: msgspec.to_builtins(found)}))
         return
@@ -57,35 +55,20 @@ def _name(one: OriginStatus | CertificateStatus) -> str:
     return one.file if isinstance(one, CertificateStatus) else f"{one.site}{one.route}: {one.address}"
 
 
-def _list_sites(control: Path) -> Iterator[SiteStatus]:
-    offset, total = 0, 1
-    while offset < total:
-        result: SitesResult = ask_tunnel(control, Sites(offset=offset))
-        yield from result.sites
-        offset, total = offset + MOST_LISTED, result.total
-
-
-def _list_origins(control: Path) -> Iterator[OriginStatus]:
-    offset, total = 0, 1
-    while offset < total:
-        result: OriginsResult = ask_tunnel(control, Origins(offset=offset))
-        yield from result.origins
-        offset, total = offset + MOST_LISTED, result.total
-
-
-def _list_certificates(control: Path) -> Iterator[CertificateStatus]:
-    offset, total = 0, 1
-    while offset < total:
-        result: CertificatesResult = ask_tunnel(control, Certificates(offset=offset))
-        yield from result.certificates
-        offset, total = offset + MOST_LISTED, result.total
-
-
-_LISTS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    "sites": _list_sites,
-    "origins": _list_origins,
-    "certificates": _list_certificates,
+_COMMANDS: Mapping[str, type[Command[Any]]] = {
+    "sites": Sites,
+    "origins": Origins,
+    "certificates": Certificates,
 }
+
+
+def _list_all(control: Path, what: str) -> Iterator[Any]:
+    """Yield what there is, in as many pages as it takes. Raises ControlError."""
+    offset, total = 0, 1
+    while offset < total:
+        result = ask_tunnel(control, _COMMANDS[what](offset=offset))
+        yield from getattr(result, what)
+        offset, total = offset + MOST_LISTED, result.total
 
 
 def _make_site_row(site: SiteStatus) -> list[str]:

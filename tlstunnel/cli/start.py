@@ -90,9 +90,9 @@ class _Processes(click.ParamType[int | Literal["auto"]]):
     "admin_text",
     is_flag=False,
     flag_value=str(DEFAULT_LISTEN),
-    metavar="[HOST:PORT|unix:/PATH]",
-    help=f"Serve the dashboard, the API and metrics, instead of at the file's address.  [without a value:"
-    f" {DEFAULT_LISTEN}]",
+    metavar="[ADDRESS]",
+    help="Serve the dashboard, the API and metrics at HOST:PORT or unix:/PATH.  [default: the file's address; without"
+    f" a value: {DEFAULT_LISTEN}]",
 )
 @click.option(
     "--processes",

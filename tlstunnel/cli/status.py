@@ -13,7 +13,7 @@ import click
 from tlstunnel.cli.control import control_options, run_command
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.cli.inventory import show_inventory
-from tlstunnel.cli.tables import align, render_age, render_size
+from tlstunnel.cli.tables import align, count, render_duration, render_size
 from tlstunnel.metrics import families
 from tlstunnel.metrics.families import Family
 
@@ -52,7 +52,7 @@ def show_processes(control: Path | None, *, as_json: bool) -> None:
     rows = [
         [
             *(str(one[name]) for name in ("process", "generation", "version")),
-            render_age(one["seconds"]),
+            render_duration(one["seconds"]),
             one["state"],
             *("?" if one[name] is None else str(one[name]) for name in ("tunnels", "handshakes")),
             _render_memory(one["pss_kib"]),
@@ -81,7 +81,7 @@ def show_processes(control: Path | None, *, as_json: bool) -> None:
 def _make_row(name: str, process: Mapping[str, Any]) -> list[str]:
     return [
         *(str(process[key]) for key in ("process", "generation", "version")),
-        render_age(process["seconds"]),
+        render_duration(process["seconds"]),
         name,
         "",
         "",
@@ -99,7 +99,7 @@ def _render_election(election: Mapping[str, Any]) -> str:
 
 def _render_throttle(throttle: Mapping[str, Any]) -> str:
     addresses = throttle["addresses"]
-    who = throttle["site"] + (f" for {addresses} address{'es' if addresses > 1 else ''}" if addresses else "")
+    who = throttle["site"] + (f" for {count(addresses, 'address', 'addresses')}" if addresses else "")
     rate = f"{throttle['amount']} new handshakes in {throttle['window']} s"
     return f"throttled: {who}, to {rate}, until {datetime.fromtimestamp(throttle['until'], UTC):%Y-%m-%d %H:%M} UTC"
 

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from tlstunnel.cli.control import ask_tunnel, control_options, find_control, print_errors
 from tlstunnel.cli.examples import render_examples
-from tlstunnel.cli.tables import align, render_age, render_size
+from tlstunnel.cli.tables import align, count, group, render_duration, render_size
 from tlstunnel.commands.tunnels import MOST_LISTED, EndTunnels, Order, Tunnels, TunnelsResult, TunnelStatus
 from tlstunnel.config.durations import Duration
 from tlstunnel.escaping import printable, shorten
@@ -108,13 +108,13 @@ def end(*, tunnel: str, why: str, yes: bool, control: Path | None, as_json: bool
         found = find_control(control)
         if not yes and not as_json and _is_wide(wanted):
             total = ask_tunnel(found, Tunnels(limit=0, **filters)).total
-            click.confirm(f"End {_count(total)}?", abort=True)
+            click.confirm(f"End {count(total, 'tunnel')}?", abort=True)
             wanted = msgspec.structs.replace(wanted, confirm=True)
         result = ask_tunnel(found, wanted)
     if as_json:
         click.echo(json.dumps({"ok": True, **msgspec.to_builtins(result)}))
         return
-    click.echo(f"{_count(result.number)} ended{', other machines are told' if result.announced else ''}")
+    click.echo(f"{count(result.number, 'tunnel')} ended{', other machines are told' if result.announced else ''}")
     if result.problem:
         click.echo(f"other machines: {result.problem}", err=True)
     if result.silent:
@@ -145,13 +145,10 @@ def render(result: TunnelsResult) -> Iterator[str]:
     if result.tunnels:
         yield from align([HEADINGS, *map(_to_cells, result.tunnels)])
     listed = len(result.tunnels)
-    yield _count(result.total) if listed == result.total else f"{listed} of {_count(result.total)}"
+    total = count(result.total, "tunnel")
+    yield total if listed == result.total else f"{group(listed)} of {total}"
     if result.silent:
         yield f"without those of processes that do not respond: {', '.join(map(str, result.silent))}"
-
-
-def _count(number: int) -> str:
-    return "1 tunnel" if number == 1 else f"{number} tunnels"
 
 
 def _to_cells(tunnel: TunnelStatus) -> Sequence[str]:
@@ -159,7 +156,7 @@ def _to_cells(tunnel: TunnelStatus) -> Sequence[str]:
     tags = ", ".join(f"{name}={value}" for name, value in tunnel.tags.items())
     return (
         printable(tunnel.id),
-        render_age(tunnel.seconds),
+        render_duration(tunnel.seconds),
         *(shorten(text, LONGEST_CELL) for text in texts),
         render_size(tunnel.up),
         render_size(tunnel.down),

@@ -4,12 +4,12 @@ Tested by tests/unit/test_cli_top.py.
 """
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.text import Text
 
-from tlstunnel.cli.tables import render_age, render_size
+from tlstunnel.cli.tables import render_duration, render_size
 from tlstunnel.commands.records import Decision, Refusal
 from tlstunnel.escaping import printable
 
@@ -29,7 +29,7 @@ def describe_refusal(refusal: Refusal) -> Text:
     for name in ("id", "client", "site", "path", "status", "reason", "detail"):
         if value := refusal.record.get(name):
             text.append(f"{name:8} ", "dim").append(f"{printable(str(value))}\n")
-    text.append(f"{'time':8} ", "dim").append(f"{datetime.fromtimestamp(refusal.at):%Y-%m-%d %H:%M:%S}\n\n")
+    text.append(f"{'time':8} ", "dim").append(f"{_render_time(refusal.at)}\n\n")
     if refusal.advice:
         text.append(f"{refusal.advice}\n", "bold")
     if refusal.document:
@@ -60,12 +60,16 @@ def _list_fields(item: Any) -> Iterator[tuple[str, str]]:
             case "rate", float():
                 yield name, f"{render_size(value)}/s"
             case "seconds", float():
-                yield "age", render_age(value)
+                yield "age", render_duration(value)
             case "opened" | "until" | "problem_at", float():
-                yield name, f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M:%S}"
+                yield name, _render_time(value)
             case _, dict():
                 yield name, " ".join(f"{key}={one}" for key, one in value.items())
             case _, list():
                 yield name, ", ".join(map(str, value))
             case _:
                 yield name, str(value)
+
+
+def _render_time(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"

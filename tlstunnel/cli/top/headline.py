@@ -7,7 +7,7 @@ import msgspec
 from rich.text import Text
 
 from tlstunnel.admin.overview import Overview, Overviews
-from tlstunnel.cli.tables import render_size
+from tlstunnel.cli.tables import count, render_size
 from tlstunnel.cli.top.source import Source
 from tlstunnel.commands.metrics import Metrics
 from tlstunnel.commands.processes import Status
@@ -41,14 +41,14 @@ def render_overview(overview: Overview) -> Text:
         SEPARATOR.join(
             [
                 f", generation {overview.generation}{older}{ending}",
-                _count(len(overview.processes), "process", "processes"),
+                count(len(overview.processes), "process", "processes"),
                 f"{overview.memory / 2**20:.0f} MiB",
-                _count(overview.totals.opened, "tunnel", "tunnels") + " since the start",
+                count(overview.totals.opened, "tunnel") + " since the start",
             ]
         )
     )
     text.append("\n")
-    text.append(_count(overview.tunnels, "tunnel", "tunnels"), "bold")
+    text.append(count(overview.tunnels, "tunnel"), "bold")
     rates = [
         "",
         f"{overview.handshakes_per_second:.1f}/s opened",
@@ -65,7 +65,3 @@ def render_overview(overview: Overview) -> Text:
         if one["state"] == "not responding":
             text.append(f"\nprocess {one['process']} does not respond", "bold red")
     return text
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"

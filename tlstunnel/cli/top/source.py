@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from tlstunnel.cli.control import ask_tunnel
 from tlstunnel.cli.top.tables import Tab
 from tlstunnel.commands.command import Command, ResultT
 from tlstunnel.commands.records import Refusals
 from tlstunnel.commands.sites import Origins, Sites
 from tlstunnel.commands.tunnels import MOST_LISTED, EndTunnels, Tunnels, TunnelsEnded
-from tlstunnel.processes.reach import send_command
 
 MOST_REFUSALS = 500
 
@@ -36,8 +34,7 @@ class Source:
 
     def ask(self, command: Command[ResultT]) -> ResultT:
         """Have a command carried out, and return its result."""
-        response = send_command(self._control, {"do": command.name, **msgspec.to_builtins(command)})
-        return msgspec.convert(response, command.result)  # type: ignore[return-value]  # it is ResultT
+        return ask_tunnel(self._control, command)
 
     def list_items(self, tab: Tab, site: str) -> Items:
         """Return what a table shows: of a site, or of all if it is empty."""

@@ -5,10 +5,10 @@ Tested by tests/unit/test_cli_top.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tlstunnel.cli.tables import render_age, render_size
+from tlstunnel.cli.tables import render_duration, render_size
 from tlstunnel.commands.records import Refusal
 from tlstunnel.commands.sites import OriginStatus, SiteStatus
 from tlstunnel.escaping import printable
@@ -80,7 +80,7 @@ def _size(heading: str, get: Callable[[Any], float], unit: str = "") -> Column:
 
 
 def _age(heading: str, get: Callable[[Any], float]) -> Column:
-    return Column(heading, lambda item: render_age(get(item)), get, number=True)
+    return Column(heading, lambda item: render_duration(get(item)), get, number=True)
 
 
 def _describe_standing(site: SiteStatus) -> str:
@@ -104,7 +104,7 @@ def _of_record(name: str) -> Callable[[Refusal], str]:
 
 
 def _render_time(refusal: Refusal) -> str:
-    return f"{datetime.fromtimestamp(refusal.at):%H:%M:%S}"
+    return f"{datetime.fromtimestamp(refusal.at, UTC):%H:%M:%S}"
 
 
 TABLES: dict[Tab, Table] = {

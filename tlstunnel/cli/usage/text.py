@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from tlstunnel.cli.tables import UNKNOWN, align, count, group, render_duration, render_size
 from tlstunnel.cli.usage.gather import Report, SiteReport, render_time
 from tlstunnel.cli.usage.rows import Row
 from tlstunnel.commands.usage import Throttled
@@ -31,8 +32,6 @@ _COLOURS = {
 
 _RESOURCES: dict[Resource, str] = {"tunnels": "tunnels", "handshakes": "handshakes", "bytes": "bytes", "cpu": "CPU"}
 
-_NOTHING = "-"
-
 
 def render_table(report: Report) -> Iterator[str]:
     """Return the lines about all sites: first those whose standing weighs most, then the largest of their guideline."""
@@ -42,10 +41,10 @@ def render_table(report: Report) -> Iterator[str]:
         yield "there are no sites yet"
         return
     shown.sort(key=_weigh)
-    steps = f"{len(report.times)} {report.period.step}{'' if len(report.times) == 1 else 's'}"
+    steps = count(len(report.times), report.period.step)
     headings = ("site", "plan", "guideline", "now", "peak", "p95", "share", "standing", steps if report.times else "")
     rows = [headings, *(_to_cells(site) for site in shown)]
-    lines = _align(rows, right={2, 3, 4, 5, 6})
+    lines = iter(align(rows, right={2, 3, 4, 5, 6}))
     yield _style(next(lines), bold=True)
     for site, line in zip(shown, lines, strict=True):
         standing = site.assessment.standing if site.assessment is not None else None
@@ -59,7 +58,7 @@ def render_site(report: Report, site: SiteReport, rows: Sequence[Row], notices: 
     plan = _describe_plan(site)
     yield f"{_style(printable(site.site), bold=True)}: {plan}"
     if site.now is not None:
-        yield f"{_count(site.now, 'tunnel')} open now"
+        yield f"{count(site.now, 'tunnel')} open now"
     assessment = site.assessment
     if assessment is not None:
         yield _colour(f"{assessment.standing} since {render_time(assessment.since)}", assessment.standing)
@@ -96,15 +95,15 @@ def _weigh(site: SiteReport) -> tuple[float, float, float, str]:
 
 def _to_cells(site: SiteReport) -> tuple[str, ...]:
     assessment = site.assessment
-    share = _NOTHING
+    share = UNKNOWN
     if assessment is not None and assessment.figures.share is not None and assessment.figures.resource is not None:
         share = f"{_percent(assessment.figures.share)} of {_RESOURCES[assessment.figures.resource]}"
-    standing = str(assessment.standing) if assessment is not None else _NOTHING
+    standing = str(assessment.standing) if assessment is not None else UNKNOWN
     if not site.configured:
         standing = "not configured"
     return (
         printable(site.site),
-        printable(site.label) or _NOTHING,
+        printable(site.label) or UNKNOWN,
         group(site.guideline),
         group(site.now),
         group(site.peak),
@@ -142,8 +141,7 @@ def _render_measures(site: SiteReport) -> Iterator[str]:
 
 def describe_throttle(throttle: Throttled) -> str:
     """Return in one line what a throttle does, until when, and why."""
-    number = len(throttle.addresses)
-    who = f" from {number} {'address' if number == 1 else 'addresses'}" if number else ""
+    who = f" from {count(len(throttle.addresses), 'address', 'addresses')}" if throttle.addresses else ""
     before = "against abuse" if throttle.abuse else f"after {throttle.notice}"
     return (
         f"throttled: new handshakes{who} above {printable(throttle.rate)} get 429 until {render_time(throttle.until)},"
@@ -156,7 +154,7 @@ def _describe_plan(site: SiteReport) -> str:
         return "not configured any more"
     if not site.label and site.guideline is None:
         return "no plan, so its usage is measured, and nothing else"
-    guideline = "no guideline" if site.guideline is None else f"a guideline of {_count(site.guideline, 'tunnel')}"
+    guideline = "no guideline" if site.guideline is None else f"a guideline of {count(site.guideline, 'tunnel')}"
     return f"{printable(site.label)}, {guideline}" if site.label else guideline
 
 
@@ -166,8 +164,8 @@ def _render_figures(assessment: Assessment) -> Iterator[str]:
     if figures.guideline is not None and figures.hours_measured:
         p95 = f", highest 95th percentile of a day {group(figures.p95)}" if figures.p95 is not None else ""
         yield (
-            f"over the guideline in {group(figures.hours_over)} of {_count(figures.hours_measured, 'measured hour')},"
-            f" on {_count(figures.days_over, 'day')}, for many hours on {_count(figures.days_sustained, 'day')} of the"
+            f"over the guideline in {group(figures.hours_over)} of {count(figures.hours_measured, 'measured hour')},"
+            f" on {count(figures.days_over, 'day')}, for many hours on {count(figures.days_sustained, 'day')} of the"
             f" last week; peak {group(figures.peak)}{p95}"
         )
     if figures.share is not None and figures.suggested_share is not None and figures.resource is not None:
@@ -213,7 +211,7 @@ def _render_rows(rows: Sequence[Row], report: Report, site: SiteReport) -> Itera
         cells.append((moment, *figures))
     if not day:
         cells = [(*one[:3], *one[4:]) for one in cells]
-    lines = _align(cells, right=set(range(1, len(cells[0]) - 1)))
+    lines = iter(align(cells, right=range(1, len(cells[0]) - 1)))
     yield _style(next(lines), bold=True)
     for line, high in zip(lines, over, strict=True):
         yield _style(line, fg="cyan") if high else line
@@ -222,33 +220,7 @@ def _render_rows(rows: Sequence[Row], report: Report, site: SiteReport) -> Itera
 def _describe_measured(row: Row) -> str:
     if not row.gap:
         return "all"
-    return f"{row.measured / (row.measured + row.gap):.0%}, gap {render_seconds(row.gap)}".replace("%", " %")
-
-
-def render_seconds(seconds: float) -> str:
-    """Return a time in its largest fitting unit."""
-    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds:.0f} s"
-
-
-def render_size(number: float) -> str:
-    """Return bytes in their largest fitting unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
-def group(number: float | None) -> str:
-    """Return a number with its digits grouped, as in the sentences; a dash if it is not known."""
-    return _NOTHING if number is None else f"{number:,.0f}".replace(",", " ")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{group(number)} {noun}{'' if number == 1 else 's'}"
+    return f"{row.measured / (row.measured + row.gap):.0%}, gap {render_duration(row.gap)}".replace("%", " %")
 
 
 def _percent(share: float) -> str:
@@ -263,13 +235,3 @@ def _colour(line: str, standing: Standing | None) -> str:
 def _style(text: str, *, bold: bool = False, fg: str | None = None) -> str:
     """Colour a text. Where the output is no terminal, `click.echo` takes the colours away."""
     return click.style(text, bold=bold or None, fg=fg)
-
-
-def _align(rows: Sequence[Sequence[str]], right: set[int]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
