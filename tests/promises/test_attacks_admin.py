@@ -1,13 +1,18 @@
 """What clients of the admin address do, tunnels and the operator do not notice."""
 
+import shutil
 import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.harness import Certificate, RawOrigin, Tunnel, echo_bytes
-from tests.promises.administered import ALICE, Admin, administered
+from tests.promises.administered import ALICE, Admin, administered, read_reply
 from tests.promises.listed import clients_of
+from tlstunnel.certificates import issue
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +43,24 @@ def test_who_asks_all_the_time_takes_little_of_serving_processes(admin: Admin, t
         assert admin.get("/api/v1/tunnels", token=ALICE)["total"] == 50
         used = tunnel.cpu_seconds() - before
         assert used < 0.0005 * requests
+
+
+def test_who_has_a_certificate_of_an_authority_that_was_replaced_gets_nothing_more(
+    certificate: Certificate, tmp_path: Path
+) -> None:
+    client, other = (issue.create_client("olga", tmp_path / name) for name in ("one", "other"))
+    authority = tmp_path / "ca.pem"
+    shutil.copy(client.ca, authority)
+    settings = f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\nclient_ca = "{authority}"\n'
+    context = ssl.create_default_context(cafile=certificate.ca)
+    context.load_cert_chain(client.cert, client.key)
+    with administered(certificate, tmp_path, admin=f'listen = "0.0.0.0:0"\n{settings}') as tunnel:
+        admin = Admin(tunnel, context)
+        request = f"GET /api/v1/session HTTP/1.1\r\nHost: {admin.host}\r\n\r\n".encode()
+        with admin.connect() as sock:
+            sock.sendall(request)
+            assert read_reply(sock).status == 200
+            shutil.copy(other.ca, authority)
+            tunnel.reload()
+            with suppress(ConnectionError):
+                assert sock.recv(1) == b""

@@ -170,6 +170,15 @@ def test_a_token_that_is_gone_ends_what_it_watches() -> None:
         identify(access, f"Bearer {'a' * 30}")
 
 
+def test_anybody_watches_only_while_the_address_is_local() -> None:
+    access = control()
+    identity = identify(access)
+    assert identity is not None
+    assert access.still_holds(identity)
+    access.configure([READER], is_local=False, client_access="read")
+    assert not access.still_holds(identity)
+
+
 def test_there_is_a_limit_of_sessions() -> None:
     found = Sessions(Clock())
     first, session = found.begin(ADMIN)
@@ -179,6 +188,15 @@ def test_there_is_a_limit_of_sessions() -> None:
     assert found.find(first) is None
     assert not found.is_open(session)
     assert found.find("x" * 10_000) is None
+
+
+def test_a_token_cannot_end_the_sessions_of_another() -> None:
+    found = Sessions(Clock())
+    cookie, _ = found.begin(ADMIN)
+    for _ in range(sessions.MOST + 5):
+        found.begin(READER)
+    assert len(found) == sessions.MOST
+    assert found.find(cookie) is not None
 
 
 def test_wrong_tokens_are_limited_but_lock_nobody_out() -> None:

@@ -114,4 +114,5 @@ def test_any_query(query: str) -> None:
 def test_what_a_proxy_adds_is_seen() -> None:
     assert is_proxied(["host", "x-forwarded-for"])
     assert is_proxied(["forwarded"])
+    assert is_proxied(["x-forwarded-proto"])
     assert not is_proxied(["host", "accept"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tlstunnel.config import Config, Duration, decode
 from tlstunnel.config.plans import BUILT_IN, PlanConfig, parse_contact
 from tlstunnel.config.rendering import render_toml
-from tlstunnel.config.urls import MailServer, WebURL, parse_mailbox, parse_server
+from tlstunnel.config.urls import MailServer, WebURL, hide_key, parse_mailbox, parse_server
 from tlstunnel.config.usage import Keep, Usage
 from tlstunnel.errors import ConfigurationError
 
@@ -254,3 +254,10 @@ def test_hours_and_days_are_whole() -> None:
     assert (usage.repeated.hours_looked_at, usage.sustained.days_looked_at) == (122, 4)
     assert Usage().repeated.hours_looked_at == 672
     assert str(Keep().minutes) == "24h"
+
+
+def test_where_a_notice_goes_is_shown_without_the_key() -> None:
+    assert hide_key("https://hooks.example/services/T0/" + "x" * 24) == "https://hooks.example/services/T0/(hidden)"
+    assert hide_key("https://a.example/?token=x") == "https://a.example/?(hidden)"
+    assert hide_key("mailto:ops@example.com") == "mailto:ops@example.com"
+    assert hide_key("") == ""

@@ -163,6 +163,7 @@ def test_what_is_logged_is_bounded_and_can_be_encoded(log: dict[str, Any]) -> No
 
 def test_a_text_for_the_log_is_what_it_seems() -> None:
     assert parse_log({"a": Word("b\x1b")}) == {"a": "b\\x1b"}
+    assert parse_log({"a": float("nan"), "b": float("-inf")}) == {"a": "nan", "b": "-inf"}, "JSON has none of these"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.kept import KeptRecords
-from tlstunnel.journal.record import MAX_PATH, Record
+from tlstunnel.journal.record import MAX_FIELD, MAX_PATH, Record
 
 
 def keep(kept: KeptRecords, site: str, path: str = "/", reason: str = "method", id: str = "") -> Record:  # noqa: A002
@@ -47,6 +47,17 @@ def test_without_a_site_a_flood_of_one_reason_displaces_its_own() -> None:
 def test_long_texts_are_cut() -> None:
     kept = KeptRecords()
     assert len(keep(kept, "a.test", path="/" * 10_000).path) == MAX_PATH
+
+
+def test_what_the_client_sent_counts_and_is_cut() -> None:
+    kept = KeptRecords(most_bytes=10_000)
+    for _ in range(20):
+        record = Record(id="", peer="192.0.2.1", site="a.test", reason="method", tags=("user=" + "u" * 200,))
+        record.take_headers(b"https://" + b"o" * 20_000, b"u" * 20_000)
+        assert len(record.raw_web_origin) + len(record.raw_user_agent) < 600
+        assert record.user_agent == "u" * 255 + "…" or len(record.user_agent) <= MAX_FIELD
+        kept.add(Event.CONNECTION, record)
+    assert len(kept) <= 10_000 // 1_400
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 2_000)), max_size=80))

@@ -132,6 +132,8 @@ class AccessControl:
         """Return whether they may still read what they watch: their session or token may have ended."""
         if identity.session is not None:
             return self._sessions.is_open(identity.session)
+        if identity.anonymous:
+            return self._is_local
         return identity.token is None or identity.token in self._tokens
 
     def _identify_bearer(self, peer: Peer, authorization: str) -> Identity:

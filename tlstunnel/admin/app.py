@@ -296,9 +296,7 @@ class AdminApp:
 
     def _take_turn(self, request: Request, identity: Identity | None) -> AbstractAsyncContextManager[None]:
         """Wait until something may be read. Raises Unacceptable."""
-        # Anybody at any address counts once, as loopback has many addresses.
-        is_anybody = identity is not None and identity.anonymous and _peer_of(request).uid is None
-        return self._turns.take("anybody" if is_anybody else _who(identity), request.scope["state"]["is_gone"])
+        return self._turns.take(_find_reader(request, identity), request.scope["state"]["is_gone"])
 
     async def _begin(self, work: "asyncio.Future[Mapping[str, Any]]") -> Response:
         self._begun.add(work)
@@ -351,12 +349,10 @@ class AdminApp:
             if not own and _has_cookie(socket) and "authorization" not in socket.headers:
                 raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
             identity = self._access.require(self._identify(socket), "read", None)
-            if self._live.is_full:
-                raise Unacceptable(503, "too many watch at once", headers={"Retry-After": "10"})
         except Unacceptable as refusal:
             await receive()  # websocket.connect
             return await socket.send_denial_response(make_refusal(refusal))
-        await self._live.serve(socket, lambda: self._access.still_holds(identity))
+        await self._live.serve(socket, _find_reader(socket, identity), lambda: self._access.still_holds(identity))
 
 
 def _make(method: str, path: str, handle: Handler, access: Access | None, *, acts: bool) -> Endpoint:
@@ -384,8 +380,14 @@ def _who(identity: Identity | None) -> str:
     return identity.who if identity is not None else "anybody"
 
 
+def _find_reader(connection: HTTPConnection, identity: Identity | None) -> str:
+    """Return who has a share of what there is: anybody at any address has one, as loopback has many addresses."""
+    is_anybody = identity is not None and identity.anonymous and _peer_of(connection).uid is None
+    return "anybody" if is_anybody else _who(identity)
+
+
 def _has_cookie(connection: HTTPConnection) -> bool:
-    cookies = connection.headers.get("cookie", "")
+    cookies = "; ".join(connection.headers.getlist("cookie"))
     return any(name_cookie(secure=secure) in cookies for secure in (False, True))
 
 

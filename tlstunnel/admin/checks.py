@@ -42,7 +42,7 @@ SECRET_PARAMETERS = frozenset(
 MOST_PARAMETERS = 32
 
 _AUTHORITY = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
-_PROXY_FIELDS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_PROXY_FIELDS = frozenset({"forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via"})
 
 
 class Unacceptable(Exception):
@@ -118,7 +118,7 @@ def check_query(query: str) -> dict[str, str]:
 
 def is_proxied(headers: Collection[str]) -> bool:
     """Return whether a proxy has passed the request on, so that it may come from another machine."""
-    return any(name in headers for name in _PROXY_FIELDS)
+    return any(name in _PROXY_FIELDS or name.startswith("x-forwarded") for name in headers)
 
 
 def _to_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -1,7 +1,8 @@
 """What is live: whoever watches gets the overview every second, and records of connections as they end.
 
 Nothing is computed while nobody watches, and the overview once for all. A watcher that reads slowly gets the latest
-overview and is told how many records it has missed; its queue is bounded.
+overview and is told how many records it has missed; its queue is bounded. When too many watch, who watches most often
+loses a WebSocket, so nobody can keep others from watching.
 
 Tested by tests/promises/test_admin_live.py.
 """
@@ -9,7 +10,7 @@ Tested by tests/promises/test_admin_live.py.
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
@@ -150,22 +151,20 @@ class Live:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._watchers: dict[Watcher, Callable[[], bool]] = {}
+        self._readers: dict[Watcher, str] = {}
         self._overviews = Overviews()
         self._recent = Recent(self._compute, RECENT_SECONDS)
         self._ticking: asyncio.Task[None] | None = None
         self._asked = 0.0
         self._asking: asyncio.Task[None] | None = None
 
-    @property
-    def is_full(self) -> bool:
-        """Whether there are as many watchers as there may be."""
-        return len(self._watchers) >= MOST_WATCHERS
-
-    async def serve(self, socket: WebSocket, still_allowed: Callable[[], bool]) -> None:
-        """Serve one watcher, until it goes, or is not allowed to watch any more."""
+    async def serve(self, socket: WebSocket, reader: str, still_allowed: Callable[[], bool]) -> None:
+        """Serve one watcher of this reader, until it goes, or is not allowed to watch any more."""
         await socket.accept()
         watcher = Watcher(socket)
         self._watchers[watcher] = still_allowed
+        self._readers[watcher] = reader
+        self._make_room()
         sending = asyncio.ensure_future(watcher.send())
         receiving = asyncio.ensure_future(watcher.receive(self._start))
         allowed = asyncio.ensure_future(self._wait_until_forbidden(watcher))
@@ -173,7 +172,7 @@ class Live:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            del self._watchers[watcher]
+            self._remove(watcher)
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -213,6 +212,17 @@ class Live:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._recent.close()
+
+    def _make_room(self) -> None:
+        """If there are too many watchers, remove the oldest of the reader that has the most."""
+        if len(self._readers) > MOST_WATCHERS:
+            (most, _), *_ = Counter(self._readers.values()).most_common(1)
+            self._remove(next(watcher for watcher, reader in self._readers.items() if reader == most))
+
+    def _remove(self, watcher: Watcher) -> None:
+        """Let somebody watch no more; the WebSocket ends within a second."""
+        self._watchers.pop(watcher, None)
+        self._readers.pop(watcher, None)
 
     async def _wait_until_forbidden(self, watcher: Watcher) -> None:
         while self._watchers.get(watcher, lambda: False)():  # noqa: ASYNC110 - a login ends by the clock too

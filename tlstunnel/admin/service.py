@@ -34,20 +34,33 @@ class AdminService:
         self._app = AdminApp(self._access, ask, self._live, self._histories)
         self._server = HttpServer(self._app, show)
         self._files: tuple[tuple[Path, float], ...] = ()
+        self._certificates: tuple[tuple[Path, float], ...] = ()
         self._configured: Admin | None = None
+        self._configuring = asyncio.Lock()
         self._log = structlog.get_logger()
 
     async def configure(self, admin: Admin) -> None:
         """Use these settings from now on. If a file cannot be used, nobody gets in who needs it: it is logged."""
+        async with self._configuring:
+            await self._configure(admin)
+
+    async def refresh(self) -> None:
+        """Read the files again if they have changed."""
+        async with self._configuring:  # or settings that have just been replaced would be back
+            admin = self._configured
+            if admin is not None and self._files != await asyncio.to_thread(_stat_files, admin):
+                await self._configure(admin)
+
+    async def _configure(self, admin: Admin) -> None:
         files = await asyncio.to_thread(_stat_files, admin)
         problems = Problems()
         loaded = await asyncio.to_thread(load_admin_files, admin, problems)
         for problem in problems.found:
             self._log.warning(Event.ADMIN_NOT_CONFIGURED, reason=str(problem))
-        changed = self._configured is not None and (self._configured.cert, self._configured.client_ca) != (
-            admin.cert,
-            admin.client_ca,
-        )
+        # Who was let in by a certificate stays so as long as the connection.
+        before = self._certificates
+        self._certificates = tuple(file for file in files if file[0] in {admin.cert, admin.client_ca})
+        changed = self._configured is not None and before != self._certificates
         self._configured = admin
         self._files = files
         self._access.configure(loaded.tokens, is_local=admin.is_local, client_access=admin.client_access)
@@ -56,12 +69,6 @@ class AdminService:
         self._server.use(loaded.context)
         if changed:
             self._server.close_connections()
-
-    async def refresh(self) -> None:
-        """Read the files again if they have changed."""
-        admin = self._configured
-        if admin is not None and self._files != await asyncio.to_thread(_stat_files, admin):
-            await self.configure(admin)
 
     def listen(self, sock: socket.socket | None) -> None:
         """Serve at this socket from now on."""

@@ -9,7 +9,7 @@ Tested by tests/unit/test_admin_access.py.
 
 import hmac
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ LASTS_SECONDS = 12 * 3600.0
 """How long a login lasts: a working day."""
 
 MOST = 100
-"""Sessions at once. When there are more, the oldest ends."""
+"""Sessions at once. When there are more, the oldest ends of the token that has the most, so no other loses one."""
 
 LONGEST_COOKIE = 100
 
@@ -50,8 +50,9 @@ class Sessions:
         session = Session(make_digest(cookie), token, secrets.token_urlsafe(32), self._clock() + LASTS_SECONDS)
         self._sessions[session.id] = session
         self._expire()
-        while len(self._sessions) > MOST:
-            self._sessions.popitem(last=False)
+        if len(self._sessions) > MOST:
+            (most, _), *_ = Counter(one.token for one in self._sessions.values()).most_common(1)
+            self.end(next(one for one in self._sessions.values() if one.token == most))
         return cookie, session
 
     def find(self, cookie: str) -> Session | None:

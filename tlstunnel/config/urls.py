@@ -52,6 +52,11 @@ class WebURL(msgspec.Struct, frozen=True):
         return cls(f"{scheme}://{server}{rest if rest.startswith('/') else f'/{rest}'}")
 
 
+def hide_key(address: str) -> str:
+    """Return a `mailto:` or `https:` URL as it may be shown."""
+    return str(WebURL(address)) if address.startswith("http") else address
+
+
 class Server(NamedTuple):
     """A host, which is a name or an IP address without brackets, and a port; 0 if there is none."""
 

@@ -3,6 +3,7 @@
 Tested by tests/unit/test_edge_limits.py.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -100,7 +101,8 @@ def _parse_logged(name: object, value: object) -> tuple[str, LogValue]:
     if isinstance(value, int) and -_LARGEST <= value < _LARGEST:
         return name, int(value)
     if isinstance(value, float):
-        return name, float(value)
+        number = float(value)
+        return name, number if math.isfinite(number) else str(number)  # JSON has no NaN
     raise ValueError(f"the log field {name} must be text, a number of 64 bits or a boolean, not {_describe(value)}")
 
 

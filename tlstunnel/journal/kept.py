@@ -76,5 +76,7 @@ class KeptRecords:
 
 
 def _measure(record: Record) -> int:
-    size = RECORD_BYTES + len(record.path) + len(record.detail) + len(record.reason)
+    texts = record.path, record.detail, record.reason, record.raw_web_origin, record.raw_user_agent
+    size = RECORD_BYTES + sum(map(len, (*texts, record.host, record.client_subject, *record.tags)))
+    size += sum(len(name) + len(str(value)) for name, value in record.edge_log)
     return size + len(str(record.firewall)) if record.firewall else size

@@ -61,6 +61,10 @@ class Record:
     def __post_init__(self) -> None:
         self.client = self.client or self.peer
 
+    def take_headers(self, web_origin: bytes, user_agent: bytes) -> None:
+        """Take what the client sent in these headers: no more than is shown, as a tunnel keeps it while it is open."""
+        self.raw_web_origin, self.raw_user_agent = web_origin[: MAX_FIELD + 1], user_agent[: MAX_FIELD + 1]
+
     @property
     def tags_by_name(self) -> dict[str, str]:
         """The values of the tags by their names."""

@@ -19,6 +19,7 @@ import msgspec
 from tlstunnel.addresses import quoted
 from tlstunnel.commands import usage
 from tlstunnel.config import Config
+from tlstunnel.config.urls import hide_key
 from tlstunnel.errors import ControlError, StateError
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.journal.events import Event
@@ -345,14 +346,14 @@ def _describe_mute(mute: Mute) -> usage.Muted:
 
 def _describe_notice(record: NoticeRecord) -> usage.NoticeStatus:
     return usage.NoticeStatus(
-        notice=record.notice,
+        notice=msgspec.structs.replace(record.notice, address=hide_key(record.notice.address)),
         accepted=record.accepted,
         acknowledged=record.acknowledged,
         acknowledged_by=record.acknowledged_by,
         deliveries=tuple(
             usage.DeliveryStatus(
                 channel=one.target.channel.value,
-                address=one.target.address,
+                address=hide_key(one.target.address),
                 state=one.state.value,
                 attempts=one.attempts,
                 attempted=one.attempted,

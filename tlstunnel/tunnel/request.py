@@ -41,10 +41,7 @@ async def read_request(turn: Turn) -> None:
         record.path = _path_for_log(reader.target)
     by_name = request.by_name
     record.method, record.host = request.method, request.host
-    record.raw_web_origin, record.raw_user_agent = (
-        by_name.get(b"origin", _NONE)[0],
-        by_name.get(b"user-agent", _NONE)[0],
-    )
+    record.take_headers(by_name.get(b"origin", _NONE)[0], by_name.get(b"user-agent", _NONE)[0])
     record.client_subject = client.subject
     if client.trusted:
         record.client = find_client_address(request, client.peer, serving.trusted_proxies)
