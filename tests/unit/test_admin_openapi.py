@@ -6,7 +6,7 @@ from tlstunnel.admin.access import AccessControl
 from tlstunnel.admin.app import LIVE, AdminApp
 from tlstunnel.admin.live import Live
 from tlstunnel.admin.openapi import describe
-from tlstunnel.admin.routes import PREFIX, list_routes
+from tlstunnel.admin.routes import PREFIX, ROUTES
 
 
 async def ask(*_: object) -> dict[str, object]:
@@ -29,7 +29,7 @@ def test_every_path_is_described_and_nothing_else() -> None:
 
 def test_actions_say_that_they_need_a_token() -> None:
     paths = describe()["paths"]
-    for route in list_routes():
+    for route in ROUTES:
         operation = paths[PREFIX + route.path][route.method.lower()]
         assert ("security" in operation) is route.type.acts
         assert all(one != {} for one in operation.get("security", []))

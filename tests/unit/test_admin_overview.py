@@ -8,7 +8,7 @@ import pytest
 from tlstunnel.admin.overview import MOST_REASONS, Overviews
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
-from tlstunnel.metrics.families import FAMILIES, Family
+from tlstunnel.metrics.families import INFINITE, SUM, Family
 from tlstunnel.metrics.snapshot import Snapshot
 
 STATUS: dict[str, Any] = {
@@ -101,19 +101,21 @@ def test_the_list_of_reasons_is_bounded() -> None:
     assert len(overview.refused) == MOST_REASONS
 
 
-def test_percentiles_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    family = Family("tlstunnel_handshake_stage_seconds", "histogram", ("stage",), "", (0.1, 0.2, 0.4))
-    monkeypatch.setitem(FAMILIES, family.name, family)
+def test_percentiles_of_the_last_minute() -> None:
+    family = families.HANDSHAKE_STAGE_SECONDS
     overviews = Overviews()
 
-    def at(second: float, *counts: int) -> dict[str, Any]:
-        series = [(family, ("tls", le), count) for le, count in zip((*family.buckets, "sum"), counts, strict=False)]
+    def at(second: float, **counts: int) -> dict[str, Any]:
+        bounds = {"to_100_ms": "0.1", "to_250_ms": "0.25", "to_500_ms": "0.5", "longer": INFINITE, "sum": SUM}
+        series = [(family, ("tls", bounds[name]), count) for name, count in counts.items()]
         found = overviews.add(second, snapshot(*series), STATUS).latency
         return {name: msgspec.to_builtins(one) for name, one in found.items()}
 
-    assert at(0.0, 1000) == {}, "what was before is not part of the last minute"
-    assert at(1.0, 1000, 10, 0, 0, 99) == {"tls": {"p50": 0.15, "p90": 0.19, "p99": 0.199, "count": 10}}
-    assert at(59.0, 1000, 10, 10, 0)["tls"] == {"p50": 0.2, "p90": 0.36, "p99": 0.396, "count": 20}
+    assert at(0.0, to_100_ms=1000) == {}, "what was before is not part of the last minute"
+    found = at(1.0, to_100_ms=1000, to_250_ms=10, sum=99)
+    assert found == {"tls": {"p50": 0.175, "p90": 0.235, "p99": 0.2485, "count": 10}}
+    found = at(59.0, to_100_ms=1000, to_250_ms=10, to_500_ms=10)
+    assert found["tls"] == {"p50": 0.25, "p90": 0.45, "p99": 0.495, "count": 20}
     # What is beyond the last bound is shown as that.
-    assert at(60.0, 1000, 10, 10, 980)["tls"]["p99"] == 0.4
-    assert at(200.0, 1000, 10, 10, 980) == {}
+    assert at(60.0, to_100_ms=1000, to_250_ms=10, to_500_ms=10, longer=980)["tls"]["p99"] == 10.0
+    assert at(200.0, to_100_ms=1000, to_250_ms=10, to_500_ms=10, longer=980) == {}

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlstunnel.admin.checks import Unacceptable
-from tlstunnel.admin.routes import _ROUTES, ApiRoute, list_routes
+from tlstunnel.admin.routes import ROUTES, ApiRoute
 from tlstunnel.commands.catalogue import COMMANDS
 from tlstunnel.commands.usage import MuteSite, Notices, ThrottleSite
 
-NOTICES = next(route for route in list_routes() if route.path == "/notices")
-MUTE = next(route for route in list_routes() if route.path.endswith("/mute"))
-THROTTLE = next(route for route in list_routes() if route.path.endswith("/throttle"))
+NOTICES = next(route for route in ROUTES if route.path == "/notices")
+MUTE = next(route for route in ROUTES if route.path.endswith("/mute"))
+THROTTLE = next(route for route in ROUTES if route.path.endswith("/throttle"))
 
 
-@pytest.mark.parametrize("route", list(list_routes()), ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_a_route_fits_its_command(route: ApiRoute) -> None:
     assert route.type is COMMANDS[route.command]
     assert (route.access == "full") is route.type.acts
@@ -29,7 +29,7 @@ def test_a_route_fits_its_command(route: ApiRoute) -> None:
 
 
 def test_no_path_is_there_twice() -> None:
-    assert len({(route.method, route.path) for route in _ROUTES}) == len(_ROUTES)
+    assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
 
 
 def test_parameters_of_a_query_are_converted() -> None:

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tlstunnel.admin.access import AccessControl, Identity, Peer, name_cookie, render_cookie
+from tlstunnel.admin.bodies import Alive, Begun, LoggedIn, LoggedOut, Login, SessionResult
 from tlstunnel.admin.checks import (
     Unacceptable,
     check_host,
@@ -29,7 +30,7 @@ from tlstunnel.admin.history import Histories, HistoryQuery
 from tlstunnel.admin.live import Ask, Live
 from tlstunnel.admin.openapi import describe
 from tlstunnel.admin.responses import add_fields, make_error, make_file, make_json, make_refusal
-from tlstunnel.admin.routes import PREFIX, ApiRoute, list_routes
+from tlstunnel.admin.routes import PREFIX, ROUTES, ApiRoute
 from tlstunnel.admin.sessions import LASTS_SECONDS
 from tlstunnel.admin.static import load_files
 from tlstunnel.admin.turns import Recent, Turns
@@ -75,12 +76,6 @@ class Endpoint:
     handle: Handler
     access: Access | None
     acts: bool
-
-
-class Login(msgspec.Struct, frozen=True):
-    """The body of a login."""
-
-    token: str
 
 
 class AdminApp:
@@ -192,7 +187,7 @@ class AdminApp:
 
     async def _report_health(self, path: str) -> Response:
         if path == "/healthz":
-            return make_json({"alive": True})
+            return make_json(Alive())
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 fields = await self._ready.get()
@@ -232,7 +227,7 @@ class AdminApp:
         secure = peer.secure or request.headers.get("origin", "").startswith("https:")
         token = session.token
         return make_json(
-            {"name": token.name, "access": token.access, "csrf": session.csrf, "seconds": LASTS_SECONDS},
+            LoggedIn(token.name, token.access, session.csrf, LASTS_SECONDS),
             headers={"set-cookie": render_cookie(cookie, secure=secure, seconds=LASTS_SECONDS)},
         )
 
@@ -240,7 +235,7 @@ class AdminApp:
         peer = _peer_of(request)
         if identity is not None and identity.session is not None:
             self._access.log_out(peer, identity.session)
-        response = make_json({})
+        response = make_json(LoggedOut())
         for secure in (False, True):
             response.headers.append("set-cookie", render_cookie("", secure=secure, seconds=0))
         return response
@@ -259,7 +254,7 @@ class AdminApp:
 
     def _list_api(self) -> list[Endpoint]:
         return [
-            *(self._make_api(route) for route in list_routes()),
+            *(self._make_api(route) for route in ROUTES),
             _make("GET", f"{PREFIX}/overview", self._report_overview, "read", acts=False),
             _make("GET", f"{PREFIX}/history", self._report_history, "read", acts=False),
             _make("GET", f"{PREFIX}/session", self._report_session, "read", acts=False),
@@ -302,7 +297,7 @@ class AdminApp:
         self._begun.add(work)
         work.add_done_callback(self._finish)
         done, _ = await asyncio.wait((work,), timeout=BEGUN_SECONDS)
-        return make_json(work.result() if done else {}, 200 if done else 202)
+        return make_json(work.result() if done else Begun(), 200 if done else 202)
 
     def _finish(self, work: "asyncio.Future[Mapping[str, Any]]") -> None:
         self._begun.discard(work)
@@ -332,7 +327,7 @@ class AdminApp:
         """Report who one is, for the dashboard."""
         _refuse_parameters(request)
         assert identity is not None
-        return make_json({"who": identity.who, "access": identity.access, "logged_in": identity.session is not None})
+        return make_json(SessionResult(identity.who, identity.access, identity.session is not None))
 
     # --- live ---------------------------------------------------------------------------------------------------------
 

@@ -11,73 +11,29 @@ from typing import Any
 import msgspec
 
 from tlstunnel import __version__
+from tlstunnel.admin.bodies import Alive, Begun, LoggedIn, LoggedOut, Login, Problem, SessionResult
 from tlstunnel.admin.history import HistoryQuery, HistoryResult
 from tlstunnel.admin.overview import Overview
-from tlstunnel.admin.routes import PREFIX, ApiRoute, list_routes
+from tlstunnel.admin.routes import PREFIX, ROUTES, ApiRoute
 from tlstunnel.commands.processes import ReadyResult
 
 _REFERENCE = "#/components/schemas/{name}"
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """Why a request was refused, or failed. `error` has all problems in one line."""
-
-    error: str
-    problems: list[str]
-
-
-class Alive(msgspec.Struct, frozen=True):
-    """The admin process responds."""
-
-    alive: bool
-
-
-class LoginBody(msgspec.Struct, frozen=True):
-    """A token, as in a file of `admin.tokens`."""
-
-    token: str
-
-
-class LoggedIn(msgspec.Struct, frozen=True):
-    """A session has begun, for so many seconds. `csrf` has to be sent with each action, in the field X-CSRF-Token."""
-
-    name: str
-    access: str
-    csrf: str
-    seconds: float
-
-
-class LoggedOut(msgspec.Struct, frozen=True):
-    """The session is over."""
-
-
-class SessionResult(msgspec.Struct, frozen=True):
-    """Who sends this request, and what they may do: "read", or "full" for actions too."""
-
-    who: str
-    access: str
-    logged_in: bool
-
-
-class Begun(msgspec.Struct, frozen=True):
-    """It has begun, and goes on."""
-
-
 @cache
 def describe() -> dict[str, Any]:
     """Return the description."""
-    routes = list(list_routes())
     types: list[Any] = [
-        *(route.type for route in routes),
-        *(route.type.result for route in routes),
-        *(Problem, Alive, ReadyResult, LoginBody, LoggedIn, LoggedOut, SessionResult, Begun),
+        *(route.type for route in ROUTES),
+        *(route.type.result for route in ROUTES),
+        *(Problem, Alive, ReadyResult, Login, LoggedIn, LoggedOut, SessionResult, Begun),
         *(Overview, HistoryResult, HistoryQuery),
     ]
     types = list(dict.fromkeys(types))
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     known = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for route in routes:
+    for route in ROUTES:
         paths.setdefault(PREFIX + route.path, {})[route.method.lower()] = _describe_route(route, known, components)
     paths |= _describe_others(known, components)
     description = {
@@ -105,11 +61,10 @@ def describe() -> dict[str, Any]:
 
 def _describe_route(route: ApiRoute, known: dict[Any, Any], components: dict[str, Any]) -> dict[str, Any]:
     command = route.type
-    parameters = [_describe_inside(route, components[command.__name__])]
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()} {route.path}",
         "summary": _summarise(command),
-        "parameters": [one for one in parameters if one is not None],
+        "parameters": _describe_path(route),
         "responses": _describe_responses(known[command.result], known[Problem]),
     }
     if route.accepted:
@@ -140,64 +95,39 @@ def _describe_route(route: ApiRoute, known: dict[Any, Any], components: dict[str
     return operation
 
 
-def _describe_inside(route: ApiRoute, schema: dict[str, Any]) -> dict[str, Any] | None:
+def _describe_path(route: ApiRoute) -> list[dict[str, Any]]:
+    """Describe the parameter in the path, if there is one."""
     if not route.parameter:
-        return None
+        return []
     name = route.path.partition("{")[2].partition("}")[0]
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
 
 
 def _describe_others(known: dict[Any, Any], components: dict[str, Any]) -> dict[str, Any]:
+    """Describe what is no command."""
+
+    def describe(name: str, summary: str, result: Any, **more: Any) -> dict[str, Any]:
+        responses = _describe_responses(known[result], known[Problem])
+        return {"operationId": name, "summary": summary, "responses": responses, **more}
+
+    ready = describe("ready", "Report whether new connections are accepted.", ReadyResult, security=[])
+    ready["responses"]["503"] = _describe_content("They are not.", known[ReadyResult])
+    metrics = describe("metrics", "Report the metrics for Prometheus, as OpenMetrics on request.", Problem)
+    metrics["responses"]["200"] = {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    token = {"required": True, "content": {"application/json": {"schema": known[Login]}}}
+    log_in = describe("login", "Begin a session of a browser.", LoggedIn, requestBody=token, security=[])
+    history = describe("history", "Report use over time, of a site or of all together.", HistoryResult)
     query = components[HistoryQuery.__name__]["properties"]
-    login = {"required": True, "content": {"application/json": {"schema": known[LoginBody]}}}
-    text = {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
-
-    def get(name: str, summary: str, schema: Any, **more: Any) -> dict[str, Any]:
-        return {
-            "get": {
-                "operationId": name,
-                "summary": summary,
-                "responses": _describe_responses(schema, known[Problem]),
-                **more,
-            }
-        }
-
-    ready = get("ready", "Report whether new connections are accepted.", known[ReadyResult], security=[])
-    ready["get"]["responses"]["503"] = _describe_content("They are not.", known[ReadyResult])
+    history["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     return {
-        "/healthz": get("alive", "Report that the admin process responds.", known[Alive], security=[]),
-        "/readyz": ready,
-        "/metrics": {
-            "get": {
-                "operationId": "metrics",
-                "summary": "Report the metrics for Prometheus, as OpenMetrics on request.",
-                "responses": {"200": text, "default": _describe_content("It failed.", known[Problem])},
-            }
-        },
-        "/login": {
-            "post": {
-                "operationId": "login",
-                "summary": "Begin a session of a browser.",
-                "requestBody": login,
-                "responses": _describe_responses(known[LoggedIn], known[Problem]),
-                "security": [],
-            }
-        },
-        "/logout": {
-            "post": {
-                "operationId": "logout",
-                "summary": "End the session.",
-                "responses": _describe_responses(known[LoggedOut], known[Problem]),
-            }
-        },
-        f"{PREFIX}/overview": get("overview", "Report what a glance shows.", known[Overview]),
-        f"{PREFIX}/session": get("session", "Report who one is.", known[SessionResult]),
-        f"{PREFIX}/history": get(
-            "history",
-            "Report use over time, of a site or of all together.",
-            known[HistoryResult],
-            parameters=[{"name": name, "in": "query", "schema": schema} for name, schema in query.items()],
-        ),
+        "/healthz": {"get": describe("alive", "Report that the admin process responds.", Alive, security=[])},
+        "/readyz": {"get": ready},
+        "/metrics": {"get": metrics},
+        "/login": {"post": log_in},
+        "/logout": {"post": describe("logout", "End the session.", LoggedOut)},
+        f"{PREFIX}/overview": {"get": describe("overview", "Report what a glance shows.", Overview)},
+        f"{PREFIX}/session": {"get": describe("session", "Report who sends this request.", SessionResult)},
+        f"{PREFIX}/history": {"get": history},
     }
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from tlstunnel.journal.events import Reason
 from tlstunnel.metrics import families
-from tlstunnel.metrics.families import FAMILIES, INFINITE, SUM, Family
+from tlstunnel.metrics.families import INFINITE, SUM, Family
 from tlstunnel.metrics.snapshot import Labels, Snapshot
 
 WINDOW = 60.0
@@ -23,9 +23,9 @@ RATE_SECONDS = 10.0
 MOST_REASONS = 20
 
 _STAGES = (
-    ("tlstunnel_handshake_stage_seconds", "stage", ""),
-    ("tlstunnel_firewall_check_seconds", "check", "firewall: "),
-    ("tlstunnel_handshake_seconds", "", "total"),
+    (families.HANDSHAKE_STAGE_SECONDS, "stage", ""),
+    (families.FIREWALL_CHECK_SECONDS, "check", "firewall: "),
+    (families.HANDSHAKE_SECONDS, "", "total"),
 )
 """The histograms of latencies: the family, the label that tells the stages apart, and what the names begin with."""
 
@@ -123,16 +123,8 @@ class Overviews:
             more: int = getattr(moment.totals, name) - getattr(before.totals, name)
             return round(max(more, 0) / seconds, 2)
 
-        reasons = sorted(
-            (
-                RefusedFor(reason, round(max(total - before.refused.get(reason, 0), 0) / seconds, 2), total)
-                for reason, total in moment.refused.items()
-            ),
-            key=lambda one: (-one.per_second, -one.total, one.reason),
-        )
         processes = list(status.get("processes", ()))
         others = [status.get("ledger"), status.get("admin"), {"pss_kib": status.get("pss_kib")}]
-        lag = _find_latencies(moment, first, "tlstunnel_event_loop_lag_seconds", "", "lag").get("lag")
         latency: dict[str, Latency] = {}
         for family, label, prefix in _STAGES:
             latency |= _find_latencies(moment, first, family, label, prefix)
@@ -146,7 +138,7 @@ class Overviews:
             connections_per_second=rate("connections"),
             handshakes_per_second=rate("opened"),
             refused_per_second=rate("refused"),
-            refused=reasons[:MOST_REASONS],
+            refused=_rank_reasons(moment.refused, before.refused, seconds)[:MOST_REASONS],
             up_per_second=rate("up"),
             down_per_second=rate("down"),
             latency=latency,
@@ -155,10 +147,19 @@ class Overviews:
             admin=status.get("admin"),
             shortages=list(status.get("shortages", ())),
             totals=moment.totals,
-            event_loop_lag=lag,
+            event_loop_lag=_find_latencies(moment, first, families.EVENT_LOOP_LAG_SECONDS).get(""),
             descriptors=_find_descriptors(snapshot),
             memory=1024 * sum((one or {}).get("pss_kib") or 0 for one in (*processes, *others)),
         )
+
+
+def _rank_reasons(now: Mapping[str, int], before: Mapping[str, int], seconds: float) -> list[RefusedFor]:
+    """Return the reasons of refusals, the most frequent at the moment first."""
+    refused = (
+        RefusedFor(reason, round(max(total - before.get(reason, 0), 0) / seconds, 2), total)
+        for reason, total in now.items()
+    )
+    return sorted(refused, key=lambda one: (-one.per_second, -one.total, one.reason))
 
 
 def _take(now: float, snapshot: Snapshot) -> _Moment:
@@ -170,8 +171,8 @@ def _take(now: float, snapshot: Snapshot) -> _Moment:
         up=snapshot.total(families.BYTES, direction="up"),
         down=snapshot.total(families.BYTES, direction="down"),
     )
-    names = [name for name, *_ in _STAGES] + ["tlstunnel_event_loop_lag_seconds"]
-    histograms = {name: dict(snapshot[FAMILIES[name]]) for name in names if name in FAMILIES}
+    measured = (*(family for family, *_ in _STAGES), families.EVENT_LOOP_LAG_SECONDS)
+    histograms = {family.name: dict(snapshot[family]) for family in measured}
     return _Moment(now, totals, refused, histograms)
 
 
@@ -210,12 +211,11 @@ _AFTER_OPENING = frozenset(
 """Reasons of connections that had a tunnel, or whose plain request was answered (docs/log.md)."""
 
 
-def _find_latencies(moment: _Moment, first: _Moment, name: str, label: str, prefix: str) -> dict[str, Latency]:
-    """Return the percentiles of a histogram since `first`, by what its label says."""
-    family = FAMILIES.get(name)
-    if family is None:
-        return {}
-    now, before = moment.histograms.get(name, {}), first.histograms.get(name, {})
+def _find_latencies(
+    moment: _Moment, first: _Moment, family: Family, label: str = "", prefix: str = ""
+) -> dict[str, Latency]:
+    """Return the percentiles of a histogram since `first`, by `prefix` and the value of its label."""
+    now, before = moment.histograms[family.name], first.histograms[family.name]
     counts: dict[str, dict[str, int]] = {}
     for labels, value in now.items():
         *rest, bound = labels
@@ -248,7 +248,5 @@ def _find_percentile(family: Family, counts: Mapping[str, int], rank: float) -> 
 
 def _find_descriptors(snapshot: Snapshot) -> float | None:
     """Return how much of the descriptors is used, 0 to 1, None if that was not measured."""
-    used, most = (FAMILIES.get(f"tlstunnel_open_connections{suffix}") for suffix in ("", "_limit"))
-    if used is None or most is None or not (limit := snapshot.total(most)):
-        return None
-    return round(snapshot.total(used) / limit, 4)
+    limit = snapshot.total(families.MOST_OPEN_CONNECTIONS)
+    return round(snapshot.total(families.OPEN_CONNECTIONS) / limit, 4) if limit else None

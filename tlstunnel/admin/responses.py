@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Send
 
+from tlstunnel.admin.bodies import Problem
 from tlstunnel.admin.checks import Unacceptable
 from tlstunnel.admin.static import API_POLICY, StaticFile
 
@@ -32,7 +33,7 @@ def make_json(value: Any, status: int = 200, headers: Mapping[str, str] | None =
 def make_error(status: int, problem: str, *more: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return a response that says what is wrong."""
     problems = [problem, *more]
-    return make_json({"error": "; ".join(problems), "problems": problems}, status, headers)
+    return make_json(Problem("; ".join(problems), problems), status, headers)
 
 
 def make_refusal(refusal: Unacceptable) -> Response:

@@ -1,12 +1,11 @@
 """The API: one table of paths, each with the command of `tlstunnel.commands` that it carries out.
 
-A path is there as soon as its command is in the catalogue. The parameters of the query, or the fields of the JSON body,
-are the fields of the command; those in the path too.
+The parameters of the query, or the fields of the JSON body, are the fields of the command; that in the path too.
 
 Tested by tests/unit/test_admin_routes.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,7 +80,7 @@ class ApiRoute:
 
 _FILTERS = frozenset({"site", "client", "origin", "tag", "older", "confirm"})
 
-_ROUTES = (
+ROUTES = (
     ApiRoute("GET", "/status", "status"),
     ApiRoute("GET", "/tunnels", "tunnels"),
     ApiRoute("GET", "/tunnels/{id}", "tunnels", "id", "tunnels"),
@@ -105,8 +104,3 @@ _ROUTES = (
     ApiRoute("POST", "/reload", "reload"),
     ApiRoute("POST", "/drain", "drain", accepted=True),
 )
-
-
-def list_routes() -> Iterator[ApiRoute]:
-    """Yield the routes whose command a running tunnel knows."""
-    return (route for route in _ROUTES if route.command in COMMANDS)
