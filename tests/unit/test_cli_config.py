@@ -78,7 +78,7 @@ def test_the_summary(tmp_path: Path) -> None:
         "plan      chat.example: no plan: its usage is measured, and nothing else",
         (
             "plan      b.example: Pro, for 1000 concurrent tunnels, and nothing is cut off above that; the next plan is"
-            " Business; notices to mailto:ops@b.example"
+            " Business; notices to mailto:ops@b.example need usage.notices.email; without it they go to the log"
         ),
         "limit     unfinished handshakes: 4096, per process",
         (

@@ -4,16 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from tlstunnel.config import decode
+from tlstunnel.config import Config, decode
 from tlstunnel.plans.guidelines import SitePlan, describe_plan, find_plans
 
 NONE = "no plan: its usage is measured, and nothing else"
 
 
-def found(site: str, plans: str = "") -> SitePlan:
-    notices = '[usage.notices]\nsecret_file = "s"\n'
+MAIL = 'email = "smtp://mail.example"\nsender = "tunnel@example.net"\n'
+
+
+def load(site: str, plans: str = "", notices: str = MAIL) -> Config:
+    notices = f'[usage.notices]\nsecret_file = "s"\n{notices}'
     text = f'{notices}{plans}\n[[sites]]\nnames = ["a.example"]\norigins = ["localhost:1"]\n{site}\n'
-    return find_plans(decode(text, Path("/"), "t"))["a.example"]
+    return decode(text, Path("/"), "t")
+
+
+def found(site: str, plans: str = "") -> SitePlan:
+    return find_plans(load(site, plans))["a.example"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,37 @@ def found(site: str, plans: str = "") -> SitePlan:
     ],
 )
 def test_what_a_plan_means(site: str, line: str) -> None:
-    assert describe_plan(found(site)) == line
+    assert describe_plan(found(site), load(site).usage.notices) == line
+
+
+@pytest.mark.parametrize(
+    ("contact", "notices", "end"),
+    [
+        ("", "", "; no contact, so notices go to the log"),
+        ("", 'webhook = "https://h.example/x"', "; no contact, so notices go to the webhook and the log"),
+        (
+            "",
+            f'{MAIL}operator = "mailto:o@b.example"',
+            "; no contact, so notices go to the operator, mailto:o@b.example",
+        ),
+        ("", 'operator = "https://b.example/?key=geheim"', " go to the operator, https://b.example/?(hidden)"),
+        (
+            "",
+            'operator = "mailto:o@b.example"',
+            "; notices to mailto:o@b.example need usage.notices.email; without it they go to the log",
+        ),
+        (
+            'contact = "mailto:a@b.example"',
+            'webhook = "https://h.example/x"',
+            "; notices to mailto:a@b.example need usage.notices.email; without it they go to the webhook and the log",
+        ),
+        ('contact = "mailto:a@b.example"', MAIL, "; notices to mailto:a@b.example"),
+        ('contact = "https://b.example/"', "", "; notices to https://b.example/"),
+    ],
+)
+def test_where_notices_go(contact: str, notices: str, end: str) -> None:
+    config = load(f"guideline = 9\n{contact}", notices=f"{notices}\n")
+    assert describe_plan(find_plans(config)["a.example"], config.usage.notices).endswith(end)
 
 
 def test_the_contact_is_complete() -> None:

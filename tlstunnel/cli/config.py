@@ -86,7 +86,7 @@ def _summary(config: Config) -> Iterator[str]:
     for site in config.sites:
         yield f"site      {_render_site(site)}"
     for plan in find_plans(config).values():
-        yield f"plan      {plan.site}: {describe_plan(plan)}"
+        yield f"plan      {plan.site}: {describe_plan(plan, config.usage.notices)}"
     if not config.sites:
         yield "site      none: start chooses the origin"
     yield from _render_limits(config)

@@ -7,6 +7,7 @@ import msgspec
 from tlstunnel.config import Config, SiteConfig
 from tlstunnel.config.plans import PlanConfig
 from tlstunnel.config.urls import WebURL
+from tlstunnel.config.usage import Notices
 
 
 class SitePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +66,8 @@ def _find_next(plan: PlanConfig | None, guideline: int | None, plans: Mapping[st
     return ""
 
 
-def describe_plan(plan: SitePlan) -> str:
-    """Return in one line what a site's plan means."""
+def describe_plan(plan: SitePlan, notices: Notices) -> str:
+    """Return in one line what a site's plan means, and where notices about it go."""
     if not plan.plan and plan.guideline is None:
         return "no plan: its usage is measured, and nothing else"
     name = plan.label if plan.plan else "a guideline of its own"
@@ -74,5 +75,16 @@ def describe_plan(plan: SitePlan) -> str:
         return f"{name}, without a guideline: its usage is measured, and only suspected abuse is reported"
     tunnels = "concurrent tunnel" if plan.guideline == 1 else "concurrent tunnels"
     following = f"; the next plan is {plan.next_label}" if plan.next_plan else ""
-    contact = f"notices to {plan.shown_contact}" if plan.contact else "no contact, so notices go to the log"
-    return f"{name}, for {plan.guideline} {tunnels}, and nothing is cut off above that{following}; {contact}"
+    recipients = _describe_recipients(plan, notices)
+    return f"{name}, for {plan.guideline} {tunnels}, and nothing is cut off above that{following}; {recipients}"
+
+
+def _describe_recipients(plan: SitePlan, notices: Notices) -> str:
+    operator = str(notices.operator or "")
+    recipient = plan.shown_contact or operator
+    others = "the webhook and the log" if notices.webhook is not None else "the log"
+    if not recipient:
+        return f"no contact, so notices go to {others}"
+    if recipient.startswith("mailto:") and notices.email is None:
+        return f"notices to {recipient} need usage.notices.email; without it they go to {others}"
+    return f"notices to {recipient}" if plan.contact else f"no contact, so notices go to the operator, {recipient}"
