@@ -67,6 +67,11 @@ def test_a_mail_has_the_text() -> None:
     assert read_body(mail) == TEXT.body
 
 
+def test_the_spaces_of_a_language_arrive() -> None:
+    text = Text("Anteil", "10\u00a0% de\u202f:\n\u2028\x07")
+    assert read_body(parse(compose(NOTICE, text, Envelope(SENDER, RECIPIENT)))) == "10\u00a0% de\u202f:\n\ufffd\ufffd\n"
+
+
 def test_a_mail_is_the_same_each_time() -> None:
     first, second = (bytes(compose(NOTICE, TEXT, ENVELOPE)) for _ in range(2))
     assert first == second

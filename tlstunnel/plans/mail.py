@@ -27,7 +27,7 @@ from tlstunnel.config.urls import MailServer, parse_mailbox
 from tlstunnel.escaping import printable, shorten
 from tlstunnel.plans.connection import connect, describe_failure, make_context
 from tlstunnel.plans.notices import Outcome, Result
-from tlstunnel.plans.templates import Text
+from tlstunnel.plans.templates import TYPOGRAPHIC, Text
 from tlstunnel.plans.values import Notice
 
 TIMEOUT = 60.0
@@ -64,8 +64,7 @@ def compose(notice: Notice, text: Text, envelope: Envelope, plot: bytes | None =
     message["Date"] = format_datetime(datetime.fromtimestamp(notice.created, UTC))
     message["Message-ID"] = f"<{_to_address(f'{notice.id}@{_to_address(envelope.sender).domain}')}>"
     message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no answers of programs
-    body = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text.body)
-    message.set_content(body, cte="quoted-printable")
+    message.set_content("".join(map(_clean, text.body)), cte="quoted-printable")
     if plot is not None:
         message.add_attachment(plot, maintype="image", subtype="png", filename="tunnels.png")
     return message
@@ -169,6 +168,10 @@ def _judge(error: aiosmtplib.SMTPException) -> Result:
     cause = error.__cause__
     known = isinstance(cause, OSError) and not isinstance(cause, TimeoutError)
     return Result(Outcome.FAILED, _shorten(describe_failure(cause) if known and cause else str(error)))
+
+
+def _clean(character: str) -> str:
+    return character if character.isprintable() or character in TYPOGRAPHIC else "\ufffd"
 
 
 def _to_address(mailbox: str) -> Address:

@@ -7,6 +7,7 @@ fails when there is a notice to send.
 """
 
 import difflib
+import re
 import string
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -31,6 +32,12 @@ MAX_SUBJECT = 200
 """Characters of a rendered subject. A line of a mail has 998 octets at most (RFC 5322 section 2.1.1)."""
 MAX_VALUE = 300
 """Characters of a value."""
+
+NO_BREAK_SPACES = "\u00a0\u202f"
+"""They are not printable for Python, but good typography: before a percent sign in German, a colon in French."""
+
+TYPOGRAPHIC = frozenset(f"\n{NO_BREAK_SPACES}")
+"""What a text can contain that is not printable."""
 
 _BASIC = frozenset({"id", "site", "plan", "next_plan", "sentence", "since", "created", "reply_to"})
 PLACEHOLDERS = _BASIC | frozenset(Figures.__struct_fields__) | {"suggestion"}
@@ -191,7 +198,7 @@ def _read(path: Path, problems: list[str]) -> str:
     except UnicodeDecodeError:
         problems.append(f"{path}: not UTF-8")
         return "-\n\n-"
-    if any(not character.isprintable() and character != "\n" for character in text):
+    if any(not character.isprintable() and character not in TYPOGRAPHIC for character in text):
         problems.append(f"{path}: has a control character")
     return text
 
@@ -217,7 +224,7 @@ def _substitute(template: str, values: Mapping[str, str]) -> str:
 def _list_values(notice: Notice, words: Words, reply_to: str) -> dict[str, str]:
     """Return the value of each placeholder as text."""
     assessment = notice.assessment
-    found: dict[str, Any] = {
+    found = {
         "id": notice.id,
         "site": notice.site,
         "plan": assessment.label or assessment.plan or words.none,
@@ -227,11 +234,17 @@ def _list_values(notice: Notice, words: Words, reply_to: str) -> dict[str, str]:
         "created": _format_time(notice.created),
         "reply_to": reply_to or words.operator,
     }
-    for name in Figures.__struct_fields__:
-        found[name] = _format_figure(name, getattr(assessment.figures, name), words)
     values = {name: shorten(printable(text), MAX_VALUE) for name, text in found.items()}
+    for name in Figures.__struct_fields__:
+        figure = _format_figure(name, getattr(assessment.figures, name), words)
+        values[name] = shorten(_escape(figure), MAX_VALUE)
     suggestion = words.suggest_plan if assessment.next_plan else words.suggest_own
     return values | {"suggestion": _substitute(suggestion, values)}
+
+
+def _escape(text: str) -> str:
+    """Escape what is not printable, and keep the spaces of a language's numbers."""
+    return re.sub(f"[^{NO_BREAK_SPACES}]+", lambda match: printable(match[0]), text)
 
 
 _PARTS = frozenset({"share", "suggested_share", "scarcity_share", "flood_share"})
