@@ -328,7 +328,7 @@ def test_a_contact_gets_its_own_notice(tmp_path: Path) -> None:
             webhook = Webhook([SECRET])
             addresses = Addresses({"a": owner.url})
             channels = Channels(TEXTS, addresses, webhook_url=operator.url, webhook=webhook)
-            async with notifying(tmp_path, channels, clock) as notifier:
+            async with notifying(tmp_path, channels, clock, draw_png) as notifier:
                 for _ in range(2):
                     await notifier.assess([assess(SUSTAINED), assess(SUSTAINED, "b")])
                     clock.now += HOUR
@@ -340,6 +340,8 @@ def test_a_contact_gets_its_own_notice(tmp_path: Path) -> None:
                 await until(all_there)
                 assert len(owner.posts) == 1
                 headers, body = owner.posts[0]
+                assert "plot" in json.loads(body)["data"]
+                assert not any("plot" in json.loads(one)["data"] for _, one in operator.posts)
                 timestamp = int(headers["webhook-timestamp"])
                 assert abs(timestamp - time.time()) < 60
                 Receiver(encode(derive_secret(SECRET, owner.url))).verify(body, headers)
@@ -383,7 +385,7 @@ def test_the_operator_gets_mail(tmp_path: Path) -> None:
     run(mail(tmp_path, boxes, draw_png, Addresses({"a": "mailto:owner@a.example"}, "mailto:ops@b.example"), ABUSE))
     assert boxes.envelopes[0].rcpt_tos == ["ops@b.example"]
     assert isinstance(boxes.envelopes[0].content, bytes)
-    assert b"Questions about this machine: ops@b.example" in boxes.envelopes[0].content
+    assert b"Please send questions about this machine to: ops@b.example" in boxes.envelopes[0].content
 
 
 async def fail_to_draw(_: Notice, __: Labels) -> bytes:

@@ -106,6 +106,12 @@ def test_the_same_figures_make_the_same_file_with_colours_for_dark_pages() -> No
     assert png.startswith(b"\x89PNG")
 
 
+def test_a_webhook_takes_a_plot_of_any_month() -> None:
+    usages = make_usages(*[hour * 7919 % 2000 for hour in range(672)])
+    draw_texts(Plot(site="a.example", usages=usages))  # skips the test without matplotlib
+    assert len(draw_plot(Plot(site="a.example", guideline=1000, usages=usages), "png")) < 70_000
+
+
 def test_nothing_to_draw_and_nothing_to_draw_with(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no usage"):
         draw_plot(Plot(site="a.example", usages=[]), "png")

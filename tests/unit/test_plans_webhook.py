@@ -110,10 +110,11 @@ def test_a_request_is_verified_by_the_library(secret: bytes) -> None:
         async with serving(serve) as port:
             webhook = Webhook([SECRET, b"n" * 64])
             url = f"http://127.0.0.1:{port}/notices?to=1"
-            return [await webhook.deliver(url, NOTICE, TEXT), await webhook.deliver(url, NOTICE, TEXT, contact=True)]
+            own = await webhook.deliver(url, NOTICE, TEXT, b"\x89PNG", contact=True)
+            return [own, await webhook.deliver(url, NOTICE, TEXT)]
 
     assert asyncio.run(run()) == [Result(Outcome.ACCEPTED, "204")] * 2
-    line, headers, body = requests[0]
+    line, headers, body = requests[1]
     assert line == "POST /notices?to=1 HTTP/1.1"
     assert headers["webhook-id"] == NOTICE.id
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
@@ -124,11 +125,12 @@ def test_a_request_is_verified_by_the_library(secret: bytes) -> None:
     assert payload["data"]["figures"]["peak"] == 56_789
     assert payload["data"]["text"] == "A body.\n"
     # A contact has a secret of its own.
-    line, headers, body = requests[1]
+    line, headers, body = requests[0]
     with pytest.raises(Exception, match="No matching signature"):
         Receiver(encode(secret)).verify(body, headers)
     own = derive_secret(secret, f"http://{headers['Host']}/notices?to=1")
-    assert Receiver(encode(own)).verify(body, headers) == payload
+    data = payload["data"] | {"plot": "iVBORw=="}
+    assert Receiver(encode(own)).verify(body, headers) == payload | {"data": data}
 
 
 def test_a_type_has_no_space() -> None:

@@ -60,8 +60,8 @@ class Channels:
         return (target.address or self._webhook_url) if target.channel is Channel.WEBHOOK else ""
 
     def wants_plot(self, target: Target) -> bool:
-        """Return whether a plot can be attached."""
-        return target.channel is Channel.MAIL
+        """Return whether a plot goes with the notice: to a contact or the operator, not to a program that gets all."""
+        return bool(target.address)
 
     def find_labels(self, notice: Notice) -> Labels:
         """Return the words on the plot for a notice."""
@@ -84,7 +84,7 @@ class Channels:
             return await self._mail.deliver(target.address, notice, text, plot)
         url = self.find_url(target)
         if url and self._webhook is not None:
-            return await self._webhook.deliver(url, notice, text, contact=bool(target.address))
+            return await self._webhook.deliver(url, notice, text, plot, contact=bool(target.address))
         return Result(Outcome.REFUSED, "it is no longer configured")
 
 

@@ -48,7 +48,10 @@ class Payload(msgspec.Struct, frozen=True):
 
 
 class Data(msgspec.Struct, frozen=True):
-    """The notice. `contact` is where it goes; `subject` and `text` are what a mail would say."""
+    """The notice. `contact` is where it goes; `subject` and `text` are what a mail would say, `plot` its attachment.
+
+    That is a PNG in base64. Without one there is no such key.
+    """
 
     id: str
     site: str
@@ -63,10 +66,11 @@ class Data(msgspec.Struct, frozen=True):
     language: str
     subject: str
     text: str
+    plot: str | msgspec.UnsetType = msgspec.UNSET
 
 
-def make_body(notice: Notice, text: Text) -> bytes:
-    """Return the body of the request about a notice. It is the same for each attempt."""
+def make_body(notice: Notice, text: Text, plot: bytes | None = None) -> bytes:
+    """Return the body of the request about a notice. It is the same for each attempt. `plot` is a PNG."""
     assessment = notice.assessment
     data = Data(
         id=notice.id,
@@ -82,6 +86,7 @@ def make_body(notice: Notice, text: Text) -> bytes:
         language=notice.language,
         subject=text.subject,
         text=text.body,
+        plot=base64.b64encode(plot).decode() if plot is not None else msgspec.UNSET,
     )
     kind = notice.standing.replace(" ", "_")
     return msgspec.json.encode(Payload(f"notice.{kind}", _format_time(notice.created), data))
@@ -110,12 +115,14 @@ class Webhook:
         self._timeout = timeout
         self._clock = clock
 
-    async def deliver(self, url: str, notice: Notice, text: Text, *, contact: bool = False) -> Result:
+    async def deliver(
+        self, url: str, notice: Notice, text: Text, plot: bytes | None = None, *, contact: bool = False
+    ) -> Result:
         """Make one attempt. `contact` is whether the URL is a contact's, which has a secret of its own."""
         secrets = [derive_secret(secret, url) for secret in self._secrets] if contact else self._secrets
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._request(urlsplit(url), secrets, notice.id, make_body(notice, text))
+                response = await self._request(urlsplit(url), secrets, notice.id, make_body(notice, text, plot))
         except TimeoutError:
             return Result(Outcome.FAILED, f"no response within {self._timeout:g} s")
         except (OSError, h11.ProtocolError, ValueError) as error:
