@@ -69,7 +69,7 @@ def test_the_figures_are_those_that_the_clients_count(dashboard: Dashboard) -> N
         )
         eventually(lambda: dashboard.rows("Top clients"))
         rows = eventually(lambda: [row for row in dashboard.rows("Top clients") if row["Tunnels"] == "5"])
-        assert [(row["Client"], row["Refused lately"]) for row in rows] == [("127.0.0.1", str(clients.refused))]
+        assert [(row["Client"], row["Refused recently"]) for row in rows] == [("127.0.0.1", str(clients.refused))]
         eventually(lambda: [row["Since the start"] for row in dashboard.rows("Top rules")] == [str(clients.refused)])
         # Latencies are those of the time in which somebody looks.
         with clients.connected(1, "/latency"):
@@ -126,7 +126,7 @@ def test_origins_and_certificates_and_processes(dashboard: Dashboard) -> None:
         assert {row["Process"] for row in dashboard.rows("Processes")} == {str(pid) for pid in dashboard.tunnel.pids}
         assert {row["Generation"] for row in dashboard.rows("Processes")} == {"1"}
         assert dashboard.rows("Configuration")[-1]["What"] == "start"
-        dashboard.view.get_by_role("button", name="Show it").click()
+        dashboard.view.get_by_role("button", name="Show the configuration").click()
         expect(dashboard.dialog.locator("pre")).to_contain_text('"guideline": 4')
 
 

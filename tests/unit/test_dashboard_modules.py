@@ -84,7 +84,7 @@ def test_a_calm_tunnel_needs_no_attention() -> None:
         (
             {"certificates": {"certificates": [{"names": ["a.test"], "days": 2.5, "problem": ""}]}},
             "bad",
-            "The certificate for a.test ends in 2 d 12 h.",
+            "The certificate for a.test expires in 2 d 12 h.",
         ),
         (
             {"loads": {"loads": [{"what": "reload", "problems": ["line 3: unknown key"]}]}},
@@ -94,7 +94,7 @@ def test_a_calm_tunnel_needs_no_attention() -> None:
         (
             {"usage": {"assessments": [{"site": "a.test", "standing": "sustained", "sentence": "Many."}]}},
             "info",
-            "1 site is over the guideline again and again. Nothing is refused for that.",
+            "1 site is over the guideline repeatedly. Nothing is refused for that.",
         ),
     ],
 )

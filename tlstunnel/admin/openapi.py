@@ -104,7 +104,7 @@ def _describe_path(route: ApiRoute) -> list[dict[str, Any]]:
 
 
 def _describe_others(known: dict[Any, Any], components: dict[str, Any]) -> dict[str, Any]:
-    """Describe what is no command."""
+    """Describe the paths that carry out no command."""
 
     def describe(name: str, summary: str, result: Any, **more: Any) -> dict[str, Any]:
         responses = _describe_responses(known[result], known[Problem])

@@ -31,7 +31,7 @@ def make_json(value: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 
 def make_error(status: int, problem: str, *more: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a response that says what is wrong."""
+    """Return a response with an error."""
     problems = [problem, *more]
     return make_json(Problem("; ".join(problems), problems), status, headers)
 

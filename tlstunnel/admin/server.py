@@ -42,7 +42,7 @@ BODY_SECONDS = 10.0
 """How long the body of a request may take."""
 
 LINGER_SECONDS = 2.0
-"""How long the rest of a body is read that nobody wants: to close at once would lose the response that says so."""
+"""How long the rest of an unwanted body is read: closing at once would lose the response that refuses it."""
 
 RESPONSE_SECONDS = 60.0
 """How long it may take to make a response, and to receive it."""
@@ -266,7 +266,7 @@ class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return No
         super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:
-        """Respond to what is no request, and read for a moment what comes behind: to close at once would reset it."""
+        """Respond to something that is not a request, and read on for a moment: closing at once would reset it."""
         body = msg.encode("ascii", "replace")
         fields = [
             ("Content-Type", "text/plain; charset=utf-8"),

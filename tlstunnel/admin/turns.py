@@ -16,10 +16,10 @@ from typing import Generic, TypeVar
 from tlstunnel.admin.checks import Unacceptable
 
 MOST_AT_ONCE = 2
-"""Commands that are carried out for somebody: one that waits for a process that hangs leaves the other."""
+"""Commands of one reader that are carried out at once: while one waits for a process that hangs, another can go on."""
 
 MOST_WAITING = 32
-"""Requests of somebody that wait. The dashboard makes ten when it is opened."""
+"""Requests of one reader that may wait. The dashboard makes ten when it is opened."""
 
 LONGEST_PAUSE = 1.0
 """Seconds."""
@@ -63,7 +63,7 @@ class Recent(Generic[T]):
 
 
 class _Queue:
-    """What somebody has asked for: how many commands are carried out, or have their pause, and who waits."""
+    """What one reader has asked for: how many commands are carried out, or have their pause, and who waits."""
 
     def __init__(self) -> None:
         self.busy = 0
@@ -96,7 +96,7 @@ class Turns:
         began = loop.time()
         try:
             if is_gone():
-                raise Unacceptable(503, "nobody waits for the response")
+                raise Unacceptable(503, "the client has left")
             yield
         finally:
             pause = min(loop.time() - began, LONGEST_PAUSE)

@@ -141,7 +141,7 @@ class CertificateStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CertificatesResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The certificates, those that end first at the front; `total` match."""
+    """The certificates, those that expire first at the top; `total` match."""
 
     now: float
     total: int = 0

@@ -53,7 +53,7 @@ def _parse_field(text: str) -> str:
     if text not in LOG_FIELDS:
         near = difflib.get_close_matches(text[:50], LOG_FIELDS, n=1)
         hint = f"; did you mean {quoted(near[0])}?" if near else "; docs/log.md lists them"
-        raise ValueError(f"{quoted(text)} is no field of the record{hint}")
+        raise ValueError(f"{quoted(text)} is not a field of the record{hint}")
     return text
 
 

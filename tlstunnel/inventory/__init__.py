@@ -1,1 +1,1 @@
-"""What there is, and how it does: sites, origins, certificates, and connections that were refused. No I/O."""
+"""What is served, and in which state: sites, origins, certificates, and connections that were refused. No I/O."""

@@ -99,7 +99,7 @@ _ADVICE: Mapping[Reason, Advice] = {
     ),
     Reason.RESET: Advice("The peer reset the connection, as a process that is killed does.", _RECORD),
     Reason.TLS_ERROR: Advice(
-        "The peer sent something that is no valid TLS, or an alert that ends the connection. The name is OpenSSL's.",
+        "The peer sent invalid TLS, or an alert that ends the connection. The name is OpenSSL's.",
         _RECORD,
     ),
     Reason.SOCKET_ERROR: _PEER_FAILED,
@@ -182,7 +182,7 @@ _ADVICE: Mapping[Reason, Advice] = {
         "The request was not complete in time. timeouts.request allows more time.", "docs/configuration.md#timeouts"
     ),
     Reason.MISDIRECTED: Advice(
-        "The Host field is no name of the site that the client asked for in TLS. Add the name to the names of the "
+        "The Host field does not name the site that the client asked for in TLS. Add the name to the names of the "
         "site, with a certificate for it.",
         "docs/troubleshooting.md#421-misdirected-request",
     ),
@@ -313,7 +313,7 @@ _ADVICE: Mapping[Reason, Advice] = {
         "docs/troubleshooting.md#504-gateway-timeout",
     ),
     Reason.INVALID_RESPONSE: Advice(
-        "What the origin sent is no valid response to a WebSocket handshake. The detail says what is wrong with it.",
+        "The origin's response to the WebSocket handshake is not valid. The detail says what is wrong with it.",
         "docs/handshake.md#how-the-response-is-verified",
     ),
     Reason.NO_ORIGIN: Advice(

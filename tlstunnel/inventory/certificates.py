@@ -45,7 +45,7 @@ class CertificateIndex:
             served.sites.append(site.name)
 
     def list_by_end(self) -> Sequence[Served]:
-        """Return all, those that end first at the front."""
+        """Return all, those that expire first at the top."""
         return sorted(self._served.values(), key=lambda served: (served.pair.validity.end, str(served.pair.cert)))
 
 
@@ -55,7 +55,7 @@ def find_complaints(sources: Iterable[tuple[object, str]]) -> dict[int, str]:
 
 
 def describe_certificate(served: Served, complaint: str, now: datetime) -> CertificateStatus:
-    """Return what a certificate says: a tenth of a millisecond."""
+    """Return the fields of a certificate, which takes a tenth of a millisecond."""
     pair = served.pair
     match = _LEAF.search(pair.pem)
     assert match is not None, "a pair has a leaf"

@@ -23,7 +23,7 @@ def render_configuration(config: Config, sites: Sequence[SiteConfig]) -> dict[st
 
 
 def list_arguments(invocation: Invocation) -> dict[str, Any]:
-    """Return what the command line says about the configuration, without what was not given."""
+    """Return the options of the command line that change the configuration, without those not given."""
     given = {
         "origin": invocation.origin,
         "echo": invocation.echo,

@@ -248,7 +248,7 @@ LOG_LINES_LOST = _counter(
 EVENT_LOOP_LAG_SECONDS = _histogram(
     "tlstunnel_event_loop_lag_seconds",
     bounds=_LATENCIES,
-    text="How late timers of serving processes ran, four times a second while the metrics are read.",
+    text="How late timers of serving processes ran, measured four times a second while the metrics are read.",
 )
 TUNNELS = _gauge("tlstunnel_tunnels", "site", text="Tunnels that are open.")
 UNFINISHED_HANDSHAKES = _gauge("tlstunnel_unfinished_handshakes", text="Connections whose handshake is not complete.")

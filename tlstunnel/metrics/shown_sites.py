@@ -47,7 +47,7 @@ class _Counted:
 
     def __init__(self, usage: Iterable[int] = (0,) * _WIDTH, series: Series | None = None) -> None:
         self.usage = list(usage)
-        self.usage[_TUNNELS] = 0  # it is no counter
+        self.usage[_TUNNELS] = 0  # a gauge, not a counter
         self.series: Series = dict(series or {})
 
     def add(self, other: "_Counted") -> None:

@@ -354,7 +354,7 @@ class Pool:
         if not all(member.checked_down or member.ejected for member in members):
             return "healthy", None
         if not self.compares:
-            return "down", None  # there is no other, so it is tried all the same
+            return "down", None  # without another one, it is tried all the same
         until = min(member.out_until for member in members if not member.checked_down)
         return ("ejected", until) if until > now else ("trial", None)
 

@@ -45,19 +45,19 @@ _decode = msgspec.msgpack.Decoder(Sightings).decode
 
 
 def encode_sightings(sites: Mapping[str, Sighting]) -> bytes:
-    """Return what other machines are told of these sites."""
+    """Return what is sent to other machines about these sites."""
     return _encode(choose_sightings(sites))
 
 
 def choose_sightings(sites: Mapping[str, Sighting]) -> Sightings:
-    """Return what there is to tell: `MOST_SITES` at most."""
+    """Return what is sent to other machines: `MOST_SITES` at most."""
     found = [(name, one) for name, one in sites.items() if one]
     found.sort(key=lambda pair: -(pair[1].lost + pair[1].heavy + pair[1].addresses))
     return dict(found[:MOST_SITES])
 
 
 def decode_sightings(text: bytes) -> Sightings:
-    """Return what another machine has told; nothing if it is not understood."""
+    """Parse what another machine has sent; nothing if it is not valid."""
     if len(text) > MAX_BYTES:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The audit lines: every command that acts has one in the log, which says who has given it.
+"""The audit lines: each command that changes something is logged, with who gave it.
 
 Tested by tests/promises/test_admin_actions.py.
 """

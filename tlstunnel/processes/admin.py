@@ -1,4 +1,4 @@
-"""The admin process: says where sites stand, sends notices, keeps throttles, and serves the admin address.
+"""The admin process: assesses sites, sends notices, keeps throttles, and serves the admin address.
 
 It serves no tunnels.
 

@@ -1,4 +1,4 @@
-"""What a serving process answers of the commands: about its own tunnels, origins and connections.
+"""The commands that a serving process carries out: those about its own tunnels, origins and connections.
 
 Tested by tests/unit/test_processes_answers.py.
 """
@@ -13,7 +13,7 @@ from tlstunnel.commands.command import AnyCommand
 from tlstunnel.errors import ControlError
 
 Answer = Callable[[Any, str], Awaitable[msgspec.Struct]]
-"""Carries out a command for somebody, and returns its result. Raises ControlError."""
+"""Carries out a command for a person or program, who is named, and returns its result. Raises ControlError."""
 
 
 class Answers:

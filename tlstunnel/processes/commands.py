@@ -53,7 +53,7 @@ _ABOUT_USAGE: tuple[type[AnyCommand], ...] = (Notices, AckNotice, MuteSite, Thro
 """The admin process carries these out, and `Usage`."""
 
 _ONLY_ADMIN = frozenset({WatchRecords.name})
-"""The admin process gets what these ask for, so nobody else may ask."""
+"""Their results go to the admin process, so only it may send them."""
 
 
 class Commands:

@@ -190,7 +190,7 @@ class Fleet:
             child.link.notify(ReopenLog())
 
     def list_options(self) -> dict[str, Any]:
-        """Return what the command line says about the processes."""
+        """Return the options of the command line about the processes."""
         processes = self._options.processes
         return {"log_format": self.startup.log_format} | ({} if processes is None else {"processes": processes})
 

@@ -1,4 +1,4 @@
-"""The metrics of the whole tunnel: the sums over all processes, what sites have used, and what only the parent knows.
+"""Gathers the metrics of the whole tunnel: sums over all processes, what sites have used, what only the parent knows.
 
 Tested by tests/promises/test_metrics_scraped.py.
 """

@@ -1,4 +1,4 @@
-"""What a serving process knows of its sites, its origins and the connections that it has refused.
+"""Reports what only a serving process knows: its sites, its origins, and the connections that it has refused.
 
 It looks at some sites at a time: there may be ten thousand, and the loop serves tunnels.
 

@@ -1,4 +1,4 @@
-"""How late the timers of a process run: what its event loop does in between takes so long.
+"""Measures how late the timers of a process run: that is how long its event loop is busy with one thing.
 
 It is measured only while someone reads the metrics, because a timer would wake an idle process up.
 

@@ -42,7 +42,7 @@ MEMORY = "memory"
 """What `status` shows if the counts are in this process."""
 
 TELL_SECONDS = 1.0
-"""How long somebody who ends tunnels waits until the server knows of it."""
+"""How long a command that ends tunnels waits until the server has it."""
 
 ORPHAN_SECONDS = 0.2
 """How often a ledger without a parent looks whether anyone still asks."""

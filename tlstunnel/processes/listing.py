@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.5
 """The least time between two looks at the counters of a tunnel, from which its rate is computed."""
 
 FORGET_SECONDS = 30.0
-"""How long a look is kept while nobody looks again."""
+"""How long a measurement is kept until the next one."""
 
 STEP_SECONDS = 1.0
 """If the system's clock differs by so much from what it was, it was set, or the machine was suspended."""
@@ -128,7 +128,7 @@ class _Look(NamedTuple):
 
 
 class Rates:
-    """The rates of tunnels, from two looks at their counters. They are kept only while somebody looks.
+    """The rates of tunnels, from two measurements of their counters. They are kept only while the list is asked for.
 
     `clock` is that of the loop.
     """
@@ -159,7 +159,7 @@ class Rates:
         return moved / max(now - started, 1e-3)
 
     def forget(self) -> None:
-        """Forget all looks: nobody looks any more."""
+        """Forget all measurements: the list is no longer asked for."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

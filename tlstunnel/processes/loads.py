@@ -1,4 +1,4 @@
-"""When the configuration was read, by whom, and what changed each time. An upgrade hands it over.
+"""The loads of the configuration: when, by whom, and what changed each time. An upgrade hands them over.
 
 Tested by tests/unit/test_processes_loads.py and tests/promises/test_inventory.py.
 """

@@ -1,4 +1,4 @@
-"""What a serving process sees of its connections, reported to the parent once a minute.
+"""Reports once a minute to the parent what a serving process sees of its connections.
 
 Tested by tests/promises/test_plans.py.
 """

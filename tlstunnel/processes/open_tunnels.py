@@ -1,4 +1,4 @@
-"""What a serving process does about its open tunnels: lists them, and ends those that somebody wants to end.
+"""The open tunnels of a serving process: lists them, and ends those that match a command.
 
 Tested by tests/promises/test_tunnels_listed.py and test_tunnels_ended.py.
 """
@@ -75,7 +75,7 @@ class OpenTunnels:
 
 
 def _to_ending(ended: EndedTag, now: float) -> Ending | None:
-    """Return what another machine has told, None if it means nothing. It may have come from anywhere."""
+    """Parse what another machine has sent; None if it is not valid. It may have come from anywhere."""
     try:
         selection = Selection.parse(ended.client, tag=ended.tag, site=ended.site, origin=ended.origin)
     except ValueError:

@@ -177,7 +177,7 @@ class Overseer:
             admin.link.notify(seen)
 
     def take_here(self, _: Child, seen: SeenHere) -> None:
-        """Have other machines told what this one has seen."""
+        """Send other machines what this one has seen."""
         ledger = self._get_ledger()
         if ledger is not None and ledger.link.idle:
             ledger.link.notify(seen)

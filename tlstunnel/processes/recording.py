@@ -1,6 +1,6 @@
-"""Records of connections that have ended, sent to the parent while somebody looks at them.
+"""Sends records of connections that have ended to the parent, while they are watched.
 
-Nothing of this exists while nobody does. What a slow parent does not take is left out and counted.
+While they are not, it costs nothing. What a slow parent does not take is left out and counted.
 
 Tested by tests/unit/test_processes_recording.py.
 """

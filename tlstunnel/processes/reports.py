@@ -1,4 +1,4 @@
-"""What the parent reports of sites, origins and refused connections: what it knows, and what serving processes answer.
+"""Reports of the parent about sites, origins and refused connections, from what serving processes answer.
 
 Tested by tests/promises/test_inventory.py.
 """

@@ -1,4 +1,4 @@
-"""What the parent does about single tunnels: it asks all serving processes, and puts together what they answer.
+"""Lists and ends tunnels of all serving processes, in the parent: asks them, and puts their answers together.
 
 Other machines that share a server are told which tags were ended, through the ledger, and tell the same.
 

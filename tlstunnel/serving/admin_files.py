@@ -17,7 +17,7 @@ from tlstunnel.errors import ConfigurationError
 from tlstunnel.tls.policy import apply_to_server_context
 
 SHORTEST = 24
-"""Characters of a token: of base64, these are 18 bytes. Nobody guesses them, so guesses need not be slowed down."""
+"""Characters of a token at least: of base64, these are 18 bytes, too many to guess however fast one tries."""
 
 LONGEST = 512
 

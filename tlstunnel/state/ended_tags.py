@@ -1,4 +1,4 @@
-"""What machines tell each other when somebody ends the tunnels with a tag, and its text in the server. No I/O.
+"""What machines tell each other when the tunnels with a tag are ended, and its text in the server. No I/O.
 
 Whoever can write to the server can end tunnels, as an operator can. Anything else that is found there is ignored.
 
@@ -39,7 +39,7 @@ class EndedTag(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server has: `token` tells apart two that say the same, `instance` is the machine's that has told it."""
+    """What the server has. `token` tells apart two with the same content; `instance` is the machine that sent it."""
 
     format: int
     token: str
@@ -57,7 +57,7 @@ def encode_ended(ended: EndedTag, instance: str, token: str) -> str:
 
 
 def decode_ended(text: str) -> tuple[str, EndedTag] | None:
-    """Return which machine has told something, and what; None if it is not understood."""
+    """Parse a text; return which machine sent it, and what; None if it is not valid."""
     if len(text) > LONGEST_TEXT:
         return None
     try:

@@ -16,7 +16,7 @@ from tlstunnel.tunnel.ends import End, close_connection
 from tlstunnel.tunnel.turn import Turn
 
 READY, DRAINING = (200, b"OK", b"ready\n"), (503, b"Service Unavailable", b"draining\n")
-"""What load balancers are told: the status, its reason phrase, and the body."""
+"""The responses: the status, its reason phrase, and the body."""
 
 
 def find_health_path(client: Client) -> bytes:

@@ -1,4 +1,4 @@
-"""When open tunnels end before either side wants it: at a time that an edge worker has set, or because somebody asked.
+"""Ends open tunnels before either side does: at a time that an edge worker has set, or by request.
 
 A tunnel that is to be found by its tag may still be in its handshake when somebody asks: then it ends as it opens.
 
@@ -180,7 +180,7 @@ class Lifetimes:
         tunnel.expiry = self._expiries.add(splice, until)
 
     def catch(self, splice: Splice, record: Record) -> None:
-        """End a tunnel that has just started, if somebody asked for it during its handshake."""
+        """End a tunnel that has just started, if that was requested during its handshake."""
         ending = self._remembered.find(record, time.monotonic())
         if ending is not None:
             _end_by_request(splice, record, ending)

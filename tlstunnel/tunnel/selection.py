@@ -30,7 +30,7 @@ class Selection:
 
     @classmethod
     def parse(cls, client: str = "", **filters: Any) -> Self:
-        """`client` is an address or a network. Raises ValueError, which says what is wrong."""
+        """`client` is an address or a network. Raises ValueError."""
         selection = cls(clients=Networks.parse([client]) if client else None, **filters)
         for name in ("id", "site", "origin", "tag"):
             if len(getattr(selection, name)) > LONGEST_FILTER:

@@ -76,7 +76,7 @@ function parse(text) {
   }
 }
 
-/** Asks again and again while somebody looks: at most every `seconds`, and more rarely where answers take long. */
+/** Polls while the view is shown: at most every `seconds`, and more rarely where answers take long. */
 export class Poll {
   constructor(seconds, request, onValue, onError) {
     this.seconds = seconds;

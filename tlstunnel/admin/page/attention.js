@@ -60,8 +60,8 @@ function fromCertificates(certificates) {
     .map((one) => {
       const name = one.names[0] ?? one.subject;
       if (one.problem) return { level: "bad", text: `The certificate for ${name}: ${one.problem}.`, to: "certificates" };
-      if (one.days < 0) return { level: "bad", text: `The certificate for ${name} ended on ${day(one.not_after)}: clients refuse it.`, to: "certificates" };
-      return { level: one.days < 7 ? "bad" : "warn", text: `The certificate for ${name} ends in ${duration(one.days * 86_400)}.`, to: "certificates" };
+      if (one.days < 0) return { level: "bad", text: `The certificate for ${name} expired on ${day(one.not_after)}: clients refuse it.`, to: "certificates" };
+      return { level: one.days < 7 ? "bad" : "warn", text: `The certificate for ${name} expires in ${duration(one.days * 86_400)}.`, to: "certificates" };
     });
 }
 
@@ -75,7 +75,7 @@ function fromUsage(usage) {
   const busy = assessments.filter((one) => one.standing === "disproportionate");
   lines.push(...busy.slice(0, 5).map((one) => ({ level: "warn", text: `${one.site}: ${one.sentence}`, to: "sites" })));
   const over = assessments.filter((one) => one.standing === "sustained" || one.standing === "repeated");
-  if (over.length) lines.push({ level: "info", text: `${counted(over.length, "site is", "sites are")} over the guideline again and again. Nothing is refused for that.`, to: "sites" });
+  if (over.length) lines.push({ level: "info", text: `${counted(over.length, "site is", "sites are")} over the guideline repeatedly. Nothing is refused for that.`, to: "sites" });
   for (const one of (usage.throttles ?? []).slice(0, 5)) {
     lines.push({ level: "warn", text: `New handshakes of ${one.site} are throttled to ${one.rate} until ${time(one.until)}.`, to: "sites" });
   }

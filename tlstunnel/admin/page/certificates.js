@@ -1,4 +1,4 @@
-// The certificates that are served, those that end first at the front.
+// The certificates that are served, those that expire first at the top.
 
 import { Poll, get } from "./api.js";
 import { show } from "./dialogs.js";
@@ -16,7 +16,7 @@ export function certificatesView() {
     columns: [
       { title: "Names", wide: true, text: (one) => one.names.join(", ") || one.subject },
       { title: "Left", node: leftOf },
-      { title: "Ends", text: (one) => day(one.not_after) },
+      { title: "Expires", text: (one) => day(one.not_after) },
       { title: "Issuer", wide: true, hide: true, text: (one) => one.issuer },
       { title: "Key", hide: true, text: (one) => one.key },
       { title: "File", wide: true, hide: true, text: (one) => one.file },
@@ -56,7 +56,7 @@ export function certificatesView() {
 
 function leftOf(one) {
   if (one.problem) return badge("bad", one.problem);
-  if (one.days < 0) return badge("bad", "has ended");
+  if (one.days < 0) return badge("bad", "expired");
   const level = one.days < 7 ? "bad" : one.days < 21 ? "warn" : "good";
   return badge(level, counted(Math.floor(one.days), "day"));
 }

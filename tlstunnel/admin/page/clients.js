@@ -21,9 +21,9 @@ export function topClients() {
     columns: [
       { title: "Client", text: (row) => row.client || "(Unix socket)" },
       { title: "Tunnels", number: true, text: (row) => count(row.tunnels) },
-      { title: "Refused lately", number: true, text: (row) => count(row.refused) },
+      { title: "Refused recently", number: true, text: (row) => count(row.refused) },
     ],
-    empty: "No client is connected, and none was refused lately.",
+    empty: "No client is connected, and none was refused recently.",
   });
   const rules = new Table({
     caption: "What rules and rate limits did since the start",

@@ -37,7 +37,7 @@ export function handshakesView(app) {
     () => get("/api/v1/refusals", { ...chosen(), limit: 100 }),
     (result) => {
       const filtered = Object.values(chosen()).some(Boolean);
-      refusals.update(result.refusals, filtered ? "No recent refusal matches." : "Nothing was refused lately.");
+      refusals.update(result.refusals, filtered ? "No recent refusal matches." : "Nothing was refused recently.");
       setText(note, result.silent?.length ? `${counted(result.silent.length, "process does", "processes do")} not respond` : "each process keeps its last few hundred");
     },
     (error) => refusals.update([], error.message),
@@ -188,7 +188,7 @@ function describeRefusal(refusal) {
     refusal.advice && h("p", { text: refusal.advice }),
     refusal.document && h("p", { class: "note", text: `See ${refusal.document}.` }),
     h("h3", { text: "What every stage decided" }),
-    refusal.stages?.length ? stages : h("p", { text: "Nothing is known about its stages." }),
+    refusal.stages?.length ? stages : h("p", { text: "Its stages are not known." }),
     h("h3", { text: "Its record" }),
     recordFacts(refusal.record),
   ].filter(Boolean);

@@ -41,7 +41,7 @@ export function overviewView(app) {
     tunnels: new Chart({ title: "Open tunnels", series: [{ label: "Tunnels" }, { label: "Mean", dashed: true }], format: count, summarise: sumUp(count) }),
     handshakes: new Chart({ title: "Handshakes", note: "per second", series: [{ label: "Opened" }, { label: "Refused" }], format: figure, summarise: sumUp(perSecond) }),
     traffic: new Chart({ title: "Traffic", note: "per second", series: [{ label: "Up" }, { label: "Down" }], format: bytes, summarise: sumUp(bytesPerSecond) }),
-    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp(latency), empty: "No handshake in the last minute. They are measured while somebody looks." }),
+    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp(latency), empty: "No handshake in the last minute. Latencies are measured only while this page is open." }),
   };
   const buttons = RANGES.map(([name, label]) => h("button", { type: "button", "aria-pressed": name === range, click: () => choose(name), text: label }));
   const rangeNote = h("span", { class: "note" });
@@ -57,7 +57,7 @@ export function overviewView(app) {
       { title: "p99", number: true, text: (row) => latency(row.p99) },
       { title: "Number", number: true, hide: true, text: (row) => count(row.count) },
     ],
-    empty: "No handshake in the last minute. They are measured while somebody looks.",
+    empty: "No handshake in the last minute. Latencies are measured only while this page is open.",
   });
   const reasons = new Table({
     caption: "Refusals by reason",
@@ -93,7 +93,7 @@ export function overviewView(app) {
     const latest = samples.slice(-SMOOTHED);
     const mean = (name) => latest.reduce((sum, one) => sum + (one[name] ?? 0), 0) / latest.length;
     setText(tiles.tunnels.value, count(now.tunnels));
-    setText(tiles.tunnels.more, `${counted(now.unfinished, "handshake")} under way`);
+    setText(tiles.tunnels.more, `${counted(now.unfinished, "handshake")} in progress`);
     setText(tiles.opened.value, perSecond(mean("handshakes_per_second")));
     setText(tiles.opened.more, `${count(totals.opened)} opened since the start`);
     setText(tiles.refused.value, perSecond(mean("refused_per_second")));

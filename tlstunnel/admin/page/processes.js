@@ -21,7 +21,7 @@ export function processesView(app) {
       { title: "Generation", number: true, text: (one) => count(one.generation) },
       { title: "Version", text: (one) => one.version },
       { title: "Tunnels", number: true, text: (one) => count(one.tunnels) },
-      { title: "Handshakes under way", number: true, hide: true, text: (one) => count(one.handshakes) },
+      { title: "Handshakes in progress", number: true, hide: true, text: (one) => count(one.handshakes) },
       { title: "Memory", number: true, hide: true, text: (one) => (one.pss_kib == null ? "–" : bytes(one.pss_kib * 1024)) },
       { title: "Age", number: true, text: (one) => duration(one.seconds) },
       { title: "Counts", hide: true, wide: true, text: (one) => ({ ledger: "with all others", "": "alone" })[one.counting ?? ""] ?? one.counting },
@@ -53,7 +53,7 @@ export function processesView(app) {
       { title: "Version", hide: true, text: (load) => load.version },
       { title: "Who", hide: true, text: (load) => load.who || "–" },
     ],
-    empty: "Nothing is known about loads.",
+    empty: "No load is known.",
   });
 
   const element = h(
@@ -63,7 +63,7 @@ export function processesView(app) {
     panel("Processes", h("div", { class: "buttons" },
       h("button", { type: "button", click: reload, text: "Reload …" }),
       h("button", { type: "button", class: "dangerous", click: drain, text: "Drain …" })), summary, problems, table.element),
-    h("div", { class: "columns" }, panel("Other processes", null, others.element), panel("Configuration", h("button", { type: "button", class: "quiet", click: openConfiguration, text: "Show it" }), loads.element)),
+    h("div", { class: "columns" }, panel("Other processes", null, others.element), panel("Configuration", h("button", { type: "button", class: "quiet", click: openConfiguration, text: "Show the configuration" }), loads.element)),
   );
 
   function openLoad(load) {

@@ -68,7 +68,7 @@ export function sitesView(app) {
       { title: "To", wide: true, hide: true, text: (status) => status.notice.address || `${status.notice.recipient} (in the log)` },
       { title: "State", text: stateOfNotice },
     ],
-    empty: "No notice was sent. They are sent to the contact of a site that is over its guideline again and again.",
+    empty: "No notice was sent. They are sent to the contact of a site that is over its guideline repeatedly.",
   });
   const throttles = new Table({
     caption: "Throttles that hold",

@@ -54,9 +54,9 @@ function open(event) {
   try {
     url = new URL(address.value);
   } catch {
-    return setText(state, "That is no address. It looks like wss://chat.example/path.");
+    return setText(state, "This is not an address. An address looks like wss://chat.example/path.");
   }
-  if (url.protocol !== "wss:") return setText(state, "The address has to begin with wss://, since the tunnel speaks TLS only.");
+  if (url.protocol !== "wss:") return setText(state, "The address has to begin with wss://: the tunnel accepts only TLS.");
   help.hidden = true;
   waiting = [];
   times = [];
@@ -138,7 +138,7 @@ function showFigures() {
 function explain(url) {
   const page = `https://${url.host}/`;
   help.replaceChildren(
-    h("p", { text: "A page learns nothing about why a WebSocket fails. The usual causes, in the order in which to look:" }),
+    h("p", { text: "Browsers do not tell a page why a WebSocket failed. The usual causes, the most likely first:" }),
     h("ol", {},
       h("li", {}, "The browser does not trust the certificate. Open ", h("a", { href: page, target: "_blank", rel: "noreferrer", text: page }), " in a tab: if it warns, import the authority (certs/ca.pem for a test certificate), or use a certificate that browsers trust. Accepting the warning for that page may be enough for a test."),
       h("li", {}, "The name has no address, or the port is closed. Check with: ", h("code", { text: `tlstunnel check ${url.href}` }), ", which shows the step that fails."),

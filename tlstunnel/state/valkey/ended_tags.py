@@ -49,7 +49,7 @@ _RETRIES = Backoff(first=0.25, longest=2.0, jitter=0.25)
 
 
 class _Untold(NamedTuple):
-    """What is to be told, and when somebody asked for it, by `read_clock`. `done` is set once it was told."""
+    """What other machines are to be told, and when that was asked for, by `read_clock`. `done` is set afterwards."""
 
     ended: EndedTag
     token: str
@@ -58,7 +58,7 @@ class _Untold(NamedTuple):
 
 
 class SharedEndedTags:
-    """Tells and is told. For the event loop in which it is made.
+    """Sends other machines the tags that are ended here, and receives theirs. For the event loop in which it is made.
 
     `on_ended` is called with what other machines have told. `report` is called with one line, and whether it is a
     failure, when there was no answer for some time, and when there is one again. Raises CertificateError for a file of
@@ -104,7 +104,7 @@ class SharedEndedTags:
         return done
 
     async def close(self) -> None:
-        """Disconnect. What was not told is not."""
+        """Disconnect. What other machines were not told yet is lost."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
