@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Certificate, RawOrigin, Tunnel, echo_bytes
-from tests.promises.administered import ALICE, Admin, administered, read_reply
+from tests.promises.administered import ALICE, Admin, administered, config_of, read_reply
 from tests.promises.listed import clients_of
 from tlstunnel.certificates import issue
 
@@ -64,3 +64,20 @@ def test_who_has_a_certificate_of_an_authority_that_was_replaced_gets_nothing_mo
             tunnel.reload()
             with suppress(ConnectionError):
                 assert sock.recv(1) == b""
+
+
+def test_a_glance_at_many_sites_costs_the_parent_little(certificate: Certificate, tmp_path: Path) -> None:
+    """The dashboard takes one every second, and nobody needs a token for that here."""
+    config = config_of(certificate, tmp_path, admin="metric_sites = 10")
+    pair = f'cert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
+    for number in range(500):
+        config += f'[[sites]]\nnames = ["s{number}.example"]\norigins = ["127.0.0.1:9"]\n{pair}'
+    with Tunnel(None, certificate, config=config) as tunnel:
+        admin = Admin(tunnel)
+        assert len(tunnel.status()["metrics"]["tlstunnel_tunnels"]) == 501
+        sizes = {path: len(admin.ask("GET", path).body) for path in ("/api/v1/status", "/api/v1/overview")}
+        assert sizes["/api/v1/status"] < 50_000
+        assert sizes["/api/v1/overview"] < 5_000
+        shown = admin.get("/api/v1/status")["metrics"]["tlstunnel_tunnels"]
+        assert len(shown) <= 11, "ten, and all others together"
+        assert admin.ask("GET", "/api/v1/status?metrics=all").status == 400

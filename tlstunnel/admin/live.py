@@ -268,6 +268,6 @@ class Live:
             await self._ask(WatchRecords(seconds=2 * ASK_SECONDS), WHO)
 
     async def _compute(self) -> Overview:
-        status, metrics = await asyncio.gather(self._ask(Status(), WHO), self._ask(Metrics(), WHO))
+        status, metrics = await asyncio.gather(self._ask(Status(metrics="none"), WHO), self._ask(Metrics(), WHO))
         result = msgspec.convert(metrics, MetricsResult)
         return self._overviews.add(result.now, result.snapshot, status)

@@ -26,7 +26,8 @@ class ApiRoute:
     """A path and the name of its command.
 
     `parameter` is the field that is in the path, `one` the field of the result that is empty if there is no such thing.
-    With `accepted`, the response comes when the command has begun, since it ends with the program.
+    `hidden` fields cannot be given; `fixed` has the values of some of them. With `accepted`, the response comes when
+    the command has begun, since it ends with the program.
     """
 
     method: Method
@@ -36,6 +37,7 @@ class ApiRoute:
     one: str = ""
     accepted: bool = False
     hidden: frozenset[str] = field(default_factory=frozenset)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def type(self) -> type[AnyCommand]:
@@ -71,7 +73,7 @@ class ApiRoute:
             if name not in self.fields:
                 known = f"known are {', '.join(self.fields)}" if self.fields else "there are none here"
                 raise Unacceptable(400, f"unknown parameter; {known}")
-        fields = {**given, **({self.parameter: next(iter(inside.values()))} if self.parameter else {})}
+        fields = {**self.fixed, **given, **({self.parameter: next(iter(inside.values()))} if self.parameter else {})}
         try:
             return msgspec.convert(fields, self.type, strict=strict)
         except msgspec.ValidationError as error:
@@ -81,7 +83,7 @@ class ApiRoute:
 _FILTERS = frozenset({"site", "client", "origin", "tag", "older", "confirm"})
 
 ROUTES = (
-    ApiRoute("GET", "/status", "status"),
+    ApiRoute("GET", "/status", "status", hidden=frozenset({"metrics"}), fixed={"metrics": "shown"}),
     ApiRoute("GET", "/tunnels", "tunnels"),
     ApiRoute("GET", "/tunnels/{id}", "tunnels", "id", "tunnels"),
     ApiRoute("DELETE", "/tunnels/{id}", "end tunnels", "id", hidden=_FILTERS),

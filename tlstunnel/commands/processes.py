@@ -168,10 +168,16 @@ class Upgrade(Command[Upgraded], frozen=True):
 
 
 class Status(Command[StatusResult], frozen=True):
-    """Report the processes."""
+    """Report the processes.
+
+    `metrics` are those of all sites, which the parent needs half a second for if they are ten thousand, those that the
+    metrics show (`admin.metric_sites`), or none.
+    """
 
     name: ClassVar[str] = "status"
     result: ClassVar[type[msgspec.Struct]] = StatusResult
+
+    metrics: Literal["all", "shown", "none"] = "all"
 
 
 class Ready(Command[ReadyResult], frozen=True):

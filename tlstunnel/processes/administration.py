@@ -246,7 +246,7 @@ class Administration:
             machine=usage.MachineUse(*load) if load is not None else None,
             problem=problem,
             folder=str(self._folder),
-            tunnels=dict(tunnels),
+            tunnels={name: number for name, number in tunnels.items() if site in ("", name)},
         )
 
     async def _list_notices(self, command: usage.Notices, _: str, __: Mapping[str, int]) -> usage.NoticesResult:

@@ -132,8 +132,8 @@ class Commands:
     async def _reload(self, _: Reload, who: str) -> ReloadResult:
         return ReloadResult(changes=await self._rollout.reload(who))
 
-    async def _report_status(self, _: Status, __: str) -> StatusResult:
-        return await report_status(self._fleet, self._slots)
+    async def _report_status(self, command: Status, _: str) -> StatusResult:
+        return await report_status(self._fleet, self._slots, command)
 
     async def _report_readiness(self, _: Ready, __: str) -> ReadyResult:
         if self._fleet.ending:

@@ -36,9 +36,14 @@ async def gather(fleet: Fleet) -> Snapshot:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(ANSWER_SECONDS):
             _, ledger = await asyncio.gather(fleet.loads(scraped=True), fleet.request_ledger_load())
+    return reduce(fleet, sum_up(fleet, ledger))
+
+
+def reduce(fleet: Fleet, snapshot: Snapshot) -> Snapshot:
+    """Return the metrics with series of the sites that are to be shown, and the sums of the others."""
     if fleet.config.admin is not None:
         fleet.shown_sites.most = fleet.config.admin.metric_sites
-    return fleet.shown_sites.reduce(sum_up(fleet, ledger))
+    return fleet.shown_sites.reduce(snapshot)
 
 
 def sum_up(fleet: Fleet, ledger: LedgerLoad | None = None) -> Snapshot:

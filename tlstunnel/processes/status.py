@@ -6,6 +6,7 @@ Tested by tests/promises/test_processes.py.
 import asyncio
 import os
 import time
+from typing import Any
 
 from tlstunnel import __version__
 from tlstunnel.commands.processes import (
@@ -14,18 +15,19 @@ from tlstunnel.commands.processes import (
     HistoryStatus,
     LedgerStatus,
     ProcessStatus,
+    Status,
     StatusResult,
     ThrottleStatus,
 )
 from tlstunnel.config.together import shares_notices
 from tlstunnel.processes.children import Child, measure_pss
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.gathering import sum_up
+from tlstunnel.processes.gathering import reduce, sum_up
 from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
 from tlstunnel.processes.slots import Slots
 
 
-async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
+async def report_status(fleet: Fleet, slots: Slots, command: Status) -> StatusResult:
     """Return the state of every process."""
     now = time.time()
     throttles = fleet.overseer.rules  # before processes are asked: those that respond have been told of these
@@ -39,7 +41,7 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         listening=list(dict.fromkeys(str(slot.listener.address) for slot in slots)),
         processes=[_describe_process(child, load, now, ending=bool(fleet.ending)) for child, load in loads],
         pss_kib=measure_pss(os.getpid()),
-        metrics=sum_up(fleet, counts).to_json(),
+        metrics=_list_metrics(fleet, counts, command),
         ledger=_describe_ledger(ledger, counts, now) if ledger is not None else None,
         admin=_describe_admin(fleet.overseer.find(), now),
         throttles=[
@@ -50,6 +52,13 @@ async def report_status(fleet: Fleet, slots: Slots) -> StatusResult:
         dashboard=fleet.overseer.url,
         dashboard_problem=fleet.overseer.socket.problem,
     )
+
+
+def _list_metrics(fleet: Fleet, counts: LedgerLoad | None, command: Status) -> dict[str, Any]:
+    if command.metrics == "none":
+        return {}
+    snapshot = sum_up(fleet, counts)
+    return (reduce(fleet, snapshot) if command.metrics == "shown" else snapshot).to_json()
 
 
 def _describe_election(fleet: Fleet) -> ElectionStatus | None:

@@ -25,7 +25,7 @@ class Headline:
 
     def ask(self) -> Text:
         """Return the lines of this moment. Raises ControlError."""
-        status = msgspec.to_builtins(self._source.ask(Status()))
+        status = msgspec.to_builtins(self._source.ask(Status(metrics="none")))
         metrics = self._source.ask(Metrics())
         return render_overview(self._overviews.add(metrics.now, metrics.snapshot, status))
 
