@@ -13,7 +13,7 @@ from types import MappingProxyType
 import pytest
 
 from tests.harness import Certificate, RawOrigin, Tunnel, eventually
-from tests.promises.counted import hold, ledger_of
+from tests.promises.counted import ask, hold, ledger_of
 from tests.promises.firewalled import config_for
 from tests.promises.versions import Versions, upgraded
 from tests.redis_server import RedisServer
@@ -140,6 +140,11 @@ def test_one_machine_sends_and_the_other_takes_over(
             eventually(lambda: find_decisions(one) == ({"notice-a.example"}, {"localhost"}))
             one.run_command("usage", "mute", "localhost", "--for", "0s")
             eventually(lambda: find_decisions(two) == ({"notice-a.example"}, set()))
+            two.run_command("usage", "throttle", "localhost", "1/hour", "--for", "1h", "--why", "a test", "--abuse")
+            eventually(lambda: one.status()["throttles"])
+            assert [ask(one, "/"), ask(two, "/")] == [101, 429], "one rate for all"
+            one.run_command("usage", "release", "localhost")
+            eventually(lambda: two.status()["throttles"] == [])
             holder = server.command("HGET", ELECTION, "holder")
             os.kill(ledger_of(one)["process"], signal.SIGKILL)
             eventually(lambda: count_elections(one) == 2)

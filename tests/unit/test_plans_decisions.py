@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlstunnel.plans.decisions import MAX_BYTES, Acknowledgement, Decision, Mute, parse_decision, render_decision
+from tlstunnel.plans.decisions import (
+    MAX_BYTES,
+    Acknowledgement,
+    Decision,
+    Mute,
+    SiteThrottle,
+    parse_decision,
+    render_decision,
+)
 from tlstunnel.plans.notice_file import FILE_NAME, NOTICES, NoticeFile
 from tlstunnel.plans.notices import DAY
 from tlstunnel.plans.values import Standing
@@ -19,6 +27,8 @@ NOW = 1_800_000_000.0
 DECISIONS = [
     Acknowledgement("chat.example.com", Standing.SUSTAINED, NOW, NOW + 5, "ann (uid 1000)"),
     Mute("chat.example.com", NOW + 30 * DAY, NOW, "bob (uid 0)"),
+    SiteThrottle("chat.example.com", "10/second", NOW, NOW + 60, "bob (uid 0)", "it is too much", "notice-1", False),
+    SiteThrottle("a", "1/hour", NOW, NOW + 60, "bob (uid 0)", "an attack", "", True, NOW + 9, "ann (uid 1)"),
 ]
 
 
@@ -38,6 +48,12 @@ def test_what_is_told_is_short_and_printable() -> None:
     assert len(found.who) <= 64
     assert found.who.isprintable()
     assert render_decision(Mute("a" * MAX_BYTES, NOW, NOW, "x")) is None
+    throttle = SiteThrottle("a" * 253, "10/second", NOW, NOW, "x" * 64, "語\n" * 500, "notice-1", False)
+    text = render_decision(throttle)
+    assert text is not None
+    found = parse_decision(text)
+    assert isinstance(found, SiteThrottle)
+    assert (found.rate, found.why) == ("10/second", "")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +69,9 @@ def test_what_is_told_is_short_and_printable() -> None:
         ["ack", "a", "sustained", NOW, -1.0, "x"],
         ["throttle", "a", NOW, NOW, "x"],
         ["mute", "a" * MAX_BYTES, NOW, NOW, "x"],
+        ["throttle", "a", "1/hour", NOW, NOW + 400 * DAY, "x", "y", "", True],
+        ["throttle", "a", "1/hour", NOW, NOW, "x", "y", "", True, -1.0, "x"],
+        ["throttle", "a", "1/hour", NOW, NOW, "x", "y", "", 1],
         {},
     ],
 )

@@ -196,7 +196,7 @@ def test_acknowledging_and_calm_are_stored(file: NoticeFile) -> None:
     assert file.acknowledge("notice-1", "ann", NOW + 5) == stored
     assert file.acknowledge("notice-1", "bob", NOW + 9) == stored
     assert file.acknowledge("notice-2", "ann", NOW) is None
-    assert file.read_decisions(10) == [stored]
+    assert file.read_decisions(10, NOW) == [stored]
     (found,) = file.read_notices()
     assert (found.acknowledged, found.acknowledged_by) == (NOW + 5, "ann")
     (sent,) = file.read_sent()
@@ -225,7 +225,7 @@ def test_a_mute_lasts_until_its_end(file: NoticeFile) -> None:
     assert file.read_mutes(NOW + 60) == []
     ended = file.mute(Mute("a", NOW, NOW, "ann"))
     assert file.read_mutes(NOW) == []
-    assert file.read_decisions(10) == [ended]
+    assert file.read_decisions(10, NOW) == [ended]
     assert ended.replaces(mute), "it was ended later, though the clock says the same"
 
 

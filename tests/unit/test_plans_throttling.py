@@ -14,12 +14,12 @@ from tests.unit.test_plans_delivery import Clock
 from tlstunnel.addresses import Networks, to_client_key
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.abuse import Suspicion
-from tlstunnel.plans.notice_file import NotContactedError, NoticeFile, Throttle
+from tlstunnel.plans.decisions import Decision, SiteThrottle
+from tlstunnel.plans.notice_file import TUNNEL, NotContactedError, NoticeFile, Throttle
 from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.plans.throttling import (
     MOST_ADDRESSES,
     MOST_OF_SITE,
-    WHO,
     Throttling,
     parse_networks,
     parse_rate,
@@ -32,10 +32,12 @@ class Case:
     """Throttles in a folder."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.clock = Clock()
         self.store = NoticeStore(folder)
         self.changes: list[Sequence[ThrottleRule]] = []
-        self.throttling = Throttling(self.store, self.changes.append, self.clock)
+        self.told: list[Decision] = []
+        self.throttling = Throttling(self.store, self.changes.append, self.clock, self.told.extend)
 
     async def throttle(self, site: str = "a.test", seconds: float = 60.0, *addresses: str) -> Throttle:
         return await self.throttling.throttle(
@@ -86,12 +88,12 @@ def test_too_many_addresses_are_refused() -> None:
 def test_throttles_are_read_again_and_keep_their_identity(tmp_path: Path) -> None:
     async def main() -> None:
         case = Case(tmp_path)
-        await case.throttling.open()
+        await case.throttling.refresh()
         await case.throttle()
         await case.throttle("b.test", 10.0, "192.0.2.1", "2001:db8::/64")
         assert await case.store.close()
         again = Case(tmp_path)
-        await again.throttling.open()
+        await again.throttling.refresh()
         assert again.changes == [case.changes[-1]]
         again.clock.now += 10
         again.throttling.expire()
@@ -107,7 +109,7 @@ def test_throttles_are_read_again_and_keep_their_identity(tmp_path: Path) -> Non
 def test_what_has_not_changed_is_not_said_again(tmp_path: Path) -> None:
     async def main() -> None:
         case = Case(tmp_path)
-        await case.throttling.open()
+        await case.throttling.refresh()
         await case.throttle()
         case.throttling.expire()
         case.throttling.expire()
@@ -123,7 +125,7 @@ def test_a_throttle_that_this_release_does_not_understand_is_left_out(tmp_path: 
         now = case.clock()
         throttle = Throttle(site="a.test", rate="5/fortnight", since=now, until=now + 9, why="", who="", abuse=True)
         await case.store.run(NoticeFile.add_throttle, throttle)
-        await case.throttling.open()
+        await case.throttling.refresh()
         assert case.changes == [()]
         await case.store.close()
 
@@ -158,7 +160,7 @@ def test_few_culprits_are_throttled_and_later_the_new_ones(tmp_path: Path) -> No
     async def main() -> None:
         case = Case(tmp_path)
         (first,) = await case.react("192.0.2.1", "20010db800000000")
-        assert (first.addresses, first.who, first.why) == (("192.0.2.1/32", "2001:db8::/64"), WHO, "Why.")
+        assert (first.addresses, first.who, first.why) == (("192.0.2.1/32", "2001:db8::/64"), TUNNEL, "Why.")
         assert await case.react("192.0.2.1") == []
         (second,) = await case.react("192.0.2.1", "192.0.2.2")
         assert second.addresses == ("192.0.2.2/32",)
@@ -189,6 +191,65 @@ def test_what_a_person_has_released_is_left_alone_for_an_hour(tmp_path: Path) ->
         assert await case.react() == []
         case.clock.now += 3600
         assert len(await case.react()) == 1
+        await case.store.close()
+
+    run(main())
+
+
+def test_a_persons_throttle_of_a_site_holds_on_all_machines(tmp_path: Path) -> None:
+    """Its addresses, and what a machine throttles by itself, do not leave the machine."""
+
+    async def main() -> None:
+        one, two = Case(tmp_path / "one"), Case(tmp_path / "two")
+        await one.throttle("a.test", 60.0, "192.0.2.1")
+        await one.react(site="b.test")
+        assert one.told == []
+        stored = await one.throttle("c.test")
+        for told in (*one.told, *one.told):
+            assert isinstance(told, SiteThrottle)
+            await two.store.run(NoticeFile.follow_throttle, told, two.clock())
+        (known,) = await two.throttling.refresh()
+        assert (known.site, known.rate, known.who, known.until) == ("c.test", "5/second", "alice", stored.until)
+        assert await two.throttling.refresh() == []
+        assert await two.throttling.release("c.test", "bob") == 1
+        (released,) = two.told
+        assert isinstance(released, SiteThrottle)
+        assert await one.store.run(NoticeFile.follow_throttle, released, one.clock())
+        await one.throttling.refresh()
+        assert [throttle.site for throttle in one.throttling.holding] == ["a.test", "b.test"]
+        assert await one.store.run(NoticeFile.read_decisions, 10, one.clock()) == [released]
+        assert await one.store.run(NoticeFile.read_decisions, 10, stored.until) == []
+        for case in (one, two):
+            await case.store.close()
+
+    run(main())
+
+
+def test_machines_that_learn_of_a_release_first_do_not_throttle(tmp_path: Path) -> None:
+    async def main() -> None:
+        one, two = Case(tmp_path / "one"), Case(tmp_path / "two")
+        await one.throttle()
+        await one.throttling.release("a.test", "bob")
+        for told in reversed(one.told):
+            assert isinstance(told, SiteThrottle)
+            await two.store.run(NoticeFile.follow_throttle, told, two.clock())
+        assert await two.throttling.refresh() == []
+        for case in (one, two):
+            await case.store.close()
+
+    run(main())
+
+
+def test_throttles_of_other_machines_are_bounded(tmp_path: Path) -> None:
+    async def main() -> None:
+        case = Case(tmp_path)
+        now = case.clock()
+        for number in range(MOST_OF_SITE + 3):
+            told = SiteThrottle("a.test", "5/second", now - number, now + 60, "alice", "x", "", True)
+            assert await case.store.run(NoticeFile.follow_throttle, told, now)
+        ended = SiteThrottle("b.test", "5/second", now - 60, now, "alice", "x", "", True)
+        assert not await case.store.run(NoticeFile.follow_throttle, ended, now)
+        assert len(await case.throttling.refresh()) == len(case.throttling.holding) == MOST_OF_SITE
         await case.store.close()
 
     run(main())

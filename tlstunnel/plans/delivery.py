@@ -121,7 +121,7 @@ class Courier:
             since = now - SAME_SECONDS
             for one in await self._store.run(NoticeFile.read_accepted, since, ELSEWHERE, MOST_SETTLED):
                 self._duty.note_delivered(one.notice, one.target)
-            self._duty.tell(await self._store.run(NoticeFile.read_decisions, MOST_DECISIONS))
+            self._duty.tell(await self._store.run(NoticeFile.read_decisions, MOST_DECISIONS, self._clock()))
         self._was_ours = is_ours
         for one in await self._store.run(NoticeFile.read_pending, MOST_SETTLED):
             if one.target in self._busy:

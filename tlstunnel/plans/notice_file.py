@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from tlstunnel.errors import StateError
-from tlstunnel.plans.decisions import Acknowledgement, Decision, Mute
+from tlstunnel.plans.decisions import MOST_DECISIONS, Acknowledgement, Decision, Mute, SiteThrottle
 from tlstunnel.plans.notices import DAY, LONGEST_WAIT, SAME_SECONDS, Due, Sent
 from tlstunnel.plans.values import Assessment, Notice, Standing
 from tlstunnel.state.history.database import Schema, describe_damage, is_damage, open_for_reading, transaction
@@ -30,6 +30,9 @@ FILE_NAME = "notices.sqlite"
 
 KEEP_SECONDS = 400 * DAY
 """How long notices, and throttles that have ended, are kept: as long as the days of the history."""
+
+TUNNEL = "tlstunnel"
+"""Who puts throttles in place by itself."""
 
 MOST_FORGOTTEN = 20
 """Notices, and throttles, that `NoticeFile.tidy` deletes at a time."""
@@ -147,6 +150,26 @@ class Throttle(msgspec.Struct, frozen=True, kw_only=True):
     released: float | None = None
     released_by: str = ""
 
+    @property
+    def is_told(self) -> bool:
+        """Whether other machines are told: people have decided it, and it is for all clients of the site."""
+        return not self.addresses and self.who != TUNNEL
+
+    def to_decision(self) -> SiteThrottle:
+        """Return what other machines are told."""
+        return SiteThrottle(
+            site=self.site,
+            rate=self.rate,
+            since=self.since,
+            until=self.until,
+            who=self.who,
+            why=self.why,
+            notice=self.notice,
+            abuse=self.abuse,
+            released=self.released,
+            released_by=self.released_by,
+        )
+
 
 class NotContactedError(StateError):
     """A site is to be throttled that got no notice before."""
@@ -218,11 +241,11 @@ class NoticeReader:
         query = "SELECT site, until, since, who FROM mutes WHERE until > ? ORDER BY site"
         return [Mute(*row) for row in self._connection.execute(query, (now,))]
 
-    def read_decisions(self, most: int) -> list[Decision]:
-        """Return what people have decided about notices, for other machines. The latest are last.
+    def read_decisions(self, most: int, now: float) -> list[Decision]:
+        """Return what people have decided, for other machines. The latest are last.
 
-        They are the mutes, also those that have ended, and the acknowledgements of the last notices, unless they no
-        longer count.
+        They are the mutes, also those that have ended, the acknowledgements of the last notices, unless they no longer
+        count, and the throttles of sites until their time is over, also those that were released.
         """
         mutes = "SELECT site, until, since, who FROM mutes ORDER BY since DESC LIMIT ?"
         acknowledged = """
@@ -230,10 +253,15 @@ class NoticeReader:
             WHERE rowid IN (SELECT max(rowid) FROM notices GROUP BY site, standing)
             AND acknowledged IS NOT NULL AND NOT ended ORDER BY acknowledged DESC LIMIT ?
         """
+        throttles = f"""
+            SELECT {_THROTTLE} FROM throttles WHERE until > ? AND addresses = '[]' AND who != ? ORDER BY id DESC LIMIT ?
+        """  # noqa: S608 - names of ours
         with _reading(self._connection):
             found: list[Decision] = [Mute(*row) for row in self._connection.execute(mutes, (most,))]
             for site, standing, created, since, who in self._connection.execute(acknowledged, (most,)):
                 found.append(Acknowledgement(site, Standing(standing), created, since, who))
+            rows = self._connection.execute(throttles, (now, TUNNEL, most))
+            found += [_to_throttle(row).to_decision() for row in rows]
         return sorted(found, key=lambda one: one.since)[-most:]
 
     def read_throttles(self, now: float) -> list[Throttle]:
@@ -409,12 +437,36 @@ class NoticeFile(NoticeReader):
                     f"{throttle.site} got no notice yet that its contact's webhook or mail server has accepted: talk to"
                     " its owner first; against an attack, add --abuse"
                 )
-            stored = msgspec.structs.replace(throttle, id=0, notice=notice)
-            fields = msgspec.structs.asdict(stored) | {"id": None, "addresses": json.dumps(stored.addresses)}
-            names = ", ".join(fields)
-            marks = ", ".join(f":{name}" for name in fields)
-            cursor = self._connection.execute(f"INSERT INTO throttles ({names}) VALUES ({marks})", fields)  # noqa: S608
-        return msgspec.structs.replace(stored, id=cursor.lastrowid)
+            return self._insert_throttle(msgspec.structs.replace(throttle, notice=notice))
+
+    def follow_throttle(self, one: SiteThrottle, now: float) -> bool:
+        """Store a throttle of another machine, or that it was released, and return whether that was not known yet."""
+        with transaction(self._connection):
+            row = self._connection.execute(
+                "SELECT id, released FROM throttles WHERE site = ? AND since = ? AND addresses = '[]'",
+                (one.site, one.since),
+            ).fetchone()
+            if row is not None:
+                identifier, released = row
+                if released is not None or one.released is None:
+                    return False
+                self._connection.execute(
+                    "UPDATE throttles SET released = ?, released_by = ? WHERE id = ?",
+                    (one.released, one.released_by, identifier),
+                )
+                return True
+            (known,) = self._connection.execute("SELECT count(*) FROM throttles WHERE until > ?", (now,)).fetchone()
+            if one.until <= now or known >= MOST_DECISIONS:
+                return False
+            self._insert_throttle(Throttle(**msgspec.structs.asdict(one)))
+        return True
+
+    def _insert_throttle(self, throttle: Throttle) -> Throttle:
+        fields = msgspec.structs.asdict(throttle) | {"id": None, "addresses": json.dumps(throttle.addresses)}
+        names = ", ".join(fields)
+        marks = ", ".join(f":{name}" for name in fields)
+        cursor = self._connection.execute(f"INSERT INTO throttles ({names}) VALUES ({marks})", fields)  # noqa: S608
+        return msgspec.structs.replace(throttle, id=cursor.lastrowid)
 
     def release(self, site: str, who: str, now: float) -> int:
         """Lift the throttles of a site, and return how many there were."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from tlstunnel.plans.channels import Channels
-from tlstunnel.plans.decisions import MOST_DECISIONS, Acknowledgement, Mute
+from tlstunnel.plans.decisions import MOST_DECISIONS, Acknowledgement, Mute, SiteThrottle
 from tlstunnel.plans.delivery import Clock, Courier, Draw, draw_nothing
 from tlstunnel.plans.duty import Duty
 from tlstunnel.plans.notice_file import NoticeFile
@@ -88,7 +88,7 @@ class Notifier:
             await self.store.run(NoticeFile.tidy, now)
             self._tidied = now
         if not self._duty.alone and abs(now - self._told) > TELL_SECONDS:
-            self._duty.tell(await self.store.run(NoticeFile.read_decisions, MOST_DECISIONS))
+            self._duty.tell(await self.store.run(NoticeFile.read_decisions, MOST_DECISIONS, now))
             self._told = now
         return number
 
@@ -103,6 +103,8 @@ class Notifier:
             if isinstance(decision, Acknowledgement):
                 await self.store.run(NoticeFile.acknowledge_same, decision)
                 self._notices.acknowledge_same(decision.site, decision.standing, decision.created)
+            elif isinstance(decision, SiteThrottle):
+                await self.store.run(NoticeFile.follow_throttle, decision, self._clock())
             elif await self.store.run(NoticeFile.follow_mute, decision):
                 self._notices.mute(decision.site, decision.until)
             self._duty.note_followed(decision)

@@ -7,22 +7,24 @@ A throttle is stored before it holds, and survives restarts. Serving processes c
   has to be against abuse.
 - By itself, only suspected abuse is throttled: the addresses that it comes from, or the site if they are many.
 - What a person has released is not throttled by itself for an hour.
+- Where several machines share a server, a person's throttle of a whole site holds on all of them.
 """
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
 
 from tlstunnel.addresses import Networks, quoted
 from tlstunnel.config.usage import Abuse
 from tlstunnel.plans.abuse import Suspicion
-from tlstunnel.plans.notice_file import NoticeFile, Throttle
+from tlstunnel.plans.decisions import Decision
+from tlstunnel.plans.notice_file import TUNNEL, NoticeFile, Throttle
 from tlstunnel.plans.notice_store import NoticeStore
 from tlstunnel.state.counters import MAX_AMOUNT, MAX_SECONDS
 from tlstunnel.state.throttles import ThrottleRule
-
-WHO = "tlstunnel"
-"""Who puts throttles in place by itself."""
 
 _KINDS = 3
 """Kinds of suspicious connections: in a flood, the most frequent one is a third of it at least."""
@@ -66,7 +68,7 @@ def to_network(client: str) -> str:
 
 
 class Throttling:
-    """Keeps the throttles in the store, and gives `on_change` those that hold.
+    """Keeps the throttles in the store, and gives `on_change` those that hold. `tell` tells other machines.
 
     Every method but `rules` raises StateError if it was not stored.
     """
@@ -76,8 +78,10 @@ class Throttling:
         store: NoticeStore,
         on_change: Callable[[Sequence[ThrottleRule]], None],
         clock: Callable[[], float] = time.time,
+        tell: Callable[[Sequence[Decision]], None] = lambda _: None,
     ) -> None:
         self._store = store
+        self._tell = tell
         self._on_change = on_change
         self._clock = clock
         self._holding: dict[int, Throttle] = {}
@@ -94,11 +98,17 @@ class Throttling:
         """What serving processes need of them."""
         return tuple(map(_to_rule, self.holding))
 
-    async def open(self) -> None:
-        """Read the throttles that hold."""
+    async def refresh(self) -> list[Throttle]:
+        """Read the throttles that hold, also those of other machines, and return those that were not known."""
         found = await self._store.run(NoticeFile.read_throttles, self._clock())
-        self._holding = {one.id: one for one in found if _is_usable(one)}
+        before, self._holding = self._holding, {}
+        sites: Counter[str] = Counter()
+        for one in found:
+            if _is_usable(one) and sites[one.site] < MOST_OF_SITE and len(self._holding) < MOST_THROTTLES:
+                sites[one.site] += 1
+                self._holding[one.id] = one
         self._announce()
+        return [one for key, one in self._holding.items() if key not in before]
 
     async def throttle(  # noqa: PLR0913 - what the record keeps
         self, site: str, rate: str, seconds: float, *, why: str, who: str, abuse: bool, addresses: Sequence[str] = ()
@@ -124,11 +134,18 @@ class Throttling:
         stored = await self._store.run(NoticeFile.add_throttle, throttle)
         self._holding[stored.id] = stored
         self._announce()
+        if stored.is_told:
+            self._tell([stored.to_decision()])
         return stored
 
     async def release(self, site: str, who: str) -> int:
         """Lift the throttles of a site, and return how many there were."""
-        number = await self._store.run(NoticeFile.release, site, who, self._clock())
+        now = self._clock()
+        number = await self._store.run(NoticeFile.release, site, who, now)
+        released = [one for one in self._holding.values() if one.site == site and one.is_told]
+        self._tell(
+            [msgspec.structs.replace(one, released=now, released_by=who).to_decision() for one in released],
+        )
         self._holding = {key: one for key, one in self._holding.items() if one.site != site}
         self._announce()
         return number
@@ -152,7 +169,7 @@ class Throttling:
                 f"{abuse.throttle_rate}/second",
                 float(abuse.throttle_for),
                 why=sentences.get(site, "suspected abuse"),
-                who=WHO,
+                who=TUNNEL,
                 abuse=True,
                 addresses=addresses,
             )

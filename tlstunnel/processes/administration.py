@@ -130,6 +130,7 @@ class Administration:
                 self._notifier.wake()
             with contextlib.suppress(StateError):  # the store has logged it; it is tried again each minute
                 await self._notifier.follow()
+                await self._refresh_throttles()
 
     async def take(self, seen: Mapping[str, Observed]) -> None:
         """Take what a serving process has seen in the last minute."""
@@ -168,6 +169,7 @@ class Administration:
             return
         try:
             await notifier.assess(list(step.assessments.values()))
+            await self._refresh_throttles()
             config = self._config.usage
             if config.on_abuse == "throttle":
                 sentences = {name: one.sentence for name, one in step.assessments.items() if name in step.suspicions}
@@ -176,6 +178,12 @@ class Administration:
         except StateError:
             pass  # the store has logged it
         throttling.expire()
+
+    async def _refresh_throttles(self) -> None:
+        """Learn of the throttles of other machines. Raises StateError."""
+        if self._throttling is not None and not self._duty.alone:
+            for throttle in await self._throttling.refresh():
+                self._log_throttle(throttle)
 
     async def _ensure_open(self, lock_wait: float) -> None:
         """Open the notices and throttles, unless they are open."""
@@ -194,8 +202,8 @@ class Administration:
                         clock=self._clock,
                         draw=self._plots.draw,
                     )
-                throttling = Throttling(self._notifier.store, self._on_throttles, self._clock)
-                await throttling.open()
+                throttling = Throttling(self._notifier.store, self._on_throttles, self._clock, self._duty.tell)
+                await throttling.refresh()
             except StateError as error:
                 self._notice_problem = str(error)
             else:
