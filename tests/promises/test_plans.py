@@ -1,6 +1,7 @@
 """A plan never cuts anyone off; only a throttle refuses, and only where somebody was told, or against abuse."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import ssl
@@ -206,6 +207,26 @@ def test_counts_are_right_after_any_process_was_killed(
         eventually(lambda: now_of(tunnel) == left)
         assert time.monotonic() - began < 5.0
         assert ask(tunnel, "/") == 101
+
+
+def test_counts_are_right_after_the_parent_was_killed(
+    origin: RawOrigin, certificate: Certificate, folder: Path
+) -> None:
+    """The next tunnel goes on with the same history, although a ledger and processes of the one before may be left."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(AssertionError, match="it exited with -9"))
+        killed = stack.enter_context(tunnel_to(origin, certificate, folder, errors_expected=True))
+        clients = stack.enter_context(connected(killed, 8))
+        assert Counter(asked_at_once(clients, "/")) == {101: 8}
+        eventually(lambda: now_of(killed) == 8)
+        killed.send_signal(signal.SIGKILL)
+        tunnel = stack.enter_context(tunnel_to(origin, certificate, folder))
+        eventually(lambda: (tunnel.status()["ledger"] or {}).get("history", {}).get("path"))
+        with connected(tunnel, 3) as others:
+            assert Counter(asked_at_once(others, "/")) == {101: 3}
+            began = time.monotonic()
+            eventually(lambda: now_of(tunnel) == 3)
+            assert time.monotonic() - began < 5.0
 
 
 # --- throttles --------------------------------------------------------------------------------------------------------
