@@ -189,6 +189,38 @@ def test_garbage_during_a_response_ends_the_connection() -> None:
     assert received.startswith(b"HTTP/1.1 400") or not received
 
 
+@pytest.mark.parametrize(("most", "whole"), [(1_000_000, 0), (1_000_000_000, 3)])
+def test_responses_that_are_not_read_take_little_memory_together(
+    monkeypatch: pytest.MonkeyPatch, most: int, whole: int
+) -> None:
+    monkeypatch.setattr(server, "IDLE_SECONDS", 60)
+    monkeypatch.setattr(server, "MOST_UNSENT", most)
+
+    async def read(reader: asyncio.StreamReader) -> int:
+        size = 0
+        with contextlib.suppress(ConnectionError):
+            while size < 20_000_000 and (part := await reader.read(1 << 20)):
+                size += len(part)
+        return size
+
+    async def run() -> list[int]:
+        async with serving() as port:
+            pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for _, writer in pairs:
+                writer.write(REQUEST.replace(b"/", b"/large", 1))
+            await asyncio.sleep(0.2)
+            reader, other = await asyncio.open_connection("127.0.0.1", port)
+            other.write(REQUEST)
+            assert (await reader.read(12)).endswith(b"200")
+            async with asyncio.timeout(20):
+                sizes = await asyncio.gather(*(read(reader) for reader, _ in pairs))
+            for _, writer in (*pairs, (reader, other)):
+                writer.transport.abort()
+            return sizes
+
+    assert sum(size >= 20_000_000 for size in asyncio.run(run())) == whole
+
+
 # --- many small pieces ------------------------------------------------------------------------------------------------
 
 POST = b"POST /body HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -47,6 +47,9 @@ LINGER_SECONDS = 2.0
 RESPONSE_SECONDS = 60.0
 """How long it may take to make a response, and to receive it."""
 
+MOST_UNSENT = 32 << 20
+"""Bytes of responses that wait until their clients receive them. A list of ten thousand sites has 3 MiB."""
+
 READ_BYTES = 1_024
 """Read at once from a connection, then others have their turn: it has up to 170 frames or parts of a body, which take
 some milliseconds. Asyncio reads 256 KiB at once, which take a second."""
@@ -85,6 +88,11 @@ class Connection:
             self._deadline = None
         if seconds is not None:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes of its response wait to be sent."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def abort(self) -> None:
         """Close it at once, whatever it has not received."""
@@ -188,7 +196,7 @@ class HttpServer:
             connection.open(lambda connection=connection: self._make_protocol(connection), self._context)  # type: ignore[misc]
 
     def _make_protocol(self, connection: Connection) -> asyncio.Protocol:
-        state = {"connection": connection, "show": self._show}
+        state = {"connection": connection, "limit_unsent": self._limit_unsent, "show": self._show}
         return _Http(config=self._config, server_state=self._state, app_state=state)
 
     def _make_room(self) -> None:
@@ -197,6 +205,15 @@ class HttpServer:
             oldest = next((one for one in self._connections if one.waiting), next(iter(self._connections)))
             self._connections.pop(oldest)
             oldest.abort()
+
+    def _limit_unsent(self) -> None:
+        """Close the connections with the most that waits to be sent, if that is too much of all together."""
+        unsent = {connection: size for connection in self._connections if (size := connection.unsent)}
+        total = sum(unsent.values())
+        while total > MOST_UNSENT:
+            largest = max(unsent, key=unsent.__getitem__)
+            total -= unsent.pop(largest)
+            largest.abort()
 
     def _forget(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
@@ -283,6 +300,7 @@ class _Http(_LittleAtOnce, H11Protocol):  # type: ignore[misc]  # both return No
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self.app_state["limit_unsent"]()
         self._update()
 
     def connection_lost(self, exc: Exception | None) -> None:
