@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,6 +227,56 @@ async def test_an_asker_of_a_later_version_counts_alone_and_says_why(monkeypatch
             f"the ledger has closed the connection of an asker: {reason}",
             f"{reason}: this process counts alone until the ledger answers",
         ]
+
+
+class Backwards(wire.Dialect):
+    """A version of the protocol whose payloads are written from their end to their beginning."""
+
+    def decode_batch(self, payload: bytes) -> wire.Batch:
+        return super().decode_batch(payload[::-1])
+
+    def encode_replies(self, replies: Sequence[wire.LedgerMessage]) -> bytes:
+        return wire.frame(super().encode_replies(replies)[4:][::-1])
+
+
+@in_loop
+async def test_askers_of_this_version_and_the_two_before_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is answered in its own, also by the ledger that takes the connections over."""
+    monkeypatch.setattr(wire, "DIALECTS", {1: Backwards(), 2: Backwards(), 3: wire.Dialect()})
+    monkeypatch.setattr(wire, "VERSION", 3)
+    async with ledger() as running:
+        present = running.connect()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 60
+        takes = wire.Batch(deadline, [wire.Ask(1, THREE_TUNNELS), wire.Count(2, ["three"])])
+        question = wire.frame(wire.encode_batch(takes)[0][4:][::-1])
+        before = [running.connect_raw() for _ in range(2)]
+
+        async def ask(sock: socket.socket) -> list[wire.LedgerMessage]:
+            """Ask, and return the messages in the last frame that the ledger sends."""
+            received = b""
+            await loop.sock_sendall(sock, question)
+            while True:
+                received += await loop.sock_recv(sock, 1 << 16)
+                payloads, rest = wire.split(received)
+                with contextlib.suppress(wire.WireError, IndexError):
+                    if not rest and len(replies := wire.decode_replies(payloads[-1][::-1])) == 2:
+                        return replies
+
+        for version, sock in enumerate(before, 1):
+            await loop.sock_sendall(sock, wire.encode_hello(wire.Hello(version)))
+            assert await ask(sock) == [wire.Answer(1, []), wire.Counted(2, [version])]
+        assert await present.check(THREE_TUNNELS) == WITHIN
+        following = await hand_over(running)
+        full, counted = await ask(before[0])
+        assert isinstance(full, wire.Answer)
+        assert [result.exceeded for result in full.results] == ["tunnels"]
+        assert counted == wire.Counted(2, [3])
+        assert (await present.check(THREE_TUNNELS))[0].exceeded == "tunnels"
+        present.close()
+        for sock in before:
+            sock.close()
+        following.server.close()
 
 
 @in_loop
