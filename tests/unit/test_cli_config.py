@@ -105,13 +105,15 @@ def test_the_summary_says_what_limits_count_across(tmp_path: Path, state: str, a
     file.write_text(
         f'{state}[[rate_limits]]\nname = "all"\nlimit = "1000/minute"\n[[sites]]\nnames = ["a.example"]\n'
         'web_origins = []\norigins = [{ address = "localhost:3001", max_tunnels = 7 }]\n'
-        '[[sites.rate_limits]]\nname = "own"\nlimit = "30/minute"\nmax_tunnels = 5\n'
+        '[[sites.rate_limits]]\nname = "own"\nlimit = "30/minute"\nblock_for = "1m"\nmax_tunnels = 5\n'
+        '[[sites.rate_limits]]\nname = "seen"\nmax_tunnels = 9\nmode = "log"\n'
     )
     result = check(str(file))
     assert (result.exit_code, result.stderr) == (0, "")
     assert [line for line in result.stdout.splitlines() if line.startswith("limit ")] == [
         f'limit     "all": 1000/minute, {across}',
-        f'limit     "own" of a.example: 30/minute, 5 tunnels, {across}',
+        f'limit     "own" of a.example: 30/minute, then blocked for 1m, 5 tunnels, {across}',
+        f'limit     "seen" of a.example: 9 tunnels, only logged, {across}',
         f"limit     origin localhost:3001: 7 tunnels, {across}",
         "limit     unfinished handshakes: 4096, per process",
     ]

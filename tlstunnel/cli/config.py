@@ -13,6 +13,7 @@ import click
 from tlstunnel.addresses import quoted
 from tlstunnel.cli.examples import render_examples
 from tlstunnel.config import Config, Duration, OriginConfig, SiteConfig, load
+from tlstunnel.config.firewall import RateLimitConfig
 from tlstunnel.config.rendering import render_schema, render_toml
 from tlstunnel.config.together import list_pools
 from tlstunnel.plans.guidelines import describe_plan, find_plans
@@ -101,14 +102,22 @@ def _render_limits(config: Config) -> Iterator[str]:
     across = f"across all machines that use {url}" if url is not None else "across all processes of this machine"
     for where, limits in (("", config.rate_limits), *((site.names[0], site.rate_limits) for site in config.sites)):
         for limit in limits:
-            parts = filter(None, (limit.limit, f"{limit.max_tunnels} tunnels" if limit.max_tunnels else None))
             of = f" of {where}" if where else ""
-            yield f"limit     {quoted(limit.name)}{of}: {', '.join(parts)}, {across}"
+            yield f"limit     {quoted(limit.name)}{of}: {', '.join(_list_parts(limit))}, {across}"
     for _, table in list_pools(config):
         for origin in table.origins:
             if origin.max_tunnels is not None:
                 yield f"limit     origin {origin.address}: {origin.max_tunnels} tunnels, {across}"
     yield f"limit     unfinished handshakes: {config.limits.unfinished_handshakes}, per process"
+
+
+def _list_parts(limit: RateLimitConfig) -> Iterator[str]:
+    if limit.limit is not None:
+        yield f"{limit.limit}{f', then blocked for {limit.block_for}' if limit.block_for is not None else ''}"
+    if limit.max_tunnels:
+        yield f"{limit.max_tunnels} tunnels"
+    if limit.mode == "log":
+        yield "only logged"
 
 
 def _render_site(site: SiteConfig) -> str:
