@@ -112,7 +112,7 @@ def test_the_summary_says_what_limits_count_across(tmp_path: Path, state: str, a
     assert (result.exit_code, result.stderr) == (0, "")
     assert [line for line in result.stdout.splitlines() if line.startswith("limit ")] == [
         f'limit     "all": 1000/minute, {across}',
-        f'limit     "own" of a.example: 30/minute, then blocked for 1m, 5 tunnels, {across}',
+        f'limit     "own" of a.example: 30/minute, then blocked for 60s, 5 tunnels, {across}',
         f'limit     "seen" of a.example: 9 tunnels, only logged, {across}',
         f"limit     origin localhost:3001: 7 tunnels, {across}",
         "limit     unfinished handshakes: 4096, per process",
