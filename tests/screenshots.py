@@ -1,4 +1,4 @@
-"""Makes the screenshots of the dashboard in the documents: a real tunnel, real traffic, and Chromium.
+"""Makes the screenshots of the dashboard and of `tlstunnel top`: a real tunnel, real traffic, and Chromium.
 
     ./scripts/screenshots [FOLDER]
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -25,6 +26,8 @@ from tests.dashboard import TOKEN
 from tests.harness import REPOSITORY, Certificate, Tunnel, WebsocketsOrigin, eventually
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.certificates import issue
+from tlstunnel.cli.top.app import Top
+from tlstunnel.cli.top.source import Source
 
 SITES = ("chat.example", "games.example", "feed.example")
 SECONDS = 90
@@ -62,6 +65,12 @@ def main() -> None:
             upgraded(tunnel)
             with _traffic(tunnel, 40, SECONDS):
                 _take_all(page, tunnel, target)
+                with ThreadPoolExecutor() as executor:  # this thread has the loop of the browser
+                    drawing = executor.submit(asyncio.run, _draw_top(tunnel)).result()
+                page.goto("about:blank")  # the policy of the dashboard does not allow the styles of the drawing
+                page.set_viewport_size({"width": 1600, "height": 586})
+                page.set_content(f"<body style='margin: 0'>{drawing}")
+                _take(page, target / "top.png")
 
 
 def _render(origin: str, certificate: Certificate, folder: Path) -> str:
@@ -188,6 +197,16 @@ def _take_all(page: Page, tunnel: Tunnel, target: Path) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     _go(page, "overview")
     _take(page, target / "overview-phone.png")
+
+
+async def _draw_top(tunnel: Tunnel) -> str:
+    """Return what `tlstunnel top` shows of the tunnel, as SVG."""
+    assert tunnel.control is not None
+    app = Top(Source(tunnel.control), 1.0)
+    async with app.run_test(size=(130, 22)) as pilot:
+        await pilot.press("2")
+        await asyncio.sleep(4)
+        return app.export_screenshot()
 
 
 def _go(page: Page, view: str) -> None:

@@ -41,7 +41,7 @@ export function overviewView(app) {
     tunnels: new Chart({ title: "Open tunnels", series: [{ label: "Tunnels" }, { label: "Mean", dashed: true }], format: count, summarise: sumUp(count) }),
     handshakes: new Chart({ title: "Handshakes", note: "per second", series: [{ label: "Opened" }, { label: "Refused" }], format: figure, summarise: sumUp(perSecond) }),
     traffic: new Chart({ title: "Traffic", note: "per second", series: [{ label: "Up" }, { label: "Down" }], format: bytes, summarise: sumUp(bytesPerSecond) }),
-    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp(latency), empty: "No handshake in the last minute. Latencies are measured only while this page is open." }),
+    latency: new Chart({ title: "Latency of handshakes", series: [{ label: "p50" }, { label: "p90" }, { label: "p99" }], format: latency, summarise: sumUp(latency), empty: "No handshake in the last minute, or since the figures were first watched." }),
   };
   const buttons = RANGES.map(([name, label]) => h("button", { type: "button", "aria-pressed": name === range, click: () => choose(name), text: label }));
   const rangeNote = h("span", { class: "note" });
@@ -57,7 +57,7 @@ export function overviewView(app) {
       { title: "p99", number: true, text: (row) => latency(row.p99) },
       { title: "Number", number: true, hide: true, text: (row) => count(row.count) },
     ],
-    empty: "No handshake in the last minute. Latencies are measured only while this page is open.",
+    empty: "No handshake in the last minute, or since the figures were first watched.",
   });
   const reasons = new Table({
     caption: "Refusals by reason",

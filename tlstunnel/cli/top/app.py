@@ -68,6 +68,7 @@ class Details(ModalScreen[bool]):
 class Top(App[None]):
     """Shows what `source` knows, asked every `seconds`."""
 
+    TITLE = "tlstunnel top"
     ENABLE_COMMAND_PALETTE = False
 
     BINDINGS: ClassVar[list[BindingType]] = [
