@@ -258,7 +258,7 @@ def test_a_month(tmp_path: Path, origin: RawOrigin) -> None:
     assert "and a spike now and then is fine" in spike.sentence
     (grown,) = machine.texts("growing.test")
     assert grown["subject"] == "growing.test: steadily above its guideline of 100 tunnels"
-    assert "has outgrown its guideline. It is good to see it used so much" in grown["text"]
+    assert "has outgrown its guideline.\nIt is good to see it used so much" in grown["text"]
     for site in ("batch.test", "weekend.test"):
         for text in machine.texts(site):
             assert text["subject"] == f"{site}: several times above its guideline of 100 tunnels"
