@@ -6,7 +6,7 @@ import pytest
 
 from tlstunnel.commands.usage import Released, ReleaseSite
 from tlstunnel.errors import ControlError
-from tlstunnel.processes.answers import Answers
+from tlstunnel.processes.answers.dispatch import Answers
 
 
 async def release(command: ReleaseSite, who: str) -> Released:

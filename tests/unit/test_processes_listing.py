@@ -15,7 +15,7 @@ from tlstunnel.commands.tunnels import Order, Tunnels, TunnelStatus
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
-from tlstunnel.processes.listing import (
+from tlstunnel.processes.answers.listing import (
     FORGET_SECONDS,
     LOOK_SECONDS,
     Cursor,

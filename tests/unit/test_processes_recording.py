@@ -12,10 +12,10 @@ from tlstunnel.journal.events import Reason
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.record import Record
 from tlstunnel.journal.style import Style
-from tlstunnel.processes import recording
+from tlstunnel.processes.answers import recording
+from tlstunnel.processes.answers.recording import Recording
 from tlstunnel.processes.link import Link
 from tlstunnel.processes.messages import Recorded
-from tlstunnel.processes.recording import Recording
 
 
 class Watching:

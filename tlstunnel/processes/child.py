@@ -24,12 +24,12 @@ from tlstunnel.journal.style import Style
 from tlstunnel.metrics import families
 from tlstunnel.metrics.registry import Registry
 from tlstunnel.processes import messages, previous
-from tlstunnel.processes.answers import Answer, Answers
-from tlstunnel.processes.knowledge import Knowledge
+from tlstunnel.processes.answers.dispatch import Answer, Answers
+from tlstunnel.processes.answers.knowledge import Knowledge
+from tlstunnel.processes.answers.open_tunnels import OpenTunnels
+from tlstunnel.processes.answers.recording import Recording
 from tlstunnel.processes.lag import LoopLag
 from tlstunnel.processes.observing import Observing
-from tlstunnel.processes.open_tunnels import OpenTunnels
-from tlstunnel.processes.recording import Recording
 from tlstunnel.processes.reporting import Reporter
 from tlstunnel.processes.role import RoleProcess, run_role
 from tlstunnel.serving.service import Service

@@ -25,10 +25,10 @@ from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
 from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
-from tlstunnel.processes.actions import log_action
 from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import Startup
-from tlstunnel.processes.commands import Commands
+from tlstunnel.processes.commands.actions import log_action
+from tlstunnel.processes.commands.dispatch import Commands
 from tlstunnel.processes.control import ControlSocket, ControlSocketInUse, default_path
 from tlstunnel.processes.fleet import Fleet, Options
 from tlstunnel.processes.handover import Handover

@@ -29,7 +29,7 @@ from tlstunnel.inventory.certificates import CertificateIndex, describe_certific
 from tlstunnel.inventory.origins import describe_origins, is_unhealthy
 from tlstunnel.journal.journal import Journal
 from tlstunnel.journal.kept import Kept
-from tlstunnel.processes.answers import Answer
+from tlstunnel.processes.answers.dispatch import Answer
 from tlstunnel.tunnel.sites import Site
 from tlstunnel.tunnel.sites import Sites as ServedSites
 from tlstunnel.tunnel.slices import Slices

@@ -38,15 +38,15 @@ from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded, Tunnel
 from tlstunnel.commands.usage import AckNotice, MuteSite, Notices, ReleaseSite, ThrottleSite, Usage, UsageResult
 from tlstunnel.config.together import keeps_history
 from tlstunnel.errors import StateError
-from tlstunnel.processes.actions import Via, log_action
+from tlstunnel.processes.commands.actions import Via, log_action
+from tlstunnel.processes.commands.metrics import gather
+from tlstunnel.processes.commands.reports import Reports
+from tlstunnel.processes.commands.status import report_status
+from tlstunnel.processes.commands.tunnels import end_tunnels, list_tunnels
 from tlstunnel.processes.control import Handler, describe_client
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.gathering import gather
-from tlstunnel.processes.reports import Reports
 from tlstunnel.processes.rollout import Rollout
 from tlstunnel.processes.slots import Slots
-from tlstunnel.processes.status import report_status
-from tlstunnel.processes.tunnels import end_tunnels, list_tunnels
 from tlstunnel.state.folder import locate_state_folder
 
 _ABOUT_USAGE: tuple[type[AnyCommand], ...] = (Notices, AckNotice, MuteSite, ThrottleSite, ReleaseSite)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded
 from tlstunnel.escaping import printable
-from tlstunnel.processes.answers import Answer
-from tlstunnel.processes.listing import Listing, Page, parse_selection
+from tlstunnel.processes.answers.dispatch import Answer
+from tlstunnel.processes.answers.listing import Listing, Page, parse_selection
 from tlstunnel.state.ended_tags import EndedTag
 from tlstunnel.tunnel.lifetimes import Ending, Lifetimes
 from tlstunnel.tunnel.selection import Selection

@@ -32,8 +32,8 @@ from tlstunnel.inventory.configuration import find_sources, list_arguments, rend
 from tlstunnel.inventory.origins import is_unhealthy, merge_origins
 from tlstunnel.inventory.sites import OriginEntry, SiteIndex
 from tlstunnel.inventory.stages import Checks, describe_stages
+from tlstunnel.processes.commands.inquiry import Answered, ask_serving
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.inquiry import Answered, ask_serving
 from tlstunnel.processes.loads import Loads
 
 ASKED_AT_ONCE = 250

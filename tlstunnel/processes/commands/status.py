@@ -21,8 +21,8 @@ from tlstunnel.commands.processes import (
 )
 from tlstunnel.config.together import shares_notices
 from tlstunnel.processes.children import Child, measure_pss
+from tlstunnel.processes.commands.metrics import reduce, sum_up
 from tlstunnel.processes.fleet import Fleet
-from tlstunnel.processes.gathering import reduce, sum_up
 from tlstunnel.processes.messages import HistoryLoad, LedgerLoad, Load
 from tlstunnel.processes.slots import Slots
 

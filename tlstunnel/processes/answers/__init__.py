@@ -1,0 +1,1 @@
+"""What a serving process answers when the parent asks it: about its tunnels, sites, origins and refused connections."""

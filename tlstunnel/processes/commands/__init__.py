@@ -1,0 +1,1 @@
+"""How the parent carries out the commands of `tlstunnel.commands`: by itself, or by asking serving processes."""
