@@ -189,7 +189,8 @@ class Election:
         delay = 0.0
         while True:
             try:
-                self._connection = connection = await run_within(_PATIENCE, self._connect())
+                connecting = self._servers.connect_with(SCRIPTS["elect"], self._wake.set)
+                self._connection = connection = await run_within(_PATIENCE, connecting)
                 self._candidate.begin_anew()
                 while True:
                     self._wake.clear()
@@ -201,21 +202,7 @@ class Election:
                 self._disconnect()
                 reason = explain_error(error)
                 self._note_failure(str(reason))
-                if not self._servers.learn(reason) or delay:
-                    delay = _RETRIES.after(delay)
-                    await asyncio.sleep(_RETRIES.spread(delay))
-                else:
-                    delay = _RETRIES.first
-
-    async def _connect(self) -> Connection:
-        connection = await self._servers.connect()
-        try:
-            await connection.call(b"SCRIPT", b"LOAD", SCRIPTS["elect"].source)
-        except BaseException:
-            connection.close()
-            raise
-        connection.on_lost = self._wake.set
-        return connection
+                delay = await self._servers.wait_after(reason, delay, _RETRIES)
 
     async def _exchange(self, connection: Connection, *, wanted: bool = True) -> None:
         """Ask once. Raises ServerUnavailable."""

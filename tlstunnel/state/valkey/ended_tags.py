@@ -115,7 +115,8 @@ class SharedEndedTags:
         delay = 0.0
         while True:
             try:
-                self._connection = connection = await run_within(_PATIENCE, self._connect())
+                connecting = self._servers.connect_with(SCRIPTS["ended"], self._wake.set)
+                self._connection = connection = await run_within(_PATIENCE, connecting)
                 while True:
                     self._wake.clear()
                     is_more = await run_within(_PATIENCE, self._exchange(connection))
@@ -130,24 +131,10 @@ class SharedEndedTags:
                 self._disconnect()
                 reason = explain_error(error)
                 self._note_failure(str(reason))
-                if not self._servers.learn(reason) or delay:
-                    delay = _RETRIES.after(delay)
-                    await asyncio.sleep(_RETRIES.spread(delay))
-                else:
-                    delay = _RETRIES.first
+                delay = await self._servers.wait_after(reason, delay, _RETRIES)
 
     async def _wake_up(self) -> None:
         await self._wake.wait()
-
-    async def _connect(self) -> Connection:
-        connection = await self._servers.connect()
-        try:
-            await connection.call(b"SCRIPT", b"LOAD", SCRIPTS["ended"].source)
-        except BaseException:
-            connection.close()
-            raise
-        connection.on_lost = self._wake.set
-        return connection
 
     async def _exchange(self, connection: Connection) -> bool:
         """Tell and ask once; return whether there is more of either. Raises ServerUnavailable."""

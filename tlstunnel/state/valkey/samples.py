@@ -227,11 +227,7 @@ class SharedSamples:
                     delay = 0.0
             except (ServerUnavailable, TimeoutError) as error:
                 self._disconnect()
-                if not self._servers.learn(explain_error(error)) or delay:
-                    delay = _RETRIES.after(delay)
-                    await asyncio.sleep(_RETRIES.spread(delay))
-                else:
-                    delay = _RETRIES.first
+                delay = await self._servers.wait_after(explain_error(error), delay, _RETRIES)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

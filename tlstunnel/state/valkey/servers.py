@@ -5,12 +5,13 @@ Tested by tests/unit/test_state_valkey_counters.py.
 
 import asyncio
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tlstunnel.addresses import quoted
+from tlstunnel.backoff import Backoff
 from tlstunnel.certificates import describe
 from tlstunnel.certificates.contexts import load_client_pair
 from tlstunnel.errors import CertificateError
@@ -23,6 +24,7 @@ from tlstunnel.state.valkey.connection import (
     explain_error,
     open_connection,
 )
+from tlstunnel.state.valkey.scripts import Script
 from tlstunnel.tls.policy import apply_to_client_context
 
 Result = TypeVar("Result")
@@ -100,6 +102,28 @@ class Servers:
             raise
         self._connected_to = endpoint
         return connection
+
+    async def connect_with(self, script: Script, on_lost: Callable[[], None]) -> Connection:
+        """Return a new connection to a server that has loaded `script`. Raises ServerUnavailable."""
+        connection = await self.connect()
+        try:
+            await connection.call(b"SCRIPT", b"LOAD", script.source)
+        except BaseException:
+            connection.close()
+            raise
+        connection.on_lost = on_lost
+        return connection
+
+    async def wait_after(self, error: ServerUnavailable, delay: float, retries: Backoff) -> float:
+        """Learn from a failure, and wait before the next attempt. Return the delay, for the next failure.
+
+        Where the cluster has moved our keys is tried at once, the first time.
+        """
+        if self.learn(error) and not delay:
+            return retries.first
+        delay = retries.after(delay)
+        await asyncio.sleep(retries.spread(delay))
+        return delay
 
     def learn(self, error: ServerUnavailable) -> bool:
         """Learn from a failure where to connect next. Return whether it is where the cluster has our keys."""
