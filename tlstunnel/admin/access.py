@@ -1,4 +1,4 @@
-"""Who sends a request, and what they may do: by token, client certificate or session, or as anybody on this machine.
+"""Finds out who sends a request, and what they may do: by token, client certificate, session, or without a name.
 
 Tested by tests/unit/test_admin_access.py.
 """

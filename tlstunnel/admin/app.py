@@ -48,7 +48,7 @@ MOST_BODY = 65_536
 """Bytes of a request's body."""
 
 RECENT_SECONDS = 0.1
-"""How long readiness and metrics hold: whoever asks more often gets the same ones."""
+"""How long readiness and metrics are used again, for those who ask more often."""
 
 READY_TIMEOUT = 2.0
 """How long the parent may take to say whether it is ready; it takes a millisecond."""
@@ -57,7 +57,7 @@ ANSWER_SECONDS = 30.0
 """How long it may take to answer what is asked."""
 
 BEGUN_SECONDS = 0.3
-"""How long a command may take to fail that is only begun. Then the response says that it goes on."""
+"""How long to wait for a command that goes on after the response, in case it fails at once."""
 
 _HEALTH = ("/healthz", "/readyz")
 LIVE = f"{PREFIX}/live"
@@ -142,21 +142,24 @@ class AdminApp:
         check_query(request.scope["query_string"].decode("latin-1"))
         endpoint = self._find(request)
         if endpoint.acts or request.url.path.startswith("/api/"):
-            own = self._check_origin(request)
-            # A request that a browser sends with its cookie has to come from this page, and browsers say so.
-            if endpoint.acts and not own and _has_cookie(request) and "authorization" not in request.headers:
-                raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
+            self._check_origin(request, reads=not endpoint.acts)
         return endpoint
 
     def _check_host(self, connection: HTTPConnection) -> None:
         check_host(connection.headers.getlist("host"), _peer_of(connection).local, self.hosts, self.listen)
 
-    def _check_origin(self, connection: HTTPConnection) -> bool:
+    def _check_origin(self, connection: HTTPConnection, *, reads: bool = False) -> None:
+        """Check which page a request comes from. Raises Unacceptable.
+
+        What a browser sends with its cookie has to come from this page, and browsers say so, unless it only `reads`.
+        """
         headers = connection.headers
         secure = _peer_of(connection).secure
-        return check_origin(
+        own = check_origin(
             headers.getlist("origin"), headers.get("sec-fetch-site", ""), headers.get("host", ""), secure=secure
         )
+        if not reads and not own and _has_cookie(connection) and "authorization" not in headers:
+            raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
 
     def _find(self, request: Request) -> Endpoint:
         allowed: list[str] = []
@@ -340,9 +343,7 @@ class AdminApp:
                 raise Unacceptable(400, "there are no parameters here")
             if scope["path"] != LIVE:
                 raise Unacceptable(404, f"the WebSocket is at {LIVE}")
-            own = self._check_origin(socket)
-            if not own and _has_cookie(socket) and "authorization" not in socket.headers:
-                raise Unacceptable(403, "a request with the cookie of a session needs the field Origin")
+            self._check_origin(socket)
             identity = self._access.require(self._identify(socket), "read", None)
         except Unacceptable as refusal:
             await receive()  # websocket.connect

@@ -73,7 +73,7 @@ class HistoryResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _AllSites:
-    """The sums over all sites, of which only what is new is read again: a day of a thousand sites takes a second."""
+    """The sums over all sites. Only what is new is read again: a day of a thousand sites takes a second."""
 
     def __init__(self, reader: HistoryReader) -> None:
         self._reader = reader

@@ -1,8 +1,8 @@
-"""What is live: whoever watches gets the overview every second, and records of connections as they end.
+"""Serves watchers: they get the overview every second, and records of connections as they end.
 
-Nothing is computed while nobody watches, and the overview once for all. A watcher that reads slowly gets the latest
-overview and is told how many records it has missed; its queue is bounded. When too many watch, who watches most often
-loses a WebSocket, so nobody can keep others from watching.
+Nothing is computed without a watcher, and the overview is computed once for all. A watcher that reads slowly gets the
+latest overview and is told how many records it has missed; its queue is bounded. When there are too many watchers, the
+oldest of the reader that has the most is closed, so nobody can keep others from watching.
 
 Tested by tests/promises/test_admin_live.py.
 """
@@ -38,7 +38,7 @@ MOST_SENT = 50
 TICK_SECONDS = 1.0
 
 RECENT_SECONDS = 0.5
-"""How old an overview may be: whoever asks more often gets the same one. Rates over a shorter time say little."""
+"""How old an overview may be: it is not made more often, because rates over a shorter time say little."""
 
 ASK_SECONDS = 5.0
 """How often processes are asked to go on sending records; they stop after twice as long."""
@@ -47,16 +47,18 @@ SEND_SECONDS = 10.0
 """How long a watcher may take to receive a message. Then it is cut off."""
 
 LONGEST_MESSAGE = 4_096
-"""Bytes of what a watcher sends."""
+"""Bytes of a message from a watcher, at most."""
 
 Ask = Callable[[AnyCommand, str], Awaitable[Mapping[str, Any]]]
-"""Has a command carried out for somebody; returns the fields of the result. Raises TlstunnelError."""
+"""Has a command carried out for a person or program, who is named; returns the fields of the result.
+
+Raises TlstunnelError."""
 
 WHO = "the dashboard"
 
 
 class RecordFilter(msgspec.Struct, frozen=True):
-    """Which records: those with all of these that are not empty. `client` is the begin of an address."""
+    """Which records: those with all of these that are not empty. `client` is the beginning of an address."""
 
     site: str = ""
     client: str = ""
@@ -72,7 +74,7 @@ class RecordFilter(msgspec.Struct, frozen=True):
 
 
 class Watch(msgspec.Struct, frozen=True):
-    """What a watcher sends: what it wants from now on."""
+    """A message of a watcher: what it wants from now on."""
 
     watch: list[Literal["overview", "records"]] = []
     records: RecordFilter = RecordFilter()
@@ -146,7 +148,7 @@ class Watcher:
 
 
 class Live:
-    """Serves all watchers, and whoever asks for one overview."""
+    """Serves all watchers, and single requests for the overview."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
@@ -220,7 +222,7 @@ class Live:
             self._remove(next(watcher for watcher, reader in self._readers.items() if reader == most))
 
     def _remove(self, watcher: Watcher) -> None:
-        """Let somebody watch no more; the WebSocket ends within a second."""
+        """Remove a watcher; its WebSocket ends within a second."""
         self._watchers.pop(watcher, None)
         self._readers.pop(watcher, None)
 
@@ -233,7 +235,7 @@ class Live:
             self._ticking = asyncio.ensure_future(self._tick())
 
     async def _tick(self) -> None:
-        """Send overviews as long as anybody watches."""
+        """Send overviews as long as there is a watcher."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         while watching := [one for one in self._watchers if one.wants("overview") or one.wants("records")]:

@@ -40,7 +40,7 @@ class AdminService:
         self._log = structlog.get_logger()
 
     async def configure(self, admin: Admin) -> None:
-        """Use these settings from now on. If a file cannot be used, nobody gets in who needs it: it is logged."""
+        """Use these settings from now on. A file that cannot be used is logged, and admits nobody."""
         async with self._configuring:
             await self._configure(admin)
 
@@ -75,7 +75,7 @@ class AdminService:
         self._server.listen(sock)
 
     def take_records(self, records: list[dict[str, Any]], left_out: int) -> None:
-        """Show these records to whoever watches."""
+        """Send these records to watchers."""
         self._live.take_records(records, left_out)
 
     async def close(self) -> None:

@@ -63,7 +63,7 @@ class Sessions:
         return session if session is not None and self.is_open(session) else None
 
     def is_open(self, session: Session) -> bool:
-        """Return whether a session goes on."""
+        """Return whether a session still holds."""
         return self._sessions.get(session.id) is session and self._clock() < session.until
 
     def end(self, session: Session) -> None:

@@ -58,7 +58,7 @@ def check_request(turn: Turn) -> None:
         raise Refusal(403, refused.reason, str(refused))
     # The certificate of one site must not give access to another with a closer name and its own rules.
     if client.serving.sites.choose(request.host) is not turn.site:
-        raise Refusal(421, Reason.MISDIRECTED, "the Host field is no name of the site that this connection is for")
+        raise Refusal(421, Reason.MISDIRECTED, "the Host field is not a name of the site that this connection is for")
 
 
 def _path_for_log(target: bytes) -> str:
