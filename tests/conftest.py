@@ -29,12 +29,17 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
 _COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")
 
 _MEASURED = {
+    "test_admin_actions",
+    "test_admin_api",
+    "test_admin_live",
     "test_drain",
     "test_edge_no_open_relay",
     "test_edge_run",
     "test_elected",
+    "test_health_path",
     "test_hello_in_pieces",
     "test_http_pass",
+    "test_inventory",
     "test_origins_several",
     "test_plans",
     "test_processes",
@@ -42,6 +47,8 @@ _MEASURED = {
     "test_shared_counts",
     "test_slow_loris",
     "test_smuggling",
+    "test_top",
+    "test_tunnels_ended",
     "test_upgrade",
     "test_usage",
 }

@@ -39,6 +39,8 @@ class Terminal:
         self._status = folder / "status"
         line = f"{' '.join(command)}; echo $? > {self._status}; {after}"
         environment = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        for name in ("COLUMNS", "LINES"):  # they would override the size of the terminal
+            environment.pop(name, None)
         subprocess.run([*self._tmux, "new-session", "-d", "-x", "160", "-y", "40", line], check=True, env=environment)
 
     def screen(self) -> str:

@@ -139,8 +139,11 @@ class Admin:
 def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
     """Read the response to a request with this method."""
     response = http.client.HTTPResponse(sock, method=method)
-    response.begin()
-    return Reply(response.status, response.headers, response.read())
+    try:
+        response.begin()
+        return Reply(response.status, response.headers, response.read())
+    finally:
+        response.close()
 
 
 def upgrade_request(host: str, headers: Mapping[str, str] | None = None, path: str = "/api/v1/live") -> bytes:

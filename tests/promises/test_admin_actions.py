@@ -29,6 +29,7 @@ def test_audit_lines(certificate: Certificate, tmp_path: Path) -> None:
         tunnel.file.write_text("listen = 1")
         assert admin.ask("POST", "/api/v1/reload", body={}, token=ALICE).status == 409
         tunnel.file.write_text(good)
+        tunnel.wait_record(lambda one: one.get("command") == "reload" and one.get("result") == "refused")
         before = len(tunnel.records("action"))
         for _ in range(3):  # none of these is an action
             admin.get("/api/v1/status")

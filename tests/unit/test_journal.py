@@ -58,6 +58,17 @@ def test_detail_is_logged_if_there_is_one() -> None:
     assert record.facts() == {**FACTS, "detail": "101 with a wrong Sec-WebSocket-Accept"}
 
 
+@pytest.mark.parametrize(
+    "sent", [b"https://a.example/?token=x", b"https://u:p@a.example", b"https://a.example#x", b"x"]
+)
+def test_what_is_no_web_origin_is_not_logged_since_it_may_have_a_secret(sent: bytes) -> None:
+    record = filled()
+    record.take_headers(sent, b"")
+    assert "web_origin" not in record.facts()
+    record.take_headers(b"https://a.example:8443", b"")
+    assert record.facts()["web_origin"] == "https://a.example:8443"
+
+
 def test_new_record_has_every_field() -> None:
     assert Record("a", "").facts().keys() == FACTS.keys()
 

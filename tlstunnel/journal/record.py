@@ -3,6 +3,7 @@
 Tested by tests/unit/test_journal.py.
 """
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ MAX_PATH, MAX_DETAIL = 1024, 512
 
 MAX_FIELD = 256
 """Characters of a field that the client sent."""
+
+
+_WEB_ORIGIN = re.compile(rb"null|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\\\s]*")
+"""RFC 6454 section 7.1: no user, path or query, in which there may be a password or a token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,8 +77,8 @@ class Record:
 
     @property
     def web_origin(self) -> str:
-        """The web origin that the client sent, escaped."""
-        return _show(self.raw_web_origin)
+        """The web origin that the client sent, escaped; "" if it has more than a web origin, which may be a secret."""
+        return _show(self.raw_web_origin) if _WEB_ORIGIN.fullmatch(self.raw_web_origin) else ""
 
     @property
     def user_agent(self) -> str:
@@ -102,8 +107,8 @@ class Record:
             facts["peer"] = show(self.peer)
         if self.method:
             facts["method"], facts["host"] = self.method, shorten(self.host, MAX_FIELD)
-        if self.raw_web_origin:
-            facts["web_origin"] = self.web_origin
+        if web_origin := self.web_origin:
+            facts["web_origin"] = web_origin
         if self.raw_user_agent:
             facts["user_agent"] = self.user_agent
         if self.client_subject:

@@ -11,7 +11,7 @@ from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
@@ -40,8 +40,10 @@ class Details(ModalScreen[bool]):
 
     CSS = """
     Details { align: center middle; }
-    Details > VerticalScroll { width: 80%; max-width: 120; height: auto; max-height: 80%; border: round $primary;
+    Details > Vertical { width: 80%; max-width: 120; height: auto; max-height: 80%; border: round $primary;
         padding: 0 1; background: $surface; }
+    Details VerticalScroll { height: auto; max-height: 100%; }
+    Details #answer { dock: bottom; height: 1; text-style: bold; }
     """
 
     def __init__(self, lines: Text, question: str = "") -> None:
@@ -51,9 +53,11 @@ class Details(ModalScreen[bool]):
 
     def compose(self) -> ComposeResult:
         """Show the lines."""
-        with VerticalScroll():
-            yield Static(self._lines)
-            yield Static(f"\n{self._question} [y/n]" if self._question else "\nesc closes", markup=False)
+        with Vertical():
+            with VerticalScroll():
+                yield Static(self._lines)
+            # Below what can be scrolled, so that it is seen on a small screen too.
+            yield Static(f"{self._question} [y/n]" if self._question else "esc closes", markup=False, id="answer")
 
     def action_close(self) -> None:
         """Go back without doing anything."""
@@ -77,7 +81,7 @@ class Top(App[None]):
         Binding("S", "sort(-1)", "sort back", show=False),
         Binding("r", "reverse", "reverse"),
         Binding("slash", "search", "filter"),
-        Binding("enter", "open", "open", priority=False),
+        Binding("enter", "open", "open", priority=True),
         Binding("escape", "leave", "back"),
         Binding("x", "end", "end tunnel"),
         Binding("space", "pause", "pause"),
@@ -227,22 +231,29 @@ class Top(App[None]):
         """Filter by what is typed from now on."""
         search = self.query_one("#search", Input)
         search.add_class("shown")
-        search.focus()
+        self.screen.set_focus(search)  # at once, unlike `focus`: what is typed next is for the filter already
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter while typing."""
         if event.value != self._view.search:
             self._set_view(search=event.value)
 
-    def on_input_submitted(self, _: Input.Submitted) -> None:
-        """Keep the filter, and go back to the table."""
-        self._leave_search()
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave Enter to the screen that shows details."""
+        return not (action == "open" and isinstance(self.screen, Details))
+
+    def action_open(self) -> None:
+        """Keep the filter and go back to the table, or open the row at the cursor."""
+        if self.query_one("#search", Input).has_focus:
+            self._leave_search()
+        else:
+            self._table.action_select_cursor()
 
     def _leave_search(self) -> None:
         search = self.query_one("#search", Input)
         if not search.value:
             search.remove_class("shown")
-        self._table.focus()
+        self.screen.set_focus(self._table)
 
     def action_leave(self) -> None:
         """Leave the filter, or the site."""
