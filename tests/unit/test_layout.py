@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,11 @@ def test_every_module_has_its_test(module: Path) -> None:
     named = _named_tests(module)
     assert [path for path in named if not path.exists()] == []
     assert named or any(path.exists() for path in _unit_tests(module))
+
+
+def test_the_parent_does_without_what_only_serving_processes_need() -> None:
+    """It holds no state that is worth losing, so it is to stay small and quick to start."""
+    heavy = ("cryptography", "h11", "hiredis", "starlette", "uvicorn", "tlstunnel.tunnel.sites")
+    program = f"import sys, tlstunnel.cli.start; print([name for name in {heavy} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert ran.stdout == "[]\n"

@@ -18,12 +18,10 @@ from tlstunnel.journal.record import Record
 from tlstunnel.processes.answers.listing import (
     FORGET_SECONDS,
     LOOK_SECONDS,
-    Cursor,
     Listing,
     Rates,
-    find_place,
-    join_pages,
 )
+from tlstunnel.processes.pages import Cursor, find_place, join_pages
 from tlstunnel.tunnel.open_tunnel import OpenTunnel
 from tlstunnel.tunnel.splice import Splice
 

@@ -6,16 +6,19 @@ Tested by tests/unit/test_inventory_origins.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from tlstunnel.commands.sites import OriginStatus
 from tlstunnel.inventory.sites import OriginEntry
 from tlstunnel.origins.condition import Condition, State
-from tlstunnel.tunnel.sites import Site
+
+if TYPE_CHECKING:  # the parent has no sites that are served, and does without their libraries
+    from tlstunnel.tunnel.sites import Site
 
 
-def describe_origins(site: Site, offset: float) -> Iterator[OriginStatus]:
+def describe_origins(site: "Site", offset: float) -> Iterator[OriginStatus]:
     """Yield what this process knows of a site's origins. Unix time is the loop's time and `offset`."""
     for route, pool in site.pools:
         for condition in pool.list_conditions():

@@ -4,20 +4,17 @@ Tested by tests/unit/test_processes_listing.py.
 """
 
 import asyncio
-import base64
-import itertools
 import os
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Self, assert_never
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, assert_never
 
 import msgspec
 
-from tlstunnel.commands.tunnels import EndTunnels, Order, Tunnels, TunnelsResult, TunnelStatus
-from tlstunnel.errors import ControlError
+from tlstunnel.commands.tunnels import Order, Tunnels, TunnelStatus
+from tlstunnel.processes.pages import Cursor, Key, Page, Place, parse_selection
 from tlstunnel.tunnel.open_tunnel import OpenTunnel
-from tlstunnel.tunnel.selection import Selection
 from tlstunnel.tunnel.slices import Slices
 from tlstunnel.tunnel.splice import Splice
 
@@ -29,95 +26,6 @@ FORGET_SECONDS = 30.0
 
 STEP_SECONDS = 1.0
 """If the system's clock differs by so much from what it was, it was set, or the machine was suspended."""
-
-_LONGEST_CURSOR = 4096
-
-Key = float | str
-
-
-class Place(NamedTuple):
-    """The place of a tunnel in a list."""
-
-    key: Key
-    id: str
-
-
-class Cursor(msgspec.Struct, frozen=True, array_like=True):
-    """Where a page ends: in a list of this order, at this place."""
-
-    order: Order
-    key: Key
-    id: str
-
-    def encode(self) -> str:
-        """Return it as text."""
-        return base64.urlsafe_b64encode(msgspec.json.encode(self)).decode("ascii")
-
-    @classmethod
-    def decode(cls, text: str, order: Order) -> Self:
-        """Raises ControlError for a text that is not the cursor of a list of this order."""
-        try:
-            if len(text) > _LONGEST_CURSOR:
-                raise ValueError
-            cursor = msgspec.json.decode(base64.b64decode(text.encode("ascii"), b"-_", validate=True), type=cls)
-            if cursor.order != order or isinstance(cursor.key, str) != (order in {"site", "client", "origin"}):
-                raise ValueError
-        except (ValueError, msgspec.MsgspecError):
-            raise ControlError(
-                f"after: not the end of a list that is sorted by {order}; pass `next` of the list before"
-            ) from None
-        return cursor
-
-    @property
-    def place(self) -> Place:
-        """The place of the last tunnel of the page."""
-        return Place(self.key, self.id)
-
-
-def find_place(tunnel: TunnelStatus, order: Order) -> Place:
-    """Return the place of a tunnel in a list of this order."""
-    match order:
-        case "age":
-            key: Key = tunnel.opened
-        case "rate":
-            key = -tunnel.rate
-        case "up":
-            key = -tunnel.up
-        case "down":
-            key = -tunnel.down
-        case "site":
-            key = tunnel.site
-        case "client":
-            key = tunnel.client
-        case "origin":
-            key = tunnel.origin
-        case _:
-            assert_never(order)
-    return Place(key, tunnel.id)
-
-
-def parse_selection(command: Tunnels | EndTunnels) -> Selection:
-    """Return the filters of a command. Raises ControlError."""
-    try:
-        return Selection.parse(
-            id=command.id,
-            site=command.site,
-            client=command.client,
-            origin=command.origin,
-            tag=command.tag,
-            older=command.older,
-        )
-    except ValueError as error:
-        raise ControlError(str(error)) from None
-
-
-class Page(TunnelsResult, frozen=True, kw_only=True):
-    """The part of a list that one process has. `packed` is the JSON of the tunnels.
-
-    Most of the work of encoding a thousand of them is done in slices this way, before the link encodes it all at once.
-    """
-
-    packed: str = "[]"
 
 
 class _Look(NamedTuple):
@@ -286,17 +194,3 @@ class Listing:
             draining=closed or bool(splice.draining_since),
             tags=record.tags_by_name,
         )
-
-
-_decode = msgspec.json.Decoder(list[TunnelStatus]).decode
-
-
-def join_pages(pages: Sequence[Page], order: Order, limit: int) -> tuple[list[TunnelStatus], str]:
-    """Return the first tunnels of several pages, and the cursor at which the list goes on, "" at its end."""
-    lists = [_decode(page.packed) for page in pages]
-    # Sorted again: while a process described them in slices, the counters went on.
-    merged = sorted(itertools.chain(*lists), key=lambda tunnel: find_place(tunnel, order))
-    tunnels = merged[:limit]
-    if not tunnels or not (len(merged) > limit or any(page.next for page in pages)):
-        return tunnels, ""
-    return tunnels, Cursor(order, *find_place(tunnels[-1], order)).encode()

@@ -11,7 +11,8 @@ from tlstunnel.commands.command import AnyCommand
 from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded
 from tlstunnel.escaping import printable
 from tlstunnel.processes.answers.dispatch import Answer
-from tlstunnel.processes.answers.listing import Listing, Page, parse_selection
+from tlstunnel.processes.answers.listing import Listing
+from tlstunnel.processes.pages import Page, parse_selection
 from tlstunnel.state.ended_tags import EndedTag
 from tlstunnel.tunnel.lifetimes import Ending, Lifetimes
 from tlstunnel.tunnel.selection import Selection

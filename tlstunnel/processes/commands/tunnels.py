@@ -15,10 +15,10 @@ import msgspec
 from tlstunnel.commands.tunnels import EndTunnels, Tunnels, TunnelsEnded, TunnelsResult
 from tlstunnel.errors import ControlError, ProcessError
 from tlstunnel.escaping import printable, shorten
-from tlstunnel.processes.answers.listing import Cursor, Page, join_pages, parse_selection
 from tlstunnel.processes.commands.inquiry import ask_serving
 from tlstunnel.processes.fleet import Fleet
 from tlstunnel.processes.messages import TellEnded
+from tlstunnel.processes.pages import Cursor, Page, join_pages, parse_selection
 from tlstunnel.state.ended_tags import LONGEST_WHY, EndedTag
 
 TELL_SECONDS = 2.0
