@@ -3,11 +3,11 @@
 Tested by tests/unit/test_commands.py.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Generic, Literal
 
 import msgspec
 
-from tlstunnel.commands.command import Command
+from tlstunnel.commands.command import Command, ResultT
 
 MOST_LISTED = 1_000
 """Tunnels in one result."""
@@ -62,16 +62,12 @@ class TunnelsResult(msgspec.Struct, frozen=True, kw_only=True):
     silent: list[int] = []
 
 
-class Tunnels(Command[TunnelsResult], frozen=True, kw_only=True):
-    """List open tunnels that match all filters which are not empty.
+class TunnelsCommand(Command[ResultT], Generic[ResultT], frozen=True, kw_only=True):
+    """A command about the open tunnels that match all filters which are not empty.
 
     `client` is an address or a network. `tag` is "name=value", or "name" for any value. `older` is the least age in
-    seconds. With a `limit` of 0 they are only counted. Where a list that is sorted by what changes, such as the rate,
-    goes on with `after`, a tunnel may be there twice or not at all.
+    seconds.
     """
-
-    name: ClassVar[str] = "tunnels"
-    result: ClassVar[type[msgspec.Struct]] = TunnelsResult
 
     id: str = ""
     site: str = ""
@@ -79,6 +75,18 @@ class Tunnels(Command[TunnelsResult], frozen=True, kw_only=True):
     origin: str = ""
     tag: str = ""
     older: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class Tunnels(TunnelsCommand[TunnelsResult], frozen=True, kw_only=True):
+    """List the open tunnels that match all filters which are not empty.
+
+    With a `limit` of 0 they are only counted. Where a list that is sorted by what changes, such as the rate, goes on
+    with `after`, a tunnel may be there twice or not at all.
+    """
+
+    name: ClassVar[str] = "tunnels"
+    result: ClassVar[type[msgspec.Struct]] = TunnelsResult
+
     sort: Order = "age"
     limit: Annotated[int, msgspec.Meta(ge=0, le=MOST_LISTED)] = 100
     after: str = ""
@@ -96,8 +104,8 @@ class TunnelsEnded(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
-class EndTunnels(Command[TunnelsEnded], frozen=True, kw_only=True):
-    """End the tunnels that match all filters which are not empty, as `Tunnels`. At least one filter must be given.
+class EndTunnels(TunnelsCommand[TunnelsEnded], frozen=True, kw_only=True):
+    """End the tunnels that match all filters which are not empty. At least one filter must be given.
 
     `why` is in the record of each. With a tag, tunnels on other machines that share a server end too. Without an id, a
     client or a tag with its value, whoever asks has to `confirm` that all of a site, or whatever matches, are meant.
@@ -107,11 +115,5 @@ class EndTunnels(Command[TunnelsEnded], frozen=True, kw_only=True):
     result: ClassVar[type[msgspec.Struct]] = TunnelsEnded
     acts: ClassVar[bool] = True
 
-    id: str = ""
-    site: str = ""
-    client: str = ""
-    origin: str = ""
-    tag: str = ""
-    older: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     why: str = ""
     confirm: bool = False

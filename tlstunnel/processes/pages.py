@@ -6,11 +6,11 @@ Tested by tests/unit/test_processes_listing.py.
 import base64
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Self, assert_never
+from typing import Any, NamedTuple, Self, assert_never
 
 import msgspec
 
-from tlstunnel.commands.tunnels import EndTunnels, Order, Tunnels, TunnelsResult, TunnelStatus
+from tlstunnel.commands.tunnels import Order, TunnelsCommand, TunnelsResult, TunnelStatus
 from tlstunnel.errors import ControlError
 from tlstunnel.tunnel.selection import Selection
 
@@ -82,7 +82,7 @@ def find_place(tunnel: TunnelStatus, order: Order) -> Place:
     return Place(key, tunnel.id)
 
 
-def parse_selection(command: Tunnels | EndTunnels) -> Selection:
+def parse_selection(command: TunnelsCommand[Any]) -> Selection:
     """Return the filters of a command. Raises ControlError."""
     try:
         return Selection.parse(

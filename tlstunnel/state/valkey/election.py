@@ -19,6 +19,7 @@ from tlstunnel.backoff import Backoff
 from tlstunnel.state.clock import read_clock
 from tlstunnel.state.valkey.address import ServerAddress
 from tlstunnel.state.valkey.connection import Connection, ServerUnavailable, explain_error
+from tlstunnel.state.valkey.outage import Outage
 from tlstunnel.state.valkey.scripts import SCRIPTS, decode_election
 from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
 
@@ -154,8 +155,7 @@ class Election:
         self._on_news = on_news
         self._report = report
         self._loop = asyncio.get_running_loop()
-        self._answered = self._loop.time()
-        self._reported = False
+        self._outage = Outage(self._loop.time, lease)
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -214,9 +214,7 @@ class Election:
             raise ServerUnavailable("what it answers is not ours") from None
         before = self._candidate.until
         news = self._candidate.learn(request, answer)
-        self._answered = self._loop.time()
-        if self._reported:
-            self._reported = False
+        if self._outage.note_answer():
             self._report(f"{self._address} elects again", False)
         if news.until or before or news.delivered or news.holder != self._holder:
             self._holder = news.holder
@@ -238,8 +236,7 @@ class Election:
             connection.close()
 
     def _note_failure(self, reason: str) -> None:
-        if not self._reported and self._loop.time() - self._answered >= self._lease:
-            self._reported = True
+        if self._outage.note_failure():
             if self._holder:
                 self._holder = ""
                 self._on_news(News(0.0, ()))

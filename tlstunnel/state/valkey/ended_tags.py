@@ -22,6 +22,7 @@ from tlstunnel.state.clock import read_clock
 from tlstunnel.state.ended_tags import EndedTag, decode_ended, encode_ended
 from tlstunnel.state.valkey.address import ServerAddress
 from tlstunnel.state.valkey.connection import Connection, ServerUnavailable, explain_error
+from tlstunnel.state.valkey.outage import Outage
 from tlstunnel.state.valkey.scripts import SCRIPTS, decode_ended_tags
 from tlstunnel.state.valkey.servers import Servers, make_tls_context, run_within
 
@@ -85,8 +86,7 @@ class SharedEndedTags:
         self._since = 0
         self._known: dict[str, None] = {}
         self._untold: deque[_Untold] = deque(maxlen=MOST_UNTOLD)
-        self._answered = self._loop.time()
-        self._reported = False
+        self._outage = Outage(self._loop.time, REPORT_SECONDS)
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -153,7 +153,8 @@ class SharedEndedTags:
                 self._untold.remove(one)
             if not one.done.done():
                 one.done.set_result(None)
-        self._note_answered()
+        if self._outage.note_answer():
+            self._report(f"{self._address} says again which tags other machines end", False)
         self._take(told)
         return is_more or bool(self._untold)
 
@@ -181,13 +182,6 @@ class SharedEndedTags:
         if connection is not None:
             connection.close()
 
-    def _note_answered(self) -> None:
-        self._answered = self._loop.time()
-        if self._reported:
-            self._reported = False
-            self._report(f"{self._address} says again which tags other machines end", False)
-
     def _note_failure(self, reason: str) -> None:
-        if not self._reported and self._loop.time() - self._answered >= REPORT_SECONDS:
-            self._reported = True
+        if self._outage.note_failure():
             self._report(f"{self._address} does not say which tags other machines end: {reason}", True)
