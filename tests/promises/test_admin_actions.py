@@ -96,7 +96,7 @@ def test_a_drain_is_seen_at_once(certificate: Certificate, tmp_path: Path, how: 
 def test_addresses_are_shown_as_the_log_shows_them(
     certificate: Certificate, tmp_path: Path, style: str, shown: str
 ) -> None:
-    with administered(certificate, tmp_path, top=f'log.address = "{style}"') as tunnel:
+    with administered(certificate, tmp_path, top=f'log.address = "{style}"', site="guideline = 1") as tunnel:
         admin = Admin(tunnel)
         assert shown in admin.get("/api/v1/session")["who"]
         assert admin.ask("GET", "/api/v1/status", token="wrong").status == 401
@@ -104,4 +104,15 @@ def test_addresses_are_shown_as_the_log_shows_them(
         assert all(
             shown in record["client"] for event in ("token refused", "login") for record in tunnel.records(event)
         )
-        assert not [line for line in tunnel.log.splitlines() if '"127.0.0.1"' in line and "listening" not in line]
+        throttle = {"rate": "9/second", "seconds": 9, "why": "a flood", "abuse": True, "addresses": ["127.0.0.1/32"]}
+        eventually(
+            lambda: admin.ask("POST", "/api/v1/sites/localhost/throttle", body=throttle, token=ALICE).status == 200
+        )
+        (held,) = {one["addresses"][0] for one in admin.get("/api/v1/usage")["throttles"]}
+        assert held.startswith(shown)
+        audit = tunnel.wait_record(lambda one: one.get("command") == "throttle" and one.get("result") == "done")
+        assert held in audit["fields"]["addresses"]
+        admin.ask("POST", "/api/v1/tunnels/end", body={"client": "127.0.0.1"}, token=ALICE)
+        audit = tunnel.wait_record(lambda one: one.get("command") == "end tunnels")
+        assert audit["fields"]["client"] == held
+        assert not [line for line in tunnel.log.splitlines() if '"127.0.0.1' in line and "listening" not in line]

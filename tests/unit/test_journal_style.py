@@ -29,6 +29,29 @@ def test_a_prefix_is_shown(address: str, shown: str) -> None:
     assert Style(address="prefix").show(address) == shown
 
 
+@pytest.mark.parametrize(
+    ("network", "shown"),
+    [
+        ("192.0.2.77/32", "192.0.2.0/24"),
+        ("192.0.2.64/28", "192.0.2.0/24"),
+        ("192.0.2.0/24", "192.0.2.0/24"),
+        ("192.0.0.0/16", "192.0.0.0/16"),
+        ("2001:db8:1:2::/64", "2001:db8:1::/48"),
+        ("2001:db8:1:2:3::4/128", "2001:db8:1::/48"),
+        ("192.0.2.77", "192.0.2.0/24"),
+    ],
+)
+def test_a_network_is_shown_as_no_smaller_one(network: str, shown: str) -> None:
+    assert Style(address="prefix").show_network(network) == shown
+    assert Style().show_network(network) == network
+
+
+def test_a_network_of_one_address_has_the_hash_of_the_address() -> None:
+    style = Style(address="hash", key=b"k")
+    assert style.show_network("192.0.2.1/32") == style.show_network("192.0.2.1") == style.show("192.0.2.1")
+    assert style.show_network("192.0.2.0/30").startswith("~")
+
+
 def test_a_hash_depends_on_the_address_and_the_key() -> None:
     one, other = Style(address="hash", key=b"one"), Style(address="hash", key=b"other")
     assert one.show("192.0.2.1") == one.show("192.0.2.1") == Style(address="hash", key=b"one").show("192.0.2.1")

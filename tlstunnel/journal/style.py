@@ -32,6 +32,7 @@ class Style:
 
     def __init__(self, fields: Collection[str] | None = None, address: AddressStyle = "full", key: bytes = b"") -> None:
         self._dropped = () if fields is None else tuple(name for name in LOG_FIELDS if name not in fields)
+        self._address = address
         self._key = key[:64]
         self.show: Callable[[str], str] = str
         """Return the address of a client as it may be shown or stored. That of a Unix socket is ""."""
@@ -39,6 +40,18 @@ class Style:
             self.show = lru_cache(_REMEMBERED)(_show_prefix)
         elif address == "hash":
             self.show = lru_cache(_REMEMBERED)(self._show_hash)
+
+    def show_network(self, network: str) -> str:
+        """Return a network of clients, or a single address, as it may be shown: a small one says who they are too."""
+        address, slash, bits = network.partition("/")
+        if self.show is str or not slash:
+            return self.show(network)
+        if bits == ("128" if ":" in address else "32"):
+            return self.show(address)
+        if self._address == "hash":
+            return self._show_hash(network)
+        shown = self.show(address)
+        return network if int(bits) <= int(shown.partition("/")[2] or 0) else shown
 
     def select(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a record without those that are not written."""

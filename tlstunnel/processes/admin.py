@@ -129,6 +129,7 @@ class AdminProcess(RoleProcess):
             self._report_throttles,
             duty=Duty(self._report_delivered, alone=not shares_notices(config)),
             on_sightings=self._report_sightings,
+            show=self._style.show_network,
         )
         self._run_in_background(self._administration.start())
 

@@ -63,7 +63,8 @@ class Administration:
     """Administers the sites of a configuration, with its state in `folder`.
 
     `key` is the one that serving processes count addresses with. `on_throttles` gets the throttles that hold, whenever
-    they change. `on_sightings` gets each minute what to tell other machines.
+    they change. `on_sightings` gets each minute what to tell other machines. `show` returns a network of clients as it
+    may be shown.
     """
 
     def __init__(  # noqa: PLR0913 - the dependencies
@@ -76,6 +77,7 @@ class Administration:
         *,
         duty: Duty | None = None,
         on_sightings: Callable[[Sightings], None] = lambda _: None,
+        show: Callable[[str], str] = str,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
@@ -83,6 +85,7 @@ class Administration:
         self._channels = channels
         self._on_throttles = on_throttles
         self._on_sightings = on_sightings
+        self._show = show
         self._clock = clock
         self._plots = NoticePlots(folder)
         self._duty = Duty(alone=True) if duty is None else duty
@@ -249,7 +252,7 @@ class Administration:
             now=now,
             assessed=self._assessor.assessed,
             assessments=tuple(one for name, one in sorted(found.items()) if site in ("", name)),
-            throttles=tuple(_describe_throttle(one) for one in throttles if site in ("", one.site)),
+            throttles=tuple(_describe_throttle(one, self._show) for one in throttles if site in ("", one.site)),
             mutes=tuple(_describe_mute(one) for one in mutes if site in ("", one.site)),
             machine=usage.MachineUse(*load) if load is not None else None,
             problem=problem,
@@ -292,7 +295,7 @@ class Administration:
         except NotContactedError as error:
             raise ControlError(str(error)) from None
         self._log_throttle(throttle)
-        return _describe_throttle(throttle)
+        return _describe_throttle(throttle, self._show)
 
     async def _release(self, command: usage.ReleaseSite, who: str, _: Mapping[str, int]) -> usage.Released:
         site = self._names.get(command.site, command.site)
@@ -334,10 +337,10 @@ class Administration:
         )
 
 
-def _describe_throttle(throttle: Throttle) -> usage.Throttled:
+def _describe_throttle(throttle: Throttle, show: Callable[[str], str]) -> usage.Throttled:
     return usage.Throttled(
         site=throttle.site,
-        addresses=throttle.addresses,
+        addresses=tuple(map(show, throttle.addresses)),
         rate=throttle.rate,
         since=throttle.since,
         until=throttle.until,

@@ -21,6 +21,7 @@ import msgspec
 from tlstunnel.config import Config
 from tlstunnel.config.invocation import Invocation
 from tlstunnel.errors import ProcessError
+from tlstunnel.journal.style import Style
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.processes.link import MAX_FDS, Link
 from tlstunnel.processes.messages import (
@@ -85,6 +86,11 @@ class Startup:
     log_format: Literal["text", "json"]
     instance: str = ""
     log_key: str = ""
+
+    @property
+    def style(self) -> Style:
+        """How the addresses of clients are written."""
+        return Style(self.config.log.selected, self.config.log.address, bytes.fromhex(self.log_key))
 
     def to_begin(self, name: str, *, quiet: bool) -> Begin:
         """Return the first request to a child, which is named `name`."""

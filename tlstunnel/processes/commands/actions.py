@@ -5,7 +5,8 @@ Tested by tests/promises/test_admin_actions.py.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -28,35 +29,50 @@ _LONG: tuple[type[AnyCommand], ...] = (Drain, Stop, Upgrade)
 
 
 @contextlib.contextmanager
-def log_action(command: AnyCommand, who: str, via: Via) -> Iterator[None]:
-    """Log what becomes of a command that acts; nothing of others."""
+def log_action(command: AnyCommand, who: str, via: Via, show: Callable[[str], str] = str) -> Iterator[None]:
+    """Log what becomes of a command that acts; nothing of others.
+
+    `show` returns an address or a network of clients as it may be shown.
+    """
     if not command.acts:
         yield
         return
     long = isinstance(command, _LONG)
+    fields = _render_fields(command, show)
+    log = functools.partial(_log, command.name, fields, who, via)
     if long:
-        _log(command, who, via, "begun")
+        log("begun")
     try:
         yield
     except TlstunnelError as error:
-        _log(command, who, via, "refused", str(error))
+        log("refused", str(error))
         raise
     except asyncio.CancelledError:
         if not long:
-            _log(command, who, via, "cancelled")
+            log("cancelled")
         raise
     except Exception:
-        _log(command, who, via, "failed")
+        log("failed")
         raise
     if not long:
-        _log(command, who, via, "done")
+        log("done")
 
 
-def _log(command: AnyCommand, who: str, via: Via, result: str, reason: str = "") -> None:
-    fields = {name: _render(value) for name, value in msgspec.to_builtins(command).items() if value or value == 0}
+def _render_fields(command: AnyCommand, show: Callable[[str], str]) -> Mapping[str, Any]:
+    given = {name: value for name, value in msgspec.to_builtins(command).items() if value or value == 0}
+    if client := given.get("client"):
+        given["client"] = show(client)
+    if addresses := given.get("addresses"):
+        given["addresses"] = tuple(map(show, addresses))
+    return {name: _render(value) for name, value in given.items()}
+
+
+def _log(  # noqa: PLR0913, PLR0917 - what is in the line
+    command: str, fields: Mapping[str, Any], who: str, via: Via, result: str, reason: str = ""
+) -> None:
     structlog.get_logger().info(
         Event.ACTION,
-        command=command.name,
+        command=command,
         who=shorten(printable(who), LONGEST_FIELD),
         via=via,
         result=result,

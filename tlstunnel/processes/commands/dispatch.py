@@ -101,7 +101,7 @@ class Commands:
 
         Raises ControlError if that fails; nothing was changed then.
         """
-        with log_action(command, who, via):
+        with log_action(command, who, via, self._fleet.startup.style.show_network):
             result = await self._handlers[type(command)](command, who)
         assert isinstance(result, command.result)
         return result  # type: ignore[return-value]  # it is ResultT
