@@ -29,6 +29,20 @@ def dashboard_config(
     origin: str, certificate: Certificate, folder: Path, *, admin: str = "127.0.0.1:0", site: str = ""
 ) -> str:
     """Return a configuration with a dashboard, a token, two processes, a plan, a rule, and a backup that is down."""
+    more = f"default = true\n{site}\n{RULE}"
+    return f"""
+{render_top(folder, drain_over="0s", admin=admin)}
+
+[plans.small]
+guideline = 4
+label = "Small"
+
+{render_site("localhost", "small", origin, certificate, more)}
+"""
+
+
+def render_top(folder: Path, *, drain_over: str, admin: str = "127.0.0.1:0") -> str:
+    """Return the beginning of a configuration with a dashboard, a token, and two processes."""
     token = folder / "token"
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
@@ -36,7 +50,7 @@ def dashboard_config(
 listen = ["127.0.0.1:0"]
 processes = 2
 state.dir = "{folder / "state"}"
-release.drain_over = "0s"
+release.drain_over = "{drain_over}"
 
 [admin]
 listen = "{admin}"
@@ -45,20 +59,19 @@ listen = "{admin}"
 name = "operator"
 file = "{token}"
 access = "full"
+"""
 
-[plans.small]
-guideline = 4
-label = "Small"
 
+def render_site(name: str, plan: str, origin: str, certificate: Certificate, more: str = "") -> str:
+    """Return the table of a site with a plan, and a backup that is down; `more` comes at its end."""
+    return f"""
 [[sites]]
-names = ["localhost"]
-default = true
-plan = "small"
+names = ["{name}"]
+plan = "{plan}"
 origins = ["{origin}", {{ address = "127.0.0.1:1", backup = true }}]
 cert = "{certificate.cert}"
 key = "{certificate.key}"
-{site}
-{RULE}
+{more}
 """
 
 

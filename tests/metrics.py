@@ -1,9 +1,11 @@
 """The metrics of a tunnel, for tests: read from its parent, and as Prometheus gets them."""
 
+from pathlib import Path
+
 import msgspec
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from tests.harness import Tunnel
+from tests.harness import Certificate, Tunnel
 from tlstunnel.admin.exposition import render
 from tlstunnel.metrics.snapshot import Snapshot
 from tlstunnel.processes.reach import send_command
@@ -34,3 +36,42 @@ def find_decreased(before: Series, now: Series) -> dict[str, tuple[float, float 
         for (name, labels), value in before.items()
         if name.endswith(("_total", "_bucket", "_count", "_sum")) and now.get((name, labels), -1.0) < value
     }
+
+
+def config_with_a_closed_origin(
+    origin: str,
+    closed: int,
+    certificate: Certificate,
+    folder: Path,
+    *,
+    ejected: str,
+    top: str = "",
+    site: str = "",
+) -> str:
+    """Return a configuration of two processes, a history, a rule, a rate limit, and two origins.
+
+    Nothing listens at port `closed`, the address of the second origin, which is ejected for the time `ejected` after
+    one failure. `top` comes before the first table, `site` at the end of the site's.
+    """
+    return f"""
+        listen = ["127.0.0.1:0"]
+        processes = 2
+        state.dir = "{folder}"
+        {top}
+        [[rules]]
+        name = "no admin"
+        when = 'path == "/admin"'
+        action = "block"
+        [[rate_limits]]
+        name = "many"
+        key = ["ip"]
+        limit = "100000/minute"
+        [[sites]]
+        names = ["localhost"]
+        cert = "{certificate.cert}"
+        key = "{certificate.key}"
+        origins = ["{origin}", "127.0.0.1:{closed}"]
+        balance = "round_robin"
+        ejection = {{ failures = 1, delay = "{ejected}", max_delay = "{ejected}" }}
+        {site}
+    """

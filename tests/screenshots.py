@@ -22,7 +22,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
 from tests.browser import browser_page
-from tests.dashboard import TOKEN
+from tests.dashboard import render_site, render_top
 from tests.harness import REPOSITORY, Certificate, Tunnel, WebsocketsOrigin, eventually
 from tests.promises.versions import Versions, upgraded
 from tlstunnel.certificates import issue
@@ -74,34 +74,12 @@ def main() -> None:
 
 
 def _render(origin: str, certificate: Certificate, folder: Path) -> str:
-    token = folder / "token"
-    token.write_text(TOKEN)
-    token.chmod(0o600)
-    sites = "".join(
-        f"""
-[[sites]]
-names = ["{name}"]
-plan = "{plan}"
-origins = ["{origin}", {{ address = "127.0.0.1:1", backup = true }}]
-cert = "{certificate.cert}"
-key = "{certificate.key}"
-{RULES}
-"""
+    sites = (
+        render_site(name, plan, origin, certificate, RULES)
         for name, plan in zip(SITES, ("small", "medium", "medium"), strict=True)
     )
     return f"""
-listen = ["127.0.0.1:0"]
-processes = 2
-state.dir = "{folder / "state"}"
-release.drain_over = "10m"
-
-[admin]
-listen = "127.0.0.1:0"
-
-[[admin.tokens]]
-name = "operator"
-file = "{token}"
-access = "full"
+{render_top(folder, drain_over="10m")}
 
 [plans.small]
 guideline = 15
@@ -111,7 +89,7 @@ next = "medium"
 [plans.medium]
 guideline = 50
 label = "Medium"
-{sites}
+{"".join(sites)}
 """
 
 

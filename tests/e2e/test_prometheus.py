@@ -27,6 +27,7 @@ from tests.harness import (
     require,
     upgrade,
 )
+from tests.metrics import config_with_a_closed_origin
 from tlstunnel.metrics.families import FAMILIES
 from tlstunnel.testing.program import Program
 
@@ -56,32 +57,15 @@ def tunnel(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -
     worker.write_text(EDGE)
     with socket.socket() as closed, RawOrigin(echo_bytes) as origin:
         closed.bind(("127.0.0.1", 0))
-        config = f"""
-            listen = ["127.0.0.1:0"]
-            processes = 2
-            block_addresses = ["127.0.0.2"]
-            [admin]
-            listen = "127.0.0.1:0"
-            [state]
-            dir = "{folder}"
-            [[rules]]
-            name = "no admin"
-            when = 'path == "/admin"'
-            action = "block"
-            [[rate_limits]]
-            name = "many"
-            key = ["ip"]
-            limit = "100000/minute"
-            [[sites]]
-            names = ["localhost"]
-            cert = "{certificate.cert}"
-            key = "{certificate.key}"
-            origins = ["{origin.address}", "127.0.0.1:{closed.getsockname()[1]}"]
-            balance = "round_robin"
-            ejection = {{ failures = 1, delay = "1s", max_delay = "1s" }}
-            web_origins = ["https://a.example"]
-            worker = "{worker}:fetch"
-        """
+        config = config_with_a_closed_origin(
+            origin.address,
+            closed.getsockname()[1],
+            certificate,
+            folder,
+            ejected="1s",
+            top='block_addresses = ["127.0.0.2"]\nadmin.listen = "127.0.0.1:0"',
+            site=f'web_origins = ["https://a.example"]\nworker = "{worker}:fetch"',
+        )
         with Tunnel(None, certificate, config=config, errors_expected=True) as tunnel:
             yield tunnel
 

@@ -20,7 +20,7 @@ from tests.harness import (
     receive_exactly,
     upgrade,
 )
-from tests.metrics import Series, find_decreased, read_metrics, scrape
+from tests.metrics import Series, config_with_a_closed_origin, find_decreased, read_metrics, scrape
 from tests.promises.versions import upgraded
 from tlstunnel import __version__
 from tlstunnel.metrics.families import (
@@ -74,27 +74,8 @@ def tunnel(origin: RawOrigin, certificate: Certificate, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("state")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        config = f"""
-            listen = ["127.0.0.1:0"]
-            processes = 2
-            [state]
-            dir = "{folder}"
-            [[rules]]
-            name = "no admin"
-            when = 'path == "/admin"'
-            action = "block"
-            [[rate_limits]]
-            name = "many"
-            key = ["ip"]
-            limit = "1000/minute"
-            [[sites]]
-            names = ["localhost"]
-            cert = "{certificate.cert}"
-            key = "{certificate.key}"
-            origins = ["{origin.address}", "127.0.0.1:{closed.getsockname()[1]}"]
-            balance = "round_robin"
-            ejection = {{ failures = 1, delay = "10m", max_delay = "10m" }}
-        """
+        port = closed.getsockname()[1]
+        config = config_with_a_closed_origin(origin.address, port, certificate, folder, ejected="10m")
         with Tunnel(None, certificate, config=config, errors_expected=True) as tunnel:
             yield tunnel
 
