@@ -19,7 +19,6 @@ import msgspec
 
 from tlstunnel import __version__
 from tlstunnel.commands.catalogue import parse_command
-from tlstunnel.commands.processes import Upgrade
 from tlstunnel.errors import ControlError
 from tlstunnel.journal.events import Event
 from tlstunnel.journal.logger import structlog
@@ -27,7 +26,6 @@ from tlstunnel.metrics.snapshot import Totals
 from tlstunnel.origins.embedded import EchoOrigin
 from tlstunnel.processes.admin_socket import AdminSocket
 from tlstunnel.processes.children import Startup
-from tlstunnel.processes.commands.actions import log_action
 from tlstunnel.processes.commands.dispatch import Commands
 from tlstunnel.processes.control import ControlSocket, ControlSocketInUse, default_path
 from tlstunnel.processes.fleet import Fleet, Options
@@ -197,9 +195,6 @@ class Parent:
     async def _carry_out(self, request: Ask) -> Told:
         """Carry out a command that came by HTTP. Raises ControlError."""
         command = parse_command(request.command, request.fields)
-        if isinstance(command, Upgrade):
-            with log_action(command, request.who, "HTTP"):
-                await self._rollout.upgrade(None, request.who)  # does not return
         return Told(fields=msgspec.to_builtins(await self._commands.carry_out(command, request.who, "HTTP")))
 
     # --- shutdown -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tlstunnel.commands.processes import (
     StatusResult,
     Stop,
     Upgrade,
+    Upgraded,
 )
 from tlstunnel.commands.records import Refusals, WatchRecords
 from tlstunnel.commands.sites import Certificates, Origins, Sites
@@ -78,6 +79,7 @@ class Commands:
         self._reports = Reports(fleet, rollout.loads)
         self._handlers: Mapping[type[AnyCommand], Callable[[Any, str], Awaitable[msgspec.Struct]]] = {
             Reload: self._reload,
+            Upgrade: self._upgrade,
             Status: self._report_status,
             Ready: self._report_readiness,
             Drain: self._drain,
@@ -97,7 +99,7 @@ class Commands:
         }
 
     async def carry_out(self, command: Command[ResultT], who: str, via: Via) -> ResultT:
-        """Carry out a command other than `Upgrade` for `who`, and return its result. What acts is logged.
+        """Carry out a command for `who`, and return its result. What acts is logged.
 
         Raises ControlError if that fails; nothing was changed then.
         """
@@ -110,7 +112,7 @@ class Commands:
         """Return a handler for each command, by the name that it has on the control socket."""
         return {
             **{name: functools.partial(self._handle, name) for name in COMMANDS if name not in _ONLY_ADMIN},
-            Upgrade.name: self._upgrade,
+            Upgrade.name: self._upgrade_for,
         }
 
     async def _handle(self, name: str, request: Mapping[str, Any], client: int) -> Mapping[str, Any]:
@@ -119,7 +121,12 @@ class Commands:
         fields: Mapping[str, Any] = msgspec.to_builtins(await self.carry_out(command, who, "control socket"))
         return fields
 
-    async def _upgrade(self, _: Mapping[str, Any], client: int) -> Mapping[str, Any]:
+    async def _upgrade(self, _: Upgrade, who: str) -> Upgraded:
+        """Upgrade, and do not return."""
+        await self._rollout.upgrade(None, who)
+        return Upgraded()
+
+    async def _upgrade_for(self, _: Mapping[str, Any], client: int) -> Mapping[str, Any]:
         """Upgrade, and do not return: the new release responds to `client`.
 
         Raises ControlError if that fails; nothing was changed then.
