@@ -136,7 +136,6 @@ class CertificateStatus(msgspec.Struct, frozen=True, kw_only=True):
     not_before: float
     not_after: float
     days: float
-    loaded: float | None = None
     problem: str = ""
 
 

@@ -39,7 +39,7 @@ export function certificatesView() {
       h("p", { class: "lead" }, leftOf(one), one.problem && ` ${one.problem}`),
       facts([
         ["Names", one.names.join(", ")], ["Sites", one.sites.join(", ")], ["Subject", one.subject], ["Issuer", one.issuer], ["Key", one.key], ["Serial number", h("code", { text: one.serial })],
-        ["Valid from", moment(one.not_before)], ["Valid until", moment(one.not_after)], ["File", one.file], ["Loaded", one.loaded ? moment(one.loaded) : ""],
+        ["Valid from", moment(one.not_before)], ["Valid until", moment(one.not_after)], ["File", one.file],
       ]),
       h("p", { class: "note", text: "A new file at the same place is used within seconds, for new connections." }),
     );
